@@ -1,0 +1,22 @@
+"""Floor 0: the words everyone uses.  Torch only, no policy."""
+
+from saccade.core.errors import BadInput, Unsupported
+from saccade.core.kv import DenseKV, KVView, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core.mask import KeyRange, Mask
+from saccade.core.output import AttentionOutput
+from saccade.core.selection import BlockSelection
+
+__all__ = [
+    "AttentionOutput",
+    "BadInput",
+    "BlockSelection",
+    "DenseKV",
+    "KVView",
+    "KeyRange",
+    "Mask",
+    "PagedKV",
+    "QuantizedKV",
+    "RaggedKV",
+    "Span",
+    "Unsupported",
+]

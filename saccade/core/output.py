@@ -1,0 +1,20 @@
+"""What every operator returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention operator, the same for every backend.
+
+    Attributes:
+        out: `[batch, heads, q_len, value_dim]` in the dtype of q; 0 where a row sees nothing.
+        lse: `[batch, heads, q_len]` float32, natural log of the sum of exponentials (a learned
+            `sink_logits` term included); -inf where a row sees nothing.
+    """
+
+    out: Tensor
+    lse: Tensor

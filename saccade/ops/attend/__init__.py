@@ -1,0 +1,1 @@
+"""Attention, full or masked, over any view of keys and values."""

@@ -1,0 +1,143 @@
+"""Attention through PyTorch's scaled_dot_product_attention kernels.
+
+Three shapes of call reach a fused kernel without any mask in memory: a square causal prefill, a
+call in which everybody sees everything, and a single new token (whose query heads are packed as
+rows, so that a group reads its KV head once).  The rest goes tile by tile of queries: only the
+keys in reach of a tile are handed over, with a mask of that tile alone.  On CPU the kernel is
+called directly because that form returns the lse and takes grouped heads as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.core import AttentionOutput, KeyRange
+from saccade.core.kv import DenseKV, KVTile
+from saccade.ops.attend.tiled import visited_tiles
+from saccade.ops.call import AttentionCall
+from saccade.ops.documents import per_document
+from saccade.ops.visibility import bias_of, has_holes, real_keys, visible_pairs
+
+Q_TILE = 512
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why PyTorch's kernels cannot run this call, or None."""
+    if call.softcap is not None:
+        return "PyTorch's kernels have no softcap"
+    if call.q.shape[3] != call.kv.shape[4]:
+        return "PyTorch's CPU kernel needs value_dim equal to head_dim"
+    if call.q.dtype != call.kv.dtype:
+        return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
+        return "PyTorch's lse has no gradient"
+    if call.q.device.type != "cpu" and (call.wants_lse or call.sink_logits is not None):
+        return "PyTorch's GPU kernels do not return the lse through the public door"
+    return None
+
+
+def run(call: AttentionCall) -> AttentionOutput:
+    """Attention by fused PyTorch kernels."""
+    if call.cu_seqlens is not None:
+        return per_document(call, run)
+    result = _whole(call) or _by_query_tiles(call)
+    return result if call.sink_logits is None else _with_sink(result, call.sink_logits)
+
+
+def _whole(call: AttentionCall) -> AttentionOutput | None:
+    """The calls that need no mask in memory; None for all others."""
+    kv, (_, _, q_len, _), end = call.kv, call.q.shape, call.kv.shape[2]
+    if not (isinstance(kv, DenseKV) and call.is_plain and call.alibi_slopes is None):
+        return None
+    if q_len == 0 or end == 0 or not kv.is_plain:
+        return None
+    first, last = call.q_bounds(0, q_len)
+    if call.mask.is_full(first, last, KeyRange(0, end)) and end <= last + 1:
+        if q_len > 1:
+            return _kernel(call, call.q, kv.k, kv.v, None, causal=False)
+        packed = call.q.unflatten(1, (-1, call.num_groups)).squeeze(3)  # [B, Hkv, G, D]
+        result = _kernel(call, packed, kv.k, kv.v, None, causal=False)
+        return AttentionOutput(
+            result.out.flatten(1, 2)[:, :, None], result.lse.flatten(1, 2)[:, :, None]
+        )
+    square = first == 0 and q_len == end and call.mask.causal
+    if square and (call.mask.window is None or call.mask.window >= end):
+        return _kernel(call, call.q, kv.k, kv.v, None, causal=True)
+    return None
+
+
+def _by_query_tiles(call: AttentionCall) -> AttentionOutput:
+    """Tile by tile of queries, each against the keys in its reach."""
+    parts = []
+    for start in range(0, call.q.shape[2], Q_TILE):
+        stop = min(start + Q_TILE, call.q.shape[2])
+        tiles = list(visited_tiles(call, start, stop))
+        q = call.q[:, :, start:stop]
+        parts.append(_one_tile(call, q, start, stop, _join(tiles)) if tiles else _nothing(call, q))
+    if not parts:
+        return _nothing(call, call.q)
+    return AttentionOutput(
+        torch.cat([part.out for part in parts], dim=2),
+        torch.cat([part.lse for part in parts], dim=2),
+    )
+
+
+def _join(tiles: list[KVTile]) -> KVTile:
+    if len(tiles) == 1:
+        return tiles[0]
+    return KVTile(
+        torch.cat([tile.k for tile in tiles], dim=2),
+        torch.cat([tile.v for tile in tiles], dim=2),
+        torch.cat([tile.positions for tile in tiles], dim=-1),
+    )
+
+
+def _one_tile(
+    call: AttentionCall, q: Tensor, start: int, stop: int, tile: KVTile
+) -> AttentionOutput:
+    k, v = tile.k, tile.v
+    if has_holes(call):
+        real = real_keys(call, tile)[..., None]
+        k, v = k.where(real, 0), v.where(real, 0)
+    visible = visible_pairs(call, start, stop, tile)
+    bias = bias_of(call, start, stop, tile)
+    scores = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
+    added = scores.where(visible, -torch.inf)  # [B | 1, Hkv | 1, G | 1, q, t]
+    if added.shape[1] > 1 or added.shape[2] > 1:
+        added = added.expand(-1, k.shape[1], call.num_groups, -1, -1)
+    added = added.flatten(1, 2)
+    result = _kernel(call, q, k, v, added, causal=False)
+    seen = visible.any(-1).expand(q.shape[0], k.shape[1], call.num_groups, -1).flatten(1, 2)
+    return AttentionOutput(
+        result.out.masked_fill(~seen[..., None], 0), result.lse.masked_fill(~seen, -torch.inf)
+    )
+
+
+def _nothing(call: AttentionCall, q: Tensor) -> AttentionOutput:
+    """Queries that see no key at all."""
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    return AttentionOutput(q.new_zeros(*q.shape[:3], call.kv.shape[4]), lse)
+
+
+def _kernel(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, *, causal: bool
+) -> AttentionOutput:
+    """One fused kernel; `added` is the additive mask `[B | 1, H | 1, q, t]`."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=added, scale=call.scale
+        )
+        return AttentionOutput(out, lse.float())
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=added, is_causal=causal, scale=call.scale, enable_gqa=True
+    )
+    return AttentionOutput(out, out.new_full(out.shape[:3], torch.nan, dtype=torch.float32))
+
+
+def _with_sink(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
+    """Fold the learned sink in afterwards: it only makes the denominator larger."""
+    lse = torch.logaddexp(result.lse, sink_logits.float()[None, :, None])
+    share = (result.lse - lse).exp()[..., None]
+    return AttentionOutput((result.out * share).to(result.out.dtype), lse)

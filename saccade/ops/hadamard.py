@@ -1,0 +1,34 @@
+"""The orthonormal Walsh-Hadamard rotation that spreads outlier channels before quantising.
+
+Attention is unchanged when q and k are turned by the same orthonormal matrix, and when v is
+turned and the output turned back (QuaRot, arXiv 2404.00456).  The matrix is symmetric, so the
+same function turns back.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def block_of(dim: int) -> int:
+    """Largest power of two that divides `dim`: heads are rotated in blocks of this size."""
+    return dim & -dim
+
+
+@cache
+def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+    return (h / size**0.5).to(device=device, dtype=dtype)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
+    block = block_of(x.shape[-1])
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = _matrix(block, compute, x.device)
+    return (x.to(compute).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
