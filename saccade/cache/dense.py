@@ -8,8 +8,9 @@ from torch import Tensor
 from saccade.cache.base import ShiftKeys
 from saccade.core import DenseKV, Unsupported
 
-GROWTH_STEP = 256
-"""Slots are allocated in multiples of this, so that growing by one token seldom copies."""
+GROWTH_STEP = 64
+GROWTH_SHARE = 16
+"""A full buffer grows by a sixteenth, in multiples of 64 slots: few copies, little left unused."""
 
 
 class DenseCache:
@@ -112,7 +113,9 @@ class DenseCache:
         have = 0 if self._k is None else self._k.shape[2]
         if slots <= have:
             return
-        capacity = max(-(-slots // GROWTH_STEP) * GROWTH_STEP, self._reserve)
+        wanted = max(slots, have + have // GROWTH_SHARE)
+        grown = -(-wanted // GROWTH_STEP) * GROWTH_STEP
+        capacity = self._reserve if slots <= self._reserve else grown
         self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
         self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
 

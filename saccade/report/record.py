@@ -54,7 +54,7 @@ class Row:
 
 @dataclass(slots=True, kw_only=True)
 class Curve:
-    """Perplexity by position: `perplexity[i]` over tokens positions[i] .. positions[i] + block - 1."""
+    """Perplexity by position: `perplexity[i]` is that of `block` tokens from positions[i] on."""
 
     name: str
     block: int

@@ -10,7 +10,7 @@ from saccade.compress import POLICIES, Observed, resolve_budget, select
 from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
 
-DECODE_ROOM = 256
+DECODE_ROOM = 64
 """Slots left behind a compressed prompt for the answer."""
 
 

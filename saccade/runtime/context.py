@@ -60,7 +60,7 @@ class Context:
         self._check_memory(max(reserve, self.params.n_ctx or 0))
         self._stack = ExitStack()
         self._stack.enter_context(model.attached(self.params))
-        self._cache = model.new_cache(self.params)
+        self._cache = model.new_cache(self.params, reserve=reserve)
         self._tail: QueryTail | None = None
 
     def __enter__(self) -> Context:
@@ -123,7 +123,8 @@ class Context:
         if self._tail is None:
             return
         assert self.params.kv_policy is not None and self.params.kv_budget is not None
-        compress_cache(self._cache, self._tail, self.params.kv_policy, self.params.kv_budget)
+        with torch.inference_mode():
+            compress_cache(self._cache, self._tail, self.params.kv_policy, self.params.kv_budget)
         self._cache.observer = self._tail = None
 
     def stream(
@@ -169,8 +170,9 @@ class Context:
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
             raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
-        for i, layer in enumerate(self._cache.layers):
-            layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
+        with torch.inference_mode():
+            for i, layer in enumerate(self._cache.layers):
+                layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
 
     @property
     def _bounded(self) -> bool:

@@ -67,8 +67,8 @@ class Model(Protocol):
         """Run the model under these params inside the `with`; the model is restored on exit."""
         ...
 
-    def new_cache(self, params: ContextParams) -> ModelCache:
-        """Empty caches for one sequence (or one batch) under these params."""
+    def new_cache(self, params: ContextParams, *, reserve: int = 0) -> ModelCache:
+        """Empty caches under these params, with room for `reserve` tokens at once."""
         ...
 
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
