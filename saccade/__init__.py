@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.compress import compress_context
     from saccade.core import AttentionOutput, BadInput, BlockSelection, Mask, Unsupported
-    from saccade.hf import Context, attach
+    from saccade.hf import Context, attach, load_model
     from saccade.ops import attend, attention, decode, explain
     from saccade.runtime import ContextParams, Sampler
 
@@ -33,6 +33,7 @@ _HOME = {
     "compress_context": "saccade.compress",
     "decode": "saccade.ops",
     "explain": "saccade.ops",
+    "load_model": "saccade.hf",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

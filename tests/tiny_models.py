@@ -83,9 +83,7 @@ def tiny_config(name: str, **changes: Any) -> Any:
     return config
 
 
-def tiny_model(
-    config: Any, attn_implementation: str = "eager", seed: int = 0
-) -> PreTrainedModel:
+def tiny_model(config: Any, attn_implementation: str = "eager", seed: int = 0) -> PreTrainedModel:
     """A random float32 model of that config, with attention strong enough to matter."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(

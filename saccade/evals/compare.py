@@ -22,7 +22,7 @@ from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 from saccade.report.environment import machine_facts
 from saccade.report.record import Report, Row
-from saccade.runtime import Model
+from saccade.runtime import Context, Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,9 @@ class Sizes:
 
 QUICK = Sizes(context=1536, scored=256, needles=2, curve=0)
 FULL = Sizes(context=4096, scored=1024, needles=3, curve=12288)
+
+
+WARM_UP = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ def run(
     curves = _curves(runner, sizes, tokens) if rows is None else {}
     total = len(chosen) + len(curves)
     try:
+        _warm_up(runner, trial)
         for i, spec in enumerate(chosen):
             on_progress(Progress(i, total, spec.name, report))
             report.rows.append(_guarded(spec, trial))
@@ -103,14 +107,21 @@ def run(
     return report
 
 
+def _warm_up(runner: HFModel, trial: Trial) -> None:
+    """Read a little untimed, so that the first row does not pay for cold pages and threads."""
+    with Context(runner) as ctx:
+        ctx.append(trial.context[:WARM_UP])
+
+
 def _guarded(spec: RowSpec, trial: Trial) -> Row:
     """The measured row; a row this model cannot run says why and the others go on."""
     try:
         return measure(spec, trial)
-    except (Unsupported, BadInput, MemoryError) as error:
-        if spec.name == BASELINE:
+    except (Unsupported, BadInput, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        if spec.name == BASELINE or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        note = str(error) or "not enough memory"
+        note = "not enough memory" if out_of_memory else str(error)
         return Row(
             name=spec.name, group=spec.group, options=spec.options(), status="failed", note=note
         )

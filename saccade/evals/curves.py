@@ -42,6 +42,8 @@ def measure_curve(name: str, model: Model, params: ContextParams, tokens: Tensor
             states = hidden[:-1] if last is None else torch.cat((last, hidden[:-1]))
             targets = block[1:] if last is None else block
             last = hidden[-1:]
-            curve.positions.append(start)
-            curve.perplexity.append(perplexity(-token_log_probs(ctx, states, targets))[0])
+            value = perplexity(-token_log_probs(ctx, states, targets))[0]
+            if math.isfinite(value):
+                curve.positions.append(start)
+                curve.perplexity.append(value)
     return curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -83,10 +84,15 @@ def _score(ctx: Context, last: Tensor, trial: Trial, row: Row) -> None:
     ours = quality.log_probs(ctx, states)
     exact = ours if trial.exact is None else trial.exact
     result = quality.compare(ours, exact, targets)
-    row.perplexity, row.perplexity_se = result.perplexity, result.perplexity_se
-    row.kl, row.kl_se, row.same_top = result.kl, result.kl_se, result.same_top
+    row.perplexity, row.perplexity_se = _known(result.perplexity), _known(result.perplexity_se)
+    row.kl, row.kl_se, row.same_top = _known(result.kl), _known(result.kl_se), result.same_top
     if trial.exact is None:
         trial.exact = ours
+
+
+def _known(value: float) -> float | None:
+    """None for what is no number: a broken model's perplexity has no place in a record."""
+    return value if math.isfinite(value) else None
 
 
 def _ask(ctx: Context, trial: Trial, row: Row) -> None:

@@ -34,7 +34,7 @@ def log_probs(ctx: Context, hidden: Tensor) -> Tensor:
 
 def perplexity(nll: Tensor) -> tuple[float, float]:
     """exp(mean) of negative log-likelihoods `[n]` and its standard error (delta method)."""
-    value = math.exp(nll.double().mean().item())
+    value = nll.double().mean().exp().item()
     if len(nll) < 2:
         return value, math.nan
     return value, value * math.sqrt(nll.double().var().item() / len(nll))

@@ -44,9 +44,7 @@ class Attached:
         return new_cache(self.model, self.params, reserve=reserve)
 
 
-def new_cache(
-    model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
-) -> SaccadeCache:
+def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
     """Empty caches for a model under params; see `Attached.new_cache`."""
 
     def make(layer: int, own: int | None) -> LayerCache:
@@ -97,9 +95,7 @@ def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None,
     return params.n_swa, params.n_sinks
 
 
-def _settings(
-    model: PreTrainedModel, params: ContextParams
-) -> Callable[[int], AttentionSettings]:
+def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], AttentionSettings]:
     """Settings of a layer by its index."""
     windows = () if params.n_swa is None else layer_windows(model.config)
     backend = params.backend or ("reference" if params.flash_attn == "disabled" else "auto")
@@ -158,7 +154,7 @@ def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 def _generate_with_cache(attached: Attached) -> Callable[..., Any]:
     """`generate` that brings the cache the params ask for, unless the caller brings one."""
     params = attached.params
-    current = attached.model.generate
+    current: Any = attached.model.generate
     # Attached inside an attached model: what counts are the inner params alone.
     original: Callable[..., Any] = getattr(current, _ORIGINAL, current)
 

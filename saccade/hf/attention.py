@@ -200,9 +200,7 @@ def _from_spec(
     if spec.mask.causal and offset + q_len < kv_len:  # the empty slots of a static cache
         kv = DenseKV(kv.k.narrow(2, 0, offset + q_len), kv.v.narrow(2, 0, offset + q_len))
         padding = None if padding is None else padding[:, : offset + q_len]
-    return Geometry(
-        kv=kv, q_offset=offset, mask=spec.mask, key_padding=padding, cu_seqlens=bounds
-    )
+    return Geometry(kv=kv, q_offset=offset, mask=spec.mask, key_padding=padding, cu_seqlens=bounds)
 
 
 def _check_length(masked: int, held: int) -> None:

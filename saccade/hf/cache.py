@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.cache import LayerCache, ShiftKeys
+from saccade.core import KVView
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
 from saccade.runtime.model import Observer
@@ -37,7 +38,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
         super().__init__()
         self.store = store
         self.window = window
-        self.observe: Callable[..., None] | None = None
+        self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
         self.is_sliding = window is not None
         self.is_croppable = window is None
         self._batch = 0
@@ -130,20 +131,19 @@ class SaccadeCache(Cache):
 
     def __init__(self, config: PreTrainedConfig, make: MakeLayer) -> None:
         windows = layer_windows(config)
-        super().__init__(
-            layers=[SaccadeCacheLayer(make(i, window), window) for i, window in enumerate(windows)]
-        )
+        self._ours = [SaccadeCacheLayer(make(i, w), w) for i, w in enumerate(windows)]
         self._observer: Observer | None = None
+        super().__init__(layers=list(self._ours))
 
     @property
     def stores(self) -> list[LayerCache]:
         """Our cache of each layer."""
-        return [layer.store for layer in self.layers]
+        return [layer.store for layer in self._ours]
 
     @property
     def seen(self) -> int:
         """Tokens seen."""
-        return self.layers[0].store.seen
+        return self._ours[0].store.seen
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +158,7 @@ class SaccadeCache(Cache):
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
         self._observer = observer
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._ours):
             layer.observe = None if observer is None else _ordered(observer, index)
 
     def drop(self, start: int, stop: int, shift: Callable[[int], ShiftKeys]) -> None:
@@ -167,6 +167,10 @@ class SaccadeCache(Cache):
             store.drop(start, stop, shift(index))
 
 
-def _ordered(observer: Observer, layer: int) -> Callable[..., None]:
+def _ordered(observer: Observer, layer: int) -> Callable[[KVView, Tensor, Tensor, float], None]:
     """The observer of one layer, with the arguments in the order in which they become known."""
-    return lambda view, q, lse, scale: observer(layer, q, view, lse, scale)
+
+    def observe(view: KVView, q: Tensor, lse: Tensor, scale: float) -> None:
+        observer(layer, q, view, lse, scale)
+
+    return observe

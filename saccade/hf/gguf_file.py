@@ -173,7 +173,9 @@ def _yarn_options(header: GGUFHeader, served: int, factor: float) -> dict[str, A
     """The options of YaRN in transformers' words."""
     original = header.rope_original or (header.context_length or served) / factor
     options: dict[str, Any] = {"original_max_position_embeddings": int(original)}
-    if header.rope_magnitude is not None:  # GGUF's multiplies the formula, transformers' replaces it
+    if (
+        header.rope_magnitude is not None
+    ):  # GGUF's multiplies the formula, transformers' replaces it
         formula = 0.1 * math.log(factor) + 1.0
         options["attention_factor"] = header.rope_magnitude * formula
     if header.rope_beta_fast is not None:

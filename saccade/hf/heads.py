@@ -1,9 +1,9 @@
 """MHA, GQA and MQA on one loaded model: its key and value projections rebuilt, then put back.
 
-    expand_to_mha   every query head gets a copy of its KV head: the output is the same, the cache
-                    is as large as that of a model that never had GQA
-    pool_to_mqa     all KV heads become their mean (GQA, arXiv 2305.13245, section 2.1, before its
-                    further training): the cache shrinks, and quality suffers
+expand_to_mha   every query head gets a copy of its KV head: the output is the same, the cache
+                is as large as that of a model that never had GQA
+pool_to_mqa     all KV heads become their mean (GQA, arXiv 2305.13245, section 2.1, before its
+                further training): the cache shrinks, and quality suffers
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def _check_projections(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _converted(
-    linear: nn.Linear, num_heads: int, convert: Callable[[Tensor], Tensor]
-) -> nn.Linear:
+def _converted(linear: nn.Linear, num_heads: int, convert: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A new linear layer whose output rows, head by head, went through `convert`."""
     weight = convert(linear.weight.unflatten(0, (num_heads, -1))).flatten(0, 1).contiguous()
     new = nn.Linear(

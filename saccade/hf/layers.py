@@ -16,7 +16,7 @@ _FULL: Final = "full_attention"
 
 def text_config(model_or_config: PreTrainedModel | PreTrainedConfig | Any) -> Any:
     """The config of the decoder that reads text (multimodal models nest it)."""
-    config = getattr(model_or_config, "config", model_or_config)
+    config: Any = getattr(model_or_config, "config", model_or_config)
     return config.get_text_config(decoder=True)
 
 

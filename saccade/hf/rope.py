@@ -169,8 +169,8 @@ def key_shifter(model: PreTrainedModel, layer_type: str | None = None) -> ShiftK
         own, layout = (layer_type if layer_type in module.ropes else None), module.layout
         changing = isinstance(module.ropes[own].rule, DynamicNTK | LongRoPE)
     else:
-        kind = module.rope_type[own] if own is not None else module.rope_type
-        changing = kind in ("dynamic", "longrope")
+        kind: Any = module.rope_type
+        changing = (kind if own is None else kind[own]) in ("dynamic", "longrope")
         name = "inv_freq" if own is None else f"{own}_inv_freq"
         layout = _layout(module, own, getattr(module, name).numel())
     if changing:
@@ -227,7 +227,7 @@ def configured_ropes(config: Any) -> dict[str | None, ParsedRope]:
     """The rule of each layer type, or of all layers under None, as the config says."""
     given: Mapping[str, Any] = config.rope_parameters
     nested = any(isinstance(value, Mapping) for value in given.values())
-    parts: dict[str | None, Any] = dict(given) if nested else {None: given}
+    parts: dict[str | None, Any] = {**given} if nested else {None: given}
     return {
         kind: parse(
             part,
@@ -290,14 +290,24 @@ def _rule(own: Rule, params: ContextParams, trained: int) -> Rule:
         return own
     factor = _factor(params, trained, kind or "linear")
     if kind is None:
-        kind = "linear"
-        if isinstance(own, Linear | NTKAware | DynamicNTK | YaRN):
-            return replace(own, factor=factor)
-        if not isinstance(own, Unscaled):
-            raise ValueError(
-                f"rope_freq_scale cannot be applied to the model's own {type(own).__name__} "
-                "scaling. Set rope_scaling_type too."
-            )
+        return _refactored(own, factor)
+    return _named(kind, own, factor, trained)
+
+
+def _refactored(own: Rule, factor: float) -> Rule:
+    """The model's own rule with another factor; plain interpolation where it has none."""
+    if isinstance(own, Linear | NTKAware | DynamicNTK | YaRN):
+        return replace(own, factor=factor)
+    if isinstance(own, Unscaled):
+        return Linear(factor=factor)
+    raise ValueError(
+        f"rope_freq_scale cannot be applied to the model's own {type(own).__name__} scaling. "
+        "Set rope_scaling_type too."
+    )
+
+
+def _named(kind: str, own: Rule, factor: float, trained: int) -> Rule:
+    """The rule of that name."""
     if kind == "linear":
         return Linear(factor=factor)
     if kind == "ntk":

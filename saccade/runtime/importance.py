@@ -15,7 +15,7 @@ from saccade.compress import received_attention
 from saccade.core import KVView
 from saccade.runtime.context import Context
 
-HEAD_CHUNK = 256
+HEAD_CHUNK = 64
 """Hidden states turned into logits at once: logits are vocab times larger than tokens."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from saccade.compress import POLICIES
 from saccade.sparse import Pattern
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
@@ -68,6 +69,7 @@ class ContextParams:
         _one_of("type_k", self.type_k, CACHE_TYPES)
         _one_of("type_v", self.type_v, CACHE_TYPES)
         _one_of("rope_scaling_type", self.rope_scaling_type, ROPE_SCALING_TYPES)
+        _one_of("kv_policy", self.kv_policy, tuple(POLICIES))
         _at_least("n_ctx", self.n_ctx, 1)
         _at_least("n_batch", self.n_batch, 1)
         _at_least("n_swa", self.n_swa, 1)

@@ -10,7 +10,7 @@ from saccade.core import Mask, Unsupported
 from saccade.ops import attend, attention
 
 EXACT = {
-    "dense": (lambda: DenseCache(), Mask()),
+    "dense": (DenseCache, Mask()),
     "ring": (lambda: RingCache(window=9, chunk=4), Mask(window=9)),
     "ring with sinks": (lambda: RingCache(window=9, sinks=3, chunk=4), Mask(window=9, sinks=3)),
     "ring of one": (lambda: RingCache(window=1, chunk=1), Mask(window=1)),
@@ -151,7 +151,7 @@ class TestDense:
         assert cache.nbytes == 2 * 2 * 2 * 1000 * 16 * 4
 
     def test_keep_frees_memory_and_attends_to_what_is_kept(self):
-        cache, (q, k, v) = DenseCache(), qkv(700)
+        cache, (_, k, v) = DenseCache(), qkv(700)
         cache.append(k, v)
         before = cache.nbytes
         index = torch.stack([torch.randperm(700)[:100].sort().values for _ in range(4)])
@@ -168,7 +168,7 @@ class TestDense:
         assert torch.allclose(ours, expected, atol=1e-5)
 
     def test_keep_everything_is_dense(self):
-        cache, (q, k, v) = DenseCache(), qkv()
+        cache, (_, k, v) = DenseCache(), qkv()
         cache.append(k, v)
         cache.keep(torch.arange(LENGTH).expand(2, 2, LENGTH))
         assert torch.equal(cache.view().k, k) and torch.equal(cache.view().v, v)

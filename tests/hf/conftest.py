@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from tiny_models import CONFIGS, tiny_config, tiny_model  # noqa: E402
-
-import saccade.hf  # noqa: E402, F401  (registers the attention implementation)
+import saccade.hf  # noqa: F401  (registers the attention implementation)
+from tests.tiny_models import CONFIGS, tiny_config, tiny_model
 
 transformers.logging.set_verbosity_error()
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WINDOW, tiny_config, tiny_model
 from torch import nn
 from transformers import GenerationConfig
 
@@ -15,6 +14,7 @@ from saccade.core import Unsupported
 from saccade.hf import KEY, attach
 from saccade.runtime.params import ContextParams
 from saccade.sparse import BlockTopK, Strided
+from tests.tiny_models import WINDOW, tiny_config, tiny_model
 
 YARN = ContextParams(n_ctx=2048, rope_scaling_type="yarn")
 

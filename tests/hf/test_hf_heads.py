@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_hf_attach import snapshot
-from tiny_models import tiny_config, tiny_model
 
 from saccade.core import Unsupported
 from saccade.hf import HFModel, attach, expand_to_mha, pool_to_mqa
 from saccade.runtime.params import ContextParams
+from tests.hf.test_hf_attach import snapshot
+from tests.tiny_models import tiny_config, tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
 
@@ -49,10 +49,15 @@ def test_mqa_is_the_mean_of_the_heads(ids, family):
         with attach(model) as attached:
             cache = attached.new_cache()
             ours = model(ids, past_key_values=cache).logits
-            assert cache.stores[0].view().shape[1] == 1
+            assert cache.nbytes == 2 * pooled_bytes(cache)
     torch.testing.assert_close(ours, output, atol=1e-5, rtol=1e-5)
     assert output.isfinite().all() and not torch.allclose(output, plain, atol=1e-3)
     assert snapshot(model) == kept
+
+
+def pooled_bytes(cache) -> int:
+    """Bytes of the keys of a cache with one head."""
+    return sum(store._k[:, :1].nbytes for store in cache.stores)
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def test_packed_documents_do_not_see_each_other(pair, ids):
 @torch.no_grad()
 def test_cumulative_lengths_of_packed_documents(ids):
     """What DataCollatorWithFlattening passes; the model itself builds no packed mask from it."""
-    from conftest import Pair
+    from tests.hf.conftest import Pair
 
     pair, edges = Pair("llama"), torch.tensor([0, 10, 18, 24], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in (10, 8, 6)])[None]
@@ -110,7 +110,7 @@ def test_4d_masks(pair, ids, form):
 
 
 def test_biased_4d_masks_are_refused(ids):
-    from conftest import Pair
+    from tests.hf.conftest import Pair
 
     with pytest.raises(Unsupported, match=r"may hold only 0 and -inf"):
         Pair("llama").ours(ids, attention_mask=torch.randn(2, 1, 24, 24))
@@ -161,7 +161,7 @@ def test_from_pretrained(tmp_path, pair, ids):
 
 @torch.no_grad()
 def test_bidirectional_decoder(ids, padded):
-    from tiny_models import tiny_config, tiny_model
+    from tests.tiny_models import tiny_config, tiny_model
 
     models = [tiny_model(tiny_config("llama", is_causal=False), i) for i in (KEY, "eager")]
     ours, theirs = (m(ids, use_cache=False).logits for m in models)
@@ -179,7 +179,7 @@ def test_backends(pair, ids, padded, backend):
 
 
 def test_dropout_is_refused(ids):
-    from tiny_models import tiny_config, tiny_model
+    from tests.tiny_models import tiny_config, tiny_model
 
     model = tiny_model(tiny_config("llama", attention_dropout=0.1), KEY).train()
     with pytest.raises(Unsupported, match=r"no dropout on attention weights, got dropout=0\.1"):

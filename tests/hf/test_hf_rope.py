@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model
 from transformers import GPT2Config
 
 from saccade.core import Unsupported
@@ -12,6 +11,7 @@ from saccade.hf import rotary_frequencies, scaled_rope
 from saccade.hf.rope import ScaledRotary
 from saccade.rope import Linear, Unscaled, YaRN
 from saccade.runtime.params import ContextParams
+from tests.tiny_models import tiny_config, tiny_model
 
 BASE = {"rope_theta": 10000.0}
 CASES = {
@@ -75,7 +75,11 @@ def test_equals_a_model_built_with_that_config(ids, family, case):
     partial = config.rope_parameters.get("partial_rotary_factor")
     if partial is not None:
         parameters = {**parameters, "partial_rotary_factor": partial}
-    built = tiny_model(tiny_config(family, rope_parameters=parameters))
+    changes = {"rope_parameters": parameters}
+    if family == "phi3":  # states the trained length outside the dict, where it wins
+        trained = parameters.get("original_max_position_embeddings", 512)
+        changes["original_max_position_embeddings"] = trained
+    built = tiny_model(tiny_config(family, **changes))
     model = tiny_model(config)
     with scaled_rope(model, params):
         found = rotary_frequencies(model)

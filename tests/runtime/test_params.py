@@ -13,7 +13,10 @@ def test_defaults_change_nothing():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"flash_attn": "yes"}, "unknown flash_attn 'yes'; expected one of auto, enabled, disabled"),
+        (
+            {"flash_attn": "yes"},
+            "unknown flash_attn 'yes'; expected one of auto, ena",
+        ),
         ({"type_k": "q3", "type_v": "q3"}, "unknown type_k 'q3'; expected one of f32, bf16"),
         ({"rope_scaling_type": "magic"}, "unknown rope_scaling_type 'magic'"),
         ({"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
@@ -22,6 +25,7 @@ def test_defaults_change_nothing():
         ({"n_swa": 4, "n_sinks": -1}, "n_sinks must be at least 0, got -1"),
         ({"n_sinks": 4}, "n_sinks=4 needs a window: set n_swa"),
         ({"rope_freq_scale": 2.0}, r"rope_freq_scale is 1 / factor, in \(0, 1\], got 2.0"),
+        ({"kv_policy": "magic", "kv_budget": 9}, "unknown kv_policy 'magic'; expected one of snap"),
         ({"kv_policy": "snapkv"}, "kv_policy and kv_budget go together"),
         ({"kv_policy": "snapkv", "kv_budget": 1.5}, r"as a share must be in \(0, 1\], got 1.5"),
         ({"kv_policy": "snapkv", "kv_budget": 0}, "kv_budget must be at least 1, got 0"),
