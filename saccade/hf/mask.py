@@ -131,7 +131,6 @@ def saccade_mask(
     Args:
         q_offset: slot of the first query; StaticCache hands out its live counter, which the first
             layer moves on before attention runs, so it is read here and now.
-        mask_function: transformers' description of the pattern.
         attention_mask: bool `[B, slots]`, the user's 2-D padding mask.
 
     Returns:
@@ -140,20 +139,18 @@ def saccade_mask(
     mask = stock_pattern(mask_function, local_size)
     if mask is None:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,  # type: ignore[arg-type]
-            kv_offset=kv_offset,
-            mask_function=mask_function,
+        sizes: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
+        foreign = sdpa_mask(
+            *sizes,
             attention_mask=attention_mask,
             local_size=local_size,
             device=device,
             **kwargs,
         )
+        assert foreign is not None, "both ways of skipping the mask are switched off"
+        return foreign
     first = int(q_offset)
-    reach = min(kv_length, first + q_length - kv_offset) if mask.causal else kv_length
+    reach = first + q_length - kv_offset if mask.causal else kv_length
     padding = _padding(attention_mask, kv_offset, kv_length, reach)
     spec = MaskSpec(q_offset=first, kv_offset=int(kv_offset), mask=mask, padding=padding)
     return SpecMask.make(spec, (batch_size, 1, q_length, kv_length), torch.device(device))

@@ -19,12 +19,11 @@ def visible_pairs(call: AttentionCall, start: int, stop: int, tile: KVTile) -> T
     k_pos = tile.positions[..., None, :]  # [B | 1, Hkv | 1, 1, t]
     visible = call.mask.allows(q_pos, k_pos) & real_keys(call, tile)[..., None, :]
     if call.blocks is not None:
-        # Selections speak of positions that all rows share, as dense and quantised views have.
         index = torch.arange(start, stop, device=call.q.device)
-        visible = visible & call.blocks.visible(index, tile.positions[0, 0])
+        visible = visible & call.blocks.visible(index, shared_positions(tile))
     grouped = visible[:, :, None]
     if call.attn_mask is not None:
-        foreign = call.attn_mask[:, :, start:stop][..., tile.positions[0, 0]]
+        foreign = call.attn_mask[:, :, start:stop][..., shared_positions(tile)]
         heads = foreign.shape[1]
         kv_heads = heads // call.num_groups if heads > 1 else 1
         grouped = grouped & foreign.unflatten(1, (kv_heads, -1))
@@ -37,8 +36,15 @@ def real_keys(call: AttentionCall, tile: KVTile) -> Tensor:
     if call.lengths is not None:
         real = real & (tile.positions < call.lengths[:, None, None])
     if call.key_padding is not None:
-        real = real & call.key_padding[:, None][..., tile.positions[0, 0]]
+        shape = (call.q.shape[0], *tile.positions.shape[1:])
+        at = tile.positions.clamp_min(0).expand(shape)
+        real = real & call.key_padding[:, None].expand(-1, shape[1], -1).gather(-1, at)
     return real
+
+
+def shared_positions(tile: KVTile) -> Tensor:
+    """Positions `[t]` of a tile whose rows differ at most in which slots are empty."""
+    return tile.positions.flatten(0, 1).amax(0).clamp_min(0)
 
 
 def has_holes(call: AttentionCall) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache
+from saccade.cache import DenseCache, RingCache
 from saccade.compress import POLICIES, Observed, resolve_budget, select
 from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
@@ -54,6 +54,8 @@ def compress_cache(
     """
     policy = POLICIES[policy_name]()
     for i, layer in enumerate(cache.layers):
+        if isinstance(layer, RingCache):
+            continue
         if not isinstance(layer, DenseCache):
             raise Unsupported(
                 f"kv_policy needs caches in full precision, layer {i} has {type(layer).__name__}."

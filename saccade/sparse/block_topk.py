@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core import BlockSelection, KVView
 from saccade.core.kv import dense
+from saccade.ops.visibility import shared_positions
 from saccade.sparse.pattern import last_key_block
 
 
@@ -42,8 +42,10 @@ class BlockTopK:
         """The grid for these queries, from one small matrix product of pooled vectors."""
         tile = dense(kv)
         last = last_key_block(q.shape[2], q_offset, self.block, self.block, q.device)[:, None]
-        q_pooled = _pool(q.unflatten(1, (kv.shape[1], -1)).mean(2), self.block)
-        k_pooled = _pool(tile.k, self.block)
+        grouped = q.unflatten(1, (kv.shape[1], -1)).mean(2)
+        index = torch.arange(q.shape[2], device=q.device)
+        q_pooled = _pool(grouped, self.block, index, q.shape[2])
+        k_pooled = _pool(tile.k, self.block, shared_positions(tile), kv.shape[2])
         scores = q_pooled @ k_pooled.mT  # [B, Hkv, q_blocks, k_blocks]
         blocks = torch.arange(scores.shape[-1], device=q.device)[None]
         scores = scores.masked_fill(blocks > last, -torch.inf)
@@ -54,10 +56,11 @@ class BlockTopK:
         return BlockSelection(allowed=allowed, q_block=self.block, k_block=self.block)
 
 
-def _pool(x: Tensor, block: int) -> Tensor:
-    """Mean over blocks of tokens: `[B, H, L, D]` -> `[B, H, ceil(L / block), D]` float32."""
-    length = x.shape[2]
-    padded = F.pad(x.float(), (0, 0, 0, -length % block)).unflatten(2, (-1, block)).sum(3)
-    counts = torch.full((padded.shape[2],), float(block), device=x.device)
-    counts[-1] = length - block * (padded.shape[2] - 1)
-    return padded / counts[:, None]
+def _pool(x: Tensor, block: int, positions: Tensor, length: int) -> Tensor:
+    """Mean over blocks of positions: `[B, H, t, D]` -> `[B, H, blocks, D]` float32."""
+    home = positions // block
+    blocks = -(-length // block)
+    sums = x.new_zeros(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
+    sums.index_add_(2, home, x.float())
+    counts = torch.bincount(home, minlength=blocks).clamp_min(1)
+    return sums / counts[:, None]

@@ -11,7 +11,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [code for name, code in fences if name == language]
 
 
 @pytest.mark.real_model
@@ -27,7 +28,9 @@ def test_the_tree_exists():
     named = [line.split()[0] for line in tree.splitlines()]
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
-    folders = {f"saccade/{p.name}" for p in (ROOT / "saccade").iterdir() if (p / "__init__.py").exists()}
+    folders = {
+        f"saccade/{p.name}" for p in (ROOT / "saccade").iterdir() if (p / "__init__.py").exists()
+    }
     assert folders <= set(named), folders - set(named)
 
 

@@ -196,6 +196,17 @@ def test_sparse_patterns_that_read_everything_change_nothing(llama, ids, pattern
         assert not torch.allclose(llama(ids).logits, plain, atol=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_sparse_patterns_leave_sliding_layers_alone(ids, family):
+    model = tiny_model(tiny_config(family))
+    plain = model(ids).logits
+    with attach(model, ContextParams(sparse=BlockTopK(block=4, top=6))) as attached:
+        cache = attached.new_cache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(8, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), plain, atol=1e-5, rtol=1e-5)
+
+
 def test_models_off_the_attention_interface_are_refused(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "_can_set_attn_implementation", classmethod(lambda cls: False))
     kept = snapshot(llama)

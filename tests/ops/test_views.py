@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span, Unsupported
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend
@@ -57,6 +57,44 @@ def test_pages(backend, mask, page):
         alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
         expected = attend(q[row : row + 1], alone, mask=mask, backend="reference")
         assert torch.allclose(ours.out[row : row + 1], expected.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *OTHERS])
+def test_padding_over_pages_of_different_length(backend):
+    """Row 0 is the shorter one: what it lacks must not decide for the others."""
+    k, v, q = random(2, 1, 8, 16), random(2, 1, 8, 16), random(2, 2, 1, 16)
+    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
+    lengths = torch.tensor([3, 8], dtype=torch.int32)
+    pool_k, pool_v = (x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1) for x in (k, v))
+    view = PagedKV(pool_k, pool_v, table, lengths, 8)
+    padding = torch.tensor([[True] * 8, [False, True, True, True, True, False, True, True]])
+    try:
+        ours = attend(q, view, mask=Mask(), key_padding=padding, backend=backend)
+    except Unsupported:
+        return
+    for row, length in enumerate((3, 8)):
+        expected = attend(
+            q[row : row + 1],
+            DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length]),
+            mask=Mask(),
+            key_padding=padding[row : row + 1, :length],
+            backend="reference",
+        )
+        assert torch.allclose(ours.out[row : row + 1], expected.out, atol=1e-5)
+
+
+def test_ragged_views_refuse_blocks():
+    view = RaggedKV(
+        random(1, 4, 16),
+        random(1, 4, 16),
+        torch.zeros(1, 4),
+        torch.zeros(1, 1, 1),
+        torch.ones(1, 1),
+        4,
+        4,
+    )
+    with pytest.raises(Unsupported, match="a ragged view has none"):
+        attend(random(1, 1, 1, 16), view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0)
 
 
 @pytest.mark.parametrize("backend", OTHERS)

@@ -12,6 +12,7 @@ from saccade.core import (
     KVView,
     Mask,
     PagedKV,
+    RaggedKV,
     Unsupported,
 )
 from saccade.core.check import check_heads, check_optional, check_qkv, describe
@@ -185,6 +186,11 @@ def make_call(
         )
     if blocks is not None:
         blocks.check_covers(q_len, end)
+    if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
+        raise Unsupported(
+            "blocks and attn_mask speak of positions that all heads share, and a ragged view has "
+            "none. Leave them out, or attend before the cache is compressed."
+        )
     bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q, kv)
     if bounds is not None and any(
         extra is not None for extra in (key_padding, lengths, blocks, attn_mask, q_offset)
