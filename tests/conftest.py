@@ -3,7 +3,12 @@
 import os
 
 import torch
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each take every core spend their time waiting for one another.
     torch.set_num_threads(1)
+
+# The same examples in every run: a failure in CI can be repeated anywhere.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")

@@ -28,9 +28,7 @@ def test_the_tree_exists():
     named = [line.split()[0] for line in tree.splitlines()]
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
-    folders = {
-        f"saccade/{p.name}" for p in (ROOT / "saccade").iterdir() if (p / "__init__.py").exists()
-    }
+    folders = {f"saccade/{init.parent.name}" for init in (ROOT / "saccade").glob("*/__init__.py")}
     assert folders <= set(named), folders - set(named)
 
 

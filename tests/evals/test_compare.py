@@ -73,9 +73,9 @@ def test_bad_requests(model):
 
 
 def test_generate_streams_an_answer():
+    options = "generate --model smollm2 --raw --n-predict 4 --swa 64 --sinks 4"
     done = subprocess.run(
-        [*COMMAND, "generate", "--model", "smollm2", "--raw", "--n-predict", "4"]
-        + ["--prompt", "The capital of France is", "--swa", "64", "--sinks", "4"],
+        [*COMMAND, *options.split(), "--prompt", "The capital of France is"],
         capture_output=True,
         text=True,
         check=True,

@@ -84,15 +84,8 @@ def test_padding_over_pages_of_different_length(backend):
 
 
 def test_ragged_views_refuse_blocks():
-    view = RaggedKV(
-        random(1, 4, 16),
-        random(1, 4, 16),
-        torch.zeros(1, 4),
-        torch.zeros(1, 1, 1),
-        torch.ones(1, 1),
-        4,
-        4,
-    )
+    k, table, lengths = random(1, 4, 16), torch.zeros(1, 1, 1), torch.ones(1, 1)
+    view = RaggedKV(k, k, torch.zeros(1, 4), table, lengths, 4, 4)
     with pytest.raises(Unsupported, match="a ragged view has none"):
         attend(random(1, 1, 1, 16), view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0)
 
