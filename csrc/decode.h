@@ -1,0 +1,497 @@
+// A few queries against many keys: the work is reading the keys once, so nothing is packed.
+//
+// All rows of a group (query heads x queries, at most 8) share each key that is loaded.  Keys and
+// values are widened in registers.  Codes are never dequantised: the scales of a key group are
+// folded into the queries and those of a value into its weight,
+//
+//     q . (code * scale + offset)     = (q * scale) . code + q . offset
+//     sum p (code * scale + offset)   = sum (p * scale) code + sum p * offset
+#pragma once
+#include "finish.h"
+#include "micro_kernel.h"
+#include "pack.h"
+#include "plan.h"
+#include "softmax.h"
+
+namespace saccade::SACCADE_TARGET {
+
+constexpr int kMaxRows = 8;
+#if defined(SACCADE_AVX2) && !defined(SACCADE_AVX512)
+constexpr int kAccumulators = 8;  // of 16 registers
+#else
+constexpr int kAccumulators = 16;
+#endif
+
+// How a stored row turns into registers: `kParts` of them from each chunk of W elements.
+template <class T>
+struct Stored {
+  using Element = T;
+  static constexpr int kParts = 1;
+  SACCADE_INLINE void get(const T* row, int chunk, F* x) { x[0] = load(row + chunk * W); }
+  SACCADE_INLINE void get_part(const T* row, int chunk, int n, F* x) {
+    x[0] = load_part(row + chunk * W, n);
+  }
+};
+
+struct Nibbles {  // a byte holds channel d and channel d + dim / 2
+  using Element = uint8_t;
+  static constexpr int kParts = 2;
+  SACCADE_INLINE void get(const uint8_t* row, int chunk, F* x) {
+    load_nibbles(row + chunk * W, x[0], x[1]);
+  }
+  SACCADE_INLINE void get_part(const uint8_t* row, int chunk, int n, F* x) {
+    uint8_t bytes[W] = {};
+    std::memcpy(bytes, row + chunk * W, n);
+    load_nibbles(bytes, x[0], x[1]);
+  }
+};
+
+class Decode {
+ public:
+  Decode(const Problem& p, const Partials& partials) : p_(p), partials_(partials) {}
+
+  void run(const Piece& piece) {
+    const Sequence& s = p_.sequences[piece.sequence];
+    piece_ = &piece;
+    sequence_ = &s;
+    num_rows_ = (int)(piece.row_end - piece.row_begin);
+    start();
+    Range* ranges = (Range*)scratch(Scratch::kernel, max_ranges(p_, s) * sizeof(Range));
+    const int64_t num_ranges = visited_ranges(p_, s, piece, ranges);
+    const Range part = split_part(total_keys(ranges, num_ranges), piece.split, piece.splits);
+    KeyWalk walk(p_, s, piece.head, ranges, num_ranges, part.start, part.stop - part.start);
+    while (walk.next(tile_)) absorb_tile();
+    write();
+  }
+
+ private:
+  // Rows in groups of 4, 2 or 1.
+  template <class Visit>
+  void each_group(Visit&& visit) {
+    for (int row = 0; row < num_rows_; row += 4) {
+      const int rest = num_rows_ - row;
+      if (rest >= 3) visit.template operator()<4>(row);
+      if (rest == 2) visit.template operator()<2>(row);
+      if (rest == 1) visit.template operator()<1>(row);
+    }
+  }
+
+  void start() {
+    const Sequence& s = *sequence_;
+    const float factor = p_.softcap != 0.f ? p_.scale / p_.softcap : p_.scale * kLog2e;
+    std::memset(q_, 0, sizeof q_);
+    for (int i = 0; i < kMaxRows; ++i) {
+      const int64_t row = least(piece_->row_begin + i, piece_->row_end - 1);
+      const int64_t query = row / p_.group, head = piece_->head * p_.group + row % p_.group;
+      const int64_t at = s.q_offset + query;
+      rows_[i] = {(int32_t)at, p_.causal ? (int32_t)at : kEverywhere,
+                  p_.window != kUnlimited ? (int32_t)most(at - p_.window, INT32_MIN) : INT32_MIN,
+                  p_.alibi ? p_.alibi[s.batch * p_.alibi_batch + head] * kLog2e : 0.f, query, head};
+      if (i < num_rows_) load_query(rows_[i], factor, q_[i]);
+      const bool sink = p_.sink_logits && piece_->split == 0;
+      m_[i] = sink ? p_.sink_logits[head] * kLog2e : -kInf;
+      std::memset(l_[i], 0, sizeof l_[i]);
+      if (m_[i] != -kInf) l_[i][0] = 1.f;
+      if (i < num_rows_) std::memset(o_[i], 0, sizeof o_[i]);
+    }
+  }
+
+  void load_query(const Row& row, float factor, float* x) {
+    const int dim = (int)p_.head_dim;
+    const char* q = p_.q.data + sequence_->batch * p_.q.batch + row.head * p_.q.head +
+                    (sequence_->q_begin + row.query) * p_.q.row;
+    for (int d = 0; d < dim; d += W) {
+      const int n = dim - d < W ? dim - d : W;
+      F part = zero();
+      switch (p_.q.dtype) {
+        case Dtype::f32: part = load_part((const float*)q + d, n); break;
+        case Dtype::bf16: part = load_part((const Bf16*)q + d, n); break;
+        default: part = load_part((const F16*)q + d, n);
+      }
+      store(x + d, mul(part, set1(factor)));
+    }
+  }
+
+  void absorb_tile() {
+    tile_full_ = is_full();
+    values_finite_ = true;
+    if (!tile_full_) values_finite_ = check_values();
+    each_group([&]<int R>(int row) { score<R>(row); });
+    each_group([&]<int R>(int row) { soften<R>(row); });
+    prepare_values();
+    each_group([&]<int R>(int row) { accumulate<R>(row); });
+  }
+
+  // Whether every row sees every key of the tile.
+  bool is_full() const {
+    const Row &low = rows_[0], &high = rows_[num_rows_ - 1];
+    const int32_t sinks = (int32_t)p_.sinks;
+    return !tile_.holes && tile_.count % 32 == 0 && tile_.high <= low.last &&
+           (tile_.low > high.after || tile_.high < sinks) && !by_row();
+  }
+
+  bool by_row() const {
+    return p_.attn_mask.data || (p_.blocks.data && p_.q_block < sequence_->q_len);
+  }
+
+  // The key positions of the tile as one row sees them.
+  const int32_t* positions_of(int row) {
+    if (!by_row()) return tile_.positions;
+    const Row& r = rows_[row];
+    const ByteGrid& g = p_.attn_mask;
+    for (int j = 0; j < kTile; ++j) {
+      const int32_t at = j < tile_.count ? tile_.positions[j] : kNowhere;
+      bool seen = at != kNowhere;
+      if (seen && g.data)
+        seen = g.data[sequence_->batch * g.batch + r.head * g.head + r.query * g.row + at * g.column];
+      if (seen && p_.blocks.data)
+        seen = block_allowed(p_, sequence_->batch, piece_->head, r.query / p_.q_block,
+                             at / p_.k_block);
+      row_positions_[j] = seen ? at : kNowhere;
+    }
+    return row_positions_;
+  }
+
+  // ---- scores ----
+
+  template <int R>
+  void score(int row) {
+    if (tile_.packed) {
+      if (p_.kv.k_codes.bits == 8) return score_codes<Stored<uint8_t>, R>(row);
+      return score_codes<Nibbles, R>(row);
+    }
+    const int dim = (int)p_.head_dim;
+    const float* q = q_[row];
+    switch (p_.kv.k.dtype) {
+      case Dtype::f32: return dot<Stored<float>, R>(q, kDimPad, dim, row, 0, padded_count());
+      case Dtype::bf16: return dot<Stored<Bf16>, R>(q, kDimPad, dim, row, 0, padded_count());
+      default: return dot<Stored<F16>, R>(q, kDimPad, dim, row, 0, padded_count());
+    }
+  }
+
+  int padded_count() const { return (int)ceil_div(tile_.count, kTilePad) * kTilePad; }
+
+  // Scores of R rows against keys [begin, end): W accumulators hold R rows x W/R keys.
+  // `q` holds, for each chunk of W stored elements, kParts registers.
+  template <class Source, int R>
+  SACCADE_NOINLINE void dot(const float* q, int q_stride, int length, int row, int begin, int end) {
+    constexpr int keys = W / R, parts = Source::kParts;
+    using T = typename Source::Element;
+    const int chunks = length / W, rest = length % W;
+    for (int j = begin; j < end; j += keys) {
+      F acc[W];
+      const T* k[keys];
+      SACCADE_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
+      SACCADE_UNROLL for (int i = 0; i < keys; ++i) k[i] = (const T*)tile_.k[j + i];
+      auto step = [&](int chunk, auto&& get) {
+        SACCADE_UNROLL for (int i = 0; i < keys; ++i) {
+          F x[parts];
+          get(k[i], x);
+          SACCADE_UNROLL for (int r = 0; r < R; ++r)
+            SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r * keys + i] =
+                fma(x[part], load(q + r * q_stride + (chunk * parts + part) * W), acc[r * keys + i]);
+        }
+      };
+      for (int c = 0; c < chunks; ++c)
+        step(c, [&](const T* k_row, F* x) __attribute__((always_inline)) { Source::get(k_row, c, x); });
+      if (rest)
+        step(chunks, [&](const T* k_row, F* x) { Source::get_part(k_row, chunks, rest, x); });
+      alignas(64) float sums[W];
+      store(sums, sum_each(acc));
+      SACCADE_UNROLL for (int r = 0; r < R; ++r)
+        std::memcpy(scores_[row + r] + j, sums + r * keys, keys * sizeof(float));
+    }
+  }
+
+  template <class Source, int R>
+  void score_codes(int row) {
+    const Codes& c = p_.kv.k_codes;
+    for (int begin = 0; begin < tile_.count;) {
+      const int64_t group = tile_.index[begin] / c.group;
+      int end = begin + 1;
+      while (end < tile_.count && tile_.index[end] / c.group == group) ++end;
+      fold_queries<Source, R>(row, group);
+      // Whole blocks of keys are computed; what lies behind `end` is overwritten by the next group.
+      const int length = (int)p_.head_dim / Source::kParts;
+      dot<Source, R>(folded_[0], kDimPad, length, row, begin, end);
+      for (int r = 0; r < R; ++r)
+        for (int j = begin; j < end; ++j) scores_[row + r][j] += bias_[r];
+      begin = end;
+    }
+  }
+
+  // folded = q * scale in the order of the chunks, bias = q . offset.
+  template <class Source, int R>
+  void fold_queries(int row, int64_t group) {
+    constexpr int parts = Source::kParts;
+    const Codes& c = p_.kv.k_codes;
+    const int dim = (int)p_.head_dim, length = dim / parts;
+    alignas(64) float scale[kDimPad], offset[kDimPad];
+    half_row(scale_row(c.scale, group), dim, scale);
+    half_row(scale_row(c.offset, group), dim, offset);
+    for (int r = 0; r < R; ++r) {
+      const float* q = q_[row + r];
+      F bias = zero();
+      for (int d = 0; d < dim; d += W) bias = fma(load(q + d), load(offset + d), bias);
+      bias_[r] = hsum(bias);
+      for (int chunk = 0; chunk * W < length; ++chunk)
+        for (int part = 0; part < parts; ++part) {
+          const int d = part * length + chunk * W, n = length - chunk * W;
+          F x = mul(load(q + d), load(scale + d));
+          if (n < W) x = load_part(lanes_of(x), n);
+          store(folded_[r] + (chunk * parts + part) * W, x);
+        }
+    }
+  }
+
+  const float* lanes_of(F x) {
+    store(lanes_, x);
+    return lanes_;
+  }
+
+  const char* scale_row(const Strided& s, int64_t row) const {
+    return s.data + sequence_->batch * s.batch + piece_->head * s.head + row * s.row;
+  }
+
+  // ---- softmax ----
+
+  template <int R>
+  void soften(int row) {
+    const Scoring how{!tile_full_, p_.alibi != nullptr, p_.softcap * kLog2e, (int32_t)p_.sinks};
+    online_softmax<R>(Softmax{m_, alpha_, l_[0]}, row, rows_, how,
+                      [&](int i) { return positions_of(row + i); }, scores_[row], kScoreStride, 0,
+                      padded_count());
+  }
+
+  // ---- values ----
+
+  // Are all values finite?  Asked only for tiles of which some row does not see all.
+  bool check_values() {
+    F taint = zero();
+    for (int j = 0; j < tile_.count; ++j) {
+      widen_value(j);
+      for (int d = 0; d < (int)p_.value_dim; d += W) taint = fma(load(value_ + d), zero(), taint);
+    }
+    return hsum(taint) == 0.f;
+  }
+
+  void widen_value(int j) {
+    const int dim = (int)p_.value_dim;
+    if (tile_.packed) {
+      const Codes& c = p_.kv.v_codes;
+      if (tile_.positions[j] == kNowhere) {
+        std::memset(value_, 0, sizeof value_);
+      } else {
+        dequantize_value(c, offset_of(c.scale), offset_of(c.offset), tile_, j, dim, value_);
+      }
+      return;
+    }
+    for (int d = 0; d < dim; d += W) {
+      const int n = dim - d < W ? dim - d : W;
+      switch (p_.kv.v.dtype) {
+        case Dtype::f32: store(value_ + d, load_part((const float*)tile_.v[j] + d, n)); break;
+        case Dtype::bf16: store(value_ + d, load_part((const Bf16*)tile_.v[j] + d, n)); break;
+        default: store(value_ + d, load_part((const F16*)tile_.v[j] + d, n));
+      }
+    }
+  }
+
+  int64_t offset_of(const Strided& s) const {
+    return sequence_->batch * s.batch + piece_->head * s.head;
+  }
+
+  // Scales of the values of the tile, transposed to [group][key].
+  void prepare_values() {
+    if (!tile_.packed) return;
+    const Codes& c = p_.kv.v_codes;
+    num_groups_ = (int)(p_.value_dim / c.group);
+    folds_values_ = num_groups_ <= kMaxGroups && c.group % W == 0 && values_finite_ &&
+                    (c.bits == 8 || (p_.value_dim / 2) % W == 0);
+    if (!folds_values_) return;
+    for (int j = 0; j < tile_.count; ++j) {
+      const bool real = tile_.positions[j] != kNowhere;
+      const F16* scale = (const F16*)scale_row(c.scale, tile_.index[j]);
+      const F16* offset = (const F16*)scale_row(c.offset, tile_.index[j]);
+      alignas(64) float x[kMaxGroups + W], y[kMaxGroups + W];
+      half_row((const char*)(real ? scale : (const F16*)kZeros), num_groups_, x);
+      half_row((const char*)(real ? offset : (const F16*)kZeros), num_groups_, y);
+      for (int g = 0; g < num_groups_; ++g) {
+        v_scale_[g][j] = x[g];
+        v_offset_[g][j] = y[g];
+      }
+    }
+    for (int g = 0; g < num_groups_; ++g)
+      for (int j = tile_.count; j < padded_count(); ++j) v_scale_[g][j] = v_offset_[g][j] = 0.f;
+  }
+
+  template <int R>
+  void accumulate(int row) {
+    if (!values_finite_) return accumulate_visible<R>(row);
+    if (tile_.packed) {
+      if (!folds_values_) return accumulate_visible<R>(row);
+      if (p_.kv.v_codes.bits == 8) return accumulate_codes<Stored<uint8_t>, R>(row);
+      return accumulate_codes<Nibbles, R>(row);
+    }
+    switch (p_.kv.v.dtype) {
+      case Dtype::f32: return accumulate_rows<Stored<float>, R>(row);
+      case Dtype::bf16: return accumulate_rows<Stored<Bf16>, R>(row);
+      default: return accumulate_rows<Stored<F16>, R>(row);
+    }
+  }
+
+  template <class Source, int R>
+  void accumulate_rows(int row) {
+    constexpr int vectors = kAccumulators / R;
+    const int dim = (int)p_.value_dim;
+    const float* weights[R][1];
+    for (int r = 0; r < R; ++r) weights[r][0] = scores_[row + r];
+    int d = 0;
+    for (; d + vectors * W <= dim; d += vectors * W) add_values<Source, R, vectors>(row, d, weights);
+    for (; d + W <= dim; d += W) add_values<Source, R, 1>(row, d, weights);
+    if (d < dim) add_last_values<Source, R>(row, d, dim - d);
+  }
+
+  // o = o * alpha + weights @ values for NV chunks of channels from stored element `at`.
+  template <class Source, int R, int NV>
+  SACCADE_NOINLINE void add_values(int row, int at,
+                                   const float* const (&weights)[R][Source::kParts]) {
+    constexpr int parts = Source::kParts;
+    using T = typename Source::Element;
+    F acc[R][NV][parts];
+    SACCADE_UNROLL for (int r = 0; r < R; ++r)
+      SACCADE_UNROLL for (int n = 0; n < NV; ++n)
+        SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r][n][part] = zero();
+    for (int j = 0; j < tile_.count; ++j) {
+      const T* v = (const T*)tile_.v[j] + at;
+      F x[NV][parts];
+      SACCADE_UNROLL for (int n = 0; n < NV; ++n) Source::get(v, n, x[n]);
+      SACCADE_UNROLL for (int r = 0; r < R; ++r)
+        SACCADE_UNROLL for (int part = 0; part < parts; ++part) {
+          const F weight = set1(weights[r][part][j]);
+          SACCADE_UNROLL for (int n = 0; n < NV; ++n)
+            acc[r][n][part] = fma(weight, x[n][part], acc[r][n][part]);
+        }
+    }
+    const int half = (int)p_.value_dim / parts;
+    SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+      const F shrink = set1(alpha_[row + r]);
+      SACCADE_UNROLL for (int n = 0; n < NV; ++n)
+        SACCADE_UNROLL for (int part = 0; part < parts; ++part) {
+          float* o = o_[row + r] + part * half + at + n * W;
+          store(o, fma(load(o), shrink, acc[r][n][part]));
+        }
+    }
+  }
+
+  // The channels behind the last whole register.
+  template <class Source, int R>
+  void add_last_values(int row, int at, int n) {
+    using T = typename Source::Element;
+    for (int r = 0; r < R; ++r) {
+      F acc = zero();
+      for (int j = 0; j < tile_.count; ++j)
+        acc = fma(set1(scores_[row + r][j]), load_part((const T*)tile_.v[j] + at, n), acc);
+      float* o = o_[row + r] + at;
+      store(o, fma(load(o), set1(alpha_[row + r]), acc));
+    }
+  }
+
+  // Codes: weights times scales for each group of channels, and the offsets once for a group.
+  template <class Source, int R>
+  void accumulate_codes(int row) {
+    constexpr int parts = Source::kParts;
+    const int dim = (int)p_.value_dim, half = dim / parts, group = (int)p_.kv.v_codes.group;
+    float gained[kMaxGroups][R];
+    for (int g = 0; g < num_groups_; ++g) scale_weights<R>(row, g, gained[g]);
+    for (int d = 0; d < half;) {
+      int stop = half;  // up to where no part changes its group
+      for (int part = 0; part < parts; ++part) {
+        const int next = ((part * half + d) / group + 1) * group - part * half;
+        stop = next < stop ? next : stop;
+      }
+      const float* weights[R][parts];
+      for (int r = 0; r < R; ++r)
+        for (int part = 0; part < parts; ++part)
+          weights[r][part] = scaled_[(part * half + d) / group][r];
+      constexpr int vectors = kAccumulators / R / parts > 0 ? kAccumulators / R / parts : 1;
+      for (; d + vectors * W <= stop; d += vectors * W)
+        add_values<Source, R, vectors>(row, d, weights);
+      for (; d < stop; d += W) add_values<Source, R, 1>(row, d, weights);
+    }
+    for (int g = 0; g < num_groups_; ++g)
+      for (int r = 0; r < R; ++r)
+        for (int d = g * group; d < (g + 1) * group; d += W) {
+          float* o = o_[row + r] + d;
+          store(o, add(load(o), set1(gained[g][r])));
+        }
+  }
+
+  template <int R>
+  void scale_weights(int row, int g, float* gained) {
+    const int end = padded_count();
+    for (int r = 0; r < R; ++r) {
+      F offset = zero();
+      for (int j = 0; j < end; j += W) {
+        const F p = load(scores_[row + r] + j);
+        store(scaled_[g][r] + j, mul(p, load(v_scale_[g] + j)));
+        offset = fma(p, load(v_offset_[g] + j), offset);
+      }
+      gained[r] = hsum(offset);
+    }
+  }
+
+  // Key by key, for unseen values that may be NaN or infinite and for unusual group sizes.
+  template <int R>
+  void accumulate_visible(int row) {
+    const int dim = (int)p_.value_dim;
+    for (int r = 0; r < R; ++r) {
+      const int32_t* positions = positions_of(row + r);
+      float* o = o_[row + r];
+      for (int d = 0; d < dim; ++d) o[d] *= alpha_[row + r];
+      for (int j = 0; j < tile_.count; ++j) {
+        if (!is_visible(rows_[row + r], (int32_t)p_.sinks, positions[j])) continue;
+        widen_value(j);
+        const F weight = set1(scores_[row + r][j]);
+        for (int d = 0; d < dim; d += W) store(o + d, fma(weight, load(value_ + d), load(o + d)));
+      }
+    }
+  }
+
+  void write() {
+    for (int i = 0; i < num_rows_; ++i) {
+      const float l = hsum(load(l_[i]));
+      if (piece_->splits == 1) {
+        write_row(p_, *sequence_, rows_[i].query, rows_[i].head, o_[i], m_[i], l);
+        continue;
+      }
+      const int64_t at = piece_->first_partial + i;
+      partials_.m[at] = m_[i];
+      partials_.l[at] = l;
+      std::memcpy(partials_.o + at * p_.value_dim, o_[i], p_.value_dim * sizeof(float));
+    }
+  }
+
+  static constexpr int kMaxGroups = 16;
+
+  const Problem& p_;
+  const Partials& partials_;
+  const Piece* piece_ = nullptr;
+  const Sequence* sequence_ = nullptr;
+  int num_rows_ = 0, num_groups_ = 0;
+  bool tile_full_ = false, values_finite_ = true, folds_values_ = false;
+  Row rows_[kMaxRows];
+  alignas(64) float q_[kMaxRows][kDimPad];
+  alignas(64) float folded_[4][kDimPad];
+  alignas(64) float o_[kMaxRows][kDimPad];
+  alignas(64) float scores_[kMaxRows][kScoreStride];
+  alignas(64) float l_[kMaxRows][W];
+  alignas(64) float value_[kDimPad];
+  alignas(64) float v_scale_[kMaxGroups][kTile], v_offset_[kMaxGroups][kTile];
+  alignas(64) float scaled_[kMaxGroups][4][kTile];
+  alignas(64) float lanes_[W];
+  float m_[kMaxRows + W], alpha_[kMaxRows + W], bias_[4];
+  int32_t row_positions_[kTile];
+  Tile tile_;
+};
+
+}  // namespace saccade::SACCADE_TARGET
