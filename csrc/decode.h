@@ -12,6 +12,7 @@
 #include "pack.h"
 #include "plan.h"
 #include "softmax.h"
+#include "sources.h"
 
 namespace saccade::SACCADE_TARGET {
 
@@ -21,30 +22,6 @@ constexpr int kAccumulators = 8;  // of 16 registers
 #else
 constexpr int kAccumulators = 16;
 #endif
-
-// How a stored row turns into registers: `kParts` of them from each chunk of W elements.
-template <class T>
-struct Stored {
-  using Element = T;
-  static constexpr int kParts = 1;
-  SACCADE_INLINE void get(const T* row, int chunk, F* x) { x[0] = load(row + chunk * W); }
-  SACCADE_INLINE void get_part(const T* row, int chunk, int n, F* x) {
-    x[0] = load_part(row + chunk * W, n);
-  }
-};
-
-struct Nibbles {  // a byte holds channel d and channel d + dim / 2
-  using Element = uint8_t;
-  static constexpr int kParts = 2;
-  SACCADE_INLINE void get(const uint8_t* row, int chunk, F* x) {
-    load_nibbles(row + chunk * W, x[0], x[1]);
-  }
-  SACCADE_INLINE void get_part(const uint8_t* row, int chunk, int n, F* x) {
-    uint8_t bytes[W] = {};
-    std::memcpy(bytes, row + chunk * W, n);
-    load_nibbles(bytes, x[0], x[1]);
-  }
-};
 
 class Decode {
  public:
@@ -60,7 +37,15 @@ class Decode {
     const int64_t num_ranges = visited_ranges(p_, s, piece, ranges);
     const Range part = split_part(total_keys(ranges, num_ranges), piece.split, piece.splits);
     KeyWalk walk(p_, s, piece.head, ranges, num_ranges, part.start, part.stop - part.start);
-    while (walk.next(tile_)) absorb_tile();
+    // The next tile is known while one is computed, so that its memory can be asked for in time.
+    bool more = walk.next(tiles_[0]);
+    for (int turn = 0; more; turn ^= 1) {
+      more = walk.next(tiles_[turn ^ 1]);
+      if (!more) tiles_[turn ^ 1].count = 0;
+      tile_ = &tiles_[turn];
+      next_ = &tiles_[turn ^ 1];
+      absorb_tile();
+    }
     write();
   }
 
@@ -79,7 +64,12 @@ class Decode {
   void start() {
     const Sequence& s = *sequence_;
     const float factor = p_.softcap != 0.f ? p_.scale / p_.softcap : p_.scale * kLog2e;
-    std::memset(q_, 0, sizeof q_);
+    factor_ = factor;
+#if defined(SACCADE_DOT)
+    dots_pairs_ = k_in_pairs() && p_.q.dtype == Dtype::bf16 && p_.head_dim % (2 * W) == 0;
+#endif
+    const size_t q_bytes = sizeof(float) * (size_t)padded_dim((int)p_.head_dim);
+    const size_t o_bytes = sizeof(float) * (size_t)padded_dim((int)p_.value_dim);
     for (int i = 0; i < kMaxRows; ++i) {
       const int64_t row = least(piece_->row_begin + i, piece_->row_end - 1);
       const int64_t query = row / p_.group, head = piece_->head * p_.group + row % p_.group;
@@ -87,12 +77,16 @@ class Decode {
       rows_[i] = {(int32_t)at, p_.causal ? (int32_t)at : kEverywhere,
                   p_.window != kUnlimited ? (int32_t)most(at - p_.window, INT32_MIN) : INT32_MIN,
                   p_.alibi ? p_.alibi[s.batch * p_.alibi_batch + head] * kLog2e : 0.f, query, head};
-      if (i < num_rows_) load_query(rows_[i], factor, q_[i]);
       const bool sink = p_.sink_logits && piece_->split == 0;
       m_[i] = sink ? p_.sink_logits[head] * kLog2e : -kInf;
       std::memset(l_[i], 0, sizeof l_[i]);
       if (m_[i] != -kInf) l_[i][0] = 1.f;
-      if (i < num_rows_) std::memset(o_[i], 0, sizeof o_[i]);
+      if (i < (num_rows_ + 3) / 4 * 4) {  // whole groups of rows are computed
+        std::memset(q_[i], 0, q_bytes);
+        std::memset(o_[i], 0, o_bytes);
+        std::memset(q_pairs_[i], 0, q_bytes / 2);
+      }
+      if (i < num_rows_) load_query(rows_[i], factor, q_[i]);
     }
   }
 
@@ -100,34 +94,39 @@ class Decode {
     const int dim = (int)p_.head_dim;
     const char* q = p_.q.data + sequence_->batch * p_.q.batch + row.head * p_.q.head +
                     (sequence_->q_begin + row.query) * p_.q.row;
-    for (int d = 0; d < dim; d += W) {
-      const int n = dim - d < W ? dim - d : W;
-      F part = zero();
-      switch (p_.q.dtype) {
-        case Dtype::f32: part = load_part((const float*)q + d, n); break;
-        case Dtype::bf16: part = load_part((const Bf16*)q + d, n); break;
-        default: part = load_part((const F16*)q + d, n);
-      }
-      store(x + d, mul(part, set1(factor)));
+    switch (p_.q.dtype) {
+      case Dtype::f32: widen((const float*)q, dim, factor, x); break;
+      case Dtype::bf16: widen((const Bf16*)q, dim, factor, x); break;
+      default: widen((const F16*)q, dim, factor, x);
     }
+    if (k_in_pairs()) split_pairs(x, dim);
+    if (dots_pairs_) std::memcpy(q_pairs_[&row - rows_], q, dim * sizeof(Bf16));
   }
 
+  bool k_in_pairs() const { return p_.kv.k.dtype == Dtype::bf16 && p_.kv.kind != ViewKind::quantized; }
+
   void absorb_tile() {
-    tile_full_ = is_full();
-    values_finite_ = true;
-    if (!tile_full_) values_finite_ = check_values();
+    k_bytes_ = row_bytes(next_->packed, p_.kv.k, p_.kv.k_codes, p_.head_dim);
+    v_bytes_ = row_bytes(tile_->packed, p_.kv.v, p_.kv.v_codes, p_.value_dim);
+    const bool all_seen = rows_see_all();
+    tile_full_ = all_seen && !tile_->holes && tile_->count % kTilePad == 0;
+    values_finite_ = all_seen || check_values();
     each_group([&]<int R>(int row) { score<R>(row); });
     each_group([&]<int R>(int row) { soften<R>(row); });
     prepare_values();
     each_group([&]<int R>(int row) { accumulate<R>(row); });
   }
 
-  // Whether every row sees every key of the tile.
-  bool is_full() const {
+  static int64_t row_bytes(bool packed, const Strided& rows, const Codes& codes, int64_t dim) {
+    if (packed) return dim * codes.bits / 8;
+    return dim * (rows.dtype == Dtype::f32 ? 4 : 2);
+  }
+
+  // Whether every row sees every key of the tile that is somewhere.
+  bool rows_see_all() const {
     const Row &low = rows_[0], &high = rows_[num_rows_ - 1];
     const int32_t sinks = (int32_t)p_.sinks;
-    return !tile_.holes && tile_.count % 32 == 0 && tile_.high <= low.last &&
-           (tile_.low > high.after || tile_.high < sinks) && !by_row();
+    return tile_->high <= low.last && (tile_->low > high.after || tile_->high < sinks) && !by_row();
   }
 
   bool by_row() const {
@@ -136,11 +135,11 @@ class Decode {
 
   // The key positions of the tile as one row sees them.
   const int32_t* positions_of(int row) {
-    if (!by_row()) return tile_.positions;
+    if (!by_row()) return tile_->positions;
     const Row& r = rows_[row];
     const ByteGrid& g = p_.attn_mask;
     for (int j = 0; j < kTile; ++j) {
-      const int32_t at = j < tile_.count ? tile_.positions[j] : kNowhere;
+      const int32_t at = j < tile_->count ? tile_->positions[j] : kNowhere;
       bool seen = at != kNowhere;
       if (seen && g.data)
         seen = g.data[sequence_->batch * g.batch + r.head * g.head + r.query * g.row + at * g.column];
@@ -156,60 +155,109 @@ class Decode {
 
   template <int R>
   void score(int row) {
-    if (tile_.packed) {
-      if (p_.kv.k_codes.bits == 8) return score_codes<Stored<uint8_t>, R>(row);
+    if (tile_->packed) {
+      if (p_.kv.k_codes.bits == 8) return score_codes<Plain<uint8_t>, R>(row);
       return score_codes<Nibbles, R>(row);
     }
     const int dim = (int)p_.head_dim;
     const float* q = q_[row];
+#if defined(SACCADE_DOT)
+    if (dots_pairs_) return dot_bf16<R>(row);
+#endif
     switch (p_.kv.k.dtype) {
-      case Dtype::f32: return dot<Stored<float>, R>(q, kDimPad, dim, row, 0, padded_count());
-      case Dtype::bf16: return dot<Stored<Bf16>, R>(q, kDimPad, dim, row, 0, padded_count());
-      default: return dot<Stored<F16>, R>(q, kDimPad, dim, row, 0, padded_count());
+      case Dtype::f32: return dot<Plain<float>, R>(q, kDimPad, dim, row, 0, padded_count());
+      case Dtype::bf16:
+        if (!k_in_pairs()) return dot<Plain<Bf16>, R>(q, kDimPad, dim, row, 0, padded_count());
+        return dot<Pairs, R>(q, kDimPad, dim, row, 0, padded_count());
+      default: return dot<Plain<F16>, R>(q, kDimPad, dim, row, 0, padded_count());
     }
   }
 
-  int padded_count() const { return (int)ceil_div(tile_.count, kTilePad) * kTilePad; }
+  int padded_count() const { return (int)ceil_div(tile_->count, kTilePad) * kTilePad; }
+
+  // Asks for N rows that will be read soon, while there is arithmetic to do.
+  template <int N>
+  SACCADE_INLINE void prefetch(const char* const* rows, int first, int count, int64_t bytes) {
+    if (first + N > count) return;
+    for (int i = 0; i < N; ++i)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[first + i] + b, 0, 2);
+  }
 
   // Scores of R rows against keys [begin, end): W accumulators hold R rows x W/R keys.
-  // `q` holds, for each chunk of W stored elements, kParts registers.
+  // `q` holds kParts registers for each chunk of stored elements.
   template <class Source, int R>
   SACCADE_NOINLINE void dot(const float* q, int q_stride, int length, int row, int begin, int end) {
-    constexpr int keys = W / R, parts = Source::kParts;
+    constexpr int keys = W / R, parts = Source::kParts, span = Source::kSpan;
     using T = typename Source::Element;
-    const int chunks = length / W, rest = length % W;
     for (int j = begin; j < end; j += keys) {
       F acc[W];
       const T* k[keys];
       SACCADE_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
-      SACCADE_UNROLL for (int i = 0; i < keys; ++i) k[i] = (const T*)tile_.k[j + i];
-      auto step = [&](int chunk, auto&& get) {
+      SACCADE_UNROLL for (int i = 0; i < keys; ++i) k[i] = (const T*)tile_->k[j + i];
+      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, v_bytes_);
+      auto multiply_add = [&](int i, const F* x, const float* of_chunk)
+                              __attribute__((always_inline)) {
+        SACCADE_UNROLL for (int r = 0; r < R; ++r)
+          SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r * keys + i] =
+              fma(x[part], load(of_chunk + r * q_stride + part * W), acc[r * keys + i]);
+      };
+      int d = 0;
+      const float* chunk = q;
+      for (; d + span <= length; d += span, chunk += parts * W) {
         SACCADE_UNROLL for (int i = 0; i < keys; ++i) {
           F x[parts];
-          get(k[i], x);
-          SACCADE_UNROLL for (int r = 0; r < R; ++r)
-            SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r * keys + i] =
-                fma(x[part], load(q + r * q_stride + (chunk * parts + part) * W), acc[r * keys + i]);
+          Source::get(k[i] + d, x);
+          multiply_add(i, x, chunk);
         }
-      };
-      for (int c = 0; c < chunks; ++c)
-        step(c, [&](const T* k_row, F* x) __attribute__((always_inline)) { Source::get(k_row, c, x); });
-      if (rest)
-        step(chunks, [&](const T* k_row, F* x) { Source::get_part(k_row, chunks, rest, x); });
-      alignas(64) float sums[W];
-      store(sums, sum_each(acc));
-      SACCADE_UNROLL for (int r = 0; r < R; ++r)
-        std::memcpy(scores_[row + r] + j, sums + r * keys, keys * sizeof(float));
+      }
+      if (d < length) {
+        SACCADE_UNROLL for (int i = 0; i < keys; ++i) {
+          F x[parts];
+          get_part<Source>(k[i] + d, length - d, x);
+          multiply_add(i, x, chunk);
+        }
+      }
+      store_scores<R>(row, j, sum_each(acc));
     }
   }
+
+  template <int R>
+  SACCADE_INLINE_MEMBER void store_scores(int row, int j, F sums) {
+    alignas(64) float lanes[W];
+    store(lanes, sums);
+    SACCADE_UNROLL for (int r = 0; r < R; ++r)
+      std::memcpy(scores_[row + r] + j, lanes + r * (W / R), W / R * sizeof(float));
+  }
+
+#if defined(SACCADE_DOT)
+  // The same for bfloat16 queries: exact products of pairs, two a lane and instruction.
+  template <int R>
+  SACCADE_NOINLINE void dot_bf16(int row) {
+    constexpr int keys = W / R;
+    const int chunks = (int)p_.head_dim / (2 * W);
+    for (int j = 0; j < tile_->count; j += keys) {
+      F acc[W];
+      SACCADE_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
+      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, v_bytes_);
+      for (int c = 0; c < chunks; ++c) {
+        SACCADE_UNROLL for (int i = 0; i < keys; ++i) {
+          const __m512i k = _mm512_loadu_si512(tile_->k[j + i] + c * 64);
+          SACCADE_UNROLL for (int r = 0; r < R; ++r) acc[r * keys + i] = dot_pairs(
+              k, _mm512_load_si512(q_pairs_[row + r] + c * 2 * W), acc[r * keys + i]);
+        }
+      }
+      store_scores<R>(row, j, mul(sum_each(acc), set1(factor_)));
+    }
+  }
+#endif
 
   template <class Source, int R>
   void score_codes(int row) {
     const Codes& c = p_.kv.k_codes;
-    for (int begin = 0; begin < tile_.count;) {
-      const int64_t group = tile_.index[begin] / c.group;
+    for (int begin = 0; begin < tile_->count;) {
+      const int64_t group = tile_->index[begin] / c.group;
       int end = begin + 1;
-      while (end < tile_.count && tile_.index[end] / c.group == group) ++end;
+      while (end < tile_->count && tile_->index[end] / c.group == group) ++end;
       fold_queries<Source, R>(row, group);
       // Whole blocks of keys are computed; what lies behind `end` is overwritten by the next group.
       const int length = (int)p_.head_dim / Source::kParts;
@@ -268,7 +316,7 @@ class Decode {
   // Are all values finite?  Asked only for tiles of which some row does not see all.
   bool check_values() {
     F taint = zero();
-    for (int j = 0; j < tile_.count; ++j) {
+    for (int j = 0; j < tile_->count; ++j) {
       widen_value(j);
       for (int d = 0; d < (int)p_.value_dim; d += W) taint = fma(load(value_ + d), zero(), taint);
     }
@@ -277,22 +325,19 @@ class Decode {
 
   void widen_value(int j) {
     const int dim = (int)p_.value_dim;
-    if (tile_.packed) {
+    if (tile_->packed) {
       const Codes& c = p_.kv.v_codes;
-      if (tile_.positions[j] == kNowhere) {
+      if (tile_->positions[j] == kNowhere) {
         std::memset(value_, 0, sizeof value_);
       } else {
-        dequantize_value(c, offset_of(c.scale), offset_of(c.offset), tile_, j, dim, value_);
+        dequantize_value(c, offset_of(c.scale), offset_of(c.offset), *tile_, j, dim, value_);
       }
       return;
     }
-    for (int d = 0; d < dim; d += W) {
-      const int n = dim - d < W ? dim - d : W;
-      switch (p_.kv.v.dtype) {
-        case Dtype::f32: store(value_ + d, load_part((const float*)tile_.v[j] + d, n)); break;
-        case Dtype::bf16: store(value_ + d, load_part((const Bf16*)tile_.v[j] + d, n)); break;
-        default: store(value_ + d, load_part((const F16*)tile_.v[j] + d, n));
-      }
+    switch (p_.kv.v.dtype) {
+      case Dtype::f32: return widen((const float*)tile_->v[j], dim, 1.f, value_);
+      case Dtype::bf16: return widen((const Bf16*)tile_->v[j], dim, 1.f, value_);
+      default: return widen((const F16*)tile_->v[j], dim, 1.f, value_);
     }
   }
 
@@ -302,69 +347,100 @@ class Decode {
 
   // Scales of the values of the tile, transposed to [group][key].
   void prepare_values() {
-    if (!tile_.packed) return;
+    if (!tile_->packed) return;
     const Codes& c = p_.kv.v_codes;
     num_groups_ = (int)(p_.value_dim / c.group);
     folds_values_ = num_groups_ <= kMaxGroups && c.group % W == 0 && values_finite_ &&
                     (c.bits == 8 || (p_.value_dim / 2) % W == 0);
     if (!folds_values_) return;
-    for (int j = 0; j < tile_.count; ++j) {
-      const bool real = tile_.positions[j] != kNowhere;
-      const F16* scale = (const F16*)scale_row(c.scale, tile_.index[j]);
-      const F16* offset = (const F16*)scale_row(c.offset, tile_.index[j]);
-      alignas(64) float x[kMaxGroups + W], y[kMaxGroups + W];
-      half_row((const char*)(real ? scale : (const F16*)kZeros), num_groups_, x);
-      half_row((const char*)(real ? offset : (const F16*)kZeros), num_groups_, y);
-      for (int g = 0; g < num_groups_; ++g) {
-        v_scale_[g][j] = x[g];
-        v_offset_[g][j] = y[g];
-      }
+    read_value_scales(c.scale, v_scale_);
+    read_value_scales(c.offset, v_offset_);
+  }
+
+  // Numbers [key][group] in float16 as float32 [group][key].
+  void read_value_scales(const Strided& s, float (*out)[kTile]) {
+    alignas(64) float x[kTile * kMaxGroups + W];
+    const int n = num_groups_, count = tile_->count;
+    const bool run = tile_->index[count - 1] - tile_->index[0] == count - 1;
+    if (run && s.row == n * (int64_t)sizeof(F16)) {
+      half_row(scale_row(s, tile_->index[0]), n * count, x);
+    } else {
+      for (int j = 0; j < count; ++j) half_row(scale_row(s, tile_->index[j]), n, x + j * n);
     }
-    for (int g = 0; g < num_groups_; ++g)
-      for (int j = tile_.count; j < padded_count(); ++j) v_scale_[g][j] = v_offset_[g][j] = 0.f;
+    switch (n) {  // known strides become shuffles
+      case 1: std::memcpy(out[0], x, count * sizeof(float)); break;
+      case 2: transpose_scales<2>(x, out); break;
+      case 4: transpose_scales<4>(x, out); break;
+      default:
+        for (int g = 0; g < n; ++g)
+          for (int j = 0; j < count; ++j) out[g][j] = x[j * n + g];
+    }
+    for (int g = 0; g < n; ++g) {
+      if (tile_->holes)
+        for (int j = 0; j < count; ++j)
+          if (tile_->positions[j] == kNowhere) out[g][j] = 0.f;
+      for (int j = count; j < padded_count(); ++j) out[g][j] = 0.f;
+    }
+  }
+
+  template <int N>
+  void transpose_scales(const float* x, float (*out)[kTile]) {
+    for (int g = 0; g < N; ++g)
+      for (int j = 0; j < kTile; ++j) out[g][j] = x[j * N + g];
   }
 
   template <int R>
   void accumulate(int row) {
     if (!values_finite_) return accumulate_visible<R>(row);
-    if (tile_.packed) {
+    if (tile_->packed) {
       if (!folds_values_) return accumulate_visible<R>(row);
-      if (p_.kv.v_codes.bits == 8) return accumulate_codes<Stored<uint8_t>, R>(row);
+      if (p_.kv.v_codes.bits == 8) return accumulate_codes<Plain<uint8_t>, R>(row);
       return accumulate_codes<Nibbles, R>(row);
     }
     switch (p_.kv.v.dtype) {
-      case Dtype::f32: return accumulate_rows<Stored<float>, R>(row);
-      case Dtype::bf16: return accumulate_rows<Stored<Bf16>, R>(row);
-      default: return accumulate_rows<Stored<F16>, R>(row);
+      case Dtype::f32: return accumulate_rows<Plain<float>, R>(row);
+      case Dtype::bf16:
+        if (!o_in_pairs()) return accumulate_rows<Plain<Bf16>, R>(row);
+        return accumulate_rows<Pairs, R>(row);
+      default: return accumulate_rows<Plain<F16>, R>(row);
     }
   }
 
   template <class Source, int R>
   void accumulate_rows(int row) {
-    constexpr int vectors = kAccumulators / R;
+    constexpr int span = Source::kSpan, vectors = most_vectors<Source, R>();
     const int dim = (int)p_.value_dim;
-    const float* weights[R][1];
-    for (int r = 0; r < R; ++r) weights[r][0] = scores_[row + r];
+    const float* weights[R][Source::kParts];
+    for (int r = 0; r < R; ++r)
+      for (int part = 0; part < Source::kParts; ++part) weights[r][part] = scores_[row + r];
     int d = 0;
-    for (; d + vectors * W <= dim; d += vectors * W) add_values<Source, R, vectors>(row, d, weights);
-    for (; d + W <= dim; d += W) add_values<Source, R, 1>(row, d, weights);
+    for (; d + vectors * span <= dim; d += vectors * span)
+      add_values<Source, R, vectors>(row, d, weights);
+    for (; d + span <= dim; d += span) add_values<Source, R, 1>(row, d, weights);
     if (d < dim) add_last_values<Source, R>(row, d, dim - d);
+  }
+
+  template <class Source, int R>
+  static constexpr int most_vectors() {
+    constexpr int n = kAccumulators / R / Source::kParts;
+    return n > 0 ? n : 1;
   }
 
   // o = o * alpha + weights @ values for NV chunks of channels from stored element `at`.
   template <class Source, int R, int NV>
   SACCADE_NOINLINE void add_values(int row, int at,
                                    const float* const (&weights)[R][Source::kParts]) {
-    constexpr int parts = Source::kParts;
+    constexpr int parts = Source::kParts, span = Source::kSpan;
     using T = typename Source::Element;
     F acc[R][NV][parts];
     SACCADE_UNROLL for (int r = 0; r < R; ++r)
       SACCADE_UNROLL for (int n = 0; n < NV; ++n)
         SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r][n][part] = zero();
-    for (int j = 0; j < tile_.count; ++j) {
-      const T* v = (const T*)tile_.v[j] + at;
+    for (int j = 0; j < tile_->count; ++j) {
+      const T* v = (const T*)tile_->v[j] + at;
+      if (row + at == 0) prefetch<1>(next_->k, j, next_->count, k_bytes_);
       F x[NV][parts];
-      SACCADE_UNROLL for (int n = 0; n < NV; ++n) Source::get(v, n, x[n]);
+      SACCADE_UNROLL for (int n = 0; n < NV; ++n) Source::get(v + n * span, x[n]);
       SACCADE_UNROLL for (int r = 0; r < R; ++r)
         SACCADE_UNROLL for (int part = 0; part < parts; ++part) {
           const F weight = set1(weights[r][part][j]);
@@ -372,27 +448,35 @@ class Decode {
             acc[r][n][part] = fma(weight, x[n][part], acc[r][n][part]);
         }
     }
-    const int half = (int)p_.value_dim / parts;
+    const int length = (int)p_.value_dim / parts;
     SACCADE_UNROLL for (int r = 0; r < R; ++r) {
       const F shrink = set1(alpha_[row + r]);
       SACCADE_UNROLL for (int n = 0; n < NV; ++n)
         SACCADE_UNROLL for (int part = 0; part < parts; ++part) {
-          float* o = o_[row + r] + part * half + at + n * W;
+          float* o = o_[row + r] + Source::place(at + n * span, part, length);
           store(o, fma(load(o), shrink, acc[r][n][part]));
         }
     }
   }
 
-  // The channels behind the last whole register.
+  // The channels behind the last whole chunk.
   template <class Source, int R>
   void add_last_values(int row, int at, int n) {
+    constexpr int parts = Source::kParts;
     using T = typename Source::Element;
     for (int r = 0; r < R; ++r) {
-      F acc = zero();
-      for (int j = 0; j < tile_.count; ++j)
-        acc = fma(set1(scores_[row + r][j]), load_part((const T*)tile_.v[j] + at, n), acc);
-      float* o = o_[row + r] + at;
-      store(o, fma(load(o), set1(alpha_[row + r]), acc));
+      F acc[parts];
+      for (int part = 0; part < parts; ++part) acc[part] = zero();
+      for (int j = 0; j < tile_->count; ++j) {
+        F x[parts];
+        get_part<Source>((const T*)tile_->v[j] + at, n, x);
+        for (int part = 0; part < parts; ++part)
+          acc[part] = fma(set1(scores_[row + r][j]), x[part], acc[part]);
+      }
+      for (int part = 0; part < parts; ++part) {
+        float* o = o_[row + r] + at + part * W;
+        store(o, fma(load(o), set1(alpha_[row + r]), acc[part]));
+      }
     }
   }
 
@@ -413,7 +497,7 @@ class Decode {
       for (int r = 0; r < R; ++r)
         for (int part = 0; part < parts; ++part)
           weights[r][part] = scaled_[(part * half + d) / group][r];
-      constexpr int vectors = kAccumulators / R / parts > 0 ? kAccumulators / R / parts : 1;
+      constexpr int vectors = most_vectors<Source, R>();
       for (; d + vectors * W <= stop; d += vectors * W)
         add_values<Source, R, vectors>(row, d, weights);
       for (; d < stop; d += W) add_values<Source, R, 1>(row, d, weights);
@@ -447,18 +531,26 @@ class Decode {
     for (int r = 0; r < R; ++r) {
       const int32_t* positions = positions_of(row + r);
       float* o = o_[row + r];
-      for (int d = 0; d < dim; ++d) o[d] *= alpha_[row + r];
-      for (int j = 0; j < tile_.count; ++j) {
+      for (int d = 0; d < padded_dim(dim); ++d) o[d] *= alpha_[row + r];
+      for (int j = 0; j < tile_->count; ++j) {
         if (!is_visible(rows_[row + r], (int32_t)p_.sinks, positions[j])) continue;
         widen_value(j);
+        if (o_in_pairs()) split_pairs(value_, dim);
         const F weight = set1(scores_[row + r][j]);
-        for (int d = 0; d < dim; d += W) store(o + d, fma(weight, load(value_ + d), load(o + d)));
+        for (int d = 0; d < padded_dim(dim); d += W)
+          store(o + d, fma(weight, load(value_ + d), load(o + d)));
       }
     }
   }
 
+  // Rows that may be kept as even and odd channels take room for whole chunks.
+  static int padded_dim(int dim) { return (int)ceil_div(dim, 2 * W) * 2 * W; }
+
+  bool o_in_pairs() const { return p_.kv.v.dtype == Dtype::bf16 && p_.kv.kind != ViewKind::quantized; }
+
   void write() {
     for (int i = 0; i < num_rows_; ++i) {
+      if (o_in_pairs()) join_pairs(o_[i], (int)p_.value_dim);
       const float l = hsum(load(l_[i]));
       if (piece_->splits == 1) {
         write_row(p_, *sequence_, rows_[i].query, rows_[i].head, o_[i], m_[i], l);
@@ -478,9 +570,13 @@ class Decode {
   const Piece* piece_ = nullptr;
   const Sequence* sequence_ = nullptr;
   int num_rows_ = 0, num_groups_ = 0;
+  int64_t k_bytes_ = 0, v_bytes_ = 0;
   bool tile_full_ = false, values_finite_ = true, folds_values_ = false;
+  bool dots_pairs_ = false;  // scores come from products of bfloat16 pairs
+  float factor_ = 1.f;
   Row rows_[kMaxRows];
   alignas(64) float q_[kMaxRows][kDimPad];
+  alignas(64) Bf16 q_pairs_[kMaxRows][kDimPad];
   alignas(64) float folded_[4][kDimPad];
   alignas(64) float o_[kMaxRows][kDimPad];
   alignas(64) float scores_[kMaxRows][kScoreStride];
@@ -491,7 +587,9 @@ class Decode {
   alignas(64) float lanes_[W];
   float m_[kMaxRows + W], alpha_[kMaxRows + W], bias_[4];
   int32_t row_positions_[kTile];
-  Tile tile_;
+  Tile tiles_[2];
+  const Tile* tile_ = nullptr;  // the one being computed
+  const Tile* next_ = nullptr;  // the one being fetched
 };
 
 }  // namespace saccade::SACCADE_TARGET

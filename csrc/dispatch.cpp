@@ -12,7 +12,7 @@ SACCADE_DECLARE(scalar)
 #if defined(__x86_64__)
 SACCADE_DECLARE(avx2)
 SACCADE_DECLARE(avx512)
-SACCADE_DECLARE(avx512_vnni)
+SACCADE_DECLARE(avx512_bf16)
 #elif defined(__aarch64__)
 SACCADE_DECLARE(neon)
 #endif
@@ -30,7 +30,8 @@ struct Usable {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) list[n++] = &avx512_vnni::kernels;
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+       list[n++] = &avx512_bf16::kernels;
     if (avx512) list[n++] = &avx512::kernels;
     if (avx2) list[n++] = &avx2::kernels;
 #elif defined(__aarch64__)

@@ -66,6 +66,15 @@ SACCADE_INLINE void unpack_codes(const uint8_t* codes, int dim, int bits, uint8_
   }
 }
 
+// A row as float32 times a factor; `x` has room for whole registers.
+template <class T>
+static void widen(const T* row, int dim, float factor, float* x) {
+  for (int d = 0; d < dim; d += W) {
+    const F part = d + W <= dim ? load(row + d) : load_part(row + d, dim - d);
+    store(x + d, mul(part, set1(factor)));
+  }
+}
+
 // x = code * scale + offset along a row whose scale and offset are rows too (keys).
 SACCADE_INLINE void dequantize_row(const uint8_t* bytes, const float* scale, const float* offset,
                                    int dim, float* x) {

@@ -120,19 +120,11 @@ class Prefill {
     const char* q = p_.q.data + sequence_->batch * p_.q.batch + rows_[row].head * p_.q.head +
                     (sequence_->q_begin + rows_[row].query) * p_.q.row;
     switch (p_.q.dtype) {
-      case Dtype::f32: store_scaled(x, (const float*)q, factor, dim); break;
+      case Dtype::f32: widen((const float*)q, dim, factor, x); break;
       case Dtype::bf16: widen((const Bf16*)q, dim, factor, x); break;
       default: widen((const F16*)q, dim, factor, x);
     }
     for (int d = 0; d < dim; ++d) out[(int64_t)d * stride] = x[d];
-  }
-
-  template <class T>
-  static void widen(const T* q, int dim, float factor, float* x) {
-    for (int d = 0; d < dim; d += W) {
-      const F part = d + W <= dim ? load(q + d) : load_part(q + d, dim - d);
-      store(x + d, mul(part, set1(factor)));
-    }
   }
 
   void start_state() {

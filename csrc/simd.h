@@ -8,6 +8,7 @@
 #include <cstring>
 
 #define SACCADE_INLINE static inline __attribute__((always_inline))
+#define SACCADE_INLINE_MEMBER inline __attribute__((always_inline))
 #define SACCADE_NOINLINE __attribute__((noinline))
 #define SACCADE_UNROLL _Pragma("GCC unroll 64")
 

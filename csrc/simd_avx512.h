@@ -112,4 +112,18 @@ SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   high = _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4));
 }
 
+// 2 W consecutive bfloat16: the even ones, then the odd ones, at one instruction each.
+SACCADE_INLINE void load_pairs(const Bf16* p, F& even, F& odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+#if defined(SACCADE_DOT)
+// c + the dot product of each of W pairs of bfloat16.
+SACCADE_INLINE F dot_pairs(__m512i a, __m512i b, F c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 }  // namespace saccade::SACCADE_TARGET

@@ -127,6 +127,14 @@ SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   }
 }
 
+// 2 W consecutive bfloat16: the even ones, then the odd ones.
+SACCADE_INLINE void load_pairs(const Bf16* p, F& even, F& odd) {
+  for (int i = 0; i < W; ++i) {
+    even.lane[i] = from_bits((uint32_t)p[2 * i].bits << 16);
+    odd.lane[i] = from_bits((uint32_t)p[2 * i + 1].bits << 16);
+  }
+}
+
 #undef SACCADE_LANES
 
 }  // namespace saccade::SACCADE_TARGET

@@ -54,6 +54,8 @@ class KeyWalk {
     tile.count = 0;
     tile.holes = false;
     tile.packed = false;
+    tile.low = kNowhere;
+    tile.high = -1;
     while (tile.count < kTile && left_ > 0 && range_ != end_) {
       int64_t stop = range_->stop < at_ + left_ ? range_->stop : at_ + left_;
       int64_t room = kTile - tile.count;
@@ -93,18 +95,20 @@ class KeyWalk {
     int64_t slot = span.slot + first - span.position;
     const char* k = kv.k.data + s_.batch * kv.k.batch + head_ * kv.k.head + slot * kv.k.row;
     const char* v = kv.v.data + s_.batch * kv.v.batch + head_ * kv.v.head + slot * kv.v.row;
-    for (int64_t i = 0; i < count; ++i)
-      put(tile, start + i, k + i * kv.k.row, v + i * kv.v.row);
+    put_run(tile, start, count, k, kv.k.row, v, kv.v.row);
     return count;
   }
 
   int64_t append_paged(Tile& tile, int64_t start, int64_t stop) {
     const View& kv = p_.kv;
     const int32_t* table = kv.table + s_.batch * kv.table_batch;
-    for (int64_t at = start; at < stop; ++at) {
-      int64_t page = table[at / kv.page_size], slot = at % kv.page_size;
-      put(tile, at, kv.k.data + page * kv.k.batch + head_ * kv.k.head + slot * kv.k.row,
-          kv.v.data + page * kv.v.batch + head_ * kv.v.head + slot * kv.v.row);
+    for (int64_t at = start; at < stop;) {
+      const int64_t page = table[at / kv.page_size], slot = at % kv.page_size;
+      const int64_t rest = kv.page_size - slot, count = rest < stop - at ? rest : stop - at;
+      put_run(tile, at, count, kv.k.data + page * kv.k.batch + head_ * kv.k.head + slot * kv.k.row,
+              kv.k.row, kv.v.data + page * kv.v.batch + head_ * kv.v.head + slot * kv.v.row,
+              kv.v.row);
+      at += count;
     }
     return stop - start;
   }
@@ -131,12 +135,33 @@ class KeyWalk {
     const Strided& v = packed ? kv.v_codes.codes : kv.v;
     if (packed && stop > kv.num_packed) stop = kv.num_packed;
     const int64_t base = packed ? 0 : kv.num_packed;
-    for (int64_t at = start; at < stop; ++at) {
-      tile.index[tile.count] = at;
-      put(tile, at, k.data + s_.batch * k.batch + head_ * k.head + (at - base) * k.row,
-          v.data + s_.batch * v.batch + head_ * v.head + (at - base) * v.row);
-    }
+    const char* first_k = k.data + s_.batch * k.batch + head_ * k.head + (start - base) * k.row;
+    const char* first_v = v.data + s_.batch * v.batch + head_ * v.head + (start - base) * v.row;
+    for (int64_t at = start; at < stop; ++at) tile.index[tile.count + at - start] = at;
+    put_run(tile, start, stop - start, first_k, k.row, first_v, v.row);
     return stop - start;
+  }
+
+  // `count` consecutive positions whose rows lie at fixed strides.
+  void put_run(Tile& tile, int64_t position, int64_t count, const char* k, int64_t k_stride,
+               const char* v, int64_t v_stride) {
+    if (p_.key_padding.data) {
+      for (int64_t i = 0; i < count; ++i) put(tile, position + i, k + i * k_stride, v + i * v_stride);
+      return;
+    }
+    int32_t* positions = tile.positions + tile.count;
+    const char **k_out = tile.k + tile.count, **v_out = tile.v + tile.count;
+    for (int i = 0; i < (int)count; ++i) positions[i] = (int32_t)position + i;
+    for (int64_t i = 0; i < count; ++i) k_out[i] = k + i * k_stride;
+    for (int64_t i = 0; i < count; ++i) v_out[i] = v + i * v_stride;
+    tile.count += (int)count;
+    note(tile, (int32_t)position);
+    note(tile, (int32_t)(position + count - 1));
+  }
+
+  static void note(Tile& tile, int32_t position) {
+    tile.low = position < tile.low ? position : tile.low;
+    tile.high = position > tile.high ? position : tile.high;
   }
 
   void put(Tile& tile, int64_t position, const char* k, const char* v) {
@@ -149,16 +174,10 @@ class KeyWalk {
     tile.k[i] = real ? k : kZeros;
     tile.v[i] = real ? v : kZeros;
     tile.holes |= !real;
+    if (real) note(tile, (int32_t)position);
   }
 
   void finish(Tile& tile) {
-    tile.low = kNowhere;
-    tile.high = -1;
-    for (int i = 0; i < tile.count; ++i) {
-      const int32_t position = tile.positions[i];
-      tile.low = position < tile.low ? position : tile.low;
-      if (position != kNowhere && position > tile.high) tile.high = position;
-    }
     for (int i = tile.count; i < tile.count + kTilePad; ++i) {
       tile.positions[i] = kNowhere;
       tile.k[i] = tile.v[i] = kZeros;

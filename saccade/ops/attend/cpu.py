@@ -9,9 +9,10 @@ is checked again on the C++ side before a kernel runs.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ _EXTRAS = (
     "attn_mask",
 )
 
+_BY_POSITION = ("key_padding", "blocks", "attn_mask")
+
 _Record: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -66,28 +69,23 @@ def refusal(call: AttentionCall) -> str | None:
             "the package was built without its C++ kernels; "
             "install a C++20 compiler (GCC or Clang) and reinstall saccade"
         )
-    if call.q.device.type != "cpu" or call.kv.device.type != "cpu":
-        return f"tensors are on {call.q.device}, not on the CPU"
-    if call.q.dtype not in _FLOATS or call.kv.dtype not in _FLOATS:
-        return f"{call.q.dtype} is not one of float32, bfloat16, float16"
-    if max(call.kv.shape[3], call.kv.shape[4]) > _MAX_DIM:
-        return f"head_dim {max(call.kv.shape[3:])} is above {_MAX_DIM}"
-    if call.needs_grad:
-        return "the kernels have no gradient"
-    return _view_refusal(call)
-
-
-def _view_refusal(call: AttentionCall) -> str | None:
-    kv = call.kv
-    if isinstance(kv, RaggedKV) and (
-        call.key_padding is not None or call.blocks is not None or call.attn_mask is not None
-    ):
-        return "a ragged view takes no key_padding, blocks or attn_mask"
-    if not isinstance(kv, DenseKV | QuantizedKV | PagedKV | RaggedKV):
+    q, kv = call.q, call.kv
+    if type(kv) not in _VIEWS:
         return f"it does not know views of type {type(kv).__name__}"
     k, v = (kv.recent_k, kv.recent_v) if isinstance(kv, QuantizedKV) else (kv.k, kv.v)
+    if not (q.is_cpu and k.is_cpu):
+        return f"tensors are on {q.device} and {k.device}, not on the CPU"
+    for x in (q, k, v):
+        if x.dtype not in _FLOATS:
+            return f"{x.dtype} is not one of float32, bfloat16, float16"
+        if x.shape[-1] > _MAX_DIM:
+            return f"head_dim {x.shape[-1]} is above {_MAX_DIM}"
+    if call.needs_grad:
+        return "the kernels have no gradient"
     if _is_strided(k) or _is_strided(v):
         return "keys and values need a unit last stride"
+    if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
+        return "a ragged view takes no key_padding, blocks or attn_mask"
     return None
 
 
@@ -112,7 +110,7 @@ def run(call: AttentionCall) -> AttentionOutput:
         _record(q),
         _record(out),
         _record(lse),
-        _view(call.kv),
+        _VIEWS[type(call.kv)](call.kv),
         mask.causal,
         -1 if mask.window is None else min(mask.window, 2**62),
         min(mask.sinks, 2**62),
@@ -144,20 +142,33 @@ def _record(x: Tensor) -> _Record:
     return x.data_ptr(), _DTYPE_CODES[x.dtype], x.shape, x.stride(), reach
 
 
-def _view(kv: object) -> tuple[object, ...]:
-    """A view as the binding reads it (csrc/binding.cpp names the fields)."""
-    if isinstance(kv, DenseKV):
-        spans = () if kv.is_plain else tuple(tuple(span) for span in kv.spans)
-        return "dense", _record(kv.k), _record(kv.v), spans
-    if isinstance(kv, PagedKV):
-        return "paged", _record(kv.k), _record(kv.v), _record(kv.table), _record(kv.lengths)
-    if isinstance(kv, RaggedKV):
-        indices = (_record(kv.table), _record(kv.lengths), _record(kv.positions))
-        return "ragged", _record(kv.k), _record(kv.v), *indices
-    assert isinstance(kv, QuantizedKV)
+def _dense(kv: DenseKV) -> tuple[object, ...]:
+    spans = () if kv.is_plain else tuple(tuple(span) for span in kv.spans)
+    return "dense", _record(kv.k), _record(kv.v), spans
+
+
+def _paged(kv: PagedKV) -> tuple[object, ...]:
+    return "paged", _record(kv.k), _record(kv.v), _record(kv.table), _record(kv.lengths)
+
+
+def _ragged(kv: RaggedKV) -> tuple[object, ...]:
+    indices = (_record(kv.table), _record(kv.lengths), _record(kv.positions))
+    return "ragged", _record(kv.k), _record(kv.v), *indices
+
+
+def _quantized(kv: QuantizedKV) -> tuple[object, ...]:
     recent = (_record(kv.recent_k), _record(kv.recent_v))
     codes = tuple(_record(part) for part in (*kv.k, *kv.v))
     return "quantized", *recent, *codes, kv.bits_k, kv.bits_v, kv.k_group
+
+
+# How each view is described to the binding (csrc/binding.cpp names the fields).
+_VIEWS: dict[type, Callable[[Any], tuple[object, ...]]] = {
+    DenseKV: _dense,
+    PagedKV: _paged,
+    RaggedKV: _ragged,
+    QuantizedKV: _quantized,
+}
 
 
 def _extras(call: AttentionCall) -> tuple[object, ...] | None:
