@@ -10,20 +10,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from saccade.core import AttentionOutput, BlockSelection, Mask, Unsupported
+    from saccade.compress import compress_context
+    from saccade.core import AttentionOutput, BadInput, BlockSelection, Mask, Unsupported
+    from saccade.hf import Context, attach, load_model
     from saccade.ops import attend, attention, decode, explain
+    from saccade.runtime import ContextParams, Sampler
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AttentionOutput": "saccade.core",
+    "BadInput": "saccade.core",
     "BlockSelection": "saccade.core",
+    "Context": "saccade.hf",
+    "ContextParams": "saccade.runtime",
     "Mask": "saccade.core",
+    "Sampler": "saccade.runtime",
     "Unsupported": "saccade.core",
+    "attach": "saccade.hf",
     "attend": "saccade.ops",
     "attention": "saccade.ops",
+    "compress_context": "saccade.compress",
     "decode": "saccade.ops",
     "explain": "saccade.ops",
+    "load_model": "saccade.hf",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -28,7 +28,7 @@ class Codes(NamedTuple):
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[..., dim]` below 2**bits as bytes: `[..., dim]` for 8 bits, `[..., dim / 2]` for 4."""
+    """Codes `[..., dim]` below 2**bits as bytes: `[..., dim]` (8 bits) or `[..., dim / 2]` (4)."""
     if bits == 8:
         return codes.to(torch.uint8)
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)
@@ -53,7 +53,10 @@ def _encode(x: Tensor, dim: int, bits: int) -> Codes:
 
 
 def quantize_keys(k: Tensor, *, bits: int, group: int) -> Codes:
-    """Keys `[B, H, N, D]`, N a multiple of group -> codes `[B, H, N, D(/2)]`, scales `[B, H, N/group, D]`."""
+    """Keys `[B, H, N, D]` -> codes `[B, H, N, D(/2)]`, scales `[B, H, N/group, D]`.
+
+    N is a multiple of group.
+    """
     batch, heads, length, dim = k.shape
     coded = _encode(k.reshape(batch, heads, length // group, group, dim), 3, bits)
     codes = pack(coded.codes.reshape(batch, heads, length, dim), bits)

@@ -219,7 +219,7 @@ class QuantizedKV:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """Pages of a shared pool, one table a row; key at position p of row b lies in page table[b, p // size].
+    """Pages of a shared pool, one table a row; position p of row b is in page table[b, p // size].
 
     Args:
         k: `[num_pages, Hkv, page_size, D]`; v: `[num_pages, Hkv, page_size, Dv]`.

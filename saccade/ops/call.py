@@ -1,4 +1,4 @@
-"""AttentionCall: everything one attention call is about, checked once, the same for every backend."""
+"""AttentionCall: everything one call is about, checked once, the same for every backend."""
 
 from __future__ import annotations
 

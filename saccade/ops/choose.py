@@ -78,7 +78,7 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
         if reason is not None:
             verdict = f"cannot: {reason}"
         elif name not in AUTO_ORDER:
-            verdict = 'able, but only by name: it materialises the scores'
+            verdict = "able, but only by name: it materialises the scores"
         elif taken:
             verdict = "able, slower here"
         else:

@@ -11,10 +11,20 @@ transformers config into a rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
+
+from saccade.rope.bounds import (
+    as_float,
+    check_divisors,
+    check_length,
+    check_magnitude,
+    check_mscale,
+    check_positive,
+    check_stretch,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +39,7 @@ class Linear:
     factor: float
 
     def __post_init__(self) -> None:
-        _check_stretch("Linear.factor", self.factor)
+        check_stretch("Linear.factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +49,7 @@ class NTKAware:
     factor: float
 
     def __post_init__(self) -> None:
-        _check_stretch("NTKAware.factor", self.factor)
+        check_stretch("NTKAware.factor", self.factor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +65,8 @@ class DynamicNTK:
     original_max_position: int
 
     def __post_init__(self) -> None:
-        _check_stretch("DynamicNTK.factor", self.factor)
-        _check_length("DynamicNTK.original_max_position", self.original_max_position)
+        check_stretch("DynamicNTK.factor", self.factor)
+        check_length("DynamicNTK.original_max_position", self.original_max_position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,28 +98,23 @@ class YaRN:
     ext_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_stretch("YaRN.factor", self.factor)
-        _check_length("YaRN.original_max_position", self.original_max_position)
-        _check_positive("YaRN.beta_fast", self.beta_fast, "The paper uses 32.")
-        _check_positive("YaRN.beta_slow", self.beta_slow, "The paper uses 1.")
+        check_stretch("YaRN.factor", self.factor)
+        check_length("YaRN.original_max_position", self.original_max_position)
+        check_positive("YaRN.beta_fast", self.beta_fast, "The paper uses 32.")
+        check_positive("YaRN.beta_slow", self.beta_slow, "The paper uses 1.")
         if self.beta_fast < self.beta_slow:
             raise ValueError(
                 f"YaRN.beta_fast must not be below beta_slow, got beta_fast={self.beta_fast!r} and "
                 f"beta_slow={self.beta_slow!r}. Fast pairs turn more often: exchange the two."
             )
-        _check_magnitude("YaRN.attention_factor", self.attention_factor)
-        _check_mscale("YaRN.mscale", self.mscale)
-        _check_mscale("YaRN.mscale_all_dim", self.mscale_all_dim)
-        if self.truncate not in (True, False):
-            raise ValueError(
-                f"YaRN.truncate must be True or False, got {self.truncate!r}. "
-                "Leave it out unless the model was trained with a ramp that is not rounded."
-            )
-        if not 0 <= _as_float(self.ext_factor) <= 1:
-            raise ValueError(
-                f"YaRN.ext_factor must be a number from 0 to 1, got {self.ext_factor!r}. "
-                "Use 1 for YaRN as published, 0 for pure interpolation."
-            )
+        check_magnitude("YaRN.attention_factor", self.attention_factor)
+        check_mscale("YaRN.mscale", self.mscale)
+        check_mscale("YaRN.mscale_all_dim", self.mscale_all_dim)
+        advice = "Leave it out unless the model was trained with a ramp that is not rounded."
+        require(self.truncate in (True, False), "YaRN.truncate", "a bool", self.truncate, advice)
+        advice = "Use 1 for YaRN as published, 0 for pure interpolation."
+        ok = 0 <= as_float(self.ext_factor) <= 1
+        require(ok, "YaRN.ext_factor", "a number from 0 to 1", self.ext_factor, advice)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,16 +134,16 @@ class Llama3:
     original_max_position: int
 
     def __post_init__(self) -> None:
-        _check_stretch("Llama3.factor", self.factor)
-        _check_positive("Llama3.low_freq_factor", self.low_freq_factor, "Llama 3.1 uses 1.")
-        _check_positive("Llama3.high_freq_factor", self.high_freq_factor, "Llama 3.1 uses 4.")
+        check_stretch("Llama3.factor", self.factor)
+        check_positive("Llama3.low_freq_factor", self.low_freq_factor, "Llama 3.1 uses 1.")
+        check_positive("Llama3.high_freq_factor", self.high_freq_factor, "Llama 3.1 uses 4.")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 "Llama3.high_freq_factor must be greater than low_freq_factor, got "
                 f"high_freq_factor={self.high_freq_factor!r} and "
                 f"low_freq_factor={self.low_freq_factor!r}. Llama 3.1 uses 4 and 1."
             )
-        _check_length("Llama3.original_max_position", self.original_max_position)
+        check_length("Llama3.original_max_position", self.original_max_position)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,23 +165,23 @@ class LongRoPE:
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        _check_divisors("LongRoPE.short_factor", self.short_factor)
-        _check_divisors("LongRoPE.long_factor", self.long_factor)
+        check_divisors("LongRoPE.short_factor", self.short_factor)
+        check_divisors("LongRoPE.long_factor", self.long_factor)
         if len(self.short_factor) != len(self.long_factor):
             raise ValueError(
                 "LongRoPE.short_factor and long_factor must be equally long, got "
                 f"{len(self.short_factor)} and {len(self.long_factor)} divisors. "
                 "Give rotary_dim / 2 of each."
             )
-        _check_length("LongRoPE.original_max_position", self.original_max_position)
+        check_length("LongRoPE.original_max_position", self.original_max_position)
         if self.factor is None and self.attention_factor is None:
             raise ValueError(
                 "LongRoPE needs factor or attention_factor to know its magnitude, got neither. "
                 "Give factor = served length / original_max_position."
             )
         if self.factor is not None:
-            _check_stretch("LongRoPE.factor", self.factor)
-        _check_magnitude("LongRoPE.attention_factor", self.attention_factor)
+            check_stretch("LongRoPE.factor", self.factor)
+        check_magnitude("LongRoPE.attention_factor", self.attention_factor)
 
 
 Rule: TypeAlias = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3 | LongRoPE
@@ -205,6 +210,9 @@ class _Lengths(NamedTuple):
         return self.served if self.stated is None else self.stated
 
 
+_Builder: TypeAlias = Callable[[Mapping[str, Any], _Lengths], Rule]
+
+
 def parse(
     rope_parameters: Mapping[str, Any],
     *,
@@ -231,23 +239,12 @@ def parse(
     """
     given = {key: value for key, value in rope_parameters.items() if value is not None}
     _reject_nested(given)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _KINDS:
-        raise ValueError(
-            f"rope_parameters['rope_type'] must be one of {_listed(_KINDS)}, got {kind!r}. "
-            "Build the rule by hand if your model means one of these under another name."
-        )
-    keys, build = _KINDS[kind]
-    if unknown := given.keys() - keys - _COMMON_KEYS:
-        raise ValueError(
-            f"rope_parameters of type {kind!r} may hold {_listed(keys | _COMMON_KEYS)}, got also "
-            f"{_listed(unknown)}. Remove them if you know that they change nothing."
-        )
-    _check_length("max_position_embeddings", max_position_embeddings)
+    build = _builder(given)
+    check_length("max_position_embeddings", max_position_embeddings)
     stated = original_max_position_embeddings
     stated = given.get(_TRAINED) if stated is None else stated
     if stated is not None:
-        _check_length(_TRAINED, stated)
+        check_length(_TRAINED, stated)
     rule = build(given, _Lengths(max_position_embeddings, stated))
     return ParsedRope(rule, _base(given, rope_theta), _partial(given))
 
@@ -286,8 +283,8 @@ def _llama3(given: Mapping[str, Any], lengths: _Lengths) -> Rule:
 
 def _longrope(given: Mapping[str, Any], lengths: _Lengths) -> Rule:
     return LongRoPE(
-        short_factor=tuple(_required(given, "short_factor", "longrope")),
-        long_factor=tuple(_required(given, "long_factor", "longrope")),
+        short_factor=_frozen(_required(given, "short_factor", "longrope")),
+        long_factor=_frozen(_required(given, "long_factor", "longrope")),
         original_max_position=lengths.trained,
         # A model served below its trained length needs no magnitude: a ratio below 1 counts as 1.
         factor=given.get("factor", max(1.0, lengths.served / lengths.trained)),
@@ -302,7 +299,7 @@ _YARN_OPTIONS = frozenset(
 _TRAINED = "original_max_position_embeddings"
 
 # transformers' name -> (the keys it may hold beside the common ones, what builds its rule)
-_KINDS: dict[object, tuple[frozenset[str], Callable[[Mapping[str, Any], _Lengths], Rule]]] = {
+_KINDS: dict[object, tuple[frozenset[str], _Builder]] = {
     "default": (frozenset(), lambda given, lengths: Unscaled()),
     "linear": (frozenset({"factor"}), _linear),
     "dynamic": (frozenset({"factor"}), _dynamic),
@@ -324,6 +321,22 @@ def _reject_nested(given: Mapping[str, Any]) -> None:
         )
 
 
+def _builder(given: Mapping[str, Any]) -> _Builder:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _KINDS:
+        raise ValueError(
+            f"rope_parameters['rope_type'] must be one of {_listed(_KINDS)}, got {kind!r}. "
+            "Build the rule by hand if your model means one of these under another name."
+        )
+    keys, build = _KINDS[kind]
+    if unknown := given.keys() - keys - _COMMON_KEYS:
+        raise ValueError(
+            f"rope_parameters of type {kind!r} may hold {_listed(keys | _COMMON_KEYS)}, got also "
+            f"{_listed(unknown)}. Remove them if you know that they change nothing."
+        )
+    return build
+
+
 def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
     if key not in given:
         raise ValueError(
@@ -333,6 +346,11 @@ def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
     return given[key]
 
 
+def _frozen(divisors: Any) -> Any:
+    """A JSON list as a tuple; anything else stays, for the rule to refuse in its own words."""
+    return tuple(divisors) if isinstance(divisors, list) else divisors
+
+
 def _base(given: Mapping[str, Any], rope_theta: float | None) -> float:
     base = given.get("rope_theta", rope_theta)
     if base is None:
@@ -340,71 +358,17 @@ def _base(given: Mapping[str, Any], rope_theta: float | None) -> float:
             f"rope_parameters must hold 'rope_theta', got {_listed(given)}. "
             "Add it, or pass rope_theta= from the config; models differ too much for a default."
         )
-    if not 1 < _as_float(base) < math.inf:
-        raise ValueError(
-            f"rope_parameters['rope_theta'] must be a finite number above 1, got {base!r}. "
-            "Typical bases are 10000 to 10000000."
-        )
+    place, advice = "rope_parameters['rope_theta']", "Typical bases are 10000 to 10000000."
+    require(1 < as_float(base) < math.inf, place, "a finite number above 1", base, advice)
     return float(base)
 
 
 def _partial(given: Mapping[str, Any]) -> float:
     share = given.get("partial_rotary_factor", 1.0)
-    if not 0 < _as_float(share) <= 1:
-        raise ValueError(
-            "rope_parameters['partial_rotary_factor'] must be above 0 and at most 1, got "
-            f"{share!r}. It is the share of a head's dimensions that turn; leave it out for all."
-        )
+    place = "rope_parameters['partial_rotary_factor']"
+    advice = "It is the share of a head's dimensions that turn; leave it out for all."
+    require(0 < as_float(share) <= 1, place, "above 0 and at most 1", share, advice)
     return float(share)
-
-
-def _check_stretch(place: str, value: object) -> None:
-    if not 1 <= _as_float(value) < math.inf:
-        raise ValueError(
-            f"{place} must be a finite number of at least 1, got {value!r}. "
-            "Give served length / trained length, or use Unscaled() for no scaling."
-        )
-
-
-def _check_positive(place: str, value: object, advice: str) -> None:
-    if not 0 < _as_float(value) < math.inf:
-        raise ValueError(f"{place} must be a finite number above 0, got {value!r}. {advice}")
-
-
-def _check_magnitude(place: str, value: object) -> None:
-    if value is not None:
-        _check_positive(place, value, "Use None to take it from the formula, 1.0 to switch it off.")
-
-
-def _check_mscale(place: str, value: object) -> None:
-    if value is not None and not 0 <= _as_float(value) < math.inf:
-        raise ValueError(
-            f"{place} must be a finite number of at least 0 or None, got {value!r}. "
-            "None and 0 both leave the magnitude to the plain formula."
-        )
-
-
-def _check_length(place: str, value: object) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 2:
-        raise ValueError(
-            f"{place} must be an integer of at least 2 tokens, got {value!r}. "
-            "Give the length the model was trained on, before any stretching."
-        )
-
-
-def _check_divisors(place: str, values: Sequence[object]) -> None:
-    if not isinstance(values, tuple) or not values:
-        raise ValueError(
-            f"{place} must be a tuple of rotary_dim / 2 divisors, got {values!r}. "
-            "Wrap a list from a config file in tuple(...)."
-        )
-    for index, value in enumerate(values):
-        _check_positive(f"{place}[{index}]", value, "Each divides the frequency of one pair.")
-
-
-def _as_float(value: object) -> float:
-    """The number as a float; NaN, which fails every bound, for what is not a number."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def _listed(names: Iterable[object]) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, BlockSelection, DenseKV, KVView, Mask, Unsupported
+from saccade.core import (
+    AttentionOutput,
+    BlockSelection,
+    DenseKV,
+    KVView,
+    Mask,
+    PagedKV,
+    Unsupported,
+)
 from saccade.core.check import check_heads, check_optional, check_qkv, describe
 from saccade.ops import choose
 from saccade.ops.call import AttentionCall
@@ -185,16 +193,12 @@ def make_call(
             "cu_seqlens cannot be combined with key_padding, lengths, blocks, attn_mask or "
             "q_offset. Pack only the real tokens, or pass a padded batch."
         )
-    if q_offset is None:
-        row_ends = lengths if lengths is not None else getattr(kv, "lengths", None)
-        by_row = row_ends is not None and row_ends.ndim == 1
-        q_offset = row_ends.long() - q_len if by_row and row_ends is not None else end - q_len
     return AttentionCall(
         q=rotate(q) if kv.rotated else q,
         kv=kv,
         mask=mask,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        q_offset=q_offset,
+        q_offset=_default_offset(q, kv, lengths) if q_offset is None else q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
@@ -205,6 +209,12 @@ def make_call(
         attn_mask=attn_mask,
         wants_lse=wants_lse,
     )
+
+
+def _default_offset(q: Tensor, kv: KVView, lengths: Tensor | None) -> int | Tensor:
+    """Queries end where their keys end: each row of the batch, or the view as a whole."""
+    ends = kv.lengths if isinstance(kv, PagedKV) else lengths
+    return kv.shape[2] - q.shape[2] if ends is None else ends.long() - q.shape[2]
 
 
 def _document_bounds(
@@ -218,7 +228,8 @@ def _document_bounds(
         steps = cu.tolist()
         if cu.ndim != 1 or steps[:1] != [0] or steps[-1] != total or steps != sorted(steps):
             raise ValueError(
-                f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, got {steps}."
+                f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, "
+                f"got {steps}."
             )
     if bounds[0].shape != bounds[1].shape:
         raise ValueError("cu_seqlens for queries and keys must name the same number of documents.")

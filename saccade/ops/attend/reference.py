@@ -57,9 +57,9 @@ def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor
     if sink_logits is not None:  # one more column in the denominator, without a value
         sink = sink_logits.to(scores.dtype).view(1, *scores.shape[1:3], 1, 1)
         peak = torch.maximum(peak, sink.detach())
-    peak = peak.masked_fill(peak == -torch.inf, 0)
-    if sink_logits is not None:
+        peak = peak.masked_fill(peak == -torch.inf, 0)
         total = total + (sink - peak).exp()
+    peak = peak.masked_fill(peak == -torch.inf, 0)
     exps = (scores - peak).exp()
     total = total + exps.sum(-1, keepdim=True)
     empty = total == 0

@@ -75,7 +75,14 @@ def _attend_rows(call: AttentionCall, start: int, stop: int) -> AttentionOutput:
 
 
 def _absorb(
-    call: AttentionCall, start: int, stop: int, tile: KVTile, q: Tensor, m: Tensor, l: Tensor, o: Tensor
+    call: AttentionCall,
+    start: int,
+    stop: int,
+    tile: KVTile,
+    q: Tensor,
+    m: Tensor,
+    l: Tensor,
+    o: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the online softmax: take a tile of keys and values into (m, l, o)."""
     k, v = tile.k.to(q.dtype), tile.v.to(q.dtype)

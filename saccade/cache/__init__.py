@@ -1,0 +1,16 @@
+"""Floor 2: memory.  A cache stores keys and values and lends an operator a view of them."""
+
+from saccade.cache.base import LayerCache, ShiftKeys
+from saccade.cache.dense import DenseCache
+from saccade.cache.make import make_layer_cache
+from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ring import RingCache
+
+__all__ = [
+    "DenseCache",
+    "LayerCache",
+    "QuantizedCache",
+    "RingCache",
+    "ShiftKeys",
+    "make_layer_cache",
+]

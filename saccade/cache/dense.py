@@ -1,0 +1,138 @@
+"""A contiguous cache that grows with the context, and shrinks for real when told what to keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache.base import ShiftKeys
+from saccade.core import DenseKV, Unsupported
+
+GROWTH_STEP = 64
+GROWTH_SHARE = 16
+"""A full buffer grows by a sixteenth, in multiples of 64 slots: few copies, little left unused."""
+
+
+class DenseCache:
+    """Every key and value, in one buffer each.
+
+    Args:
+        dtype: storage type; None keeps that of the keys.
+        reserve: slots to allocate at once, when the final length is known.
+    """
+
+    def __init__(self, *, dtype: torch.dtype | None = None, reserve: int = 0) -> None:
+        self._dtype = dtype
+        self._reserve = reserve
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self._slots = 0
+        self._seen = 0
+
+    @property
+    def seen(self) -> int:
+        return self._seen
+
+    @property
+    def num_slots(self) -> int:
+        """Keys held; fewer than `seen` after `keep`."""
+        return self._slots
+
+    @property
+    def nbytes(self) -> int:
+        if self._k is None or self._v is None:
+            return 0
+        return self._k.nbytes + self._v.nbytes
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether `keep` has removed keys, so that slots no longer are positions."""
+        return self._slots != self._seen
+
+    def append(self, k: Tensor, v: Tensor) -> DenseKV:
+        """Store a chunk; see LayerCache.  After `keep` the view counts slots, not positions.
+
+        Slots keep the order of positions and every kept key is older than a new query, so causal
+        attention over slots is causal attention over positions.
+        """
+        stop = self._slots + k.shape[2]
+        self._make_room(stop, k, v)
+        assert self._k is not None and self._v is not None
+        self._k[:, :, self._slots : stop] = k
+        self._v[:, :, self._slots : stop] = v
+        self._slots = stop
+        self._seen += k.shape[2]
+        return self.view()
+
+    def view(self) -> DenseKV:
+        """Everything held, without a copy."""
+        assert self._k is not None and self._v is not None
+        return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
+
+    def keep(self, index: Tensor, *, room: int = 0) -> None:
+        """Keep only the slots `index` int64 `[B, Hkv, n]` (ascending) and free the rest.
+
+        Args:
+            index: slots to keep, a different set for every row and head but equally many.
+            room: slots to allocate beyond them for what comes next.
+        """
+        assert self._k is not None and self._v is not None
+        kept = index.shape[2]
+        self._k = _gather(self._k, index, kept + room)
+        self._v = _gather(self._v, index, kept + room)
+        self._slots = kept
+        self._reserve = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace row i of the batch by row rows[i]."""
+        if self._k is not None and self._v is not None:
+            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on; memory stays allocated."""
+        if length < self._seen and self.is_compressed:
+            raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
+        self._seen = self._slots = min(length, self._slots)
+
+    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+        """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
+        if self.is_compressed:
+            raise Unsupported("a compressed cache cannot be shifted: its positions have gaps.")
+        assert self._k is not None and self._v is not None
+        moved = self._slots - stop
+        shifted = shift(self._k[:, :, stop : self._slots], start - stop)
+        self._k[:, :, start : start + moved] = shifted
+        self._v[:, :, start : start + moved] = self._v[:, :, stop : self._slots].clone()
+        self._slots = self._seen = start + moved
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        self._slots = self._seen = 0
+
+    def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
+        have = 0 if self._k is None else self._k.shape[2]
+        if slots <= have:
+            return
+        wanted = max(slots, have + have // GROWTH_SHARE)
+        grown = -(-wanted // GROWTH_STEP) * GROWTH_STEP
+        capacity = self._reserve if slots <= self._reserve else grown
+        self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
+        self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
+
+
+def _grown(
+    old: Tensor | None, like: Tensor, capacity: int, used: int, dtype: torch.dtype | None
+) -> Tensor:
+    batch, heads, _, dim = like.shape
+    new = torch.empty(batch, heads, capacity, dim, dtype=dtype or like.dtype, device=like.device)
+    if old is not None:
+        new[:, :, :used] = old[:, :, :used]
+    return new
+
+
+def _gather(x: Tensor, index: Tensor, capacity: int) -> Tensor:
+    """Slots `index` of `x` `[B, H, slots, D]` in a fresh buffer of `capacity` slots."""
+    batch, heads, _, dim = x.shape
+    kept = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=x.device)
+    kept[:, :, : index.shape[2]] = x.gather(2, index[..., None].expand(-1, -1, -1, dim))
+    return kept

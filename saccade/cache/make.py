@@ -1,0 +1,40 @@
+"""From options to the cache of a layer."""
+
+from __future__ import annotations
+
+import torch
+
+from saccade.cache.base import LayerCache
+from saccade.cache.dense import DenseCache
+from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ring import RingCache
+
+STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+BITS = {"int8": 8, "int4": 4}
+
+
+def make_layer_cache(
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    chunk: int = 1,
+    type_k: str | None = None,
+    type_v: str | None = None,
+    reserve: int = 0,
+) -> LayerCache:
+    """The cache for a layer: a ring where there is a window, codes where types are quantised.
+
+    Args:
+        window: keys a token sees, itself counted; None for all.
+        sinks: first tokens that stay visible outside the window.
+        chunk: most tokens appended at once.
+        type_k, type_v: f32, bf16, f16, int8, int4; None keeps the dtype of the keys.
+        reserve: tokens to allocate for at once, when the final length is known.
+    """
+    if type_k in BITS and type_v in BITS and window is None:
+        return QuantizedCache(bits_k=BITS[type_k], bits_v=BITS[type_v], reserve=reserve)
+    # Sliding layers of a hybrid model stay small, so they keep the model's own precision.
+    dtype = STORAGE.get(type_k or "")
+    if window is not None:
+        return RingCache(window=window, sinks=sinks, chunk=chunk, dtype=dtype)
+    return DenseCache(dtype=dtype, reserve=reserve)

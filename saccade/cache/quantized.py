@@ -1,0 +1,218 @@
+"""A cache of int8 or int4 codes with a full-precision recent part (after KIVI, arXiv 2402.02750).
+
+Keys are quantised per channel in groups of tokens, values per token; the newest tokens wait in
+full precision until a whole group of them can be packed.  Keys and values are first turned by a
+Hadamard matrix, which spreads outlier channels (QuaRot, arXiv 2404.00456) and is undone exactly
+by the operator.  The history is only ever read tile by tile; no dequantised copy of it exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache.base import ShiftKeys
+from saccade.core import QuantizedKV, Unsupported
+from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.ops.hadamard import rotate
+
+GROWTH_STEP = 1024
+
+
+class QuantizedCache:
+    """Keys and values in 8 or 4 bits.
+
+    Args:
+        bits_k, bits_v: 8 or 4.
+        group: tokens that share a key scale (per channel) and channels that share a value scale
+            (per token; the whole head when head_dim is no multiple of it).
+        recent: newest tokens that stay in full precision.
+        hadamard: rotate keys and values before quantising.
+        reserve: tokens to allocate codes for at once, when the final length is known.
+    """
+
+    def __init__(
+        self,
+        *,
+        bits_k: int = 8,
+        bits_v: int = 8,
+        group: int = 64,
+        recent: int = 64,
+        hadamard: bool = True,
+        reserve: int = 0,
+    ) -> None:
+        for name, bits in (("bits_k", bits_k), ("bits_v", bits_v)):
+            if bits not in (4, 8):
+                raise ValueError(f"{name} must be 4 or 8, got {bits}.")
+        if group < 1 or recent < 0:
+            raise ValueError(f"group must be >= 1 and recent >= 0, got {group} and {recent}.")
+        self._bits_k, self._bits_v, self._group = bits_k, bits_v, group
+        self._recent_kept, self._hadamard, self._reserve = recent, hadamard, reserve
+        self._k: Codes | None = None
+        self._v: Codes | None = None
+        self._packed = 0
+        self._recent_k: Tensor | None = None
+        self._recent_v: Tensor | None = None
+        self._fresh = 0  # tokens in the recent buffer
+
+    @property
+    def seen(self) -> int:
+        return self._packed + self._fresh
+
+    @property
+    def nbytes(self) -> int:
+        parts: list[Tensor] = [*(self._k or ()), *(self._v or ())]
+        parts += [x for x in (self._recent_k, self._recent_v) if x is not None]
+        return sum(part.nbytes for part in parts)
+
+    def append(self, k: Tensor, v: Tensor) -> QuantizedKV:
+        """Store a chunk; see LayerCache.  A chunk attends to itself in full precision."""
+        if self._hadamard:
+            k, v = rotate(k), rotate(v)
+        self._allocate(k, v)
+        assert self._recent_k is not None and self._recent_v is not None
+        self._pack(self._fresh - self._recent_kept)
+        stop = self._fresh + k.shape[2]
+        if stop <= self._recent_k.shape[2]:
+            self._recent_k[:, :, self._fresh : stop] = k
+            self._recent_v[:, :, self._fresh : stop] = v
+            self._fresh = stop
+            return self._view(self._recent_k[:, :, :stop], self._recent_v[:, :, :stop])
+        return self._append_large(k, v)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace row i of the batch by row rows[i]."""
+        if self._k is None or self._v is None:
+            return
+        assert self._recent_k is not None and self._recent_v is not None
+        self._k = Codes(*(part.index_select(0, rows) for part in self._k))
+        self._v = Codes(*(part.index_select(0, rows) for part in self._v))
+        self._recent_k = self._recent_k.index_select(0, rows)
+        self._recent_v = self._recent_v.index_select(0, rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on.
+
+        Raises:
+            Unsupported: `length` lies inside a packed group that is not a whole one.
+        """
+        if length >= self._packed:
+            self._fresh = min(self._fresh, length - self._packed)
+            return
+        if length % self._group:
+            raise Unsupported(
+                f"a quantised cache can go back to position {length} only at a multiple of its "
+                f"group of {self._group}, or within the newest {self._fresh} tokens."
+            )
+        self._packed, self._fresh = length, 0
+
+    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+        """Packed keys would have to be requantised, which loses a little every time."""
+        raise Unsupported("a quantised cache cannot be shifted. Use type_k='f16' with n_keep.")
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        self._packed = self._fresh = 0
+
+    def _append_large(self, k: Tensor, v: Tensor) -> QuantizedKV:
+        """A chunk larger than the recent buffer: lend it as it is, keep codes and the end."""
+        assert self._recent_k is not None and self._recent_v is not None
+        k = torch.cat((self._recent_k[:, :, : self._fresh], k), dim=2)
+        v = torch.cat((self._recent_v[:, :, : self._fresh], v), dim=2)
+        view = self._view(k, v)
+        packed = max(0, k.shape[2] - self._recent_kept) // self._group * self._group
+        self._store(k[:, :, :packed], v[:, :, :packed])
+        self._fresh = k.shape[2] - packed
+        self._recent_k[:, :, : self._fresh] = k[:, :, packed:]
+        self._recent_v[:, :, : self._fresh] = v[:, :, packed:]
+        return view
+
+    def _pack(self, ready: int) -> None:
+        """Pack as many whole groups as fit in the `ready` oldest recent tokens."""
+        count = max(0, ready) // self._group * self._group
+        if not count:
+            return
+        assert self._recent_k is not None and self._recent_v is not None
+        self._store(self._recent_k[:, :, :count], self._recent_v[:, :, :count])
+        rest = self._fresh - count
+        for buffer in (self._recent_k, self._recent_v):
+            buffer[:, :, :rest] = buffer[:, :, count : self._fresh].clone()
+        self._fresh = rest
+
+    def _store(self, k: Tensor, v: Tensor) -> None:
+        """Quantise whole groups behind the packed history."""
+        count = k.shape[2]
+        if not count:
+            return
+        self._make_room(self._packed + count)
+        assert self._k is not None and self._v is not None
+        keys = quantize_keys(k, bits=self._bits_k, group=self._group)
+        values = quantize_values(v, bits=self._bits_v, group=self._v_group(v.shape[3]))
+        first, groups = self._packed, slice(self._packed // self._group, None)
+        self._k.codes[:, :, first : first + count] = keys.codes
+        for store, new in zip(self._k[1:], keys[1:], strict=True):
+            store[:, :, groups][:, :, : new.shape[2]] = new
+        for store, new in zip(self._v, values, strict=True):
+            store[:, :, first : first + count] = new
+        self._packed += count
+
+    def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
+        assert self._k is not None and self._v is not None
+        groups = self._packed // self._group
+        keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        return QuantizedKV(
+            k=Codes(*keys),
+            v=Codes(*(part[:, :, : self._packed] for part in self._v)),
+            recent_k=recent_k,
+            recent_v=recent_v,
+            bits_k=self._bits_k,
+            bits_v=self._bits_v,
+            k_group=self._group,
+            rotated=self._hadamard,
+        )
+
+    def _v_group(self, dim: int) -> int:
+        return self._group if dim % self._group == 0 else dim
+
+    def _allocate(self, k: Tensor, v: Tensor) -> None:
+        if self._k is not None:
+            return
+        batch, heads, _, dim = k.shape
+        value_dim = v.shape[3]
+        slots = self._recent_kept + 2 * self._group
+        self._recent_k = k.new_empty(batch, heads, slots, dim)
+        self._recent_v = v.new_empty(batch, heads, slots, value_dim)
+        v_groups = value_dim // self._v_group(value_dim)
+
+        def empty(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(batch, heads, 0, width, dtype=dtype, device=k.device)
+
+        self._k = Codes(
+            empty(dim * self._bits_k // 8, torch.uint8),
+            empty(dim, torch.float16),
+            empty(dim, torch.float16),
+        )
+        self._v = Codes(
+            empty(value_dim * self._bits_v // 8, torch.uint8),
+            empty(v_groups, torch.float16),
+            empty(v_groups, torch.float16),
+        )
+
+    def _make_room(self, tokens: int) -> None:
+        assert self._k is not None and self._v is not None
+        if tokens <= self._v.codes.shape[2]:
+            return
+        step = -(-GROWTH_STEP // self._group) * self._group
+        capacity = max(-(-tokens // step) * step, -(-self._reserve // step) * step)
+        groups = capacity // self._group
+        self._k = Codes(
+            _extended(self._k.codes, capacity), *(_extended(s, groups) for s in self._k[1:])
+        )
+        self._v = Codes(*(_extended(part, capacity) for part in self._v))
+
+
+def _extended(x: Tensor, length: int) -> Tensor:
+    """A copy of `x` `[B, H, n, ...]` with room for `length` entries."""
+    new = x.new_empty(*x.shape[:2], length, *x.shape[3:])
+    new[:, :, : x.shape[2]] = x
+    return new

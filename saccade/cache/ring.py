@@ -1,0 +1,163 @@
+"""Sliding-window attention in fixed memory: sinks that stay, and a ring of recent tokens.
+
+One slot is written per token and nothing is ever moved (a memmove of the window per token, the
+textbook way, costs O(window)).  The position p >= sinks lives in slot sinks + (p - sinks) % ring.
+The ring holds `window - 1 + chunk` slots: the oldest query of a chunk still needs its window
+while the newest is already written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache.base import ShiftKeys
+from saccade.core import DenseKV, Span, Unsupported
+
+
+class RingCache:
+    """The last `window` tokens and the first `sinks`, exact under any chunking.
+
+    Args:
+        window: keys a token sees, itself counted.
+        sinks: first tokens that stay.
+        chunk: most tokens appended in place at once; larger chunks are attended to through a
+            temporary copy, so they are right too and the memory kept stays the same.
+        dtype: storage type; None keeps that of the keys.
+    """
+
+    def __init__(
+        self, *, window: int, sinks: int = 0, chunk: int = 1, dtype: torch.dtype | None = None
+    ) -> None:
+        if window < 1 or sinks < 0 or chunk < 1:
+            raise ValueError(
+                f"RingCache needs window >= 1, sinks >= 0 and chunk >= 1, "
+                f"got {window}, {sinks} and {chunk}."
+            )
+        self._window, self._sinks, self._chunk, self._dtype = window, sinks, chunk, dtype
+        self._ring = window - 1 + chunk
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self._seen = 0
+        self._oldest = sinks  # first position the ring still holds
+
+    @property
+    def seen(self) -> int:
+        return self._seen
+
+    @property
+    def nbytes(self) -> int:
+        if self._k is None or self._v is None:
+            return 0
+        return self._k.nbytes + self._v.nbytes
+
+    def append(self, k: Tensor, v: Tensor) -> DenseKV:
+        """Store a chunk; see LayerCache."""
+        self._allocate(k, v)
+        count = k.shape[2]
+        if count > self._chunk:
+            return self._append_large(k, v)
+        self._write(k, v, self._seen)
+        return self._view()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Replace row i of the batch by row rows[i]."""
+        if self._k is not None and self._v is not None:
+            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on.
+
+        Raises:
+            Unsupported: the window before `length` is already overwritten.
+        """
+        if length >= self._seen:
+            return
+        if self._oldest > max(self._sinks, length - self._window + 1):
+            raise Unsupported(
+                f"the ring cache cannot go back to position {length}: it holds positions "
+                f"{self._oldest} to {self._seen - 1} and needs the {self._window} before."
+            )
+        self._seen = length
+
+    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+        """A ring forgets by itself."""
+        raise Unsupported("a ring cache needs no context shift: it forgets what left the window.")
+
+    def reset(self) -> None:
+        """Forget everything; memory stays allocated."""
+        self._seen, self._oldest = 0, self._sinks
+
+    def _allocate(self, k: Tensor, v: Tensor) -> None:
+        if self._k is not None:
+            return
+        slots = self._sinks + self._ring
+        batch, heads = k.shape[:2]
+
+        def buffer(like: Tensor) -> Tensor:
+            dtype = self._dtype or like.dtype
+            return torch.empty(batch, heads, slots, like.shape[3], dtype=dtype, device=like.device)
+
+        self._k, self._v = buffer(k), buffer(v)
+
+    def _write(self, k: Tensor, v: Tensor, first: int) -> None:
+        """Write tokens at positions first .. into their slots."""
+        assert self._k is not None and self._v is not None
+        stop = first + k.shape[2]
+        for slot, position, length in self._spans(first, stop):
+            at = position - first
+            self._k[:, :, slot : slot + length] = k[:, :, at : at + length]
+            self._v[:, :, slot : slot + length] = v[:, :, at : at + length]
+        self._seen = stop
+        self._oldest = max(self._oldest, stop - self._ring)
+
+    def _spans(self, first: int, stop: int) -> list[Span]:
+        """Where the positions first .. stop-1 live: sinks, then up to two runs of the ring."""
+        spans: list[Span] = []
+        sinks = min(stop, self._sinks)
+        if first < sinks:
+            spans.append(Span(first, first, sinks - first))
+        position = max(first, self._sinks)
+        while position < stop:
+            at = (position - self._sinks) % self._ring
+            length = min(stop - position, self._ring - at)
+            spans.append(Span(self._sinks + at, position, length))
+            position += length
+        return spans
+
+    def _held(self) -> list[Span]:
+        """Spans of all positions held, ascending."""
+        sinks = self._spans(0, min(self._seen, self._sinks))
+        return sinks + self._spans(max(self._oldest, self._sinks), self._seen)
+
+    def _view(self) -> DenseKV:
+        assert self._k is not None and self._v is not None
+        return DenseKV(self._k, self._v, tuple(self._held()))
+
+    def _append_large(self, k: Tensor, v: Tensor) -> DenseKV:
+        """A chunk the ring cannot hold beside its window: attend to a copy, keep the end."""
+        assert self._k is not None and self._v is not None
+        old_k, old_v, spans, at = [], [], [], 0
+        for slot, position, length in self._held():
+            old_k.append(self._k[:, :, slot : slot + length].clone())
+            old_v.append(self._v[:, :, slot : slot + length].clone())
+            spans.append(Span(at, position, length))
+            at += length
+        spans.append(Span(at, self._seen, k.shape[2]))
+        view = DenseKV(
+            torch.cat([*old_k, k.to(self._k.dtype)], dim=2),
+            torch.cat([*old_v, v.to(self._v.dtype)], dim=2),
+            tuple(spans),
+        )
+        self._store_end(k, v)
+        return view
+
+    def _store_end(self, k: Tensor, v: Tensor) -> None:
+        """Write the sinks and the last tokens of a large chunk; the middle is never needed."""
+        first, stop = self._seen, self._seen + k.shape[2]
+        if first < self._sinks:
+            head = min(self._sinks, stop) - first
+            self._write(k[:, :, :head], v[:, :, :head], first)
+        tail = max(first, self._sinks, stop - self._ring)
+        if tail < stop:
+            self._write(k[:, :, tail - first :], v[:, :, tail - first :], tail)

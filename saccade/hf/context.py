@@ -1,0 +1,38 @@
+"""`saccade.Context`: the runtime's Context around any model that a user holds."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from saccade import runtime
+from saccade.hf.load import LoadedModel
+from saccade.hf.model import HFModel
+from saccade.runtime import ContextParams, Model
+
+
+def as_model(model: Model | LoadedModel | PreTrainedModel) -> Model:
+    """The runtime's view of a loaded model, a transformers model, or of a Model itself."""
+    if isinstance(model, LoadedModel):
+        return HFModel(model.model, model.name, model.n_ctx_train)
+    if isinstance(model, PreTrainedModel):
+        return HFModel(model)
+    return model
+
+
+class Context(runtime.Context):
+    """A running model under ContextParams; see `saccade.runtime.Context` for its methods.
+
+    Args:
+        model: what `saccade.load_model` returns, a transformers model, or a `runtime.Model`.
+        params: options; default ContextParams().
+        reserve: tokens to allocate caches for at once, when the length is known beforehand.
+    """
+
+    def __init__(
+        self,
+        model: Model | LoadedModel | PreTrainedModel,
+        params: ContextParams | None = None,
+        *,
+        reserve: int = 0,
+    ) -> None:
+        super().__init__(as_model(model), params, reserve=reserve)

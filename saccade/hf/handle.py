@@ -1,0 +1,74 @@
+"""KVHandle: what our caches give to transformers in place of key and value tensors.
+
+A model's own code passes what `Cache.update` returned to the attention function untouched.  So a
+cache that stores rings, codes or pages need not rebuild dense tensors: it returns a handle, and
+`saccade_attention` opens it.  Anything else that touches a handle is told what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from saccade.core import KVView, Unsupported
+
+ObserveCall = Callable[[Tensor, Tensor, float], None]
+"""Called with q `[B, H, Lq, D]` (rotated), lse `[B, H, Lq]` float32, and the softmax scale."""
+
+
+class KVHandle:
+    """Stands for the keys (or values) of one layer.
+
+    Attributes:
+        view: the keys and values, as an operator reads them.
+        seen: tokens the layer has seen, the new ones included; a compressed view holds fewer.
+        shape: `[B, Hkv, end, D]`, for code that peeks.
+        observe: is shown the call after it ran, or None.
+    """
+
+    __slots__ = ("observe", "seen", "shape", "view")
+
+    def __init__(
+        self, view: KVView, *, seen: int, width: int, observe: ObserveCall | None = None
+    ) -> None:
+        self.view = view
+        self.seen = seen
+        self.shape = torch.Size((*view.shape[:3], width))
+        self.observe = observe
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the keys once they are decoded."""
+        return self.view.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the storage lies."""
+        return self.view.device
+
+    def __repr__(self) -> str:
+        return f"KVHandle(shape={list(self.shape)}, view={type(self.view).__name__})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _refuse(getattr(func, "__name__", str(func)))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols such as copy and numpy ask and accept a no
+            raise AttributeError(name)
+        _refuse(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        _refuse("indexing")
+
+
+def _refuse(operation: str) -> NoReturn:
+    raise Unsupported(
+        f"a saccade cache hands its keys to saccade's attention alone, but {operation} was asked "
+        "of them by other code. Run the model inside `with attach(model, params)` or with "
+        'attn_implementation="saccade"; a model whose own code reads cached keys (DeepSeek and '
+        "other latent-attention families) needs a cache of transformers."
+    )

@@ -1,0 +1,147 @@
+"""A transformers model as the runtime sees it: tokens and caches in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saccade.cache import LayerCache, ShiftKeys
+from saccade.core import Unsupported
+from saccade.hf.attach import Attached, attach, new_cache
+from saccade.hf.cache import SaccadeCache
+from saccade.hf.layers import layer_windows, text_config
+from saccade.hf.rope import key_shifter
+from saccade.runtime.model import ModelCache, ModelFacts, Observer
+from saccade.runtime.params import ContextParams
+
+
+class HFModelCache:
+    """The caches of all layers, as the runtime sees them.
+
+    Attributes:
+        past_key_values: the same caches, as transformers sees them.
+    """
+
+    def __init__(self, past_key_values: SaccadeCache) -> None:
+        self.past_key_values = past_key_values
+
+    @property
+    def layers(self) -> Sequence[LayerCache]:
+        return self.past_key_values.stores
+
+    @property
+    def seen(self) -> int:
+        return self.past_key_values.seen
+
+    @property
+    def nbytes(self) -> int:
+        return self.past_key_values.nbytes
+
+    @property
+    def observer(self) -> Observer | None:
+        return self.past_key_values.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.past_key_values.observer = observer
+
+
+class HFModel:
+    """A causal language model of transformers behind the runtime's Model protocol.
+
+    Args:
+        model: e.g. a LlamaForCausalLM.
+        name: what to call it in tables.
+        n_ctx_train: length it was trained for; default what its config says.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str = "", n_ctx_train: int | None = None
+    ) -> None:
+        self.model = model
+        self._name = name or type(model).__name__
+        self._n_ctx_train = n_ctx_train
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the config says, heads as they are now (`pool_to_mqa` changes them)."""
+        config = text_config(self.model)
+        head_dim = getattr(config, "head_dim", None)
+        return ModelFacts(
+            name=self._name,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            n_ctx_train=self._n_ctx_train or config.max_position_embeddings,
+            dtype=self.model.dtype,
+            windows=layer_windows(config),
+        )
+
+    def attached(self, params: ContextParams) -> AbstractContextManager[Attached]:
+        """Run the model under these params inside the `with`; see `attach`."""
+        return attach(self.model, params)
+
+    def new_cache(self, params: ContextParams, *, reserve: int = 0) -> HFModelCache:
+        """Empty caches under these params, with room for `reserve` tokens at once."""
+        return HFModelCache(new_cache(self.model, params, reserve=reserve))
+
+    def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
+        assert isinstance(cache, HFModelCache), "caches come from new_cache"
+        decoder = self.model.get_decoder()
+        output = decoder(
+            input_ids=tokens.to(self.model.device),
+            past_key_values=cache.past_key_values,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        matrix = self.model.get_output_embeddings()
+        if matrix is None:
+            raise Unsupported(
+                f"{type(self.model).__name__} has no output matrix: load a causal language model "
+                "(AutoModelForCausalLM)."
+            )
+        return _finished(matrix(hidden), text_config(self.model))
+
+    def forward(self, tokens: Tensor, cache: ModelCache, want: str | slice = "last") -> Tensor:
+        """Logits of the new tokens: of the "last" one, of "none", or of a slice of them.
+
+        Returns:
+            `[B, wanted, vocab]`.
+
+        Raises:
+            ValueError: another word for `want`.
+        """
+        if want == "last":
+            want = slice(-1, None)
+        elif want == "none":
+            want = slice(0, 0)
+        if not isinstance(want, slice):
+            raise ValueError(f"want must be 'last', 'none' or a slice of the tokens, got {want!r}.")
+        return self.logits(self.hidden(tokens, cache)[:, want])
+
+    def shift_keys(self, layer: int) -> ShiftKeys:
+        """The function that re-rotates the cached keys of a layer by a number of positions."""
+        types = getattr(text_config(self.model), "layer_types", None)
+        return key_shifter(self.model, None if types is None else types[layer])
+
+
+def _finished(logits: Tensor, config: Any) -> Tensor:
+    """What some families do to logits behind the output matrix."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if cap is not None:
+        logits = (logits / cap).tanh() * cap
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)  # Granite divides
+    return logits if divisor is None else logits / divisor

@@ -1,0 +1,1 @@
+"""Floor 5: records of what was measured, and their renderings."""

@@ -1,0 +1,102 @@
+"""Numbers as people read them: bytes, ratios, rates, values with their standard error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MISSING = "–"
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """`value` with that many significant digits, thousands grouped, never in e-notation."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def as_bytes(count: float) -> str:
+    """Bytes in binary units: `212 MiB`, `1.25 GiB`."""
+    for unit in _UNITS:
+        if abs(count) < 999.5 or unit == _UNITS[-1]:
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{significant(count)} {unit}"
+
+
+def as_ratio(ratio: float) -> str:
+    """A multiple of the baseline: `0.35x`, `1.02x`, `12.4x`, `0.004x`."""
+    if ratio == 0:
+        return "0x"
+    if 0.1 <= abs(ratio) < 10:
+        return f"{ratio:.2f}x"
+    return f"{significant(ratio, 3 if abs(ratio) >= 10 else 1)}x"
+
+
+def with_error(value: float, error: float | None, *, most_decimals: int = 4) -> str:
+    """`12.31 ±0.24`: the error to one or two digits, the value to the same place."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and abs(value) < 0.5 * 10**-most_decimals:
+        return f"<{10**-most_decimals:.{most_decimals}f}"
+    if error is None or not math.isfinite(error) or error <= 0:
+        short = f"{value:.{most_decimals}f}"
+        return min(significant(value), short, key=len) if value else "0"
+    exponent = math.floor(math.log10(error))
+    two_digits = error < 3.55 * 10**exponent
+    decimals = min(max(0, two_digits - exponent), most_decimals)
+    if round(error, decimals) == 0:
+        return f"{value:,.{decimals}f}"
+    return f"{value:,.{decimals}f} ±{error:,.{decimals}f}"
+
+
+def as_share(share: float) -> str:
+    """A share of 1 in per cent, never rounded up to a perfect score."""
+    percent = 100 * share
+    if share < 1 and round(percent, 1) >= 100:
+        return ">99.9 %"
+    return f"{percent:.1f} %" if percent < 100 else "100 %"
+
+
+def as_duration(seconds: float) -> str:
+    """`48 s`, `2 min 31 s`, `1 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def as_position(position: int) -> str:
+    """A token position: `8k` for whole multiples of 1024, else the number."""
+    if position and position % 1024 == 0:
+        return f"{position // 1024}k"
+    return f"{position:,}"
+
+
+def as_fact(name: str, value: Any) -> str:
+    """A fact of a record; the ending of its name says its unit (`_bytes`, `_seconds`)."""
+    if isinstance(value, dict):
+        value = [f"{key} {as_fact(key, item)}" for key, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return ", ".join(as_fact("", item) for item in value)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    if not isinstance(value, (int, float)):
+        return MISSING if value is None or value == "" else str(value)
+    if name.endswith("bytes"):
+        return as_bytes(value)
+    if name.endswith("seconds"):
+        return as_duration(value)
+    return f"{value:,}" if isinstance(value, int) else significant(value)
+
+
+def fact_name(name: str) -> str:
+    """The name of a fact as a person reads it: the unit ending goes, `_` becomes a space."""
+    return name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")

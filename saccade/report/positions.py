@@ -1,0 +1,91 @@
+"""Perplexity by position as a small table: which positions to show, and who does well there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saccade.report.numbers import MISSING, as_position, significant
+from saccade.report.record import Curve, Report
+
+BROKEN = 1.5  # times the best curve at a position: the model has lost the thread there
+
+
+@dataclass(frozen=True, slots=True)
+class PositionTable:
+    """Chosen positions and, for each curve, its perplexity there (None: not measured).
+
+    Attributes:
+        starts: first token of each block; block: tokens in a block.
+        past_training: for each start, whether it lies beyond the trained length.
+        lines: (curve name, values).
+    """
+
+    starts: list[int]
+    block: int
+    past_training: list[bool]
+    lines: list[tuple[str, list[float | None]]]
+
+    def headings(self) -> list[str]:
+        """The positions as text, those past the trained length marked with an asterisk."""
+        marked = zip(self.starts, self.past_training, strict=True)
+        return [as_position(start) + ("*" if past else "") for start, past in marked]
+
+    def verdict(self, column: int, value: float | None) -> bool | None:
+        """True for the best past the trained length, False where it is broken, else None."""
+        known = [values[column] for _, values in self.lines if values[column] is not None]
+        if value is None or len(known) < 2 or not self.past_training[column]:
+            return None
+        if value <= min(known):
+            return True
+        return False if value > BROKEN * min(known) else None
+
+
+def trained_length(report: Report) -> int | None:
+    """Tokens the model was trained for, where the record says it."""
+    length = report.model.get("trained_length")
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def position_table(report: Report, *, most: int = 9) -> PositionTable | None:
+    """The table of at most `most` positions, or None where no curve was measured."""
+    curves = [curve for curve in report.curves if curve.positions]
+    if not curves:
+        return None
+    trained = trained_length(report)
+    starts = _choose(sorted({p for curve in curves for p in curve.positions}), trained, most)
+    lines = [(curve.name, [_at(curve, start) for start in starts]) for curve in curves]
+    past = [trained is not None and start >= trained for start in starts]
+    return PositionTable(starts, curves[0].block, past, lines)
+
+
+def as_perplexity(value: float | None) -> str:
+    """A perplexity without its error, as short as a table of many needs."""
+    return MISSING if value is None else significant(value)
+
+
+def _at(curve: Curve, start: int) -> float | None:
+    values = dict(zip(curve.positions, curve.perplexity, strict=False))
+    return values.get(start)
+
+
+def _choose(starts: list[int], trained: int | None, most: int) -> list[int]:
+    """At most `most` starts: the ends, the neighbours of the trained length, the rest evenly.
+
+    What happens past the trained length is what the table is for, so it gets two thirds.
+    """
+    if len(starts) <= most:
+        return starts
+    inside = [p for p in starts if trained is None or p < trained]
+    outside = [p for p in starts if trained is not None and p >= trained]
+    room = min(len(outside), max(most * 2 // 3, most - len(inside)))
+    return _evenly(inside, most - room) + _evenly(outside, room)
+
+
+def _evenly(items: list[int], count: int) -> list[int]:
+    """`count` of the items, evenly spread, first and last among them."""
+    if count >= len(items) or count < 1:
+        return items[: max(count, 0)] if count < 1 else items
+    if count == 1:
+        return items[-1:]
+    step = (len(items) - 1) / (count - 1)
+    return [items[round(i * step)] for i in range(count)]

@@ -1,0 +1,18 @@
+"""Floor 4: running a model, whatever it is."""
+
+from saccade.runtime.context import Context, Piece, Stats
+from saccade.runtime.model import Model, ModelCache, ModelFacts, Observer
+from saccade.runtime.params import ContextParams
+from saccade.runtime.sampling import Sampler
+
+__all__ = [
+    "Context",
+    "ContextParams",
+    "Model",
+    "ModelCache",
+    "ModelFacts",
+    "Observer",
+    "Piece",
+    "Sampler",
+    "Stats",
+]

@@ -1,0 +1,66 @@
+"""KV-level compression of a running model: watch the last queries, then let a policy choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.cache import DenseCache
+from saccade.compress import POLICIES, Observed, resolve_budget, select
+from saccade.core import KVView, Unsupported
+from saccade.runtime.model import ModelCache
+
+DECODE_ROOM = 64
+"""Slots left behind a compressed prompt for the answer."""
+
+
+class QueryTail:
+    """Remembers the newest queries of every layer while a prompt is read.
+
+    Args:
+        width: how many queries to remember.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._queries: dict[int, Tensor] = {}
+        self._scales: dict[int, float] = {}
+
+    @classmethod
+    def for_policy(cls, name: str) -> QueryTail:
+        """A tail as long as the policy of that name wants."""
+        return cls(POLICIES[name]().num_queries)
+
+    def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
+        """Take in the queries `[B, H, t, D]` of one step."""
+        newest = q[:, :, -self._width :]
+        if layer in self._queries and newest.shape[2] < self._width:
+            newest = torch.cat((self._queries[layer], newest), dim=2)[:, :, -self._width :]
+        self._queries[layer] = newest.clone()
+        self._scales[layer] = scale
+
+    def of(self, layer: int) -> tuple[Tensor, float]:
+        """Queries and softmax scale of a layer."""
+        return self._queries[layer], self._scales[layer]
+
+
+def compress_cache(
+    cache: ModelCache, tail: QueryTail, policy_name: str, budget: int | float
+) -> None:
+    """Shrink every full-length layer cache to the budget; sliding layers are small already.
+
+    Raises:
+        Unsupported: a layer cache that cannot drop keys.
+    """
+    policy = POLICIES[policy_name]()
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, DenseCache):
+            raise Unsupported(
+                f"kv_policy needs caches in full precision, layer {i} has {type(layer).__name__}."
+            )
+        view = layer.view()
+        kept = resolve_budget(budget, layer.num_slots)
+        if kept < layer.num_slots:
+            q, scale = tail.of(i)
+            scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
+            layer.keep(select(scores, kept), room=DECODE_ROOM)

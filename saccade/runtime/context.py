@@ -1,0 +1,206 @@
+"""Context: a model, its options and its caches; text goes in, tokens come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.core import BadInput, Unsupported
+from saccade.core.hardware import available_memory
+from saccade.runtime.compression import QueryTail, compress_cache
+from saccade.runtime.memory import cache_bytes
+from saccade.runtime.model import Model, ModelCache
+from saccade.runtime.params import ContextParams
+from saccade.runtime.sampling import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One generated token."""
+
+    token: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Stats:
+    """What a context has done so far; seconds are wall time."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    cache_bytes: int = 0
+
+
+class Context:
+    """A running model under ContextParams; the model is restored when the context closes.
+
+    Args:
+        model: a `runtime.Model`.
+        params: options; default ContextParams().
+        reserve: tokens to allocate caches for at once, when the length is known beforehand.
+
+    Raises:
+        BadInput: n_ctx needs more memory for caches than the machine has.
+        Unsupported: options that this model cannot run with.
+    """
+
+    def __init__(
+        self, model: Model, params: ContextParams | None = None, *, reserve: int = 0
+    ) -> None:
+        self.model = model
+        self.params = params or ContextParams()
+        self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
+        self.stats = Stats()
+        self._check_memory(max(reserve, self.params.n_ctx or 0))
+        self._stack = ExitStack()
+        self._stack.enter_context(model.attached(self.params))
+        self._cache = model.new_cache(self.params, reserve=reserve)
+        self._tail: QueryTail | None = None
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Restore the model; the context cannot be used afterwards."""
+        self._stack.close()
+
+    @property
+    def cache(self) -> ModelCache:
+        return self._cache
+
+    @property
+    def seen(self) -> int:
+        """Tokens read so far."""
+        return self._cache.seen
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self._cache.nbytes
+
+    def append(self, tokens: Sequence[int] | Tensor, *, wanted: int = 1) -> Tensor:
+        """Read tokens after those already seen, at most `n_batch` at a time.
+
+        Returns:
+            Hidden states `[min(wanted, len(tokens)), hidden]` of the last tokens.
+
+        Raises:
+            BadInput: no tokens, or more than fit into n_ctx.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        if ids.numel() == 0:
+            raise BadInput("the prompt is empty: give at least one token to read.")
+        self._check_room(len(ids))
+        policy = self.params.kv_policy
+        if policy is not None and self._tail is None:
+            self._tail = QueryTail.for_policy(policy)
+            self._cache.observer = self._tail.observe
+        states: list[Tensor] = []
+        with torch.inference_mode():
+            for chunk in ids.split(self.params.n_batch):
+                hidden = self.model.hidden(chunk[None], self._cache)[0]
+                states.append(hidden)
+                while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
+                    states.pop(0)
+        return torch.cat(states)[-wanted:]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[..., vocab]` float32 of hidden states `[..., hidden]`."""
+        with torch.inference_mode():
+            return self.model.logits(hidden).float()
+
+    def compress(self) -> None:
+        """Apply `kv_policy` to what the caches hold; without a policy nothing happens."""
+        if self._tail is None:
+            return
+        assert self.params.kv_policy is not None and self.params.kv_budget is not None
+        with torch.inference_mode():
+            compress_cache(self._cache, self._tail, self.params.kv_policy, self.params.kv_budget)
+        self._cache.observer = self._tail = None
+
+    def stream(
+        self,
+        prompt: Sequence[int] | Tensor,
+        *,
+        n_predict: int = 128,
+        sampler: Sampler | None = None,
+        stop: Iterable[int] = (),
+    ) -> Iterator[Piece]:
+        """Read the prompt, compress if asked to, then generate up to `n_predict` tokens.
+
+        Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
+        None; with n_keep the middle of the context is forgotten instead.
+        """
+        sampler, ends = sampler or Sampler(), set(stop)
+        start = time.perf_counter()
+        hidden = self.append(prompt)
+        self.compress()
+        token = sampler.pick(self.logits(hidden[-1]))
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.prefill_seconds += time.perf_counter() - start
+        for _ in range(n_predict):
+            self.stats.cache_bytes = self.cache_bytes
+            if token in ends:
+                return
+            yield Piece(token)
+            if not self._room_for_one():
+                return
+            start = time.perf_counter()
+            token = sampler.pick(self.logits(self.append([token])[-1]))
+            self.stats.decode_tokens += 1
+            self.stats.decode_seconds += time.perf_counter() - start
+
+    def shift(self, n_keep: int) -> None:
+        """Forget half of what lies behind the first `n_keep` tokens, re-rotating later keys.
+
+        Exact for the first layer; later layers keep what they computed from the forgotten tokens.
+
+        Raises:
+            Unsupported: a cache that cannot shift.
+        """
+        n_discard = (self.seen - n_keep) // 2
+        if n_discard < 1:
+            raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
+        with torch.inference_mode():
+            for i, layer in enumerate(self._cache.layers):
+                layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether n_ctx limits the tokens; a window forgets by itself and needs no limit."""
+        return self.params.n_swa is None
+
+    def _room_for_one(self) -> bool:
+        if not self._bounded or self.seen < self.n_ctx:
+            return True
+        if self.params.n_keep is None:
+            return False
+        self.shift(self.params.n_keep)
+        return True
+
+    def _check_room(self, count: int) -> None:
+        if self._bounded and self.seen + count > self.n_ctx:
+            raise BadInput(
+                f"{self.seen + count} tokens do not fit into n_ctx={self.n_ctx}. Raise n_ctx "
+                "(with rope_scaling_type='yarn' beyond the trained length), set a window (n_swa), "
+                "or give a shorter prompt."
+            )
+
+    def _check_memory(self, tokens: int) -> None:
+        free = available_memory()
+        needed = cache_bytes(self.model.facts, self.params, tokens)
+        if free is not None and needed > free:
+            raise BadInput(
+                f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
+                f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
+                "quantise the cache (type_k=type_v='int8')."
+            )

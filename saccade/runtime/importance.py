@@ -1,0 +1,93 @@
+"""Importance of the tokens of a text, from the model that will read it.
+
+self-information    -log p(token | the text before): what the model could not guess (Selective
+                    Context, arXiv 2310.06201)
+received attention  how much attention a token gets from later ones, averaged over layers, heads
+                    and the queries that can see it (H2O, arXiv 2306.14048)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.compress import received_attention
+from saccade.core import KVView
+from saccade.runtime.context import Context
+
+HEAD_CHUNK = 64
+"""Hidden states turned into logits at once: logits are vocab times larger than tokens."""
+
+
+def token_log_probs(ctx: Context, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target token `[n]` from hidden states `[n, hidden]`, float32 `[n]`."""
+    parts = [
+        ctx.logits(states).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+        for states, wanted in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def self_information(ctx: Context, tokens: Tensor) -> Tensor:
+    """-log p of each token `[n]` given those before, in nats; the first one gets +inf (it stays).
+
+    The context reads the tokens on the way.
+    """
+    hidden = ctx.append(tokens, wanted=len(tokens))
+    scores = torch.full((len(tokens),), torch.inf)
+    scores[1:] = -token_log_probs(ctx, hidden[:-1], tokens[1:])
+    return scores
+
+
+class ReceivedAttention:
+    """Observer that adds up the attention every token receives; see `received_attention`."""
+
+    def __init__(self) -> None:
+        self._mass = torch.zeros(0)
+
+    def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
+        """Take in one step of one layer (batch 1)."""
+        mass = received_attention(q, kv, lse, scale)[0].cpu()
+        if len(mass) > len(self._mass):
+            grown = torch.zeros(len(mass))
+            grown[: len(self._mass)] = self._mass
+            self._mass = grown
+        self._mass[: len(mass)] += mass
+
+    def scores(self) -> Tensor:
+        """Mean attention received from the queries that could see a token, `[n]`."""
+        length = len(self._mass)
+        return self._mass / torch.arange(length, 0, -1)
+
+
+def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "both") -> Tensor:
+    """Scores `[n]` for `compress_context`, ranks of one or both kinds between 0 and 1.
+
+    Args:
+        ctx: a fresh context; it reads the tokens on the way.
+        kind: "self_information", "received_attention" or "both" (the mean of the two ranks).
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    kinds = ("self_information", "received_attention", "both")
+    if kind not in kinds:
+        raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(kinds)}.")
+    received = ReceivedAttention()
+    ctx.cache.observer = received.observe if kind != "self_information" else None
+    if kind == "received_attention":
+        ctx.append(tokens)
+        information = None
+    else:
+        information = _ranks(self_information(ctx, tokens))
+    ctx.cache.observer = None
+    if information is None:
+        return _ranks(received.scores())
+    return (
+        information if kind == "self_information" else (information + _ranks(received.scores())) / 2
+    )
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Rank of each score, 0 for the lowest to 1 for the highest."""
+    return scores.argsort().argsort().float() / max(1, len(scores) - 1)

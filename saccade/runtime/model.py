@@ -1,0 +1,84 @@
+"""What the runtime needs of a model, whoever brings it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.cache import LayerCache
+from saccade.core import KVView
+from saccade.runtime.params import ContextParams
+
+Observer = Callable[[int, Tensor, KVView, Tensor, float], None]
+"""Called after attention with (layer, q, view, lse, scale); q `[B, H, t, D]`, lse `[B, H, t]`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a plan needs to know of a model before it runs.
+
+    Attributes:
+        windows: the model's own sliding window of each layer, None for full attention.
+        n_ctx_train: length the model was trained for.
+    """
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    n_ctx_train: int
+    dtype: torch.dtype
+    windows: tuple[int | None, ...]
+
+
+class ModelCache(Protocol):
+    """The caches of all layers of a running model."""
+
+    @property
+    def layers(self) -> Sequence[LayerCache]: ...
+
+    @property
+    def seen(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def observer(self) -> Observer | None: ...
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None: ...
+
+
+class Model(Protocol):
+    """A causal language model that can be run under ContextParams."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def attached(self, params: ContextParams) -> AbstractContextManager[object]:
+        """Run the model under these params inside the `with`; the model is restored on exit."""
+        ...
+
+    def new_cache(self, params: ContextParams, *, reserve: int = 0) -> ModelCache:
+        """Empty caches under these params, with room for `reserve` tokens at once."""
+        ...
+
+    def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """Run new tokens `[B, t]` after what the cache holds -> hidden states `[B, t, hidden]`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
+        ...
+
+    def shift_keys(self, layer: int) -> Callable[[Tensor, int], Tensor]:
+        """The function that re-rotates the cached keys of a layer by a number of positions."""
+        ...

@@ -1,0 +1,116 @@
+"""ContextParams: how a model runs, in the names that users of llama.cpp know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from saccade.compress import POLICIES
+from saccade.sparse import Pattern
+
+FLASH_ATTN = ("auto", "enabled", "disabled")
+CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4")
+ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextParams:
+    """Options of a running model; None always means "what the model itself says".
+
+    Args:
+        n_ctx: largest number of tokens in context; None: the length the model was trained for.
+        n_batch: most tokens that one prefill step takes.
+        flash_attn: "enabled": O(N) memory or an error; "disabled": materialised scores, the
+            standard attention of the textbooks; "auto": the fastest backend able to run each call.
+        type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8 or int4; None:
+            the dtype of the model.  int8 and int4 need both to be quantised.
+        rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
+        rope_freq_base: base of the rotary frequencies.
+        rope_freq_scale: 1 / factor; None: as much as n_ctx needs beyond yarn_orig_ctx.
+        yarn_ext_factor: 1 mixes in unscaled high frequencies (YaRN), 0 interpolates them all.
+        yarn_attn_factor: magnitude of the rotary tables; None: 0.1 ln(factor) + 1.
+        yarn_beta_fast, yarn_beta_slow: rotations that bound the ramp (default 32 and 1).
+        yarn_orig_ctx: length the model was trained for before scaling.
+        n_swa: window, the number of last keys a token sees, itself counted.
+        n_sinks: first tokens that stay visible outside the window.
+        n_keep: first tokens kept when a full context is shifted during generation; None: a full
+            context ends the generation.
+        sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
+        kv_policy: name of a policy that compresses the cache after the prompt ("snapkv").
+        kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
+        backend: a backend of `saccade.attention` by name; overrides flash_attn.
+
+    Raises:
+        ValueError: an option outside what is listed above.
+    """
+
+    n_ctx: int | None = None
+    n_batch: int = 512
+    flash_attn: str = "auto"
+    type_k: str | None = None
+    type_v: str | None = None
+    rope_scaling_type: str | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    yarn_ext_factor: float | None = None
+    yarn_attn_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_orig_ctx: int | None = None
+    n_swa: int | None = None
+    n_sinks: int = 0
+    n_keep: int | None = None
+    sparse: Pattern | None = field(default=None)
+    kv_policy: str | None = None
+    kv_budget: int | float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("flash_attn", self.flash_attn, FLASH_ATTN)
+        _one_of("type_k", self.type_k, CACHE_TYPES)
+        _one_of("type_v", self.type_v, CACHE_TYPES)
+        _one_of("rope_scaling_type", self.rope_scaling_type, ROPE_SCALING_TYPES)
+        _one_of("kv_policy", self.kv_policy, tuple(POLICIES))
+        _at_least("n_ctx", self.n_ctx, 1)
+        _at_least("n_batch", self.n_batch, 1)
+        _at_least("n_swa", self.n_swa, 1)
+        _at_least("n_sinks", self.n_sinks, 0)
+        _at_least("n_keep", self.n_keep, 0)
+        _at_least("yarn_orig_ctx", self.yarn_orig_ctx, 1)
+        self._check_storage()
+        if self.n_sinks and self.n_swa is None:
+            raise ValueError(f"n_sinks={self.n_sinks} needs a window: set n_swa.")
+        if self.rope_freq_scale is not None and not 0 < self.rope_freq_scale <= 1:
+            raise ValueError(
+                f"rope_freq_scale is 1 / factor, in (0, 1], got {self.rope_freq_scale}."
+            )
+        if (self.kv_policy is None) != (self.kv_budget is None):
+            raise ValueError(
+                "kv_policy and kv_budget go together: a policy and how much it may keep, got "
+                f"{self.kv_policy!r} and {self.kv_budget!r}."
+            )
+        if isinstance(self.kv_budget, float) and not 0 < self.kv_budget <= 1:
+            raise ValueError(f"kv_budget as a share must be in (0, 1], got {self.kv_budget}.")
+        if isinstance(self.kv_budget, int):
+            _at_least("kv_budget", self.kv_budget, 1)
+
+    def _check_storage(self) -> None:
+        quantized = [t for t in (self.type_k, self.type_v) if t in ("int8", "int4")]
+        if len(quantized) == 1:
+            raise ValueError(
+                f"type_k={self.type_k!r} with type_v={self.type_v!r}: quantised caches store both "
+                "keys and values as int8 or int4. Set both."
+            )
+        if not quantized and self.type_k != self.type_v:
+            raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
+        if quantized and (self.n_swa is not None or self.kv_policy is not None):
+            raise ValueError("a quantised cache cannot be combined with n_swa or kv_policy yet.")
+
+
+def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}.")
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")

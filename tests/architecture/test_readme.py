@@ -1,0 +1,82 @@
+"""The README's claims: its snippets run, its tree exists, its table is a stored record."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.real_model
+def test_snippets_run(capsys):
+    scope = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), scope)
+    assert "Paris" in capsys.readouterr().out
+
+
+def test_the_tree_exists():
+    tree = next(block for block in blocks("") if block.startswith("saccade/core"))
+    named = [line.split()[0] for line in tree.splitlines()]
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+    folders = {f"saccade/{p.name}" for p in (ROOT / "saccade").iterdir() if (p / "__init__.py").exists()}
+    assert folders <= set(named), folders - set(named)
+
+
+def test_short_and_the_first_command_comes_early():
+    lines = README.splitlines()
+    assert len(lines) < 150
+    assert lines.index("make demo") < 15
+
+
+def test_commands_parse():
+    """Every `saccade ...` line of the README is a command line that the parser accepts."""
+    from importlib import import_module
+
+    from saccade.cli.parser import Parser
+
+    commands = [
+        line.split("#")[0].split()[1:]
+        for block in blocks("")
+        for line in block.splitlines()
+        if line.startswith("saccade ")
+    ]
+    assert len(commands) >= 4
+    for words in commands:
+        parser = Parser(prog="saccade")
+        import_module(f"saccade.cli.{words[0]}").add_arguments(parser)
+        parser.parse(shlex.split(" ".join(words[1:])))
+
+
+def test_the_table_is_the_stored_record():
+    from saccade.report.markdown import to_markdown
+    from saccade.report.record import read
+
+    path, table = re.search(
+        r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL
+    ).groups()
+    assert table.strip() == to_markdown(read(ROOT / path)).strip()
+
+
+def test_pictures_exist():
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / name).stat().st_size > 1000
+
+
+def test_every_context_option_of_the_table_exists():
+    from dataclasses import fields
+
+    from saccade.runtime import ContextParams
+
+    known = {field.name for field in fields(ContextParams)}
+    rows = re.findall(r"^\| (`[^|]*`) \|", README, re.MULTILINE)
+    for name in re.findall(r"`(\w+)(\*?)`", " ".join(rows)):
+        assert any(field.startswith(name[0]) for field in known), name

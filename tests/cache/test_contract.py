@@ -1,0 +1,260 @@
+"""The contract of layer caches: whatever the chunking, attention equals that over all keys."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.cache import DenseCache, QuantizedCache, RingCache, make_layer_cache
+from saccade.core import Mask, Unsupported
+from saccade.ops import attend, attention
+
+EXACT = {
+    "dense": (DenseCache, Mask()),
+    "ring": (lambda: RingCache(window=9, chunk=4), Mask(window=9)),
+    "ring with sinks": (lambda: RingCache(window=9, sinks=3, chunk=4), Mask(window=9, sinks=3)),
+    "ring of one": (lambda: RingCache(window=1, chunk=1), Mask(window=1)),
+    "long ring": (lambda: RingCache(window=300, sinks=2, chunk=8), Mask(window=300, sinks=2)),
+}
+LENGTH = 60
+
+
+def qkv(length=LENGTH, batch=2, dim=16):
+    return (
+        torch.randn(batch, 4, length, dim),
+        torch.randn(batch, 2, length, dim),
+        torch.randn(batch, 2, length, dim),
+    )
+
+
+def run(cache, mask, q, k, v, chunks):
+    """Append and attend chunk by chunk; the joined outputs."""
+    outs, at = [], cache.seen
+    start = at
+    for size in chunks:
+        stop = min(at + size, start + q.shape[2])
+        part = slice(at - start, stop - start)
+        view = cache.append(k[:, :, part], v[:, :, part])
+        outs.append(attend(q[:, :, part], view, mask=mask).out)
+        at = stop
+    return torch.cat(outs, dim=2)
+
+
+def cuts(sizes, length):
+    """Chunk sizes that cover the length, repeating what was drawn."""
+    total, out = 0, []
+    while total < length:
+        out.append(min(sizes[len(out) % len(sizes)], length - total))
+        total += out[-1]
+    return out
+
+
+@pytest.mark.parametrize("name", EXACT)
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_chunked_equals_whole(name, sizes):
+    make, mask = EXACT[name]
+    q, k, v = qkv()
+    expected = attention(q, k, v, window=mask.window, sinks=mask.sinks, backend="reference")
+    ours = run(make(), mask, q, k, v, cuts(sizes, LENGTH))
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_reset_and_reuse(name):
+    make, mask = EXACT[name]
+    cache, (q, k, v) = make(), qkv()
+    first = run(cache, mask, q, k, v, [7] * 9)
+    bytes_before = cache.nbytes
+    cache.reset()
+    assert cache.seen == 0
+    assert torch.equal(run(cache, mask, q, k, v, [7] * 9), first)
+    assert cache.nbytes == bytes_before
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_reorder(name):
+    make, mask = EXACT[name]
+    cache, (q, k, v) = make(), qkv()
+    run(cache, mask, q[:, :, :30], k[:, :, :30], v[:, :, :30], [7] * 5)
+    cache.reorder(torch.tensor([1, 1]))
+    view = cache.append(
+        k[1:, :, 30:33].expand(2, -1, -1, -1), v[1:, :, 30:33].expand(2, -1, -1, -1)
+    )
+    ours = attend(q[1:, :, 30:33].expand(2, -1, -1, -1), view, mask=mask).out
+    whole = attention(q, k, v, window=mask.window, sinks=mask.sinks, backend="reference")
+    assert torch.allclose(ours, whole[1:, :, 30:33].expand(2, -1, -1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("back", [1, 3, 5])
+def test_truncate_equals_never_having_read(name, back):
+    """Roll back a few speculative tokens; refuse where the window is already overwritten."""
+    make, mask = EXACT[name]
+    cache, (q, k, v) = make(), qkv()
+    run(cache, mask, q[:, :, :40], k[:, :, :40], v[:, :, :40], [4] * 10)
+    try:
+        cache.truncate(40 - back)
+    except Unsupported as error:
+        assert isinstance(cache, RingCache) and "cannot go back" in str(error)
+        return
+    assert cache.seen == 40 - back
+    rest = slice(40 - back, None)
+    ours = run(cache, mask, q[:, :, rest], k[:, :, rest], v[:, :, rest], [2] * 40)
+    whole = attention(q, k, v, window=mask.window, sinks=mask.sinks, backend="reference")
+    assert torch.allclose(ours, whole[:, :, rest], atol=1e-5)
+
+
+def test_ring_truncates_within_its_slack():
+    """A ring holds chunk - 1 tokens more than a window after a whole chunk."""
+    cache, (_, k, v) = RingCache(window=9, chunk=4), qkv()
+    for at in range(0, 40, 4):
+        cache.append(k[:, :, at : at + 4], v[:, :, at : at + 4])
+    cache.truncate(36)
+    with pytest.raises(Unsupported, match="holds positions 28 to 35 and needs the 9 before"):
+        cache.truncate(35)
+
+
+class TestRing:
+    def test_memory_is_fixed_and_one_slot_is_written_per_token(self):
+        cache = RingCache(window=8, sinks=2, chunk=4)
+        _, k, v = qkv(200)
+        cache.append(k[:, :, :4], v[:, :, :4])
+        size = cache.nbytes
+        assert size == 2 * 2 * 2 * (2 + 7 + 4) * 16 * 4
+        address = cache.append(k[:, :, 4:5], v[:, :, 4:5]).k.data_ptr()
+        for i in range(5, 200):
+            before = cache._k.clone()
+            view = cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+            assert (before != cache._k).any(-1).any(1).any(0).sum() == 1
+            assert view.k.data_ptr() == address
+        assert cache.nbytes == size
+
+    def test_large_chunks_do_not_grow_it(self):
+        cache, (_, k, v) = RingCache(window=8, chunk=4), qkv()
+        cache.append(k[:, :, :4], v[:, :, :4])
+        size = cache.nbytes
+        cache.append(k[:, :, 4:], v[:, :, 4:])
+        assert cache.nbytes == size and cache.seen == LENGTH
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="window >= 1, sinks >= 0 and chunk >= 1, got 0"):
+            RingCache(window=0)
+        with pytest.raises(Unsupported, match="needs no context shift"):
+            RingCache(window=4).drop(0, 1, lambda k, d: k)
+
+
+class TestDense:
+    def test_reserve_allocates_once(self):
+        cache, (_, k, v) = DenseCache(reserve=1000), qkv()
+        cache.append(k, v)
+        assert cache.nbytes == 2 * 2 * 2 * 1000 * 16 * 4
+
+    def test_keep_frees_memory_and_attends_to_what_is_kept(self):
+        cache, (_, k, v) = DenseCache(), qkv(700)
+        cache.append(k, v)
+        before = cache.nbytes
+        index = torch.stack([torch.randperm(700)[:100].sort().values for _ in range(4)])
+        index = index.view(2, 2, 100)
+        cache.keep(index, room=4)
+        assert cache.nbytes == before // 704 * 104 and cache.seen == 700
+        new = qkv(3)
+        view = cache.append(new[1], new[2])
+        ours = attend(new[0], view, mask=Mask()).out
+        spread = index[..., None].expand(-1, -1, -1, 16)
+        kept_k = torch.cat((k.gather(2, spread), new[1]), 2)
+        kept_v = torch.cat((v.gather(2, spread), new[2]), 2)
+        expected = attention(new[0], kept_k, kept_v, backend="reference")
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+    def test_keep_everything_is_dense(self):
+        cache, (_, k, v) = DenseCache(), qkv()
+        cache.append(k, v)
+        cache.keep(torch.arange(LENGTH).expand(2, 2, LENGTH))
+        assert torch.equal(cache.view().k, k) and torch.equal(cache.view().v, v)
+
+    def test_compressed_caches_refuse_what_they_cannot_do(self):
+        cache, (_, k, v) = DenseCache(), qkv()
+        cache.append(k, v)
+        cache.keep(torch.arange(10).expand(2, 2, 10))
+        with pytest.raises(Unsupported, match="cannot be truncated"):
+            cache.truncate(5)
+        with pytest.raises(Unsupported, match="cannot be shifted"):
+            cache.drop(2, 4, lambda k, d: k)
+
+    def test_drop_moves_and_rotates_the_rest(self):
+        cache, (_, k, v) = DenseCache(), qkv(20)
+        cache.append(k, v)
+        cache.drop(4, 10, lambda keys, delta: keys + delta)
+        view = cache.view()
+        assert cache.seen == 14
+        assert torch.equal(view.k[:, :, :4], k[:, :, :4])
+        assert torch.equal(view.k[:, :, 4:], k[:, :, 10:] - 6)
+        assert torch.equal(view.v[:, :, 4:], v[:, :, 10:])
+
+    def test_storage_type(self):
+        cache, (q, k, v) = DenseCache(dtype=torch.bfloat16), qkv()
+        view = cache.append(k, v)
+        assert view.dtype == torch.bfloat16
+        out = attend(q, view, mask=Mask()).out
+        assert (out - attention(q, k, v)).abs().max() < 0.05
+
+
+class TestQuantized:
+    @pytest.mark.parametrize(("bits", "bound"), [(8, 0.006), (4, 0.09)])
+    @pytest.mark.parametrize("hadamard", [True, False])
+    @pytest.mark.parametrize("chunks", [[500], [1], [64], [37, 200, 3]])
+    def test_stays_within_its_bound(self, bits, bound, hadamard, chunks):
+        q, k, v = qkv(500, dim=64)
+        cache = QuantizedCache(bits_k=bits, bits_v=bits, hadamard=hadamard)
+        ours = run(cache, Mask(), q, k, v, cuts(chunks, 500))
+        exact = attention(q, k, v, backend="reference")
+        assert (ours - exact).norm() / exact.norm() < bound
+
+    def test_recent_tokens_are_exact(self):
+        q, k, v = qkv(60, dim=64)
+        cache = QuantizedCache(bits_k=4, bits_v=4)
+        ours = run(cache, Mask(), q, k, v, [60])
+        assert torch.allclose(ours, attention(q, k, v), atol=1e-5)
+
+    def test_bytes(self):
+        _, k, v = qkv(64 * 33, dim=64)
+        cache = QuantizedCache(reserve=64 * 32)
+        cache.append(k, v)
+        cache.append(k[:, :, :1], v[:, :, :1])
+        rows = 2 * 2
+        codes = 2 * rows * 2048 * 64
+        scales = 2 * rows * 2 * (2048 // 64 * 64 + 2048)
+        recent = 2 * rows * (64 + 128) * 64 * 4
+        assert cache.nbytes == codes + scales + recent
+
+    def test_reorder_and_truncate(self):
+        q, k, v = qkv(300, dim=64)
+        cache = QuantizedCache()
+        run(cache, Mask(), q, k, v, [100, 100, 100])
+        cache.reorder(torch.tensor([1, 0]))
+        cache.truncate(cache.seen - 5)
+        view = cache.append(k.flip(0)[:, :, 295:], v.flip(0)[:, :, 295:])
+        ours = attend(q.flip(0)[:, :, 295:], view, mask=Mask()).out
+        exact = attention(q, k, v).flip(0)[:, :, 295:]
+        assert (ours - exact).norm() / exact.norm() < 0.01
+        cache.truncate(128)
+        assert cache.seen == 128
+        with pytest.raises(Unsupported, match="only at a multiple of its group of 64"):
+            cache.truncate(100)
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="bits_k must be 4 or 8, got 3"):
+            QuantizedCache(bits_k=3)
+        with pytest.raises(Unsupported, match="cannot be shifted"):
+            QuantizedCache().drop(0, 1, lambda k, d: k)
+
+
+def test_make():
+    assert isinstance(make_layer_cache(), DenseCache)
+    assert isinstance(make_layer_cache(window=8), RingCache)
+    assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
+    assert isinstance(make_layer_cache(window=8, type_k="int8", type_v="int8"), RingCache)
+    cache = make_layer_cache(type_k="bf16", type_v="bf16")
+    _, k, v = qkv()
+    assert cache.append(k, v).dtype == torch.bfloat16

@@ -1,0 +1,217 @@
+"""`saccade generate`: options, the prompt, and text that arrives in pieces."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+
+from saccade.cli import context_options, generate, main
+from saccade.cli.parser import Parser, UsageError
+from saccade.cli.streaming import TextStream
+from saccade.core import BadInput
+from saccade.runtime import Stats
+from saccade.runtime import params as runtime_params
+from saccade.runtime.params import ContextParams
+from saccade.sparse import PATTERNS
+
+
+def parse(*words):
+    parser = Parser(prog="saccade generate")
+    generate.add_arguments(parser)
+    return parser.parse(["--model", "m", "--prompt", "p", *words])
+
+
+def params(*words):
+    return context_options.context_params(parse(*words))
+
+
+def test_every_field_has_an_option():
+    assert [o.field for o in context_options.OPTIONS if o.field not in names()] == []
+    assert names() - {o.field for o in context_options.OPTIONS} == set()
+
+
+def names():
+    return {f.name for f in fields(ContextParams)}
+
+
+def test_choices_are_those_of_context_params():
+    choices = {o.field: o.choices for o in context_options.OPTIONS if o.choices}
+    assert choices == {
+        "flash_attn": runtime_params.FLASH_ATTN,
+        "type_k": runtime_params.CACHE_TYPES,
+        "type_v": runtime_params.CACHE_TYPES,
+        "rope_scaling_type": runtime_params.ROPE_SCALING_TYPES,
+        "sparse": tuple(PATTERNS),
+    }
+
+
+def test_nothing_given_is_the_default():
+    assert params() == ContextParams()
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("-c 4096", "n_ctx", 4096),
+        ("--ctx-size=4096", "n_ctx", 4096),
+        ("-b 64", "n_batch", 64),
+        ("-fa on", "flash_attn", "enabled"),
+        ("--flash-attn off", "flash_attn", "disabled"),
+        ("--flash-attn auto", "flash_attn", "auto"),
+        ("-ctk int8 -ctv int8", "type_v", "int8"),
+        ("--rope-scale 4", "rope_freq_scale", 0.25),
+        ("--rope-freq-scale 0.5", "rope_freq_scale", 0.5),
+        ("--rope-freq-base 1e6", "rope_freq_base", 1e6),
+        ("--yarn-orig-ctx 8192", "yarn_orig_ctx", 8192),
+        ("--keep 0", "n_keep", 0),
+        ("--sparse strided", "sparse", PATTERNS["strided"]()),
+        ("--kv-policy snapkv --kv-budget 512", "kv_budget", 512),
+        ("--kv-policy snapkv --kv-budget 0.25", "kv_budget", 0.25),
+        ("--kv-policy snapkv --kv-budget 25%", "kv_budget", 0.25),
+    ],
+)
+def test_options_become_params(words, field, value):
+    found = getattr(params(*words.split()), field)
+    assert found == value and type(found) is type(value)
+
+
+def test_two_ways_to_say_one_thing():
+    with pytest.raises(UsageError, match="say the same thing"):
+        params("--rope-scale", "2", "--rope-freq-scale", "0.5")
+
+
+def test_messages_speak_of_options():
+    said = context_options.in_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
+    assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
+
+
+def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
+    path = tmp_path / "p.txt"
+    path.write_text("Überall")
+    namespace = SimpleNamespace(prompt=None, prompt_file=str(path))
+    assert generate.read_prompt(namespace) == "Überall"
+    stdin = SimpleNamespace(buffer=io.BytesIO("späť".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    namespace.prompt_file = "-"
+    assert generate.read_prompt(namespace) == "späť"
+    path.write_bytes(b"ab\xff")
+    namespace.prompt_file = str(path)
+    with pytest.raises(UsageError, match="is not UTF-8 text \\(at byte 2\\)"):
+        generate.read_prompt(namespace)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes; 0 is special."""
+
+    chat_template = None
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=list(text.encode()))
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        return f"<user>{messages[0]['content']}<assistant>"
+
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(token for token in tokens if token).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["plain", "a🌍b", "čeština", "🌍🌍"])
+def test_characters_arrive_whole(text):
+    stream = TextStream(Bytes())
+    pieces = [stream.push(token) for token in text.encode()]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end():
+    stream = TextStream(Bytes())
+    assert [stream.push(token) for token in "a🌍".encode()[:3]] == ["a", "", ""]
+    assert stream.flush() == "\ufffd" and stream.flush() == ""
+
+
+def test_chat_template_unless_raw():
+    loaded = SimpleNamespace(tokenizer=Bytes(), name="m")
+    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"hi"
+    loaded.tokenizer.chat_template = "..."
+    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<user>hi<assistant>"
+    assert bytes(generate.encode(loaded, "hi", raw=True)) == b"hi"
+    loaded.tokenizer = None
+    with pytest.raises(UsageError, match="no tokenizer"):
+        generate.encode(loaded, "hi", raw=False)
+
+
+def test_end_tokens_come_from_both_places():
+    config = SimpleNamespace(eos_token_id=[7, 8])
+    loaded = SimpleNamespace(
+        model=SimpleNamespace(generation_config=config), tokenizer=SimpleNamespace(eos_token_id=2)
+    )
+    assert generate.end_tokens(loaded) == {2, 7, 8}
+    loaded.model.generation_config = None
+    loaded.tokenizer.eos_token_id = None
+    assert generate.end_tokens(loaded) == set()
+
+
+class Echo:
+    """A context that writes back what it reads."""
+
+    def __init__(self, loaded, params):
+        self.params, self.stats = params, Stats()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def stream(self, prompt, *, n_predict, sampler, stop):
+        if self.params.n_ctx is not None:
+            raise BadInput(f"{len(prompt)} tokens do not fit into n_ctx={self.params.n_ctx}.")
+        self.stats.prompt_tokens, self.stats.prefill_seconds = len(prompt), 1.0
+        for token in prompt[:n_predict]:
+            self.stats.decode_tokens += 1
+            if self.stats.decode_tokens == 5:
+                raise KeyboardInterrupt
+            yield SimpleNamespace(token=token)
+
+
+@pytest.fixture
+def echo(stand_in):
+    config = SimpleNamespace(generation_config=None)
+    loaded = SimpleNamespace(model=config, tokenizer=Bytes(), name="m", n_ctx_train=8)
+    stand_in("saccade.hf.load", load_model=lambda _: loaded)
+    stand_in("saccade.hf.context", Context=Echo)
+
+
+def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
+    assert main.main(["generate", "--model", "m", "--prompt", "čau", "-n", "3"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "ča\n"
+    assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
+
+
+def test_errors_of_the_context_speak_of_options(capsys, echo):
+    assert main.main(["generate", "--model", "m", "--prompt", "hello", "-c", "2"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("saccade: 5 tokens do not fit into --ctx-size=2.\n")
+
+
+def test_ctrl_c_keeps_what_was_written(capsys, echo):
+    assert main.main(["generate", "--model", "m", "--prompt", "hello world"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "hell\n"
+    assert captured.err.endswith("cache 0 B]\nStopped.\n")
+
+
+def test_stats_line():
+    stats = Stats(prompt_tokens=1000, prefill_seconds=2, decode_tokens=10, decode_seconds=1)
+    said = generate.stats_line(stats)
+    assert (
+        said == "[1,000 prompt tokens at 500 tokens/s; 10 more tokens at 10.0 tokens/s; cache 0 B]"
+    )
+    assert "tokens/s" not in generate.stats_line(Stats(prompt_tokens=1))

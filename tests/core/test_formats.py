@@ -1,0 +1,48 @@
+"""Quantised formats: packing is exact, rounding stays within half a step."""
+
+import pytest
+import torch
+
+from saccade.core.formats import (
+    dequantize_keys,
+    dequantize_values,
+    pack,
+    quantize_keys,
+    quantize_values,
+    unpack,
+)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pack_round_trip(bits):
+    codes = torch.randint(0, 2**bits, (2, 3, 5, 16), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.nbytes == codes.nbytes * bits // 8
+    assert torch.equal(unpack(packed, bits), codes)
+
+
+def test_nibbles_are_halves_of_the_head():
+    packed = pack(torch.arange(8, dtype=torch.uint8), 4)
+    assert packed.tolist() == [0 | 4 << 4, 1 | 5 << 4, 2 | 6 << 4, 3 | 7 << 4]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_error_is_at_most_half_a_step(bits):
+    x = torch.randn(2, 2, 64, 32) * 3 + 1
+    keys = quantize_keys(x, bits=bits, group=32)
+    error = (dequantize_keys(keys, bits=bits, group=32, dtype=torch.float32) - x).abs()
+    step = keys.scale.float().repeat_interleave(32, 2)
+    # The offset is rounded down or up to float16 before coding: at most one such step more.
+    slack = x.abs().max() * 2**-10
+    assert (error <= step / 2 + slack).all()
+    values = quantize_values(x, bits=bits, group=16)
+    error = (dequantize_values(values, bits=bits, dtype=torch.float32) - x).abs()
+    step = values.scale.float().repeat_interleave(16, 3)
+    assert (error <= step / 2 + slack).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_constant_channels_survive(bits):
+    x = torch.full((1, 1, 64, 16), 0.5)
+    keys = quantize_keys(x, bits=bits, group=64)
+    assert torch.equal(dequantize_keys(keys, bits=bits, group=64, dtype=torch.float32), x)

@@ -1,0 +1,204 @@
+"""`attach`: what the params do to a model, and that nothing of it stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from saccade.cache import QuantizedCache, RingCache
+from saccade.core import Unsupported
+from saccade.hf import KEY, attach
+from saccade.runtime.params import ContextParams
+from saccade.sparse import BlockTopK, Strided
+from tests.tiny_models import WINDOW, tiny_config, tiny_model
+
+YARN = ContextParams(n_ctx=2048, rope_scaling_type="yarn")
+
+
+def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Every module with its attributes, submodules, parameters and buffers, by identity."""
+    found = []
+    for path, module in model.named_modules():
+        own = {
+            name: id(value) if isinstance(value, nn.Module | torch.Tensor) else repr(value)
+            for name, value in vars(module).items()
+            if name not in ("_modules", "_parameters", "_buffers", "config", "generation_config")
+        }
+        parts = [
+            {name: id(value) for name, value in getattr(module, group).items()}
+            for group in ("_modules", "_parameters", "_buffers")
+        ]
+        found.append((path, id(module), own, *parts))
+    config = model.config
+    return [*found, (repr(config.to_dict()), config._attn_implementation, id(config))]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        ContextParams(),
+        YARN,
+        ContextParams(n_swa=4, n_sinks=2),
+        ContextParams(type_k="int8", type_v="int8", sparse=Strided(block=4)),
+    ],
+    ids=["default", "yarn", "window", "int8"],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_restores_exactly(llama, ids, params, fails):
+    with torch.no_grad():
+        before = llama(ids).logits
+    kept = snapshot(llama)
+    try:
+        with attach(llama, params) as attached, torch.no_grad():
+            assert llama.config._attn_implementation == KEY
+            llama(ids, past_key_values=attached.new_cache())
+            if fails:
+                raise KeyError("anything")
+    except KeyError:
+        assert fails
+    assert snapshot(llama) == kept
+    with torch.no_grad():
+        assert torch.equal(llama(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "phi3"])
+def test_restores_other_families(ids, family):
+    model = tiny_model(tiny_config(family))
+    kept = snapshot(model)
+    with attach(model, YARN):
+        model(ids)
+    assert snapshot(model) == kept
+
+
+def test_failing_to_attach_leaves_nothing(llama):
+    kept = snapshot(llama)
+    with pytest.raises(ValueError, match="needs to know how far to stretch"):
+        attach(llama, ContextParams(rope_scaling_type="yarn")).__enter__()
+    assert snapshot(llama) == kept
+
+
+@torch.no_grad()
+def test_attached_inside_attached(llama, ids):
+    plain = llama(ids).logits
+    with attach(llama, ContextParams(n_swa=4)):
+        narrow = llama(ids).logits
+        kept = snapshot(llama)
+        with attach(llama):
+            torch.testing.assert_close(llama(ids).logits, plain, atol=1e-5, rtol=1e-5)
+            inner = llama.generate(ids, max_new_tokens=4, do_sample=False)
+        assert snapshot(llama) == kept
+        assert torch.equal(llama(ids).logits, narrow)
+    assert torch.equal(inner, llama.generate(ids, max_new_tokens=4, do_sample=False))
+    assert not torch.allclose(narrow, plain, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "mistral"])
+def test_window_is_the_masked_model_with_and_without_ring(ids, family, sinks):
+    """n_swa narrows what is wider; ring caches, no cache and transformers' cache agree."""
+    model = tiny_model(tiny_config(family))
+    with attach(model, ContextParams(n_swa=5, n_sinks=sinks)) as attached:
+        whole = model(ids).logits
+        cache = attached.new_cache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(7, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+        assert {type(store) for store in cache.stores} == {RingCache}
+    q, k = torch.arange(24)[:, None], torch.arange(24)
+    mask = (k <= q) & ((q - k < 5) | (k < sinks))
+    reference = tiny_model(tiny_config(family))(
+        ids, attention_mask=torch.zeros(2, 1, 24, 24).masked_fill(~mask, -1e30)
+    )
+    torch.testing.assert_close(whole, reference.logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_wider_window_leaves_the_models_own(ids):
+    model = tiny_model(tiny_config("mistral"))
+    plain = model(ids).logits
+    with attach(model, ContextParams(n_swa=WINDOW + 8, n_sinks=1)) as attached:
+        torch.testing.assert_close(model(ids).logits, plain, atol=1e-5, rtol=1e-5)
+        assert attached.new_cache().layers[0].store._window == WINDOW
+
+
+def test_generate_brings_the_cache_that_params_need(llama, ids):
+    with attach(llama, ContextParams(n_swa=5, n_sinks=1)) as attached:
+        own = llama.generate(ids, max_new_tokens=4, do_sample=False)
+        given = llama.generate(
+            ids, max_new_tokens=4, do_sample=False, past_key_values=attached.new_cache()
+        )
+        output = llama.generate(
+            ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )
+    assert torch.equal(own, given)
+    assert isinstance(output.past_key_values.stores[0], RingCache)
+    with attach(llama, ContextParams(type_k="int8", type_v="int8")):
+        output = llama.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values.stores[0], QuantizedCache)
+
+
+def test_conflicting_generate_options(llama, ids):
+    with attach(llama, ContextParams(n_swa=5)):
+        with pytest.raises(Unsupported, match="use_cache=False conflicts with the cache"):
+            llama.generate(ids, max_new_tokens=2, use_cache=False)
+        with pytest.raises(Unsupported, match="cache_implementation='static' conflicts"):
+            config = GenerationConfig(cache_implementation="static", max_new_tokens=2)
+            llama.generate(ids, generation_config=config)
+    with (
+        attach(llama, ContextParams(kv_policy="snapkv", kv_budget=8)),
+        pytest.raises(Unsupported, match=r"Use saccade\.Context"),
+    ):
+        llama.generate(ids, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_quantised_params_refuse_a_foreign_cache(llama, ids):
+    with attach(llama, ContextParams(type_k="int8", type_v="int8")):
+        output = llama(ids)
+        with pytest.raises(Unsupported, match=r"past_key_values=attached\.new_cache"):
+            llama(ids[:, :1], past_key_values=output.past_key_values)
+
+
+@torch.no_grad()
+def test_sinks_and_left_padding_do_not_go_together(llama, ids, padded):
+    with (
+        attach(llama, ContextParams(n_swa=5, n_sinks=2)),
+        pytest.raises(Unsupported, match="padded on the left"),
+    ):
+        llama(ids, attention_mask=padded)
+
+
+@torch.no_grad()
+def test_flash_attn_disabled_is_the_reference(llama, ids):
+    from saccade.hf.layers import attention_modules
+    from saccade.hf.settings import settings_of
+
+    for option, backend in (("disabled", "reference"), ("enabled", "auto"), ("auto", "auto")):
+        with attach(llama, ContextParams(flash_attn=option)):
+            used = {settings_of(module).backend for _, module in attention_modules(llama)}
+            assert used == {backend}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", [Strided(block=4, window_blocks=6), BlockTopK(block=4, top=6)])
+def test_sparse_patterns_that_read_everything_change_nothing(llama, ids, pattern):
+    plain = llama(ids).logits
+    with attach(llama, ContextParams(sparse=pattern)) as attached:
+        torch.testing.assert_close(llama(ids).logits, plain, atol=1e-5, rtol=1e-5)
+        cache = attached.new_cache()
+        parts = [llama(part, past_key_values=cache).logits for part in ids.split(8, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), plain, atol=1e-5, rtol=1e-5)
+    with attach(llama, ContextParams(sparse=Strided(block=2, window_blocks=1, stride=0))):
+        assert not torch.allclose(llama(ids).logits, plain, atol=1e-3)
+
+
+def test_models_off_the_attention_interface_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(type(llama), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    kept = snapshot(llama)
+    with pytest.raises(Unsupported, match="does not call transformers' attention interface"):
+        attach(llama).__enter__()
+    assert snapshot(llama) == kept

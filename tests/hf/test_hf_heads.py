@@ -1,0 +1,89 @@
+"""MHA, GQA and MQA from one model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saccade.core import Unsupported
+from saccade.hf import HFModel, attach, expand_to_mha, pool_to_mqa
+from saccade.runtime.params import ContextParams
+from tests.hf.test_hf_attach import snapshot
+from tests.tiny_models import tiny_config, tiny_model
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mha_gives_the_same_output_from_a_larger_cache(ids, family):
+    model = tiny_model(tiny_config(family))
+    plain, kept, sizes = model(ids).logits, snapshot(model), []
+    for convert in (None, expand_to_mha):
+        with attach(model) as attached:
+            if convert is None:
+                cache = attached.new_cache()
+                model(ids, past_key_values=cache)
+            else:
+                with convert(model):
+                    cache = attached.new_cache()
+                    output = model(ids, past_key_values=cache).logits
+                    assert HFModel(model).facts.num_kv_heads == 4
+            sizes.append(cache.nbytes)
+    torch.testing.assert_close(output, plain, atol=1e-5, rtol=1e-5)
+    assert sizes[1] == 2 * sizes[0]
+    assert snapshot(model) == kept
+    assert torch.equal(model(ids).logits, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mqa_is_the_mean_of_the_heads(ids, family):
+    model = tiny_model(tiny_config(family))
+    plain, kept = model(ids).logits, snapshot(model)
+    own = model.model.layers[1].self_attn.k_proj.weight.unflatten(0, (2, 16))
+    with pool_to_mqa(model):
+        pooled = model.model.layers[1].self_attn.k_proj
+        torch.testing.assert_close(pooled.weight, own.mean(0))
+        output = model(ids).logits
+        with attach(model) as attached:
+            cache = attached.new_cache()
+            ours = model(ids, past_key_values=cache).logits
+            assert cache.nbytes == 2 * pooled_bytes(cache)
+    torch.testing.assert_close(ours, output, atol=1e-5, rtol=1e-5)
+    assert output.isfinite().all() and not torch.allclose(output, plain, atol=1e-3)
+    assert snapshot(model) == kept
+
+
+def pooled_bytes(cache) -> int:
+    """Bytes of the keys of a cache with one head."""
+    return sum(store._k[:, :1].nbytes for store in cache.stores)
+
+
+@torch.no_grad()
+def test_equal_heads_pool_without_loss(ids):
+    """Where all KV heads agree, MQA loses nothing: conversion and grouping are right."""
+    model = tiny_model(tiny_config("llama"))
+    for layer in model.model.layers:
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(layer.self_attn, name).weight
+            weight[16:] = weight[:16]
+    plain = model(ids).logits
+    with pool_to_mqa(model), attach(model, ContextParams(backend="tiled")):
+        torch.testing.assert_close(model(ids).logits, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_restored_after_an_exception(llama):
+    kept = snapshot(llama)
+    with pytest.raises(KeyError), expand_to_mha(llama):
+        raise KeyError
+    assert snapshot(llama) == kept
+
+
+@pytest.mark.parametrize("family", ["phi3", "deepseek_v3"])
+def test_other_projections_are_refused(family):
+    model = tiny_model(tiny_config(family))
+    kept = snapshot(model)
+    with pytest.raises(Unsupported, match="needs a linear k_proj in every attention layer"):
+        pool_to_mqa(model).__enter__()
+    assert snapshot(model) == kept

@@ -1,0 +1,203 @@
+"""Scaled rotary positions of a loaded model against a model that transformers built so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from saccade.core import Unsupported
+from saccade.hf import rotary_frequencies, scaled_rope
+from saccade.hf.rope import ScaledRotary
+from saccade.rope import Linear, Unscaled, YaRN
+from saccade.runtime.params import ContextParams
+from tests.tiny_models import tiny_config, tiny_model
+
+BASE = {"rope_theta": 10000.0}
+CASES = {
+    "linear": (
+        ContextParams(rope_scaling_type="linear", n_ctx=2048),
+        {"rope_type": "linear", "factor": 4.0, **BASE},
+    ),
+    "linear by scale alone": (
+        ContextParams(rope_freq_scale=0.25),
+        {"rope_type": "linear", "factor": 4.0, **BASE},
+    ),
+    "yarn": (
+        ContextParams(rope_scaling_type="yarn", n_ctx=2048),
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            **BASE,
+        },
+    ),
+    "yarn with options": (
+        ContextParams(
+            rope_scaling_type="yarn",
+            n_ctx=512,
+            yarn_orig_ctx=64,
+            yarn_beta_fast=16.0,
+            yarn_beta_slow=2.0,
+            yarn_attn_factor=1.25,
+        ),
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.25,
+            **BASE,
+        },
+    ),
+    "dynamic": (
+        ContextParams(rope_scaling_type="dynamic", n_ctx=1024),
+        {"rope_type": "dynamic", "factor": 2.0, **BASE},
+    ),
+    "base": (
+        ContextParams(rope_freq_base=500000.0),
+        {"rope_type": "default", "rope_theta": 500000.0},
+    ),
+}
+
+
+def rotary(model):
+    return model.model.rotary_emb
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_a_model_built_with_that_config(ids, family, case):
+    params, parameters = CASES[case]
+    config = tiny_config(family)
+    partial = config.rope_parameters.get("partial_rotary_factor")
+    if partial is not None:
+        parameters = {**parameters, "partial_rotary_factor": partial}
+    changes = {"rope_parameters": parameters}
+    if family == "phi3":  # states the trained length outside the dict, where it wins
+        trained = parameters.get("original_max_position_embeddings", 512)
+        changes["original_max_position_embeddings"] = trained
+    built = tiny_model(tiny_config(family, **changes))
+    model = tiny_model(config)
+    with scaled_rope(model, params):
+        found = rotary_frequencies(model)
+        torch.testing.assert_close(
+            found.inv_freq.float(), rotary(built).inv_freq, atol=0, rtol=1e-6
+        )
+        assert found.attention_factor == pytest.approx(rotary(built).attention_scaling, rel=1e-6)
+        torch.testing.assert_close(model(ids).logits, built(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dynamic_grows_with_the_sequence():
+    """Past training every length has its own frequencies, as in transformers."""
+    params, parameters = CASES["dynamic"]
+    built = rotary(tiny_model(tiny_config("llama", rope_parameters=parameters)))
+    model = tiny_model(tiny_config("llama"))
+    with scaled_rope(model, params):
+        for length in (16, 600, 900, 100):
+            x, positions = torch.zeros(1, length, 64), torch.arange(length)[None]
+            for ours, theirs in zip(rotary(model)(x, positions), built(x, positions), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_angles_are_made_in_float64():
+    model = tiny_model(tiny_config("llama"))
+    with scaled_rope(model, ContextParams(rope_scaling_type="none")):
+        position = torch.tensor([[1_000_003]])
+        cos, _ = rotary(model)(torch.zeros(1, 1, 64), position)
+        exact = torch.cos(position.double() * rotary_frequencies(model).inv_freq)
+        torch.testing.assert_close(cos[0, :, :8], exact.float(), atol=1e-7, rtol=0)
+
+
+@torch.no_grad()
+def test_layer_types_of_gemma3_are_scaled_apart(ids):
+    parameters = tiny_config("gemma3").rope_parameters
+    scaled = {
+        **parameters["full_attention"],
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+    }
+    config = tiny_config("gemma3", rope_parameters={**parameters, "full_attention": scaled})
+    built, model = tiny_model(config), tiny_model(tiny_config("gemma3"))
+    with scaled_rope(model, ContextParams(rope_scaling_type="yarn", n_ctx=2048)):
+        torch.testing.assert_close(model(ids).logits, built(ids).logits, atol=1e-4, rtol=1e-4)
+        for kind in ("full_attention", "sliding_attention"):
+            ours = rotary_frequencies(model, kind)
+            theirs = getattr(rotary(built), f"{kind}_inv_freq")
+            torch.testing.assert_close(ours.inv_freq.float(), theirs, atol=0, rtol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("truncate", [True, False])
+def test_nested_truncate_is_honoured(truncate):
+    """transformers reads `truncate` from the outer dict and so ignores it for nested configs."""
+    flat = {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+        "rope_theta": 1e6,
+        "truncate": truncate,
+    }
+    parameters = {**tiny_config("gemma3").rope_parameters, "full_attention": flat}
+    model = tiny_model(tiny_config("gemma3", rope_parameters=parameters))
+    same = ContextParams(rope_scaling_type="yarn", rope_freq_scale=1 / 8)
+    with scaled_rope(model, same):
+        ours = rotary_frequencies(model, "full_attention").inv_freq.float()
+    flat_model = tiny_model(tiny_config("llama", rope_parameters=flat))
+    torch.testing.assert_close(ours, rotary(flat_model).inv_freq, atol=0, rtol=1e-6)
+
+
+def test_yarn_models_keep_what_they_were_trained_with():
+    own = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "truncate": False,
+        **BASE,
+    }
+    model = tiny_model(tiny_config("gpt_oss", rope_parameters=own))
+    with scaled_rope(model, ContextParams(rope_scaling_type="yarn", n_ctx=1024)):
+        rule = rotary(model).ropes[None].rule
+    assert rule == YaRN(factor=8.0, original_max_position=128, truncate=False)
+    with scaled_rope(model, ContextParams(rope_scaling_type="none")):
+        assert rotary(model).ropes[None].rule == Unscaled()
+
+
+def test_the_same_modules_come_back(llama):
+    before = rotary(llama)
+    with scaled_rope(llama, ContextParams(rope_freq_scale=0.5)):
+        outer = rotary(llama)
+        assert isinstance(outer, ScaledRotary)
+        with scaled_rope(llama, ContextParams(rope_scaling_type="linear", rope_freq_scale=0.25)):
+            assert rotary(llama).ropes[None].rule == Linear(factor=4.0)
+        assert rotary(llama) is outer
+    assert rotary(llama) is before
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (ContextParams(rope_scaling_type="yarn"), "needs to know how far to stretch"),
+        (ContextParams(yarn_beta_fast=16.0), "yarn options need rope_scaling_type='yarn'"),
+        (
+            ContextParams(rope_scaling_type="ntk", n_ctx=1024, yarn_attn_factor=1.0),
+            "rule in force is NTKAware",
+        ),
+    ],
+)
+def test_options_that_do_not_fit(llama, params, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_rope(llama, params).__enter__()
+
+
+def test_models_without_rotary_positions():
+    model = tiny_model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    with pytest.raises(Unsupported, match="GPT2LMHeadModel has no rotary positions"):
+        scaled_rope(model, ContextParams(rope_freq_scale=0.5)).__enter__()
+    with scaled_rope(model, ContextParams(n_ctx=16)):
+        pass

@@ -1,0 +1,90 @@
+"""Random attention problems that every backend has to solve like the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from saccade.core import BlockSelection
+
+HEADS = [(4, 4), (6, 2), (5, 1), (8, 1)]
+LENGTHS = [(33, 33), (1, 70), (7, 50), (65, 130), (5, 3)]
+MASKS = [
+    {"causal": False},
+    {},
+    {"window": 9},
+    {"window": 9, "sinks": 3},
+    {"window": 1},
+    {"window": 500, "sinks": 2},
+]
+EXTRAS = ["plain", "padding", "lengths", "softcap", "sink_logits", "alibi", "blocks", "packed"]
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: tuple[int, int]
+    lengths: tuple[int, int]
+    mask: dict[str, Any]
+    extra: str
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 16
+    batch: int = 2
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        mask = "-".join(f"{k}{v}" for k, v in self.mask.items()) or "causal"
+        heads = "x".join(map(str, self.heads))
+        return f"{heads}-{'x'.join(map(str, self.lengths))}-{mask}-{self.extra}"
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """(q, k, v, options of saccade.attention); padded keys are poisoned with NaN."""
+        torch.manual_seed(self.seed)
+        (heads, kv_heads), (q_len, k_len) = self.heads, self.lengths
+        batch = 1 if self.extra == "packed" else self.batch
+        q = torch.randn(batch, heads, q_len, self.head_dim, dtype=torch.float64)
+        k = torch.randn(batch, kv_heads, k_len, self.head_dim, dtype=torch.float64)
+        v = torch.randn(batch, kv_heads, k_len, self.head_dim, dtype=torch.float64)
+        options: dict[str, Any] = {**self.mask, **self.options}
+        if self.extra == "padding":
+            options["key_padding"] = torch.rand(batch, k_len) > 0.3
+            poison(k, v, ~options["key_padding"])
+        elif self.extra == "lengths":
+            options["lengths"] = torch.randint(1, k_len + 1, (batch,))
+            poison(k, v, torch.arange(k_len)[None] >= options["lengths"][:, None])
+        elif self.extra == "softcap":
+            options["softcap"] = 2.0
+        elif self.extra == "sink_logits":
+            options["sink_logits"] = torch.randn(heads)
+        elif self.extra == "alibi":
+            options["alibi_slopes"] = torch.rand(batch, heads)
+        elif self.extra == "blocks":
+            shape = (batch, kv_heads, -(-q_len // 8), -(-k_len // 16))
+            options["blocks"] = BlockSelection(
+                allowed=torch.rand(shape) > 0.4, q_block=8, k_block=16
+            )
+        elif self.extra == "packed":
+            options["cu_seqlens"] = (
+                torch.tensor([0, q_len // 3, q_len // 3, q_len]),
+                torch.tensor([0, k_len // 2, k_len // 2 + 1, k_len]),
+            )
+        return q.to(self.dtype), k.to(self.dtype), v.to(self.dtype), options
+
+
+def poison(k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
+    """Fill the keys and values that must never be read with NaN."""
+    k.masked_fill_(where[:, None, :, None], torch.nan)
+    v.masked_fill_(where[:, None, :, None], torch.nan)
+
+
+def all_cases() -> list[Case]:
+    """Every extra with every mask; heads and lengths vary along."""
+    cases = []
+    for i, extra in enumerate(EXTRAS):
+        for j, mask in enumerate(MASKS):
+            for n in range(len(LENGTHS)):
+                heads = HEADS[(i + j + n) % len(HEADS)]
+                cases.append(Case(heads, LENGTHS[n], mask, extra, seed=i + j + n))
+    return cases

@@ -1,0 +1,153 @@
+"""The contract of backends: all agree with the float64 reference, whatever the call."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.core import Unsupported
+from saccade.ops import attention
+from saccade.ops.choose import AUTO_ORDER, BACKENDS
+from tests.ops.cases import EXTRAS, Case, all_cases
+
+OTHERS = sorted(set(BACKENDS) - {"reference"})
+
+
+def solve(case: Case, backend: str, dtype=torch.float32, **more):
+    q, k, v, options = case.inputs()
+    return attention(
+        q.to(dtype), k.to(dtype), v.to(dtype), **options, **more, return_lse=True, backend=backend
+    )
+
+
+def finite(lse):
+    return lse.nan_to_num(neginf=-1e6)
+
+
+def check(case: Case, backend: str) -> None:
+    """The kernel's error may be at most twice that of an eager run in the same precision."""
+    truth = solve(case, "reference", torch.float64)
+    try:
+        ours = solve(case, backend)
+    except Unsupported:
+        return
+    eager = solve(case, "reference")
+    allowed = 2 * (eager.out - truth.out).abs().max() + 1e-6
+    assert not ours.out.isnan().any()
+    assert (ours.out - truth.out).abs().max() <= allowed
+    assert torch.equal(ours.lse.isneginf(), truth.lse.isneginf())
+    assert (finite(ours.lse) - finite(truth.lse)).abs().max() <= 1e-4
+    assert ours.lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_equals_the_reference(case, backend):
+    check(case, backend)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@settings(max_examples=40, deadline=None)
+@given(
+    group=st.sampled_from([1, 2, 3, 5, 8]),
+    kv_heads=st.integers(1, 3),
+    q_len=st.integers(1, 40),
+    k_len=st.integers(1, 90),
+    window=st.one_of(st.none(), st.integers(1, 60)),
+    sinks=st.integers(0, 5),
+    extra=st.sampled_from(EXTRAS),
+    head_dim=st.sampled_from([16, 24, 64]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(backend, group, kv_heads, q_len, k_len, window, sinks, extra, head_dim, seed):
+    mask = {} if window is None else {"window": window, "sinks": sinks}
+    heads = (group * kv_heads, kv_heads)
+    check(Case(heads, (q_len, k_len), mask, extra, head_dim=head_dim, seed=seed), backend)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(backend, dtype):
+    case = Case((6, 2), (65, 130), {"window": 50}, "plain", head_dim=64)
+    truth = solve(case, "reference", torch.float64)
+    ours = solve(case, backend, dtype)
+    eager = solve(case, "reference", dtype)
+    assert ours.out.dtype == dtype
+    bound = 2 * (eager.out - truth.out).abs().max() + 1e-3
+    assert (ours.out - truth.out).abs().max() <= bound
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_unseen_keys_never_matter(backend):
+    """NaN in a key that a query does not see leaves that query alone."""
+    q, k, v, _ = Case((2, 1), (8, 8), {}, "plain").inputs()
+    clean = attention(q, k, v, backend="reference")
+    k[:, :, 5], v[:, :, 5] = torch.nan, torch.nan
+    out = attention(q, k, v, backend=backend)
+    assert torch.allclose(out[:, :, :5], clean[:, :, :5], atol=1e-6)
+    assert out[:, :, 5:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_rows_that_see_nothing(backend):
+    q, k, v, _ = Case((2, 1), (5, 3), {}, "plain").inputs()
+    out, lse = attention(q, k, v, return_lse=True, backend=backend)
+    assert (out[:, :, :2] == 0).all() and lse[:, :, :2].isneginf().all()
+    assert lse[:, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_empty_queries_and_keys(backend):
+    q, k, v, _ = Case((2, 1), (4, 6), {}, "plain").inputs()
+    assert attention(q[:, :, :0], k, v, backend=backend).shape == (2, 2, 0, 16)
+    out, lse = attention(q, k[:, :, :0], v[:, :, :0], return_lse=True, backend=backend)
+    assert (out == 0).all() and lse.isneginf().all()
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_strided_inputs(backend):
+    q, k, v, _ = Case((6, 2), (33, 33), {}, "plain").inputs()
+    expected = attention(q, k, v, backend="reference")
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.allclose(attention(*turned, backend=backend), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "sdpa"])
+@pytest.mark.parametrize("mask", [{}, {"window": 7, "sinks": 2}])
+def test_gradients(backend, mask):
+    case = Case((4, 2), (20, 20), mask, "plain")
+    grads = []
+    for name in ("reference", backend):
+        inputs = [x.double().requires_grad_() for x in case.inputs()[:3]]
+        attention(*inputs, **mask, backend=name).square().sum().backward()
+        grads.append([x.grad for x in inputs])
+    for ours, truth in zip(grads[1], grads[0], strict=True):
+        assert (ours - truth).abs().max() < 1e-8
+
+
+def test_tiled_memory_is_linear():
+    """The score matrix of one tile is the largest thing that tiled attention allocates."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(length):
+        q = torch.randn(1, 2, length, 16)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            attention(q, q[:, :1], q[:, :1], backend="tiled")
+        return max(event.self_cpu_memory_usage for event in prof.events())
+
+    assert peak(4096) <= 3 * peak(2048)
+    assert peak(4096) < 4096 * 4096 * 2 * 4 / 8
+
+
+def test_value_dim_may_differ():
+    q, k = torch.randn(2, 4, 9, 24), torch.randn(2, 2, 12, 24)
+    v = torch.randn(2, 2, 12, 16)
+    truth = attention(q, k, v, backend="reference")
+    assert truth.shape == (2, 4, 9, 16)
+    assert torch.allclose(attention(q, k, v), truth, atol=1e-5)
+    with pytest.raises(Unsupported, match=r'backend="sdpa".*value_dim'):
+        attention(q, k, v, backend="sdpa")
+
+
+def test_every_auto_backend_is_a_backend():
+    assert set(AUTO_ORDER) <= set(BACKENDS)

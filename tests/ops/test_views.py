@@ -1,0 +1,117 @@
+"""Views: attention over ring, paged, ragged and quantised storage equals that over plain keys."""
+
+import pytest
+import torch
+
+from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core.kv import dense
+from saccade.ops import attend
+from saccade.ops.choose import BACKENDS
+
+MASKS = [Mask(), Mask(window=9), Mask(window=9, sinks=2)]
+OTHERS = sorted(set(BACKENDS) - {"reference"})
+
+
+def random(*shape):
+    return torch.randn(*shape)
+
+
+def nan(*shape):
+    return torch.full(shape, torch.nan)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_spans(backend, mask):
+    """A ring: sinks, then the newer run before the older one, around poisoned slots."""
+    k, v, q = random(2, 2, 30, 16), random(2, 2, 30, 16), random(2, 4, 5, 16)
+    spans = (Span(0, 0, 2), Span(12, 2, 20), Span(4, 22, 8))
+    ring_k, ring_v = nan(2, 2, 40, 16), nan(2, 2, 40, 16)
+    for slot, position, length in spans:
+        ring_k[:, :, slot : slot + length] = k[:, :, position : position + length]
+        ring_v[:, :, slot : slot + length] = v[:, :, position : position + length]
+    expected = attend(q, DenseKV(k, v), mask=mask, backend="reference")
+    ours = attend(q, DenseKV(ring_k, ring_v, spans), mask=mask, backend=backend)
+    assert torch.allclose(ours.out, expected.out, atol=1e-5)
+    assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_pages(backend, mask, page):
+    lengths = [30, 17, 5]
+    k, v, q = random(3, 2, 30, 16), random(3, 2, 30, 16), random(3, 4, 3, 16)
+    pages_per_row = -(-30 // page)
+    order = torch.randperm(3 * pages_per_row)
+    pool_k, pool_v = nan(3 * pages_per_row, 2, page, 16), nan(3 * pages_per_row, 2, page, 16)
+    table = order.view(3, pages_per_row).to(torch.int32)
+    for row, length in enumerate(lengths):
+        for p in range(length):
+            pool_k[table[row, p // page], :, p % page] = k[row, :, p]
+            pool_v[table[row, p // page], :, p % page] = v[row, :, p]
+    view = PagedKV(pool_k, pool_v, table, torch.tensor(lengths, dtype=torch.int32), 30)
+    ours = attend(q, view, mask=mask, backend=backend)
+    for row, length in enumerate(lengths):
+        alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
+        expected = attend(q[row : row + 1], alone, mask=mask, backend="reference")
+        assert torch.allclose(ours.out[row : row + 1], expected.out, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=12)])
+def test_ragged(backend, mask):
+    """Every head keeps its own positions; the answer is attention over just those."""
+    k, v, q = random(2, 2, 40, 16), random(2, 2, 40, 16), random(2, 4, 3, 16)
+    lengths = torch.tensor([[25, 9], [40, 3]], dtype=torch.int32)
+    page, pages = 8, 5
+    pool_k, pool_v = nan(2 * 2 * pages, page, 16), nan(2 * 2 * pages, page, 16)
+    positions = torch.full((2 * 2 * pages, page), -1, dtype=torch.int32)
+    table = torch.randperm(2 * 2 * pages).view(2, 2, pages).to(torch.int32)
+    kept = torch.zeros(2, 2, 40, dtype=torch.bool)
+    for b in range(2):
+        for h in range(2):
+            stay = torch.randperm(37)[: int(lengths[b, h]) - 3].sort().values.tolist()
+            for slot, p in enumerate([*stay, 37, 38, 39]):
+                at = table[b, h, slot // page], slot % page
+                pool_k[at], pool_v[at], positions[at] = k[b, h, p], v[b, h, p], p
+                kept[b, h, p] = True
+    view = RaggedKV(pool_k, pool_v, positions, table, lengths, 40, 40)
+    ours = attend(q, view, mask=mask, backend=backend)
+    foreign = kept[:, :, None].expand(2, 2, 3, 40).repeat_interleave(2, 1)
+    expected = attend(q, DenseKV(k, v), mask=mask, attn_mask=foreign, backend="reference")
+    assert torch.allclose(ours.out, expected.out, atol=1e-5)
+    assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_equals_its_dequantized_self(backend, mask, bits):
+    k, v, q = random(2, 2, 64, 32), random(2, 2, 64, 32), random(2, 4, 7, 32)
+    recent_k, recent_v = random(2, 2, 9, 32), random(2, 2, 9, 32)
+    view = QuantizedKV(
+        k=quantize_keys(k, bits=bits, group=16),
+        v=quantize_values(v, bits=bits, group=32),
+        recent_k=recent_k,
+        recent_v=recent_v,
+        bits_k=bits,
+        bits_v=bits,
+        k_group=16,
+    )
+    whole = dense(view)
+    assert whole.k.shape == (2, 2, 73, 32)
+    expected = attend(q, DenseKV(whole.k, whole.v), mask=mask, backend="reference")
+    ours = attend(q, view, mask=mask, backend=backend)
+    assert torch.allclose(ours.out, expected.out, atol=1e-5)
+
+
+def test_hadamard_turns_back():
+    from saccade.ops.hadamard import block_of, rotate
+
+    assert [block_of(d) for d in (64, 80, 96, 128)] == [64, 16, 32, 128]
+    for dim in (16, 80, 128):
+        x = random(2, 3, dim)
+        assert torch.allclose(rotate(rotate(x)), x, atol=1e-5)
+        assert torch.allclose(rotate(x).norm(dim=-1), x.norm(dim=-1), atol=1e-4)

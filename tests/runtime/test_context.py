@@ -1,0 +1,193 @@
+"""Context on a tiny random model: what every option may change, and what it may not."""
+
+import pytest
+import torch
+
+import saccade
+from saccade.core import BadInput, Unsupported
+from saccade.runtime import ContextParams, Sampler
+from saccade.runtime.importance import token_importance
+from tests.tiny_models import tiny_config, tiny_model
+
+TOKENS = torch.arange(3, 103) % 120 + 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config("llama"))
+
+
+def logits_of(model, params, tokens=TOKENS, **options):
+    with saccade.Context(model, params, **options) as ctx:
+        return ctx.logits(ctx.append(tokens, wanted=len(tokens)))
+
+
+@pytest.fixture(scope="module")
+def exact(model):
+    return model(TOKENS[None]).logits[0]
+
+
+@pytest.mark.parametrize("n_batch", [1, 7, 64, 512])
+@pytest.mark.parametrize("flash_attn", ["auto", "enabled", "disabled"])
+def test_chunked_equals_whole(model, exact, n_batch, flash_attn):
+    ours = logits_of(model, ContextParams(n_batch=n_batch, flash_attn=flash_attn))
+    assert torch.allclose(ours, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("n_batch", [1, 9, 100])
+def test_ring_equals_masked_dense(model, sinks, n_batch):
+    """Any chunking of a windowed run equals one whole pass with a window mask."""
+    params = ContextParams(n_swa=16, n_sinks=sinks, n_batch=n_batch)
+    whole = ContextParams(n_swa=16, n_sinks=sinks, n_batch=512, backend="reference")
+    assert torch.allclose(logits_of(model, params), logits_of(model, whole), atol=2e-5)
+
+
+def test_a_window_as_long_as_the_text_changes_nothing(model, exact):
+    assert torch.allclose(logits_of(model, ContextParams(n_swa=100)), exact, atol=2e-5)
+
+
+def test_window_memory_stays(model):
+    sizes = []
+    for tokens in (TOKENS[:40], TOKENS):
+        with saccade.Context(model, ContextParams(n_swa=16, n_batch=8)) as ctx:
+            ctx.append(tokens)
+            sizes.append(ctx.cache_bytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_wanted_hidden_states_are_the_last_ones(model):
+    with saccade.Context(model, ContextParams(n_batch=7)) as ctx:
+        everything = ctx.append(TOKENS, wanted=100)
+    with saccade.Context(model, ContextParams(n_batch=7)) as ctx:
+        some = ctx.append(TOKENS, wanted=10)
+    assert some.shape == (10, 64) and torch.allclose(some, everything[-10:], atol=1e-6)
+
+
+def test_quantised_is_close_and_smaller(model, exact):
+    params = ContextParams(type_k="int8", type_v="int8", n_batch=16)
+    ours = logits_of(model, params, TOKENS.repeat(4))[:100]
+    assert (ours - exact).abs().max() < 0.1
+
+
+class TestPolicy:
+    def test_keeping_all_changes_nothing(self, model):
+        logits = []
+        for params in (ContextParams(), ContextParams(kv_policy="snapkv", kv_budget=1.0)):
+            with saccade.Context(model, params) as ctx:
+                ctx.append(TOKENS)
+                ctx.compress()
+                logits.append(ctx.logits(ctx.append([5, 6, 7], wanted=3)))
+        assert torch.equal(*logits)
+
+    def test_memory_is_freed(self, model):
+        params = ContextParams(kv_policy="snapkv", kv_budget=70, n_batch=64)
+        with saccade.Context(model, params, reserve=1000) as ctx:
+            ctx.append(TOKENS.repeat(5))
+            before = ctx.cache_bytes
+            ctx.compress()
+            assert ctx.cache_bytes < before / 2 and ctx.seen == 500
+            assert all(layer.num_slots == 70 for layer in ctx.cache.layers)
+
+
+class TestStream:
+    def test_greedy_equals_generate(self, model):
+        prompt = TOKENS[:20]
+        expected = model.generate(prompt[None], max_new_tokens=9, do_sample=False)[0, 20:]
+        with saccade.Context(model) as ctx:
+            tokens = [piece.token for piece in ctx.stream(prompt, n_predict=9)]
+        assert tokens == expected.tolist()
+        assert ctx.stats.prompt_tokens == 20 and ctx.stats.decode_tokens == 9
+        assert ctx.stats.cache_bytes > 0
+
+    def test_stops_at_a_stop_token(self, model):
+        with saccade.Context(model) as ctx:
+            free = [piece.token for piece in ctx.stream(TOKENS[:20], n_predict=9)]
+        with saccade.Context(model) as ctx:
+            cut = [p.token for p in ctx.stream(TOKENS[:20], n_predict=9, stop=[free[4]])]
+        assert cut == free[: free.index(free[4])]
+
+    def test_sampling_repeats_with_its_seed(self, model):
+        runs = []
+        for _ in range(2):
+            with saccade.Context(model) as ctx:
+                sampler = Sampler(temperature=1.0, seed=5)
+                stream = ctx.stream(TOKENS[:20], n_predict=9, sampler=sampler)
+                runs.append([piece.token for piece in stream])
+        assert runs[0] == runs[1]
+
+    def test_a_full_context_ends_or_shifts(self, model):
+        with saccade.Context(model, ContextParams(n_ctx=24)) as ctx:
+            assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 5
+        with saccade.Context(model, ContextParams(n_ctx=24, n_keep=4)) as ctx:
+            assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 50
+            assert ctx.seen <= 24
+
+    def test_a_window_needs_no_end(self, model):
+        params = ContextParams(n_ctx=24, n_swa=8, n_sinks=2)
+        with saccade.Context(model, params) as ctx:
+            assert len(list(ctx.stream(TOKENS[:20], n_predict=40))) == 40
+
+
+def test_shift_is_exact_at_the_first_layer(model):
+    """The first layer's keys depend on token and position only, so a shift equals a fresh read."""
+    with saccade.Context(model) as ctx:
+        ctx.append(TOKENS[:40])
+        ctx.shift(8)
+        shifted = ctx.cache.layers[0].view()
+    with saccade.Context(model) as ctx:
+        ctx.append(torch.cat((TOKENS[:8], TOKENS[24:40])))
+        fresh = ctx.cache.layers[0].view()
+    assert torch.allclose(shifted.k, fresh.k, atol=1e-5)
+    assert torch.allclose(shifted.v, fresh.v, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["self_information", "received_attention", "both"])
+def test_importance_compresses(model, kind):
+    with saccade.Context(model, ContextParams(n_batch=16)) as ctx:
+        scores = token_importance(ctx, TOKENS, kind=kind)
+    assert scores.shape == (100,) and scores.isfinite().all()
+    kept = saccade.compress_context(TOKENS, scores, 30)
+    assert len(kept) == 30
+    if kind == "self_information":
+        assert kept[0] == TOKENS[0]
+
+
+def test_importance_does_not_depend_on_chunks(model):
+    scores = []
+    for n_batch in (100, 13):
+        with saccade.Context(model, ContextParams(n_batch=n_batch)) as ctx:
+            scores.append(token_importance(ctx, TOKENS, kind="received_attention"))
+    assert (scores[0] - scores[1]).abs().max() <= 1.01 / 99  # neighbours in rank may swap
+
+
+class TestBadInput:
+    def test_empty_prompt(self, model):
+        with saccade.Context(model) as ctx, pytest.raises(BadInput, match="the prompt is empty"):
+            ctx.append([])
+
+    def test_too_long(self, model):
+        with (
+            saccade.Context(model, ContextParams(n_ctx=50)) as ctx,
+            pytest.raises(BadInput, match="100 tokens do not fit into n_ctx=50. Raise n_ctx"),
+        ):
+            ctx.append(TOKENS)
+
+    def test_more_than_memory(self, model):
+        with pytest.raises(BadInput, match="of memory are free. Lower n_ctx, set a window"):
+            saccade.Context(model, ContextParams(n_ctx=10**12))
+
+    def test_shift_of_nothing(self, model):
+        with saccade.Context(model) as ctx:
+            ctx.append(TOKENS[:5])
+            with pytest.raises(Unsupported, match="nothing to forget behind n_keep=5"):
+                ctx.shift(5)
+
+
+def test_the_model_is_restored(model, exact):
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError), saccade.Context(model, ContextParams(n_swa=8)) as ctx:
+        ctx.append(TOKENS)
+        raise RuntimeError
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(TOKENS[None]).logits[0], exact)

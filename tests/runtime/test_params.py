@@ -1,0 +1,65 @@
+"""ContextParams: names, defaults, and a sentence for every option that cannot be."""
+
+import pytest
+
+from saccade.runtime import ContextParams, Sampler
+
+
+def test_defaults_change_nothing():
+    params = ContextParams()
+    assert params.flash_attn == "auto" and params.n_ctx is None and params.kv_policy is None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"flash_attn": "yes"},
+            "unknown flash_attn 'yes'; expected one of auto, ena",
+        ),
+        ({"type_k": "q3", "type_v": "q3"}, "unknown type_k 'q3'; expected one of f32, bf16"),
+        ({"rope_scaling_type": "magic"}, "unknown rope_scaling_type 'magic'"),
+        ({"n_ctx": 0}, "n_ctx must be at least 1, got 0"),
+        ({"n_batch": 0}, "n_batch must be at least 1, got 0"),
+        ({"n_swa": 0}, "n_swa must be at least 1, got 0"),
+        ({"n_swa": 4, "n_sinks": -1}, "n_sinks must be at least 0, got -1"),
+        ({"n_sinks": 4}, "n_sinks=4 needs a window: set n_swa"),
+        ({"rope_freq_scale": 2.0}, r"rope_freq_scale is 1 / factor, in \(0, 1\], got 2.0"),
+        ({"kv_policy": "magic", "kv_budget": 9}, "unknown kv_policy 'magic'; expected one of snap"),
+        ({"kv_policy": "snapkv"}, "kv_policy and kv_budget go together"),
+        ({"kv_policy": "snapkv", "kv_budget": 1.5}, r"as a share must be in \(0, 1\], got 1.5"),
+        ({"kv_policy": "snapkv", "kv_budget": 0}, "kv_budget must be at least 1, got 0"),
+        ({"type_k": "int8"}, "Set both"),
+        ({"type_k": "f16"}, "must be equal"),
+        ({"type_k": "int8", "type_v": "int8", "n_swa": 8}, "cannot be combined with n_swa"),
+    ],
+)
+def test_errors(options, text):
+    with pytest.raises(ValueError, match=text):
+        ContextParams(**options)
+
+
+class TestSampler:
+    def test_greedy(self):
+        import torch
+
+        assert Sampler().pick(torch.tensor([0.0, 3.0, 1.0])) == 1
+
+    def test_seed_repeats(self):
+        import torch
+
+        logits = torch.randn(50)
+        a, b = (Sampler(temperature=1.0, seed=3) for _ in range(2))
+        assert [a.pick(logits) for _ in range(9)] == [b.pick(logits) for _ in range(9)]
+
+    def test_top_k_and_top_p_limit_the_choice(self):
+        import torch
+
+        logits = torch.tensor([5.0, 4.0, 0.0, -1.0])
+        for options in ({"top_k": 2}, {"top_p": 0.9}):
+            sampler = Sampler(temperature=1.0, **options)
+            assert {sampler.pick(logits) for _ in range(200)} == {0, 1}
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
+            Sampler(top_p=0.0)

@@ -1,0 +1,73 @@
+"""The contract of patterns: a grid that covers the call, keeps what must stay, and can be exact."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.core import DenseKV, Mask
+from saccade.ops import attend
+from saccade.sparse import PATTERNS, BlockTopK, Strided
+
+
+def problem(q_len, kv_len):
+    torch.manual_seed(q_len * 1000 + kv_len)
+    view = DenseKV(torch.randn(2, 2, kv_len, 16), torch.randn(2, 2, kv_len, 16))
+    return torch.randn(2, 4, q_len, 16), view
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@settings(max_examples=20, deadline=None)
+@given(q_len=st.integers(1, 60), past=st.integers(0, 100))
+def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
+    pattern = PATTERNS[name](block=8)
+    q, view = problem(q_len, past + q_len)
+    selection = pattern.select(q, view, past)
+    selection.check_covers(q_len, past + q_len)
+    queries = torch.arange(q_len)
+    visible = selection.visible(queries, torch.arange(past + q_len))
+    own = visible[:, :, queries, past + queries]
+    assert own.all(), "a query always sees itself"
+    assert visible[..., 0].all(), "the first block is a sink"
+
+
+@pytest.mark.parametrize(
+    "pattern", [Strided(block=8, stride=1), BlockTopK(block=8, top=99), Strided(window_blocks=99)]
+)
+def test_full_density_is_dense(pattern):
+    q, view = problem(40, 90)
+    blocks = pattern.select(q, view, 50)
+    ours = attend(q, view, mask=Mask(), blocks=blocks)
+    assert torch.allclose(ours.out, attend(q, view, mask=Mask()).out, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_decoding_one_by_one_reads_fewer_keys(name):
+    pattern = PATTERNS[name]()
+    q, view = problem(1, 4096)
+    selection = pattern.select(q, view, 4095)
+    assert selection.density() < 0.6
+
+
+def test_top_k_finds_the_block_that_matters():
+    q, view = problem(8, 512)
+    needle = torch.randn(16)
+    q[:] = needle
+    view.k[:, :, 200:208] = needle * 3
+    selection = BlockTopK(block=8, top=1, window_blocks=1).select(q, view, 504)
+    assert selection.allowed[..., 25].all()
+    assert selection.allowed.sum(-1).max() <= 4
+
+
+def test_no_future_block_wins_a_place():
+    """The best block of a causal call lies in the past: the future is not scored."""
+    q, view = problem(64, 64)
+    view.k[:, :, 56:] = q.unflatten(1, (2, 2)).mean((2, 3))[:, :, None] * 100
+    selection = BlockTopK(block=8, top=1, window_blocks=1, sink_blocks=0).select(q, view, 0)
+    assert not selection.allowed[:, :, 0, 1:].any()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_errors(name):
+    with pytest.raises(ValueError, match="block and window_blocks must be >= 1"):
+        PATTERNS[name](block=0)
