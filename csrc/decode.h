@@ -8,6 +8,7 @@
 //     sum p (code * scale + offset)   = sum (p * scale) code + sum p * offset
 #pragma once
 #include "finish.h"
+#include "integer_dot.h"
 #include "micro_kernel.h"
 #include "pack.h"
 #include "plan.h"
@@ -66,6 +67,9 @@ class Decode {
     const float factor = p_.softcap != 0.f ? p_.scale / p_.softcap : p_.scale * kLog2e;
     factor_ = factor;
 #if defined(SACCADE_DOT)
+    const View& kv = p_.kv;
+    const bool whole = p_.head_dim * kv.k_codes.bits % 32 == 0;
+    integers_ = kv.kind == ViewKind::quantized && p_.q.dtype != Dtype::f32 && whole;
     dots_pairs_ = k_in_pairs() && p_.q.dtype == Dtype::bf16 && p_.head_dim % (2 * W) == 0;
 #endif
     const size_t q_bytes = sizeof(float) * (size_t)padded_dim((int)p_.head_dim);
@@ -258,6 +262,13 @@ class Decode {
       const int64_t group = tile_->index[begin] / c.group;
       int end = begin + 1;
       while (end < tile_->count && tile_->index[end] / c.group == group) ++end;
+#if defined(SACCADE_DOT)
+      if (integers_) {
+        score_integers<R>(row, group, begin, end);
+        begin = end;
+        continue;
+      }
+#endif
       fold_queries<Source, R>(row, group);
       // Whole blocks of keys are computed; what lies behind `end` is overwritten by the next group.
       const int length = (int)p_.head_dim / Source::kParts;
@@ -267,6 +278,73 @@ class Decode {
       begin = end;
     }
   }
+
+#if defined(SACCADE_DOT)
+  // The same in integers, sixteen keys at a time.
+  template <int R>
+  void score_integers(int row, int64_t group, int begin, int end) {
+    const Codes& c = p_.kv.k_codes;
+    const int dim = (int)p_.head_dim;
+    alignas(64) float scale[kDimPad], offset[kDimPad], x[kDimPad];
+    half_row(scale_row(c.scale, group), dim, scale);
+    half_row(scale_row(c.offset, group), dim, offset);
+    const float middle = c.bits == 8 ? 128.f : 8.f;
+    float* out[R];
+    for (int r = 0; r < R; ++r) {
+      const float* q = q_[row + r];
+      F bias = zero();
+      for (int d = 0; d < dim; d += W) {
+        store(x + d, mul(load(q + d), load(scale + d)));
+        bias = fma(load(q + d), load(offset + d), bias);
+      }
+      const F residue = to_integers(x, dim, int_q_[r]);
+      bias_[r] = hsum(fma(residue, set1(middle), bias));
+      out[r] = scores_[row + r];
+    }
+    for (int j = begin; j < end; j += W) {
+      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, v_bytes_);
+      float* at[R];
+      for (int r = 0; r < R; ++r) at[r] = out[r] + j;
+      if (c.bits == 8) score_codes16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
+      else score_codes16<R, 4>(tile_->k + j, dim, int_q_, bias_, at);
+    }
+  }
+
+  // Values in integers: blocks of up to 64 channels that share a scale and a nibble.
+  template <int R, int Bits>
+  void weigh_integers(int row) {
+    const int dim = (int)p_.value_dim, group = (int)p_.kv.v_codes.group;
+    const int half = Bits == 4 ? dim / 2 : dim;
+    for (int g = 0; g < num_groups_; ++g)
+      for (int r = 0; r < R; ++r) to_integers(scaled_[g][r], padded_count(), int_p_[g][r]);
+    for (int d = 0; d < dim;) {
+      const bool high = d >= half;
+      const int half_end = high ? dim : half, group_end = (d / group + 1) * group;
+      int stop = d + 64 < half_end ? d + 64 : half_end;
+      stop = stop < group_end ? stop : group_end;
+      float* o[R];
+      for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
+      if (row + d == 0)
+        for (int j = 0; j < next_->count; ++j) prefetch<1>(next_->k, j, next_->count, k_bytes_);
+      auto weigh = [&]<Part part, bool Whole>() {
+        weigh_codes<R, part, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
+                                    int_p_[d / group], alpha_ + row, o);
+      };
+      const bool whole = stop - d == 64;
+      if constexpr (Bits == 8) {
+        whole ? weigh.template operator()<Part::bytes, true>()
+              : weigh.template operator()<Part::bytes, false>();
+      } else if (high) {
+        whole ? weigh.template operator()<Part::high_nibbles, true>()
+              : weigh.template operator()<Part::high_nibbles, false>();
+      } else {
+        whole ? weigh.template operator()<Part::low_nibbles, true>()
+              : weigh.template operator()<Part::low_nibbles, false>();
+      }
+      d = stop;
+    }
+  }
+#endif
 
   // folded = q * scale in the order of the chunks, bias = q . offset.
   template <class Source, int R>
@@ -487,7 +565,12 @@ class Decode {
     const int dim = (int)p_.value_dim, half = dim / parts, group = (int)p_.kv.v_codes.group;
     float gained[kMaxGroups][R];
     for (int g = 0; g < num_groups_; ++g) scale_weights<R>(row, g, gained[g]);
+#if defined(SACCADE_DOT)
+    if (integers_) weigh_integers<R, Source::kParts == 2 ? 4 : 8>(row);
+    for (int d = integers_ ? half : 0; d < half;) {
+#else
     for (int d = 0; d < half;) {
+#endif
       int stop = half;  // up to where no part changes its group
       for (int part = 0; part < parts; ++part) {
         const int next = ((part * half + d) / group + 1) * group - part * half;
@@ -573,6 +656,7 @@ class Decode {
   int64_t k_bytes_ = 0, v_bytes_ = 0;
   bool tile_full_ = false, values_finite_ = true, folds_values_ = false;
   bool dots_pairs_ = false;  // scores come from products of bfloat16 pairs
+  bool integers_ = false;    // products with codes are computed in integers
   float factor_ = 1.f;
   Row rows_[kMaxRows];
   alignas(64) float q_[kMaxRows][kDimPad];
@@ -584,6 +668,10 @@ class Decode {
   alignas(64) float value_[kDimPad];
   alignas(64) float v_scale_[kMaxGroups][kTile], v_offset_[kMaxGroups][kTile];
   alignas(64) float scaled_[kMaxGroups][4][kTile];
+#if defined(SACCADE_DOT)
+  IntegerQuery int_q_[4];
+  IntegerWeights int_p_[kMaxGroups][4];
+#endif
   alignas(64) float lanes_[W];
   float m_[kMaxRows + W], alpha_[kMaxRows + W], bias_[4];
   int32_t row_positions_[kTile];

@@ -50,7 +50,8 @@ def check(q, kv, exact=None, **options):
     assert (ours.out - truth.out).abs().max() <= bound
     assert torch.equal(ours.lse.isneginf(), truth.lse.isneginf())
     seen = ~truth.lse.isneginf()
-    assert torch.allclose(ours.lse[seen], truth.lse[seen].float(), atol=2e-5, rtol=1e-5)
+    near = 2e-5 if q.dtype == torch.float32 else 2e-4
+    assert torch.allclose(ours.lse[seen], truth.lse[seen].float(), atol=near, rtol=1e-5)
 
 
 def quantized(batch, heads, length, recent, dim, bits, *, group=32, v_group=32, dtype):
@@ -286,9 +287,9 @@ def views():
 
 def test_raw_calls_are_valid_before_they_are_spoilt():
     for kv in views():
-        args, (_, _, out, _) = raw_call(kv)
+        args, alive = raw_call(kv)
         _cpu.attend(*args)
-        assert out.isfinite().all()
+        assert alive[2].isfinite().all()
 
 
 def spoil_record(record, what, amount):
@@ -320,7 +321,8 @@ def spoil_record(record, what, amount):
     amount=st.integers(0, 100),
 )
 def test_spoilt_tensors(view, part, what, amount):
-    args, (_, _, out, lse) = raw_call(views()[view])
+    args, alive = raw_call(views()[view])
+    out, lse = alive[2:]
     fields = list(args[3])
     places = [i for i, x in enumerate(fields) if isinstance(x, tuple) and len(x) == 5]
     if part < 3:
@@ -349,7 +351,8 @@ def test_spoilt_tensors(view, part, what, amount):
     value=st.sampled_from([-(2**62), -5, 2**62, 2**31]),
 )
 def test_spoilt_numbers(field, value):
-    args, _ = raw_call()
+    args, alive = raw_call()
+    assert len(alive) == 4  # the binding sees addresses: the tensors have to live
     places = {"window": 5, "sinks": 6, "softcap": 8, "q_offset": 9, "threads": 11, "target": 12}
     args[places[field]] = "riscv" if field == "target" else value
     harmless = (field in ("window", "sinks", "softcap") and value > 0) or (
