@@ -14,11 +14,12 @@ from saccade.ops.call import AttentionCall
 BACKENDS: dict[str, str] = {
     "reference": "saccade.ops.attend.reference",
     "tiled": "saccade.ops.attend.tiled",
+    "cpu": "saccade.ops.attend.cpu",
     "sdpa": "saccade.ops.attend.sdpa",
 }
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("sdpa", "tiled")
+AUTO_ORDER = ("cpu", "sdpa", "tiled")
 
 
 class Backend(Protocol):
