@@ -31,7 +31,7 @@ lint: $(READY)
 	@echo "== Lint and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 
 test: lint
 	@echo "== Tests"
