@@ -31,7 +31,7 @@ lint: $(READY)
 	@echo "== Lint and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --project pyproject.toml
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 test: lint
 	@echo "== Tests"
