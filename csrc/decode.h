@@ -182,7 +182,7 @@ class Decode {
   int padded_count() const { return (int)ceil_div(tile_->count, kTilePad) * kTilePad; }
 
   // Into L2: asking for L1 would block the few buffers that its own misses need (measured: half the
-  // speed).  Integer products are busy enough that the hardware's own prefetching does better.
+  // speed).
   static constexpr int kToL2 = 2;
 
   // Asks for bytes [begin, end) of N rows that will be read soon, while there is arithmetic to do:
@@ -310,6 +310,7 @@ class Decode {
       out[r] = scores_[row + r];
     }
     for (int j = begin; j < end; j += W) {
+      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, 0, v_bytes_);
       float* at[R];
       for (int r = 0; r < R; ++r) at[r] = out[r] + j;
       if (c.bits == 8) score_codes16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
@@ -331,9 +332,11 @@ class Decode {
       stop = stop < group_end ? stop : group_end;
       float* o[R];
       for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
+      const Fetch fetch{row == 0 ? next_->k : nullptr, next_->count,
+                        d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
       auto weigh = [&]<Part part, bool Whole>() {
         weigh_codes<R, part, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
-                                    int_p_[d / group], alpha_ + row, o);
+                                    int_p_[d / group], alpha_ + row, o, fetch);
       };
       const bool whole = stop - d == 64;
       if constexpr (Bits == 8) {
