@@ -110,6 +110,8 @@ class Decode {
   bool k_in_pairs() const { return p_.kv.k.dtype == Dtype::bf16 && p_.kv.kind != ViewKind::quantized; }
 
   void absorb_tile() {
+    const bool nibbles = tile_->packed && p_.kv.v_codes.bits == 4;
+    stored_ = p_.value_dim / (nibbles ? 2 : 1);
     k_bytes_ = row_bytes(next_->packed, p_.kv.k, p_.kv.k_codes, p_.head_dim);
     v_bytes_ = row_bytes(tile_->packed, p_.kv.v, p_.kv.v_codes, p_.value_dim);
     const bool all_seen = rows_see_all();
@@ -179,12 +181,18 @@ class Decode {
 
   int padded_count() const { return (int)ceil_div(tile_->count, kTilePad) * kTilePad; }
 
-  // Asks for N rows that will be read soon, while there is arithmetic to do.
+  // Into L2: asking for L1 would block the few buffers that its own misses need (measured: half the
+  // speed).
+  static constexpr int kToL2 = 2;
+
+  // Asks for bytes [begin, end) of N rows that will be read soon, while there is arithmetic to do:
+  // spread evenly, because the requests in flight are few.
   template <int N>
-  SACCADE_INLINE void prefetch(const char* const* rows, int first, int count, int64_t bytes) {
+  SACCADE_INLINE void prefetch(const char* const* rows, int first, int count, int64_t begin,
+                               int64_t end) {
     if (first + N > count) return;
     for (int i = 0; i < N; ++i)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[first + i] + b, 0, 2);
+      for (int64_t b = begin; b < end; b += 64) __builtin_prefetch(rows[first + i] + b, 0, kToL2);
   }
 
   // Scores of R rows against keys [begin, end): W accumulators hold R rows x W/R keys.
@@ -198,7 +206,7 @@ class Decode {
       const T* k[keys];
       SACCADE_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
       SACCADE_UNROLL for (int i = 0; i < keys; ++i) k[i] = (const T*)tile_->k[j + i];
-      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, v_bytes_);
+      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, 0, v_bytes_);
       auto multiply_add = [&](int i, const F* x, const float* of_chunk)
                               __attribute__((always_inline)) {
         SACCADE_UNROLL for (int r = 0; r < R; ++r)
@@ -242,7 +250,7 @@ class Decode {
     for (int j = 0; j < tile_->count; j += keys) {
       F acc[W];
       SACCADE_UNROLL for (int i = 0; i < W; ++i) acc[i] = zero();
-      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, v_bytes_);
+      if (row == 0) prefetch<keys>(tile_->v, j, tile_->count, 0, v_bytes_);
       for (int c = 0; c < chunks; ++c) {
         SACCADE_UNROLL for (int i = 0; i < keys; ++i) {
           const __m512i k = _mm512_loadu_si512(tile_->k[j + i] + c * 64);
@@ -302,7 +310,7 @@ class Decode {
       out[r] = scores_[row + r];
     }
     for (int j = begin; j < end; j += W) {
-      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, v_bytes_);
+      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, 0, v_bytes_);
       float* at[R];
       for (int r = 0; r < R; ++r) at[r] = out[r] + j;
       if (c.bits == 8) score_codes16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
@@ -324,11 +332,11 @@ class Decode {
       stop = stop < group_end ? stop : group_end;
       float* o[R];
       for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
-      if (row + d == 0)
-        for (int j = 0; j < next_->count; ++j) prefetch<1>(next_->k, j, next_->count, k_bytes_);
+      const Fetch fetch{row == 0 ? next_->k : nullptr, next_->count,
+                        d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
       auto weigh = [&]<Part part, bool Whole>() {
         weigh_codes<R, part, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
-                                    int_p_[d / group], alpha_ + row, o);
+                                    int_p_[d / group], alpha_ + row, o, fetch);
       };
       const bool whole = stop - d == 64;
       if constexpr (Bits == 8) {
@@ -514,9 +522,11 @@ class Decode {
     SACCADE_UNROLL for (int r = 0; r < R; ++r)
       SACCADE_UNROLL for (int n = 0; n < NV; ++n)
         SACCADE_UNROLL for (int part = 0; part < parts; ++part) acc[r][n][part] = zero();
+    const int64_t fetch_begin = at * k_bytes_ / stored_;
+    const int64_t fetch_end = (at + NV * span) * k_bytes_ / stored_;
     for (int j = 0; j < tile_->count; ++j) {
       const T* v = (const T*)tile_->v[j] + at;
-      if (row + at == 0) prefetch<1>(next_->k, j, next_->count, k_bytes_);
+      if (row == 0) prefetch<1>(next_->k, j, next_->count, fetch_begin, fetch_end);
       F x[NV][parts];
       SACCADE_UNROLL for (int n = 0; n < NV; ++n) Source::get(v + n * span, x[n]);
       SACCADE_UNROLL for (int r = 0; r < R; ++r)
@@ -653,7 +663,8 @@ class Decode {
   const Piece* piece_ = nullptr;
   const Sequence* sequence_ = nullptr;
   int num_rows_ = 0, num_groups_ = 0;
-  int64_t k_bytes_ = 0, v_bytes_ = 0;
+  int64_t k_bytes_ = 0, v_bytes_ = 0;  // of the rows that are fetched ahead
+  int64_t stored_ = 1;                 // elements of a stored value
   bool tile_full_ = false, values_finite_ = true, folds_values_ = false;
   bool dots_pairs_ = false;  // scores come from products of bfloat16 pairs
   bool integers_ = false;    // products with codes are computed in integers

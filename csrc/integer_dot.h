@@ -101,13 +101,21 @@ SACCADE_INLINE void to_integers(const float* p, int n, IntegerWeights& out) {  /
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(mul(load(p + j), scale))));
 }
 
+// Memory to ask for on the way, a row for each value: bytes [begin, end).
+struct Fetch {
+  const char* const* rows;
+  int count;
+  int64_t begin, end;
+};
+
 enum class Part { bytes, low_nibbles, high_nibbles };
 
 // Up to 64 channels of values: o = o * alpha + weights @ codes for R rows.  `first` is the byte of
 // the first channel.
 template <int R, Part part, bool Whole>
 SACCADE_NOINLINE void weigh_codes(const char* const* values, int count, int first, int width,
-                                  const IntegerWeights* p, const float* alpha, float* const* o) {
+                                  const IntegerWeights* p, const float* alpha, float* const* o,
+                                  const Fetch& fetch) {
   __m512i acc[R][4];
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
     SACCADE_UNROLL for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_setzero_si512();
@@ -119,6 +127,11 @@ SACCADE_NOINLINE void weigh_codes(const char* const* values, int count, int firs
     return _mm512_and_si512(x, _mm512_set1_epi8(15));
   };
   for (int j = 0; j < count; j += 2) {  // an odd last key is followed by zeros of weight 0
+    if (fetch.rows && j + 2 <= fetch.count)
+      for (int64_t b = fetch.begin; b < fetch.end; b += 64) {
+        __builtin_prefetch(fetch.rows[j] + b, 0, 2);
+        __builtin_prefetch(fetch.rows[j + 1] + b, 0, 2);
+      }
     const __m512i a = codes_of(j), b = codes_of(j + 1);
     const __m512i low = _mm512_unpacklo_epi8(a, b), up = _mm512_unpackhi_epi8(a, b);
     const __m512i pairs[4] = {_mm512_unpacklo_epi8(low, none), _mm512_unpackhi_epi8(low, none),
