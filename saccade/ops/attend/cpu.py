@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core import AttentionOutput, DenseKV, KVView, PagedKV, QuantizedKV, RaggedKV
 from saccade.ops.call import AttentionCall
 
 _DTYPE_CODES = {
@@ -50,10 +51,9 @@ _Record: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 def extension() -> ModuleType | None:
     """The compiled kernels, or None where the package was built without them."""
     try:
-        from saccade import _cpu  # type: ignore[attr-defined]
+        return import_module("saccade._cpu")
     except ImportError:
         return None
-    return _cpu
 
 
 @cache
@@ -72,7 +72,7 @@ def refusal(call: AttentionCall) -> str | None:
     q, kv = call.q, call.kv
     if type(kv) not in _VIEWS:
         return f"it does not know views of type {type(kv).__name__}"
-    k, v = (kv.recent_k, kv.recent_v) if isinstance(kv, QuantizedKV) else (kv.k, kv.v)
+    k, v = _full_precision(kv)
     if not (q.is_cpu and k.is_cpu):
         return f"tensors are on {q.device} and {k.device}, not on the CPU"
     for x in (q, k, v):
@@ -87,6 +87,14 @@ def refusal(call: AttentionCall) -> str | None:
     if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
         return "a ragged view takes no key_padding, blocks or attn_mask"
     return None
+
+
+def _full_precision(kv: KVView) -> tuple[Tensor, Tensor]:
+    """The keys and values of a known view that are not codes."""
+    if isinstance(kv, QuantizedKV):
+        return kv.recent_k, kv.recent_v
+    assert isinstance(kv, DenseKV | PagedKV | RaggedKV)
+    return kv.k, kv.v
 
 
 def _is_strided(x: Tensor) -> bool:
@@ -138,8 +146,8 @@ def _in_float32(call: AttentionCall) -> AttentionCall:
 def _record(x: Tensor) -> _Record:
     """What the kernels have to know of a tensor; strides in elements, the reach in bytes."""
     size = x.element_size()
-    reach = x.untyped_storage().nbytes() - x.storage_offset() * size
-    return x.data_ptr(), _DTYPE_CODES[x.dtype], x.shape, x.stride(), reach
+    reach = int(x.untyped_storage().nbytes() - x.storage_offset() * size)
+    return x.data_ptr(), _DTYPE_CODES[x.dtype], tuple(x.shape), x.stride(), reach
 
 
 def _dense(kv: DenseKV) -> tuple[object, ...]:
