@@ -56,6 +56,11 @@ def extension() -> ModuleType | None:
     return _cpu
 
 
+@torch.compiler.assume_constant_result
+def _is_built() -> bool:
+    return extension() is not None
+
+
 @cache
 def _target() -> str:
     """SIMD target to run, "" for the best; the variable exists for tests alone."""
@@ -64,7 +69,7 @@ def _target() -> str:
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernels cannot run this call, or None."""
-    if extension() is None:
+    if not _is_built():
         return (
             "the package was built without its C++ kernels; "
             "install a C++20 compiler (GCC or Clang) and reinstall saccade"
@@ -81,9 +86,7 @@ def refusal(call: AttentionCall) -> str | None:
         if x.shape[-1] > _MAX_DIM:
             return f"head_dim {x.shape[-1]} is above {_MAX_DIM}"
     if call.needs_grad and not _has_gradient(call):
-        return (
-            "it has gradients over plain keys alone, without blocks, attn_mask or slopes to learn"
-        )
+        return "gradients need plain keys and no blocks, attn_mask or learned slopes"
     if _is_strided(k) or _is_strided(v):
         return "keys and values need a unit last stride"
     if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
