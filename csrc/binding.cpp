@@ -130,10 +130,9 @@ void read_extras(nb::handle x, CallArg& call) {
   call.attn_mask = maybe_tensor(extras[9]);
 }
 
-void attend(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal, int64_t window,
-            int64_t sinks, double scale, double softcap, nb::handle q_offset, nb::handle extras,
-            int64_t threads, const std::string& target) {
-  const Kernels& kernels = kernels_named(target);
+CallArg read_call(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal,
+                  int64_t window, int64_t sinks, double scale, double softcap, nb::handle q_offset,
+                  nb::handle extras, int64_t threads) {
   CallArg call;
   call.q = tensor(q);
   call.out = tensor(out);
@@ -151,10 +150,40 @@ void attend(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool cau
   }
   read_extras(extras, call);
   call.threads = threads;
+  return call;
+}
+
+void attend(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal, int64_t window,
+            int64_t sinks, double scale, double softcap, nb::handle q_offset, nb::handle extras,
+            int64_t threads, const std::string& target) {
+  const Kernels& kernels = kernels_named(target);
+  const CallArg call = read_call(q, out, lse, kv, causal, window, sinks, scale, softcap, q_offset,
+                                 extras, threads);
   nb::gil_scoped_release unlocked;
   CheckedProblem checked;
   check(call, checked);
   kernels.attend(checked.problem);
+}
+
+// `gradients`: (d_out, delta, dq, dk, dv); dk and dv are zero on entry, dq is added to.
+void attend_backward(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal,
+                     int64_t window, int64_t sinks, double scale, double softcap,
+                     nb::handle q_offset, nb::handle extras, int64_t threads,
+                     const std::string& target, nb::handle gradients) {
+  const Kernels& kernels = kernels_named(target);
+  BackwardArg arg;
+  arg.call = read_call(q, out, lse, kv, causal, window, sinks, scale, softcap, q_offset, extras,
+                       threads);
+  nb::tuple parts = tuple_of(gradients, 5, "gradients are (d_out, delta, dq, dk, dv)");
+  arg.d_out = tensor(parts[0]);
+  arg.delta = tensor(parts[1]);
+  arg.dq = tensor(parts[2]);
+  arg.dk = tensor(parts[3]);
+  arg.dv = tensor(parts[4]);
+  nb::gil_scoped_release unlocked;
+  CheckedGradients checked;
+  check(arg, checked);
+  kernels.attend_backward(checked.gradients);
 }
 
 std::vector<std::string> targets() {
@@ -235,6 +264,9 @@ NB_MODULE(_cpu, m) {
   m.def("attend", &saccade::attend, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg());
+  m.def("attend_backward", &saccade::attend_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg());
   m.def("targets", &saccade::targets);
   m.def("fma_peak", &saccade::fma_peak, nb::arg("threads"), nb::arg("target") = "");
   m.def("read_bandwidth", &saccade::read_bandwidth, nb::arg("threads"), nb::arg("megabytes") = 512,

@@ -469,4 +469,50 @@ class Checker {
 
 void check(const CallArg& call, CheckedProblem& checked) { Checker(call, checked).run(); }
 
+void check(const BackwardArg& b, CheckedGradients& checked) {
+  const CallArg& c = b.call;
+  check(c, checked.forward);
+  const Problem& p = checked.forward.problem;
+  require(c.kv.kind == ViewKind::dense && c.kv.spans.empty() && !c.blocks && !c.attn_mask,
+          "the backward pass takes plain dense views, without blocks or attn_mask.");
+  require(c.lse.has_value(), "the backward pass needs the lse.");
+  const int64_t batch = c.q.shape[0], q_len = c.q.shape[2], keys = c.kv.k.shape[2];
+  check_tensor(b.d_out, "d_out", 4);
+  check_dtype(b.d_out, "d_out", c.q.dtype);
+  check_shape(b.d_out, "d_out", {batch, p.heads, q_len, p.value_dim});
+  check_tensor(b.dk, "dk", 4);
+  check_dtype(b.dk, "dk", c.kv.k.dtype);
+  check_shape(b.dk, "dk", {batch, p.kv_heads, keys, p.head_dim});
+  check_tensor(b.dv, "dv", 4);
+  check_dtype(b.dv, "dv", c.kv.v.dtype);
+  check_shape(b.dv, "dv", {batch, p.kv_heads, keys, p.value_dim});
+  check_tensor(b.delta, "delta", 3);
+  check_dtype(b.delta, "delta", Dtype::f32);
+  check_shape(b.delta, "delta", {batch, p.heads, q_len});
+  check_tensor(b.dq, "dq", 5);
+  check_dtype(b.dq, "dq", Dtype::f32);
+  const int64_t padded = (p.head_dim + 31) / 32 * 32;
+  require(b.dq.shape[0] >= 1, "dq needs at least one chunk.");
+  check_shape(b.dq, "dq", {b.dq.shape[0], batch, p.heads, q_len, padded});
+  const TensorArg* rows[] = {&*c.lse, &b.delta};
+  for (const TensorArg* x : rows)
+    require(x->shape[2] <= 1 || (x->stride[1] == q_len && x->stride[0] == p.heads * q_len) ||
+                is_empty(*x),
+            "lse and delta must be contiguous.");
+  require(is_empty(b.dq) || (b.dq.stride[3] == padded && b.dq.stride[2] == padded * q_len &&
+                             b.dq.stride[1] == padded * q_len * p.heads),
+          "dq must be contiguous.");
+  const TensorArg* written[] = {&b.dq, &b.dk, &b.dv};
+  for (const TensorArg* x : written) {
+    check_no_self_overlap(*x, "a gradient");
+    const TensorArg* read[] = {&c.q, &c.kv.k, &c.kv.v, &c.out, &*c.lse, &b.d_out, &b.delta};
+    for (const TensorArg* other : read) check_apart(*x, "a gradient", *other, "an input");
+    for (const TensorArg* other : written)
+      if (other != x) check_apart(*x, "a gradient", *other, "another gradient");
+  }
+  checked.gradients = {&p, strided(b.d_out), strided(b.dk), strided(b.dv),
+                       (const float*)c.lse->data, (const float*)b.delta.data, p.heads * q_len, q_len,
+                       (float*)b.dq.data, b.dq.stride[0], b.dq.shape[0]};
+}
+
 }  // namespace saccade

@@ -49,6 +49,19 @@ struct CheckedProblem {
   std::vector<Span> spans;
 };
 
+// The backward pass: `call` as in the forward pass (its out and lse are read), and the gradients.
+struct BackwardArg {
+  CallArg call;
+  TensorArg d_out, delta, dq, dk, dv;  // dq: [chunks, batch, heads, q_len, padded head_dim]
+};
+
+struct CheckedGradients {
+  CheckedProblem forward;
+  Gradients gradients;
+};
+
+void check(const BackwardArg& call, CheckedGradients& checked);
+
 // Throws std::invalid_argument (a ValueError in Python) with what was expected and what came.
 void check(const CallArg& call, CheckedProblem& checked);
 

@@ -7,6 +7,7 @@ namespace saccade {
 struct Kernels {
   const char* name;
   void (*attend)(const Problem&);
+  void (*attend_backward)(const Gradients&);
   double (*fma_flops)(int64_t steps);
   float (*fma_chains)(int64_t steps);
   float (*read_all)(const float* p, int64_t n);

@@ -1,5 +1,6 @@
 // All kernels for one target: compiled once for each, with that target's flags.
 #include "attend.h"
+#include "backward.h"
 #include "dispatch.h"
 #include "measure.h"
 
@@ -9,7 +10,7 @@
 namespace saccade::SACCADE_TARGET {
 
 extern const Kernels kernels;
-const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend, fma_flops, fma_chains, read_all,
+const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend, attend_backward, fma_flops, fma_chains, read_all,
                          exp2_row};
 
 }  // namespace saccade::SACCADE_TARGET

@@ -5,6 +5,8 @@
 //
 // Conversion from 16-bit floats and from codes happens here and costs nothing later.
 #pragma once
+#include <type_traits>
+
 #include "views.h"
 
 namespace saccade::SACCADE_TARGET {
@@ -165,7 +167,38 @@ class Packer {
     return hsum(taint) == 0.f;
   }
 
+  // Any rows as panels [ceil(dim / NR)][panel_rows][NR].
+  static void rows(const char* const* data, Dtype dtype, int count, int dim, float* panels,
+                   int panel_rows) {
+    auto pack = [&](const auto& source) {
+      using Source = std::remove_cvref_t<decltype(source)>;
+      for (int i = 0; i < count; ++i)
+        pack_value_row<Source, NR>(source, i, dim, panels, (int64_t)panel_rows * NR, zero());
+      for (int i = count; i < (count + NR - 1) / NR * NR; ++i)  // products with padding are 0
+        for (int d = 0; d < dim; d += NR)
+          std::memset(panels + (int64_t)(d / NR) * panel_rows * NR + i * NR, 0, NR * sizeof(float));
+    };
+    with_source(data, dtype, pack);
+  }
+
+  // Any rows, transposed: panels [ceil(count / NR)][dim][NR].
+  static void columns(const char* const* data, Dtype dtype, int count, int dim, float* panels) {
+    with_source(data, dtype, [&](const auto& source) {
+      for (int j = 0; j < (count + NR - 1) / NR * NR; j += W)
+        pack_key_columns(source, j, dim, panels + (int64_t)(j / NR) * NR * dim + j % NR, NR);
+    });
+  }
+
  private:
+  template <class Use>
+  static void with_source(const char* const* data, Dtype dtype, Use&& use) {
+    switch (dtype) {
+      case Dtype::f32: return use(FloatRows<float>{data});
+      case Dtype::bf16: return use(FloatRows<Bf16>{data});
+      default: return use(FloatRows<F16>{data});
+    }
+  }
+
   static int64_t at(const Strided& s, int64_t batch, int64_t head) {
     return batch * s.batch + head * s.head;
   }

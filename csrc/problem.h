@@ -85,4 +85,14 @@ struct Problem {
   int threads;
 };
 
+// What the backward pass adds to the problem of its forward pass (dense views).
+struct Gradients {
+  const Problem* problem;
+  Strided d_out, dk, dv;
+  const float *lse, *delta;     // contiguous [batch, heads, q_len]
+  int64_t row_batch, row_head;  // their strides
+  float* dq;                    // [chunks][batch][heads][q_len][head_dim padded to whole columns]
+  int64_t dq_chunk, num_chunks;
+};
+
 }  // namespace saccade

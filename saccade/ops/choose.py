@@ -6,9 +6,11 @@ Adding a backend is one file with `refusal(call)` and `run(call)` and one line i
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Protocol, cast
 
 from saccade.core import AttentionOutput, Unsupported
+from saccade.ops.attend import cpu, reference, sdpa, tiled
 from saccade.ops.call import AttentionCall
 
 BACKENDS: dict[str, str] = {
@@ -20,6 +22,15 @@ BACKENDS: dict[str, str] = {
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
 AUTO_ORDER = ("cpu", "sdpa", "tiled")
+
+
+# Those that need torch alone are there from the start, so that torch.compile meets no import.
+_LOADED: dict[str, ModuleType] = {
+    "reference": reference,
+    "tiled": tiled,
+    "sdpa": sdpa,
+    "cpu": cpu,
+}
 
 
 class Backend(Protocol):
@@ -43,7 +54,9 @@ def load(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"unknown backend {name!r}; expected one of {known}.")
-    return cast(Backend, import_module(BACKENDS[name]))
+    if name not in _LOADED:
+        _LOADED[name] = import_module(BACKENDS[name])
+    return cast(Backend, _LOADED[name])
 
 
 def choose(call: AttentionCall, backend: str) -> Backend:

@@ -263,7 +263,7 @@ def raw_call(kv=None):
     q = random(2, 4, 3, 16)
     kv = kv or DenseKV(random(2, 2, 20, 16), random(2, 2, 20, 16))
     out, lse = torch.empty(2, 4, 3, 16), torch.empty(2, 4, 3)
-    records = [cpu._record(x) for x in (q, out, lse)]
+    records = [cpu.record(x) for x in (q, out, lse)]
     view = cpu._VIEWS[type(kv)](kv)
     return [*records, view, True, -1, 0, 0.25, 0.0, 17, None, 2, ""], (q, kv, out, lse)
 
@@ -391,6 +391,6 @@ def test_overlapping_memory():
     args, (q, _, out, _) = raw_call()
     for victim in (q, out[:, :, :1].expand(2, 4, 3, 16)):
         spoilt = list(args)
-        spoilt[1] = cpu._record(victim)
+        spoilt[1] = cpu.record(victim)
         with pytest.raises(ValueError, match="overlaps"):
             _cpu.attend(*spoilt)

@@ -56,6 +56,11 @@ def extension() -> ModuleType | None:
         return None
 
 
+@torch.compiler.assume_constant_result
+def _is_built() -> bool:
+    return extension() is not None
+
+
 @cache
 def _target() -> str:
     """SIMD target to run, "" for the best; the variable exists for tests alone."""
@@ -64,7 +69,7 @@ def _target() -> str:
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernels cannot run this call, or None."""
-    if extension() is None:
+    if not _is_built():
         return (
             "the package was built without its C++ kernels; "
             "install a C++20 compiler (GCC or Clang) and reinstall saccade"
@@ -80,8 +85,8 @@ def refusal(call: AttentionCall) -> str | None:
             return f"{x.dtype} is not one of float32, bfloat16, float16"
         if x.shape[-1] > _MAX_DIM:
             return f"head_dim {x.shape[-1]} is above {_MAX_DIM}"
-    if call.needs_grad:
-        return "the kernels have no gradient"
+    if call.needs_grad and not _has_gradient(call):
+        return "gradients need plain keys and no blocks, attn_mask or learned slopes"
     if _is_strided(k) or _is_strided(v):
         return "keys and values need a unit last stride"
     if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
@@ -97,6 +102,12 @@ def _full_precision(kv: KVView) -> tuple[Tensor, Tensor]:
     return kv.k, kv.v
 
 
+def _has_gradient(call: AttentionCall) -> bool:
+    learned_slopes = call.alibi_slopes is not None and call.alibi_slopes.requires_grad
+    foreign = call.blocks is not None or call.attn_mask is not None or learned_slopes
+    return isinstance(call.kv, DenseKV) and call.kv.is_plain and not foreign
+
+
 def _is_strided(x: Tensor) -> bool:
     return x.stride(-1) != 1 and x.shape[-1] > 1
 
@@ -107,33 +118,48 @@ def run(call: AttentionCall) -> AttentionOutput:
     Raises:
         ValueError: a table entry, length, offset or stride that does not fit the tensors.
     """
+    if call.needs_grad or torch.compiler.is_compiling():
+        from saccade.ops.attend import cpu_autograd
+
+        return cpu_autograd.run(call)
+    return compute(call)
+
+
+def compute(call: AttentionCall) -> AttentionOutput:
+    """`run` without autograd."""
     kernels = extension()
     assert kernels is not None
-    call = _in_float32(call)  # a name of its own keeps converted tensors alive during the call
-    q = call.q.contiguous() if _is_strided(call.q) else call.q
-    out = torch.empty((*q.shape[:3], call.kv.shape[4]), dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    call = in_kernel_form(call)  # a name of its own keeps converted tensors alive during the call
+    out = torch.empty((*call.q.shape[:3], call.kv.shape[4]), dtype=call.q.dtype)
+    lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+    kernels.attend(*arguments(call, out, lse))
+    return AttentionOutput(out, lse)
+
+
+def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ...]:
+    """The call as the binding reads it; the tensors have to stay alive meanwhile."""
     mask = call.mask
-    kernels.attend(
-        _record(q),
-        _record(out),
-        _record(lse),
+    return (
+        record(call.q),
+        record(out),
+        record(lse),
         _VIEWS[type(call.kv)](call.kv),
         mask.causal,
         -1 if mask.window is None else min(mask.window, 2**62),
         min(mask.sinks, 2**62),
         call.scale,
         call.softcap or 0.0,
-        call.q_offset if isinstance(call.q_offset, int) else _record(call.q_offset),
+        call.q_offset if isinstance(call.q_offset, int) else record(call.q_offset),
         _extras(call),
         torch.get_num_threads(),
         _target(),
     )
-    return AttentionOutput(out, lse)
 
 
-def _in_float32(call: AttentionCall) -> AttentionCall:
-    """The call with its few numbers per head in the form that the kernels read."""
+def in_kernel_form(call: AttentionCall) -> AttentionCall:
+    """The call with a unit stride in q and its few numbers per head in float32."""
+    if _is_strided(call.q):
+        call = call.with_(q=call.q.contiguous())
     sinks, slopes = call.sink_logits, call.alibi_slopes
     if sinks is not None:
         call = call.with_(sink_logits=sinks.detach().float().contiguous())
@@ -143,7 +169,7 @@ def _in_float32(call: AttentionCall) -> AttentionCall:
     return call
 
 
-def _record(x: Tensor) -> _Record:
+def record(x: Tensor) -> _Record:
     """What the kernels have to know of a tensor; strides in elements, the reach in bytes."""
     size = x.element_size()
     reach = int(x.untyped_storage().nbytes() - x.storage_offset() * size)
@@ -152,21 +178,21 @@ def _record(x: Tensor) -> _Record:
 
 def _dense(kv: DenseKV) -> tuple[object, ...]:
     spans = () if kv.is_plain else tuple(tuple(span) for span in kv.spans)
-    return "dense", _record(kv.k), _record(kv.v), spans
+    return "dense", record(kv.k), record(kv.v), spans
 
 
 def _paged(kv: PagedKV) -> tuple[object, ...]:
-    return "paged", _record(kv.k), _record(kv.v), _record(kv.table), _record(kv.lengths)
+    return "paged", record(kv.k), record(kv.v), record(kv.table), record(kv.lengths)
 
 
 def _ragged(kv: RaggedKV) -> tuple[object, ...]:
-    indices = (_record(kv.table), _record(kv.lengths), _record(kv.positions))
-    return "ragged", _record(kv.k), _record(kv.v), *indices
+    indices = (record(kv.table), record(kv.lengths), record(kv.positions))
+    return "ragged", record(kv.k), record(kv.v), *indices
 
 
 def _quantized(kv: QuantizedKV) -> tuple[object, ...]:
-    recent = (_record(kv.recent_k), _record(kv.recent_v))
-    codes = tuple(_record(part) for part in (*kv.k, *kv.v))
+    recent = (record(kv.recent_k), record(kv.recent_v))
+    codes = tuple(record(part) for part in (*kv.k, *kv.v))
     return "quantized", *recent, *codes, kv.bits_k, kv.bits_v, kv.k_group
 
 
@@ -189,8 +215,8 @@ def _extras(call: AttentionCall) -> tuple[object, ...] | None:
         _maybe(call.alibi_slopes),
         _maybe(call.key_padding),
         _maybe(call.lengths),
-        *(map(_record, call.cu_seqlens) if call.cu_seqlens is not None else (None, None)),
-        None if blocks is None else _record(blocks.allowed),
+        *(map(record, call.cu_seqlens) if call.cu_seqlens is not None else (None, None)),
+        None if blocks is None else record(blocks.allowed),
         0 if blocks is None else blocks.q_block,
         0 if blocks is None else blocks.k_block,
         _maybe(call.attn_mask),
@@ -198,4 +224,4 @@ def _extras(call: AttentionCall) -> tuple[object, ...] | None:
 
 
 def _maybe(x: Tensor | None) -> _Record | None:
-    return None if x is None else _record(x)
+    return None if x is None else record(x)
