@@ -43,7 +43,7 @@ class Sizes:
 
 
 QUICK = Sizes(context=1536, scored=256, needles=2, curve=0)
-FULL = Sizes(context=4096, scored=1024, needles=3, curve=12288)
+FULL = Sizes(context=3072, scored=512, needles=3, curve=12288)
 
 
 WARM_UP = 256
@@ -73,7 +73,7 @@ def run(
     Args:
         model: a loaded model.
         text: what it reads; default the help topics of this Python.
-        context: tokens of context; default 1536 (quick) or 4096.
+        context: tokens of context; default 1536 (quick) or 3072.
         quick: small sizes and no curves past the trained length.
         rows: names, or parts of names, of rows to measure; the baseline always runs.
         on_progress: called before each step and at the end.
