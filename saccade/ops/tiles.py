@@ -36,8 +36,8 @@ class Rules(NamedTuple):
     Attributes:
         window, sinks: as in Mask.
         padding: bool `[B, Lk]`, True for real keys; padding_row: its row stride.
-        foreign: Plane of a bool mask `[B, H, Lq, Lk]`.
-        allowed: Plane of a selection `[B, Hkv, q blocks, k blocks]`; q_block, k_block: its sizes.
+        foreign: bool mask `[B, H, Lq, Lk]`; allowed: selection `[B, Hkv, q blocks, k blocks]` of
+            q_block x k_block; each with its strides.
     """
 
     window: Any = None
@@ -45,7 +45,13 @@ class Rules(NamedTuple):
     padding: Any = None
     padding_row: Any = None
     foreign: Any = None
+    foreign_batch: Any = None
+    foreign_head: Any = None
+    foreign_row: Any = None
     allowed: Any = None
+    allowed_batch: Any = None
+    allowed_head: Any = None
+    allowed_row: Any = None
     q_block: Any = None
     k_block: Any = None
 
@@ -238,14 +244,13 @@ def visible(rules, b, h, kv_head, q_index, q_pos, k_pos, real, q_real, CAUSAL: t
             near = near | (k_pos < rules.sinks)
         see = see & near
     if rules.allowed is not None:
-        grid = rules.allowed
-        row = grid.ptr + b * grid.batch + kv_head * grid.head
-        at = row + (q_index // rules.q_block).to(tl.int64) * grid.row + k_pos // rules.k_block
-        see = see & (tl.load(at, mask=see, other=0) != 0)
+        row = rules.allowed + b * rules.allowed_batch + kv_head * rules.allowed_head
+        row += (q_index // rules.q_block).to(tl.int64) * rules.allowed_row
+        see = see & (tl.load(row + k_pos // rules.k_block, mask=see, other=0) != 0)
     if rules.foreign is not None:
-        plane = rules.foreign
-        at = plane.ptr + b * plane.batch + h * plane.head + q_index.to(tl.int64) * plane.row + k_pos
-        see = see & (tl.load(at, mask=see, other=0) != 0)
+        row = rules.foreign + b * rules.foreign_batch + h * rules.foreign_head
+        row += q_index.to(tl.int64) * rules.foreign_row
+        see = see & (tl.load(row + k_pos, mask=see, other=0) != 0)
     return see
 
 
@@ -289,7 +294,8 @@ def online_softmax(m, l, s, unit):
 @triton.jit
 def finish(m, l, acc, unit, sink):
     """(output, lse) of a row of tiles; `sink` is the learned logit or None."""
-    top = m * unit
+    # Where nothing was seen, m * unit is huge; two roundings of it must never be subtracted.
+    top = tl.where(l == 0, LOWEST, m * unit)
     if sink is not None:
         raised = tl.maximum(top, sink * LOG2E)
         shrink = tl.exp2(top - raised)

@@ -48,7 +48,7 @@ def check(case, dtype=torch.float32):
     eager = attention(q, k, v, **options, return_lse=True, backend="reference")
     ours = attention(*on(DEVICE, q, k, v), **on(DEVICE, options), return_lse=True, backend="triton")
     out, lse = ours.out.cpu(), ours.lse.cpu()
-    allowed = 2 * (eager.out - truth.out).abs().max() + bound(dtype)
+    allowed = 2 * (eager.out - truth.out).abs().max() + bound(dtype) * max(1, case.head_dim / 128)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert not out.isnan().any()
     assert (out - truth.out).abs().max() <= allowed

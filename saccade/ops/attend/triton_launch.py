@@ -175,18 +175,22 @@ def plane(x: Tensor) -> Plane:
 
 def rules_of(problem: Problem) -> Rules:
     """Everything but causality that decides who sees whom."""
-    padding, foreign, allowed = problem.padding, problem.foreign, problem.allowed
-    padding = None if padding is None else padding.contiguous()
+    padding = None if problem.padding is None else problem.padding.contiguous()
     return Rules(
-        window=problem.window,
-        sinks=problem.sinks or None,
-        padding=padding,
-        padding_row=None if padding is None else padding.stride(0),
-        foreign=None if foreign is None else plane(unit_rows(foreign)),
-        allowed=None if allowed is None else plane(unit_rows(allowed)),
-        q_block=None if allowed is None else problem.q_block,
-        k_block=None if allowed is None else problem.k_block,
+        problem.window,
+        problem.sinks or None,
+        padding,
+        None if padding is None else padding.stride(0),
+        *_grid(problem.foreign),
+        *_grid(problem.allowed),
+        None if problem.allowed is None else problem.q_block,
+        None if problem.allowed is None else problem.k_block,
     )
+
+
+def _grid(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
+    """A plane spread out: nested records would lose strides of 1 on the way into a kernel."""
+    return (None,) * 4 if x is None else tuple(plane(unit_rows(x)))
 
 
 def terms_of(problem: Problem) -> Terms:

@@ -1,14 +1,9 @@
 """Attention over quantised keys and values on GPUs, without ever writing them back in full.
 
-The scales leave the inner product.  A tile of keys lies in one group of tokens, so with
-`key = code * scale + offset` (per channel)
-
-    q . key = (q * scale) . code + q . offset
-
-and codes, small integers, are exact in every 16-bit type.  Values have a scale a token, which
-joins the weights: `sum p * value = (p * scale) . code + sum p * offset`.  Codes count from their
-middle, so that rounding hurts as little as it can.  Everything is done by halves of a head, which
-is how four-bit codes share bytes (saccade.core.formats).
+A tile of keys lies in one group of tokens, so its scales and offsets are one row; those of values
+are one column.  Codes become numbers by bits alone: 0x6400 | code is 1024 + code in float16, so for
+16-bit queries products are taken in float16 (finer than bfloat16) and sums in float32.  Everything
+is done by halves of a head, which is how four-bit codes share bytes (saccade.core.formats).
 """
 
 from __future__ import annotations
@@ -48,47 +43,51 @@ def head_of(plane, b, kv_head):
 
 
 @triton.jit
-def load_codes(at, keep, dims, HALF: tl.constexpr, BITS: tl.constexpr, like):
-    """Both halves of a tile of codes, as numbers around 0 in the type that `like` points to."""
+def load_codes(at, keep, dims, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Both halves of a tile of codes, as numbers."""
     held = keep[:, None] & (dims < HALF)[None, :]
     low = tl.load(at[:, None] + dims[None, :], mask=held, other=0)
     if BITS == 4:
-        high = (low >> 4) - 8
-        low = (low & 15) - 8
+        return as_numbers(low & 15, DTYPE), as_numbers(low >> 4, DTYPE)
+    high = tl.load(at[:, None] + (dims + HALF)[None, :], mask=held, other=0)
+    return as_numbers(low, DTYPE), as_numbers(high, DTYPE)
+
+
+@triton.jit
+def as_numbers(codes, DTYPE: tl.constexpr):
+    """Codes below 256 in a floating type."""
+    if DTYPE == tl.float16:
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+    return codes.to(DTYPE)
+
+
+@triton.jit
+def keys_of(codes, coded, b, kv_head, group, dims, HALF: tl.constexpr, SIDE: tl.constexpr):
+    """One half of a tile of keys that lie in one group of tokens."""
+    channels = SIDE * HALF + dims
+    scale_at = head_of(coded.scale, b, kv_head) + group * coded.scale.row + channels
+    offset_at = head_of(coded.offset, b, kv_head) + group * coded.offset.row + channels
+    scale = tl.load(scale_at, mask=dims < HALF, other=0.0).to(codes.dtype)
+    offset = tl.load(offset_at, mask=dims < HALF, other=0.0).to(codes.dtype)
+    return codes * scale[None, :] + offset[None, :]
+
+
+@triton.jit
+def values_of(codes, coded, b, kv_head, at, real, dims, HALF: tl.constexpr, SIDE: tl.constexpr,
+              GROUP: tl.constexpr):  # fmt: skip
+    """One half of a tile of values, whose channels lie in groups of GROUP."""
+    scale_at = head_of(coded.scale, b, kv_head) + at * coded.scale.row
+    offset_at = head_of(coded.offset, b, kv_head) + at * coded.offset.row
+    if GROUP % HALF == 0:  # the half lies in one group: one scale a token
+        group = SIDE * HALF // GROUP
+        scale = tl.load(scale_at + group, mask=real, other=0.0).to(codes.dtype)[:, None]
+        offset = tl.load(offset_at + group, mask=real, other=0.0).to(codes.dtype)[:, None]
     else:
-        high = tl.load(at[:, None] + (dims + HALF)[None, :], mask=held, other=0) - 128
-        low = low - 128
-    dtype: tl.constexpr = like.dtype.element_ty
-    return low.to(tl.int8, bitcast=True).to(dtype), high.to(tl.int8, bitcast=True).to(dtype)
-
-
-@triton.jit
-def scaled_query(q_half, scale_at, offset_at, held, BITS: tl.constexpr):
-    """(q * scale, q . offset) of one half, for one group of keys."""
-    scale = tl.load(scale_at, mask=held, other=0.0).to(tl.float32)
-    offset = tl.load(offset_at, mask=held, other=0.0).to(tl.float32)
-    wide = q_half.to(tl.float32)
-    turned = tl.sum(wide * (offset + 2 ** (BITS - 1) * scale)[None, :], 1)
-    return (wide * scale[None, :]).to(q_half.dtype), turned
-
-
-@triton.jit
-def weigh_codes(p, acc, codes, scale_at, offset_at, real, channels, GROUP: tl.constexpr,
-                LAST: tl.constexpr, FOLD: tl.constexpr, BITS: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
-    """acc + p @ values for one half, which holds `channels`; LAST is the last real one."""
-    if FOLD:  # the half lies in one group of channels: one scale a token
-        first = tl.min(channels, 0) // GROUP
-        scale = tl.load(scale_at + first, mask=real, other=0.0).to(tl.float32)
-        offset = tl.load(offset_at + first, mask=real, other=0.0).to(tl.float32)
-        acc += tl.sum(p * (offset + 2 ** (BITS - 1) * scale)[None, :], 1)[:, None]
-        weights = (p * scale[None, :]).to(codes.dtype)
-        return tl.dot(weights, codes, acc, input_precision=PRECISION)
-    group = (tl.minimum(channels, LAST) // GROUP)[None, :]
-    scale = tl.load(scale_at[:, None] + group, mask=real[:, None], other=0.0).to(tl.float32)
-    offset = tl.load(offset_at[:, None] + group, mask=real[:, None], other=0.0).to(tl.float32)
-    values = (codes.to(tl.float32) + 2 ** (BITS - 1)) * scale + offset
-    return tl.dot(p.to(codes.dtype), values.to(codes.dtype), acc, input_precision=PRECISION)
+        group = (SIDE * HALF + tl.minimum(dims, HALF - 1)) // GROUP
+        keep = real[:, None]
+        scale = tl.load(scale_at[:, None] + group[None, :], mask=keep, other=0.0).to(codes.dtype)
+        offset = tl.load(offset_at[:, None] + group[None, :], mask=keep, other=0.0).to(codes.dtype)
+    return codes * scale + offset
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -128,7 +127,6 @@ def quantized_kernel(
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V hold half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     V_HALF: tl.constexpr = VALUE_DIM // 2
-    FOLD: tl.constexpr = V_HALF <= V_GROUP and (V_GROUP % V_HALF == 0)
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -145,6 +143,8 @@ def quantized_kernel(
     q_at = q.ptr + b * q.batch + h.to(tl.int64) * q.head + index.to(tl.int64) * q.row
     q_low = load_tile(q_at[:, None] + dims[None, :], q_real, dims, HALF, True)
     q_high = load_tile(q_at[:, None] + dims[None, :] + HALF, q_real, dims, HALF, True)
+    if PRECISION != "ieee":
+        q_low, q_high = q_low.to(tl.float16), q_high.to(tl.float16)
     slope = 0.0
     if terms.slopes is not None:
         slope = tl.load(terms.slopes + b * terms.slopes_batch + h, mask=q_real, other=0.0)[:, None]
@@ -169,17 +169,13 @@ def quantized_kernel(
         k_pos = start + columns
         real = real_keys(rules, b, k_pos, k_len)
         at = k_pos.to(tl.int64)
-        k_low, k_high = load_codes(
-            head_of(k.codes, b, kv_head) + at * k.codes.row, real, dims, HALF, BITS_K, q.ptr
-        )
-        group = head_of(k.scale, b, kv_head) + (start // K_GROUP).to(tl.int64) * k.scale.row
-        offset = head_of(k.offset, b, kv_head) + (start // K_GROUP).to(tl.int64) * k.offset.row
-        s_low, turned = scaled_query(q_low, group + dims, offset + dims, dims < HALF, BITS_K)
-        s_high, more = scaled_query(
-            q_high, group + dims + HALF, offset + dims + HALF, dims < HALF, BITS_K
-        )
-        qk = tl.dot(s_low, k_low.T, input_precision=PRECISION)
-        qk = tl.dot(s_high, k_high.T, qk, input_precision=PRECISION) + (turned + more)[:, None]
+        group = (start // K_GROUP).to(tl.int64)
+        k_at = head_of(k.codes, b, kv_head) + at * k.codes.row
+        low_codes, high_codes = load_codes(k_at, real, dims, HALF, BITS_K, q_low.dtype)
+        k_low = keys_of(low_codes, k, b, kv_head, group, dims, HALF, 0)
+        k_high = keys_of(high_codes, k, b, kv_head, group, dims, HALF, 1)
+        qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
+        qk = tl.dot(q_high, k_high.T, qk, input_precision=PRECISION)
         s = scores_of(qk, terms, slope, q_pos[:, None], k_pos[None, :], RAW)
         see = visible(
             rules, b, h[:, None], kv_head, index[:, None], q_pos[:, None], k_pos[None, :],
@@ -187,16 +183,13 @@ def quantized_kernel(
         )  # fmt: skip
         s = tl.where(see, s, float("-inf"))
         m, l, p, shrink = online_softmax(m, l, s, unit)
-        v_low, v_high = load_codes(
-            head_of(v.codes, b, kv_head) + at * v.codes.row, real, value_dims, V_HALF, BITS_V, q.ptr
-        )
-        scale = head_of(v.scale, b, kv_head) + at * v.scale.row
-        offset = head_of(v.offset, b, kv_head) + at * v.offset.row
-        low = weigh_codes(p, low * shrink[:, None], v_low, scale, offset, real, value_dims,
-                          V_GROUP, VALUE_DIM - 1, FOLD, BITS_V, PRECISION)  # fmt: skip
-        high = weigh_codes(p, high * shrink[:, None], v_high, scale, offset, real,
-                           value_dims + V_HALF, V_GROUP, VALUE_DIM - 1, FOLD, BITS_V,
-                           PRECISION)  # fmt: skip
+        v_at = head_of(v.codes, b, kv_head) + at * v.codes.row
+        low_codes, high_codes = load_codes(v_at, real, value_dims, V_HALF, BITS_V, q_low.dtype)
+        v_low = values_of(low_codes, v, b, kv_head, at, real, value_dims, V_HALF, 0, V_GROUP)
+        v_high = values_of(high_codes, v, b, kv_head, at, real, value_dims, V_HALF, 1, V_GROUP)
+        weights = p.to(q_low.dtype)
+        low = tl.dot(weights, v_low, low * shrink[:, None], input_precision=PRECISION)
+        high = tl.dot(weights, v_high, high * shrink[:, None], input_precision=PRECISION)
     store_split(
         m, l, low, unit, out, lse, terms, split, out_split, lse_split, b, h, index, q_len, q_real,
         kv_heads * groups, value_dims, V_HALF,
