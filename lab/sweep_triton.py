@@ -16,22 +16,18 @@ from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton_problem import dense_problem
 from saccade.ops.tuning import Launch
 
-FORWARD = {
-    128: [(128, 128, 8, 2, 0), (128, 128, 8, 2, 1), (128, 128, 8, 3, 0), (128, 128, 8, 3, 1),
-          (128, 64, 8, 3, 0), (128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (64, 128, 4, 2, 1),
-          (64, 64, 4, 3, 1), (128, 64, 4, 3, 1)],
-    64: [(128, 128, 8, 2, 0), (128, 128, 8, 2, 1), (128, 128, 8, 3, 1), (128, 64, 4, 3, 1),
-         (128, 128, 4, 3, 1), (64, 128, 4, 3, 1), (128, 64, 8, 3, 1), (256, 64, 8, 3, 1)],
-    256: [(128, 64, 8, 2, 0), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (64, 64, 4, 2, 1),
-          (64, 64, 8, 2, 1), (128, 32, 8, 2, 0)],
+FORWARD = {128: [(128, 128, 8, 3, 0)]}
+SHORT = [(64, 64, 4, 3, 0), (64, 64, 4, 2, 0), (64, 128, 4, 2, 0), (128, 64, 8, 3, 0),
+         (128, 64, 8, 2, 0), (64, 64, 4, 3, 1), (128, 128, 8, 3, 0), (128, 64, 4, 2, 0)]  # fmt: skip
+KEYS = [(64, 128, 8, 1)]
+QUERIES = [(128, 64, 8, 3)]
+DECODE = {
+    "dense": [(64, 128, 4, 3)],
+    "int8": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 2, 3), (64, 64, 2, 4), (64, 64, 1, 3),
+             (64, 64, 1, 2)],
+    "int4": [(64, 64, 4, 3), (64, 64, 2, 3), (64, 64, 2, 4), (64, 64, 1, 3), (64, 64, 1, 2)],
 }  # fmt: skip
-KEYS = [(64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
-        (64, 64, 8, 2), (32, 128, 4, 2), (128, 64, 8, 2)]  # fmt: skip
-QUERIES = [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3),
-           (128, 32, 8, 3), (128, 128, 8, 2)]  # fmt: skip
-DECODE = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3),
-          (64, 128, 8, 3), (64, 32, 4, 4), (64, 64, 8, 4)]  # fmt: skip
-SHAPES = [(1, 8192), (1, 131072), (16, 8192), (64, 8192)]
+SHAPES = [(1, 8192), (1, 32768), (1, 131072), (16, 8192)]
 
 
 def table(launch):
@@ -47,6 +43,17 @@ def forward(dim, config, compile_only):
         return run()
     work = 4 * 32 * dim * Mask().num_pairs(length, length) / 1e12
     return print(f"forward D{dim} {config}: {work / seconds(run, 7, 2):.0f} TF/s", flush=True)
+
+
+def short(what, config, compile_only):
+    tuning.FORWARD_SHORT["sm_90"] = table(Launch(*config[:4], bool(config[4])))
+    window, length = what
+    q, k, v = (random(1, h, length, 128) for h in (32, 8, 8))
+    run = lambda: attention(q, k, v, window=window, backend="triton")  # noqa: E731
+    if compile_only:
+        return run()
+    work = 4 * 32 * 128 * Mask(window=window).num_pairs(length, length) / 1e12
+    return print(f"short {what} {config}: {work / seconds(run, 9, 3):.0f} TF/s", flush=True)
 
 
 def backward(which, config, compile_only):
@@ -71,15 +78,15 @@ def backward(which, config, compile_only):
 
 
 def decode(kind, config, compile_only):
-    tuning.DECODE["sm_90"] = table(Launch(*config))
+    names = {"dense": tuning.DECODE, "page16": tuning.DECODE_PAGES}
     line = []
     for batch, length in SHAPES[:1] if compile_only else SHAPES:
         sets = 8 if batch * length < 20000 else 2
         stores = [_view(kind, *(random(batch, 8, length, 128) for _ in range(2)))
                   for _ in range(sets)]  # fmt: skip
         q = random(batch, 32, 1, 128)
-        for per_sm in (2,) if compile_only else (1, 2, 4, 8):
-            tuning.DECODE_PROGRAMS_PER_SM = per_sm
+        for per_sm in (2,) if compile_only else (1, 2, 4, 8, 16):
+            names.get(kind, tuning.DECODE_CODES)["sm_90"] = table(Launch(*config, per_sm=per_sm))
             runs = [lambda q=q, s=s: attend(q, s[0], mask=Mask(), backend="triton") for s in stores]
             if compile_only:
                 return runs[0]()
@@ -94,14 +101,16 @@ def tasks():
     for dim, configs in FORWARD.items():
         for config in configs:
             yield forward, dim, config
+    for config in SHORT:
+        for what in ((1024, 16384), (4096, 32768), (None, 4096)):
+            yield short, what, config
     for config in KEYS:
         yield backward, "keys", config
     for config in QUERIES:
         yield backward, "queries", config
-    for kind in ("dense", "page16", "int8", "int4"):
-        for config in DECODE:
-            if kind in ("dense", "page16") or config[1] == 64:
-                yield decode, kind, config
+    for kind, configs in DECODE.items():
+        for config in configs:
+            yield decode, kind, config
 
 
 if __name__ == "__main__":

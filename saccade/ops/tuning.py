@@ -24,6 +24,7 @@ class Launch:
         block_m, block_n: queries and keys of a tile (decode: keys only, rows follow the group).
         warps, stages: warps of a program, depth of its load pipeline.
         bulk: fetch tiles with the copy engine (TMA), where strides allow it.
+        per_sm: programs to aim for per multiprocessor when decoding splits the keys.
     """
 
     block_m: int
@@ -31,14 +32,15 @@ class Launch:
     warps: int
     stages: int
     bulk: bool = False
+    per_sm: int = 1
 
 
 Table = tuple[tuple[int, Launch], ...]
 
 FORWARD: dict[str, Table] = {
     "sm_90": (
-        (64, Launch(128, 128, 8, 2)),
-        (128, Launch(128, 128, 8, 2)),
+        (64, Launch(64, 128, 4, 3, bulk=True)),
+        (128, Launch(128, 128, 8, 3)),
         (256, Launch(128, 64, 8, 2)),
         (512, Launch(64, 32, 8, 2)),
     ),
@@ -51,10 +53,20 @@ FORWARD: dict[str, Table] = {
     INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
 }
 
+FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows, selections, short rows
+    "sm_90": (
+        (128, Launch(64, 64, 4, 3)),
+        (256, Launch(64, 64, 4, 2)),
+        (512, Launch(64, 32, 8, 2)),
+    ),
+    DEFAULT: FORWARD[DEFAULT],
+    INTERPRETER: FORWARD[INTERPRETER],
+}
+
 KEYS: dict[str, Table] = {  # the backward kernel that owns keys
     "sm_90": (
         (64, Launch(64, 128, 8, 2)),
-        (128, Launch(64, 128, 8, 2)),
+        (128, Launch(64, 128, 8, 1)),
         (256, Launch(32, 64, 8, 1)),
         (512, Launch(16, 32, 8, 1)),
     ),
@@ -69,8 +81,8 @@ KEYS: dict[str, Table] = {  # the backward kernel that owns keys
 
 QUERIES: dict[str, Table] = {  # the backward kernel that owns queries
     "sm_90": (
-        (64, Launch(128, 64, 8, 2)),
-        (128, Launch(128, 64, 8, 2)),
+        (64, Launch(128, 64, 8, 3)),
+        (128, Launch(128, 64, 8, 3)),
         (256, Launch(64, 32, 8, 1)),
         (512, Launch(32, 16, 8, 1)),
     ),
@@ -83,20 +95,44 @@ QUERIES: dict[str, Table] = {  # the backward kernel that owns queries
     INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
 }
 
-DECODE: dict[str, Table] = {
+_SMALL_DECODE = (
+    (64, Launch(64, 64, 4, 2, per_sm=2)),
+    (128, Launch(32, 64, 4, 2, per_sm=2)),
+    (256, Launch(16, 32, 4, 2, per_sm=2)),
+    (512, Launch(16, 16, 4, 2, per_sm=2)),
+)
+_TINY_DECODE = ((512, Launch(16, 16, 4, 1)),)
+
+DECODE: dict[str, Table] = {  # keys one after the other in memory
     "sm_90": (
-        (64, Launch(64, 128, 4, 3)),
-        (128, Launch(64, 64, 4, 3)),
-        (256, Launch(64, 32, 4, 3)),
+        (64, Launch(64, 128, 4, 4)),
+        (128, Launch(64, 128, 4, 3)),
+        (256, Launch(64, 64, 4, 3)),
         (512, Launch(32, 32, 4, 2)),
     ),
-    DEFAULT: (
-        (64, Launch(64, 64, 4, 2)),
-        (128, Launch(32, 64, 4, 2)),
-        (256, Launch(16, 32, 4, 2)),
-        (512, Launch(16, 16, 4, 2)),
+    DEFAULT: _SMALL_DECODE,
+    INTERPRETER: _TINY_DECODE,
+}
+
+DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
+    "sm_90": (
+        (64, Launch(64, 128, 4, 3, per_sm=2)),
+        (128, Launch(64, 128, 4, 3, per_sm=2)),
+        (256, Launch(64, 64, 4, 3, per_sm=2)),
+        (512, Launch(32, 32, 4, 2, per_sm=2)),
     ),
-    INTERPRETER: ((512, Launch(16, 16, 4, 1)),),
+    DEFAULT: _SMALL_DECODE,
+    INTERPRETER: _TINY_DECODE,
+}
+
+DECODE_CODES: dict[str, Table] = {  # quantised keys; block_n is also bounded by their group
+    "sm_90": (
+        (128, Launch(64, 64, 4, 3, per_sm=8)),
+        (256, Launch(64, 32, 4, 3, per_sm=8)),
+        (512, Launch(32, 32, 4, 2, per_sm=4)),
+    ),
+    DEFAULT: _SMALL_DECODE,
+    INTERPRETER: _TINY_DECODE,
 }
 
 FLOAT32 = (  # products in full float32 run outside the matrix units: small tiles
@@ -105,9 +141,6 @@ FLOAT32 = (  # products in full float32 run outside the matrix units: small tile
     (256, Launch(16, 16, 4, 1)),
     (512, Launch(16, 16, 4, 1)),
 )
-
-# Programs to aim for when keys are split, per multiprocessor.
-DECODE_PROGRAMS_PER_SM = 4
 
 
 @cache

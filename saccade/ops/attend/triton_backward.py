@@ -35,15 +35,20 @@ from saccade.ops.tiles import (
 def delta_kernel(
     out,
     dout,
+    lse,
     dlse,
     delta,
+    lse2,
     q_len,
     heads,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta = rowsum(dO * O) - dlse, `[B, H, Lq]`."""
+    """What a row contributes: delta = rowsum(dO * O) - dlse, and its lse in powers of two.
+
+    Rows that see nothing get +inf for their lse, so that their P is 0.  All are `[B, H, Lq]`.
+    """
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,12 +60,15 @@ def delta_kernel(
     d = load_tile(d_at, keep, dims, VALUE_DIM, True).to(tl.float32)
     at = (b * heads + h) * q_len + rows
     tl.store(delta + at, tl.sum(o * d, 1) - tl.load(dlse + at, mask=keep, other=0.0), mask=keep)
+    found = tl.load(lse + at, mask=keep, other=0.0)
+    found = tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+    tl.store(lse2 + at, found, mask=keep)
 
 
 @triton.jit
-def weights_of(qk, terms, slope, q_pos, k_pos, lse, unit, RAW: tl.constexpr):
-    """P of one tile from the products q.k and the lse of the rows (+inf where nothing is seen)."""
-    return tl.exp2(scores_of(qk, terms, slope, q_pos, k_pos, RAW) * unit - lse * LOG2E)
+def weights_of(qk, terms, slope, q_pos, k_pos, lse2, unit, RAW: tl.constexpr):
+    """P of one tile from the products q.k and the lse of the rows in powers of two."""
+    return tl.exp2(scores_of(qk, terms, slope, q_pos, k_pos, RAW) * unit - lse2)
 
 
 @triton.jit
@@ -73,11 +81,11 @@ def score_gradient(p, dp, delta, qk, terms):
 
 
 @triton.jit
-def load_stats(lse, delta, at, keep):
-    """(lse, delta) of some rows; rows that see nothing get lse +inf, so that their P is 0."""
-    found = tl.load(lse + at, mask=keep, other=float("-inf"))
-    found = tl.where(found == float("-inf"), float("inf"), found)
-    return found, tl.load(delta + at, mask=keep, other=0.0)
+def load_stats(lse2, delta, at, keep, MASKED: tl.constexpr):
+    """(lse in powers of two, delta) of some rows."""
+    if MASKED:
+        return tl.load(lse2 + at, mask=keep, other=0.0), tl.load(delta + at, mask=keep, other=0.0)
+    return tl.load(lse2 + at), tl.load(delta + at)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -88,7 +96,7 @@ def keys_kernel(
     dout,
     dk,
     dv,
-    lse,
+    lse2,
     delta,
     bounds,
     rules,
@@ -109,6 +117,7 @@ def keys_kernel(
     CAUSAL: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
+    BULK: tl.constexpr,
 ):
     """(dK, dV) of one tile of keys of one KV head, summed over its group of query heads."""
     kv_heads = heads // groups
@@ -150,11 +159,18 @@ def keys_kernel(
     v_grad = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for member in range(groups):
         h = kv_head * groups + member
-        q_at = addresses(q.ptr + b * q.batch + h * q.head + q_first * q.row, columns, q.row, dims)
-        d_at = addresses(
-            dout.ptr + b * dout.batch + h * dout.head + q_first * dout.row, columns, dout.row,
-            value_dims,
-        )  # fmt: skip
+        q_ptr = q.ptr + b * q.batch + h * q.head + q_first * q.row
+        d_ptr = dout.ptr + b * dout.batch + h * dout.head + q_first * dout.row
+        if BULK:  # the copy engine needs no registers for addresses, which are scarce here
+            q_bulk = tl.make_tensor_descriptor(
+                q_ptr, [q_len, HEAD_DIM], [q.row, 1], [BLOCK_M, BLOCK_D]
+            )
+            d_bulk = tl.make_tensor_descriptor(
+                d_ptr, [q_len, VALUE_DIM], [dout.row, 1], [BLOCK_M, BLOCK_V]
+            )
+        else:
+            q_at = addresses(q_ptr, columns, q.row, dims)
+            d_at = addresses(d_ptr, columns, dout.row, value_dims)
         stats = (b * heads + h) * total_rows + q_first
         slope = 0.0
         if terms.slopes is not None:
@@ -171,11 +187,14 @@ def keys_kernel(
                 rows = row + columns
                 q_real = rows < q_len
                 q_pos = rows + q_offset
-                q_tile = load_tile(q_at + row.to(tl.int64) * q.row, q_real, dims, HEAD_DIM, edge)
-                d_tile = load_tile(
-                    d_at + row.to(tl.int64) * dout.row, q_real, value_dims, VALUE_DIM, edge
-                )
-                row_lse, row_delta = load_stats(lse, delta, stats + rows, q_real)
+                if BULK:
+                    q_tile = q_bulk.load([row, 0])
+                    d_tile = d_bulk.load([row, 0])
+                else:
+                    at = row.to(tl.int64)
+                    q_tile = load_tile(q_at + at * q.row, q_real, dims, HEAD_DIM, edge)
+                    d_tile = load_tile(d_at + at * dout.row, q_real, value_dims, VALUE_DIM, edge)
+                row_lse, row_delta = load_stats(lse2, delta, stats + rows, q_real, edge)
                 qk = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [N, M]
                 p = weights_of(
                     qk, terms, slope, q_pos[None, :], k_pos[:, None], row_lse[None, :], unit, RAW
@@ -211,7 +230,7 @@ def queries_kernel(
     v,
     dout,
     dq,
-    lse,
+    lse2,
     delta,
     bounds,
     rules,
@@ -257,7 +276,7 @@ def queries_kernel(
     )
     q_tile = load_tile(q_at, q_real, dims, HEAD_DIM, True)
     d_tile = load_tile(d_at, q_real, value_dims, VALUE_DIM, True)
-    row_lse, row_delta = load_stats(lse, delta, stats + q_first + rows, q_real)
+    row_lse, row_delta = load_stats(lse2, delta, stats + q_first + rows, q_real, True)
     k_at = addresses(k.ptr + b * k.batch + kv_head * k.head + k_first * k.row, columns, k.row, dims)
     v_at = addresses(
         v.ptr + b * v.batch + kv_head * v.head + k_first * v.row, columns, v.row,

@@ -16,6 +16,8 @@ from saccade.ops.attend.triton_problem import Problem, float32, unit_rows
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms
 
+SHORT = 4096  # rows of at most this many queries are cut into smaller tiles
+
 
 def forward(problem: Problem) -> AttentionOutput:
     """Output and lse of a problem over dense keys."""
@@ -26,11 +28,11 @@ def forward(problem: Problem) -> AttentionOutput:
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
-    launch = tuning.pick(tuning.FORWARD, q, max(dim, value_dim))
+    short = problem.window is not None or problem.allowed is not None or q_len <= SHORT
+    table = tuning.FORWARD_SHORT if short else tuning.FORWARD
+    launch = tuning.pick(table, q, max(dim, value_dim))
     bounds, tiles = bounds_of(problem, launch.block_m, by_keys=False)
-    bulk = launch.bulk and _bulk_loads(k) and _bulk_loads(v) and k.shape[2] > 0
-    if bulk:
-        triton.set_allocator(_scratch)
+    bulk = launch.bulk and _bulk_loads(k, v)
     with on(q.device):
         forward_kernel[(batch * heads, tiles)](
             plane(q),
@@ -62,7 +64,7 @@ def backward(
     """Gradients (dq, dk, dv, delta), delta being rowsum(dout * out) - dlse `[B, H, Lq]`."""
     q, k, v = problem.q, problem.k, problem.v
     dq, dk, dv = _like(q), _like(k), _like(v)
-    delta = torch.empty_like(lse)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     if lse.numel() == 0 or problem.num_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
     dout, dlse = unit_rows(dout), dlse.contiguous()
@@ -72,8 +74,10 @@ def backward(
         delta_kernel[(batch * heads, triton.cdiv(q_len, 32))](
             plane(out),
             plane(dout),
+            lse,
             dlse,
             delta,
+            lse2,
             q_len,
             heads,
             VALUE_DIM=size["VALUE_DIM"],
@@ -81,13 +85,13 @@ def backward(
             BLOCK_M=32,
         )
         planes = (plane(q), plane(k), plane(v), plane(dout))
-        _keys(problem, planes, dk, dv, lse, delta)
-        _queries(problem, planes, dq, lse, delta)
+        _keys(problem, planes, dk, dv, lse2, delta)
+        _queries(problem, planes, dq, lse2, delta)
     return dq, dk, dv, delta
 
 
 def _keys(
-    problem: Problem, planes: tuple[Plane, ...], dk: Tensor, dv: Tensor, lse: Tensor, delta: Tensor
+    problem: Problem, planes: tuple[Plane, ...], dk: Tensor, dv: Tensor, lse2: Tensor, delta: Tensor
 ) -> None:
     heads, q_len, dim = problem.q.shape[1:]
     launch = tuning.pick(tuning.KEYS, problem.q, max(dim, problem.v.shape[-1]))
@@ -97,7 +101,7 @@ def _keys(
         *planes,
         plane(dk),
         plane(dv),
-        lse,
+        lse2,
         delta,
         bounds,
         rules_of(problem),
@@ -110,13 +114,14 @@ def _keys(
         heads // dk.shape[1],
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
+        BULK=launch.bulk and _bulk_loads(planes[0].ptr, planes[3].ptr),
         **constants(problem),
         **schedule(launch),
     )
 
 
 def _queries(
-    problem: Problem, planes: tuple[Plane, ...], dq: Tensor, lse: Tensor, delta: Tensor
+    problem: Problem, planes: tuple[Plane, ...], dq: Tensor, lse2: Tensor, delta: Tensor
 ) -> None:
     batch, heads, q_len, dim = problem.q.shape
     launch = tuning.pick(tuning.QUERIES, problem.q, max(dim, problem.v.shape[-1]))
@@ -124,7 +129,7 @@ def _queries(
     queries_kernel[(batch * heads, tiles)](
         *planes,
         plane(dq),
-        lse,
+        lse2,
         delta,
         bounds,
         rules_of(problem),
@@ -237,11 +242,16 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _bulk_loads(x: Tensor) -> bool:
-    """Whether the copy engine can read rows of `x`: 16-byte steps, no broadcast rows, <= 256."""
-    size = x.element_size()
-    aligned = all(x.stride(i) * size % 16 == 0 for i in (0, 1, 2)) and x.data_ptr() % 16 == 0
-    return size == 2 and aligned and x.stride(2) > 0 and x.shape[3] <= 256
+def _bulk_loads(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read rows of all: 16-byte steps, none broadcast or very long."""
+    for x in tensors:
+        size = x.element_size()
+        steps = (x.data_ptr(), *(x.stride(i) * size for i in (0, 1, 2)))
+        aligned = all(step % 16 == 0 for step in steps) and x.stride(2) > 0
+        if size != 2 or not aligned or x.shape[3] > 256 or x.shape[2] == 0:
+            return False
+    triton.set_allocator(_scratch)
+    return True
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -27,6 +27,9 @@ from saccade.ops.tiles import (
     visit_list,
 )
 
+# Weights times scales are small: enlarged, they stay clear of float16's denormal numbers.
+ENLARGED = tl.constexpr(256.0)
+
 
 class Coded(NamedTuple):
     """Quantised `[B, Hkv, N, D]`: Planes of codes, scales and offsets."""
@@ -43,22 +46,23 @@ def head_of(plane, b, kv_head):
 
 
 @triton.jit
-def load_codes(at, keep, dims, HALF: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Both halves of a tile of codes, as numbers."""
+def load_codes(at, keep, dims, HALF: tl.constexpr, BITS: tl.constexpr, FROM: tl.constexpr,
+               DTYPE: tl.constexpr):  # fmt: skip
+    """Both halves of a tile of codes, as numbers counted from FROM."""
     held = keep[:, None] & (dims < HALF)[None, :]
     low = tl.load(at[:, None] + dims[None, :], mask=held, other=0)
     if BITS == 4:
-        return as_numbers(low & 15, DTYPE), as_numbers(low >> 4, DTYPE)
+        return as_numbers(low & 15, FROM, DTYPE), as_numbers(low >> 4, FROM, DTYPE)
     high = tl.load(at[:, None] + (dims + HALF)[None, :], mask=held, other=0)
-    return as_numbers(low, DTYPE), as_numbers(high, DTYPE)
+    return as_numbers(low, FROM, DTYPE), as_numbers(high, FROM, DTYPE)
 
 
 @triton.jit
-def as_numbers(codes, DTYPE: tl.constexpr):
-    """Codes below 256 in a floating type."""
+def as_numbers(codes, FROM: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes below 256, minus FROM, in a floating type."""
     if DTYPE == tl.float16:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
-    return codes.to(DTYPE)
+        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + FROM)
+    return codes.to(DTYPE) - FROM
 
 
 @triton.jit
@@ -73,21 +77,33 @@ def keys_of(codes, coded, b, kv_head, group, dims, HALF: tl.constexpr, SIDE: tl.
 
 
 @triton.jit
-def values_of(codes, coded, b, kv_head, at, real, dims, HALF: tl.constexpr, SIDE: tl.constexpr,
-              GROUP: tl.constexpr):  # fmt: skip
-    """One half of a tile of values, whose channels lie in groups of GROUP."""
-    scale_at = head_of(coded.scale, b, kv_head) + at * coded.scale.row
-    offset_at = head_of(coded.offset, b, kv_head) + at * coded.offset.row
-    if GROUP % HALF == 0:  # the half lies in one group: one scale a token
-        group = SIDE * HALF // GROUP
-        scale = tl.load(scale_at + group, mask=real, other=0.0).to(codes.dtype)[:, None]
-        offset = tl.load(offset_at + group, mask=real, other=0.0).to(codes.dtype)[:, None]
-    else:
-        group = (SIDE * HALF + tl.minimum(dims, HALF - 1)) // GROUP
-        keep = real[:, None]
-        scale = tl.load(scale_at[:, None] + group[None, :], mask=keep, other=0.0).to(codes.dtype)
-        offset = tl.load(offset_at[:, None] + group[None, :], mask=keep, other=0.0).to(codes.dtype)
-    return codes * scale + offset
+def token_scales(coded, b, kv_head, at, real, group, MIDDLE: tl.constexpr):
+    """(scale, offset of the middle code) of each token, for one group of channels, enlarged."""
+    scale_at = head_of(coded.scale, b, kv_head) + at * coded.scale.row + group
+    offset_at = head_of(coded.offset, b, kv_head) + at * coded.offset.row + group
+    scale = tl.load(scale_at, mask=real, other=0.0).to(tl.float32) * ENLARGED
+    offset = tl.load(offset_at, mask=real, other=0.0).to(tl.float32) * ENLARGED
+    return scale, offset + MIDDLE * scale
+
+
+@triton.jit
+def weigh(p, acc, codes, scale, offset, PRECISION: tl.constexpr):
+    """acc + p @ (codes * scale + offset), with scale and offset of each token in the weights."""
+    acc += tl.sum(p * offset[None, :], 1)[:, None]
+    weights = (p * scale[None, :]).to(codes.dtype)
+    return tl.dot(weights, codes, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def weigh_groups(p, acc, codes, coded, b, kv_head, at, real, channels, last, MIDDLE: tl.constexpr,
+                 GROUP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The same where a half of the head spans several groups of channels."""
+    group = (tl.minimum(channels, last) // GROUP)[None, :]
+    scale, offset = token_scales(
+        coded, b, kv_head, at[:, None], real[:, None], group, MIDDLE
+    )  # fmt: skip
+    values = (codes.to(tl.float32) * scale + offset).to(codes.dtype)
+    return tl.dot(p.to(codes.dtype), values, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -127,6 +143,8 @@ def quantized_kernel(
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V hold half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     V_HALF: tl.constexpr = VALUE_DIM // 2
+    MIDDLE: tl.constexpr = 2 ** (BITS_V - 1)
+    ONE_SCALE: tl.constexpr = V_GROUP % V_HALF == 0  # each half lies in one group of channels
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -169,9 +187,14 @@ def quantized_kernel(
         k_pos = start + columns
         real = real_keys(rules, b, k_pos, k_len)
         at = k_pos.to(tl.int64)
+        if ONE_SCALE:  # asked for early: these loads are too narrow to be pipelined
+            low_scale, low_offset = token_scales(v, b, kv_head, at, real, 0, MIDDLE)
+            high_scale, high_offset = token_scales(
+                v, b, kv_head, at, real, V_HALF // V_GROUP, MIDDLE
+            )
         group = (start // K_GROUP).to(tl.int64)
         k_at = head_of(k.codes, b, kv_head) + at * k.codes.row
-        low_codes, high_codes = load_codes(k_at, real, dims, HALF, BITS_K, q_low.dtype)
+        low_codes, high_codes = load_codes(k_at, real, dims, HALF, BITS_K, 0, q_low.dtype)
         k_low = keys_of(low_codes, k, b, kv_head, group, dims, HALF, 0)
         k_high = keys_of(high_codes, k, b, kv_head, group, dims, HALF, 1)
         qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
@@ -184,12 +207,19 @@ def quantized_kernel(
         s = tl.where(see, s, float("-inf"))
         m, l, p, shrink = online_softmax(m, l, s, unit)
         v_at = head_of(v.codes, b, kv_head) + at * v.codes.row
-        low_codes, high_codes = load_codes(v_at, real, value_dims, V_HALF, BITS_V, q_low.dtype)
-        v_low = values_of(low_codes, v, b, kv_head, at, real, value_dims, V_HALF, 0, V_GROUP)
-        v_high = values_of(high_codes, v, b, kv_head, at, real, value_dims, V_HALF, 1, V_GROUP)
-        weights = p.to(q_low.dtype)
-        low = tl.dot(weights, v_low, low * shrink[:, None], input_precision=PRECISION)
-        high = tl.dot(weights, v_high, high * shrink[:, None], input_precision=PRECISION)
+        v_low, v_high = load_codes(v_at, real, value_dims, V_HALF, BITS_V, MIDDLE, q_low.dtype)
+        low *= shrink[:, None]
+        high *= shrink[:, None]
+        if ONE_SCALE:
+            low = weigh(p, low, v_low, low_scale, low_offset, PRECISION)
+            high = weigh(p, high, v_high, high_scale, high_offset, PRECISION)
+        else:
+            low = weigh_groups(p, low, v_low, v, b, kv_head, at, real, value_dims,
+                               VALUE_DIM - 1, MIDDLE, V_GROUP, PRECISION)  # fmt: skip
+            high = weigh_groups(p, high, v_high, v, b, kv_head, at, real, value_dims + V_HALF,
+                                VALUE_DIM - 1, MIDDLE, V_GROUP, PRECISION)  # fmt: skip
+    low /= ENLARGED
+    high /= ENLARGED
     store_split(
         m, l, low, unit, out, lse, terms, split, out_split, lse_split, b, h, index, q_len, q_real,
         kv_heads * groups, value_dims, V_HALF,

@@ -94,7 +94,7 @@ def _whole(
     problem: Problem, pages: Pages, spans: tuple[int, ...] | None, slots: int
 ) -> AttentionOutput:
     heads = kv_heads(problem, pages)
-    launch, _, row_tiles = rows_of(problem, heads)
+    launch, _, row_tiles = rows_of(problem, heads, table_of(pages))
     parts = Parts(problem, splits_of(problem, heads, slots, row_tiles, launch))
     if parts.lse.numel():
         with on(problem.q.device):
@@ -112,9 +112,16 @@ def kv_heads(problem: Problem, pages: Pages) -> int:
     return problem.k.shape[1] if pages.positions is None else pages.table.shape[1]
 
 
-def rows_of(problem: Problem, heads: int) -> tuple[tuning.Launch, int, int]:
+def table_of(pages: Pages) -> dict[str, tuning.Table]:
+    """Which table of configurations serves keys stored like that."""
+    return tuning.DECODE if pages.table is None else tuning.DECODE_PAGES
+
+
+def rows_of(
+    problem: Problem, heads: int, table: dict[str, tuning.Table]
+) -> tuple[tuning.Launch, int, int]:
     """(configuration, rows of a tile, tiles of rows): rows are queries times heads of a group."""
-    launch = tuning.pick(tuning.DECODE, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
+    launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
     rows = problem.q.shape[1] // heads * problem.q.shape[2]
     block_m = min(max(16, triton.next_power_of_2(rows)), launch.block_m)
     return launch, block_m, triton.cdiv(rows, block_m)
@@ -128,7 +135,7 @@ def splits_of(
     if problem.window is not None:
         reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
     programs = problem.q.shape[0] * heads * row_tiles
-    wanted = tuning.DECODE_PROGRAMS_PER_SM * tuning.multiprocessors(problem.q.device)
+    wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
     return max(1, min(wanted // max(programs, 1), triton.cdiv(reach, launch.block_n)))
 
 
@@ -143,7 +150,7 @@ def scan(
 ) -> None:
     """Fill the splits at .. at + splits - 1 of `parts` from stored keys of full precision."""
     heads = kv_heads(problem, pages)
-    launch, block_m, row_tiles = rows_of(problem, heads)
+    launch, block_m, row_tiles = rows_of(problem, heads, table_of(pages))
     k, v = stored(problem.k, pages), stored(problem.v, pages)
     groups = problem.q.shape[1] // heads
     bounds, _ = bounds_of(problem, block_m, by_keys=False)
@@ -194,7 +201,7 @@ def _quantized(call: AttentionCall, kv: QuantizedKV) -> AttentionOutput:
     """Splits over the codes, and one more for the recent keys of full precision."""
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.lengths)
     heads = kv.recent_k.shape[1]
-    launch, _, row_tiles = rows_of(problem, heads)
+    launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
     splits = splits_of(problem, heads, max(kv.num_packed, 1), row_tiles, launch)
     splits = splits if kv.num_packed else 0
     recent = kv.recent_k.shape[2]
@@ -214,7 +221,7 @@ def _scan_codes(
     problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
 ) -> None:
     heads = kv.recent_k.shape[1]
-    launch, block_m, row_tiles = rows_of(problem, heads)
+    launch, block_m, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
     block_n = min(launch.block_n, kv.k_group & -kv.k_group)
     sizes = constants(problem)
     for name in ("BLOCK_D", "BLOCK_V"):
