@@ -17,16 +17,18 @@ from saccade.ops.attend.triton_problem import dense_problem
 from saccade.ops.tuning import Launch
 
 FORWARD = {128: [(128, 128, 8, 3, 0)]}
-SHORT = [(64, 64, 4, 3, 0), (64, 64, 4, 2, 0), (64, 128, 4, 2, 0), (128, 64, 8, 3, 0),
-         (128, 64, 8, 2, 0), (64, 64, 4, 3, 1), (128, 128, 8, 3, 0), (128, 64, 4, 2, 0)]  # fmt: skip
-KEYS = [(64, 128, 8, 1)]
-QUERIES = [(128, 64, 8, 3)]
-DECODE = {
-    "dense": [(64, 128, 4, 3)],
-    "int8": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 2, 3), (64, 64, 2, 4), (64, 64, 1, 3),
-             (64, 64, 1, 2)],
-    "int4": [(64, 64, 4, 3), (64, 64, 2, 3), (64, 64, 2, 4), (64, 64, 1, 3), (64, 64, 1, 2)],
+SHORT = [(64, 64, 4, 3, 0)]
+KEYS = {
+    128: [(64, 128, 8, 1)],
+    64: [(64, 128, 8, 2), (64, 128, 4, 2), (64, 128, 4, 1), (64, 128, 8, 1), (128, 128, 8, 1),
+         (128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 4, 2)],
 }  # fmt: skip
+QUERIES = {
+    128: [(128, 64, 8, 3)],
+    64: [(128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 3),
+         (128, 128, 8, 2)],
+}  # fmt: skip
+DECODE = {"dense": [(64, 128, 4, 3)], "int8": [(16, 64, 1, 2)], "int4": [(16, 64, 1, 2)]}
 SHAPES = [(1, 8192), (1, 32768), (1, 131072), (16, 8192)]
 
 
@@ -56,11 +58,12 @@ def short(what, config, compile_only):
     return print(f"short {what} {config}: {work / seconds(run, 9, 3):.0f} TF/s", flush=True)
 
 
-def backward(which, config, compile_only):
+def backward(what, config, compile_only):
+    which, dim = what
     tables = {"keys": tuning.KEYS, "queries": tuning.QUERIES}
     tables[which]["sm_90"] = table(Launch(*config))
     length = 8192
-    q, k, v = (random(1, h, length, 128) for h in (32, 8, 8))
+    q, k, v = (random(1, h, length, dim) for h in (32, 8, 8))
     problem = dense_problem(make_call(q, DenseKV(k, v), mask=Mask()))
     lse = torch.randn(1, 32, length, device="cuda") + 5
     planes = tuple(launchers.plane(x) for x in (q, k, v, q))
@@ -70,7 +73,7 @@ def backward(which, config, compile_only):
         run = lambda: launchers._queries(problem, planes, q.clone(), lse, lse)  # noqa: E731
     if compile_only:
         return run()
-    work = 10 * 32 * 128 * Mask().num_pairs(length, length) / 1e12
+    work = 10 * 32 * dim * Mask().num_pairs(length, length) / 1e12
     took = seconds(run, 7, 2)
     return print(
         f"{which} {config}: {took * 1e3:.2f} ms ({work / took:.0f} TF/s alone)", flush=True
@@ -104,10 +107,9 @@ def tasks():
     for config in SHORT:
         for what in ((1024, 16384), (4096, 32768), (None, 4096)):
             yield short, what, config
-    for config in KEYS:
-        yield backward, "keys", config
-    for config in QUERIES:
-        yield backward, "queries", config
+    for which, configs in (("keys", KEYS), ("queries", QUERIES)):
+        for dim, config in ((dim, config) for dim, found in configs.items() for config in found):
+            yield backward, (which, dim), config
     for kind, configs in DECODE.items():
         for config in configs:
             yield decode, kind, config

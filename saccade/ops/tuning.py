@@ -53,7 +53,7 @@ FORWARD: dict[str, Table] = {
     INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
 }
 
-FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows, selections, short rows
+FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows and selections
     "sm_90": (
         (128, Launch(64, 64, 4, 3)),
         (256, Launch(64, 64, 4, 2)),
@@ -127,9 +127,9 @@ DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
 
 DECODE_CODES: dict[str, Table] = {  # quantised keys; block_n is also bounded by their group
     "sm_90": (
-        (128, Launch(64, 64, 4, 3, per_sm=8)),
-        (256, Launch(64, 32, 4, 3, per_sm=8)),
-        (512, Launch(32, 32, 4, 2, per_sm=4)),
+        (128, Launch(16, 64, 1, 2, per_sm=8)),
+        (256, Launch(16, 32, 2, 2, per_sm=8)),
+        (512, Launch(16, 32, 4, 2, per_sm=4)),
     ),
     DEFAULT: _SMALL_DECODE,
     INTERPRETER: _TINY_DECODE,

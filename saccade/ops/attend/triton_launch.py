@@ -16,8 +16,6 @@ from saccade.ops.attend.triton_problem import Problem, float32, unit_rows
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms
 
-SHORT = 4096  # rows of at most this many queries are cut into smaller tiles
-
 
 def forward(problem: Problem) -> AttentionOutput:
     """Output and lse of a problem over dense keys."""
@@ -28,7 +26,7 @@ def forward(problem: Problem) -> AttentionOutput:
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
-    short = problem.window is not None or problem.allowed is not None or q_len <= SHORT
+    short = problem.window is not None or problem.allowed is not None
     table = tuning.FORWARD_SHORT if short else tuning.FORWARD
     launch = tuning.pick(table, q, max(dim, value_dim))
     bounds, tiles = bounds_of(problem, launch.block_m, by_keys=False)
