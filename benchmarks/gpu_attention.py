@@ -69,6 +69,8 @@ def graph_seconds(runs: list[Callable[[], Any]], loops: int = 1) -> float:
 
 def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
     """What one call costs the host before the card has work, for short kernels."""
+    for _ in range(5):
+        run()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -268,34 +270,28 @@ def _view(kind: str, k: Tensor, v: Tensor) -> tuple[Any, int]:
     return QuantizedKV(*coded, empty, empty, bits, bits, 64), size
 
 
-def cases(quick: bool) -> list[Callable[[], dict]]:
-    """Everything the table holds, in order."""
-    found: list[Callable[[], dict]] = [
-        *(lambda n=n: forward_case(n, 128) for n in (4096, 8192, 16384, 32768)),
-        lambda: forward_case(16384, 128, causal=False),
-        lambda: forward_case(16384, 64),
-        lambda: forward_case(16384, 256),
-        lambda: forward_case(16384, 128, window=1024),
-        lambda: forward_case(32768, 128, window=1024),
-        lambda: forward_case(32768, 128, window=4096),
-        lambda: blocks_case(32768, 0.25),
-        lambda: backward_case(8192, 128),
-        lambda: backward_case(8192, 64),
-        *(lambda b=b, n=n: decode_case(b, n) for b, n in
-          ((1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192))),
-        *(lambda kind=kind, b=b, n=n: decode_case(b, n, kind)
-          for kind in ("page16", "page64", "int8", "int4")
-          for b, n in ((1, 32768), (16, 8192))),
-        lambda: decode_case(16, 32768, window=4096),
-    ]  # fmt: skip
-    return found[2:3] if quick else found
+def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:
+    """Everything the table holds, in order: (name, function, arguments, options)."""
+    forward = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
+    forward += [((16384, 128), {"causal": False}), ((16384, 64), {}), ((16384, 256), {})]
+    forward += [((n, 128), {"window": w}) for n, w in ((16384, 1024), (32768, 1024), (32768, 4096))]
+    dense = [(1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
+    kinds = ("page16", "page64", "int8", "int4")
+    return [
+        *(("forward", forward_case, where, options) for where, options in forward),
+        ("blocks", blocks_case, (32768, 0.25), {}),
+        *(("backward", backward_case, (8192, dim), {}) for dim in (128, 64)),
+        *(("decode", decode_case, shape, {}) for shape in dense),
+        *(("decode", decode_case, (*shape, kind), {}) for kind in kinds for shape in dense[1:4:2]),
+        ("decode", decode_case, (16, 32768), {"window": 4096}),
+    ]
 
 
 def main() -> None:
     """Measure, print one line a case, write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one case only")
+    parser.add_argument("--only", nargs="*", help="names of cases: forward blocks backward decode")
     arguments = parser.parse_args()
     record: dict[str, Any] = {
         "what": "attention on one GPU, bf16, 32 query and 8 key/value heads; TFLOP/s, GB/s",
@@ -315,10 +311,12 @@ def main() -> None:
         ) * 1e6,
     }  # fmt: skip
     print(json.dumps(record["ceilings"] | record["host_us"]), flush=True)
-    for case in cases(arguments.quick):
+    for name, case, where, options in cases():
+        if arguments.only and name not in arguments.only:
+            continue
         torch.cuda.empty_cache()
         try:
-            row = case()
+            row = case(*where, **options)
         except Exception as error:  # one case that fails must not cost the others
             row = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         record["rows"].append(row)

@@ -53,7 +53,7 @@ FORWARD: dict[str, Table] = {
     INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
 }
 
-FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows and selections
+FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows
     "sm_90": (
         (128, Launch(64, 64, 4, 3)),
         (256, Launch(64, 64, 4, 2)),
@@ -63,9 +63,19 @@ FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows and selectio
     INTERPRETER: FORWARD[INTERPRETER],
 }
 
+FORWARD_LISTED: dict[str, Table] = {  # tiles of a BlockSelection, whose addresses come from lists
+    "sm_90": (
+        (128, Launch(128, 128, 8, 2)),
+        (256, Launch(64, 64, 4, 2)),
+        (512, Launch(64, 32, 8, 2)),
+    ),
+    DEFAULT: FORWARD[DEFAULT],
+    INTERPRETER: FORWARD[INTERPRETER],
+}
+
 KEYS: dict[str, Table] = {  # the backward kernel that owns keys
     "sm_90": (
-        (64, Launch(64, 128, 8, 2)),
+        (64, Launch(128, 64, 4, 2)),
         (128, Launch(64, 128, 8, 1)),
         (256, Launch(32, 64, 8, 1)),
         (512, Launch(16, 32, 8, 1)),
@@ -81,7 +91,7 @@ KEYS: dict[str, Table] = {  # the backward kernel that owns keys
 
 QUERIES: dict[str, Table] = {  # the backward kernel that owns queries
     "sm_90": (
-        (64, Launch(128, 64, 8, 3)),
+        (64, Launch(128, 64, 4, 3)),
         (128, Launch(128, 64, 8, 3)),
         (256, Launch(64, 32, 8, 1)),
         (512, Launch(32, 16, 8, 1)),

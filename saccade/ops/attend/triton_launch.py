@@ -26,8 +26,8 @@ def forward(problem: Problem) -> AttentionOutput:
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
-    short = problem.window is not None or problem.allowed is not None
-    table = tuning.FORWARD_SHORT if short else tuning.FORWARD
+    table = tuning.FORWARD if problem.window is None else tuning.FORWARD_SHORT
+    table = table if problem.allowed is None else tuning.FORWARD_LISTED
     launch = tuning.pick(table, q, max(dim, value_dim))
     bounds, tiles = bounds_of(problem, launch.block_m, by_keys=False)
     bulk = launch.bulk and _bulk_loads(k, v)
