@@ -1,36 +1,19 @@
 """Which backend computes a call: an explicit one never falls back, `auto` takes the first able.
 
-Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.
+Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.  A
+backend's module is imported here, so it imports what is heavy (Triton) only to run.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-from typing import Protocol, cast
+from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
-from saccade.ops.attend import cpu, reference, sdpa, tiled
+from saccade.ops.attend import cpu, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
-BACKENDS: dict[str, str] = {
-    "reference": "saccade.ops.attend.reference",
-    "tiled": "saccade.ops.attend.tiled",
-    "cpu": "saccade.ops.attend.cpu",
-    "sdpa": "saccade.ops.attend.sdpa",
-}
-
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("cpu", "sdpa", "tiled")
-
-
-# Those that need torch alone are there from the start, so that torch.compile meets no import.
-_LOADED: dict[str, ModuleType] = {
-    "reference": reference,
-    "tiled": tiled,
-    "sdpa": sdpa,
-    "cpu": cpu,
-}
+AUTO_ORDER = ("triton", "cpu", "sdpa", "tiled")
 
 
 class Backend(Protocol):
@@ -45,6 +28,15 @@ class Backend(Protocol):
         ...
 
 
+BACKENDS: dict[str, Backend] = {
+    "reference": reference,
+    "tiled": tiled,
+    "triton": triton,
+    "cpu": cpu,
+    "sdpa": sdpa,
+}
+
+
 def load(name: str) -> Backend:
     """The backend module of that name.
 
@@ -54,9 +46,7 @@ def load(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"unknown backend {name!r}; expected one of {known}.")
-    if name not in _LOADED:
-        _LOADED[name] = import_module(BACKENDS[name])
-    return cast(Backend, _LOADED[name])
+    return BACKENDS[name]
 
 
 def choose(call: AttentionCall, backend: str) -> Backend:
