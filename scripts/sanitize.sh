@@ -26,7 +26,8 @@ case $kind in
   address) library=libasan.so ;;
   thread) library=libtsan.so ;;
 esac
-export LD_PRELOAD=$(g++ -print-file-name=$library)
+# libstdc++ as well, or the sanitizer finds no __cxa_throw to hand exceptions on to.
+export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1"
 export PYTHONPATH=$PWD:$site
