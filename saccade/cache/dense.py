@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import ShiftKeys
+from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.core import DenseKV, Unsupported
 
 GROWTH_STEP = 64
@@ -109,6 +109,27 @@ class DenseCache:
         """Forget everything; memory stays allocated."""
         self._slots = self._seen = 0
 
+    def state(self) -> CacheState:
+        """See LayerCache."""
+        tensors: dict[str, Tensor] = {}
+        capacity = 0
+        if self._k is not None:
+            view = self.view()
+            tensors, capacity = {"k": view.k, "v": view.v}, self._k.shape[2]
+        progress = {"seen": self._seen, "slots": self._slots, "capacity": capacity}
+        return CacheState({"dtype": dtype_name(self._dtype)}, progress, tensors)
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """See LayerCache; as many slots are allocated as were."""
+        slots, capacity = state.progress["slots"], state.progress["capacity"]
+        expect_tensors(state, {"k": slots, "v": slots})
+        self._k = self._v = None
+        if state.tensors:
+            room = max(slots, capacity)
+            self._k = placed(state.tensors["k"], room, device)
+            self._v = placed(state.tensors["v"], room, device)
+        self._seen, self._slots = state.progress["seen"], slots
+
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
         have = 0 if self._k is None else self._k.shape[2]
         if slots <= have:
@@ -127,6 +148,14 @@ def _grown(
     new = torch.empty(batch, heads, capacity, dim, dtype=dtype or like.dtype, device=like.device)
     if old is not None:
         new[:, :, :used] = old[:, :, :used]
+    return new
+
+
+def placed(x: Tensor, capacity: int, device: torch.device) -> Tensor:
+    """`x` `[B, H, n, D]` at the front of a fresh buffer of `capacity` slots on `device`."""
+    batch, heads, used, dim = x.shape
+    new = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=device)
+    new[:, :, :used] = x
     return new
 
 

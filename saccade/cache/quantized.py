@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import ShiftKeys
+from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
 from saccade.core import QuantizedKV, Unsupported
 from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.ops.hadamard import rotate
@@ -113,6 +113,47 @@ class QuantizedCache:
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         self._packed = self._fresh = 0
+
+    def state(self) -> CacheState:
+        """See LayerCache."""
+        settings = {
+            "bits_k": self._bits_k,
+            "bits_v": self._bits_v,
+            "group": self._group,
+            "recent": self._recent_kept,
+            "hadamard": self._hadamard,
+        }
+        progress = {"packed": self._packed, "fresh": self._fresh, "capacity": 0}
+        if self._v is None or self._recent_k is None or self._recent_v is None:
+            return CacheState(settings, progress, {})
+        progress["capacity"] = self._v.codes.shape[2]
+        view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
+        parts = {f"k.{name}": x for name, x in view.k._asdict().items()}
+        parts |= {f"v.{name}": x for name, x in view.v._asdict().items()}
+        parts |= {"recent.k": view.recent_k, "recent.v": view.recent_v}
+        return CacheState(settings, progress, parts)
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """See LayerCache."""
+        packed, fresh = state.progress["packed"], state.progress["fresh"]
+        groups = packed // self._group
+        lengths = {"k.codes": packed, "k.scale": groups, "k.offset": groups}
+        lengths |= dict.fromkeys(("v.codes", "v.scale", "v.offset"), packed)
+        expect_tensors(state, lengths | {"recent.k": fresh, "recent.v": fresh})
+        self._k = self._v = self._recent_k = self._recent_v = None
+        self._packed, self._fresh = packed, fresh
+        if not state.tensors:
+            return
+        parts = {name: x.to(device) for name, x in state.tensors.items()}
+        capacity = max(packed, state.progress["capacity"])
+        rooms = (capacity, capacity // self._group, capacity // self._group)
+        names = ("codes", "scale", "offset")
+        keys = [_extended(parts[f"k.{n}"], room) for n, room in zip(names, rooms, strict=True)]
+        self._k = Codes(*keys)
+        self._v = Codes(*(_extended(parts[f"v.{n}"], capacity) for n in names))
+        slots = self._recent_kept + 2 * self._group
+        self._recent_k = _extended(parts["recent.k"], slots)
+        self._recent_v = _extended(parts["recent.v"], slots)
 
     def _append_large(self, k: Tensor, v: Tensor) -> QuantizedKV:
         """A chunk larger than the recent buffer: lend it as it is, keep codes and the end."""

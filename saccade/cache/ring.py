@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import ShiftKeys
+from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.core import DenseKV, Span, Unsupported
 
 
@@ -87,6 +87,39 @@ class RingCache:
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         self._seen, self._oldest = 0, self._sinks
+
+    def state(self) -> CacheState:
+        """See LayerCache; the tensors hold the sinks, then the ring from its oldest token on."""
+        settings = {
+            "window": self._window,
+            "sinks": self._sinks,
+            "chunk": self._chunk,
+            "dtype": dtype_name(self._dtype),
+        }
+        tensors: dict[str, Tensor] = {}
+        if self._k is not None and self._v is not None and self._seen:
+            slots = [slice(slot, slot + length) for slot, _, length in self._held()]
+            tensors["k"] = torch.cat([self._k[:, :, s] for s in slots], dim=2)
+            tensors["v"] = torch.cat([self._v[:, :, s] for s in slots], dim=2)
+        return CacheState(settings, {"seen": self._seen, "oldest": self._oldest}, tensors)
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """See LayerCache."""
+        seen, oldest = state.progress["seen"], state.progress["oldest"]
+        first = max(oldest, self._sinks)
+        held = min(seen, self._sinks) + max(0, seen - first)
+        expect_tensors(state, {"k": held, "v": held})
+        self._k = self._v = None
+        self._seen, self._oldest = seen, oldest
+        if not state.tensors:
+            return
+        self._allocate(state.tensors["k"].to(device), state.tensors["v"].to(device))
+        assert self._k is not None and self._v is not None
+        at = 0
+        for slot, _, length in self._held():
+            self._k[:, :, slot : slot + length] = state.tensors["k"][:, :, at : at + length]
+            self._v[:, :, slot : slot + length] = state.tensors["v"][:, :, at : at + length]
+            at += length
 
     def _allocate(self, k: Tensor, v: Tensor) -> None:
         if self._k is not None:

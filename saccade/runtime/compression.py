@@ -39,6 +39,15 @@ class QueryTail:
         self._queries[layer] = newest.clone()
         self._scales[layer] = scale
 
+    def state(self) -> dict[int, tuple[Tensor, float]]:
+        """Queries and softmax scale of each layer seen so far."""
+        return {layer: (q, self._scales[layer]) for layer, q in self._queries.items()}
+
+    def restore(self, state: dict[int, tuple[Tensor, float]]) -> None:
+        """Remember what `state` says and nothing else."""
+        self._queries = {layer: q for layer, (q, _) in state.items()}
+        self._scales = {layer: scale for layer, (_, scale) in state.items()}
+
     def of(self, layer: int) -> tuple[Tensor, float]:
         """Queries and softmax scale of a layer."""
         return self._queries[layer], self._scales[layer]
