@@ -31,9 +31,14 @@ lint: $(READY)
 	@echo "== Lint and types"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
-test: lint
+# Triton runs on the CPU through its interpreter, and compiles for GPUs that are not there.
+$(VENV)/.triton-ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	@touch $@
+
+test: lint $(VENV)/.triton-ready
 	@echo "== Tests"
 	$(BIN)/python -m pytest -n 2
 

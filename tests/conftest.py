@@ -12,3 +12,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The same examples in every run: a failure in CI can be repeated anywhere.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton's kernels are then interpreted on the CPU and tested there.
+    from tests.ops.interpreted import mend
+
+    mend()

@@ -24,7 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Refuse now what would fail after minutes, then measure."""
-    check_outputs({"--json": args.json, "--roofline": args.roofline})
+    files = ("json", "markdown", "roofline")
+    check_outputs({f"--{name}": getattr(args, name) for name in files})
     if args.list:
         return options.execute(args)
     need("rich", purpose="the table of saccade bench")

@@ -12,10 +12,11 @@ import torch
 
 import saccade
 from saccade.core import BadInput, Unsupported
+from saccade.core.hardware import available_memory
 from saccade.evals.curves import measure_curve, position_params
 from saccade.evals.measure import Trial, measure
 from saccade.evals.needle import hide, make_needles
-from saccade.evals.rows import BASELINE, RowSpec, specs
+from saccade.evals.rows import BASELINE, RowSpec, largest_piece, specs
 from saccade.evals.text import default_text
 from saccade.hf.heads import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel
@@ -42,7 +43,7 @@ class Sizes:
 
 
 QUICK = Sizes(context=1536, scored=256, needles=2, curve=0)
-FULL = Sizes(context=4096, scored=1024, needles=3, curve=12288)
+FULL = Sizes(context=3072, scored=512, needles=3, curve=12288)
 
 
 WARM_UP = 256
@@ -72,7 +73,7 @@ def run(
     Args:
         model: a loaded model.
         text: what it reads; default the help topics of this Python.
-        context: tokens of context; default 1536 (quick) or 4096.
+        context: tokens of context; default 1536 (quick) or 3072.
         quick: small sizes and no curves past the trained length.
         rows: names, or parts of names, of rows to measure; the baseline always runs.
         on_progress: called before each step and at the end.
@@ -85,7 +86,9 @@ def run(
     tokens = model.tokenizer(default_text() if text is None else text).input_ids
     runner = HFModel(model.model, name=model.name)
     trial = _trial(model, runner, tokens, sizes)
-    chosen = _chosen(specs(sizes.context, sizes.batch, runner.facts.n_ctx_train), rows)
+    facts = runner.facts
+    piece = largest_piece(sizes.context, sizes.batch, facts.num_heads, available_memory())
+    chosen = _chosen(specs(sizes.context, sizes.batch, facts.n_ctx_train, piece), rows)
     report = _report(model, runner, text, tokens, sizes, quick)
     curves = _curves(runner, sizes, tokens) if rows is None else {}
     total = len(chosen) + len(curves)

@@ -38,7 +38,7 @@ class Trial:
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     heads: Callable[[str], AbstractContextManager[Model]]
-    num_answer: int = 12
+    num_answer: int = 10
     exact: Tensor | None = None
 
 

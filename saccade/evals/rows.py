@@ -7,6 +7,7 @@ those two show what the textbook compares: the whole score matrix against none.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from saccade.runtime import ContextParams
@@ -45,8 +46,30 @@ class RowSpec:
         return changed | {name: value for name, value in extra.items() if value is not None}
 
 
-def specs(n_context: int, n_batch: int, n_ctx_train: int) -> list[RowSpec]:
-    """All rows for a context of `n_context` tokens read in chunks of `n_batch`."""
+def largest_piece(n_context: int, n_batch: int, num_heads: int, memory: int | None) -> int:
+    """Tokens the first two rows read at once: the whole context if its score matrices fit.
+
+    Textbook attention holds about four float32 matrices `[heads, n, n]` at a time.
+    """
+    fits = memory is None or 4 * 4 * num_heads * n_context**2 < memory / 2
+    return n_context if fits else n_batch
+
+
+def _row(default_batch: int, name: str, group: str, **options: Any) -> RowSpec:
+    extra = {key: options.pop(key) for key in ("heads", "token_share") if key in options}
+    chosen = {"n_batch": default_batch, "flash_attn": "enabled"} | options
+    return RowSpec(name=name, group=group, params=ContextParams(**chosen), **extra)
+
+
+def specs(
+    n_context: int, n_batch: int, n_ctx_train: int, piece: int | None = None
+) -> list[RowSpec]:
+    """All rows for a context of `n_context` tokens read in chunks of `n_batch`.
+
+    Args:
+        piece: tokens that the first two rows read at once; default the whole context.
+    """
+    piece = piece or n_context
     window = max(128, n_context // 4)
     top_k = BlockTopK(top=max(4, n_context // 64 // 8))
     # Scaling by two shows what stretching costs inside the trained length.
@@ -55,15 +78,11 @@ def specs(n_context: int, n_batch: int, n_ctx_train: int) -> list[RowSpec]:
     int8 = {"type_k": "int8", "type_v": "int8"}
     int4 = {"type_k": "int4", "type_v": "int4"}
     snapkv = {"kv_policy": "snapkv", "kv_budget": 0.25}
-
-    def row(name: str, group: str, **options: Any) -> RowSpec:
-        extra = {key: options.pop(key) for key in ("heads", "token_share") if key in options}
-        chosen = {"n_batch": n_batch, "flash_attn": "enabled"} | options
-        return RowSpec(name=name, group=group, params=ContextParams(**chosen), **extra)
+    row = partial(_row, n_batch)
 
     return [
-        row(BASELINE, "Attention", flash_attn="disabled", n_batch=n_context),
-        row("flash attention", "Attention", n_batch=n_context),
+        row(BASELINE, "Attention", flash_attn="disabled", n_batch=piece),
+        row("flash attention", "Attention", n_batch=piece),
         row("MHA (KV heads repeated)", "Heads", heads="mha"),
         row("GQA (the model as it is)", "Heads"),
         row("MQA (KV heads averaged)", "Heads", heads="mqa"),

@@ -1,24 +1,19 @@
 """Which backend computes a call: an explicit one never falls back, `auto` takes the first able.
 
-Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.
+Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.  A
+backend's module is imported here, so it imports what is heavy (Triton) only to run.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
+from saccade.ops.attend import cpu, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
-BACKENDS: dict[str, str] = {
-    "reference": "saccade.ops.attend.reference",
-    "tiled": "saccade.ops.attend.tiled",
-    "sdpa": "saccade.ops.attend.sdpa",
-}
-
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("sdpa", "tiled")
+AUTO_ORDER = ("triton", "cpu", "sdpa", "tiled")
 
 
 class Backend(Protocol):
@@ -33,6 +28,15 @@ class Backend(Protocol):
         ...
 
 
+BACKENDS: dict[str, Backend] = {
+    "reference": reference,
+    "tiled": tiled,
+    "triton": triton,
+    "cpu": cpu,
+    "sdpa": sdpa,
+}
+
+
 def load(name: str) -> Backend:
     """The backend module of that name.
 
@@ -42,7 +46,7 @@ def load(name: str) -> Backend:
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"unknown backend {name!r}; expected one of {known}.")
-    return cast(Backend, import_module(BACKENDS[name]))
+    return BACKENDS[name]
 
 
 def choose(call: AttentionCall, backend: str) -> Backend:

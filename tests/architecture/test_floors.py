@@ -67,7 +67,7 @@ def test_kernels_never_import_the_reference():
         f"{path}:{line}"
         for path, parts in modules()
         for target, line in imports(path)
-        if parts[-1] in KERNELS and "reference" in target
+        if parts[-1].split("_")[0] in KERNELS and "reference" in target
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -83,14 +83,19 @@ def test_files_fit_on_a_few_screens():
     assert not wrong, "\n".join(wrong)
 
 
-def test_host_functions_fit_on_a_screen():
-    """40 lines of code; docstrings, signatures and blank lines do not count."""
+def is_kernel(node):
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_functions_fit_on_a_screen():
+    """40 lines of code, 120 for a kernel; docstrings and signatures do not count."""
     wrong = []
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
-                if body and body[-1].end_lineno - body[0].lineno + 1 > 40:
+                limit = 120 if is_kernel(node) else 40
+                if body and body[-1].end_lineno - body[0].lineno + 1 > limit:
                     wrong.append(f"{path}:{node.lineno} {node.name}")
     assert not wrong, "\n".join(wrong)
 

@@ -20,7 +20,7 @@ def call(capsys, *words):
 
 BAD_LINES = [
     (["compre"], "no command 'compre'. Did you mean compare?"),
-    (["zzz"], "There are compare, generate, "),
+    (["zzz"], "There are compare, generate, bench, doctor."),
     (["--verbose"], "no command '--verbose'"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),
     (["compare", "--cont=5"], "no option --cont=5. Did you mean --context?"),  # no abbreviations

@@ -8,7 +8,7 @@ import torch
 from saccade.core import BadInput
 from saccade.evals.needle import hide, make_needles
 from saccade.evals.quality import compare, perplexity
-from saccade.evals.rows import BASELINE, specs
+from saccade.evals.rows import BASELINE, largest_piece, specs
 from saccade.evals.text import default_text, read_text
 
 
@@ -78,3 +78,9 @@ def test_rows_have_distinct_names_and_a_baseline_first():
     assert rows[0].name == BASELINE
     assert len({row.name for row in rows}) == len(rows)
     assert all(row.options() for row in rows)
+
+
+def test_the_whole_score_matrix_only_where_it_fits():
+    assert largest_piece(4096, 512, 9, 20 * 2**30) == 4096
+    assert largest_piece(65536, 512, 9, 20 * 2**30) == 512
+    assert largest_piece(4096, 512, 9, None) == 4096

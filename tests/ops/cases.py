@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from saccade.core import BlockSelection
+from saccade.core import BlockSelection, Span
+from saccade.ops import explain
 
+# Backends that run on this machine's CPU; the others have tests of their own.
+HERE = sorted(
+    name
+    for name, verdict in explain(*(torch.zeros(1, 1, 1, 16) for _ in range(3)))
+    if not verdict.startswith("cannot")
+)
 HEADS = [(4, 4), (6, 2), (5, 1), (8, 1)]
 LENGTHS = [(33, 33), (1, 70), (7, 50), (65, 130), (5, 3)]
 MASKS = [
@@ -77,6 +84,34 @@ def poison(k: torch.Tensor, v: torch.Tensor, where: torch.Tensor) -> None:
     """Fill the keys and values that must never be read with NaN."""
     k.masked_fill_(where[:, None, :, None], torch.nan)
     v.masked_fill_(where[:, None, :, None], torch.nan)
+
+
+def on(device: str, *values: Any) -> Any:
+    """Tensors, or a dictionary of options, on a device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: move(value) for name, value in x.items()}
+        if isinstance(x, tuple):
+            return tuple(move(part) for part in x)
+        if isinstance(x, BlockSelection):
+            return replace(x, allowed=x.allowed.to(device))
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    return move(values[0]) if len(values) == 1 else [move(x) for x in values]
+
+
+def nothing_matters(
+    k: torch.Tensor, v: torch.Tensor, spans: tuple[Span, ...], slots: int
+) -> list[torch.Tensor]:
+    """Keys and values laid out in a ring by `spans`, NaN in every slot that is in none."""
+    rings = []
+    for x in (k, v):
+        ring = torch.full((*x.shape[:2], slots, x.shape[3]), torch.nan)
+        for slot, position, length in spans:
+            ring[:, :, slot : slot + length] = x[:, :, position : position + length]
+        rings.append(ring)
+    return rings
 
 
 def all_cases() -> list[Case]:

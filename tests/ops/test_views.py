@@ -7,10 +7,10 @@ from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span, Un
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend
-from saccade.ops.choose import BACKENDS
+from tests.ops.cases import HERE
 
 MASKS = [Mask(), Mask(window=9), Mask(window=9, sinks=2)]
-OTHERS = sorted(set(BACKENDS) - {"reference"})
+OTHERS = [name for name in HERE if name != "reference"]
 
 
 def random(*shape):

@@ -170,27 +170,10 @@ def make_call(
     wants_lse: bool = True,
 ) -> AttentionCall:
     """The checked AttentionCall of these arguments; queries turned where the view is rotated."""
-    batch, kv_heads, end, head_dim, _ = kv.shape
-    heads, q_len = q.shape[1], q.shape[2]
+    _, kv_heads, _, head_dim, _ = kv.shape
     check_heads(q, kv_heads, head_dim)
-    check_optional("key_padding", key_padding, torch.bool, (batch, end))
-    check_optional("lengths", lengths, torch.int64, (batch,))
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}. Use None for no cap.")
-    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
-        raise ValueError(f"sink_logits must have shape [{heads}], got {describe(sink_logits)}.")
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
-            f"got {describe(alibi_slopes)}."
-        )
-    if blocks is not None:
-        blocks.check_covers(q_len, end)
-    if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
-        raise Unsupported(
-            "blocks and attn_mask speak of positions that all heads share, and a ragged view has "
-            "none. Leave them out, or attend before the cache is compressed."
-        )
+    _check_masks(q, kv, key_padding, lengths, blocks, attn_mask)
+    _check_scores(q, softcap, sink_logits, alibi_slopes)
     bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q, kv)
     if bounds is not None and any(
         extra is not None for extra in (key_padding, lengths, blocks, attn_mask, q_offset)
@@ -215,6 +198,43 @@ def make_call(
         attn_mask=attn_mask,
         wants_lse=wants_lse,
     )
+
+
+def _check_masks(
+    q: Tensor,
+    kv: KVView,
+    key_padding: Tensor | None,
+    lengths: Tensor | None,
+    blocks: BlockSelection | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """Raise unless everything that says who sees whom fits the queries and the view."""
+    batch, end = kv.shape[0], kv.shape[2]
+    check_optional("key_padding", key_padding, torch.bool, (batch, end))
+    check_optional("lengths", lengths, torch.int64, (batch,))
+    if blocks is not None:
+        blocks.check_covers(q.shape[2], end)
+    if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
+        raise Unsupported(
+            "blocks and attn_mask speak of positions that all heads share, and a ragged view has "
+            "none. Leave them out, or attend before the cache is compressed."
+        )
+
+
+def _check_scores(
+    q: Tensor, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
+) -> None:
+    """Raise unless everything that changes the scores fits the query heads."""
+    batch, heads = q.shape[:2]
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}. Use None for no cap.")
+    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
+        raise ValueError(f"sink_logits must have shape [{heads}], got {describe(sink_logits)}.")
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
+            f"got {describe(alibi_slopes)}."
+        )
 
 
 def _default_offset(q: Tensor, kv: KVView, lengths: Tensor | None) -> int | Tensor:

@@ -1,0 +1,329 @@
+"""Attention on one GPU: ours against PyTorch's kernels, with the card's ceilings in the same run.
+
+    python benchmarks/gpu_attention.py --out benchmarks/results/h200_triton_attention.json
+
+Random data; the median over CUDA events; for decoding, one CUDA graph over several caches that
+together exceed the L2 cache.  A result that is wrong is not timed: it raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import saccade
+from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
+from saccade.core.formats import quantize_keys, quantize_values
+from saccade.ops import attend, attention
+
+DTYPE = torch.bfloat16
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+
+
+def random(*shape: int) -> Tensor:
+    """Normal random numbers on the card; zeros would run faster than real data."""
+    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+
+
+def seconds(run: Callable[[], Any], repeats: int = 15, warmup: int = 4) -> float:
+    """Median time of one call by CUDA events."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # so that the host is ahead and its time is not counted
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def graph_seconds(runs: list[Callable[[], Any]], loops: int = 1) -> float:
+    """Median time of one of `runs`, captured one after the other in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(loops):
+            for run in runs:
+                run()
+    return seconds(graph.replay) / (len(runs) * loops)
+
+
+def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
+    """What one call costs the host before the card has work, for short kernels."""
+    for _ in range(5):
+        run()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    took = (time.perf_counter() - begin) / repeats
+    torch.cuda.synchronize()
+    return took
+
+
+def ceilings() -> dict[str, float]:
+    """What this card does at best: a large matrix product, and reading memory."""
+    a, b = random(8192, 8192), random(8192, 8192)
+    matmul = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
+    # Reading alone: the sum of 4 GiB, and what a copy reads and writes.
+    big = torch.randn(2**30, device="cuda")
+    read = big.numel() * 4 / seconds(big.sum) / 1e9
+    other = torch.empty_like(big)
+    copy = 2 * big.numel() * 4 / seconds(lambda: other.copy_(big)) / 1e9
+    return {"matmul_tflops": matmul, "read_gbs": read, "copy_gbs": copy}
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    """||ours - truth|| / ||truth||."""
+    return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def demand(ours: Tensor, truth: Tensor, limit: float, what: str) -> float:
+    """The error, or RuntimeError: a speed of a wrong result means nothing."""
+    error = relative(ours, truth)
+    if not error < limit:
+        raise RuntimeError(f"{what}: relative error {error:.2e} exceeds {limit:.0e}; not timed.")
+    return error
+
+
+def last_rows(q: Tensor, k: Tensor, v: Tensor, rows: int = 64, **options: Any) -> Tensor:
+    """Attention of the last rows in float64, four query heads only."""
+    groups = q.shape[1] // k.shape[1]
+    heads = max(4, groups)
+    kv_heads = heads // groups
+    wide = [q[:, :heads, -rows:].double()]
+    wide += [x[:, :kv_heads].double() for x in (k, v)]
+    return attention(*wide, **options, backend="reference")  # type: ignore[return-value]
+
+
+def forward_case(length: int, dim: int, *, causal: bool = True, window: int | None = None) -> dict:
+    """One row of the forward table; TFLOP/s counts visible pairs only."""
+    heads, kv_heads = 32, 8
+    q, k, v = random(1, heads, length, dim), random(1, kv_heads, length, dim), None
+    v = random(1, kv_heads, length, dim)
+    options: dict[str, Any] = {"causal": causal, "window": window}
+    pairs = Mask(causal=causal, window=window).num_pairs(length, length)
+    work = 4 * heads * dim * pairs / 1e12
+
+    def ours() -> Tensor:
+        return attention(q, k, v, **options, backend="triton")  # type: ignore[return-value]
+
+    truth = last_rows(q, k, v, **options)
+    error = demand(ours()[:, : truth.shape[1], -64:], truth, 1e-2, f"forward {length} {dim}")
+    row = {"case": "forward", "length": length, "dim": dim, **options, "error": error}
+    row["triton"] = work / seconds(ours)
+    if window is None:
+        row |= {name: work / _peer(name, q, k, v, causal) for name in PEERS}
+    return row
+
+
+def _peer(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
+    with sdpa_kernel(PEERS[name]):
+        try:
+            return seconds(
+                lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            )
+        except RuntimeError:
+            return float("inf")
+
+
+def blocks_case(length: int, density: float) -> dict:
+    """Block-sparse attention: TFLOP/s on the visited pairs."""
+    heads, kv_heads, dim, block = 32, 8, 128, 128
+    q, k, v = (random(1, h, length, dim) for h in (heads, kv_heads, kv_heads))
+    count = length // block
+    allowed = torch.rand(1, kv_heads, count, count, device="cuda") < density
+    allowed |= torch.eye(count, device="cuda", dtype=torch.bool)
+    blocks = BlockSelection(allowed=allowed, q_block=block, k_block=block)
+    below = torch.ones(count, count, device="cuda").tril(-1)
+    visited = (allowed * below).sum().item() * block * block
+    visited += kv_heads * count * block * (block + 1) / 2
+    work = 4 * (heads // kv_heads) * dim * visited / 1e12
+
+    def ours() -> Tensor:
+        return attention(q, k, v, blocks=blocks, backend="triton")  # type: ignore[return-value]
+
+    row_blocks = BlockSelection(
+        allowed=allowed[:, :1, -1:].expand(1, 1, 1, count), q_block=block, k_block=block
+    )
+    truth = last_rows(q, k, v, blocks=row_blocks)
+    error = demand(ours()[:, : truth.shape[1], -64:], truth, 1e-2, "blocks")
+    share = visited / (kv_heads * length * (length + 1) / 2)
+    return {
+        "case": "blocks", "length": length, "density": share, "error": error,
+        "triton": work / seconds(ours),
+    }  # fmt: skip
+
+
+def backward_case(length: int, dim: int) -> dict:
+    """TFLOP/s of the backward pass, counted as 2.5 forwards as everybody does."""
+    heads, kv_heads = 32, 8
+    q, k, v = (
+        random(1, h, length, dim).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    )  # fmt: skip
+    dout = random(1, heads, length, dim)
+    work = 10 * heads * dim * Mask().num_pairs(length, length) / 1e12
+    small = [x.detach()[:, :n, :1024].requires_grad_() for x, n in ((q, 4), (k, 1), (v, 1))]
+    wide = [x.detach().double().requires_grad_() for x in small]
+    grads = []
+    for leaves, backend in ((small, "triton"), (wide, "reference")):
+        out = attention(*leaves, backend=backend)
+        out.backward(dout[:, :4, :1024].to(out.dtype))
+        grads.append([x.grad for x in leaves])
+    error = max(demand(a, b, 2e-2, "backward") for a, b in zip(*grads, strict=True))
+    row = {"case": "backward", "length": length, "dim": dim, "error": error}
+    out = attention(q, k, v, backend="triton")
+    row["triton"] = work / seconds(
+        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    )
+    for name, kernel in PEERS.items():
+        with sdpa_kernel(kernel):
+            peer = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            row[name] = work / seconds(
+                lambda peer=peer: torch.autograd.grad(peer, (q, k, v), dout, retain_graph=True)
+            )
+    return row
+
+
+def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | None = None) -> dict:
+    """GB/s (of the bytes that storage really holds) and microseconds of one decoding step."""
+    heads, kv_heads, dim = 32, 8, 128
+    size = batch * kv_heads * length * dim * 2 * 2
+    sets = max(2, min(8, 400_000_000 // size + 1))
+    mask = Mask(window=window)
+    queries = [random(batch, heads, 1, dim) for _ in range(sets)]
+    stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
+    views = [_view(kind, k, v) for k, v in stores]
+    steps = [
+        lambda q=q, view=view: attend(q, view, mask=mask, backend="triton").out
+        for q, (view, _) in zip(queries, views, strict=True)
+    ]
+    k, v = stores[0]
+    first = [x[:1].double() for x in (queries[0], k, v)]
+    truth = attention(*first, window=window, backend="reference")
+    limit = {"int4": 0.2, "int8": 2e-2}.get(kind, 1e-2)
+    error = demand(steps[0]()[:1], truth, limit, f"decode {kind}")
+    loops = 4 if size < 2**28 else 1
+    bytes_read = views[0][1] if window is None else size * min(1, window / length)
+    took = graph_seconds(steps, loops)
+    row = {
+        "case": "decode", "kind": kind, "batch": batch, "length": length, "window": window,
+        "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
+    }  # fmt: skip
+    if kind == "dense" and window is None:
+        for name in PEERS:
+            peer = _peer_decode(name, queries, stores, loops)
+            row |= {f"{name}_us": peer * 1e6, f"{name}_gbs": size / peer / 1e9}
+    return row
+
+
+def _peer_decode(name: str, queries: list[Tensor], stores: list, loops: int) -> float:
+    with sdpa_kernel(PEERS[name]):
+        runs = [
+            lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            for q, (k, v) in zip(queries, stores, strict=True)
+        ]
+        return graph_seconds(runs, loops)
+
+
+def _view(kind: str, k: Tensor, v: Tensor) -> tuple[Any, int]:
+    """A view of that kind over the same keys and values, and the bytes a step has to read."""
+    batch, kv_heads, length, dim = k.shape
+    if kind == "dense":
+        return DenseKV(k, v), 2 * k.numel() * 2
+    if kind.startswith("page"):
+        page = int(kind.removeprefix("page"))
+        count = length // page
+        order = torch.randperm(batch * count, device="cuda")
+        pools = []
+        for x in (k, v):
+            pages = x.reshape(batch, kv_heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+            pool = torch.empty_like(pages)
+            pool[order] = pages
+            pools.append(pool)
+        table = order.view(batch, count).to(torch.int32)
+        lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        return PagedKV(*pools, table, lengths, length), 2 * k.numel() * 2
+    bits = int(kind.removeprefix("int"))
+    coded = quantize_keys(k, bits=bits, group=64), quantize_values(v, bits=bits, group=64)
+    empty = k[:, :, :0]
+    size = sum(part.numel() * part.element_size() for x in coded for part in x)
+    return QuantizedKV(*coded, empty, empty, bits, bits, 64), size
+
+
+def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:
+    """Everything the table holds, in order: (name, function, arguments, options)."""
+    forward = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
+    forward += [((16384, 128), {"causal": False}), ((16384, 64), {}), ((16384, 256), {})]
+    forward += [((n, 128), {"window": w}) for n, w in ((16384, 1024), (32768, 1024), (32768, 4096))]
+    dense = [(1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
+    kinds = ("page16", "page64", "int8", "int4")
+    return [
+        *(("forward", forward_case, where, options) for where, options in forward),
+        ("blocks", blocks_case, (32768, 0.25), {}),
+        *(("backward", backward_case, (8192, dim), {}) for dim in (128, 64)),
+        *(("decode", decode_case, shape, {}) for shape in dense),
+        *(("decode", decode_case, (*shape, kind), {}) for kind in kinds for shape in dense[1:4:2]),
+        ("decode", decode_case, (16, 32768), {"window": 4096}),
+    ]
+
+
+def main() -> None:
+    """Measure, print one line a case, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="*", help="names of cases: forward blocks backward decode")
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {
+        "what": "attention on one GPU, bf16, 32 query and 8 key/value heads; TFLOP/s, GB/s",
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "saccade": saccade.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "ceilings": ceilings(),
+        "rows": [],
+    }
+    q, k, v = (random(1, h, 32, 128) for h in (32, 8, 8))
+    record["host_us"] = {
+        "prefill": host_seconds(lambda: attention(q, k, v, backend="triton")) * 1e6,
+        "decode": host_seconds(lambda: attention(q[:, :, :1], k, v, backend="triton")) * 1e6,
+        "sdpa": host_seconds(
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        ) * 1e6,
+    }  # fmt: skip
+    print(json.dumps(record["ceilings"] | record["host_us"]), flush=True)
+    for name, case, where, options in cases():
+        if arguments.only and name not in arguments.only:
+            continue
+        torch.cuda.empty_cache()
+        try:
+            row = case(*where, **options)
+        except Exception as error:  # one case that fails must not cost the others
+            row = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+        record["rows"].append(row)
+        print({k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}, flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+#include "dispatch.h"
+
+#include <cstring>
+
+namespace saccade {
+
+#define SACCADE_DECLARE(target) \
+  namespace target {            \
+  extern const Kernels kernels; \
+  }
+SACCADE_DECLARE(scalar)
+#if defined(__x86_64__)
+SACCADE_DECLARE(avx2)
+SACCADE_DECLARE(avx512)
+SACCADE_DECLARE(avx512_bf16)
+#elif defined(__aarch64__)
+SACCADE_DECLARE(neon)
+#endif
+
+namespace {
+
+struct Usable {
+  const Kernels* list[5] = {};
+  Usable() {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+       list[n++] = &avx512_bf16::kernels;
+    if (avx512) list[n++] = &avx512::kernels;
+    if (avx2) list[n++] = &avx2::kernels;
+#elif defined(__aarch64__)
+    list[n++] = &neon::kernels;
+#endif
+    list[n] = &scalar::kernels;
+  }
+};
+
+}  // namespace
+
+const Kernels* const* usable_kernels() {
+  static const Usable usable;
+  return usable.list;
+}
+
+const Kernels* find_kernels(const char* name) {
+  const Kernels* const* all = usable_kernels();
+  if (!*name) return *all;
+  for (; *all; ++all)
+    if (std::strcmp((*all)->name, name) == 0) return *all;
+  return nullptr;
+}
+
+}  // namespace saccade

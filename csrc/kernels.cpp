@@ -1,0 +1,16 @@
+// All kernels for one target: compiled once for each, with that target's flags.
+#include "attend.h"
+#include "backward.h"
+#include "dispatch.h"
+#include "measure.h"
+
+#define SACCADE_STRING_(x) #x
+#define SACCADE_STRING(x) SACCADE_STRING_(x)
+
+namespace saccade::SACCADE_TARGET {
+
+extern const Kernels kernels;
+const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend, attend_backward, fma_flops, fma_chains, read_all,
+                         exp2_row};
+
+}  // namespace saccade::SACCADE_TARGET

@@ -1,0 +1,257 @@
+// Turns a tile of stored keys and values into float32 panels, once for all the queries that use it.
+//
+//   keys     panel of NR keys: [head_dim][NR], so that a micro-kernel reads NR keys of one channel
+//   values   panel of NR channels: [keys][NR]
+//
+// Conversion from 16-bit floats and from codes happens here and costs nothing later.
+#pragma once
+#include <type_traits>
+
+#include "views.h"
+
+namespace saccade::SACCADE_TARGET {
+
+// Row sources: `load(i, d)` gives channels d .. d+W-1 of row i.
+template <class T>
+struct FloatRows {
+  const char* const* rows;
+  SACCADE_INLINE F get(const FloatRows& s, int i, int d) { return load((const T*)s.rows[i] + d); }
+  SACCADE_INLINE F get_part(const FloatRows& s, int i, int d, int n) {
+    return load_part((const T*)s.rows[i] + d, n);
+  }
+};
+
+// Transposes W rows into columns j .. j+W-1 of a key panel.
+template <class Source>
+SACCADE_INLINE void pack_key_columns(const Source& source, int first, int dim, float* panel,
+                                     int width) {
+  int d = 0;
+  for (; d + W <= dim; d += W) {
+    F r[W];
+    SACCADE_UNROLL for (int i = 0; i < W; ++i) r[i] = Source::get(source, first + i, d);
+    transpose(r);
+    SACCADE_UNROLL for (int i = 0; i < W; ++i) store(panel + (int64_t)(d + i) * width, r[i]);
+  }
+  if (d < dim) {
+    F r[W];
+    SACCADE_UNROLL for (int i = 0; i < W; ++i)
+      r[i] = Source::get_part(source, first + i, d, dim - d);
+    transpose(r);
+    alignas(64) float lanes[W * W];
+    SACCADE_UNROLL for (int i = 0; i < W; ++i) store(lanes + i * W, r[i]);
+    for (int i = 0; i < dim - d; ++i) store(panel + (int64_t)(d + i) * width, load(lanes + i * W));
+  }
+}
+
+// Copies one row of values into its panels; returns x * 0 summed, NaN where x is not finite.
+template <class Source, int NR>
+SACCADE_INLINE F pack_value_row(const Source& source, int i, int dim, float* panels,
+                                int64_t panel_size, F taint) {
+  for (int d = 0; d < dim; d += W) {
+    F x = d + W <= dim ? Source::get(source, i, d) : Source::get_part(source, i, d, dim - d);
+    store(panels + d / NR * panel_size + (int64_t)i * NR + d % NR, x);
+    taint = fma(x, zero(), taint);
+  }
+  return taint;
+}
+
+// Codes of one token as bytes, whatever their width: low nibbles are the first half of the head.
+SACCADE_INLINE void unpack_codes(const uint8_t* codes, int dim, int bits, uint8_t* bytes) {
+  if (bits == 8) {
+    std::memcpy(bytes, codes, dim);
+    return;
+  }
+  const int half = dim / 2;
+  for (int d = 0; d < half; ++d) {
+    bytes[d] = codes[d] & 15;
+    bytes[d + half] = codes[d] >> 4;
+  }
+}
+
+// A row as float32 times a factor; `x` has room for whole registers.
+template <class T>
+static void widen(const T* row, int dim, float factor, float* x) {
+  for (int d = 0; d < dim; d += W) {
+    const F part = d + W <= dim ? load(row + d) : load_part(row + d, dim - d);
+    store(x + d, mul(part, set1(factor)));
+  }
+}
+
+// x = code * scale + offset along a row whose scale and offset are rows too (keys).
+SACCADE_INLINE void dequantize_row(const uint8_t* bytes, const float* scale, const float* offset,
+                                   int dim, float* x) {
+  for (int d = 0; d < dim; d += W)  // rows are padded to whole registers
+    store(x + d, fma(load(bytes + d), load(scale + d), load(offset + d)));
+}
+
+SACCADE_INLINE void half_row(const char* row, int n, float* x) {
+  const F16* p = (const F16*)row;
+  int d = 0;
+  for (; d + W <= n; d += W) store(x + d, load(p + d));
+  if (d < n) store(x + d, load_part(p + d, n - d));
+}
+
+// Float32 rows of the quantised keys `first` .. `first + count - 1` of a tile.
+SACCADE_INLINE void dequantize_keys(const Codes& c, int64_t scales, int64_t offsets,
+                                    const Tile& tile, int first, int count, int dim, float* out,
+                                    float* scale, float* offset, int64_t& group) {
+  alignas(64) uint8_t bytes[kDimPad];
+  for (int i = 0; i < count; ++i) {
+    const int j = first + i;
+    float* row = out + (int64_t)i * kDimPad;
+    if (j >= tile.count || tile.positions[j] == kNowhere) {
+      std::memset(row, 0, dim * sizeof(float));
+      continue;
+    }
+    const int64_t of = tile.index[j] / c.group;
+    if (of != group) {
+      group = of;
+      half_row(c.scale.data + scales + of * c.scale.row, dim, scale);
+      half_row(c.offset.data + offsets + of * c.offset.row, dim, offset);
+    }
+    unpack_codes((const uint8_t*)tile.k[j], dim, c.bits, bytes);
+    dequantize_row(bytes, scale, offset, dim, row);
+  }
+}
+
+// Float32 row of one quantised value: a scale for each `group` channels.
+SACCADE_INLINE void dequantize_value(const Codes& c, int64_t scales, int64_t offsets,
+                                     const Tile& tile, int j, int dim, float* x) {
+  alignas(64) uint8_t bytes[kDimPad];
+  alignas(64) float scale[kDimPad], offset[kDimPad];
+  const int groups = dim / (int)c.group;
+  half_row(c.scale.data + scales + tile.index[j] * c.scale.row, groups, scale);
+  half_row(c.offset.data + offsets + tile.index[j] * c.offset.row, groups, offset);
+  unpack_codes((const uint8_t*)tile.v[j], dim, c.bits, bytes);
+  if (c.group % W == 0) {
+    for (int g = 0; g < groups; ++g)
+      for (int d = g * (int)c.group; d < (g + 1) * (int)c.group; d += W)
+        store(x + d, fma(load(bytes + d), set1(scale[g]), set1(offset[g])));
+    return;
+  }
+  for (int d = 0; d < dim; ++d) x[d] = bytes[d] * scale[d / c.group] + offset[d / c.group];
+}
+
+// Packs the keys and values of tiles for one (batch row, KV head).
+template <int NR>
+class Packer {
+ public:
+  Packer(const Problem& problem, int64_t batch, int64_t head)
+      : p_(problem), k_scale_(at(problem.kv.k_codes.scale, batch, head)),
+        k_offset_(at(problem.kv.k_codes.offset, batch, head)),
+        v_scale_(at(problem.kv.v_codes.scale, batch, head)),
+        v_offset_(at(problem.kv.v_codes.offset, batch, head)) {}
+
+  // Key panels [ceil(count / NR)][head_dim][NR].
+  void keys(const Tile& tile, float* panels) {
+    if (tile.packed) return quantized_keys(tile, panels);
+    switch (p_.kv.k.dtype) {
+      case Dtype::f32: return keys_from(FloatRows<float>{tile.k}, tile, panels);
+      case Dtype::bf16: return keys_from(FloatRows<Bf16>{tile.k}, tile, panels);
+      default: return keys_from(FloatRows<F16>{tile.k}, tile, panels);
+    }
+  }
+
+  // Value panels [ceil(value_dim / NR)][kTile][NR]; returns whether all values are finite.
+  bool values(const Tile& tile, float* panels) {
+    F taint = zero();
+    if (tile.packed) {
+      taint = quantized_values(tile, panels);
+    } else {
+      switch (p_.kv.v.dtype) {
+        case Dtype::f32: taint = values_from(FloatRows<float>{tile.v}, tile, panels); break;
+        case Dtype::bf16: taint = values_from(FloatRows<Bf16>{tile.v}, tile, panels); break;
+        default: taint = values_from(FloatRows<F16>{tile.v}, tile, panels);
+      }
+    }
+    return hsum(taint) == 0.f;
+  }
+
+  // Any rows as panels [ceil(dim / NR)][panel_rows][NR].
+  static void rows(const char* const* data, Dtype dtype, int count, int dim, float* panels,
+                   int panel_rows) {
+    auto pack = [&](const auto& source) {
+      using Source = std::remove_cvref_t<decltype(source)>;
+      for (int i = 0; i < count; ++i)
+        pack_value_row<Source, NR>(source, i, dim, panels, (int64_t)panel_rows * NR, zero());
+      for (int i = count; i < (count + NR - 1) / NR * NR; ++i)  // products with padding are 0
+        for (int d = 0; d < dim; d += NR)
+          std::memset(panels + (int64_t)(d / NR) * panel_rows * NR + i * NR, 0, NR * sizeof(float));
+    };
+    with_source(data, dtype, pack);
+  }
+
+  // Any rows, transposed: panels [ceil(count / NR)][dim][NR].
+  static void columns(const char* const* data, Dtype dtype, int count, int dim, float* panels) {
+    with_source(data, dtype, [&](const auto& source) {
+      for (int j = 0; j < (count + NR - 1) / NR * NR; j += W)
+        pack_key_columns(source, j, dim, panels + (int64_t)(j / NR) * NR * dim + j % NR, NR);
+    });
+  }
+
+ private:
+  template <class Use>
+  static void with_source(const char* const* data, Dtype dtype, Use&& use) {
+    switch (dtype) {
+      case Dtype::f32: return use(FloatRows<float>{data});
+      case Dtype::bf16: return use(FloatRows<Bf16>{data});
+      default: return use(FloatRows<F16>{data});
+    }
+  }
+
+  static int64_t at(const Strided& s, int64_t batch, int64_t head) {
+    return batch * s.batch + head * s.head;
+  }
+
+  template <class Source>
+  void keys_from(const Source& source, const Tile& tile, float* panels) {
+    const int dim = (int)p_.head_dim, padded = (tile.count + NR - 1) / NR * NR;
+    for (int j = 0; j < padded; j += W)
+      pack_key_columns(source, j, dim, panels + (int64_t)(j / NR) * NR * dim + j % NR, NR);
+  }
+
+  void quantized_keys(const Tile& tile, float* panels) {
+    const int dim = (int)p_.head_dim, padded = (tile.count + NR - 1) / NR * NR;
+    alignas(64) float rows[W * kDimPad], scale[kDimPad], offset[kDimPad];
+    const char* row_of[W];
+    for (int i = 0; i < W; ++i) row_of[i] = (const char*)(rows + i * kDimPad);
+    int64_t group = -1;
+    for (int j = 0; j < padded; j += W) {
+      dequantize_keys(p_.kv.k_codes, k_scale_, k_offset_, tile, j, W, dim, rows, scale, offset,
+                      group);
+      pack_key_columns(FloatRows<float>{row_of}, 0, dim,
+                       panels + (int64_t)(j / NR) * NR * dim + j % NR, NR);
+    }
+  }
+
+  template <class Source>
+  F values_from(const Source& source, const Tile& tile, float* panels) {
+    F taint = zero();
+    for (int i = 0; i < tile.count; ++i)
+      taint = pack_value_row<Source, NR>(source, i, (int)p_.value_dim, panels, kTile * NR, taint);
+    return taint;
+  }
+
+  F quantized_values(const Tile& tile, float* panels) {
+    alignas(64) float row[kDimPad];
+    F taint = zero();
+    const int dim = (int)p_.value_dim;
+    for (int j = 0; j < tile.count; ++j) {
+      if (tile.positions[j] == kNowhere) {
+        std::memset(row, 0, sizeof row);
+      } else {
+        dequantize_value(p_.kv.v_codes, v_scale_, v_offset_, tile, j, dim, row);
+      }
+      const char* here = (const char*)row;
+      FloatRows<float> source{&here};
+      taint = pack_value_row<FloatRows<float>, NR>(source, 0, dim, panels + (int64_t)j * NR,
+                                                   kTile * NR, taint);
+    }
+    return taint;
+  }
+
+  const Problem& p_;
+  int64_t k_scale_, k_offset_, v_scale_, v_offset_;
+};
+
+}  // namespace saccade::SACCADE_TARGET

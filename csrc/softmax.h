@@ -1,0 +1,116 @@
+// The online softmax (arXiv 1805.02867) over a strip of scores, in powers of two.
+//
+// Scores arrive multiplied by log2(e), so exp becomes 2^x.  For each row: m is the largest score so
+// far, l the sum of 2^(score - m) (kept as one partial sum per lane until the end), and alpha the
+// factor 2^(m_old - m_new) by which everything summed before shrinks.
+#pragma once
+#include "simd.h"
+#include "views.h"
+
+namespace saccade::SACCADE_TARGET {
+
+constexpr int kScoreStride = kTile + 16;  // not a power of two: rows spread over the cache sets
+
+// What one row may see, and what is added to its scores.
+struct Row {
+  int32_t position;
+  int32_t last;       // sees positions <= last ...
+  int32_t after;      // ... and (> after or < sinks)
+  float slope;        // ALiBi, times log2(e)
+  int64_t query;      // index in its sequence
+  int64_t head;       // query head
+};
+
+struct Softmax {
+  float* m;      // [rows]
+  float* alpha;  // [rows]
+  float* l;      // [rows][W]
+};
+
+struct Scoring {
+  bool masked, alibi;
+  float softcap;  // softcap * log2(e), 0 for none
+  int32_t sinks;
+};
+
+SACCADE_INLINE M visible_lanes(const Row& row, int32_t sinks, I positions) {
+  const M in_window = either(gt(positions, set1i(row.after)), gt(set1i(sinks), positions));
+  return both(negate(gt(positions, set1i(row.last))), in_window);
+}
+
+SACCADE_INLINE bool is_visible(const Row& row, int32_t sinks, int32_t position) {
+  return position <= row.last && (position > row.after || position < sinks);
+}
+
+// Softcap, bias and mask of one row; leaves the final scores in place and returns their maximum.
+SACCADE_INLINE F adjust_row(const Scoring& how, const Row& row, const int32_t* positions, float* s,
+                            int begin, int end) {
+  F top = set1(-kInf);
+  for (int c = begin; c < end; c += W) {
+    F x = load(s + c);
+    const I at = loadi(positions + c);
+    if (how.softcap != 0.f) x = mul(tanh(x), set1(how.softcap));
+    if (how.alibi) {
+      const F distance = abs(to_float(subi(set1i(row.position), at)));
+      x = fma(set1(-row.slope), distance, x);
+    }
+    if (how.masked) x = select(visible_lanes(row, how.sinks, at), x, set1(-kInf));
+    store(s + c, x);
+    top = max(x, top);
+  }
+  return top;
+}
+
+SACCADE_INLINE F plain_row_max(const float* s, int begin, int end) {
+  F top = load(s + begin);
+  for (int c = begin + W; c < end; c += W) top = max(load(s + c), top);
+  return top;
+}
+
+// New maxima and shrink factors of `n` rows whose strip maxima are `top`; returns them as anchors.
+template <int MR>
+SACCADE_INLINE void move_maxima(Softmax state, int row, float* top) {
+  constexpr int padded = (MR + W - 1) / W * W;
+  alignas(64) float before[padded] = {};
+  for (int i = 0; i < MR; ++i) {
+    before[i] = state.m[row + i];
+    const float m = top[i] > before[i] || top[i] != top[i] ? top[i] : before[i];
+    state.m[row + i] = m;
+    top[i] = m == -kInf ? 0.f : m;  // a row that has seen nothing yet: 2^(-inf - 0) = 0
+  }
+  for (int i = 0; i < MR; i += W) {
+    alignas(64) float alpha[W];
+    store(alpha, exp2_negative(sub(load(before + i), load(top + i))));
+    for (int j = 0; j < W && i + j < MR; ++j) state.alpha[row + i + j] = alpha[j];
+  }
+}
+
+SACCADE_INLINE void exponentiate_row(float* s, int begin, int end, float anchor, float alpha,
+                                     float* l) {
+  F sum = mul(load(l), set1(alpha));
+  for (int c = begin; c < end; c += W) {
+    const F p = exp2_negative(sub(load(s + c), set1(anchor)));
+    store(s + c, p);
+    sum = add(sum, p);
+  }
+  store(l, sum);
+}
+
+// One step for MR rows over score columns [begin, end), multiples of W.
+// `positions_of(i)` gives the key positions that row i may look at.
+template <int MR, class PositionsOf>
+SACCADE_INLINE void online_softmax(Softmax state, int row, const Row* rows, const Scoring& how,
+                                   PositionsOf&& positions_of, float* s, int ld, int begin,
+                                   int end) {
+  alignas(64) float top[(MR + W - 1) / W * W] = {};
+  const bool plain = !how.masked && !how.alibi && how.softcap == 0.f;
+  for (int i = 0; i < MR; ++i) {
+    top[i] = hmax(plain ? plain_row_max(s + i * ld, begin, end)
+                        : adjust_row(how, rows[row + i], positions_of(i), s + i * ld, begin, end));
+  }
+  move_maxima<MR>(state, row, top);
+  for (int i = 0; i < MR; ++i)
+    exponentiate_row(s + i * ld, begin, end, top[i], state.alpha[row + i], state.l + (row + i) * W);
+}
+
+}  // namespace saccade::SACCADE_TARGET

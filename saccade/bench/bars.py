@@ -1,0 +1,39 @@
+"""Bars evaluated: from timed rows and ceilings to met, missed, or not measured."""
+
+from __future__ import annotations
+
+from saccade.bench.cases import Bar, Case
+from saccade.bench.record import BarResult, Record, Row
+
+
+def evaluate(record: Record, row: Row, case: Case) -> list[BarResult]:
+    """Results of the bars of `case` for a row of ours."""
+    return [_result(bar, value_of(bar, row, record)) for bar in case.bars]
+
+
+def _result(bar: Bar, value: float | None) -> BarResult:
+    met = None
+    if value is not None:
+        met = value <= bar.limit if bar.at_most else value >= bar.limit
+    return BarResult(
+        measure=bar.measure, limit=bar.limit, against=bar.against, value=value, met=met
+    )
+
+
+def value_of(bar: Bar, row: Row, record: Record) -> float | None:
+    """What the bar measures, None where something it needs was not timed."""
+    if row.seconds is None:
+        return None
+    if bar.measure == "peak":
+        return row.flops / row.seconds / record.ceilings.fma_peak
+    if bar.measure == "bandwidth":
+        return row.nbytes / row.seconds / record.ceilings.read_bandwidth
+    peer = bar.measure == "torch"
+    other = record.find(row.case, "torch") if peer else record.find(bar.against, row.backend)
+    if other is None or other.seconds is None:
+        return None
+    if bar.measure == "time":
+        return row.seconds / other.seconds
+    if bar.measure == "pairs":
+        return row.seconds / (row.flops * other.seconds / other.flops)
+    return other.seconds / row.seconds

@@ -1,0 +1,103 @@
+"""The dense kernels as operators of torch.library: autograd, torch.compile and opcheck know them.
+
+An operator takes tensors and plain numbers, so a Problem is passed flat, in the order of its
+fields; a window or softcap of None travels as 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.core import AttentionOutput
+from saccade.ops.attend import triton_launch
+from saccade.ops.attend.triton_problem import Problem
+
+_NUMBERS = ("window", "softcap")
+_FIELDS = [field.name for field in fields(Problem)]
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? slopes, Tensor? padding, "
+    "Tensor? lengths, Tensor? offsets, Tensor? cu_q, Tensor? cu_k, Tensor? allowed, "
+    "Tensor? foreign, bool causal, SymInt window, SymInt sinks, float scale, float softcap, "
+    "SymInt q_offset, SymInt q_block, SymInt k_block, SymInt num_keys"
+)
+
+
+def attend(problem: Problem) -> AttentionOutput:
+    """Attention with gradients for q, k, v and sink_logits."""
+    return AttentionOutput(*_forward(*flatten(problem)))
+
+
+def flatten(problem: Problem) -> tuple[Any, ...]:
+    """The arguments of the operator."""
+    flat = {name: getattr(problem, name) for name in _FIELDS}
+    return tuple((flat | {name: flat[name] or 0 for name in _NUMBERS}).values())
+
+
+def operator() -> Any:
+    """The operator `saccade::attend`, for torch.library's checks."""
+    return _forward
+
+
+def _problem(flat: tuple[Any, ...]) -> Problem:
+    named = dict(zip(_FIELDS, flat, strict=True))
+    for name in _NUMBERS:
+        named[name] = named[name] or None
+    return Problem(**named)
+
+
+@torch.library.custom_op(
+    "saccade::attend", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)"
+)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    return tuple(triton_launch.forward(_problem(flat)))  # type: ignore[return-value]
+
+
+@_forward.register_fake
+def _(*flat: Any) -> tuple[Tensor, Tensor]:
+    q, v = flat[0], flat[2]
+    shape = q.shape[:3]
+    return q.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "saccade::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor out, Tensor lse, Tensor dout, Tensor dlse, {_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:
+    return triton_launch.backward(_problem(flat), out, lse, dout, dlse)
+
+
+@_backward.register_fake
+def _(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:
+    grads = [x.new_empty(x.shape) for x in flat[:3]]
+    return (*grads, torch.empty_like(lse))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.flat = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.held = [isinstance(x, Tensor) for x in inputs]
+
+
+def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    left = iter(tensors)
+    flat = [next(left) if held else x for held, x in zip(ctx.held, ctx.flat, strict=True)]
+    dq, dk, dv, delta = _backward(out, lse, dout, dlse, *flat)
+    sink = flat[3]
+    dsink = None
+    if sink is not None:
+        # The sink has a weight exp(sink - lse) and no value: its score gradient is -weight * delta.
+        weight = (sink.float()[None, :, None] - lse).exp().nan_to_num(0.0)
+        dsink = -(weight * delta).sum((0, 2)).to(sink.dtype)
+    return (dq, dk, dv, dsink, *[None] * (len(flat) - 4))
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

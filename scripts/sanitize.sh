@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Build the C++ kernels with a sanitizer and run their contract tests under it.
+#
+#   scripts/sanitize.sh address    addresses and undefined behaviour (CI)
+#   scripts/sanitize.sh thread     data races of the thread pool
+set -euo pipefail
+cd "$(dirname "$0")/.."
+kind=${1:-address}
+venv=${VENV:-.venv}
+python=$PWD/$venv/bin/python
+build=build/sanitize-$kind
+
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt nanobind cmake ninja
+PATH=$PWD/$venv/bin:$PATH cmake -S . -B "$build" -G Ninja -DSACCADE_SANITIZE="$kind" \
+  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1" -DPython_EXECUTABLE="$python" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
+"$venv/bin/cmake" --build "$build" -j 2
+
+# A package of its own: without site (-S) the editable install cannot shadow it.
+site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+rm -rf "$build/package" && mkdir -p "$build/package"
+cp -r saccade tests pyproject.toml "$build/package"
+cp "$build"/_cpu*.so "$build/package/saccade"
+
+cd "$build/package"
+case $kind in
+  address) library=libasan.so ;;
+  thread) library=libtsan.so ;;
+esac
+export LD_PRELOAD=$(g++ -print-file-name=$library)
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1"
+export PYTHONPATH=$PWD:$site
+shift || true
+exec "$python" -S -m pytest -p no:cacheprovider -q "${@:-tests/ops/test_cpu.py}" -k "not compile"

@@ -1,0 +1,396 @@
+"""The C++ kernels beyond the contract of all backends: targets, precisions, threads, bad input."""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Unsupported
+from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core.kv import dense
+from saccade.ops import attend, attention
+from saccade.ops.attend import cpu
+
+_cpu = cpu.extension()
+pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
+TARGETS = [] if _cpu is None else _cpu.targets()
+HALVES = [torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, *HALVES]
+MASKS = [Mask(), Mask(causal=False), Mask(window=40), Mask(window=33, sinks=5)]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request, monkeypatch):
+    """Each SIMD target that this machine can run."""
+    monkeypatch.setattr(cpu, "_target", lambda: request.param)
+    return request.param
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+def in_double(kv):
+    whole = dense(kv)
+    return DenseKV(whole.k.double(), whole.v.double())
+
+
+def check(q, kv, exact=None, **options):
+    """Error of out and lse within twice that of an eager run in the same precision."""
+    truth = attend(q.double(), exact or in_double(kv), backend="reference", **options)
+    ours = attend(q, kv, backend="cpu", **options)
+    eager = attend(q, kv, backend="reference", **options)
+    assert ours.out.dtype == q.dtype and not ours.out.isnan().any()
+    rounding = 0 if q.dtype == torch.float32 else truth.out.abs().max() * torch.finfo(q.dtype).eps
+    bound = 2 * (eager.out - truth.out).abs().max() + 1e-6 + rounding
+    assert (ours.out - truth.out).abs().max() <= bound
+    assert torch.equal(ours.lse.isneginf(), truth.lse.isneginf())
+    seen = ~truth.lse.isneginf()
+    near = 2e-5 if q.dtype == torch.float32 else 2e-4
+    assert torch.allclose(ours.lse[seen], truth.lse[seen].float(), atol=near, rtol=1e-5)
+
+
+def quantized(batch, heads, length, recent, dim, bits, *, group=32, v_group=32, dtype):
+    k, v = random(batch, heads, length, dim), random(batch, heads, length, dim)
+    return QuantizedKV(
+        k=quantize_keys(k, bits=bits, group=group),
+        v=quantize_values(v, bits=bits, group=v_group),
+        recent_k=random(batch, heads, recent, dim, dtype=dtype),
+        recent_v=random(batch, heads, recent, dim, dtype=dtype),
+        bits_k=bits,
+        bits_v=bits,
+        k_group=group,
+    )
+
+
+# ---- every target: precision, shapes, masks ----
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 8])
+def test_prefill_and_decoding(target, group, mask):
+    for q_len, kv_len in ((70, 170), (1, 301), (2, 77), (3, 128), (16, 140)):
+        q, k = random(1, 2 * group, q_len, 64), random(1, 2, kv_len, 64)
+        check(q, DenseKV(k, random(1, 2, kv_len, 64)), mask=mask)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (24, 24), (40, 72), (80, 80), (256, 256), (576, 512)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_head_sizes(target, dims, dtype):
+    for q_len in (1, 3, 37):
+        q, k = random(1, 4, q_len, dims[0], dtype=dtype), random(1, 1, 150, dims[0], dtype=dtype)
+        check(q, DenseKV(k, random(1, 1, 150, dims[1], dtype=dtype)), mask=Mask())
+
+
+@pytest.mark.parametrize("q_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kv_dtype", FLOATS, ids=str)
+def test_mixed_storage(target, q_dtype, kv_dtype):
+    for q_len in (1, 60):
+        q, k = random(1, 4, q_len, 64, dtype=q_dtype), random(1, 2, 200, 64, dtype=kv_dtype)
+        check(q, DenseKV(k, random(1, 2, 200, 64, dtype=kv_dtype)), mask=Mask())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("groups", [(32, 64), (64, 16), (16, 32), (40, 8)], ids=str)
+def test_quantized(target, bits, dtype, groups):
+    kv = quantized(2, 2, 320, 7, 64, bits, group=groups[0], v_group=groups[1], dtype=dtype)
+    # Yardstick: the codes decoded exactly, in double.
+    exact = in_double(
+        QuantizedKV(kv.k, kv.v, kv.recent_k.double(), kv.recent_v.double(), bits, bits, groups[0])
+    )
+    for q_len, mask in ((1, Mask()), (2, Mask(window=50, sinks=4)), (45, Mask())):
+        check(random(2, 8, q_len, 64, dtype=dtype), kv, exact, mask=mask)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 50])
+def test_extras(target, q_len):
+    q, kv = random(2, 6, q_len, 32), DenseKV(random(2, 2, 150, 32), random(2, 2, 150, 32))
+    padding = torch.rand(2, 150) > 0.3
+    grid = torch.rand(2, 1, -(-q_len // 4), -(-150 // 16)) > 0.5
+    options = [
+        {"softcap": 2.0, "alibi_slopes": torch.rand(2, 6)},
+        {"softcap": 30.0, "sink_logits": random(6, dtype=torch.bfloat16)},
+        {"key_padding": padding, "lengths": torch.tensor([150, 9])},
+        {"blocks": BlockSelection(allowed=grid, q_block=4, k_block=16)},
+        {"attn_mask": torch.rand(1, 6, q_len, 150) > 0.5},
+        {"attn_mask": torch.rand(2, 1, q_len, 150) > 0.5, "q_offset": torch.tensor([3, -1])},
+    ]
+    for option in options:
+        for mask in (Mask(), Mask(window=30, sinks=2)):
+            check(q, kv, mask=mask, **option)
+
+
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_unseen_values_may_be_anything(target, q_len):
+    """NaN or infinite keys and values behind the mask leave a row alone; seen ones do not."""
+    q, k, v = random(1, 4, q_len, 32), random(1, 2, 90, 32), random(1, 2, 90, 32)
+    mask = Mask(window=20, sinks=2)
+    clean = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="reference")
+    hidden = [*range(5, 41), *range(60 + q_len, 90)]
+    for bad in (torch.nan, torch.inf):
+        k[:, :, hidden], v[:, :, hidden] = bad, bad
+        ours = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="cpu")
+        assert torch.allclose(ours.out, clean.out, atol=1e-6)
+        assert torch.allclose(ours.lse, clean.lse, atol=1e-5)
+    v[:, :, 60] = torch.nan  # seen by every row
+    ours = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="cpu")
+    assert ours.out.isnan().all() and ours.lse.isfinite().all()
+
+
+def test_far_positions(target):
+    """A window far into a long stream: position a million, a few hundred keys in memory."""
+    q, k, v = random(1, 4, 3, 64), random(1, 2, 300, 64), random(1, 2, 300, 64)
+    from saccade.core import Span
+
+    kv = DenseKV(k, v, (Span(0, 0, 4), Span(4, 1_000_000, 296)))
+    ours = attend(q, kv, mask=Mask(window=100, sinks=4), backend="cpu")
+    truth = attend(q, kv, mask=Mask(window=100, sinks=4), backend="reference")
+    assert torch.allclose(ours.out, truth.out, atol=1e-5)
+
+
+def test_exponential(target):
+    """Below 2 ulp for arguments up to 0, exactly 0 far below, NaN kept."""
+    x = -torch.rand(100_000, dtype=torch.float64).float() * 120
+    y = torch.tensor(_cpu.exp2(x.tolist(), target))
+    exact = torch.exp2(x.double())
+    ulp = torch.nextafter(exact.float(), torch.tensor(torch.inf)) - exact.float()
+    assert ((y - exact).abs() / ulp).max() < 2
+    edge = _cpu.exp2([0.0, -float("inf"), -1e30, float("nan")], target)
+    assert edge[:3] == [1.0, 0.0, 0.0] and edge[3] != edge[3]
+
+
+# ---- storage ----
+
+
+def test_strides_are_respected():
+    for dtype in FLOATS:
+        whole = random(2, 120, 3, 2, 64, dtype=dtype)  # [batch, length, q/k/v, heads, dim]
+        q, k, v = (whole[:, :, i].transpose(1, 2) for i in range(3))
+        ours = attention(q, k, v, backend="cpu")
+        assert torch.allclose(
+            ours, attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="cpu")
+        )
+    with pytest.raises(Unsupported, match="unit last stride"):
+        attention(q, k.mT.contiguous().mT, v, backend="cpu")
+
+
+def test_refusals_say_why():
+    q = random(1, 2, 4, 16)
+    with pytest.raises(Unsupported, match="float64 is not one of float32"):
+        attention(q.double(), q.double(), q.double(), backend="cpu")
+    wide = random(1, 1, 4, 600)
+    with pytest.raises(Unsupported, match="head_dim 600 is above 576"):
+        attention(wide, wide, wide, backend="cpu")
+
+
+def test_without_the_extension(monkeypatch):
+    """`auto` goes on with torch, and the named backend says what to install."""
+    monkeypatch.setattr(cpu, "extension", lambda: None)
+    q = random(1, 2, 4, 16)
+    assert attention(q, q, q).shape == q.shape
+    with pytest.raises(Unsupported, match="install a C"):
+        attention(q, q, q, backend="cpu")
+
+
+# ---- threads ----
+
+
+def shapes_for_threads():
+    decode = random(1, 8, 1, 64), DenseKV(random(1, 2, 5000, 64), random(1, 2, 5000, 64))
+    prefill = random(1, 6, 400, 64), DenseKV(random(1, 2, 400, 64), random(1, 2, 400, 64))
+    middle = random(1, 8, 9, 64), DenseKV(random(1, 1, 3000, 64), random(1, 1, 3000, 64))
+    return decode, prefill, middle
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_bit_identical_from_run_to_run(threads):
+    for q, kv in shapes_for_threads():
+        results = {}
+        for n in (1, 2, 4):
+            threads(n)
+            runs = [attend(q, kv, mask=Mask(), backend="cpu") for _ in range(4)]
+            assert all(torch.equal(run.out, runs[0].out) for run in runs)
+            assert all(torch.equal(run.lse, runs[0].lse) for run in runs)
+            results[n] = runs[0]
+        for n in (2, 4):
+            assert torch.allclose(results[n].out, results[1].out, atol=1e-6)
+
+
+def test_several_python_threads_at_once(threads):
+    threads(2)
+    problems = list(shapes_for_threads()) * 8
+    expected = [attend(q, kv, mask=Mask(), backend="cpu").out for q, kv in problems]
+
+    def solve(problem):
+        torch.set_num_threads(2)
+        return attend(*problem, mask=Mask(), backend="cpu").out
+
+    with ThreadPoolExecutor(4) as pool:
+        for ours, truth in zip(pool.map(solve, problems), expected, strict=True):
+            assert torch.equal(ours, truth)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_in_a_forked_child(threads):
+    threads(2)
+    q, kv = shapes_for_threads()[0]
+    expected = attend(q, kv, mask=Mask(), backend="cpu").out.numpy().tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        same = attend(q, kv, mask=Mask(), backend="cpu").out.numpy().tobytes() == expected
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# ---- the raw binding: bad arguments are a ValueError, never a crash ----
+
+
+def raw_call(kv=None):
+    """Arguments of a valid call, as a list to spoil, and the tensors they point to."""
+    q = random(2, 4, 3, 16)
+    kv = kv or DenseKV(random(2, 2, 20, 16), random(2, 2, 20, 16))
+    out, lse = torch.empty(2, 4, 3, 16), torch.empty(2, 4, 3)
+    records = [cpu.record(x) for x in (q, out, lse)]
+    view = cpu._VIEWS[type(kv)](kv)
+    return [*records, view, True, -1, 0, 0.25, 0.0, 17, None, 2, ""], (q, kv, out, lse)
+
+
+def paged():
+    k, table = random(6, 2, 8, 16), torch.arange(6, dtype=torch.int32).view(2, 3)
+    return PagedKV(k, random(6, 2, 8, 16), table, torch.tensor([20, 9], dtype=torch.int32), 20)
+
+
+def ragged():
+    table = torch.arange(8, dtype=torch.int32).view(2, 2, 2)
+    lengths = torch.tensor([[16, 3], [0, 9]], dtype=torch.int32)
+    at = torch.randint(0, 20, (8, 8), dtype=torch.int32)
+    return RaggedKV(random(8, 8, 16), random(8, 8, 16), at, table, lengths, 20, 16)
+
+
+def views():
+    codes = quantized(2, 2, 32, 5, 16, 8, group=16, v_group=16, dtype=torch.float32)
+    return [None, paged(), ragged(), codes]
+
+
+def test_raw_calls_are_valid_before_they_are_spoilt():
+    for kv in views():
+        args, alive = raw_call(kv)
+        _cpu.attend(*args)
+        assert alive[2].isfinite().all()
+
+
+def spoil_record(record, what, amount):
+    address, code, shape, strides, reach = record
+    axis = amount % len(shape)
+    huge = [2**62, -1, 2**31, 2**40, -(2**63)][amount % 5]
+    if what == "null":
+        address = 0
+    elif what == "unaligned":
+        address += 1
+    elif what == "dtype":
+        code = [9, -1, 5, 2**40][amount % 4]
+    elif what == "shape":
+        shape = (*shape[:axis], huge, *shape[axis + 1 :])
+    elif what == "strides":
+        strides = (*strides[:axis], huge, *strides[axis + 1 :])
+    elif what == "reach":
+        reach = 3
+    elif what == "rank":
+        shape, strides = shape[1:], strides[1:]
+    return address, code, tuple(shape), tuple(strides), reach
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    view=st.integers(0, 3),
+    part=st.integers(0, 11),
+    what=st.sampled_from(["null", "unaligned", "dtype", "shape", "strides", "reach", "rank"]),
+    amount=st.integers(0, 100),
+)
+def test_spoilt_tensors(view, part, what, amount):
+    args, alive = raw_call(views()[view])
+    out, lse = alive[2:]
+    fields = list(args[3])
+    places = [i for i, x in enumerate(fields) if isinstance(x, tuple) and len(x) == 5]
+    if part < 3:
+        record = args[part]
+    else:
+        record = fields[places[part % len(places)]]
+    spoilt = spoil_record(record, what, amount)
+    if part < 3:
+        args[part] = spoilt
+    else:
+        fields[places[part % len(places)]] = spoilt
+        args[3] = tuple(fields)
+    out.fill_(7), lse.fill_(7)
+    if what == "unaligned" and spoilt[1] == 3:
+        return  # bytes are aligned anywhere
+    if what == "strides" and spoilt[2][amount % len(spoilt[2])] == 1:
+        return  # nobody steps along a dimension of size 1
+    with pytest.raises(ValueError):
+        _cpu.attend(*args)
+    assert (out == 7).all() and (lse == 7).all()  # nothing ran
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    field=st.sampled_from(["window", "sinks", "threads", "q_offset", "target", "softcap"]),
+    value=st.sampled_from([-(2**62), -5, 2**62, 2**31]),
+)
+def test_spoilt_numbers(field, value):
+    args, alive = raw_call()
+    assert len(alive) == 4  # the binding sees addresses: the tensors have to live
+    places = {"window": 5, "sinks": 6, "softcap": 8, "q_offset": 9, "threads": 11, "target": 12}
+    args[places[field]] = "riscv" if field == "target" else value
+    harmless = (field in ("window", "sinks", "softcap") and value > 0) or (
+        field == "q_offset" and value == -5
+    )
+    if harmless:
+        _cpu.attend(*args)
+    else:
+        with pytest.raises(ValueError):
+            _cpu.attend(*args)
+
+
+@pytest.mark.parametrize("entry", [-1, 6, 2**31 - 1])
+def test_bad_block_table(entry):
+    kv = paged()
+    kv.table[1, 1] = entry
+    with pytest.raises(ValueError, match="table entry"):
+        attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
+    kv.table[1, 1] = 4
+    kv.table[1, 2] = entry  # behind the length of its row: never read
+    attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
+
+
+def test_bad_lengths():
+    kv = paged()
+    for length in (-1, 25):
+        kv.lengths[0] = length
+        with pytest.raises(ValueError, match="length"):
+            attend(random(2, 4, 3, 16), kv, mask=Mask(), q_offset=3, backend="cpu")
+    with pytest.raises(ValueError, match="lengths must not be negative"):
+        q = random(2, 4, 3, 16)
+        attention(q, q, q, lengths=torch.tensor([3, -1]), backend="cpu")
+
+
+def test_overlapping_memory():
+    args, (q, _, out, _) = raw_call()
+    for victim in (q, out[:, :, :1].expand(2, 4, 3, 16)):
+        spoilt = list(args)
+        spoilt[1] = cpu.record(victim)
+        with pytest.raises(ValueError, match="overlaps"):
+            _cpu.attend(*spoilt)

@@ -1,0 +1,149 @@
+"""Gradients of the C++ kernels, and their life inside torch.library and torch.compile."""
+
+import pytest
+import torch
+
+from saccade.core import Unsupported
+from saccade.ops import attention
+from saccade.ops.attend import cpu, cpu_autograd
+
+_cpu = cpu.extension()
+pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
+TARGETS = [] if _cpu is None else _cpu.targets()
+
+
+def packed(q_len, kv_len):
+    q_bounds = torch.tensor([0, q_len // 3, q_len // 3, q_len])
+    return {"cu_seqlens": (q_bounds, torch.tensor([0, kv_len // 2, kv_len // 2 + 1, kv_len]))}
+
+
+OPTIONS = {
+    "causal": lambda *_: {},
+    "full": lambda *_: {"causal": False},
+    "window": lambda *_: {"window": 50},
+    "sinks": lambda *_: {"window": 33, "sinks": 5},
+    "softcap": lambda *_: {"softcap": 2.0},
+    "alibi": lambda b, h, *_: {"alibi_slopes": torch.rand(h)},
+    "sink_logits": lambda b, h, *_: {"sink_logits": torch.randn(h)},
+    "lengths": lambda b, h, q, k: {"lengths": torch.randint(1, k + 1, (b,))},
+    "padding": lambda b, h, q, k: {"key_padding": torch.rand(b, k) > 0.3},
+    "packed": lambda b, h, q, k: packed(q, k),
+}
+SHAPES = [  # batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim
+    (1, 4, 2, 130, 130, 64, 64),
+    (1, 6, 2, 77, 200, 80, 40),
+    (1, 3, 1, 5, 3, 24, 24),
+    (1, 8, 8, 300, 300, 128, 128),
+]
+
+
+def gradients(backend, dtype, tensors, weights, options):
+    """Gradients of a weighted sum of out and lse by q, k, v (and sink_logits)."""
+    inputs = [x.detach().to(dtype).clone().requires_grad_() for x in tensors]
+    options = dict(options)
+    if "sink_logits" in options:
+        sink_type = torch.promote_types(dtype, torch.float32)
+        options["sink_logits"] = options["sink_logits"].detach().to(sink_type).requires_grad_()
+    out, lse = attention(*inputs, **options, return_lse=True, backend=backend)
+    seen = lse.isfinite()
+    loss = (out * weights[0].to(dtype)).sum() + (lse[seen] * weights[1][seen]).sum()
+    loss.backward()
+    extra = [options["sink_logits"].grad] if "sink_logits" in options else []
+    return [x.double() for x in (*(i.grad for i in inputs), *extra)]
+
+
+def problem(shape, name):
+    batch, heads, kv_heads, q_len, kv_len, dim, value_dim = shape
+    q, k = torch.randn(batch, heads, q_len, dim), torch.randn(batch, kv_heads, kv_len, dim)
+    v = torch.randn(batch, kv_heads, kv_len, value_dim)
+    weights = torch.randn(batch, heads, q_len, value_dim), torch.randn(batch, heads, q_len)
+    return (q, k, v), weights, OPTIONS[name](batch, heads, q_len, kv_len)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients(monkeypatch, target, name, shape):
+    monkeypatch.setattr(cpu, "_target", lambda: target)
+    case = problem(shape, name)
+    truth = gradients("reference", torch.float64, *case)
+    eager = gradients("reference", torch.float32, *case)
+    for ours, near, exact in zip(gradients("cpu", torch.float32, *case), eager, truth, strict=True):
+        assert (ours - exact).abs().max() <= 2 * (near - exact).abs().max() + 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["causal", "sinks", "sink_logits"])
+def test_gradients_in_half_precision(dtype, name):
+    case = problem(SHAPES[3], name)
+    rounded = tuple(x.to(dtype).float() for x in case[0])  # the same inputs for everyone
+    truth = gradients("reference", torch.float64, rounded, *case[1:])
+    eager = gradients("reference", dtype, rounded, *case[1:])
+    for ours, near, exact in zip(
+        gradients("cpu", dtype, rounded, *case[1:]), eager, truth, strict=True
+    ):
+        rounding = exact.abs().max() * torch.finfo(dtype).eps
+        assert (ours - exact).abs().max() <= 2 * (near - exact).abs().max() + rounding
+
+
+def test_gradients_do_not_depend_on_who_was_first():
+    before = torch.get_num_threads()
+    case = problem((1, 4, 1, 1100, 1100, 32, 32), "causal")
+    try:
+        torch.set_num_threads(2)
+        runs = [gradients("cpu", torch.float32, *case) for _ in range(3)]
+        torch.set_num_threads(1)
+        alone = gradients("cpu", torch.float32, *case)
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, runs[0], strict=True))
+
+
+def test_padded_keys_get_no_gradient():
+    (q, k, v), weights, _ = problem(SHAPES[0], "causal")
+    padding = torch.ones(1, 130, dtype=torch.bool)
+    padding[:, 40:60] = False
+    k[:, :, 40:60], v[:, :, 40:60] = torch.nan, torch.nan
+    dq, dk, dv = gradients("cpu", torch.float32, (q, k, v), weights, {"key_padding": padding})
+    assert dq.isfinite().all() and dk.isfinite().all()
+    assert (dk[:, :, 40:60] == 0).all() and (dv[:, :, 40:60] == 0).all()
+
+
+def test_what_has_no_gradient_says_so():
+    (q, k, v), _, _ = problem(SHAPES[0], "causal")
+    slopes = torch.rand(4, requires_grad=True)
+    with pytest.raises(Unsupported, match="gradients need plain keys"):
+        attention(q.requires_grad_(), k, v, alibi_slopes=slopes, backend="cpu")
+
+
+def operator_inputs(**changes):
+    (q, k, v), _, _ = problem((1, 4, 2, 9, 12, 16, 16), "causal")
+    values = {"causal": True, "window": None, "sinks": 0, "scale": 0.25, "softcap": None}
+    values |= {"q_offset": 3, "q_offsets": None, "sink_logits": None, "alibi_slopes": None}
+    values |= {"key_padding": None, "lengths": None, "cu_q": None, "cu_k": None}
+    return q.requires_grad_(), k.requires_grad_(), v, *(values | changes).values()
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 4, "sinks": 1, "softcap": 5.0}])
+def test_opcheck(changes):
+    torch.library.opcheck(cpu_autograd.attention, operator_inputs(**changes))
+    with_sinks = operator_inputs(**changes, sink_logits=torch.randn(4, requires_grad=True))
+    torch.library.opcheck(cpu_autograd.attention, with_sinks)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiles_without_graph_breaks(grad):
+    (q, k, v), _, _ = problem(SHAPES[0], "causal")
+    q.requires_grad_(grad)
+
+    def f(q, k, v):
+        return attention(q * 2, k, v, window=40, sinks=2, backend="cpu").sin()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), f(q, k, v))
+    if grad:
+        (ours,) = torch.autograd.grad(compiled(q, k, v).sum(), q)
+        (truth,) = torch.autograd.grad(f(q, k, v).sum(), q)
+        assert torch.allclose(ours, truth, atol=1e-6)

@@ -1,0 +1,103 @@
+"""Every Triton kernel compiles for Hopper on any machine, and uses what makes it fast there."""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from saccade.ops import tuning
+from saccade.ops.attend.triton_backward import keys_kernel, queries_kernel
+from saccade.ops.attend.triton_decode import Pages, decode_kernel
+from saccade.ops.attend.triton_forward import forward_kernel
+from saccade.ops.attend.triton_quantized import Coded, quantized_kernel
+from saccade.ops.tiles import Bounds, Plane, Rules, Terms, Visits
+from tests.ops.compiled import compile_for
+
+HEADS, KV_HEADS, LENGTH, DIM = 32, 8, 8192, 128
+SHARED_MEMORY = 227 * 1024
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def plane(x):
+    return Plane(x, *x.stride()[:3])
+
+
+Q, K = plane(meta(1, HEADS, LENGTH, DIM)), plane(meta(1, KV_HEADS, LENGTH, DIM))
+ROWS = meta(1, HEADS, LENGTH, dtype=torch.float32)
+SHARED = {
+    "bounds": Bounds(), "rules": Rules(), "terms": Terms(0.1), "visits": Visits(),
+    "q_len": LENGTH, "k_len": LENGTH, "q_offset": 0, "groups": HEADS // KV_HEADS,
+    "HEAD_DIM": DIM, "VALUE_DIM": DIM, "BLOCK_D": DIM, "BLOCK_V": DIM,
+    "CAUSAL": True, "RAW": True, "PRECISION": "tf32",
+}  # fmt: skip
+
+
+def compiled(kernel, tables, **arguments):
+    launch = next(row for limit, row in tables["sm_90"] if limit >= DIM)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    tiles = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "STAGES": launch.stages}
+    found = compile_for(kernel, options=options, **(SHARED | tiles | arguments))
+    assert found.metadata.shared <= SHARED_MEMORY
+    return found.asm["ptx"]
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("rules", [Rules(), Rules(window=1024, sinks=16)], ids=["full", "window"])
+def test_forward_uses_the_warpgroup_matrix_units(bulk, rules):
+    ptx = compiled(
+        forward_kernel, tuning.FORWARD, q=Q, k=K, v=K, out=Q, lse=ROWS, heads=HEADS, rules=rules,
+        BULK=bulk,
+    )  # fmt: skip
+    assert "wgmma.mma_async" in ptx
+    assert ("cp.async.bulk.tensor" in ptx) == bulk
+    assert ("cp.async.cg" in ptx) != bulk
+
+
+def test_backward_has_no_atomics():
+    for kernel, tables, more in (
+        (keys_kernel, tuning.KEYS, {"dk": K, "dv": K, "BULK": False}),
+        (queries_kernel, tuning.QUERIES, {"dq": Q}),
+    ):
+        ptx = compiled(
+            kernel, tables, q=Q, k=K, v=K, dout=Q, lse2=ROWS, delta=ROWS, heads=HEADS, **more
+        )
+        assert "wgmma.mma_async" in ptx
+        assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE)
+
+
+DECODING = {
+    "q": Q, "out": plane(meta(16, HEADS, 1, DIM, dtype=torch.float32)), "lse": ROWS, "splits": 16,
+    "out_split": HEADS * DIM, "lse_split": HEADS, "kv_heads": KV_HEADS, "q_len": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", ["dense", "ring", "paged"])
+def test_decode_loads_asynchronously(storage):
+    table = meta(1, 512, dtype=torch.int32)
+    pages = Pages(table, 512, 0, 16384, 16384) if storage == "paged" else Pages()
+    ptx = compiled(
+        decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
+        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16,
+    )  # fmt: skip
+    assert "cp.async.cg" in ptx and "mma.sync" in ptx
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_codes_stay_codes_in_memory(bits):
+    codes = plane(meta(1, KV_HEADS, LENGTH, DIM * bits // 8, dtype=torch.uint8))
+    k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
+    v_scale = plane(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
+    ptx = compiled(
+        quantized_kernel, tuning.DECODE_CODES, k=Coded(codes, k_scale, k_scale),
+        v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, K_GROUP=64, V_GROUP=64,
+        **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
+    )  # fmt: skip
+    assert "f16.f16" in ptx
