@@ -3,12 +3,17 @@
 from saccade.cache.base import LayerCache, ShiftKeys
 from saccade.cache.dense import DenseCache
 from saccade.cache.make import make_layer_cache
+from saccade.cache.paged import PagedCache, PagePool
+from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ring import RingCache
 
 __all__ = [
     "DenseCache",
     "LayerCache",
+    "PagePool",
+    "PagedCache",
+    "Pages",
     "QuantizedCache",
     "RingCache",
     "ShiftKeys",

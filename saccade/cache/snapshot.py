@@ -13,6 +13,7 @@ import torch
 
 from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ring import RingCache
 from saccade.core import BadInput, Unsupported
@@ -21,6 +22,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "dense": DenseCache,
     "ring": RingCache,
     "quantized": QuantizedCache,
+    "paged": PagedCache,
 }
 
 

@@ -5,8 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.cache import DenseCache, QuantizedCache, RingCache, make_layer_cache
-from saccade.core import Mask, Unsupported
+from saccade.cache import (
+    DenseCache,
+    PagedCache,
+    QuantizedCache,
+    RingCache,
+    make_layer_cache,
+    snapshot,
+)
+from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend, attention
 
 EXACT = {
@@ -14,6 +21,8 @@ EXACT = {
     "ring": (lambda: RingCache(window=9, chunk=4), Mask(window=9)),
     "ring with sinks": (lambda: RingCache(window=9, sinks=3, chunk=4), Mask(window=9, sinks=3)),
     "ring of one": (lambda: RingCache(window=1, chunk=1), Mask(window=1)),
+    "paged": (lambda: PagedCache(page_size=4), Mask()),
+    "paged in large pages": (PagedCache, Mask()),
     "long ring": (lambda: RingCache(window=300, sinks=2, chunk=8), Mask(window=300, sinks=2)),
 }
 LENGTH = 60
@@ -103,6 +112,32 @@ def test_truncate_equals_never_having_read(name, back):
     ours = run(cache, mask, q[:, :, rest], k[:, :, rest], v[:, :, rest], [2] * 40)
     whole = attention(q, k, v, window=mask.window, sinks=mask.sinks, backend="reference")
     assert torch.allclose(ours, whole[:, :, rest], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*EXACT, "int8"])
+def test_a_restored_state_goes_on_as_the_original(name):
+    make, mask = EXACT.get(name, (QuantizedCache, Mask()))
+    cache, (q, k, v) = make(), qkv(200)
+    run(cache, mask, q[:, :, :150], k[:, :, :150], v[:, :, :150], [4] * 38)
+    state, copy = cache.state(), make()
+    snapshot.restore(copy, snapshot.kind_of(cache), state, torch.device("cpu"))
+    assert copy.seen == 150 and copy.nbytes <= cache.nbytes
+    rest = [x[:, :, 150:] for x in (q, k, v)]
+    assert torch.equal(run(copy, mask, *rest, [3] * 20), run(cache, mask, *rest, [3] * 20))
+
+
+def test_states_of_other_caches_are_refused():
+    state = DenseCache().state()
+    with pytest.raises(BadInput, match="a dense cache where this context has a ring one"):
+        snapshot.check(RingCache(window=4), "dense", state)
+    state = RingCache(window=4).state()
+    with pytest.raises(BadInput, match="saved with window=4 in a ring cache, this context has 8"):
+        snapshot.check(RingCache(window=8), "ring", state)
+    state.progress["oldest"] = -1
+    with pytest.raises(BadInput, match="which cannot be"):
+        snapshot.check(RingCache(window=4), "ring", state)
+    with pytest.raises(Unsupported, match="a str cannot be saved"):
+        snapshot.kind_of("x")
 
 
 def test_ring_truncates_within_its_slack():
