@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.pages import Copy, Pages
-from saccade.core import PagedKV
+from saccade.core import PagedKV, Unsupported
 from saccade.core.kv import dense
 
 PAGE_SIZE = 64
@@ -22,6 +22,15 @@ GROWTH_SHARE = 16
 
 class PagePool:
     """Keys and values of one layer for any number of sequences.
+
+    `pool.pages` is the bookkeeping: `create` (what of a prompt is there already), `fork`,
+    `truncate`, `release`; the pool writes into its sequences and lends views of them:
+
+        row = pool.pages.create(prompt)
+        start = pool.pages.length(row)                  # found again: need not be computed
+        pool.write([row], k[:, :, start:], v[:, :, start:], prompt[start:])
+        other = pool.pages.fork(row)                    # shares every page until one writes
+        attend(q, pool.view([row, other]), mask=Mask())
 
     Args:
         num_pages: pages to allocate.
@@ -142,6 +151,7 @@ class PagedCache:
         self.pool = pool or PagePool(page_size=page_size, grows=True, dtype=dtype)
         self._rows: list[int] = []
         self._seen = 0
+        self._expected: list[int] = []
 
     @property
     def seen(self) -> int:
@@ -157,9 +167,37 @@ class PagedCache:
         """Store a chunk; see LayerCache."""
         if not self._rows:
             self._rows = [self.pool.pages.create() for _ in range(k.shape[0])]
-        self.pool.write(self._rows, k, v)
-        self._seen += k.shape[2]
+        stop = self._seen + k.shape[2]
+        told = len(self._rows) == 1 and stop <= len(self._expected)
+        self.pool.write(self._rows, k, v, self._expected[self._seen : stop] if told else None)
+        self._seen = stop
         return self.view()
+
+    def expect(self, tokens: Sequence[int]) -> int:
+        """Say what an empty cache of one row will read, to share pages with others of the pool.
+
+        Args:
+            tokens: of the prompt, without the last one where its logits are wanted.
+
+        Returns:
+            How many of them it holds already, found in the pool; append those after.
+
+        Raises:
+            Unsupported: the cache is not empty.
+        """
+        if self._rows:
+            raise Unsupported(f"this cache holds {self._seen} tokens already: reset it first.")
+        self._expected = list(tokens)
+        self._rows = [self.pool.pages.create(self._expected)]
+        self._seen = self.pool.pages.length(self._rows[0])
+        return self._seen
+
+    def fork(self) -> PagedCache:
+        """A cache that shares all pages with this one until one of them writes."""
+        other = PagedCache(self.pool)
+        other._rows = [self.pool.pages.fork(row) for row in self._rows]
+        other._seen, other._expected = self._seen, list(self._expected)
+        return other
 
     def view(self) -> PagedKV:
         """Everything held, without a copy."""
@@ -176,6 +214,7 @@ class PagedCache:
         for row in self._rows:
             self.pool.pages.truncate(row, length)
         self._seen = min(self._seen, length)
+        del self._expected[length:]
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys are written again, re-rotated."""
@@ -187,7 +226,7 @@ class PagedCache:
     def reset(self) -> None:
         """Forget everything; the pool stays allocated."""
         self._release(self._rows)
-        self._rows, self._seen = [], 0
+        self._rows, self._seen, self._expected = [], 0, []
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors are gathered from the pages."""

@@ -65,6 +65,8 @@ OPTIONS = (
            ("f32", "bf16", "f16", "int8", "int4"), None),
     Option(("--cache-type-v", "-ctv"), "type_v", str, "storage of values",
            ("f32", "bf16", "f16", "int8", "int4"), None),
+    Option(("--page-size",), "page_size", whole_number(1),
+           "keep keys in pages of N tokens instead of one buffer"),
     Option(("--rope-scaling",), "rope_scaling_type", str, "how positions are stretched",
            ("none", "linear", "ntk", "dynamic", "yarn"), None),
     Option(("--rope-freq-base",), "rope_freq_base", number, "base of the rotary frequencies"),

@@ -54,6 +54,7 @@ def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
             sinks=sinks,
             type_k=params.type_k,
             type_v=params.type_v,
+            page_size=params.page_size,
             reserve=reserve,
         )
 
@@ -116,7 +117,7 @@ def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], 
 
 
 def _needs_own_cache(params: ContextParams) -> bool:
-    return params.type_k is not None or params.kv_policy is not None
+    return any(x is not None for x in (params.type_k, params.page_size, params.kv_policy))
 
 
 def _switch_attention(undo: ExitStack, model: PreTrainedModel) -> None:

@@ -34,6 +34,8 @@ class ContextParams:
         n_sinks: first tokens that stay visible outside the window.
         n_keep: first tokens kept when a full context is shifted during generation; None: a full
             context ends the generation.
+        page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
+            one buffer a layer.  Sliding layers have rings either way.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
         kv_policy: name of a policy that compresses the cache after the prompt ("snapkv").
         kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
@@ -59,6 +61,7 @@ class ContextParams:
     n_swa: int | None = None
     n_sinks: int = 0
     n_keep: int | None = None
+    page_size: int | None = None
     sparse: Pattern | None = field(default=None)
     kv_policy: str | None = None
     kv_budget: int | float | None = None
@@ -75,6 +78,7 @@ class ContextParams:
         _at_least("n_swa", self.n_swa, 1)
         _at_least("n_sinks", self.n_sinks, 0)
         _at_least("n_keep", self.n_keep, 0)
+        _at_least("page_size", self.page_size, 1)
         _at_least("yarn_orig_ctx", self.yarn_orig_ctx, 1)
         self._check_storage()
         if self.n_sinks and self.n_swa is None:
@@ -104,6 +108,11 @@ class ContextParams:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
         if quantized and (self.n_swa is not None or self.kv_policy is not None):
             raise ValueError("a quantised cache cannot be combined with n_swa or kv_policy yet.")
+        if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
+            raise ValueError(
+                f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
+                "with int8 or int4 types, n_swa or kv_policy."
+            )
 
 
 def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:

@@ -288,6 +288,7 @@ class TestQuantized:
 def test_make():
     assert isinstance(make_layer_cache(), DenseCache)
     assert isinstance(make_layer_cache(window=8), RingCache)
+    assert isinstance(make_layer_cache(page_size=16), PagedCache)
     assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
     assert isinstance(make_layer_cache(window=8, type_k="int8", type_v="int8"), RingCache)
     cache = make_layer_cache(type_k="bf16", type_v="bf16")

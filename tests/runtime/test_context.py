@@ -34,6 +34,12 @@ def test_chunked_equals_whole(model, exact, n_batch, flash_attn):
     assert torch.allclose(ours, exact, atol=2e-5)
 
 
+@pytest.mark.parametrize("n_batch", [7, 512])
+def test_pages_change_nothing(model, exact, n_batch):
+    ours = logits_of(model, ContextParams(page_size=8, n_batch=n_batch))
+    assert torch.allclose(ours, exact, atol=2e-5)
+
+
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("n_batch", [1, 9, 100])
 def test_ring_equals_masked_dense(model, sinks, n_batch):

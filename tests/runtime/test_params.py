@@ -32,6 +32,8 @@ def test_defaults_change_nothing():
         ({"type_k": "int8"}, "Set both"),
         ({"type_k": "f16"}, "must be equal"),
         ({"type_k": "int8", "type_v": "int8", "n_swa": 8}, "cannot be combined with n_swa"),
+        ({"page_size": 0}, "page_size must be at least 1, got 0"),
+        ({"page_size": 16, "n_swa": 8}, "page_size=16 needs plain keys of all tokens"),
     ],
 )
 def test_errors(options, text):
