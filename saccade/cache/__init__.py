@@ -6,6 +6,7 @@ from saccade.cache.make import make_layer_cache
 from saccade.cache.paged import PagedCache, PagePool
 from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "PagedCache",
     "Pages",
     "QuantizedCache",
+    "RaggedCache",
     "RingCache",
     "ShiftKeys",
     "make_layer_cache",

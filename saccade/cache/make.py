@@ -8,6 +8,7 @@ from saccade.cache.base import LayerCache
 from saccade.cache.dense import DenseCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -22,6 +23,7 @@ def make_layer_cache(
     type_k: str | None = None,
     type_v: str | None = None,
     page_size: int | None = None,
+    ragged: bool = False,
     reserve: int = 0,
 ) -> LayerCache:
     """The cache for a layer: a ring where there is a window, codes where types are quantised.
@@ -32,6 +34,7 @@ def make_layer_cache(
         chunk: most tokens appended at once.
         type_k, type_v: f32, bf16, f16, int8, int4; None keeps the dtype of the keys.
         page_size: tokens of a page, for keys in pages; None for one buffer.
+        ragged: KV heads will keep different numbers of keys.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:
@@ -40,6 +43,8 @@ def make_layer_cache(
     dtype = STORAGE.get(type_k or "")
     if window is not None:
         return RingCache(window=window, sinks=sinks, chunk=chunk, dtype=dtype)
+    if ragged:
+        return RaggedCache(dtype=dtype, reserve=reserve)
     if page_size is not None:
         return PagedCache(page_size=page_size, dtype=dtype)
     return DenseCache(dtype=dtype, reserve=reserve)

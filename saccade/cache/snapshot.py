@@ -15,6 +15,7 @@ from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 from saccade.core import BadInput, Unsupported
 
@@ -23,6 +24,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "ring": RingCache,
     "quantized": QuantizedCache,
     "paged": PagedCache,
+    "ragged": RaggedCache,
 }
 
 

@@ -87,7 +87,7 @@ OPTIONS = (
     Option(("--sparse",), "sparse", str, "read only chosen blocks of keys",
            ("strided", "block_topk"), None),
     Option(("--kv-policy",), "kv_policy", str,
-           "how the cache is compressed after the prompt: snapkv", None, "NAME"),
+           "how the cache is compressed after the prompt: snapkv, ada_snapkv", None, "NAME"),
     Option(("--kv-budget",), "kv_budget", _budget,
            "what it keeps of the prompt: tokens (512) or a share (0.25, 25%%)", None, "N|SHARE"),
     Option(("--backend",), "backend", str,

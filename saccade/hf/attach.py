@@ -16,6 +16,7 @@ from saccade.hf.layers import attention_modules, layer_windows
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
+from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
 
 _ORIGINAL: Final = "saccade_original"
@@ -55,6 +56,7 @@ def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
             type_k=params.type_k,
             type_v=params.type_v,
             page_size=params.page_size,
+            ragged=wants_ragged(params.kv_policy),
             reserve=reserve,
         )
 

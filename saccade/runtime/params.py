@@ -37,7 +37,8 @@ class ContextParams:
         page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
             one buffer a layer.  Sliding layers have rings either way.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
-        kv_policy: name of a policy that compresses the cache after the prompt ("snapkv").
+        kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
+            "ada_snapkv" (the heads of a layer compete for one budget).
         kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
 

@@ -9,6 +9,7 @@ from saccade.cache import (
     DenseCache,
     PagedCache,
     QuantizedCache,
+    RaggedCache,
     RingCache,
     make_layer_cache,
     snapshot,
@@ -23,6 +24,7 @@ EXACT = {
     "ring of one": (lambda: RingCache(window=1, chunk=1), Mask(window=1)),
     "paged": (lambda: PagedCache(page_size=4), Mask()),
     "paged in large pages": (PagedCache, Mask()),
+    "ragged": (RaggedCache, Mask()),
     "long ring": (lambda: RingCache(window=300, sinks=2, chunk=8), Mask(window=300, sinks=2)),
 }
 LENGTH = 60
@@ -289,6 +291,8 @@ def test_make():
     assert isinstance(make_layer_cache(), DenseCache)
     assert isinstance(make_layer_cache(window=8), RingCache)
     assert isinstance(make_layer_cache(page_size=16), PagedCache)
+    assert isinstance(make_layer_cache(ragged=True), RaggedCache)
+    assert isinstance(make_layer_cache(ragged=True, window=8), RingCache)
     assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
     assert isinstance(make_layer_cache(window=8, type_k="int8", type_v="int8"), RingCache)
     cache = make_layer_cache(type_k="bf16", type_v="bf16")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import saccade
+from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
 from saccade.runtime import ContextParams, Sampler
 from saccade.runtime.importance import token_importance
@@ -77,9 +78,10 @@ def test_quantised_is_close_and_smaller(model, exact):
 
 
 class TestPolicy:
-    def test_keeping_all_changes_nothing(self, model):
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_keeping_all_changes_nothing(self, model, policy):
         logits = []
-        for params in (ContextParams(), ContextParams(kv_policy="snapkv", kv_budget=1.0)):
+        for params in (ContextParams(), ContextParams(kv_policy=policy, kv_budget=1.0)):
             with saccade.Context(model, params) as ctx:
                 ctx.append(TOKENS)
                 ctx.compress()
@@ -94,6 +96,34 @@ class TestPolicy:
             ctx.compress()
             assert ctx.cache_bytes < before / 2 and ctx.seen == 500
             assert all(layer.num_slots == 70 for layer in ctx.cache.layers)
+
+    def test_heads_and_layers_keep_what_they_need(self, model):
+        """Ragged: budgets hold a layer, heads differ, memory is near that of equal budgets."""
+        sizes = {}
+        for policy in ("snapkv", "ada_snapkv"):
+            params = ContextParams(kv_policy=policy, kv_budget=150, n_batch=64)
+            with saccade.Context(model, params) as ctx:
+                ctx.append(TOKENS.repeat(5))
+                before = ctx.cache_bytes
+                ctx.compress()
+                sizes[policy] = ctx.cache_bytes
+        lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
+        assert (lengths.sum((1, 2)) == 2 * 150).all() and len(lengths.unique()) > 2
+        assert before / 3 > sizes["ada_snapkv"] and sizes["ada_snapkv"] < 1.1 * sizes["snapkv"]
+
+    def test_a_second_prompt_is_compressed_with_the_first(self, model):
+        params = ContextParams(kv_policy="ada_snapkv", kv_budget=80)
+        with saccade.Context(model, params) as ctx:
+            for _ in range(3):
+                assert len(list(ctx.stream(TOKENS, n_predict=5))) == 5
+            lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
+            assert (lengths.sum((1, 2)) == 2 * (80 + 5)).all() and ctx.seen == 3 * 105
+
+    def test_a_full_ragged_context_shifts(self, model):
+        params = ContextParams(kv_policy="ada_snapkv", kv_budget=80, n_ctx=110, n_keep=4)
+        with saccade.Context(model, params) as ctx:
+            assert len(list(ctx.stream(TOKENS, n_predict=40))) == 40
+            assert ctx.seen <= 110
 
 
 class TestStream:

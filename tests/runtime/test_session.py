@@ -28,6 +28,7 @@ KINDS = {
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),
     "int4": ("llama", {"type_k": "int4", "type_v": "int4"}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 70}),
+    "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 70}),
     "shifted": ("llama", {"n_ctx": 110, "n_keep": 4}),
     "yarn": ("llama", {"rope_scaling_type": "yarn", "n_ctx": 1024}),
     "hybrid": ("gemma3", {}),
