@@ -12,7 +12,7 @@ from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
 
 
 def make_layer_cache(
@@ -32,13 +32,14 @@ def make_layer_cache(
         window: keys a token sees, itself counted; None for all.
         sinks: first tokens that stay visible outside the window.
         chunk: most tokens appended at once.
-        type_k, type_v: f32, bf16, f16, int8, int4; None keeps the dtype of the keys.
+        type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
         page_size: tokens of a page, for keys in pages; None for one buffer.
         ragged: KV heads will keep different numbers of keys.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:
-        return QuantizedCache(bits_k=BITS[type_k], bits_v=BITS[type_v], reserve=reserve)
+        bits = {"bits_k": BITS[type_k], "bits_v": BITS[type_v]}
+        return QuantizedCache(**bits, fp8="fp8" in (type_k, type_v), reserve=reserve)
     # Sliding layers of a hybrid model stay small, so they keep the model's own precision.
     dtype = STORAGE.get(type_k or "")
     if window is not None:

@@ -1,4 +1,4 @@
-"""A cache of int8 or int4 codes with a full-precision recent part (after KIVI, arXiv 2402.02750).
+"""A cache of int8, int4 or fp8 codes, the newest in full precision (KIVI, arXiv 2402.02750).
 
 Keys are quantised per channel in groups of tokens, values per token; the newest tokens wait in
 full precision until a whole group of them can be packed.  Keys and values are first turned by a
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
 from saccade.core import QuantizedKV, Unsupported
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
 from saccade.ops.hadamard import rotate
 
 GROWTH_STEP = 1024
@@ -28,6 +28,7 @@ class QuantizedCache:
             (per token; the whole head when head_dim is no multiple of it).
         recent: newest tokens that stay in full precision.
         hadamard: rotate keys and values before quantising.
+        fp8: eight-bit codes are floating-point numbers (e4m3) instead of whole ones.
         reserve: tokens to allocate codes for at once, when the final length is known.
     """
 
@@ -39,14 +40,17 @@ class QuantizedCache:
         group: int = 64,
         recent: int = 64,
         hadamard: bool = True,
+        fp8: bool = False,
         reserve: int = 0,
     ) -> None:
         for name, bits in (("bits_k", bits_k), ("bits_v", bits_v)):
             if bits not in (4, 8):
                 raise ValueError(f"{name} must be 4 or 8, got {bits}.")
+        if fp8 and (bits_k, bits_v) != (8, 8):
+            raise ValueError(f"fp8 codes have 8 bits, got bits_k={bits_k} and bits_v={bits_v}.")
         if group < 1 or recent < 0:
             raise ValueError(f"group must be >= 1 and recent >= 0, got {group} and {recent}.")
-        self._bits_k, self._bits_v, self._group = bits_k, bits_v, group
+        self._bits_k, self._bits_v, self._group, self._fp8 = bits_k, bits_v, group, fp8
         self._recent_kept, self._hadamard, self._reserve = recent, hadamard, reserve
         self._k: Codes | None = None
         self._v: Codes | None = None
@@ -122,6 +126,7 @@ class QuantizedCache:
             "group": self._group,
             "recent": self._recent_kept,
             "hadamard": self._hadamard,
+            "fp8": self._fp8,
         }
         progress = {"packed": self._packed, "fresh": self._fresh, "capacity": 0}
         if self._v is None or self._recent_k is None or self._recent_v is None:
@@ -145,6 +150,7 @@ class QuantizedCache:
         if not state.tensors:
             return
         parts = {name: x.to(device) for name, x in state.tensors.items()}
+        parts |= {name: parts[name].view(torch.uint8) for name in ("k.codes", "v.codes")}
         capacity = max(packed, state.progress["capacity"])
         rooms = (capacity, capacity // self._group, capacity // self._group)
         names = ("codes", "scale", "offset")
@@ -187,23 +193,26 @@ class QuantizedCache:
             return
         self._make_room(self._packed + count)
         assert self._k is not None and self._v is not None
-        keys = quantize_keys(k, bits=self._bits_k, group=self._group)
-        values = quantize_values(v, bits=self._bits_v, group=self._v_group(v.shape[3]))
+        v_group = self._v_group(v.shape[3])
+        keys = quantize_keys(k, bits=self._bits_k, group=self._group, fp8=self._fp8)
+        values = quantize_values(v, bits=self._bits_v, group=v_group, fp8=self._fp8)
         first, groups = self._packed, slice(self._packed // self._group, None)
-        self._k.codes[:, :, first : first + count] = keys.codes
+        self._k.codes[:, :, first : first + count] = keys.codes.view(torch.uint8)
         for store, new in zip(self._k[1:], keys[1:], strict=True):
             store[:, :, groups][:, :, : new.shape[2]] = new
-        for store, new in zip(self._v, values, strict=True):
+        self._v.codes[:, :, first : first + count] = values.codes.view(torch.uint8)
+        for store, new in zip(self._v[1:], values[1:], strict=True):
             store[:, :, first : first + count] = new
         self._packed += count
 
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         assert self._k is not None and self._v is not None
         groups = self._packed // self._group
-        keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        keys = Codes(self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        values = Codes(*(part[:, :, : self._packed] for part in self._v))
         return QuantizedKV(
-            k=Codes(*keys),
-            v=Codes(*(part[:, :, : self._packed] for part in self._v)),
+            k=self._typed(keys),
+            v=self._typed(values),
             recent_k=recent_k,
             recent_v=recent_v,
             bits_k=self._bits_k,
@@ -211,6 +220,10 @@ class QuantizedCache:
             k_group=self._group,
             rotated=self._hadamard,
         )
+
+    def _typed(self, coded: Codes) -> Codes:
+        """Codes are stored as bytes; as fp8 they are only lent."""
+        return coded._replace(codes=coded.codes.view(FP8)) if self._fp8 else coded
 
     def _v_group(self, dim: int) -> int:
         return self._group if dim % self._group == 0 else dim

@@ -8,7 +8,8 @@ from saccade.compress import POLICIES
 from saccade.sparse import Pattern
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
-CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4")
+CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
+QUANTIZED = ("int8", "int4", "fp8")
 ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
 
 
@@ -21,8 +22,8 @@ class ContextParams:
         n_batch: most tokens that one prefill step takes.
         flash_attn: "enabled": O(N) memory or an error; "disabled": materialised scores, the
             standard attention of the textbooks; "auto": the fastest backend able to run each call.
-        type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8 or int4; None:
-            the dtype of the model.  int8 and int4 need both to be quantised.
+        type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8, int4 or fp8 (e4m3);
+            None: the dtype of the model.  Quantised types need both to be quantised, fp8 both fp8.
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
         rope_freq_base: base of the rotary frequencies.
         rope_freq_scale: 1 / factor; None: as much as n_ctx needs beyond yarn_orig_ctx.
@@ -99,11 +100,11 @@ class ContextParams:
             _at_least("kv_budget", self.kv_budget, 1)
 
     def _check_storage(self) -> None:
-        quantized = [t for t in (self.type_k, self.type_v) if t in ("int8", "int4")]
-        if len(quantized) == 1:
+        quantized = [t for t in (self.type_k, self.type_v) if t in QUANTIZED]
+        if len(quantized) == 1 or quantized.count("fp8") == 1:
             raise ValueError(
                 f"type_k={self.type_k!r} with type_v={self.type_v!r}: quantised caches store both "
-                "keys and values as int8 or int4. Set both."
+                "keys and values as int8 or int4, or both as fp8. Set both."
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
@@ -112,7 +113,7 @@ class ContextParams:
         if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
             raise ValueError(
                 f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
-                "with int8 or int4 types, n_swa or kv_policy."
+                "with quantised types, n_swa or kv_policy."
             )
 
 

@@ -27,6 +27,7 @@ KINDS = {
     "paged": ("llama", {"page_size": 8}),
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),
     "int4": ("llama", {"type_k": "int4", "type_v": "int4"}),
+    "fp8": ("llama", {"type_k": "fp8", "type_v": "fp8"}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 70}),
     "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 70}),
     "shifted": ("llama", {"n_ctx": 110, "n_keep": 4}),
