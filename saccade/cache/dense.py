@@ -94,6 +94,10 @@ class DenseCache:
             raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
         self._seen = self._slots = min(length, self._slots)
 
+    def reachable(self, length: int) -> int:
+        """Any position, until `keep` has removed keys."""
+        return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
         if self.is_compressed:

@@ -20,6 +20,7 @@ def make_layer_cache(
     window: int | None = None,
     sinks: int = 0,
     chunk: int = 1,
+    checkpoints: int = 0,
     type_k: str | None = None,
     type_v: str | None = None,
     page_size: int | None = None,
@@ -32,18 +33,21 @@ def make_layer_cache(
         window: keys a token sees, itself counted; None for all.
         sinks: first tokens that stay visible outside the window.
         chunk: most tokens appended at once.
+        checkpoints: positions that a ring can be taken back to; see RingCache.
         type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
         page_size: tokens of a page, for keys in pages; None for one buffer.
         ragged: KV heads will keep different numbers of keys.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:
-        bits = {"bits_k": BITS[type_k], "bits_v": BITS[type_v]}
-        return QuantizedCache(**bits, fp8="fp8" in (type_k, type_v), reserve=reserve)
+        bits_k, bits_v, fp8 = BITS[type_k], BITS[type_v], "fp8" in (type_k, type_v)
+        return QuantizedCache(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
     # Sliding layers of a hybrid model stay small, so they keep the model's own precision.
     dtype = STORAGE.get(type_k or "")
     if window is not None:
-        return RingCache(window=window, sinks=sinks, chunk=chunk, dtype=dtype)
+        return RingCache(
+            window=window, sinks=sinks, chunk=chunk, dtype=dtype, checkpoints=checkpoints
+        )
     if ragged:
         return RaggedCache(dtype=dtype, reserve=reserve)
     if page_size is not None:

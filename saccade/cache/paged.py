@@ -216,6 +216,10 @@ class PagedCache:
         self._seen = min(self._seen, length)
         del self._expected[length:]
 
+    def reachable(self, length: int) -> int:
+        """Any position."""
+        return min(length, self._seen)
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys are written again, re-rotated."""
         held = dense(self.view())

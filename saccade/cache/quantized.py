@@ -110,6 +110,11 @@ class QuantizedCache:
             )
         self._packed, self._fresh = length, 0
 
+    def reachable(self, length: int) -> int:
+        """Any position among the newest tokens, before them the ends of groups."""
+        in_full = length >= self._packed
+        return min(length, self.seen) if in_full else length // self._group * self._group
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Packed keys would have to be requantised, which loses a little every time."""
         raise Unsupported("a quantised cache cannot be shifted. Use type_k='f16' with n_keep.")

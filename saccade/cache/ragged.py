@@ -106,6 +106,10 @@ class RaggedCache:
             self._pages.forget_newest(self._seen - length)
         self._seen = length
 
+    def reachable(self, length: int) -> int:
+        """Any position behind the last compression."""
+        return min(length, self._seen) if length >= self._kept_at else 0
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated."""
         moved = stop - start

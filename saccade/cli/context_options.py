@@ -84,6 +84,8 @@ OPTIONS = (
            "window: a token sees the last N tokens, itself counted"),
     Option(("--sinks",), "n_sinks", whole_number(0),
            "first tokens that stay visible outside the window"),
+    Option(("--ctx-checkpoints",), "ctx_checkpoints", whole_number(0),
+           "positions that sliding layers can be taken back to (default: 0)"),
     Option(("--sparse",), "sparse", str, "read only chosen blocks of keys",
            ("strided", "block_topk"), None),
     Option(("--kv-policy",), "kv_policy", str,

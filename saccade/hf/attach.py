@@ -53,6 +53,7 @@ def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
         return make_layer_cache(
             window=window or own,
             sinks=sinks,
+            checkpoints=params.ctx_checkpoints,
             type_k=params.type_k,
             type_v=params.type_v,
             page_size=params.page_size,

@@ -33,6 +33,8 @@ class ContextParams:
         yarn_orig_ctx: length the model was trained for before scaling.
         n_swa: window, the number of last keys a token sees, itself counted.
         n_sinks: first tokens that stay visible outside the window.
+        ctx_checkpoints: positions that sliding layers can be taken back to, for prompts that begin
+            alike (`Context.reuse`); one is made after every chunk of a prompt, and thinned out.
         n_keep: first tokens kept when a full context is shifted during generation; None: a full
             context ends the generation.
         page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
@@ -62,6 +64,7 @@ class ContextParams:
     yarn_orig_ctx: int | None = None
     n_swa: int | None = None
     n_sinks: int = 0
+    ctx_checkpoints: int = 0
     n_keep: int | None = None
     page_size: int | None = None
     sparse: Pattern | None = field(default=None)
@@ -79,6 +82,7 @@ class ContextParams:
         _at_least("n_batch", self.n_batch, 1)
         _at_least("n_swa", self.n_swa, 1)
         _at_least("n_sinks", self.n_sinks, 0)
+        _at_least("ctx_checkpoints", self.ctx_checkpoints, 0)
         _at_least("n_keep", self.n_keep, 0)
         _at_least("page_size", self.page_size, 1)
         _at_least("yarn_orig_ctx", self.yarn_orig_ctx, 1)

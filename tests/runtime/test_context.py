@@ -6,6 +6,7 @@ import torch
 import saccade
 from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
+from saccade.core.kv import dense
 from saccade.runtime import ContextParams, Sampler
 from saccade.runtime.importance import token_importance
 from tests.tiny_models import tiny_config, tiny_model
@@ -176,6 +177,57 @@ def test_shift_is_exact_at_the_first_layer(model):
         fresh = ctx.cache.layers[0].view()
     assert torch.allclose(shifted.k, fresh.k, atol=1e-5)
     assert torch.allclose(shifted.v, fresh.v, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hybrids():
+    return {name: tiny_model(tiny_config(name)) for name in ("gemma2", "gemma3", "gpt_oss")}
+
+
+class TestHybrid:
+    """Models whose layers are partly sliding: windows of 8 beside full attention."""
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
+    @pytest.mark.parametrize("checkpoints", [0, 3])
+    def test_a_prompt_that_begins_alike_is_read_once(self, hybrids, family, checkpoints):
+        model, other = hybrids[family], torch.cat((TOKENS[:70], TOKENS[:20]))
+        params = ContextParams(n_batch=16, ctx_checkpoints=checkpoints)
+        with saccade.Context(model, params) as ctx:
+            assert ctx.reuse(TOKENS) == 0
+            ctx.append(TOKENS)
+            kept = ctx.reuse(other)
+            assert kept == (64 if checkpoints else 0)
+            ours = ctx.logits(ctx.append(other[kept:], wanted=20))
+            assert ctx.tokens == other.tolist()
+        assert torch.allclose(ours, logits_of(model, ContextParams(), other)[-20:], atol=2e-5)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
+    def test_shift_is_exact_at_the_first_layer(self, hybrids, family):
+        kept = []
+        for fresh in (False, True):
+            with saccade.Context(hybrids[family], ContextParams(n_batch=1)) as ctx:
+                ctx.append(torch.cat((TOKENS[:4], TOKENS[22:40])) if fresh else TOKENS[:40])
+                if not fresh:
+                    ctx.shift(4)
+                kept.append(ctx.cache.layers[0].view())
+        held = [dense(view) for view in kept]
+        assert torch.equal(held[0].positions, held[1].positions)
+        assert torch.allclose(held[0].k, held[1].k, atol=1e-5)
+        assert torch.allclose(held[0].v, held[1].v, atol=1e-5)
+
+    def test_endless_generation_in_a_short_context(self, hybrids):
+        params = ContextParams(n_ctx=40, n_keep=4)
+        with saccade.Context(hybrids["gemma3"], params) as ctx:
+            assert len(list(ctx.stream(TOKENS[:30], n_predict=60))) == 60
+
+
+def test_reuse_leaves_a_token_to_read(model):
+    with saccade.Context(model, ContextParams(n_batch=16)) as ctx:
+        ctx.append(TOKENS)
+        assert ctx.reuse(TOKENS) == 99 and ctx.seen == 99
+        assert ctx.reuse([9, 9, 9]) == 0 and ctx.tokens == []
+        ctx.append(TOKENS[:20])
+        assert ctx.reuse(TOKENS) == 20
 
 
 @pytest.mark.parametrize("kind", ["self_information", "received_attention", "both"])

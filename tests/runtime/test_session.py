@@ -33,6 +33,7 @@ KINDS = {
     "shifted": ("llama", {"n_ctx": 110, "n_keep": 4}),
     "yarn": ("llama", {"rope_scaling_type": "yarn", "n_ctx": 1024}),
     "hybrid": ("gemma3", {}),
+    "hybrid shifted": ("gemma3", {"n_ctx": 110, "n_keep": 4}),
     "hybrid with a window": ("gpt_oss", {"n_swa": 12, "n_sinks": 3}),
 }
 SAMPLERS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_k": 40, "seed": 3}}
