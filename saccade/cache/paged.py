@@ -84,14 +84,19 @@ class PagePool:
         self._k[pages, :, at % size] = k.transpose(1, 2).to(self._k.dtype)
         self._v[pages, :, at % size] = v.transpose(1, 2).to(self._v.dtype)
 
-    def view(self, rows: Sequence[int]) -> PagedKV:
-        """What some sequences hold, without a copy; they may differ in length."""
+    def view(self, rows: Sequence[int], table: Tensor | None = None) -> PagedKV:
+        """What some sequences hold, without a copy; they may differ in length.
+
+        Args:
+            rows: ids of the sequences.
+            table: their `table`, where the caller still has it.
+        """
         assert self._k is not None and self._v is not None
         lengths = [self.pages.length(row) for row in rows]
         return PagedKV(
             self._k,
             self._v,
-            self.table(rows, self._k.device),
+            self.table(rows, self._k.device) if table is None else table,
             torch.tensor(lengths, dtype=torch.int32, device=self._k.device),
             max(lengths),
         )
@@ -152,6 +157,8 @@ class PagedCache:
         self._rows: list[int] = []
         self._seen = 0
         self._expected: list[int] = []
+        self._listed: list[list[int]] = []  # pages of each row, as `_table` has them
+        self._table: Tensor | None = None
 
     @property
     def seen(self) -> int:
@@ -160,8 +167,7 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool, and of the table of these rows."""
-        most = max((len(self.pool.pages.table(row)) for row in self._rows), default=0)
-        return self.pool.nbytes + 4 * len(self._rows) * (most + 1)
+        return self.pool.nbytes + (0 if self._table is None else self._table.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> PagedKV:
         """Store a chunk; see LayerCache."""
@@ -201,7 +207,14 @@ class PagedCache:
 
     def view(self) -> PagedKV:
         """Everything held, without a copy."""
-        return self.pool.view(self._rows)
+        pages = self.pool.pages
+        lists = [pages.table(row) for row in self._rows]
+        if self._table is None or lists != self._listed:  # most steps stay in their last page
+            self._listed = [list(row) for row in lists]
+            self._table = None
+        view = self.pool.view(self._rows, self._table)
+        self._table = view.table
+        return view
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i], without copying a page."""
@@ -231,6 +244,7 @@ class PagedCache:
         """Forget everything; the pool stays allocated."""
         self._release(self._rows)
         self._rows, self._seen, self._expected = [], 0, []
+        self._table = None
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors are gathered from the pages."""
