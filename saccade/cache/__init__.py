@@ -3,6 +3,7 @@
 from saccade.cache.base import LayerCache, ShiftKeys
 from saccade.cache.dense import DenseCache
 from saccade.cache.make import make_layer_cache
+from saccade.cache.offloaded import OffloadedCache, Staging
 from saccade.cache.paged import PagedCache, PagePool
 from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
@@ -12,6 +13,7 @@ from saccade.cache.ring import RingCache
 __all__ = [
     "DenseCache",
     "LayerCache",
+    "OffloadedCache",
     "PagePool",
     "PagedCache",
     "Pages",
@@ -19,5 +21,6 @@ __all__ = [
     "RaggedCache",
     "RingCache",
     "ShiftKeys",
+    "Staging",
     "make_layer_cache",
 ]

@@ -76,22 +76,17 @@ class HeadPages:
             positions: of the keys, `[B | 1, Hkv | 1, t]`.
             kept: bool `[B, Hkv, t]`, which of them to add; None for all.
         """
-        size, t = self._pages.page_size, k.shape[2]
-        if kept is None:
-            counts = [t] * len(self._rows)
-            rank = torch.arange(t, device=k.device)
-        else:
+        before = [self._pages.length(row) for row in self._rows]
+        counts = [k.shape[2]] * len(before)
+        if kept is not None:
             counts = kept.sum(-1).flatten().tolist()
-            rank = (kept.cumsum(-1) - 1).clamp_min(0)
-        rank = (self._lengths[..., None] + rank).long()  # [B, Hkv, t]
         self._extend(counts)
-        slots = self._table.gather(2, rank // size).long() * size + rank % size
-        at = positions.to(torch.int32).expand(slots.shape)
+        slots = torch.tensor(self._slots(before), dtype=torch.int64, device=k.device)
+        at = positions.to(torch.int32).expand(k.shape[:3])
         chosen = slice(None) if kept is None else kept
-        where = slots[chosen].flatten()
-        self._k.flatten(0, 1)[where] = k[chosen].reshape(-1, k.shape[3]).to(self._k.dtype)
-        self._v.flatten(0, 1)[where] = v[chosen].reshape(-1, v.shape[3]).to(self._v.dtype)
-        self._positions.flatten()[where] = at[chosen].flatten()
+        self._k.flatten(0, 1)[slots] = k[chosen].reshape(-1, k.shape[3]).to(self._k.dtype)
+        self._v.flatten(0, 1)[slots] = v[chosen].reshape(-1, v.shape[3]).to(self._v.dtype)
+        self._positions.flatten()[slots] = at[chosen].flatten()
 
     def view(self, end: int) -> RaggedKV:
         """Everything held, without a copy; `end` is one past the last position seen."""
@@ -133,6 +128,16 @@ class HeadPages:
         self._k, self._v, self._positions = (
             _grown(x, num_pages) for x in (self._k, self._v, self._positions)
         )
+
+    def _slots(self, before: list[int]) -> list[int]:
+        """Where the keys behind the first `before` of each row and head lie, in order."""
+        size, slots = self._pages.page_size, list[int]()
+        for row, first in zip(self._rows, before, strict=True):
+            pages = self._pages.table(row)
+            slots += [
+                pages[i // size] * size + i % size for i in range(first, self._pages.length(row))
+            ]
+        return slots
 
     def _extend(self, counts: list[int]) -> None:
         """Room for so many more keys of each row and head."""

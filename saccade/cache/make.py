@@ -6,6 +6,7 @@ import torch
 
 from saccade.cache.base import LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.offloaded import OffloadedCache, Staging
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
@@ -25,6 +26,7 @@ def make_layer_cache(
     type_v: str | None = None,
     page_size: int | None = None,
     ragged: bool = False,
+    staging: Staging | None = None,
     reserve: int = 0,
 ) -> LayerCache:
     """The cache for a layer: a ring where there is a window, codes where types are quantised.
@@ -37,6 +39,7 @@ def make_layer_cache(
         type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
         page_size: tokens of a page, for keys in pages; None for one buffer.
         ragged: KV heads will keep different numbers of keys.
+        staging: for keys in host memory, the buffers on the device that all layers share.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:
@@ -50,6 +53,8 @@ def make_layer_cache(
         )
     if ragged:
         return RaggedCache(dtype=dtype, reserve=reserve)
+    if staging is not None:
+        return OffloadedCache(staging, dtype=dtype, reserve=reserve)
     if page_size is not None:
         return PagedCache(page_size=page_size, dtype=dtype)
     return DenseCache(dtype=dtype, reserve=reserve)

@@ -80,7 +80,9 @@ class PagePool:
             self._copy(self.pages.extend(row, count, tokens))
         assert self._k is not None and self._v is not None
         at = torch.arange(start, start + count, device=k.device)
-        pages = self.table(rows, k.device).long()[:, at // size]  # [B, t]
+        lists = [self.pages.table(row) for row in rows]
+        holding = [[pages[i // size] for i in range(start, start + count)] for pages in lists]
+        pages = torch.tensor(holding, dtype=torch.int64, device=k.device)  # [B, t]
         self._k[pages, :, at % size] = k.transpose(1, 2).to(self._k.dtype)
         self._v[pages, :, at % size] = v.transpose(1, 2).to(self._v.dtype)
 

@@ -13,6 +13,7 @@ import torch
 
 from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.offloaded import OffloadedCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
@@ -25,6 +26,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "quantized": QuantizedCache,
     "paged": PagedCache,
     "ragged": RaggedCache,
+    "offloaded": OffloadedCache,
 }
 
 

@@ -23,6 +23,12 @@ def _flash_attn(text: str) -> str:
     return _ON_OFF.get(text, text)
 
 
+def _switch(text: str) -> bool:
+    if text not in _ON_OFF:
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
+
+
 def _budget(text: str) -> int | float:
     """A share where it has a point or a per cent sign, else tokens."""
     try:
@@ -67,6 +73,8 @@ OPTIONS = (
            ("f32", "bf16", "f16", "int8", "int4", "fp8"), None),
     Option(("--page-size",), "page_size", whole_number(1),
            "keep keys in pages of N tokens instead of one buffer"),
+    Option(("--kv-offload",), "offload_kqv", _switch,
+           "off keeps keys in host memory, fetched layer by layer (default: on)", None, "on|off"),
     Option(("--rope-scaling",), "rope_scaling_type", str, "how positions are stretched",
            ("none", "linear", "ntk", "dynamic", "yarn"), None),
     Option(("--rope-freq-base",), "rope_freq_base", number, "base of the rotary frequencies"),

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, make_layer_cache
+from saccade.cache import LayerCache, Staging, make_layer_cache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
@@ -48,6 +48,8 @@ class Attached:
 def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
     """Empty caches for a model under params; see `Attached.new_cache`."""
 
+    staging = None if params.offload_kqv else Staging()
+
     def make(layer: int, own: int | None) -> LayerCache:
         window, sinks = narrowed_window(own, params)
         return make_layer_cache(
@@ -58,6 +60,7 @@ def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
             type_v=params.type_v,
             page_size=params.page_size,
             ragged=wants_ragged(params.kv_policy),
+            staging=staging,
             reserve=reserve,
         )
 
@@ -120,7 +123,8 @@ def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], 
 
 
 def _needs_own_cache(params: ContextParams) -> bool:
-    return any(x is not None for x in (params.type_k, params.page_size, params.kv_policy))
+    options = (params.type_k, params.page_size, params.kv_policy)
+    return any(option is not None for option in options) or not params.offload_kqv
 
 
 def _switch_attention(undo: ExitStack, model: PreTrainedModel) -> None:

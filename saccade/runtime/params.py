@@ -39,6 +39,8 @@ class ContextParams:
             context ends the generation.
         page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
             one buffer a layer.  Sliding layers have rings either way.
+        offload_kqv: caches live on the device that computes; False keeps them in host memory, and
+            each layer's keys are fetched while the one before computes.  On a CPU it is all one.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
         kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
             "ada_snapkv" (the heads of a layer compete for one budget).
@@ -67,6 +69,7 @@ class ContextParams:
     ctx_checkpoints: int = 0
     n_keep: int | None = None
     page_size: int | None = None
+    offload_kqv: bool = True
     sparse: Pattern | None = field(default=None)
     kv_policy: str | None = None
     kv_budget: int | float | None = None
@@ -114,6 +117,11 @@ class ContextParams:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
         if quantized and (self.n_swa is not None or self.kv_policy is not None):
             raise ValueError("a quantised cache cannot be combined with n_swa or kv_policy yet.")
+        if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
+            raise ValueError(
+                "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "
+                "quantised types, page_size or kv_policy."
+            )
         if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
             raise ValueError(
                 f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "

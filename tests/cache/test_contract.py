@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from saccade.cache import (
     DenseCache,
+    OffloadedCache,
     PagedCache,
     QuantizedCache,
     RaggedCache,
     RingCache,
+    Staging,
     make_layer_cache,
     snapshot,
 )
@@ -25,6 +27,7 @@ EXACT = {
     "paged": (lambda: PagedCache(page_size=4), Mask()),
     "paged in large pages": (PagedCache, Mask()),
     "ragged": (RaggedCache, Mask()),
+    "offloaded": (lambda: OffloadedCache(Staging()), Mask()),
     "long ring": (lambda: RingCache(window=300, sinks=2, chunk=8), Mask(window=300, sinks=2)),
 }
 LENGTH = 60
@@ -296,6 +299,7 @@ def test_make():
     assert isinstance(make_layer_cache(window=8), RingCache)
     assert isinstance(make_layer_cache(page_size=16), PagedCache)
     assert isinstance(make_layer_cache(ragged=True), RaggedCache)
+    assert isinstance(make_layer_cache(staging=Staging()), OffloadedCache)
     assert isinstance(make_layer_cache(ragged=True, window=8), RingCache)
     assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
     assert make_layer_cache(type_k="fp8", type_v="fp8").state().settings["fp8"] is True

@@ -53,7 +53,8 @@ def storages(thing, found):
     elif isinstance(thing, (list, tuple)):
         for part in thing:
             storages(part, found)
-    elif hasattr(thing, "__dict__"):
+    elif hasattr(thing, "__dict__") and id(thing) not in found:
+        found[id(thing)] = 0
         storages(vars(thing), found)
     return found
 

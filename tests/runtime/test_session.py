@@ -24,6 +24,7 @@ KINDS = {
     "dense": ("llama", {}),
     "dense in bf16": ("llama", {"type_k": "bf16", "type_v": "bf16"}),
     "ring": ("llama", {"n_swa": 16, "n_sinks": 2}),
+    "offloaded": ("llama", {"offload_kqv": False}),
     "paged": ("llama", {"page_size": 8}),
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),
     "int4": ("llama", {"type_k": "int4", "type_v": "int4"}),
