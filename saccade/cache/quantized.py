@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
-from saccade.core import QuantizedKV, Unsupported
+from saccade.core import KeyRange, QuantizedKV
 from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
 from saccade.ops.hadamard import rotate
 
@@ -97,27 +97,38 @@ class QuantizedCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on.
 
-        Raises:
-            Unsupported: `length` lies inside a packed group that is not a whole one.
+        Where that cuts a packed group, the rest of the group is opened again: what was lost when
+        it was packed does not come back.
         """
         if length >= self._packed:
             self._fresh = min(self._fresh, length - self._packed)
             return
-        if length % self._group:
-            raise Unsupported(
-                f"a quantised cache can go back to position {length} only at a multiple of its "
-                f"group of {self._group}, or within the newest {self._fresh} tokens."
-            )
-        self._packed, self._fresh = length, 0
+        assert self._recent_k is not None and self._recent_v is not None
+        first = length // self._group * self._group
+        k, v = self._opened(first, length)
+        self._packed, self._fresh = first, length - first
+        self._recent_k[:, :, : self._fresh] = k
+        self._recent_v[:, :, : self._fresh] = v
 
     def reachable(self, length: int) -> int:
-        """Any position among the newest tokens, before them the ends of groups."""
-        in_full = length >= self._packed
-        return min(length, self.seen) if in_full else length // self._group * self._group
+        """Any position."""
+        return min(length, self.seen)
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Packed keys would have to be requantised, which loses a little every time."""
-        raise Unsupported("a quantised cache cannot be shifted. Use type_k='f16' with n_keep.")
+        """Forget positions start .. stop-1; later keys move down, re-rotated and packed again.
+
+        Packed keys are quantised once more, which adds about as much error as the first time.
+        What lies behind `start` is in full precision meanwhile, in this one layer.
+        """
+        first = min(start, self._packed) // self._group * self._group
+        k, v = self._opened(first, self.seen)
+        if self._hadamard:
+            k, v = rotate(k), rotate(v)
+        kept, later = start - first, stop - first
+        k = torch.cat((k[:, :, :kept], shift(k[:, :, later:], start - stop)), dim=2)
+        v = torch.cat((v[:, :, :kept], v[:, :, later:]), dim=2)
+        self._packed, self._fresh = first, 0
+        self.append(k, v)
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
@@ -225,6 +236,15 @@ class QuantizedCache:
             k_group=self._group,
             rotated=self._hadamard,
         )
+
+    def _opened(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at the positions first .. stop-1 in full precision, still turned."""
+        assert self._recent_k is not None and self._recent_v is not None
+        view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
+        tiles = list(view.tiles((KeyRange(first, stop),), max(stop - first, 1)))
+        k = [self._recent_k[:, :, :0], *(tile.k for tile in tiles)]
+        v = [self._recent_v[:, :, :0], *(tile.v for tile in tiles)]
+        return torch.cat(k, dim=2), torch.cat(v, dim=2)
 
     def _typed(self, coded: Codes) -> Codes:
         """Codes are stored as bytes; as fp8 they are only lent."""

@@ -18,6 +18,7 @@ from saccade.cache import (
 )
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend, attention
+from saccade.ops.hadamard import rotate
 
 EXACT = {
     "dense": (DenseCache, Mask()),
@@ -280,18 +281,41 @@ class TestQuantized:
         ours = attend(q.flip(0)[:, :, 295:], view, mask=Mask()).out
         exact = attention(q, k, v).flip(0)[:, :, 295:]
         assert (ours - exact).norm() / exact.norm() < 0.01
-        cache.truncate(128)
-        assert cache.seen == 128
-        with pytest.raises(Unsupported, match="only at a multiple of its group of 64"):
-            cache.truncate(100)
+
+    @pytest.mark.parametrize("length", [299, 200, 128, 100, 3])
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_truncate_opens_a_group_again(self, bits, length):
+        q, k, v = qkv(300, dim=64)
+        cache = QuantizedCache(bits_k=bits, bits_v=bits)
+        run(cache, Mask(), q, k, v, [100, 100, 100])
+        cache.truncate(length)
+        assert cache.seen == length
+        rest = (x[:, :, length:] for x in (q, k, v))
+        ours = run(cache, Mask(), *rest, [30] * 10)
+        exact = attention(q, k, v)[:, :, length:]
+        assert (ours - exact).norm() / exact.norm() < {8: 0.008, 4: 0.12}[bits]
+
+    @pytest.mark.parametrize("kind", [{}, {"bits_k": 4, "bits_v": 4}, {"fp8": True}])
+    def test_drop_moves_and_rotates_the_rest(self, kind):
+        """Like a dense cache, up to two errors of the format; recent tokens stay exact."""
+        q, k, v = qkv(420, dim=64)
+        ours, plain = QuantizedCache(group=32, **kind), DenseCache()
+        for cache in (ours, plain):
+            run(cache, Mask(), *(x[:, :, :400] for x in (q, k, v)), [100] * 4)
+            cache.drop(10, 150, lambda keys, delta: -keys)
+        assert ours.seen == plain.seen == 260
+        recent = ours.append(*(x[:, :, 400:] for x in (k, v)))
+        exact = plain.append(*(x[:, :, 400:] for x in (k, v)))
+        step = {"bits_k": 0.12, "fp8": 0.05}.get(next(iter(kind), ""), 0.01)
+        out, expected = (attend(q[:, :, 400:], view, mask=Mask()).out for view in (recent, exact))
+        assert (out - expected).norm() / expected.norm() < step
+        assert torch.allclose(rotate(recent.recent_k)[:, :, -80:], exact.k[:, :, -80:], atol=1e-5)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="fp8 codes have 8 bits, got bits_k=4 and bits_v=8"):
             QuantizedCache(bits_k=4, fp8=True)
         with pytest.raises(ValueError, match="bits_k must be 4 or 8, got 3"):
             QuantizedCache(bits_k=3)
-        with pytest.raises(Unsupported, match="cannot be shifted"):
-            QuantizedCache().drop(0, 1, lambda k, d: k)
 
 
 def test_make():

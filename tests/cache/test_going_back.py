@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saccade.cache import QuantizedCache, RaggedCache, RingCache
-from saccade.core import Mask, Unsupported
+from saccade.cache import RaggedCache, RingCache
+from saccade.core import Unsupported
 from saccade.ops import attention
 from tests.cache.test_contract import EXACT, cuts, qkv, run
 
@@ -90,12 +90,6 @@ def test_a_checkpoint_dies_with_the_tokens_before_it():
     assert goes_on_from(cache, mask, other, 10)
     cache.reset()
     assert cache.reachable(40) == 0
-
-
-def test_quantised_caches_go_back_by_groups():
-    cache, (q, k, v) = QuantizedCache(), qkv(300, dim=64)
-    run(cache, Mask(), q, k, v, [100] * 3)
-    assert cache.reachable(299) == 299 and cache.reachable(100) == 64 and cache.reachable(63) == 0
 
 
 def test_compressed_caches_go_back_to_their_compression():

@@ -7,6 +7,7 @@ import saccade
 from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
 from saccade.core.kv import dense
+from saccade.ops.hadamard import rotate
 from saccade.runtime import ContextParams, Sampler
 from saccade.runtime.importance import token_importance
 from tests.tiny_models import tiny_config, tiny_model
@@ -153,10 +154,16 @@ class TestStream:
                 runs.append([piece.token for piece in stream])
         assert runs[0] == runs[1]
 
-    def test_a_full_context_ends_or_shifts(self, model):
+    def test_a_full_context_ends(self, model):
         with saccade.Context(model, ContextParams(n_ctx=24)) as ctx:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 5
-        with saccade.Context(model, ContextParams(n_ctx=24, n_keep=4)) as ctx:
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"page_size": 4}, {"offload_kqv": False}, {"type_k": "int8", "type_v": "int8"}],
+    )
+    def test_a_full_context_shifts(self, model, options):
+        with saccade.Context(model, ContextParams(n_ctx=24, n_keep=4, **options)) as ctx:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 50
             assert ctx.seen <= 24
 
@@ -228,6 +235,24 @@ def test_reuse_leaves_a_token_to_read(model):
         assert ctx.reuse([9, 9, 9]) == 0 and ctx.tokens == []
         ctx.append(TOKENS[:20])
         assert ctx.reuse(TOKENS) == 20
+
+
+@pytest.mark.parametrize(("bits", "bound"), [("int8", 0.01), ("int4", 0.15)])
+def test_shifted_codes_stay_within_their_error(model, bits, bound):
+    """Five shifts, so that the oldest keys were packed six times."""
+    keys = []
+    tokens = TOKENS.repeat(6)
+    for params in (ContextParams(type_k=bits, type_v=bits), ContextParams()):
+        with saccade.Context(model, params) as ctx:
+            for part in tokens.split(120):
+                ctx.append(part)
+                ctx.shift(100)
+            nothing = torch.zeros(1, 2, 0, 16)
+            with torch.inference_mode():
+                keys.append(dense(ctx.cache.layers[0].append(nothing, nothing)).k)
+    assert keys[0].shape == keys[1].shape
+    error = (rotate(keys[0]) - keys[1]).norm() / keys[1].norm()
+    assert 0 < error < bound
 
 
 @pytest.mark.parametrize("kind", ["self_information", "received_attention", "both"])
