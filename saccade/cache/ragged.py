@@ -121,7 +121,7 @@ class RaggedCache:
             k = torch.where(later[..., None], shift(k, -moved), k)
             kept = ((at < start) | later) & (at >= 0)
             self._store(Held(k, v, torch.where(later, at - moved, at)), kept)
-            self._kept_at = max(start, self._kept_at - moved)
+            self._kept_at = max(min(start, self._kept_at), self._kept_at - moved)
         self._seen -= moved
 
     def reset(self) -> None:

@@ -1,5 +1,7 @@
 """A ragged cache: each head keeps its own keys, and attention is that over exactly those."""
 
+import random
+
 import pytest
 import torch
 
@@ -184,6 +186,70 @@ def test_reset_frees_the_pages(qkv, kept):
     q, k, v = qkv
     view = cache.append(k, v)
     assert torch.allclose(attend(q, view, mask=Mask()).out, attention(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hundreds_of_random_operations(seed):
+    """Against plain lists of (position, key) for every row and head; no page is lost on the way."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    cache, seen, kept_at = RaggedCache(page_size=3), 0, 0
+    rows = [[[], []] for _ in range(2)]
+    for _ in range(300):
+        what = draw.choice(["append"] * 3 + ["keep", "truncate", "drop", "reorder"])
+        if what == "append" or not seen:
+            k = torch.randn(len(rows), 2, draw.randrange(1, 8), 4)
+            cache.append(k, -k)
+            for heads, parts in zip(rows, k, strict=True):
+                for held, part in zip(heads, parts, strict=True):
+                    held += [(seen + i, key) for i, key in enumerate(part)]
+            seen += k.shape[2]
+        elif what == "keep":
+            at = cache.held().positions
+            kept = torch.rand(at.shape) < draw.choice([0.3, 0.8])
+            cache.keep(kept)
+            for b, heads in enumerate(rows):
+                for h, held in enumerate(heads):
+                    alive = set(at[b, h][kept[b, h]].tolist())
+                    heads[h] = [item for item in held if item[0] in alive]
+            kept_at = seen
+        elif what == "truncate":
+            length = draw.randrange(kept_at, seen + 1)
+            cache.truncate(length)
+            rows = [[[item for item in held if item[0] < length] for held in hs] for hs in rows]
+            seen = length
+        elif what == "drop" and seen > 6:
+            start = draw.randrange(seen - 4)
+            stop = start + draw.randrange(1, 4)
+            cache.drop(start, stop, lambda keys, delta: keys + delta)
+            n = stop - start
+            rows = [[[moved(i, start, stop) for i in held if not start <= i[0] < stop]
+                     for held in heads] for heads in rows]  # fmt: skip
+            seen, kept_at = seen - n, max(min(kept_at, start), kept_at - n)
+        elif what == "reorder":
+            picked = [draw.randrange(len(rows)) for _ in range(draw.choice([1, 2, 3]))]
+            cache.reorder(torch.tensor(picked))
+            rows = [[list(held) for held in rows[i]] for i in picked]
+        assert cache.seen == seen
+        check(cache, rows)
+
+
+def moved(item, start, stop):
+    position, key = item
+    return item if position < start else (position - (stop - start), key - (stop - start))
+
+
+def check(cache, rows):
+    if cache._pages is not None:
+        cache._pages._pages.check()
+    at = cache.held()
+    for b, heads in enumerate(rows):
+        for h, held in enumerate(heads):
+            real = at.positions[b, h] >= 0
+            assert at.positions[b, h][real].tolist() == [position for position, _ in held]
+            if held:
+                keys = torch.stack([key for _, key in held])
+                assert torch.allclose(at.k[b, h][real], keys, atol=1e-4)
 
 
 def test_errors():
