@@ -31,4 +31,7 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrac
 export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1"
 export PYTHONPATH=$PWD:$site
 shift || true
-exec "$python" -S -m pytest -p no:cacheprovider -q "${@:-tests/ops/test_cpu.py}" -k "not compile"
+# The contract suite as far as it concerns these kernels, the fuzzed raw binding, gradients.
+contract=(tests/ops/test_cpu.py tests/ops/test_cpu_autograd.py tests/ops/test_backends.py)
+[ $# -gt 0 ] && contract=("$@")
+exec "$python" -S -m pytest -p no:cacheprovider -q "${contract[@]}" -k "cpu and not compile"
