@@ -27,6 +27,7 @@ from saccade.report.environment import machine_facts
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"bits_k": 8, "bits_v": 8},
     "fp8": {"bits_k": 8, "bits_v": 8, "fp8": True},
+    "int8 keys, int4 values": {"bits_k": 8, "bits_v": 4},
     "int4": {"bits_k": 4, "bits_v": 4},
 }
 
