@@ -46,7 +46,8 @@ def check(q, kv, exact=None, **options):
     eager = attend(q, kv, backend="reference", **options)
     assert ours.out.dtype == q.dtype and not ours.out.isnan().any()
     rounding = 0 if q.dtype == torch.float32 else truth.out.abs().max() * torch.finfo(q.dtype).eps
-    bound = 2 * (eager.out - truth.out).abs().max() + 1e-6 + rounding
+    # The eager product may be lucky: sums over up to 576 channels in another order differ by more.
+    bound = 2 * (eager.out - truth.out).abs().max() + 4e-6 + rounding
     assert (ours.out - truth.out).abs().max() <= bound
     assert torch.equal(ours.lse.isneginf(), truth.lse.isneginf())
     seen = ~truth.lse.isneginf()
