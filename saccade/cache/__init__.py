@@ -7,8 +7,11 @@ from saccade.cache.paged import PagedCache, PagePool
 from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.step import Appended, Cursor, SteppingCache
 
 __all__ = [
+    "Appended",
+    "Cursor",
     "DenseCache",
     "LayerCache",
     "PagePool",
@@ -17,5 +20,6 @@ __all__ = [
     "QuantizedCache",
     "RingCache",
     "ShiftKeys",
+    "SteppingCache",
     "make_layer_cache",
 ]

@@ -16,6 +16,7 @@ from saccade.hf.layers import attention_modules, layer_windows
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
+from saccade.hf.turning import NAME, deferring, rotary_places
 from saccade.runtime.params import ContextParams
 
 _ORIGINAL: Final = "saccade_original"
@@ -81,8 +82,11 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
     with ExitStack() as undo:
         undo.enter_context(scaled_rope(model, params))
         _switch_attention(undo, model)
-        for index, module in attention_modules(model):
+        modules = attention_modules(model)
+        for index, module in modules:
             _set(undo, module, ATTRIBUTE, settings(index))
+        for code, usual in rotary_places([module for _, module in modules]):
+            _set(undo, code, NAME, deferring(usual))
         attached = Attached(model, params)
         _set(undo, model, "generate", _generate_with_cache(attached))
         yield attached

@@ -17,6 +17,7 @@ from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
+from saccade.runtime.step import DecodeStep, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Context:
         self._tail: QueryTail | None = None
         self._tokens: list[int] = []
         self._next: NextToken | None = None
+        self._decode_step: DecodeStep | None = None
 
     def __enter__(self) -> Context:
         return self
@@ -227,11 +229,29 @@ class Context:
         if not self._room_for_one():
             return False
         start = time.perf_counter()
-        hidden = self.append([self._next.token])
-        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
+        logits = self._read_one(self._next.token)
+        self._next = NextToken(sampler.pick(logits), shown=False)
         self.stats.decode_tokens += 1
         self.stats.decode_seconds += time.perf_counter() - start
         return True
+
+    def _read_one(self, token: int) -> Tensor:
+        """Logits `[vocab]` behind one more token; on a GPU by a captured step."""
+        self._watch()
+        if self._can_step:
+            if self._decode_step is None:
+                self._decode_step = DecodeStep(self.model, self._cache)
+            logits = self._decode_step(token)[0]
+            self._tokens.append(token)
+            return logits
+        return self.logits(self.append([token])[-1])
+
+    @property
+    def _can_step(self) -> bool:
+        """Whether a captured step would be right here, and faster."""
+        if self.model.device.type != "cuda" or self.params.sparse is not None:
+            return False
+        return self._cache.observer is None and refusal(self._cache) is None
 
     def _watch(self) -> None:
         """Under a kv_policy: remember the queries from here on."""

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from saccade.core import AttentionOutput, DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -31,6 +31,11 @@ def _missing(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None
+
+
+def able_on(device: torch.device) -> bool:
+    """Whether Triton kernels can run over tensors of this device."""
+    return _missing(device) is None
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -59,6 +64,10 @@ def _view_refusal(call: AttentionCall) -> str | None:
     extras = (call.key_padding, call.blocks, call.attn_mask)
     if isinstance(kv, RaggedKV) and any(extra is not None for extra in extras):
         return "a ragged view takes no key_padding, blocks or attn_mask"
+    if isinstance(kv, GrowingKV):
+        if any(extra is not None for extra in extras) or call.mask.sinks or call.lengths is None:
+            return "a growing view takes lengths, and no sinks, key_padding, blocks or attn_mask"
+        kv = kv.stored
     if isinstance(kv, QuantizedKV):
         if kv.k_group % 16 or any(dim % 2 for dim in kv.shape[3:]):
             return f"quantised keys need groups of 16 n tokens, got {kv.k_group}, and even heads"
