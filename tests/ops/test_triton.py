@@ -373,7 +373,8 @@ def test_append(how, hadamard, tokens, dim):
     truth.k[:, :, 7 : 7 + tokens] = rotate(k_true) if hadamard else k_true
     truth.v[:, :, 7 : 7 + tokens] = rotate(v) if hadamard else v
     ours = Slots(*on(DEVICE, *stores, at, origin), hadamard)
-    k, v, turn = on(DEVICE, k, v), on(DEVICE, v), None if turn is None else Turn(*on(DEVICE, *turn))
+    k, v = on(DEVICE, k, v)
+    turn = None if turn is None else Turn(*on(DEVICE, *turn))
     q = append(ours, k, v, turn)
     assert torch.allclose(ours.k.cpu(), truth.k, atol=1e-5)
     assert torch.allclose(ours.v.cpu(), truth.v, atol=1e-5)

@@ -69,8 +69,8 @@ def _view_refusal(call: AttentionCall) -> str | None:
             return "a growing view takes lengths, and no sinks, key_padding, blocks or attn_mask"
         kv = kv.stored
     if isinstance(kv, QuantizedKV):
-        if kv.k_group % 16 or any(dim % 2 for dim in kv.shape[3:]):
-            return f"quantised keys need groups of 16 n tokens, got {kv.k_group}, and even heads"
+        if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
+            return f"quantised keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):
         return f"it does not know views of type {type(kv).__name__}"
     return None

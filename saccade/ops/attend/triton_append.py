@@ -20,7 +20,7 @@ def mixed(x, HALF: tl.constexpr):
     i = i ^ (i >> 4)
     i = i ^ (i >> 2)
     i = i ^ (i >> 1)
-    return tl.sum(tl.where(i & 1, -x[:, None], x[:, None]), 0)
+    return tl.sum(tl.where((i & 1) != 0, -x[:, None], x[:, None]), 0)
 
 
 @triton.jit

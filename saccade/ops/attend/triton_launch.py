@@ -225,7 +225,8 @@ def constants(problem: Problem) -> dict[str, int | bool | str]:
 
 def schedule(launch: tuning.Launch) -> dict[str, int]:
     """How a kernel is compiled and pipelined."""
-    return {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
+    found = {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
+    return found | ({"maxnreg": launch.registers} if launch.registers else {})
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

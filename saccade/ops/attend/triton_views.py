@@ -268,6 +268,7 @@ def _scan_codes(
         BITS_V=kv.bits_v,
         K_GROUP=kv.k_group,
         V_GROUP=problem.v.shape[-1] // kv.v.scale.shape[3],
+        FAST=problem.q.is_cuda,
         **sizes,
         **schedule(launch),
     )
