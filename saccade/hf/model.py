@@ -124,6 +124,7 @@ class HFModel:
             if cache.cursor is not None:
                 steps = torch.arange(tokens.shape[1], device=tokens.device)
                 options["position_ids"] = cache.cursor.start[:, None] + steps
+            if cache.cursor is not None or tokens.is_cuda:
                 stack.enter_context(deferred())
             output = decoder(
                 input_ids=tokens,

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from saccade.ops.append import Turn, turned
+from saccade.ops.append import Turn, turn_both, turned
 
 NAME: Final = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -43,7 +43,10 @@ class Promise:
         """Queries (0) or keys (1) as tensors."""
         found = None if self._kept is None else self._kept[index]
         if found is None:
-            self._kept = self._usual(self.turn.q, self.k, self.turn.cos, self.turn.sin)
+            if self.k.is_cuda:
+                self._kept = turn_both(self.k, self.turn)
+            else:
+                self._kept = self._usual(self.turn.q, self.k, self.turn.cos, self.turn.sin)
             found = self._kept[index]
         assert found is not None
         return found

@@ -67,6 +67,19 @@ def append(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None = None) -> Tens
     return q
 
 
+def turn_both(k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    """Queries and keys `[B, H, t, D]` turned, by one kernel where there is a GPU."""
+    if able_on(k.device) and _fits(None, k, k, turn):
+        from saccade.ops.attend.triton_append import launch
+
+        out = torch.empty_like(k)
+        start = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)
+        q = launch(Slots(out, out, start), k, None, turn)
+        assert q is not None
+        return q, out
+    return turned(turn.q, turn), turned(k, turn)
+
+
 def turned(x: Tensor, turn: Turn) -> Tensor:
     """`x` `[B, H, t, D]` turned by halves, computed in the wider type of `x` and the tables."""
     low, high = x.chunk(2, dim=-1)
@@ -74,9 +87,9 @@ def turned(x: Tensor, turn: Turn) -> Tensor:
     return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
 
 
-def _fits(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None) -> bool:
+def _fits(slots: Slots | None, k: Tensor, v: Tensor, turn: Turn | None) -> bool:
     """What the kernel serves: even heads, and Hadamard blocks that are whole heads."""
     dims = k.shape[3], v.shape[3]
     if any(dim % 2 for dim in dims) or (turn is not None and turn.cos.shape[-1] != dims[0]):
         return False
-    return not slots.hadamard or all(block_of(dim) == dim for dim in dims)
+    return slots is None or not slots.hadamard or all(block_of(dim) == dim for dim in dims)

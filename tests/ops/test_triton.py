@@ -25,7 +25,7 @@ from saccade.core import (
 from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.append import Slots, Turn, append, turned
+from saccade.ops.append import Slots, Turn, append, turn_both, turned
 from saccade.ops.hadamard import rotate
 from tests.ops.cases import Case, all_cases, nothing_matters, on
 
@@ -419,3 +419,23 @@ def moved(view, device):
     tensors = [Codes(*(x.to(device) for x in part)) for part in (view.k, view.v)]
     recents = view.recent_k.to(device), view.recent_v.to(device)
     return QuantizedKV(*tensors, *recents, view.bits_k, view.bits_v, view.k_group)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [2, 16, 128])
+def test_rotation_of_few_rows(dim):
+    x = torch.randn(2, 3, 5, dim)
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
+    truth = x @ (torch.tensor(signs) * dim**-0.5)
+    assert torch.allclose(rotate(x.to(DEVICE)).cpu(), truth, atol=1e-5)
+    assert torch.allclose(rotate(x.mT.contiguous().mT.to(DEVICE)).cpu(), truth, atol=1e-5)
+
+
+@runs_kernels
+def test_turning_without_storing():
+    angle = torch.rand(2, 3, 8).repeat(1, 1, 2)
+    q, k = torch.randn(2, 3, 4, 16).transpose(1, 2), torch.randn(2, 2, 3, 16)
+    turn = Turn(*on(DEVICE, q, angle.cos(), angle.sin()))
+    both = turn_both(k.to(DEVICE), turn)
+    for ours, x in zip(both, (q, k), strict=True):
+        assert torch.allclose(ours.cpu(), turned(x.to(DEVICE), turn).cpu(), atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 
 import saccade
 from saccade.core import Unsupported
+from saccade.hf.norms import plain_norms
 from saccade.hf.turning import turns_by_halves
 from saccade.ops import append as appending
 from saccade.runtime import ContextParams, DecodeStep
@@ -130,3 +131,13 @@ def test_refusals(model):
             DecodeStep(ctx.model, ctx.cache)
     with saccade.Context(model) as ctx, pytest.raises(Unsupported, match="the cache is empty"):
         DecodeStep(ctx.model, ctx.cache)
+
+
+def test_norms_are_fused_where_they_are_plain():
+    """LlamaRMSNorm is; Gemma's, which adds one to its weight, is not."""
+    for family, fused in (("llama", 9), ("qwen3", 17), ("gemma2", 0)):
+        found = list(plain_norms(tiny_model(tiny_config(family))))
+        assert len(found) == fused
+        for module, forward in found:
+            x = torch.randn(2, 3, len(module.weight))
+            assert torch.allclose(forward(x), module(x), atol=1e-6)

@@ -88,7 +88,10 @@ def run(call: AttentionCall) -> AttentionOutput:
         if call.q.shape[2] > MANY_QUERIES or call.cu_seqlens is not None:
             from saccade.ops.attend.triton_launch import forward
 
-            return forward(dense_problem(call))
+            problem = dense_problem(call)
+            # Laid out as the queries are, which models turn into rows of tokens without a copy.
+            same = problem.q.shape[3] == problem.v.shape[3]
+            return forward(problem, torch.empty_like(problem.q) if same else None)
     from saccade.ops.attend.triton_views import run_view
 
     return run_view(call)

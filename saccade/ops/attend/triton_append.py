@@ -92,20 +92,21 @@ def append_kernel(
         carry(here, there, cos, sin, VALUE_DIM, VALUE_HALF, False, MIX)
 
 
-def launch(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None) -> Tensor | None:
-    """`ops.append` by one kernel."""
+def launch(slots: Slots, k: Tensor, v: Tensor | None, turn: Turn | None) -> Tensor | None:
+    """`ops.append` by one kernel; without `v`, keys alone."""
     batch, kv_heads, tokens, dim = k.shape
-    k, v = unit_rows(k), unit_rows(v)
+    k = unit_rows(k)
+    values = k if v is None else unit_rows(v)
     q = k if turn is None else unit_rows(turn.q)
     heads = 0 if turn is None else q.shape[1]
-    out = k if turn is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = k if turn is None else torch.empty_like(q)
     cos, sin = (k, k) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     by_row = turn is not None and cos.shape[0] > 1
     with on(k.device):
-        append_kernel[(heads + 2 * kv_heads, tokens, batch)](
+        append_kernel[(heads + kv_heads * (1 if v is None else 2), tokens, batch)](
             plane(q),
             plane(k),
-            plane(v),
+            plane(values),
             plane(out),
             plane(slots.k),
             plane(slots.v),
@@ -119,10 +120,29 @@ def launch(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None) -> Tensor | No
             kv_heads,
             DIM=dim,
             HALF=triton.next_power_of_2(dim // 2),
-            VALUE_DIM=v.shape[3],
-            VALUE_HALF=triton.next_power_of_2(v.shape[3] // 2),
+            VALUE_DIM=values.shape[3],
+            VALUE_HALF=triton.next_power_of_2(values.shape[3] // 2),
             TURN=turn is not None,
             MIX=slots.hadamard,
-            num_warps=1 if not slots.hadamard else 4,
+            num_warps=4 if slots.hadamard else 1,
         )
     return None if turn is None else out
+
+
+@triton.jit
+def rotate_kernel(x, out, row, DIM: tl.constexpr, HALF: tl.constexpr):
+    """Hadamard rotation of one row."""
+    at = tl.program_id(0).to(tl.int64)
+    carry(x + at * row, out + at * DIM, x, x, DIM, HALF, False, True)
+
+
+def rotate_rows(x: Tensor) -> Tensor:
+    """`ops.hadamard.rotate` for few rows `[..., D]` of a power of two."""
+    rows, dim = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    rows = unit_rows(rows)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with on(x.device):
+        rotate_kernel[(len(rows),)](
+            rows, out, rows.stride(0), DIM=dim, HALF=triton.next_power_of_2(dim // 2), num_warps=4
+        )
+    return out

@@ -17,12 +17,13 @@ from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms
 
 
-def forward(problem: Problem) -> AttentionOutput:
-    """Output and lse of a problem over dense keys."""
+def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
+    """Output and lse of a problem over dense keys; `out` may say where the output goes."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     value_dim = v.shape[3]
-    out = torch.empty(batch, heads, q_len, value_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, q_len, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)

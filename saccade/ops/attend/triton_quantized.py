@@ -5,8 +5,8 @@ are one column.  Codes become numbers by bits alone: 0x6400 | code is 1024 + cod
 16-bit queries products are taken in float16 (finer than bfloat16) and sums in float32.  Everything
 is done by halves of a head, which is how four-bit codes share bytes (saccade.core.formats).
 
-Tiles come through registers, one ahead of the arithmetic: codes fetched straight into shared memory
-would have to be gathered byte by byte for the matrix units, which is what limited an earlier version.
+Codes are loaded as words of four and become numbers in registers, on the way from one shared tile
+to another: loaded as bytes, the order of the matrix units would make the compiler gather each one.
 """
 
 from __future__ import annotations
@@ -114,14 +114,12 @@ def load_tokens(plane, b, kv_head, at, real, group):
 
 
 @triton.jit
-def fetch(k, v, rules, b, kv_head, start, k_len, columns, dims, value_dims, HALF: tl.constexpr,
+def fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF: tl.constexpr,
           V_HALF: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
           K_GROUP: tl.constexpr, V_GROUP: tl.constexpr):  # fmt: skip
     """Everything stored of the tokens from `start`: words, scales, offsets, by halves."""
     at = (start + columns).to(tl.int64)
-    real = real_keys(rules, b, start + columns, k_len)
-    # A tile past the end belongs to no group: its scales are those of the last one.
-    group = (tl.maximum(tl.minimum(start, k_len - 1), 0) // K_GROUP).to(tl.int64)
+    group = (start // K_GROUP).to(tl.int64)
     other: tl.constexpr = V_HALF // V_GROUP  # group of the upper half, where each half has one
     k_words = tl.arange(0, dims.shape[0] // 4)
     v_words = tl.arange(0, value_dims.shape[0] // 4)
@@ -182,11 +180,10 @@ def weigh_groups(p, acc, codes, coded, b, kv_head, at, real, channels, last, MID
 
 
 @triton.jit
-def first_key(i, begin, end, visits, visited, num_sinks, first, BLOCK: tl.constexpr):
-    """Position of the first key of the i-th tile; of any tile where there is none."""
-    i = tl.maximum(tl.minimum(i, end - 1), begin)
+def first_key(i, visits, visited, num_sinks, first, BLOCK: tl.constexpr):
+    """Position of the first key of the i-th tile."""
     if visits.tiles is not None:
-        return tl.load(visited + i, mask=i < end, other=0) * BLOCK
+        return tl.load(visited + i) * BLOCK
     return tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK
 
 
@@ -265,16 +262,12 @@ def quantized_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     low = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     high = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    start = first_key(begin, begin, end, visits, visited, num_sinks, first, BLOCK_N)
-    tokens = fetch(k, v, rules, b, kv_head, start, k_len, columns, dims, value_dims, HALF, V_HALF,
-                   BITS_K, BITS_V, K_GROUP, V_GROUP)  # fmt: skip
-    for i in tl.range(begin, end, num_stages=1):
+    for i in tl.range(begin, end, num_stages=STAGES):
+        start = first_key(i, visits, visited, num_sinks, first, BLOCK_N)
         k_pos = start + columns
         real = real_keys(rules, b, k_pos, k_len)
-        here = tokens
-        start = first_key(i + 1, begin, end, visits, visited, num_sinks, first, BLOCK_N)
-        tokens = fetch(k, v, rules, b, kv_head, start, k_len, columns, dims, value_dims, HALF,
-                       V_HALF, BITS_K, BITS_V, K_GROUP, V_GROUP)  # fmt: skip
+        here = fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF, V_HALF, BITS_K,
+                     BITS_V, K_GROUP, V_GROUP)  # fmt: skip
         k_low = as_numbers(here[0], BITS_K, 0, 0, q_low.dtype, FAST)
         k_high = as_numbers(here[1], BITS_K, 1, 0, q_low.dtype, FAST)
         k_low = keys_of(k_low, here[4], here[6])
