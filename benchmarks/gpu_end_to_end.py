@@ -221,24 +221,26 @@ def _errors(logits: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
 
 
 def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """Prefill of the longest text in chunks and in one piece, decoding at each length."""
+    """Decoding at each length and over codes, prefill of the longest text in chunks and whole."""
     subject = Ours(config, lengths[-1] + 256)
     ids = tokens(lengths[-1], config.vocab_size)
     subject.read(ids[:CHUNK], CHUNK)  # compile
-    subject.forget()
-    peak()
     found: dict[str, Any] = {"decode": {}}
-    found["chunks_s"] = timed(lambda: subject.read(ids, CHUNK))
-    found["chunks_peak_gib"] = peak()
-    exact = subject.step(7).clone()
+    for length in lengths:
+        subject.forget()
+        peak()
+        first = timed(lambda n=length: subject.read(ids[:n], CHUNK))
+        found["decode"][length] = {"first_token_s": first, "prefill_peak_gib": peak()}
+        exact = subject.step(7).clone()
+        found["decode"][length] |= rate(subject)
+        print(json.dumps(found), flush=True)
+    found["chunks_s"] = found["decode"][lengths[-1]]["first_token_s"]
+    found["chunks_peak_gib"] = found["decode"][lengths[-1]]["prefill_peak_gib"]
+    for layer in subject.ctx.cache.layers:
+        layer.truncate(len(ids) + 1)
     for bits in (8, 4):
         found[f"int{bits}"] = over_codes(subject, bits, exact)
         print(json.dumps(found), flush=True)
-    found["decode"][lengths[-1]] = rate(subject)
-    for length in lengths[:-1]:
-        subject.forget()
-        first = timed(lambda n=length: subject.read(ids[:n], CHUNK))
-        found["decode"][length] = {"first_token_s": first} | rate(subject)
     subject.ctx.close()
     subject.context(lengths[-1])
     peak()

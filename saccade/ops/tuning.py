@@ -139,7 +139,7 @@ DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
 
 DECODE_CODES: dict[str, Table] = {  # quantised keys; block_n is also bounded by their group
     "sm_90": (
-        (128, Launch(16, 64, 4, 3, per_sm=3)),
+        (128, Launch(16, 64, 1, 2, per_sm=6)),
         (256, Launch(16, 32, 4, 2, per_sm=2)),
         (512, Launch(16, 32, 8, 1, per_sm=1)),
     ),

@@ -432,9 +432,11 @@ def test_rotation_of_few_rows(dim):
 
 
 @runs_kernels
-def test_turning_without_storing():
-    angle = torch.rand(2, 3, 8).repeat(1, 1, 2)
-    q, k = torch.randn(2, 3, 4, 16).transpose(1, 2), torch.randn(2, 2, 3, 16)
+@pytest.mark.parametrize("tokens", [3, 70_000] if DEVICE == "cuda" else [3])
+def test_turning_without_storing(tokens):
+    """Also of more tokens than two of the three axes of a grid can count."""
+    angle = torch.rand(2, tokens, 8).repeat(1, 1, 2)
+    q, k = torch.randn(2, tokens, 4, 16).transpose(1, 2), torch.randn(2, 2, tokens, 16)
     turn = Turn(*on(DEVICE, q, angle.cos(), angle.sin()))
     both = turn_both(k.to(DEVICE), turn)
     for ours, x in zip(both, (q, k), strict=True):

@@ -67,9 +67,9 @@ def append_kernel(
     TURN: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """Program (head, token, row): heads of q first (none where not TURN), then of k, then of v."""
-    h = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64)
+    """Program (token, head, row): heads of q first (none where not TURN), then of k, then of v."""
+    t = tl.program_id(0).to(tl.int64)  # the only axis of a grid that may exceed 65535
+    h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     slot = tl.load(at + b) + t
     if origin is not None:
@@ -103,7 +103,7 @@ def launch(slots: Slots, k: Tensor, v: Tensor | None, turn: Turn | None) -> Tens
     cos, sin = (k, k) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     by_row = turn is not None and cos.shape[0] > 1
     with on(k.device):
-        append_kernel[(heads + kv_heads * (1 if v is None else 2), tokens, batch)](
+        append_kernel[(tokens, heads + kv_heads * (1 if v is None else 2), batch)](
             plane(q),
             plane(k),
             plane(values),
