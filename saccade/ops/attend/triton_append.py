@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade.ops.append import Slots, Turn
 from saccade.ops.attend.triton_launch import on, plane
 from saccade.ops.attend.triton_problem import unit_rows
+from saccade.ops.whole import power_of_two
 
 
 @triton.jit
@@ -119,9 +120,9 @@ def launch(slots: Slots, k: Tensor, v: Tensor | None, turn: Turn | None) -> Tens
             heads,
             kv_heads,
             DIM=dim,
-            HALF=triton.next_power_of_2(dim // 2),
+            HALF=power_of_two(dim // 2),
             VALUE_DIM=values.shape[3],
-            VALUE_HALF=triton.next_power_of_2(values.shape[3] // 2),
+            VALUE_HALF=power_of_two(values.shape[3] // 2),
             TURN=turn is not None,
             MIX=slots.hadamard,
             num_warps=4 if slots.hadamard else 1,
@@ -143,6 +144,6 @@ def rotate_rows(x: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on(x.device):
         rotate_kernel[(len(rows),)](
-            rows, out, rows.stride(0), DIM=dim, HALF=triton.next_power_of_2(dim // 2), num_warps=4
+            rows, out, rows.stride(0), DIM=dim, HALF=power_of_two(dim // 2), num_warps=4
         )
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
@@ -26,6 +25,7 @@ from saccade.ops.attend.triton_quantized import Coded, quantized_kernel
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.call import AttentionCall
 from saccade.ops.tiles import Plane
+from saccade.ops.whole import cdiv, power_of_two
 
 
 class Parts:
@@ -46,7 +46,7 @@ class Parts:
         out = torch.empty(self.shape, dtype=dtype, device=self.out.device)
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
-        block_v = triton.next_power_of_2(value_dim)
+        block_v = power_of_two(value_dim)
         merge_kernel[(lse.numel(),)](
             self.out,
             self.lse,
@@ -59,7 +59,7 @@ class Parts:
             self.shape[2],
             VALUE_DIM=value_dim,
             BLOCK_V=block_v,
-            BLOCK_S=max(1, min(triton.next_power_of_2(self.splits), 8192 // block_v)),
+            BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
             num_warps=4,
         )
         return AttentionOutput(out, lse)
@@ -127,8 +127,8 @@ def rows_of(
     """(configuration, rows of a tile, tiles of rows): rows are queries times heads of a group."""
     launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
     rows = problem.q.shape[1] // heads * problem.q.shape[2]
-    block_m = min(max(16, triton.next_power_of_2(rows)), launch.block_m)
-    return launch, block_m, triton.cdiv(rows, block_m)
+    block_m = min(max(16, power_of_two(rows)), launch.block_m)
+    return launch, block_m, cdiv(rows, block_m)
 
 
 def splits_of(
@@ -140,7 +140,7 @@ def splits_of(
         reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
     programs = problem.q.shape[0] * heads * row_tiles
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(wanted // max(programs, 1), triton.cdiv(reach, launch.block_n)))
+    return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))
 
 
 def scan(
