@@ -21,6 +21,8 @@ def plain_norms(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor]
         eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
         if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.ndim != 1:
             continue
+        if "forward" in vars(module):  # somebody has replaced it: accelerate's hooks, or we
+            continue
         fused = partial(_fused, weight=weight, eps=eps)
         kind = type(module), eps
         if kind not in known:

@@ -78,6 +78,7 @@ class Context:
         self._tokens: list[int] = []
         self._next: NextToken | None = None
         self._decode_step: DecodeStep | None = None
+        self._steps: bool | None = None  # whether steps serve here; None: not asked yet
 
     def __enter__(self) -> Context:
         return self
@@ -238,20 +239,25 @@ class Context:
     def _read_one(self, token: int) -> Tensor:
         """Logits `[vocab]` behind one more token; on a GPU by a captured step."""
         self._watch()
-        if self._can_step:
-            if self._decode_step is None:
-                self._decode_step = DecodeStep(self.model, self._cache)
-            logits = self._decode_step(token)[0]
-            self._tokens.append(token)
-            return logits
+        if self._steps is None:
+            self._steps = self._can_step() and refusal(self._cache) is None
+        if self._steps and self._cache.observer is None:
+            try:
+                self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
+                logits = self._decode_step(token)[0]
+            except Unsupported:  # some models ask the host in the middle of a step
+                self._steps = False
+            else:
+                self._tokens.append(token)
+                return logits
         return self.logits(self.append([token])[-1])
 
-    @property
     def _can_step(self) -> bool:
-        """Whether a captured step would be right here, and faster."""
-        if self.model.device.type != "cuda" or self.params.sparse is not None:
-            return False
-        return self._cache.observer is None and refusal(self._cache) is None
+        """Whether a captured step could serve here: a GPU, and what its kernels run over."""
+        params = self.params
+        plain = params.sparse is None and params.flash_attn != "disabled"
+        stored = params.type_k in (None, "int8", "int4") and params.backend in (None, "triton")
+        return self.model.device.type == "cuda" and plain and stored
 
     def _watch(self) -> None:
         """Under a kv_policy: remember the queries from here on."""

@@ -62,6 +62,9 @@ class DecodeStep:
 
         Returns:
             Logits `[B, vocab]` float32, valid until the next step.
+
+        Raises:
+            Unsupported: a model that asks the host in the middle of a step; nothing was read.
         """
         for layer in self._layers:
             layer.claim(1)
@@ -113,6 +116,12 @@ class DecodeStep:
             self._move_cursor(self._reached)  # the recorded step writes the same slots again
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._run()
+        try:
+            with torch.cuda.graph(graph):
+                self._logits = self._run()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise Unsupported(
+                f"this model cannot be captured as a CUDA graph: {reason}. Use Context.append."
+            ) from error
         self._graph = graph

@@ -141,3 +141,26 @@ def test_norms_are_fused_where_they_are_plain():
         for module, forward in found:
             x = torch.randn(2, 3, len(module.weight))
             assert torch.allclose(forward(x), module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_streams_take_steps_where_they_can(model, monkeypatch, able):
+    """As on a GPU; a model that cannot be captured goes on by append, nothing read twice."""
+    prompt, steps = PROMPT[:20], []
+    expected = model.generate(prompt[None], max_new_tokens=9, do_sample=False)[0, 20:]
+    original = DecodeStep.__call__
+
+    def call(self, token):
+        steps.append(token)
+        if not able:
+            self._layers[0].claim(1)
+            raise Unsupported("no")
+        return original(self, token)
+
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    monkeypatch.setattr(saccade.runtime.Context, "_can_step", lambda self: True)
+    with saccade.Context(model) as ctx:
+        tokens = [piece.token for piece in ctx.stream(prompt, n_predict=9)]
+        assert ctx.tokens == [*prompt.tolist(), *tokens] and ctx.seen == 29
+    assert tokens == expected.tolist()
+    assert len(steps) == (9 if able else 1)
