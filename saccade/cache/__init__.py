@@ -9,8 +9,11 @@ from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.step import Appended, Cursor, SteppingCache
 
 __all__ = [
+    "Appended",
+    "Cursor",
     "DenseCache",
     "LayerCache",
     "OffloadedCache",
@@ -22,5 +25,6 @@ __all__ = [
     "RingCache",
     "ShiftKeys",
     "Staging",
+    "SteppingCache",
     "make_layer_cache",
 ]

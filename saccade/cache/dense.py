@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.step import Appended, Cursor
 from saccade.core import DenseKV, Unsupported
+from saccade.ops.append import Slots, Turn, append
 
 GROWTH_STEP = 64
 GROWTH_SHARE = 16
@@ -68,6 +70,30 @@ class DenseCache:
         """Everything held, without a copy."""
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
+
+    def claim(self, count: int) -> None:
+        """See SteppingCache."""
+        if self._k is None or self._v is None:
+            raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
+        self._make_room(self._slots + count, self._k, self._v)
+
+    def place(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        assert self._k is not None and self._v is not None
+        gap = self._seen - self._slots
+        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], gap
+
+    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+        """See SteppingCache."""
+        assert self._k is not None and self._v is not None, "claim comes first"
+        cursor = cursor.back(self._seen - self._slots)
+        q = append(Slots(self._k, self._v, cursor.start), k, v, turn)
+        return Appended(DenseKV(self._k, self._v), cursor, q)
+
+    def advance(self, count: int) -> None:
+        """See SteppingCache."""
+        self._slots += count
+        self._seen += count
 
     def keep(self, index: Tensor, *, room: int = 0) -> None:
         """Keep only the slots `index` int64 `[B, Hkv, n]` (ascending) and free the rest.

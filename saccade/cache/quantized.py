@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
-from saccade.core import KeyRange, QuantizedKV
+from saccade.cache.step import Appended, Cursor
+from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
 from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
+from saccade.ops.append import Slots, Turn, append
 from saccade.ops.hadamard import rotate
 
 GROWTH_STEP = 1024
@@ -58,6 +60,8 @@ class QuantizedCache:
         self._recent_k: Tensor | None = None
         self._recent_v: Tensor | None = None
         self._fresh = 0  # tokens in the recent buffer
+        self._packed_there: Tensor | None = None  # `_packed` as steps on the device read it
+        self._packed_told = -1
 
     @property
     def seen(self) -> int:
@@ -83,6 +87,42 @@ class QuantizedCache:
             self._fresh = stop
             return self._view(self._recent_k[:, :, :stop], self._recent_v[:, :, :stop])
         return self._append_large(k, v)
+
+    def claim(self, count: int) -> None:
+        """See SteppingCache; whole groups are packed here, between two steps."""
+        if self._recent_k is None:
+            raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
+        self._pack(self._fresh - self._recent_kept)
+        self._make_room(self._packed + self._recent_k.shape[2])
+        if self._fresh + count > self._recent_k.shape[2]:
+            raise Unsupported(f"a quantised cache cannot take {count} tokens in one step.")
+        if self._packed_there is None:
+            self._packed_there = torch.empty(1, dtype=torch.int64, device=self._recent_k.device)
+        if self._packed_told != self._packed:
+            self._packed_there.fill_(self._packed)
+            self._packed_told = self._packed
+
+    def place(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        tensors = (*(self._k or ()), *(self._v or ()), self._recent_k, self._recent_v)
+        assert self._v is not None
+        return *(x.data_ptr() for x in tensors if x is not None), self._v.codes.shape[2]
+
+    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+        """See SteppingCache; new tokens join the recent ones."""
+        assert self._k is not None and self._v is not None, "claim comes first"
+        assert self._recent_k is not None and self._recent_v is not None
+        assert self._packed_there is not None
+        recent = Slots(
+            self._recent_k, self._recent_v, cursor.start, self._packed_there, self._hadamard
+        )
+        q = append(recent, k, v, turn)
+        stored = self._viewed(self._k, self._v, self._recent_k, self._recent_v)
+        return Appended(GrowingKV(stored, self._packed_there), cursor, q)
+
+    def advance(self, count: int) -> None:
+        """See SteppingCache."""
+        self._fresh += count
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
@@ -224,11 +264,14 @@ class QuantizedCache:
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         assert self._k is not None and self._v is not None
         groups = self._packed // self._group
-        keys = Codes(self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
-        values = Codes(*(part[:, :, : self._packed] for part in self._v))
+        keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        values = (part[:, :, : self._packed] for part in self._v)
+        return self._viewed(Codes(*keys), Codes(*values), recent_k, recent_v)
+
+    def _viewed(self, k: Codes, v: Codes, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         return QuantizedKV(
-            k=self._typed(keys),
-            v=self._typed(values),
+            k=self._typed(k),
+            v=self._typed(v),
             recent_k=recent_k,
             recent_v=recent_v,
             bits_k=self._bits_k,

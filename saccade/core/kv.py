@@ -218,6 +218,49 @@ class QuantizedKV:
 
 
 @dataclass(frozen=True, slots=True)
+class GrowingKV:
+    """A quantised view during decoding steps: only the device knows how much of it is filled.
+
+    Recent slot i holds position packed + i.  How many recent slots are filled is not said here;
+    the `lengths` of the call say it.
+
+    Args:
+        stored: all storage, filled or not.
+        packed: int64 `[1]`, keys the codes hold now.
+    """
+
+    stored: QuantizedKV
+    packed: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @property
+    def rotated(self) -> bool:
+        return self.stored.rotated
+
+    def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
+        history = self.stored.num_packed
+        within = [KeyRange(first, min(last, history)) for first, last in ranges]
+        for tile in self.stored.tiles(within, size):
+            filled = tile.positions < self.packed
+            yield tile._replace(positions=tile.positions.where(filled, -1))
+        # Their positions are known to the device alone, so recent keys are visited always.
+        end = self.stored.shape[2]
+        for tile in self.stored.tiles((KeyRange(history, end),) if ranges else (), size):
+            yield tile._replace(positions=tile.positions - history + self.packed)
+
+
+@dataclass(frozen=True, slots=True)
 class PagedKV:
     """Pages of a shared pool, one table a row; position p of row b is in page table[b, p // size].
 

@@ -13,9 +13,11 @@ from saccade.cache import LayerCache, Staging, make_layer_cache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
+from saccade.hf.norms import plain_norms
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
+from saccade.hf.turning import NAME, deferring, rotary_places
 from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
 
@@ -88,8 +90,14 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
     with ExitStack() as undo:
         undo.enter_context(scaled_rope(model, params))
         _switch_attention(undo, model)
-        for index, module in attention_modules(model):
+        modules = attention_modules(model)
+        for index, module in modules:
             _set(undo, module, ATTRIBUTE, settings(index))
+        for code, usual in rotary_places([module for _, module in modules]):
+            _set(undo, code, NAME, deferring(usual))
+        if model.device.type == "cuda":
+            for module, fused in plain_norms(model):
+                _set(undo, module, "forward", fused)
         attached = Attached(model, params)
         _set(undo, model, "generate", _generate_with_cache(attached))
         yield attached

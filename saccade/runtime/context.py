@@ -19,6 +19,7 @@ from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
+from saccade.runtime.step import DecodeStep, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Context:
         self._tail: QueryTail | None = None
         self._tokens: list[int] = []
         self._next: NextToken | None = None
+        self._decode_step: DecodeStep | None = None
+        self._steps: bool | None = None  # whether steps serve here; None: not asked yet
 
     def __enter__(self) -> Context:
         return self
@@ -251,11 +254,34 @@ class Context:
         if not self._room_for_one():
             return False
         start = time.perf_counter()
-        hidden = self.append([self._next.token])
-        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
+        logits = self._read_one(self._next.token)
+        self._next = NextToken(sampler.pick(logits), shown=False)
         self.stats.decode_tokens += 1
         self.stats.decode_seconds += time.perf_counter() - start
         return True
+
+    def _read_one(self, token: int) -> Tensor:
+        """Logits `[vocab]` behind one more token; on a GPU by a captured step."""
+        self._watch()
+        if self._steps is None:
+            self._steps = self._can_step() and refusal(self._cache) is None
+        if self._steps and self._cache.observer is None:
+            try:
+                self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
+                logits = self._decode_step(token)[0]
+            except Unsupported:  # some models ask the host in the middle of a step
+                self._steps = False
+            else:
+                self._tokens.append(token)
+                return logits
+        return self.logits(self.append([token])[-1])
+
+    def _can_step(self) -> bool:
+        """Whether a captured step could serve here: a GPU, and what its kernels run over."""
+        params = self.params
+        plain = params.sparse is None and params.flash_attn != "disabled"
+        stored = params.type_k in (None, "int8", "int4") and params.backend in (None, "triton")
+        return self.model.device.type == "cuda" and plain and stored
 
     def _watch(self) -> None:
         """Under a kv_policy: remember the queries from here on."""

@@ -98,6 +98,6 @@ def test_quantized_codes_stay_codes_in_memory(bits):
     ptx = compiled(
         quantized_kernel, tuning.DECODE_CODES, k=Coded(codes, k_scale, k_scale),
         v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, K_GROUP=64, V_GROUP=64,
-        **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
+        FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
