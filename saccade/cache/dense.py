@@ -120,6 +120,10 @@ class DenseCache:
             raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
         self._seen = self._slots = min(length, self._slots)
 
+    def reachable(self, length: int) -> int:
+        """Any position, until `keep` has removed keys."""
+        return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
         if self.is_compressed:
@@ -160,11 +164,16 @@ class DenseCache:
         have = 0 if self._k is None else self._k.shape[2]
         if slots <= have:
             return
-        wanted = max(slots, have + have // GROWTH_SHARE)
-        grown = -(-wanted // GROWTH_STEP) * GROWTH_STEP
-        capacity = self._reserve if slots <= self._reserve else grown
+        capacity = grown_capacity(have, slots, self._reserve)
         self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
         self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
+
+
+def grown_capacity(have: int, wanted: int, reserve: int) -> int:
+    """Slots to allocate where `wanted` do not fit into `have`: `reserve` at once, if that does."""
+    wanted_or_more = max(wanted, have + have // GROWTH_SHARE)
+    grown = -(-wanted_or_more // GROWTH_STEP) * GROWTH_STEP
+    return reserve if wanted <= reserve else grown
 
 
 def _grown(

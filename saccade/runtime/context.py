@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.cache import RingCache
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.compression import QueryTail, compress_cache
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.step import DecodeStep, refusal
 
@@ -163,10 +165,32 @@ class Context:
             for chunk in ids.split(self.params.n_batch):
                 hidden = self.model.hidden(chunk[None], self._cache)[0]
                 self._tokens += chunk.tolist()
+                if len(chunk) > 1:
+                    checkpoint(self._cache.layers)
                 states.append(hidden)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
         return torch.cat(states)[-wanted:]
+
+    def reuse(self, tokens: Sequence[int] | Tensor) -> int:
+        """Go back to where `tokens` begin to differ from what was read, as far as layers can.
+
+        Sliding layers reach back over their window or to a checkpoint (`ctx_checkpoints`), a
+        compressed cache not behind its compression.  At least the last token is left to read.
+
+        Returns:
+            How many of `tokens` need not be read again; `append` or `stream` those after.
+        """
+        wanted = torch.as_tensor(tokens, dtype=torch.int64).tolist()
+        alike = 0
+        for ours, theirs in zip(self._tokens, wanted[:-1], strict=False):
+            if ours != theirs:
+                break
+            alike += 1
+        with torch.inference_mode():
+            kept = roll_back(self._cache.layers, alike)
+        self.resume(self._tokens[:kept], None, None)
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` float32 of hidden states `[..., hidden]`."""
@@ -276,8 +300,11 @@ class Context:
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
             raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
+        layers = list(enumerate(self._cache.layers))
+        # Rings can always shift: asked last, a layer that cannot leaves all as they were.
+        layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
-            for i, layer in enumerate(self._cache.layers):
+            for i, layer in layers:
                 layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
         del self._tokens[n_keep : n_keep + n_discard]
 
