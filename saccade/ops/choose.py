@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
-from saccade.ops.attend import cpu, reference, sdpa, tiled, triton
+from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
@@ -32,6 +32,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "tiled": tiled,
     "triton": triton,
+    "gluon": gluon,
     "cpu": cpu,
     "sdpa": sdpa,
 }
