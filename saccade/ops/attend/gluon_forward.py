@@ -31,7 +31,7 @@ LOWEST = gl.constexpr(-1e30)
 
 
 @gluon.jit
-def _work(k, num_heads, num_work, tiles, section):
+def _work(k, tiles, section):
     """The k-th piece of work of this program: (batch * heads + head, tile of queries).
 
     Work is sorted by length, longest first, within sections of heads whose keys fit the L2 cache
@@ -66,7 +66,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _plan(tile, q_len, k_len, q_offset, rules, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+def _plan(
+    tile, q_len, k_len, q_offset, rules, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr
+):
     """Key tiles of a tile of queries: (sinks, last, right edge, right edge + full, all)."""
     row = tile * M
     last_q = q_offset + gl.minimum(row + M, q_len) - 1
@@ -83,58 +85,70 @@ def _key_tile(j, last, total, num_sinks):
 
 
 @gluon.jit
+def _fetch(desc, b, h, start, mem, full, empty, at, STAGES: gl.constexpr):
+    """Ask for a tile as soon as its stage is empty; the following stage."""
+    stage, phase = at
+    mbarrier.wait(empty.index(stage), phase)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [b, h, start, 0], full.index(stage), mem.index(stage))
+    return _next(stage, phase, STAGES)
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
+    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch everything the consumers will read, in their order, as soon as there is room."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
+    Q_STAGES: gl.constexpr = q_full.shape[0]
     K_STAGES: gl.constexpr = k_mem.shape[0]
     V_STAGES: gl.constexpr = v_mem.shape[0]
-    k_stage, k_phase, v_stage, v_phase, q_phase = 0, 1, 0, 1, 1
-    for w in range(_amount(num_work)):
-        at, tile = _work(w, heads, num_work, tiles, section)
+    q_at = gl.to_tensor(0), gl.to_tensor(1)
+    k_at = gl.to_tensor(0), gl.to_tensor(1)
+    v_at = gl.to_tensor(0), gl.to_tensor(1)
+    amount = _amount(num_work)
+    for w in range(amount + 1):  # the last one is fetched as far as consumers look ahead
+        at, tile = _work(gl.minimum(w, amount - 1), tiles, section)
         b = at // heads
         h = at % heads
-        mbarrier.wait(q_empty, q_phase)
-        mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
-        for c in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                q_desc, [b, h, tile * M + c * ROWS, 0], q_full, q_mem.index(c)
-            )
-        q_phase ^= 1
         num_sinks, last, _right, _full, total = _plan(
             tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
         )
+        start = _key_tile(0, last, total, num_sinks) * N
+        k_at = _fetch(k_desc, b, h // groups, start, k_mem, k_full, k_empty, k_at, K_STAGES)
+        stage, phase = q_at
+        mbarrier.wait(q_empty.index(stage), phase)
+        mbarrier.expect(q_full.index(stage), CONSUMERS * q_desc.block_type.nbytes)
+        for c in gl.static_range(CONSUMERS):
+            tma.async_copy_global_to_shared(
+                q_desc, [b, h, tile * M + c * ROWS, 0], q_full.index(stage),
+                q_mem.index(stage * CONSUMERS + c),
+            )  # fmt: skip
+        q_at = _next(stage, phase, Q_STAGES)
+        total = gl.where(w < amount, total, 0)
         for j in range(total):
-            start = _key_tile(j, last, total, num_sinks) * N
-            mbarrier.wait(k_empty.index(k_stage), k_phase)
-            mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [b, h // groups, start, 0], k_full.index(k_stage), k_mem.index(k_stage)
-            )
-            k_stage, k_phase = _next(k_stage, k_phase, K_STAGES)
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
-            mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [b, h // groups, start, 0], v_full.index(v_stage), v_mem.index(v_stage)
-            )
-            v_stage, v_phase = _next(v_stage, v_phase, V_STAGES)
+            v_at = _fetch(v_desc, b, h // groups, start, v_mem, v_full, v_empty, v_at, V_STAGES)
+            if j + 1 < total:
+                start = _key_tile(j + 1, last, total, num_sinks) * N
+                k_at = _fetch(k_desc, b, h // groups, start, k_mem, k_full, k_empty, k_at, K_STAGES)
 
 
 @gluon.jit
-def _mask(s, q_pos, start, k_len, rules, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+def _mask(s, q_pos, start, k_len, rules, CAUSAL: gl.constexpr):
     """Scores of an edge tile, -inf where a query does not see a key."""
-    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    see = k_pos < k_len
+    LAYOUT: gl.constexpr = s.type.layout
+    column = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    end = q_pos * 0 + k_len - start
     if CAUSAL:
-        see = see & (k_pos <= q_pos[:, None])
+        end = gl.minimum(end, q_pos + 1 - start)
+    see = column < end[:, None]
     if rules.window is not None:
-        near = q_pos[:, None] - k_pos < rules.window
+        near = column > (q_pos - rules.window - start)[:, None]
         if rules.sinks is not None:
-            near = near | (k_pos < rules.sinks)
+            near = near | (column < rules.sinks - start)
         see = see & near
     return gl.where(see, s, float("-inf"))
 
@@ -163,103 +177,135 @@ def _operand(weights, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
+def _step(
+    state, q_tile, q_pos, start, k_mem, v_mem, bars, unit, k_len, rules, more,
+    EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    WHO: gl.constexpr,
+):  # fmt: skip
+    """Ask for the scores of one tile and the product of the tile before, softmax while it runs.
+
+    The state holds what the tile before left: weights that are to be multiplied with its values,
+    by how much the accumulator shrinks first, and where the rings and the turns stand.
+    """
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    acc, m, l, shrink, weights, k_at, v_at, turn = state
+    k_stage, k_phase = k_at
+    v_stage, v_phase = v_at
+    N: gl.constexpr = k_mem.shape[3]
+    D: gl.constexpr = k_mem.shape[4]
+    O: gl.constexpr = acc.type.layout
+    p = _operand(weights, v_mem.dtype, O)
+    if TURNS:
+        mbarrier.wait(turns.index(WHO), turn)
+    keys = k_mem.index(k_stage).reshape([N, D])
+    scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    values = v_mem.index(v_stage).reshape([N, D])
+    product = warpgroup_mma(p, values, acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
+        turn ^= 1
+    s = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(k_stage))
+    if EDGE:
+        s = _mask(s, q_pos, start, k_len, rules, CAUSAL)
+    weights, m, l, shrink = _softmax(s, m, l, unit)
+    # This wait also keeps the compiler from asking for the product before the softmax is done.
+    k_at = _next(k_stage, k_phase, k_mem.shape[0])
+    mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=more)
+    acc, p = warpgroup_mma_wait(0, deps=[product, p])
+    mbarrier.arrive(v_empty.index(v_stage))
+    return acc, m, l, shrink, weights, k_at, _next(v_stage, v_phase, v_mem.shape[0]), turn
+
+
+@gluon.jit
 def _steps(
     state, begin, end, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
     EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, CONSUMERS: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
-    """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    """Key tiles begin .. end-1 of one tile of queries."""
     last, total, num_sinks = where
-    N: gl.constexpr = k_mem.shape[3]
-    D: gl.constexpr = k_mem.shape[4]
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
     for j in range(begin, end):
-        acc, m, l, shrink, weights, k_at, v_at, turn = state
-        k_stage, k_phase = k_at
-        v_stage, v_phase = v_at
-        S: gl.constexpr = weights.type.layout
-        O: gl.constexpr = acc.type.layout
-        p = _operand(weights, v_mem.dtype, O)
-        if TURNS:
-            mbarrier.wait(turns.index(WHO), turn)
-        keys = k_mem.index(k_stage).reshape([N, D])
-        scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        values = v_mem.index(v_stage).reshape([N, v_mem.shape[4]])
-        product = warpgroup_mma(p, values, acc, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
-            turn ^= 1
-        s = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_empty.index(k_stage))
-        if EDGE:
-            s = _mask(s, q_pos, _key_tile(j, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
-        weights, m, l, shrink = _softmax(s, m, l, unit)
-        # This wait keeps the compiler from asking for the product before the softmax is done.
-        k_at = _next(k_stage, k_phase, K_STAGES)
-        mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=j + 1 < total)
-        acc, p = warpgroup_mma_wait(0, deps=[product, p])
-        mbarrier.arrive(v_empty.index(v_stage))
-        v_at = _next(v_stage, v_phase, V_STAGES)
-        state = acc, m, l, shrink, weights, k_at, v_at, turn
+        start = _key_tile(j, last, total, num_sinks) * k_mem.shape[3]
+        state = _step(
+            state, q_tile, q_pos, start, k_mem, v_mem, bars, unit, k_len, rules, True,
+            EDGE, CAUSAL, TURNS, CONSUMERS, WHO,
+        )  # fmt: skip
     return state
 
 
 @gluon.jit
+def _finish(acc, m, l, unit, sink_logits, h):
+    """Output and lse of a tile of queries."""
+    top = m * unit
+    O: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    if sink_logits is not None:
+        sink = gl.load(sink_logits + h) * LOG2E
+        raised = gl.maximum(top, sink)
+        shrink = gl.exp2(top - raised)
+        l = l * shrink + gl.exp2(sink - raised)
+        acc = acc * gl.convert_layout(shrink, O)[:, None]
+        top = raised
+    acc = acc * gl.convert_layout(1.0 / l, O)[:, None]
+    return acc, (top + gl.log2(l)) * LN2
+
+
+@gluon.jit
 def _consume(
-    o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+    out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
     CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, CONSUMERS: gl.constexpr,
-    WHO: gl.constexpr,
+    TURNS: gl.constexpr, STAGED: gl.constexpr, CONSUMERS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """Attention of ROWS queries of every tile."""
-    WARPS: gl.constexpr = gl.num_warps()
+    """Attention of ROWS queries of every tile.
+
+    The first scores of a tile of queries are asked for together with the last product of the tile
+    before, so the matrix units do not run dry in between.
+    """
     D: gl.constexpr = v_mem.shape[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S)
+    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
-    q_tile = q_mem.index(WHO).reshape([ROWS, q_mem.shape[4]])
-    if SHARED_OUT:
-        out = q_mem.index(WHO)
-    else:
-        out = o_mem.index(WHO)
+    index = WHO * ROWS + gl.arange(0, ROWS, layout=ROW)
+    amount = _amount(num_work)
+
+    _first_at, first_tile = _work(0, tiles, section)
+    num_sinks, last, _right, _full, total = _plan(
+        first_tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
+    )
+    q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0)
+    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    q_tile = q_mem.index(WHO).reshape([ROWS, D])
+    keys = k_mem.index(0).reshape([N, D]).permute((1, 0))
     weights = gl.zeros([ROWS, N], gl.float32, S)
-    index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
-    q_phase = 0
-    k_at = gl.to_tensor(0), gl.to_tensor(0)
+    scores = warpgroup_mma(q_tile, keys, weights, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_empty.index(0))
+    start = _key_tile(0, last, total, num_sinks) * N
+    s = _mask(s, q_offset + first_tile * M + index, start, k_len, rules, CAUSAL)
+    m = gl.full([ROWS], LOWEST, gl.float32, ROW)
+    l = gl.zeros([ROWS], gl.float32, ROW)
+    weights, m, l, shrink = _softmax(s, m, l, unit)
+    k_at = _next(gl.to_tensor(0), gl.to_tensor(0), k_mem.shape[0])
     v_at = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(1 if WHO == 0 else 0)
-    for w in range(_amount(num_work)):
-        at, tile = _work(w, heads, num_work, tiles, section)
-        row = tile * M + WHO * ROWS
-        q_pos = q_offset + row + index
+    mbarrier.wait(k_full.index(k_at[0]), k_at[1])
+    for w in range(amount):
+        # Recomputed, not carried: Triton 3.6 (loop-aware CSE) froze carried bounds of inner loops.
+        at, tile = _work(w, tiles, section)
         num_sinks, last, right, full, total = _plan(
             tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
         )
-        m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         acc = gl.zeros([ROWS, D], gl.float32, O)
-
-        mbarrier.wait(q_full, q_phase)
-        q_phase ^= 1
-        k_stage, k_phase = k_at
-        mbarrier.wait(k_full.index(k_stage), k_phase)
-        keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
-        scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(k_stage))
-        s = _mask(s, q_pos, _key_tile(0, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
-        weights, m, l, shrink = _softmax(s, m, l, unit)
-        k_at = _next(k_stage, k_phase, K_STAGES)
-        where = (last, total, num_sinks)
-        mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=total > 1)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
+        q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
+        q_pos = q_offset + tile * M + index
+        where = (last, total, num_sinks)
         if CAUSAL:
             state = _steps(
                 state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
@@ -275,36 +321,42 @@ def _consume(
                 k_len, rules, True, CAUSAL, TURNS, CONSUMERS, WHO,
             )  # fmt: skip
         acc, m, l, shrink, weights, k_at, v_at, turn = state
-        if not SHARED_OUT:
-            mbarrier.arrive(q_empty)
-        v_stage, v_phase = v_at
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        p = _operand(weights, v_mem.dtype, O)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        product = warpgroup_mma(p, v_mem.index(v_stage).reshape([N, D]), acc, is_async=True)
-        acc, p = warpgroup_mma_wait(0, deps=[product, p])
-        mbarrier.arrive(v_empty.index(v_stage))
-        v_at = _next(v_stage, v_phase, V_STAGES)
 
-        top = m * unit
-        if sink_logits is not None:
-            sink = gl.load(sink_logits + at % heads) * LOG2E
-            raised = gl.maximum(top, sink)
-            shrink = gl.exp2(top - raised)
-            l = l * shrink + gl.exp2(sink - raised)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-            top = raised
-        acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, O))[:, None]
-        lse_at = lse + at.to(gl.int64) * q_len + row + index
-        gl.store(lse_at, (top + gl.log2(l)) * LN2, mask=row + index < q_len)
-        if not SHARED_OUT:
+        done_m, done_l = m, l
+        mbarrier.arrive(q_empty.index(q_stage))
+        q_stage, q_phase = _next(q_stage, q_phase, Q_STAGES)
+        _next_at, next_tile = _work(gl.minimum(w + 1, amount - 1), tiles, section)
+        num_sinks, last, _right, _full, total = _plan(
+            next_tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
+        )
+        mbarrier.wait(q_full.index(q_stage), q_phase)
+        m = gl.full([ROWS], LOWEST, gl.float32, ROW)
+        l = gl.zeros([ROWS], gl.float32, ROW)
+        state = acc, m, l, shrink, weights, k_at, v_at, turn
+        q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
+        acc, m, l, shrink, weights, k_at, v_at, turn = _step(
+            state, q_tile, q_offset + next_tile * M + index,
+            _key_tile(0, last, total, num_sinks) * N, k_mem, v_mem, bars, unit, k_len, rules,
+            w + 1 < amount, True, CAUSAL, TURNS, CONSUMERS, WHO,
+        )  # fmt: skip
+
+        b = at // heads
+        h = at % heads
+        row = tile * M + WHO * ROWS
+        real = tile * M + index < q_len
+        result, row_lse = _finish(acc, done_m, done_l, unit, sink_logits, h)
+        gl.store(lse + at.to(gl.int64) * q_len + tile * M + index, row_lse, mask=real)
+        if STAGED:
             tma.store_wait(0)
-        out.reshape([ROWS, D]).store(acc.to(v_mem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [at // heads, at % heads, row, 0], out)
-        if SHARED_OUT:
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty)
+            o_mem.index(WHO).reshape([ROWS, D]).store(result.to(v_mem.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [b, h, row, 0], o_mem.index(WHO))
+        else:
+            rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+            columns = gl.arange(0, D, layout=gl.SliceLayout(0, O))
+            first = out.ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
+            places = first + rows.to(gl.int64)[:, None] * out.row + columns[None, :]
+            gl.store(places, result.to(v_mem.dtype), mask=(rows < q_len)[:, None])
     tma.store_wait(0)
 
 
@@ -319,13 +371,15 @@ def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
     )
 
 
-@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset", "batch", "num_work", "tiles", "section"])
+@gluon.jit(
+    do_not_specialize=["q_len", "k_len", "q_offset", "batch", "heads", "groups", "tiles", "section", "num_work"]
+)
 def forward_kernel(
     q, k, v, out, lse, sink_logits, rules, scale, q_len, k_len, q_offset, batch, heads, groups,
     tiles, section, num_work,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, REGISTERS: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, TURNS: gl.constexpr, STAGED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`."""
     ROWS: gl.constexpr = M // CONSUMERS
@@ -334,23 +388,24 @@ def forward_kernel(
     k_desc = _describe(k, batch, heads // groups, k_len, N, D)
     v_desc = _describe(v, batch, heads // groups, k_len, N, D)
     o_desc = _describe(out, batch, heads, q_len, ROWS, D)
-    q_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, N, D], v_desc.layout)
-    if SHARED_OUT:
-        o_mem = q_mem
-    else:
+    if STAGED:
         o_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
+    else:
+        o_mem = q_mem
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
@@ -367,8 +422,8 @@ def forward_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 0,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
@@ -378,12 +433,12 @@ def forward_kernel(
     elif CONSUMERS == 2:
         gl.warp_specialize([
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 0,
             )),
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 1,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
@@ -393,16 +448,16 @@ def forward_kernel(
     else:
         gl.warp_specialize([
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 0,
             )),
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 1,
             )),
             (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 2,
+                out, o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
+                CAUSAL, M, N, ROWS, TURNS, STAGED, CONSUMERS, 2,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,

@@ -15,7 +15,6 @@ from saccade.ops.attend.triton_launch import allow_scratch, on, rules_of
 from saccade.ops.attend.triton_problem import Problem, float32
 from saccade.ops.tiles import Plane
 
-THREADS_PER_WARPGROUP = 128
 REGISTERS_PER_THREAD_SUM = 512  # over the warpgroups of a program that has a multiprocessor alone
 L2_SHARE = 32 * 2**20  # bytes of keys and values that neighbouring programs may read together
 
@@ -27,21 +26,20 @@ class GluonLaunch:
     Attributes:
         consumers: warpgroups that compute, each 64 queries.
         block_n: keys of a tile.
-        k_stages, v_stages: tiles of keys and of values that are in flight or in use.
+        q_stages, k_stages, v_stages: tiles that are in flight or in use.
         registers: per thread of a consumer.
         turns: consumers ask the matrix units in turns.
-        shared_out: results leave through the memory of the queries (no room for their own).
-        persistent: one program a multiprocessor, else one a tile.
+        staged: results leave through shared memory and the copy engine, where there is room.
     """
 
     consumers: int
     block_n: int
+    q_stages: int
     k_stages: int
     v_stages: int
     registers: int
     turns: bool = True
-    shared_out: bool = False
-    persistent: bool = True
+    staged: bool = True
 
     @property
     def block_m(self) -> int:
@@ -50,9 +48,9 @@ class GluonLaunch:
 
 
 LAUNCHES: dict[int, GluonLaunch] = {
-    64: GluonLaunch(3, 128, 2, 2, 160),
-    128: GluonLaunch(2, 128, 2, 2, 240),
-    256: GluonLaunch(2, 64, 2, 2, 240, shared_out=True),
+    64: GluonLaunch(3, 128, 2, 3, 3, 160),
+    128: GluonLaunch(2, 128, 2, 2, 2, 240),
+    256: GluonLaunch(2, 64, 1, 2, 3, 240, staged=False),
 }
 
 
@@ -65,7 +63,7 @@ def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOut
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(q_len, launch.block_m)
     work = tiles * batch * heads
-    programs = min(work, tuning.multiprocessors(q.device)) if launch.persistent else work
+    programs = min(work, tuning.multiprocessors(q.device))
     allow_scratch()
     with on(q.device):
         forward_kernel[(programs,)](
@@ -85,18 +83,31 @@ def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOut
             work,
             CAUSAL=problem.causal,
             D=dim,
-            M=launch.block_m,
-            N=launch.block_n,
-            CONSUMERS=launch.consumers,
-            K_STAGES=launch.k_stages,
-            V_STAGES=launch.v_stages,
-            TURNS=launch.turns,
-            SHARED_OUT=launch.shared_out,
-            REGISTERS=launch.registers,
-            num_warps=4,
-            maxnreg=REGISTERS_PER_THREAD_SUM // (launch.consumers + 1) // 8 * 8,
+            **constants(launch),
+            **options(launch),
         )
     return AttentionOutput(out, lse)
+
+
+def constants(launch: GluonLaunch) -> dict[str, int | bool]:
+    """Compile-time arguments of the kernel that a launch decides."""
+    return {
+        "M": launch.block_m,
+        "N": launch.block_n,
+        "CONSUMERS": launch.consumers,
+        "Q_STAGES": launch.q_stages,
+        "K_STAGES": launch.k_stages,
+        "V_STAGES": launch.v_stages,
+        "TURNS": launch.turns,
+        "STAGED": launch.staged,
+        "REGISTERS": launch.registers,
+    }
+
+
+def options(launch: GluonLaunch) -> dict[str, int]:
+    """How the kernel is compiled: warps of a warpgroup, registers a thread starts with."""
+    warpgroups = launch.consumers + 1
+    return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // warpgroups // 8 * 8}
 
 
 def section(problem: Problem) -> int:
