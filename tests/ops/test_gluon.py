@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_refuses_cpu_tensors_in_a_sentence():
     assert dict(explain(x, x, x))["gluon"].startswith("cannot: tensors are on cpu")
 
 
+def test_auto_takes_only_what_was_measured(monkeypatch):
+    monkeypatch.setattr(gluon, "refusal", lambda call: None)
+    short = torch.empty(1, 32, 100, 64, dtype=torch.bfloat16, device="meta")
+    long = torch.empty(1, 32, 4096, 64, dtype=torch.bfloat16, device="meta")
+    assert dict(explain(short, short, short))["gluon"].startswith("able, but it was measured")
+    assert dict(explain(short, long, long))["gluon"].startswith("able, but it was measured")
+    assert dict(explain(long, long, long))["gluon"] == "chosen"
+
+
 @pytest.mark.parametrize("dim", gluon.DIMS)
 def test_compiles_for_hopper_without_waiting_products(dim):
     from tests.ops.compiled import compile_gluon
@@ -129,3 +139,19 @@ def test_compiles_for_hopper_without_waiting_products(dim):
     order = re.findall(r"wgmma\.(commit_group|wait_group\.sync\.aligned (?:0|1))", ptx)
     asked = "commit_group"
     assert [asked, asked, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
+
+
+def test_products_are_not_serialised_and_nothing_spills(tmp_path):
+    """What ptxas says about the kernel; with another order of issue it says the contrary."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    from tests.ops.compiled import compile_gluon
+
+    source = tmp_path / "kernel.ptx"
+    source.write_text(compile_gluon(128).asm["ptx"])
+    command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
+    done = subprocess.run(
+        [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
+    )
+    assert "serialized" not in done.stderr
+    assert "0 bytes spill stores" in done.stderr

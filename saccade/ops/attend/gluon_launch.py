@@ -26,20 +26,19 @@ class GluonLaunch:
     Attributes:
         consumers: warpgroups that compute, each 64 queries.
         block_n: keys of a tile.
-        q_stages, k_stages, v_stages: tiles that are in flight or in use.
+        k_stages, v_stages: tiles of keys and of values that are in flight or in use.
         registers: per thread of a consumer.
         turns: consumers ask the matrix units in turns.
-        staged: results leave through shared memory and the copy engine, where there is room.
+        shared_out: results leave through the memory of the queries (no room for their own).
     """
 
     consumers: int
     block_n: int
-    q_stages: int
     k_stages: int
     v_stages: int
     registers: int
     turns: bool = True
-    staged: bool = True
+    shared_out: bool = False
 
     @property
     def block_m(self) -> int:
@@ -48,9 +47,9 @@ class GluonLaunch:
 
 
 LAUNCHES: dict[int, GluonLaunch] = {
-    64: GluonLaunch(3, 128, 2, 3, 3, 160),
-    128: GluonLaunch(2, 128, 2, 2, 2, 240),
-    256: GluonLaunch(2, 64, 1, 2, 3, 240, staged=False),
+    64: GluonLaunch(3, 128, 3, 3, 160),
+    128: GluonLaunch(2, 128, 2, 2, 240),
+    256: GluonLaunch(2, 64, 2, 2, 240, shared_out=True),
 }
 
 
@@ -95,11 +94,10 @@ def constants(launch: GluonLaunch) -> dict[str, int | bool]:
         "M": launch.block_m,
         "N": launch.block_n,
         "CONSUMERS": launch.consumers,
-        "Q_STAGES": launch.q_stages,
         "K_STAGES": launch.k_stages,
         "V_STAGES": launch.v_stages,
         "TURNS": launch.turns,
-        "STAGED": launch.staged,
+        "SHARED_OUT": launch.shared_out,
         "REGISTERS": launch.registers,
     }
 
