@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from saccade.core import AttentionOutput, BadInput, BlockSelection, Mask, Unsupported
     from saccade.hf import Context, attach, load_model
     from saccade.ops import attend, attention, decode, explain
-    from saccade.runtime import ContextParams, Sampler
+    from saccade.runtime import ContextParams, Sampler, load_session, save_session
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,8 @@ _HOME = {
     "decode": "saccade.ops",
     "explain": "saccade.ops",
     "load_model": "saccade.hf",
+    "load_session": "saccade.runtime",
+    "save_session": "saccade.runtime",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -3,14 +3,24 @@
 from saccade.cache.base import LayerCache, ShiftKeys
 from saccade.cache.dense import DenseCache
 from saccade.cache.make import make_layer_cache
+from saccade.cache.offloaded import OffloadedCache, Staging
+from saccade.cache.paged import PagedCache, PagePool
+from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 __all__ = [
     "DenseCache",
     "LayerCache",
+    "OffloadedCache",
+    "PagePool",
+    "PagedCache",
+    "Pages",
     "QuantizedCache",
+    "RaggedCache",
     "RingCache",
     "ShiftKeys",
+    "Staging",
     "make_layer_cache",
 ]

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from saccade.core import KVView
+from saccade.core import BadInput, KVView
 
 ShiftKeys = Callable[[Tensor, int], Tensor]
 """Re-rotate keys `[B, Hkv, n, D]` by a number of positions (saccade.rope.shift_keys, bound)."""
+
+
+Setting = int | str | bool | None
+
+
+class CacheState(NamedTuple):
+    """Everything a cache holds, in parts that can be written down; see `cache.snapshot`.
+
+    Attributes:
+        settings: how the cache was made; only a cache made the same way can take the state.
+        progress: whole numbers that say what the tensors hold.
+        tensors: views of what is stored, empty slots left out.
+    """
+
+    settings: Mapping[str, Setting]
+    progress: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
 
 
 class LayerCache(Protocol):
@@ -47,6 +65,10 @@ class LayerCache(Protocol):
         """
         ...
 
+    def reachable(self, length: int) -> int:
+        """The largest position up to `length` that `truncate` can go back to; 0 needs a reset."""
+        ...
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Context shift: forget positions start .. stop-1 and move the later ones down.
 
@@ -58,3 +80,27 @@ class LayerCache(Protocol):
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         ...
+
+    def state(self) -> CacheState:
+        """What it takes to go on from here; the tensors are valid until the next change."""
+        ...
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """Hold what `state` says, copied to `device`; see `cache.snapshot.check` for refusals."""
+        ...
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """`float16` for torch.float16, None for None: dtypes as a state writes them down."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def expect_tensors(state: CacheState, lengths: dict[str, int]) -> None:
+    """Raise BadInput unless the state has exactly these tensors `[B, H, length, ...]`.
+
+    A state of a cache that was never written to has none.
+    """
+    found = {name: tensor.shape[2] for name, tensor in state.tensors.items() if tensor.ndim == 4}
+    empty = not state.tensors and not any(lengths.values())
+    if found != lengths and not empty:
+        raise BadInput(f"the saved cache contradicts itself: expected {lengths}, got {found}.")

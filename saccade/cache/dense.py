@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import ShiftKeys
+from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.core import DenseKV, Unsupported
 
 GROWTH_STEP = 64
@@ -94,6 +94,10 @@ class DenseCache:
             raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
         self._seen = self._slots = min(length, self._slots)
 
+    def reachable(self, length: int) -> int:
+        """Any position, until `keep` has removed keys."""
+        return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
+
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
         if self.is_compressed:
@@ -109,15 +113,41 @@ class DenseCache:
         """Forget everything; memory stays allocated."""
         self._slots = self._seen = 0
 
+    def state(self) -> CacheState:
+        """See LayerCache."""
+        tensors: dict[str, Tensor] = {}
+        capacity = 0
+        if self._k is not None:
+            view = self.view()
+            tensors, capacity = {"k": view.k, "v": view.v}, self._k.shape[2]
+        progress = {"seen": self._seen, "slots": self._slots, "capacity": capacity}
+        return CacheState({"dtype": dtype_name(self._dtype)}, progress, tensors)
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """See LayerCache; as many slots are allocated as were."""
+        slots, capacity = state.progress["slots"], state.progress["capacity"]
+        expect_tensors(state, {"k": slots, "v": slots})
+        self._k = self._v = None
+        if state.tensors:
+            room = max(slots, capacity)
+            self._k = placed(state.tensors["k"], room, device)
+            self._v = placed(state.tensors["v"], room, device)
+        self._seen, self._slots = state.progress["seen"], slots
+
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
         have = 0 if self._k is None else self._k.shape[2]
         if slots <= have:
             return
-        wanted = max(slots, have + have // GROWTH_SHARE)
-        grown = -(-wanted // GROWTH_STEP) * GROWTH_STEP
-        capacity = self._reserve if slots <= self._reserve else grown
+        capacity = grown_capacity(have, slots, self._reserve)
         self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
         self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
+
+
+def grown_capacity(have: int, wanted: int, reserve: int) -> int:
+    """Slots to allocate where `wanted` do not fit into `have`: `reserve` at once, if that does."""
+    wanted_or_more = max(wanted, have + have // GROWTH_SHARE)
+    grown = -(-wanted_or_more // GROWTH_STEP) * GROWTH_STEP
+    return reserve if wanted <= reserve else grown
 
 
 def _grown(
@@ -127,6 +157,14 @@ def _grown(
     new = torch.empty(batch, heads, capacity, dim, dtype=dtype or like.dtype, device=like.device)
     if old is not None:
         new[:, :, :used] = old[:, :, :used]
+    return new
+
+
+def placed(x: Tensor, capacity: int, device: torch.device) -> Tensor:
+    """`x` `[B, H, n, D]` at the front of a fresh buffer of `capacity` slots on `device`."""
+    batch, heads, used, dim = x.shape
+    new = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=device)
+    new[:, :, :used] = x
     return new
 
 

@@ -1,4 +1,4 @@
-"""A cache of int8 or int4 codes with a full-precision recent part (after KIVI, arXiv 2402.02750).
+"""A cache of int8, int4 or fp8 codes, the newest in full precision (KIVI, arXiv 2402.02750).
 
 Keys are quantised per channel in groups of tokens, values per token; the newest tokens wait in
 full precision until a whole group of them can be packed.  Keys and values are first turned by a
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import ShiftKeys
-from saccade.core import QuantizedKV, Unsupported
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
+from saccade.core import KeyRange, QuantizedKV
+from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
 from saccade.ops.hadamard import rotate
 
 GROWTH_STEP = 1024
@@ -28,6 +28,7 @@ class QuantizedCache:
             (per token; the whole head when head_dim is no multiple of it).
         recent: newest tokens that stay in full precision.
         hadamard: rotate keys and values before quantising.
+        fp8: eight-bit codes are floating-point numbers (e4m3) instead of whole ones.
         reserve: tokens to allocate codes for at once, when the final length is known.
     """
 
@@ -39,14 +40,17 @@ class QuantizedCache:
         group: int = 64,
         recent: int = 64,
         hadamard: bool = True,
+        fp8: bool = False,
         reserve: int = 0,
     ) -> None:
         for name, bits in (("bits_k", bits_k), ("bits_v", bits_v)):
             if bits not in (4, 8):
                 raise ValueError(f"{name} must be 4 or 8, got {bits}.")
+        if fp8 and (bits_k, bits_v) != (8, 8):
+            raise ValueError(f"fp8 codes have 8 bits, got bits_k={bits_k} and bits_v={bits_v}.")
         if group < 1 or recent < 0:
             raise ValueError(f"group must be >= 1 and recent >= 0, got {group} and {recent}.")
-        self._bits_k, self._bits_v, self._group = bits_k, bits_v, group
+        self._bits_k, self._bits_v, self._group, self._fp8 = bits_k, bits_v, group, fp8
         self._recent_kept, self._hadamard, self._reserve = recent, hadamard, reserve
         self._k: Codes | None = None
         self._v: Codes | None = None
@@ -93,26 +97,85 @@ class QuantizedCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on.
 
-        Raises:
-            Unsupported: `length` lies inside a packed group that is not a whole one.
+        Where that cuts a packed group, the rest of the group is opened again: what was lost when
+        it was packed does not come back.
         """
         if length >= self._packed:
             self._fresh = min(self._fresh, length - self._packed)
             return
-        if length % self._group:
-            raise Unsupported(
-                f"a quantised cache can go back to position {length} only at a multiple of its "
-                f"group of {self._group}, or within the newest {self._fresh} tokens."
-            )
-        self._packed, self._fresh = length, 0
+        assert self._recent_k is not None and self._recent_v is not None
+        first = length // self._group * self._group
+        k, v = self._opened(first, length)
+        self._packed, self._fresh = first, length - first
+        self._recent_k[:, :, : self._fresh] = k
+        self._recent_v[:, :, : self._fresh] = v
+
+    def reachable(self, length: int) -> int:
+        """Any position."""
+        return min(length, self.seen)
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Packed keys would have to be requantised, which loses a little every time."""
-        raise Unsupported("a quantised cache cannot be shifted. Use type_k='f16' with n_keep.")
+        """Forget positions start .. stop-1; later keys move down, re-rotated and packed again.
+
+        Packed keys are quantised once more, which adds about as much error as the first time.
+        What lies behind `start` is in full precision meanwhile, in this one layer.
+        """
+        first = min(start, self._packed) // self._group * self._group
+        k, v = self._opened(first, self.seen)
+        if self._hadamard:
+            k, v = rotate(k), rotate(v)
+        kept, later = start - first, stop - first
+        k = torch.cat((k[:, :, :kept], shift(k[:, :, later:], start - stop)), dim=2)
+        v = torch.cat((v[:, :, :kept], v[:, :, later:]), dim=2)
+        self._packed, self._fresh = first, 0
+        self.append(k, v)
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
         self._packed = self._fresh = 0
+
+    def state(self) -> CacheState:
+        """See LayerCache."""
+        settings = {
+            "bits_k": self._bits_k,
+            "bits_v": self._bits_v,
+            "group": self._group,
+            "recent": self._recent_kept,
+            "hadamard": self._hadamard,
+            "fp8": self._fp8,
+        }
+        progress = {"packed": self._packed, "fresh": self._fresh, "capacity": 0}
+        if self._v is None or self._recent_k is None or self._recent_v is None:
+            return CacheState(settings, progress, {})
+        progress["capacity"] = self._v.codes.shape[2]
+        view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
+        parts = {f"k.{name}": x for name, x in view.k._asdict().items()}
+        parts |= {f"v.{name}": x for name, x in view.v._asdict().items()}
+        parts |= {"recent.k": view.recent_k, "recent.v": view.recent_v}
+        return CacheState(settings, progress, parts)
+
+    def restore(self, state: CacheState, device: torch.device) -> None:
+        """See LayerCache."""
+        packed, fresh = state.progress["packed"], state.progress["fresh"]
+        groups = packed // self._group
+        lengths = {"k.codes": packed, "k.scale": groups, "k.offset": groups}
+        lengths |= dict.fromkeys(("v.codes", "v.scale", "v.offset"), packed)
+        expect_tensors(state, lengths | {"recent.k": fresh, "recent.v": fresh})
+        self._k = self._v = self._recent_k = self._recent_v = None
+        self._packed, self._fresh = packed, fresh
+        if not state.tensors:
+            return
+        parts = {name: x.to(device) for name, x in state.tensors.items()}
+        parts |= {name: parts[name].view(torch.uint8) for name in ("k.codes", "v.codes")}
+        capacity = max(packed, state.progress["capacity"])
+        rooms = (capacity, capacity // self._group, capacity // self._group)
+        names = ("codes", "scale", "offset")
+        keys = [_extended(parts[f"k.{n}"], room) for n, room in zip(names, rooms, strict=True)]
+        self._k = Codes(*keys)
+        self._v = Codes(*(_extended(parts[f"v.{n}"], capacity) for n in names))
+        slots = self._recent_kept + 2 * self._group
+        self._recent_k = _extended(parts["recent.k"], slots)
+        self._recent_v = _extended(parts["recent.v"], slots)
 
     def _append_large(self, k: Tensor, v: Tensor) -> QuantizedKV:
         """A chunk larger than the recent buffer: lend it as it is, keep codes and the end."""
@@ -146,23 +209,26 @@ class QuantizedCache:
             return
         self._make_room(self._packed + count)
         assert self._k is not None and self._v is not None
-        keys = quantize_keys(k, bits=self._bits_k, group=self._group)
-        values = quantize_values(v, bits=self._bits_v, group=self._v_group(v.shape[3]))
+        v_group = self._v_group(v.shape[3])
+        keys = quantize_keys(k, bits=self._bits_k, group=self._group, fp8=self._fp8)
+        values = quantize_values(v, bits=self._bits_v, group=v_group, fp8=self._fp8)
         first, groups = self._packed, slice(self._packed // self._group, None)
-        self._k.codes[:, :, first : first + count] = keys.codes
+        self._k.codes[:, :, first : first + count] = keys.codes.view(torch.uint8)
         for store, new in zip(self._k[1:], keys[1:], strict=True):
             store[:, :, groups][:, :, : new.shape[2]] = new
-        for store, new in zip(self._v, values, strict=True):
+        self._v.codes[:, :, first : first + count] = values.codes.view(torch.uint8)
+        for store, new in zip(self._v[1:], values[1:], strict=True):
             store[:, :, first : first + count] = new
         self._packed += count
 
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         assert self._k is not None and self._v is not None
         groups = self._packed // self._group
-        keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        keys = Codes(self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        values = Codes(*(part[:, :, : self._packed] for part in self._v))
         return QuantizedKV(
-            k=Codes(*keys),
-            v=Codes(*(part[:, :, : self._packed] for part in self._v)),
+            k=self._typed(keys),
+            v=self._typed(values),
             recent_k=recent_k,
             recent_v=recent_v,
             bits_k=self._bits_k,
@@ -170,6 +236,19 @@ class QuantizedCache:
             k_group=self._group,
             rotated=self._hadamard,
         )
+
+    def _opened(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at the positions first .. stop-1 in full precision, still turned."""
+        assert self._recent_k is not None and self._recent_v is not None
+        view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
+        tiles = list(view.tiles((KeyRange(first, stop),), max(stop - first, 1)))
+        k = [self._recent_k[:, :, :0], *(tile.k for tile in tiles)]
+        v = [self._recent_v[:, :, :0], *(tile.v for tile in tiles)]
+        return torch.cat(k, dim=2), torch.cat(v, dim=2)
+
+    def _typed(self, coded: Codes) -> Codes:
+        """Codes are stored as bytes; as fp8 they are only lent."""
+        return coded._replace(codes=coded.codes.view(FP8)) if self._fp8 else coded
 
     def _v_group(self, dim: int) -> int:
         return self._group if dim % self._group == 0 else dim

@@ -155,7 +155,7 @@ class QuantizedKV:
         k: Codes of `formats.quantize_keys`, scales per channel and `k_group` tokens.
         v: Codes of `formats.quantize_values`, scales per token.
         recent: newest keys and values `[B, Hkv, R, D]`, positions N .. N+R-1.
-        bits_k, bits_v: 4 or 8.
+        bits_k, bits_v: 4 or 8 (whole numbers, or fp8 where the dtype of the codes says so).
         rotated: keys and values were multiplied by a Hadamard matrix before storing.
     """
 

@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, make_layer_cache
+from saccade.cache import LayerCache, Staging, make_layer_cache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
+from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
 
 _ORIGINAL: Final = "saccade_original"
@@ -47,13 +48,19 @@ class Attached:
 def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
     """Empty caches for a model under params; see `Attached.new_cache`."""
 
+    staging = None if params.offload_kqv else Staging()
+
     def make(layer: int, own: int | None) -> LayerCache:
         window, sinks = narrowed_window(own, params)
         return make_layer_cache(
             window=window or own,
             sinks=sinks,
+            checkpoints=params.ctx_checkpoints,
             type_k=params.type_k,
             type_v=params.type_v,
+            page_size=params.page_size,
+            ragged=wants_ragged(params.kv_policy),
+            staging=staging,
             reserve=reserve,
         )
 
@@ -116,7 +123,8 @@ def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], 
 
 
 def _needs_own_cache(params: ContextParams) -> bool:
-    return params.type_k is not None or params.kv_policy is not None
+    options = (params.type_k, params.page_size, params.kv_policy)
+    return any(option is not None for option in options) or not params.offload_kqv
 
 
 def _switch_attention(undo: ExitStack, model: PreTrainedModel) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.cache import LayerCache, ShiftKeys
@@ -14,9 +16,12 @@ from saccade.core import Unsupported
 from saccade.hf.attach import Attached, attach, new_cache
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import layer_windows, text_config
-from saccade.hf.rope import key_shifter
+from saccade.hf.rope import describe_rope, key_shifter
 from saccade.runtime.model import ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
+
+SAMPLES = 64
+"""Numbers of each weight that go into the fingerprint of a model."""
 
 
 class HFModelCache:
@@ -83,6 +88,16 @@ class HFModel:
             windows=layer_windows(config),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where its caches live."""
+        return self.model.device
+
+    def identity(self) -> dict[str, str]:
+        """A fingerprint of the weights (a sample of each) and the rotary positions in force."""
+        ropes = describe_rope(self.model)
+        return {"weights": weights_fingerprint(self.model), **ropes}
+
     def attached(self, params: ContextParams) -> AbstractContextManager[Attached]:
         """Run the model under these params inside the `with`; see `attach`."""
         return attach(self.model, params)
@@ -133,6 +148,21 @@ class HFModel:
         """The function that re-rotates the cached keys of a layer by a number of positions."""
         types = getattr(text_config(self.model), "layer_types", None)
         return key_shifter(self.model, None if types is None else types[layer])
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """sha256 of names, shapes and evenly spaced numbers of all weights: a sample, so it is fast.
+
+    It tells models and fine-tunes apart, not a model whose few numbers were edited by hand.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        at = torch.linspace(0, max(0, len(flat) - 1), SAMPLES, dtype=torch.float64).long()
+        sample = flat[at.to(flat.device)].float().cpu() if len(flat) else flat.float().cpu()
+        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _finished(logits: Tensor, config: Any) -> Tensor:

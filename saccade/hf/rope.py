@@ -157,6 +157,16 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
     return Frequencies(inv_freq, float(getattr(module, f"{prefix}attention_scaling", 1.0)))
 
 
+def describe_rope(model: PreTrainedModel) -> dict[str, str]:
+    """The rotary rule in force for each layer type, in words; nothing for models without one."""
+    config = text_config(model)
+    if not _places(model) or not getattr(config, "rope_parameters", None):
+        return {}
+    module = _first(model).module
+    ropes = module.ropes if isinstance(module, ScaledRotary) else configured_ropes(config)
+    return {f"rope of {kind or 'all'} layers": str(rope) for kind, rope in ropes.items()}
+
+
 def key_shifter(model: PreTrainedModel, layer_type: str | None = None) -> ShiftKeys:
     """The function that moves cached keys `[B, Hkv, n, D]` by a number of positions.
 

@@ -4,6 +4,7 @@ from saccade.runtime.context import Context, Piece, Stats
 from saccade.runtime.model import Model, ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
+from saccade.runtime.session import load_session, save_session
 
 __all__ = [
     "Context",
@@ -15,4 +16,6 @@ __all__ = [
     "Piece",
     "Sampler",
     "Stats",
+    "load_session",
+    "save_session",
 ]

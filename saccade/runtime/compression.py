@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, RingCache
-from saccade.compress import POLICIES, Observed, resolve_budget, select
+from saccade.cache import DenseCache, RaggedCache, RingCache
+from saccade.compress import (
+    POLICIES,
+    Observed,
+    Policy,
+    resolve_budget,
+    select,
+    select_across_heads,
+)
 from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
 
@@ -39,9 +46,23 @@ class QueryTail:
         self._queries[layer] = newest.clone()
         self._scales[layer] = scale
 
+    def state(self) -> dict[int, tuple[Tensor, float]]:
+        """Queries and softmax scale of each layer seen so far."""
+        return {layer: (q, self._scales[layer]) for layer, q in self._queries.items()}
+
+    def restore(self, state: dict[int, tuple[Tensor, float]]) -> None:
+        """Remember what `state` says and nothing else."""
+        self._queries = {layer: q for layer, (q, _) in state.items()}
+        self._scales = {layer: scale for layer, (_, scale) in state.items()}
+
     def of(self, layer: int) -> tuple[Tensor, float]:
         """Queries and softmax scale of a layer."""
         return self._queries[layer], self._scales[layer]
+
+
+def wants_ragged(policy_name: str | None) -> bool:
+    """Whether a policy lets KV heads keep different numbers of keys."""
+    return policy_name is not None and POLICIES[policy_name]().floor is not None
 
 
 def compress_cache(
@@ -56,13 +77,35 @@ def compress_cache(
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, RingCache):
             continue
-        if not isinstance(layer, DenseCache):
+        if isinstance(layer, RaggedCache):
+            _keep_by_head(layer, policy, budget, *tail.of(i))
+        elif isinstance(layer, DenseCache):
+            _keep_equally(layer, policy, budget, *tail.of(i))
+        else:
             raise Unsupported(
                 f"kv_policy needs caches in full precision, layer {i} has {type(layer).__name__}."
             )
-        view = layer.view()
-        kept = resolve_budget(budget, layer.num_slots)
-        if kept < layer.num_slots:
-            q, scale = tail.of(i)
-            scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
-            layer.keep(select(scores, kept), room=DECODE_ROOM)
+
+
+def _keep_equally(
+    layer: DenseCache, policy: Policy, budget: int | float, q: Tensor, scale: float
+) -> None:
+    view = layer.view()
+    kept = resolve_budget(budget, layer.num_slots)
+    if kept < layer.num_slots:
+        scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
+        layer.keep(select(scores, kept), room=DECODE_ROOM)
+
+
+def _keep_by_head(
+    layer: RaggedCache, policy: Policy, budget: int | float, q: Tensor, scale: float
+) -> None:
+    """The budget is that of a head on average; heads of a layer share it as their scores say."""
+    lengths = layer.lengths
+    mean = int(lengths.sum()) // lengths.numel()
+    kept = resolve_budget(budget, mean)
+    if kept < mean:
+        held = layer.held()
+        real = held.positions >= 0
+        seen = Observed(q=q, k=held.k, v=held.v, scale=scale, real=real)
+        layer.keep(select_across_heads(policy.scores(seen), kept, policy.floor or 0.0))

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.cache import RingCache
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.compression import QueryTail, compress_cache
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
 
 
@@ -35,6 +37,18 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     cache_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """A token that was chosen but not yet read by the model.
+
+    Attributes:
+        shown: whether the caller of `stream` got it already.
+    """
+
+    token: int
+    shown: bool
 
 
 class Context:
@@ -62,6 +76,8 @@ class Context:
         self._stack.enter_context(model.attached(self.params))
         self._cache = model.new_cache(self.params, reserve=reserve)
         self._tail: QueryTail | None = None
+        self._tokens: list[int] = []
+        self._next: NextToken | None = None
 
     def __enter__(self) -> Context:
         return self
@@ -83,6 +99,46 @@ class Context:
         return self._cache.seen
 
     @property
+    def tokens(self) -> list[int]:
+        """The tokens read so far, without those that a context shift forgot."""
+        return list(self._tokens)
+
+    @property
+    def next_token(self) -> NextToken | None:
+        """The token that was chosen but not yet read, after a stream."""
+        return self._next
+
+    @property
+    def tail(self) -> QueryTail | None:
+        """The newest queries, where a kv_policy will want them."""
+        return self._tail
+
+    def resume(
+        self,
+        tokens: Sequence[int],
+        next_token: NextToken | None,
+        tail: dict[int, tuple[Tensor, float]] | None,
+    ) -> None:
+        """Go on from caches that were restored; see `runtime.session`.
+
+        Args:
+            tokens: what the caches have read.
+            next_token: chosen but not yet read.
+            tail: newest queries and scale of each layer, where a kv_policy was watching.
+        """
+        self._tokens, self._next = list(tokens), next_token
+        self._cache.observer = self._tail = None
+        if tail is not None:
+            self._watch()
+            assert self._tail is not None, "params were compared before"
+            self._tail.restore(tail)
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether `stream` can go on without a prompt: a token was chosen and waits."""
+        return self._next is not None
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self._cache.nbytes
@@ -100,18 +156,38 @@ class Context:
         if ids.numel() == 0:
             raise BadInput("the prompt is empty: give at least one token to read.")
         self._check_room(len(ids))
-        policy = self.params.kv_policy
-        if policy is not None and self._tail is None:
-            self._tail = QueryTail.for_policy(policy)
-            self._cache.observer = self._tail.observe
+        self._watch()
         states: list[Tensor] = []
         with torch.inference_mode():
             for chunk in ids.split(self.params.n_batch):
                 hidden = self.model.hidden(chunk[None], self._cache)[0]
+                self._tokens += chunk.tolist()
+                if len(chunk) > 1:
+                    checkpoint(self._cache.layers)
                 states.append(hidden)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
         return torch.cat(states)[-wanted:]
+
+    def reuse(self, tokens: Sequence[int] | Tensor) -> int:
+        """Go back to where `tokens` begin to differ from what was read, as far as layers can.
+
+        Sliding layers reach back over their window or to a checkpoint (`ctx_checkpoints`), a
+        compressed cache not behind its compression.  At least the last token is left to read.
+
+        Returns:
+            How many of `tokens` need not be read again; `append` or `stream` those after.
+        """
+        wanted = torch.as_tensor(tokens, dtype=torch.int64).tolist()
+        alike = 0
+        for ours, theirs in zip(self._tokens, wanted[:-1], strict=False):
+            if ours != theirs:
+                break
+            alike += 1
+        with torch.inference_mode():
+            kept = roll_back(self._cache.layers, alike)
+        self.resume(self._tokens[:kept], None, None)
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` float32 of hidden states `[..., hidden]`."""
@@ -129,7 +205,7 @@ class Context:
 
     def stream(
         self,
-        prompt: Sequence[int] | Tensor,
+        prompt: Sequence[int] | Tensor = (),
         *,
         n_predict: int = 128,
         sampler: Sampler | None = None,
@@ -139,25 +215,53 @@ class Context:
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
         None; with n_keep the middle of the context is forgotten instead.
+
+        Without a prompt it goes on where the last stream (or a restored session) stopped.
         """
         sampler, ends = sampler or Sampler(), set(stop)
-        start = time.perf_counter()
-        hidden = self.append(prompt)
-        self.compress()
-        token = sampler.pick(self.logits(hidden[-1]))
-        self.stats.prompt_tokens += len(prompt)
-        self.stats.prefill_seconds += time.perf_counter() - start
+        if len(prompt) or self._next is None:
+            self._read(prompt, sampler)
         for _ in range(n_predict):
             self.stats.cache_bytes = self.cache_bytes
+            if self._next.shown and not self._step(sampler):
+                return
+            token = self._next.token
             if token in ends:
                 return
+            self._next = NextToken(token, shown=True)
             yield Piece(token)
-            if not self._room_for_one():
-                return
-            start = time.perf_counter()
-            token = sampler.pick(self.logits(self.append([token])[-1]))
-            self.stats.decode_tokens += 1
-            self.stats.decode_seconds += time.perf_counter() - start
+        if self._next.shown:
+            self._step(sampler)
+
+    def _read(self, prompt: Sequence[int] | Tensor, sampler: Sampler) -> None:
+        """Read a prompt, and the last token of the stream before it if nobody has read that."""
+        start = time.perf_counter()
+        tokens = torch.as_tensor(prompt, dtype=torch.int64)
+        if self._next is not None and self._next.shown:
+            tokens = torch.cat((torch.tensor([self._next.token]), tokens))
+        hidden = self.append(tokens)
+        self.compress()
+        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.prefill_seconds += time.perf_counter() - start
+
+    def _step(self, sampler: Sampler) -> bool:
+        """Read the token just shown and choose the one after it; False where no room is left."""
+        assert self._next is not None
+        if not self._room_for_one():
+            return False
+        start = time.perf_counter()
+        hidden = self.append([self._next.token])
+        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
+        self.stats.decode_tokens += 1
+        self.stats.decode_seconds += time.perf_counter() - start
+        return True
+
+    def _watch(self) -> None:
+        """Under a kv_policy: remember the queries from here on."""
+        if self.params.kv_policy is not None and self._tail is None:
+            self._tail = QueryTail.for_policy(self.params.kv_policy)
+            self._cache.observer = self._tail.observe
 
     def shift(self, n_keep: int) -> None:
         """Forget half of what lies behind the first `n_keep` tokens, re-rotating later keys.
@@ -170,9 +274,13 @@ class Context:
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
             raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
+        layers = list(enumerate(self._cache.layers))
+        # Rings can always shift: asked last, a layer that cannot leaves all as they were.
+        layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
-            for i, layer in enumerate(self._cache.layers):
+            for i, layer in layers:
                 layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
+        del self._tokens[n_keep : n_keep + n_discard]
 
     @property
     def _bounded(self) -> bool:

@@ -6,7 +6,7 @@ from saccade.core import Mask
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 
-BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5}
+BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "fp8": 1.0}
 
 
 def cache_bytes(facts: ModelFacts, params: ContextParams, tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -62,6 +62,18 @@ class Model(Protocol):
 
     @property
     def facts(self) -> ModelFacts: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its caches live."""
+        ...
+
+    def identity(self) -> Mapping[str, str]:
+        """What makes cached keys of one model useless to another: weights, rotary positions.
+
+        Asked while the model is attached, so that the positions are those in force.
+        """
+        ...
 
     def attached(self, params: ContextParams) -> AbstractContextManager[object]:
         """Run the model under these params inside the `with`; the model is restored on exit."""

@@ -36,6 +36,14 @@ class Sampler:
             )
         self._generator = torch.Generator().manual_seed(self.seed)
 
+    def state(self) -> Tensor:
+        """Where the random numbers are, uint8 `[n]`."""
+        return self._generator.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        """Go on with the random numbers from a state."""
+        self._generator.set_state(state)
+
     def pick(self, logits: Tensor) -> int:
         """The next token from logits `[vocab]`."""
         if self.temperature == 0:

@@ -67,6 +67,7 @@ def test_nothing_given_is_the_default():
         ("--rope-freq-scale 0.5", "rope_freq_scale", 0.5),
         ("--rope-freq-base 1e6", "rope_freq_base", 1e6),
         ("--yarn-orig-ctx 8192", "yarn_orig_ctx", 8192),
+        ("--kv-offload off", "offload_kqv", False),
         ("--keep 0", "n_keep", 0),
         ("--sparse strided", "sparse", PATTERNS["strided"]()),
         ("--kv-policy snapkv --kv-budget 512", "kv_budget", 512),
@@ -215,3 +216,83 @@ def test_stats_line():
         said == "[1,000 prompt tokens at 500 tokens/s; 10 more tokens at 10.0 tokens/s; cache 0 B]"
     )
     assert "tokens/s" not in generate.stats_line(Stats(prompt_tokens=1))
+
+
+class TestSession:
+    """The command line with a tiny model in place of a real one."""
+
+    @pytest.fixture
+    def tiny(self, monkeypatch):
+        from saccade.hf.load import LoadedModel
+        from tests.tiny_models import tiny_config, tiny_model
+
+        model = tiny_model(tiny_config("llama"))
+        loaded = LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=512)
+        monkeypatch.setattr("saccade.hf.load.load_model", lambda _: loaded)
+
+    def call(self, capsys, *words):
+        code = main.main(["generate", "--model", "m", *words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def test_in_two_parts_is_in_one(self, capsys, tmp_path, tiny):
+        options = ["--temp", "1", "--seed", "3"]
+        _, whole, _ = self.call(capsys, "-p", "Why?", "-n", "12", *options)
+        path = str(tmp_path / "s")
+        code, first, said = self.call(capsys, "-p", "Why?", "-n", "5", "--session", path, *options)
+        assert code == 0 and f"Saved {path}: 9 tokens." in said
+        code, second, said = self.call(capsys, "-n", "7", "--session", path)
+        assert code == 0 and f"Going on from {path}: 9 tokens." in said
+        assert first[:-1] + second == whole
+        code, _, said = self.call(capsys, "-n", "3", "-p", "And?", "--session", path)
+        assert code == 0 and "Saved" in said and "23 tokens" in said
+
+    def test_refusals(self, capsys, tmp_path, tiny):
+        path = tmp_path / "s"
+        code, _, said = self.call(capsys, "--session", str(path))
+        assert code == 2 and "except to go on with a --session that exists" in said
+        path.write_text("something else")
+        code, out, said = self.call(capsys, "--session", str(path), "-p", "x")
+        assert code == 2 and out == "" and "is not a whole session" in said
+        assert path.read_text() == "something else"
+        path.unlink()
+        self.call(capsys, "--session", str(path), "-p", "x", "-n", "2")
+        code, _, said = self.call(capsys, "--session", str(path), "-p", "x", "--swa", "9")
+        assert code == 2 and "was saved with --swa=None, this context has 9" in said
+        code, _, said = self.call(capsys, "--session", str(tmp_path / "no" / "s"), "-p", "x")
+        assert code == 2 and "there is no folder" in said
+
+    def test_ctrl_c_saves_between_two_tokens(self, capsys, tmp_path, tiny, monkeypatch):
+        import os
+        import signal
+
+        _, whole, _ = self.call(capsys, "-p", "Why?", "-n", "12")
+        path, pushed = str(tmp_path / "s"), []
+        push = TextStream.push
+
+        def press(stream, token):
+            pushed.append(token)
+            if len(pushed) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return push(stream, token)
+
+        monkeypatch.setattr(TextStream, "push", press)
+        code, first, said = self.call(capsys, "-p", "Why?", "-n", "12", "--session", path)
+        assert code == 130 and f"Saved {path}" in said and said.endswith("Stopped.\n")
+        assert len(pushed) == 4
+        monkeypatch.undo()
+        self.tiny_again(monkeypatch)
+        _, second, _ = self.call(capsys, "-n", "8", "--session", path)
+        assert first[:-1] + second == whole
+
+    def tiny_again(self, monkeypatch):
+        TestSession.tiny.__wrapped__(self, monkeypatch)
+
+
+def test_the_next_turn_begins_behind_the_answer():
+    tokenizer = SimpleNamespace(
+        apply_chat_template=lambda messages, **_: (
+            "".join(f"<{m['role']}>{m['content']}<end>" for m in messages) + "<assistant>"
+        )
+    )
+    assert generate.next_turn(tokenizer, "hi") == "<end><user>hi<end><assistant>"

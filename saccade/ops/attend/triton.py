@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core.formats import FP8
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -60,6 +61,8 @@ def _view_refusal(call: AttentionCall) -> str | None:
     if isinstance(kv, RaggedKV) and any(extra is not None for extra in extras):
         return "a ragged view takes no key_padding, blocks or attn_mask"
     if isinstance(kv, QuantizedKV):
+        if FP8 in (kv.k.codes.dtype, kv.v.codes.dtype):
+            return "its kernels do not read fp8 codes yet"
         if kv.k_group % 16 or any(dim % 2 for dim in kv.shape[3:]):
             return f"quantised keys need groups of 16 n tokens, got {kv.k_group}, and even heads"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):

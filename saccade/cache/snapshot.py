@@ -1,0 +1,75 @@
+"""The state of a cache as data: which kind it is, how it was made, how far it got, its tensors.
+
+The table of kinds is explicit.  Restoring never looks up a class by a name that a file contains
+(which is what makes pickled sessions dangerous): the caches exist already, made from the options
+of the running context, and a state either fits them or is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from saccade.cache.base import CacheState, LayerCache
+from saccade.cache.dense import DenseCache
+from saccade.cache.offloaded import OffloadedCache
+from saccade.cache.paged import PagedCache
+from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
+from saccade.cache.ring import RingCache
+from saccade.core import BadInput, Unsupported
+
+KINDS: Final[dict[str, type[LayerCache]]] = {
+    "dense": DenseCache,
+    "ring": RingCache,
+    "quantized": QuantizedCache,
+    "paged": PagedCache,
+    "ragged": RaggedCache,
+    "offloaded": OffloadedCache,
+}
+
+
+def kind_of(cache: LayerCache) -> str:
+    """The name under which a cache is written down.
+
+    Raises:
+        Unsupported: a cache that is not in the table.
+    """
+    for name, known in KINDS.items():
+        if type(cache) is known:
+            return name
+    raise Unsupported(
+        f"a {type(cache).__name__} cannot be saved; expected one of {', '.join(KINDS)}."
+    )
+
+
+def check(cache: LayerCache, kind: str, state: CacheState) -> None:
+    """Raise BadInput unless `state` is that of a cache of the same kind, made the same way."""
+    own = kind_of(cache)
+    if kind != own:
+        raise BadInput(f"the session holds a {kind} cache where this context has a {own} one.")
+    here = cache.state()
+    for name, value in here.settings.items():
+        if state.settings.get(name) != value:
+            raise BadInput(
+                f"the session was saved with {name}={state.settings.get(name)!r} in a {own} "
+                f"cache, this context has {value!r}. Give the options it was saved with."
+            )
+    numbers = [state.progress.get(name) for name in here.progress]
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise BadInput(f"the session says {state.progress} of a {own} cache, which cannot be.")
+
+
+def restore(cache: LayerCache, kind: str, state: CacheState, device: torch.device) -> None:
+    """Check, then hold what `state` says.
+
+    Raises:
+        BadInput: a state that does not fit; the cache may be empty afterwards, never half full.
+    """
+    check(cache, kind, state)
+    try:
+        cache.restore(state, device)
+    except BadInput:
+        cache.reset()
+        raise
