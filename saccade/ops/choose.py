@@ -6,14 +6,15 @@ backend's module is imported here, so it imports what is heavy (Triton) only to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
-from saccade.ops.attend import cpu, reference, sdpa, tiled, triton
+from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("triton", "cpu", "sdpa", "tiled")
+AUTO_ORDER = ("gluon", "triton", "cpu", "sdpa", "tiled")
 
 
 class Backend(Protocol):
@@ -32,9 +33,14 @@ BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "tiled": tiled,
     "triton": triton,
+    "gluon": gluon,
     "cpu": cpu,
     "sdpa": sdpa,
 }
+
+
+# Backends that `auto` takes only where they were measured to win, though they can do more.
+AUTO_LIMITS: dict[str, Callable[[AttentionCall], str | None]] = {"gluon": gluon.unmeasured}
 
 
 def load(name: str) -> Backend:
@@ -67,9 +73,15 @@ def choose(call: AttentionCall, backend: str) -> Backend:
         return chosen
     for name in AUTO_ORDER:
         candidate = load(name)
-        if candidate.refusal(call) is None:
+        if candidate.refusal(call) is None and _passed_over(name, call) is None:
             return candidate
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
+
+
+def _passed_over(name: str, call: AttentionCall) -> str | None:
+    """Why `auto` does not take a backend that could run the call, or None."""
+    limit = AUTO_LIMITS.get(name)
+    return None if limit is None else limit(call)
 
 
 def explain(call: AttentionCall) -> list[tuple[str, str]]:
@@ -82,6 +94,8 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
             verdict = f"cannot: {reason}"
         elif name not in AUTO_ORDER:
             verdict = "able, but only by name: it materialises the scores"
+        elif (limit := _passed_over(name, call)) is not None:
+            verdict = f"able, but {limit}"
         elif taken:
             verdict = "able, slower here"
         else:

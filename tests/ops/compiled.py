@@ -6,7 +6,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from saccade.ops.tiles import Plane, Rules
+
+RULES = Rules()
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -19,11 +23,19 @@ TYPES = {
 }
 
 
-def compile_for(kernel: Any, target: GPUTarget = HOPPER, *, options: dict, **arguments: Any) -> Any:
+def compile_for(
+    kernel: Any,
+    target: GPUTarget = HOPPER,
+    *,
+    options: dict,
+    source: Any = ASTSource,
+    **arguments: Any,
+) -> Any:
     """The compiled kernel; integers and pointers count as aligned where they are multiples of 16.
 
     Args:
         options: num_warps and num_stages.
+        source: ASTSource, or Gluon's.
         arguments: what a launch would pass, by name; tensors may be on the meta device.
     """
     constants: dict[tuple[int, ...], Any] = {}
@@ -49,5 +61,30 @@ def compile_for(kernel: Any, target: GPUTarget = HOPPER, *, options: dict, **arg
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         signature[parameter.name] = describe(value, (i,), parameter.is_constexpr)
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+    parsed = source(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(parsed, target=target, options=options)
+
+
+def compile_gluon(dim: int, rules: Rules = RULES) -> Any:
+    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it."""
+    from saccade.ops.attend.gluon_forward import forward_kernel
+    from saccade.ops.attend.gluon_launch import LAUNCHES, constants, options
+
+    def plane(heads: int) -> Plane:
+        x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    launch = LAUNCHES[dim]
+    arguments: dict[str, Any] = {
+        "q": plane(32), "k": plane(8), "v": plane(8), "out": plane(32),
+        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": rules,
+        "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
+        "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
+    }  # fmt: skip
+    return compile_for(
+        forward_kernel,
+        options=options(launch),
+        source=GluonASTSource,
+        **arguments,
+        **constants(launch),
+    )

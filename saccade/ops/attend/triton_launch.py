@@ -251,8 +251,13 @@ def _bulk_loads(*tensors: Tensor) -> bool:
         aligned = all(step % 16 == 0 for step in steps) and x.stride(2) > 0
         if size != 2 or not aligned or x.shape[3] > 256 or x.shape[2] == 0:
             return False
-    triton.set_allocator(_scratch)
+    allow_scratch()
     return True
+
+
+def allow_scratch() -> None:
+    """Let kernels that describe tensors to the copy engine have memory for it."""
+    triton.set_allocator(_scratch)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

@@ -1,0 +1,105 @@
+"""Attention by a warp-specialised Gluon kernel on Hopper GPUs: prefill over plain dense keys.
+
+This module is what the chooser loads, on any machine, so it imports Triton only to run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from saccade.core import AttentionOutput, DenseKV
+from saccade.ops.call import AttentionCall
+
+DIMS = (64, 128, 256)
+HOPPER = (9, 0)
+TRITON = "3.6"  # Gluon is experimental: the kernel is tested with this release only
+MEASURED_KEYS = 4096  # the shortest problem that was measured: 32 heads, as many queries
+MEASURED_ROWS = 32 * MEASURED_KEYS
+
+
+@cache
+def _triton_version() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why the kernel cannot run this call, or None."""
+    device = call.q.device
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, not on an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return "the GPU is not a Hopper (compute capability 9.0)"
+    if not _triton_version().startswith(TRITON + "."):
+        return f"it needs triton {TRITON}, found {_triton_version()}"
+    return _problem_refusal(call) or _layout_refusal(call)
+
+
+def _problem_refusal(call: AttentionCall) -> str | None:
+    """What the kernel does not compute."""
+    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not call.is_plain:
+        return "it knows plain dense keys, causal or not, with window and sinks, and nothing else"
+    if call.softcap is not None or call.alibi_slopes is not None:
+        return "it knows no softcap and no alibi_slopes"
+    if not call.scale > 0:
+        return f"scale must be positive, got {call.scale}"
+    if call.needs_grad or torch.compiler.is_compiling():
+        return "it has no gradient and no torch.compile registration"
+    assert isinstance(call.q_offset, int)
+    num_keys = call.kv.shape[2]
+    if call.q_offset < 0 or call.q_offset + call.q.shape[2] > num_keys:
+        return f"queries at {call.q_offset} onwards do not all have a key of their own"
+    return None
+
+
+def _layout_refusal(call: AttentionCall) -> str | None:
+    """What the copy engine and the matrix units do not take."""
+    assert isinstance(call.kv, DenseKV)
+    tensors = (call.q, call.kv.k, call.kv.v)
+    if call.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{call.q.dtype} is not one of bfloat16, float16"
+    if any(x.dtype != call.q.dtype for x in tensors):
+        return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    for x in tensors:
+        if x.shape[3] not in DIMS or x.shape[3] != call.q.shape[3]:
+            return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
+        if not _copyable(x):
+            return "the copy engine needs rows at distinct multiples of 16 bytes"
+    if call.q.numel() == 0:
+        return "there are no queries"
+    return None
+
+
+def _copyable(x: Tensor) -> bool:
+    """Unit last stride, and every other step a positive multiple of 16 bytes."""
+    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step > 0 and step % 16 == 0 for step in steps)
+    )
+
+
+def unmeasured(call: AttentionCall) -> str | None:
+    """Why `auto` leaves a call to others: it is smaller than what was measured, or None."""
+    rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
+    if call.kv.shape[2] < MEASURED_KEYS or rows < MEASURED_ROWS:
+        return (
+            f"it was measured to win only from {MEASURED_KEYS} keys and {MEASURED_ROWS} rows "
+            f"(batch x heads x queries), here {call.kv.shape[2]} and {rows}"
+        )
+    return None
+
+
+def run(call: AttentionCall) -> AttentionOutput:
+    """Attention of a call that `refusal` accepts."""
+    from saccade.ops.attend.gluon_launch import forward
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    return forward(dense_problem(call))

@@ -1,0 +1,124 @@
+"""Launcher of the Gluon forward kernel: which tiles, how many programs, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from saccade.core import AttentionOutput
+from saccade.ops import tuning
+from saccade.ops.attend.gluon_forward import forward_kernel
+from saccade.ops.attend.triton_launch import allow_scratch, on, rules_of
+from saccade.ops.attend.triton_problem import Problem, float32
+from saccade.ops.tiles import Plane
+
+REGISTERS_PER_THREAD_SUM = 512  # over the warpgroups of a program that has a multiprocessor alone
+L2_SHARE = 32 * 2**20  # bytes of keys and values that neighbouring programs may read together
+
+
+@dataclass(frozen=True, slots=True)
+class GluonLaunch:
+    """How the kernel is cut.
+
+    Attributes:
+        consumers: warpgroups that compute, each 64 queries.
+        block_n: keys of a tile.
+        k_stages, v_stages: tiles of keys and of values that are in flight or in use.
+        registers: per thread of a consumer.
+        turns: consumers ask the matrix units in turns.
+        shared_out: results leave through the memory of the queries (no room for their own).
+    """
+
+    consumers: int
+    block_n: int
+    k_stages: int
+    v_stages: int
+    registers: int
+    turns: bool = True
+    shared_out: bool = False
+
+    @property
+    def block_m(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.consumers
+
+
+LAUNCHES: dict[int, GluonLaunch] = {
+    64: GluonLaunch(3, 128, 3, 3, 160),
+    128: GluonLaunch(2, 128, 2, 2, 240),
+    256: GluonLaunch(2, 64, 2, 2, 240, shared_out=True),
+}
+
+
+def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOutput:
+    """Output and lse of a problem that the backend has accepted."""
+    q, k, v = problem.q, problem.k, problem.v
+    batch, heads, q_len, dim = q.shape
+    launch = launch or LAUNCHES[dim]
+    out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    tiles = triton.cdiv(q_len, launch.block_m)
+    work = tiles * batch * heads
+    programs = min(work, tuning.multiprocessors(q.device))
+    allow_scratch()
+    with on(q.device):
+        forward_kernel[(programs,)](
+            *(plane(x) for x in (q, k, v, out)),
+            lse,
+            float32(problem.sink_logits),
+            rules_of(problem),
+            float(problem.scale),
+            q_len,
+            problem.num_keys,
+            problem.q_offset,
+            batch,
+            heads,
+            heads // k.shape[1],
+            tiles,
+            section(problem),
+            work,
+            CAUSAL=problem.causal,
+            D=dim,
+            **constants(launch),
+            **options(launch),
+        )
+    return AttentionOutput(out, lse)
+
+
+def constants(launch: GluonLaunch) -> dict[str, int | bool]:
+    """Compile-time arguments of the kernel that a launch decides."""
+    return {
+        "M": launch.block_m,
+        "N": launch.block_n,
+        "CONSUMERS": launch.consumers,
+        "K_STAGES": launch.k_stages,
+        "V_STAGES": launch.v_stages,
+        "TURNS": launch.turns,
+        "SHARED_OUT": launch.shared_out,
+        "REGISTERS": launch.registers,
+    }
+
+
+def options(launch: GluonLaunch) -> dict[str, int]:
+    """How the kernel is compiled: warps of a warpgroup, registers a thread starts with."""
+    warpgroups = launch.consumers + 1
+    return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // warpgroups // 8 * 8}
+
+
+def section(problem: Problem) -> int:
+    """Query heads that are worked on together: as many as have their keys in the L2 cache."""
+    batch, kv_heads, k_len, dim = problem.k.shape
+    reach = k_len if problem.window is None else min(k_len, problem.window + 4096)
+    fitting = max(1, L2_SHARE // (2 * reach * dim * problem.k.element_size()))
+    rows = batch * kv_heads
+    together = next(n for n in range(min(fitting, rows), 0, -1) if rows % n == 0)
+    return together * (problem.q.shape[1] // kv_heads)
+
+
+def plane(x: Tensor) -> Plane:
+    """Pointer and strides as the copy engine takes them: multiples of 16 bytes."""
+    steps = (x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in (0, 1, 2))
+    return Plane(x, *steps)

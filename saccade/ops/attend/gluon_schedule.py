@@ -1,0 +1,62 @@
+"""Who does what, when, in the Gluon kernel: pieces of work, tiles of keys, rings of stages."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from saccade.ops.tiles import key_tiles
+
+
+@gluon.jit
+def piece_of_work(k, tiles, section):
+    """The k-th piece of work of this program: (batch * heads + head, tile of queries).
+
+    Work is sorted by length, longest first, within sections of heads whose keys fit the L2 cache
+    together; programs take it in snakes, so that every program gets about the same.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    place = gl.where(k % 2 == 0, place, programs - 1 - place)
+    work = k * programs + place
+    per_section = tiles * section
+    inside = work % per_section
+    head = (work // per_section) * section + inside % section
+    return head, tiles - 1 - inside // section
+
+
+@gluon.jit
+def amount_of_work(num_work):
+    """How many pieces of work this program has."""
+    programs = gl.num_programs(0)
+    whole = num_work // programs
+    place = gl.program_id(0)
+    place = gl.where(whole % 2 == 0, place, programs - 1 - place)
+    return whole + gl.where(place < num_work % programs, 1, 0)
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next stage of a ring, and its phase, which flips with every round."""
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def plan(
+    tile, q_len, k_len, q_offset, rules, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr
+):
+    """Key tiles of a tile of queries: (sinks, last, right edge, right edge + full, all)."""
+    row = tile * M
+    last_q = q_offset + gl.minimum(row + M, q_len) - 1
+    num_sinks, first, full_from, full_to, last = key_tiles(
+        q_offset + row, last_q, k_len, rules, CAUSAL, N
+    )
+    return num_sinks, last, last - full_to, last - full_from, last - first + num_sinks
+
+
+@gluon.jit
+def key_tile(j, last, total, num_sinks):
+    """Which tile of keys is visited j-th: from the last to the first, then the sinks."""
+    return gl.where(j < total - num_sinks, last - 1 - j, total - 1 - j)
