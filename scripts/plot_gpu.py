@@ -1,0 +1,100 @@
+"""Draw the GPU records: prefill in TFLOP/s and decoding in GB/s by length, against peers.
+
+python scripts/plot_gpu.py   (reads benchmarks/results, writes docs/img/gpu-attention.png)
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+INK, SOFT, FAINT = "#1f2430", "#6b7280", "#e5e7eb"
+COLORS = {
+    "saccade, Gluon": "#2563a8",
+    "saccade, Triton": "#0f8a6c",
+    "cuDNN": "#c2410c",
+    "FlashAttention-2": "#b8860b",
+}
+Series = dict[str, dict[int, float]]
+
+
+def read(name: str) -> dict:
+    """A record by the name of its file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def prefill() -> tuple[Series, float]:
+    """Causal D 128, TFLOP/s by length, and the rate of a large matrix product."""
+    visit = read("h200_gluon_attention")["visits"][-1]
+    names = {"gluon": "saccade, Gluon", "triton": "saccade, Triton", "cudnn": "cuDNN"}
+    series: Series = {title: {} for title in names.values()}
+    for row in visit["rows"]:
+        if row["dim"] == 128 and row["causal"] and row["window"] is None:
+            for key, title in names.items():
+                if row.get(key):
+                    series[title][row["length"]] = row[key]
+    flash2 = [r for r in read("h200_triton_attention")["rows"] if r["case"] == "forward"]
+    series["FlashAttention-2"] = {
+        r["length"]: r["flash2"]
+        for r in flash2
+        if r["dim"] == 128 and r["causal"] and r["window"] is None
+    }
+    return series, visit["matmul_tflops"]
+
+
+def decode() -> tuple[Series, float]:
+    """Batch 1, bfloat16, GB/s by number of keys, and the read ceiling."""
+    record = read("h200_triton_attention")
+    rows = [
+        r
+        for r in record["rows"]
+        if r["case"] == "decode" and r["kind"] == "dense" and r["batch"] == 1 and not r["window"]
+    ]
+    keys = {"gbs": "saccade, Triton", "cudnn_gbs": "cuDNN", "flash2_gbs": "FlashAttention-2"}
+    series = {title: {r["length"]: r[key] for r in rows} for key, title in keys.items()}
+    return series, record["ceilings"]["read_gbs"]
+
+
+def draw(axes: Axes, series: Series, ceiling: float, title: str, unit: str, limit: str) -> None:
+    """One panel: a line for each implementation under the ceiling of the same run."""
+    for name, found in series.items():
+        ours = name.startswith("saccade")
+        points = sorted(found.items())
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            label=name,
+            color=COLORS[name],
+            marker="o",
+            markerfacecolor=COLORS[name] if ours else "white",
+            linewidth=2 if ours else 1.2,
+        )
+    axes.axhline(ceiling, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(limit, (1, ceiling), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    lengths = sorted({x for found in series.values() for x in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+    axes.set_ylim(0, 1.1 * ceiling)
+    axes.set_title(title, loc="left", color=INK, weight="bold")
+    axes.set_ylabel(unit, color=SOFT)
+    axes.grid(axis="y", color=FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+
+
+def main() -> None:
+    """Draw both panels into one picture."""
+    figure = Figure(figsize=(10.4, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    draw(left, *prefill(), "Prefill, causal, D 128", "TFLOP/s", "matrix product")
+    draw(right, *decode(), "Decoding, batch 1, by keys", "GB/s", "reading alone")
+    figure.savefig(ROOT / "docs/img/gpu-attention.png")
+
+
+if __name__ == "__main__":
+    main()
