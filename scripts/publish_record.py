@@ -1,6 +1,6 @@
 """Put a record of `make demo` where the README shows it: the record, its table, its picture.
 
-    python scripts/publish_record.py out/compare.json
+python scripts/publish_record.py out/compare.json
 """
 
 import re

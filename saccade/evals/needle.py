@@ -1,7 +1,9 @@
 """Needle retrieval: facts hidden in a long text, and questions that ask for them back.
 
-Wording and values as in RULER's niah_single (arXiv 2404.06654), with the text of the comparison
-as the haystack.
+Keys and values as in RULER's niah_multikey (arXiv 2404.06654), with the text of the comparison as
+the haystack. RULER hides sentences; here a fact is an assignment, because a small model reads those
+back from 256 to 6000 tokens and loses a digit of a sentence, so that only assignments show what a
+technique forgets.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ def make_needles(count: int, seed: int = 0) -> list[Needle]:
     needles = []
     for key in KEYS[:count]:
         value = str(rng.randrange(1_000_000, 10_000_000))
-        fact = f"The special magic number for {key} is: "
-        needles.append(Needle(f"\n{fact}{value}.\n", f"\n{fact}", value))
+        needles.append(Needle(f"\n{key} = {value}\n", f"\n{key} =", value))
     return needles
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -44,6 +45,9 @@ _EXTRAS = (
 
 _BY_POSITION = ("key_padding", "blocks", "attn_mask")
 
+# A plain constant, which torch.compile takes as it is; the extension is loaded when it first runs.
+BUILT = find_spec("saccade._cpu") is not None
+
 _Record: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -56,11 +60,6 @@ def extension() -> ModuleType | None:
         return None
 
 
-@torch.compiler.assume_constant_result
-def _is_built() -> bool:
-    return extension() is not None
-
-
 @cache
 def _target() -> str:
     """SIMD target to run, "" for the best; the variable exists for tests alone."""
@@ -69,7 +68,7 @@ def _target() -> str:
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernels cannot run this call, or None."""
-    if not _is_built():
+    if not BUILT:
         return (
             "the package was built without its C++ kernels; "
             "install a C++20 compiler (GCC or Clang) and reinstall saccade"
