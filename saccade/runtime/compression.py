@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, RingCache
+from saccade.cache import DenseCache, LayerCache, RingCache
 from saccade.compress import POLICIES, Observed, resolve_budget, select
 from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
@@ -75,3 +75,13 @@ def compress_cache(
             q, scale = tail.of(i)
             scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
             layer.keep(select(scores, kept), room=DECODE_ROOM)
+
+
+def shrink_without_numbers(cache: LayerCache, budget: int | float) -> None:
+    """What `compress_cache` leaves of a layer whose tensors have shapes and no contents."""
+    if isinstance(cache, DenseCache):
+        kept = resolve_budget(budget, cache.num_slots)
+        if kept < cache.num_slots:
+            view = cache.view()
+            some = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
+            cache.keep(some, room=DECODE_ROOM)

@@ -1,0 +1,35 @@
+"""What the options mean for one layer: its window, its cache, its backend."""
+
+from __future__ import annotations
+
+from saccade.cache import LayerCache, make_layer_cache
+from saccade.runtime.params import ContextParams
+
+
+def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
+    """(window, sinks) that the params put in place of a layer's own window, or (None, 0)."""
+    if params.n_swa is None or (own is not None and own <= params.n_swa):
+        return None, 0
+    return params.n_swa, params.n_sinks
+
+
+def layer_cache(own: int | None, params: ContextParams, *, reserve: int = 0) -> LayerCache:
+    """An empty cache for a layer.
+
+    Args:
+        own: the model's own window of this layer, None for full attention.
+        reserve: tokens to allocate for at once, when the final length is known.
+    """
+    window, sinks = narrowed_window(own, params)
+    return make_layer_cache(
+        window=window or own,
+        sinks=sinks,
+        type_k=params.type_k,
+        type_v=params.type_v,
+        reserve=reserve,
+    )
+
+
+def backend_of(params: ContextParams) -> str:
+    """The backend to ask for by name, or "auto"."""
+    return params.backend or ("reference" if params.flash_attn == "disabled" else "auto")
