@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.saccade-ready
 
-.PHONY: demo compare test lint clean
+.PHONY: demo compare test lint clean sanitize
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@echo "== Set-up: a virtual environment in $(VENV), then torch, transformers and the demo model"
@@ -41,6 +41,13 @@ $(VENV)/.triton-ready: $(READY)
 test: lint $(VENV)/.triton-ready
 	@echo "== Tests"
 	$(BIN)/python -m pytest -n 2
+	@if command -v g++ >/dev/null; then $(MAKE) --no-print-directory sanitize; \
+	else echo "== No g++: the C++ kernels were neither built nor sanitised"; fi
+
+# Address and undefined-behaviour checks of the C++ kernels.
+sanitize: $(READY)
+	@echo "== C++ kernels under sanitizers (some minutes of compilation the first time)"
+	VENV=$(VENV) scripts/sanitize.sh address
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis

@@ -249,6 +249,28 @@ double read_bandwidth(int64_t threads, int64_t megabytes, const std::string& tar
   return 4.0 * (double)(pieces * size) / best;
 }
 
+// Reads a contiguous float32 vector once, on all threads: what memory alone costs a kernel.
+void read_through(nb::handle memory, int64_t threads, const std::string& target) {
+  check_threads(threads);
+  const Kernels& kernels = kernels_named(target);
+  const TensorArg arg = tensor(memory);
+  constexpr int64_t kPiece = 32 << 10;
+  if (arg.dtype != Dtype::f32 || arg.ndim != 1 || arg.shape[0] < kPiece || arg.stride[0] != 1)
+    throw std::invalid_argument("read_through needs a contiguous float32 vector of 32768 or more");
+  if (!arg.data || (uintptr_t)arg.data % sizeof(float) || arg.shape[0] > arg.reach / (int64_t)sizeof(float))
+    throw std::invalid_argument("the vector ends behind its memory or is misaligned");
+  nb::gil_scoped_release unlocked;
+  struct Context {
+    const Kernels* kernels;
+    const float* memory;
+    volatile float sink;
+  } context{&kernels, (const float*)arg.data, 0};
+  parallel_for((int)threads, arg.shape[0] / kPiece, [](void* c, int64_t piece) {
+    auto* context = (Context*)c;
+    context->sink = context->kernels->read_all(context->memory + piece * kPiece, kPiece);
+  }, &context);
+}
+
 // 2^x of each element by the kernels' own exponential, for its error bound.
 std::vector<float> exp2(const std::vector<float>& x, const std::string& target) {
   std::vector<float> y(x.size());
@@ -270,6 +292,8 @@ NB_MODULE(_cpu, m) {
   m.def("targets", &saccade::targets);
   m.def("fma_peak", &saccade::fma_peak, nb::arg("threads"), nb::arg("target") = "");
   m.def("read_bandwidth", &saccade::read_bandwidth, nb::arg("threads"), nb::arg("megabytes") = 512,
+        nb::arg("target") = "");
+  m.def("read_through", &saccade::read_through, nb::arg("memory"), nb::arg("threads"),
         nb::arg("target") = "");
   m.def("exp2", &saccade::exp2, nb::arg("x"), nb::arg("target") = "");
 }

@@ -263,13 +263,23 @@ class Decode {
   }
 #endif
 
+  // The first key from `begin` on that is not before token `stop`; tokens of a tile ascend.
+  int end_of_group(int begin, int64_t stop) const {
+    const int64_t* index = tile_->index;
+    const int last = tile_->count - 1;
+    if (index[last] - index[begin] == last - begin)
+      return (int)least(last + 1, begin + stop - index[begin]);
+    int end = begin + 1;
+    while (end <= last && index[end] < stop) ++end;
+    return end;
+  }
+
   template <class Source, int R>
   void score_codes(int row) {
     const Codes& c = p_.kv.k_codes;
     for (int begin = 0; begin < tile_->count;) {
       const int64_t group = tile_->index[begin] / c.group;
-      int end = begin + 1;
-      while (end < tile_->count && tile_->index[end] / c.group == group) ++end;
+      const int end = end_of_group(begin, (group + 1) * c.group);
 #if defined(SACCADE_DOT)
       if (integers_) {
         score_integers<R>(row, group, begin, end);
@@ -293,22 +303,17 @@ class Decode {
   void score_integers(int row, int64_t group, int begin, int end) {
     const Codes& c = p_.kv.k_codes;
     const int dim = (int)p_.head_dim;
-    alignas(64) float scale[kDimPad], offset[kDimPad], x[kDimPad];
+    alignas(64) float scale[kDimPad], offset[kDimPad];
     half_row(scale_row(c.scale, group), dim, scale);
     half_row(scale_row(c.offset, group), dim, offset);
-    const float middle = c.bits == 8 ? 128.f : 8.f;
+    if (row == 0) prefetch_scales(group + 1, begin == 0);
+    const float* q[R];
     float* out[R];
     for (int r = 0; r < R; ++r) {
-      const float* q = q_[row + r];
-      F bias = zero();
-      for (int d = 0; d < dim; d += W) {
-        store(x + d, mul(load(q + d), load(scale + d)));
-        bias = fma(load(q + d), load(offset + d), bias);
-      }
-      const F residue = to_integers(x, dim, int_q_[r]);
-      bias_[r] = hsum(fma(residue, set1(middle), bias));
+      q[r] = q_[row + r];
       out[r] = scores_[row + r];
     }
+    fold_to_integers<R>(q, scale, offset, dim, c.bits == 8 ? 128.f : 8.f, int_q_, bias_);
     for (int j = begin; j < end; j += W) {
       if (row == 0) prefetch<W>(tile_->v, j, tile_->count, 0, v_bytes_);
       float* at[R];
@@ -316,6 +321,17 @@ class Decode {
       if (c.bits == 8) score_codes16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
       else score_codes16<R, 4>(tile_->k + j, dim, int_q_, bias_, at);
     }
+  }
+
+  // Scales are read once a tile, too far apart for the hardware to see them coming.
+  void prefetch_scales(int64_t key_group, bool values) const {
+    for (const Strided* x : {&p_.kv.k_codes.scale, &p_.kv.k_codes.offset})
+      for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
+        __builtin_prefetch(scale_row(*x, key_group) + b, 0, kToL2);
+    if (!values) return;
+    for (const Strided* x : {&p_.kv.v_codes.scale, &p_.kv.v_codes.offset})
+      for (int64_t b = 0; b < tile_->count * x->row; b += 64)
+        __builtin_prefetch(scale_row(*x, tile_->index[0]) + b, 0, kToL2);
   }
 
   // Values in integers: blocks of up to 64 channels that share a scale and a nibble.

@@ -16,24 +16,38 @@ struct IntegerQuery {
   float step;  // value of one unit
 };
 
-// x is padded with zeros to whole registers.  Returns what rounding left over, summed by lane:
-// times the middle code it joins the bias, which halves the error.
-SACCADE_INLINE F to_integers(const float* x, int n, IntegerQuery& out) {
-  F top = zero();
-  for (int d = 0; d < n; d += W) top = max(abs(load(x + d)), top);
-  const float largest = hmax(top);
-  out.step = largest > 0.f ? largest / 16256.f : 1.f;
-  const F scale = set1(1.f / out.step);
-  F residue = zero();
-  for (int d = 0; d < n; d += W) {
-    const __m512i value = _mm512_cvtps_epi32(mul(load(x + d), scale));
-    residue = add(residue, fma(to_float(value), set1(-out.step), load(x + d)));
-    const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
-    const __m512i lo = _mm512_sub_epi32(value, _mm512_slli_epi32(hi, 7));
-    _mm_storeu_si128((__m128i*)(out.hi + d), _mm512_cvtepi32_epi8(hi));
-    _mm_storeu_si128((__m128i*)(out.lo + d), _mm512_cvtepi32_epi8(lo));
+// Queries times the scales of a key group as integers, and bias = q . offset.  What rounding leaves
+// over joins the bias times the middle code, which halves the error.  Rows advance side by side, so
+// that none waits for its own sums.  Everything is padded with zeros to whole registers.
+template <int R>
+SACCADE_INLINE void fold_to_integers(const float* const* q, const float* scale, const float* offset,
+                                     int dim, float middle, IntegerQuery* out, float* bias) {
+  F top[R], gain[R], residue[R], inverse[R], step[R];
+  SACCADE_UNROLL for (int r = 0; r < R; ++r) top[r] = gain[r] = residue[r] = zero();
+  for (int d = 0; d < dim; d += W)
+    SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+      const F x = load(q[r] + d);
+      top[r] = max(abs(mul(x, load(scale + d))), top[r]);
+      gain[r] = fma(x, load(offset + d), gain[r]);
+    }
+  SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+    const float largest = hmax(top[r]);
+    out[r].step = largest > 0.f ? largest * (1.f / 16256.f) : 1.f;
+    inverse[r] = set1(1.f / out[r].step);
+    step[r] = set1(-out[r].step);
   }
-  return residue;
+  for (int d = 0; d < dim; d += W)
+    SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+      const F x = mul(load(q[r] + d), load(scale + d));
+      const __m512i value = _mm512_cvtps_epi32(mul(x, inverse[r]));
+      residue[r] = add(residue[r], fma(to_float(value), step[r], x));
+      const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
+      const __m512i lo = _mm512_sub_epi32(value, _mm512_slli_epi32(hi, 7));
+      _mm_storeu_si128((__m128i*)(out[r].hi + d), _mm512_cvtepi32_epi8(hi));
+      _mm_storeu_si128((__m128i*)(out[r].lo + d), _mm512_cvtepi32_epi8(lo));
+    }
+  SACCADE_UNROLL for (int r = 0; r < R; ++r)
+    bias[r] = hsum(fma(residue[r], set1(middle), gain[r]));
 }
 
 SACCADE_INLINE __m512i load_bytes(const char* p, int n) {  // n of 64 bytes, the others 0

@@ -26,9 +26,13 @@ case $kind in
   address) library=libasan.so ;;
   thread) library=libtsan.so ;;
 esac
-export LD_PRELOAD=$(g++ -print-file-name=$library)
+# libstdc++ as well, or the sanitizer finds no __cxa_throw to hand exceptions on to.
+export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1"
+export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0"
 export PYTHONPATH=$PWD:$site
 shift || true
-exec "$python" -S -m pytest -p no:cacheprovider -q "${@:-tests/ops/test_cpu.py}" -k "not compile"
+# The contract suite as far as it concerns these kernels, the fuzzed raw binding, gradients.
+contract=(tests/ops/test_cpu.py tests/ops/test_cpu_autograd.py tests/ops/test_backends.py)
+[ $# -gt 0 ] && contract=("$@")
+exec "$python" -S -m pytest -p no:cacheprovider -q "${contract[@]}" -k "cpu and not compile"

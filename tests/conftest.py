@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,3 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.ops.interpreted import mend
 
     mend()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_every_run():
+    torch.manual_seed(2205)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saccade.bench.cases import Bar, Case
+from saccade.bench.reads import READS
 from saccade.bench.record import BarResult, Record, Row
 
 
@@ -27,7 +28,9 @@ def value_of(bar: Bar, row: Row, record: Record) -> float | None:
     if bar.measure == "peak":
         return row.flops / row.seconds / record.ceilings.fma_peak
     if bar.measure == "bandwidth":
-        return row.nbytes / row.seconds / record.ceilings.read_bandwidth
+        alone = record.find(row.case, READS)  # in the same turns, where it was measured
+        rate = alone.byte_rate if alone is not None else None
+        return row.nbytes / row.seconds / (rate or record.ceilings.read_bandwidth)
     peer = bar.measure == "torch"
     other = record.find(row.case, "torch") if peer else record.find(bar.against, row.backend)
     if other is None or other.seconds is None:

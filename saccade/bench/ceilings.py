@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+TARGET = "SACCADE_CPU_TARGET"  # for tests: which of the compiled kernels to use
 EXTENSION = "extension"
 STAND_IN = "torch matmul and sum (a stand-in, below the true ceiling)"
 BUSY = 0.85  # a sample below this share of the best one: somebody else used the machine
@@ -59,7 +60,7 @@ class Ceilings:
 
 def measure(threads: int) -> Ceilings:
     """Ceilings of this machine with that many threads."""
-    kernels = _extension()
+    kernels = extension()
     source, target = STAND_IN, ""
     if kernels is not None:
         source, target = EXTENSION, _target() or kernels.targets()[0]
@@ -68,7 +69,8 @@ def measure(threads: int) -> Ceilings:
     return ceilings
 
 
-def _extension() -> ModuleType | None:
+def extension() -> ModuleType | None:
+    """The C++ extension, None where it was not built."""
     try:
         return import_module("saccade._cpu")
     except ImportError:
@@ -77,11 +79,11 @@ def _extension() -> ModuleType | None:
 
 def _target() -> str:
     """The instruction set that the kernels were told to use; the ceiling has to match it."""
-    return os.environ.get("SACCADE_CPU_TARGET", "")
+    return os.environ.get(TARGET, "")
 
 
 def _measurements(threads: int) -> tuple[Callable[[], float], Callable[[], float]]:
-    kernels = _extension()
+    kernels = extension()
     if kernels is None:
         return _matmul_rate, _sum_rate
     target = _target()

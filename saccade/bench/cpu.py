@@ -18,6 +18,7 @@ from saccade.bench.cases import Case, batches
 from saccade.bench.gate import Gate
 from saccade.bench.inputs import Inputs, make
 from saccade.bench.peers import PEERS, Call, backward, forget_compiled
+from saccade.bench.reads import reading
 from saccade.bench.record import Record, Row
 from saccade.core import Unsupported
 from saccade.ops import choose
@@ -100,6 +101,11 @@ def _prepare(
                 continue
             construct = partial(PEERS[name].make, case, inputs)
             _admit(_row(case, name, ours=False), construct, gate, rows, candidates)
+        if any(bar.measure == "bandwidth" for bar in case.bars):
+            found = reading(_row(case, "", ours=False))
+            if found is not None:
+                rows.append(found[0])
+                candidates.append(Candidate(*found))
     return rows, candidates
 
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from saccade.bench.peers import PEERS, QUOTED
+from saccade.bench.reads import READS, TITLE
 from saccade.bench.record import BarResult, Record, Row
 from saccade.report.numbers import MISSING, as_duration, as_ratio, significant
 
@@ -68,6 +69,8 @@ def closing(record: Record) -> list[str]:
 
 def title(row: Row) -> str:
     """Who computed a row, as people call it."""
+    if row.backend == READS:
+        return TITLE
     return f"saccade {row.backend}" if row.ours else PEERS[row.backend].title
 
 

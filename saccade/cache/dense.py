@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.step import Appended, Cursor
 from saccade.core import DenseKV, Unsupported
+from saccade.ops.append import Slots, Turn, append
 
 GROWTH_STEP = 64
 GROWTH_SHARE = 16
@@ -69,6 +71,30 @@ class DenseCache:
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
 
+    def claim(self, count: int) -> None:
+        """See SteppingCache."""
+        if self._k is None or self._v is None:
+            raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
+        self._make_room(self._slots + count, self._k, self._v)
+
+    def place(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        assert self._k is not None and self._v is not None
+        gap = self._seen - self._slots
+        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], gap
+
+    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+        """See SteppingCache."""
+        assert self._k is not None and self._v is not None, "claim comes first"
+        cursor = cursor.back(self._seen - self._slots)
+        q = append(Slots(self._k, self._v, cursor.start), k, v, turn)
+        return Appended(DenseKV(self._k, self._v), cursor, q)
+
+    def advance(self, count: int) -> None:
+        """See SteppingCache."""
+        self._slots += count
+        self._seen += count
+
     def keep(self, index: Tensor, *, room: int = 0) -> None:
         """Keep only the slots `index` int64 `[B, Hkv, n]` (ascending) and free the rest.
 
@@ -93,6 +119,10 @@ class DenseCache:
         if length < self._seen and self.is_compressed:
             raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
         self._seen = self._slots = min(length, self._slots)
+
+    def reachable(self, length: int) -> int:
+        """Any position, until `keep` has removed keys."""
+        return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
@@ -134,11 +164,16 @@ class DenseCache:
         have = 0 if self._k is None else self._k.shape[2]
         if slots <= have:
             return
-        wanted = max(slots, have + have // GROWTH_SHARE)
-        grown = -(-wanted // GROWTH_STEP) * GROWTH_STEP
-        capacity = self._reserve if slots <= self._reserve else grown
+        capacity = grown_capacity(have, slots, self._reserve)
         self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
         self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
+
+
+def grown_capacity(have: int, wanted: int, reserve: int) -> int:
+    """Slots to allocate where `wanted` do not fit into `have`: `reserve` at once, if that does."""
+    wanted_or_more = max(wanted, have + have // GROWTH_SHARE)
+    grown = -(-wanted_or_more // GROWTH_STEP) * GROWTH_STEP
+    return reserve if wanted <= reserve else grown
 
 
 def _grown(

@@ -6,11 +6,14 @@ import torch
 
 from saccade.cache.base import LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.offloaded import OffloadedCache, Staging
+from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
 
 
 def make_layer_cache(
@@ -18,8 +21,12 @@ def make_layer_cache(
     window: int | None = None,
     sinks: int = 0,
     chunk: int = 1,
+    checkpoints: int = 0,
     type_k: str | None = None,
     type_v: str | None = None,
+    page_size: int | None = None,
+    ragged: bool = False,
+    staging: Staging | None = None,
     reserve: int = 0,
 ) -> LayerCache:
     """The cache for a layer: a ring where there is a window, codes where types are quantised.
@@ -28,13 +35,26 @@ def make_layer_cache(
         window: keys a token sees, itself counted; None for all.
         sinks: first tokens that stay visible outside the window.
         chunk: most tokens appended at once.
-        type_k, type_v: f32, bf16, f16, int8, int4; None keeps the dtype of the keys.
+        checkpoints: positions that a ring can be taken back to; see RingCache.
+        type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
+        page_size: tokens of a page, for keys in pages; None for one buffer.
+        ragged: KV heads will keep different numbers of keys.
+        staging: for keys in host memory, the buffers on the device that all layers share.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:
-        return QuantizedCache(bits_k=BITS[type_k], bits_v=BITS[type_v], reserve=reserve)
+        bits_k, bits_v, fp8 = BITS[type_k], BITS[type_v], "fp8" in (type_k, type_v)
+        return QuantizedCache(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
     # Sliding layers of a hybrid model stay small, so they keep the model's own precision.
     dtype = STORAGE.get(type_k or "")
     if window is not None:
-        return RingCache(window=window, sinks=sinks, chunk=chunk, dtype=dtype)
+        return RingCache(
+            window=window, sinks=sinks, chunk=chunk, dtype=dtype, checkpoints=checkpoints
+        )
+    if ragged:
+        return RaggedCache(dtype=dtype, reserve=reserve)
+    if staging is not None:
+        return OffloadedCache(staging, dtype=dtype, reserve=reserve)
+    if page_size is not None:
+        return PagedCache(page_size=page_size, dtype=dtype)
     return DenseCache(dtype=dtype, reserve=reserve)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.pages import Copy, Pages
-from saccade.core import PagedKV
+from saccade.core import PagedKV, Unsupported
 from saccade.core.kv import dense
 
 PAGE_SIZE = 64
@@ -22,6 +22,15 @@ GROWTH_SHARE = 16
 
 class PagePool:
     """Keys and values of one layer for any number of sequences.
+
+    `pool.pages` is the bookkeeping: `create` (what of a prompt is there already), `fork`,
+    `truncate`, `release`; the pool writes into its sequences and lends views of them:
+
+        row = pool.pages.create(prompt)
+        start = pool.pages.length(row)                  # found again: need not be computed
+        pool.write([row], k[:, :, start:], v[:, :, start:], prompt[start:])
+        other = pool.pages.fork(row)                    # shares every page until one writes
+        attend(q, pool.view([row, other]), mask=Mask())
 
     Args:
         num_pages: pages to allocate.
@@ -71,18 +80,25 @@ class PagePool:
             self._copy(self.pages.extend(row, count, tokens))
         assert self._k is not None and self._v is not None
         at = torch.arange(start, start + count, device=k.device)
-        pages = self.table(rows, k.device).long()[:, at // size]  # [B, t]
+        lists = [self.pages.table(row) for row in rows]
+        holding = [[pages[i // size] for i in range(start, start + count)] for pages in lists]
+        pages = torch.tensor(holding, dtype=torch.int64, device=k.device)  # [B, t]
         self._k[pages, :, at % size] = k.transpose(1, 2).to(self._k.dtype)
         self._v[pages, :, at % size] = v.transpose(1, 2).to(self._v.dtype)
 
-    def view(self, rows: Sequence[int]) -> PagedKV:
-        """What some sequences hold, without a copy; they may differ in length."""
+    def view(self, rows: Sequence[int], table: Tensor | None = None) -> PagedKV:
+        """What some sequences hold, without a copy; they may differ in length.
+
+        Args:
+            rows: ids of the sequences.
+            table: their `table`, where the caller still has it.
+        """
         assert self._k is not None and self._v is not None
         lengths = [self.pages.length(row) for row in rows]
         return PagedKV(
             self._k,
             self._v,
-            self.table(rows, self._k.device),
+            self.table(rows, self._k.device) if table is None else table,
             torch.tensor(lengths, dtype=torch.int32, device=self._k.device),
             max(lengths),
         )
@@ -142,6 +158,9 @@ class PagedCache:
         self.pool = pool or PagePool(page_size=page_size, grows=True, dtype=dtype)
         self._rows: list[int] = []
         self._seen = 0
+        self._expected: list[int] = []
+        self._listed: list[list[int]] = []  # pages of each row, as `_table` has them
+        self._table: Tensor | None = None
 
     @property
     def seen(self) -> int:
@@ -150,20 +169,54 @@ class PagedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool, and of the table of these rows."""
-        most = max((len(self.pool.pages.table(row)) for row in self._rows), default=0)
-        return self.pool.nbytes + 4 * len(self._rows) * (most + 1)
+        return self.pool.nbytes + (0 if self._table is None else self._table.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> PagedKV:
         """Store a chunk; see LayerCache."""
         if not self._rows:
             self._rows = [self.pool.pages.create() for _ in range(k.shape[0])]
-        self.pool.write(self._rows, k, v)
-        self._seen += k.shape[2]
+        stop = self._seen + k.shape[2]
+        told = len(self._rows) == 1 and stop <= len(self._expected)
+        self.pool.write(self._rows, k, v, self._expected[self._seen : stop] if told else None)
+        self._seen = stop
         return self.view()
+
+    def expect(self, tokens: Sequence[int]) -> int:
+        """Say what an empty cache of one row will read, to share pages with others of the pool.
+
+        Args:
+            tokens: of the prompt, without the last one where its logits are wanted.
+
+        Returns:
+            How many of them it holds already, found in the pool; append those after.
+
+        Raises:
+            Unsupported: the cache is not empty.
+        """
+        if self._rows:
+            raise Unsupported(f"this cache holds {self._seen} tokens already: reset it first.")
+        self._expected = list(tokens)
+        self._rows = [self.pool.pages.create(self._expected)]
+        self._seen = self.pool.pages.length(self._rows[0])
+        return self._seen
+
+    def fork(self) -> PagedCache:
+        """A cache that shares all pages with this one until one of them writes."""
+        other = PagedCache(self.pool)
+        other._rows = [self.pool.pages.fork(row) for row in self._rows]
+        other._seen, other._expected = self._seen, list(self._expected)
+        return other
 
     def view(self) -> PagedKV:
         """Everything held, without a copy."""
-        return self.pool.view(self._rows)
+        pages = self.pool.pages
+        lists = [pages.table(row) for row in self._rows]
+        if self._table is None or lists != self._listed:  # most steps stay in their last page
+            self._listed = [list(row) for row in lists]
+            self._table = None
+        view = self.pool.view(self._rows, self._table)
+        self._table = view.table
+        return view
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i], without copying a page."""
@@ -176,6 +229,11 @@ class PagedCache:
         for row in self._rows:
             self.pool.pages.truncate(row, length)
         self._seen = min(self._seen, length)
+        del self._expected[length:]
+
+    def reachable(self, length: int) -> int:
+        """Any position."""
+        return min(length, self._seen)
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys are written again, re-rotated."""
@@ -187,7 +245,8 @@ class PagedCache:
     def reset(self) -> None:
         """Forget everything; the pool stays allocated."""
         self._release(self._rows)
-        self._rows, self._seen = [], 0
+        self._rows, self._seen, self._expected = [], 0, []
+        self._table = None
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors are gathered from the pages."""

@@ -1,4 +1,4 @@
-"""A cache of int8 or int4 codes with a full-precision recent part (after KIVI, arXiv 2402.02750).
+"""A cache of int8, int4 or fp8 codes, the newest in full precision (KIVI, arXiv 2402.02750).
 
 Keys are quantised per channel in groups of tokens, values per token; the newest tokens wait in
 full precision until a whole group of them can be packed.  Keys and values are first turned by a
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
-from saccade.core import QuantizedKV, Unsupported
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.cache.step import Appended, Cursor
+from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
+from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
+from saccade.ops.append import Slots, Turn, append
 from saccade.ops.hadamard import rotate
 
 GROWTH_STEP = 1024
@@ -28,6 +30,7 @@ class QuantizedCache:
             (per token; the whole head when head_dim is no multiple of it).
         recent: newest tokens that stay in full precision.
         hadamard: rotate keys and values before quantising.
+        fp8: eight-bit codes are floating-point numbers (e4m3) instead of whole ones.
         reserve: tokens to allocate codes for at once, when the final length is known.
     """
 
@@ -39,14 +42,17 @@ class QuantizedCache:
         group: int = 64,
         recent: int = 64,
         hadamard: bool = True,
+        fp8: bool = False,
         reserve: int = 0,
     ) -> None:
         for name, bits in (("bits_k", bits_k), ("bits_v", bits_v)):
             if bits not in (4, 8):
                 raise ValueError(f"{name} must be 4 or 8, got {bits}.")
+        if fp8 and (bits_k, bits_v) != (8, 8):
+            raise ValueError(f"fp8 codes have 8 bits, got bits_k={bits_k} and bits_v={bits_v}.")
         if group < 1 or recent < 0:
             raise ValueError(f"group must be >= 1 and recent >= 0, got {group} and {recent}.")
-        self._bits_k, self._bits_v, self._group = bits_k, bits_v, group
+        self._bits_k, self._bits_v, self._group, self._fp8 = bits_k, bits_v, group, fp8
         self._recent_kept, self._hadamard, self._reserve = recent, hadamard, reserve
         self._k: Codes | None = None
         self._v: Codes | None = None
@@ -54,6 +60,8 @@ class QuantizedCache:
         self._recent_k: Tensor | None = None
         self._recent_v: Tensor | None = None
         self._fresh = 0  # tokens in the recent buffer
+        self._packed_there: Tensor | None = None  # `_packed` as steps on the device read it
+        self._packed_told = -1
 
     @property
     def seen(self) -> int:
@@ -80,6 +88,42 @@ class QuantizedCache:
             return self._view(self._recent_k[:, :, :stop], self._recent_v[:, :, :stop])
         return self._append_large(k, v)
 
+    def claim(self, count: int) -> None:
+        """See SteppingCache; whole groups are packed here, between two steps."""
+        if self._recent_k is None:
+            raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
+        self._pack(self._fresh - self._recent_kept)
+        self._make_room(self._packed + self._recent_k.shape[2])
+        if self._fresh + count > self._recent_k.shape[2]:
+            raise Unsupported(f"a quantised cache cannot take {count} tokens in one step.")
+        if self._packed_there is None:
+            self._packed_there = torch.empty(1, dtype=torch.int64, device=self._recent_k.device)
+        if self._packed_told != self._packed:
+            self._packed_there.fill_(self._packed)
+            self._packed_told = self._packed
+
+    def place(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        tensors = (*(self._k or ()), *(self._v or ()), self._recent_k, self._recent_v)
+        assert self._v is not None
+        return *(x.data_ptr() for x in tensors if x is not None), self._v.codes.shape[2]
+
+    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+        """See SteppingCache; new tokens join the recent ones."""
+        assert self._k is not None and self._v is not None, "claim comes first"
+        assert self._recent_k is not None and self._recent_v is not None
+        assert self._packed_there is not None
+        recent = Slots(
+            self._recent_k, self._recent_v, cursor.start, self._packed_there, self._hadamard
+        )
+        q = append(recent, k, v, turn)
+        stored = self._viewed(self._k, self._v, self._recent_k, self._recent_v)
+        return Appended(GrowingKV(stored, self._packed_there), cursor, q)
+
+    def advance(self, count: int) -> None:
+        """See SteppingCache."""
+        self._fresh += count
+
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
         if self._k is None or self._v is None:
@@ -93,22 +137,38 @@ class QuantizedCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on.
 
-        Raises:
-            Unsupported: `length` lies inside a packed group that is not a whole one.
+        Where that cuts a packed group, the rest of the group is opened again: what was lost when
+        it was packed does not come back.
         """
         if length >= self._packed:
             self._fresh = min(self._fresh, length - self._packed)
             return
-        if length % self._group:
-            raise Unsupported(
-                f"a quantised cache can go back to position {length} only at a multiple of its "
-                f"group of {self._group}, or within the newest {self._fresh} tokens."
-            )
-        self._packed, self._fresh = length, 0
+        assert self._recent_k is not None and self._recent_v is not None
+        first = length // self._group * self._group
+        k, v = self._opened(first, length)
+        self._packed, self._fresh = first, length - first
+        self._recent_k[:, :, : self._fresh] = k
+        self._recent_v[:, :, : self._fresh] = v
+
+    def reachable(self, length: int) -> int:
+        """Any position."""
+        return min(length, self.seen)
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Packed keys would have to be requantised, which loses a little every time."""
-        raise Unsupported("a quantised cache cannot be shifted. Use type_k='f16' with n_keep.")
+        """Forget positions start .. stop-1; later keys move down, re-rotated and packed again.
+
+        Packed keys are quantised once more, which adds about as much error as the first time.
+        What lies behind `start` is in full precision meanwhile, in this one layer.
+        """
+        first = min(start, self._packed) // self._group * self._group
+        k, v = self._opened(first, self.seen)
+        if self._hadamard:
+            k, v = rotate(k), rotate(v)
+        kept, later = start - first, stop - first
+        k = torch.cat((k[:, :, :kept], shift(k[:, :, later:], start - stop)), dim=2)
+        v = torch.cat((v[:, :, :kept], v[:, :, later:]), dim=2)
+        self._packed, self._fresh = first, 0
+        self.append(k, v)
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated."""
@@ -122,6 +182,7 @@ class QuantizedCache:
             "group": self._group,
             "recent": self._recent_kept,
             "hadamard": self._hadamard,
+            "fp8": self._fp8,
         }
         progress = {"packed": self._packed, "fresh": self._fresh, "capacity": 0}
         if self._v is None or self._recent_k is None or self._recent_v is None:
@@ -145,6 +206,7 @@ class QuantizedCache:
         if not state.tensors:
             return
         parts = {name: x.to(device) for name, x in state.tensors.items()}
+        parts |= {name: parts[name].view(torch.uint8) for name in ("k.codes", "v.codes")}
         capacity = max(packed, state.progress["capacity"])
         rooms = (capacity, capacity // self._group, capacity // self._group)
         names = ("codes", "scale", "offset")
@@ -187,13 +249,15 @@ class QuantizedCache:
             return
         self._make_room(self._packed + count)
         assert self._k is not None and self._v is not None
-        keys = quantize_keys(k, bits=self._bits_k, group=self._group)
-        values = quantize_values(v, bits=self._bits_v, group=self._v_group(v.shape[3]))
+        v_group = self._v_group(v.shape[3])
+        keys = quantize_keys(k, bits=self._bits_k, group=self._group, fp8=self._fp8)
+        values = quantize_values(v, bits=self._bits_v, group=v_group, fp8=self._fp8)
         first, groups = self._packed, slice(self._packed // self._group, None)
-        self._k.codes[:, :, first : first + count] = keys.codes
+        self._k.codes[:, :, first : first + count] = keys.codes.view(torch.uint8)
         for store, new in zip(self._k[1:], keys[1:], strict=True):
             store[:, :, groups][:, :, : new.shape[2]] = new
-        for store, new in zip(self._v, values, strict=True):
+        self._v.codes[:, :, first : first + count] = values.codes.view(torch.uint8)
+        for store, new in zip(self._v[1:], values[1:], strict=True):
             store[:, :, first : first + count] = new
         self._packed += count
 
@@ -201,9 +265,13 @@ class QuantizedCache:
         assert self._k is not None and self._v is not None
         groups = self._packed // self._group
         keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        values = (part[:, :, : self._packed] for part in self._v)
+        return self._viewed(Codes(*keys), Codes(*values), recent_k, recent_v)
+
+    def _viewed(self, k: Codes, v: Codes, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         return QuantizedKV(
-            k=Codes(*keys),
-            v=Codes(*(part[:, :, : self._packed] for part in self._v)),
+            k=self._typed(k),
+            v=self._typed(v),
             recent_k=recent_k,
             recent_v=recent_v,
             bits_k=self._bits_k,
@@ -211,6 +279,19 @@ class QuantizedCache:
             k_group=self._group,
             rotated=self._hadamard,
         )
+
+    def _opened(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at the positions first .. stop-1 in full precision, still turned."""
+        assert self._recent_k is not None and self._recent_v is not None
+        view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
+        tiles = list(view.tiles((KeyRange(first, stop),), max(stop - first, 1)))
+        k = [self._recent_k[:, :, :0], *(tile.k for tile in tiles)]
+        v = [self._recent_v[:, :, :0], *(tile.v for tile in tiles)]
+        return torch.cat(k, dim=2), torch.cat(v, dim=2)
+
+    def _typed(self, coded: Codes) -> Codes:
+        """Codes are stored as bytes; as fp8 they are only lent."""
+        return coded._replace(codes=coded.codes.view(FP8)) if self._fp8 else coded
 
     def _v_group(self, dim: int) -> int:
         return self._group if dim % self._group == 0 else dim

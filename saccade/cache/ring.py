@@ -4,6 +4,9 @@ One slot is written per token and nothing is ever moved (a memmove of the window
 textbook way, costs O(window)).  The position p >= sinks lives in slot sinks + (p - sinks) % ring.
 The ring holds `window - 1 + chunk` slots: the oldest query of a chunk still needs its window
 while the newest is already written.
+
+What left the window is gone, so a ring alone cannot go back.  A checkpoint keeps the window before
+a position, and that is enough to go on from there: prompts that begin alike are read once.
 """
 
 from __future__ import annotations
@@ -24,15 +27,22 @@ class RingCache:
         chunk: most tokens appended in place at once; larger chunks are attended to through a
             temporary copy, so they are right too and the memory kept stays the same.
         dtype: storage type; None keeps that of the keys.
+        checkpoints: most checkpoints to keep; each takes up to window - 1 slots.
     """
 
     def __init__(
-        self, *, window: int, sinks: int = 0, chunk: int = 1, dtype: torch.dtype | None = None
+        self,
+        *,
+        window: int,
+        sinks: int = 0,
+        chunk: int = 1,
+        dtype: torch.dtype | None = None,
+        checkpoints: int = 0,
     ) -> None:
-        if window < 1 or sinks < 0 or chunk < 1:
+        if window < 1 or sinks < 0 or chunk < 1 or checkpoints < 0:
             raise ValueError(
-                f"RingCache needs window >= 1, sinks >= 0 and chunk >= 1, "
-                f"got {window}, {sinks} and {chunk}."
+                f"RingCache needs window >= 1, sinks >= 0, chunk >= 1 and checkpoints >= 0, "
+                f"got {window}, {sinks}, {chunk} and {checkpoints}."
             )
         self._window, self._sinks, self._chunk, self._dtype = window, sinks, chunk, dtype
         self._ring = window - 1 + chunk
@@ -40,6 +50,8 @@ class RingCache:
         self._v: Tensor | None = None
         self._seen = 0
         self._oldest = sinks  # first position the ring still holds
+        self._most = checkpoints
+        self._checkpoints: dict[int, tuple[Tensor, Tensor]] = {}  # by position, ascending
 
     @property
     def seen(self) -> int:
@@ -49,7 +61,8 @@ class RingCache:
     def nbytes(self) -> int:
         if self._k is None or self._v is None:
             return 0
-        return self._k.nbytes + self._v.nbytes
+        kept = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
+        return self._k.nbytes + self._v.nbytes + kept
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
@@ -58,38 +71,86 @@ class RingCache:
         if count > self._chunk:
             return self._append_large(k, v)
         self._write(k, v, self._seen)
-        return self._view()
+        return self.view()
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+            for at, parts in self._checkpoints.items():
+                k, v = (x.index_select(0, rows) for x in parts)
+                self._checkpoints[at] = k, v
+
+    def checkpoint(self) -> None:
+        """Keep what it takes to come back to this position; where that is too many, thin out."""
+        if not self._most or self._seen in self._checkpoints or self._k is None or self._v is None:
+            return
+        first = max(self._sinks, self._seen - self._window + 1)
+        self._checkpoints[self._seen] = self._copy_of(first, self._seen)
+        if len(self._checkpoints) > self._most:
+            del self._checkpoints[self._least_useful()]
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on.
 
         Raises:
-            Unsupported: the window before `length` is already overwritten.
+            Unsupported: the window before `length` is overwritten and no checkpoint is there.
         """
         if length >= self._seen:
             return
-        if self._oldest > max(self._sinks, length - self._window + 1):
+        if self._still_holds(length):
+            self._seen = length
+        elif length in self._checkpoints:
+            k, v = self._checkpoints[length]
+            first = length - k.shape[2]
+            self._write(k, v, first)
+            self._oldest = first
+        else:
             raise Unsupported(
                 f"the ring cache cannot go back to position {length}: it holds positions "
-                f"{self._oldest} to {self._seen - 1} and needs the {self._window} before."
+                f"{self._oldest} to {self._seen - 1} and needs the {self._window} before, and "
+                f"its checkpoints are at {list(self._checkpoints) or 'no position'}."
             )
-        self._seen = length
+        self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= length}
+
+    def reachable(self, length: int) -> int:
+        """`length` where its window is still there, else the last checkpoint before it, or 0."""
+        length = min(length, self._seen)
+        if length == self._seen or self._still_holds(length):
+            return length
+        return max((at for at in self._checkpoints if at <= length), default=0)
 
     def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """A ring forgets by itself."""
-        raise Unsupported("a ring cache needs no context shift: it forgets what left the window.")
+        """Forget positions start .. stop-1; later keys move down, re-rotated.
+
+        Exact where `window - 1` tokens follow `stop`; with fewer the window has a gap at `start`,
+        because what lay before it was overwritten.
+
+        Raises:
+            Unsupported: the range begins among the sinks.
+        """
+        if start < self._sinks:
+            raise Unsupported(
+                f"a ring cache keeps its {self._sinks} sinks, so it cannot forget from position "
+                f"{start} on. Set n_keep to at least the sinks."
+            )
+        first, moved = max(self._oldest, stop), stop - start
+        k, v = self._copy_of(first, self._seen)
+        self._oldest = min(self._oldest, start) if self._oldest < stop else self._oldest - moved
+        self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= start}
+        self._seen = start
+        self._write(shift(k, -moved), v, first - moved)
 
     def reset(self) -> None:
-        """Forget everything; memory stays allocated."""
+        """Forget everything; memory stays allocated, but for checkpoints."""
         self._seen, self._oldest = 0, self._sinks
+        self._checkpoints.clear()
 
     def state(self) -> CacheState:
-        """See LayerCache; the tensors hold the sinks, then the ring from its oldest token on."""
+        """See LayerCache; the tensors hold the sinks, then the ring from its oldest token on.
+
+        Checkpoints are not part of it: a restored ring goes on, and begins new ones.
+        """
         settings = {
             "window": self._window,
             "sinks": self._sinks,
@@ -111,6 +172,7 @@ class RingCache:
         expect_tensors(state, {"k": held, "v": held})
         self._k = self._v = None
         self._seen, self._oldest = seen, oldest
+        self._checkpoints.clear()
         if not state.tensors:
             return
         self._allocate(state.tensors["k"].to(device), state.tensors["v"].to(device))
@@ -120,6 +182,15 @@ class RingCache:
             self._k[:, :, slot : slot + length] = state.tensors["k"][:, :, at : at + length]
             self._v[:, :, slot : slot + length] = state.tensors["v"][:, :, at : at + length]
             at += length
+
+    def _still_holds(self, length: int) -> bool:
+        """Whether the window of the token at position `length` is in the ring."""
+        return self._oldest <= max(self._sinks, length - self._window + 1)
+
+    def _least_useful(self) -> int:
+        """The checkpoint whose neighbours are nearest to each other; never the newest."""
+        at = [0, *self._checkpoints]
+        return min(zip(at[2:], at, at[1:], strict=False), key=lambda x: x[0] - x[1])[2]
 
     def _allocate(self, k: Tensor, v: Tensor) -> None:
         if self._k is not None:
@@ -158,12 +229,20 @@ class RingCache:
             position += length
         return spans
 
+    def _copy_of(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at the positions first .. stop-1, which the ring holds."""
+        assert self._k is not None and self._v is not None
+        slots = [slice(at, at + length) for at, _, length in self._spans(first, stop)]
+        k = torch.cat([self._k[:, :, :0], *(self._k[:, :, s] for s in slots)], dim=2)
+        v = torch.cat([self._v[:, :, :0], *(self._v[:, :, s] for s in slots)], dim=2)
+        return k, v
+
     def _held(self) -> list[Span]:
         """Spans of all positions held, ascending."""
         sinks = self._spans(0, min(self._seen, self._sinks))
         return sinks + self._spans(max(self._oldest, self._sinks), self._seen)
 
-    def _view(self) -> DenseKV:
+    def view(self) -> DenseKV:
         assert self._k is not None and self._v is not None
         return DenseKV(self._k, self._v, tuple(self._held()))
 

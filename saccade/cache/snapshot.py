@@ -13,8 +13,10 @@ import torch
 
 from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.offloaded import OffloadedCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 from saccade.core import BadInput, Unsupported
 
@@ -23,6 +25,8 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "ring": RingCache,
     "quantized": QuantizedCache,
     "paged": PagedCache,
+    "ragged": RaggedCache,
+    "offloaded": OffloadedCache,
 }
 
 

@@ -23,6 +23,12 @@ def _flash_attn(text: str) -> str:
     return _ON_OFF.get(text, text)
 
 
+def _switch(text: str) -> bool:
+    if text not in _ON_OFF:
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
+
+
 def _budget(text: str) -> int | float:
     """A share where it has a point or a per cent sign, else tokens."""
     try:
@@ -62,9 +68,13 @@ OPTIONS = (
            "auto, enabled (or on), disabled (or off: materialised scores)",
            ("auto", "enabled", "disabled"), None),
     Option(("--cache-type-k", "-ctk", "--type-k"), "type_k", str, "storage of keys",
-           ("f32", "bf16", "f16", "int8", "int4"), None),
+           ("f32", "bf16", "f16", "int8", "int4", "fp8"), None),
     Option(("--cache-type-v", "-ctv", "--type-v"), "type_v", str, "storage of values",
-           ("f32", "bf16", "f16", "int8", "int4"), None),
+           ("f32", "bf16", "f16", "int8", "int4", "fp8"), None),
+    Option(("--page-size",), "page_size", whole_number(1),
+           "keep keys in pages of N tokens instead of one buffer"),
+    Option(("--kv-offload",), "offload_kqv", _switch,
+           "off keeps keys in host memory, fetched layer by layer (default: on)", None, "on|off"),
     Option(("--rope-scaling",), "rope_scaling_type", str, "how positions are stretched",
            ("none", "linear", "ntk", "dynamic", "yarn"), None),
     Option(("--rope-freq-base",), "rope_freq_base", number, "base of the rotary frequencies"),
@@ -82,10 +92,12 @@ OPTIONS = (
            "window: a token sees the last N tokens, itself counted"),
     Option(("--sinks",), "n_sinks", whole_number(0),
            "first tokens that stay visible outside the window"),
+    Option(("--ctx-checkpoints",), "ctx_checkpoints", whole_number(0),
+           "positions that sliding layers can be taken back to (default: 0)"),
     Option(("--sparse",), "sparse", str, "read only chosen blocks of keys",
            ("strided", "block_topk"), None),
     Option(("--kv-policy",), "kv_policy", str,
-           "how the cache is compressed after the prompt: snapkv", None, "NAME"),
+           "how the cache is compressed after the prompt: snapkv, ada_snapkv", None, "NAME"),
     Option(("--kv-budget",), "kv_budget", _budget,
            "what it keeps of the prompt: tokens (512) or a share (0.25, 25%%)", None, "N|SHARE"),
     Option(("--backend",), "backend", str,

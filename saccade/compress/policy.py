@@ -17,12 +17,14 @@ class Observed:
         q: the newest queries `[B, H, w, D]`, rotary embedding applied.
         k: all keys `[B, Hkv, L, D]`; v: all values `[B, Hkv, L, Dv]`.
         scale: softmax scale of the layer.
+        real: bool `[B, Hkv, L]`, False where a head holds fewer keys than others; None: all are.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: float
+    real: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -30,13 +32,18 @@ class Policy(Protocol):
 
     Attributes:
         num_queries: how many of the newest queries the policy wants to see.
+        floor: share of the budget that every head gets for sure, where heads compete for the
+            rest (`select_across_heads`, a ragged cache); None: all heads keep equally many.
     """
 
     @property
     def num_queries(self) -> int: ...
 
+    @property
+    def floor(self) -> float | None: ...
+
     def scores(self, observed: Observed) -> Tensor:
-        """Importance of each key, `[B, Hkv, L]`; +inf for keys that must stay."""
+        """Importance of each key, `[B, Hkv, L]`; +inf for keys that must stay, -inf for none."""
         ...
 
 
@@ -50,6 +57,29 @@ def select(scores: Tensor, kept: int) -> Tensor:
     """The `kept` best keys of each KV head in their original order, int64 `[B, Hkv, kept]`."""
     # Sorting by index afterwards keeps position order, which rings and context shifts rely on.
     return scores.topk(kept, dim=-1).indices.sort(dim=-1).values
+
+
+def select_across_heads(scores: Tensor, kept: int, floor: float) -> Tensor:
+    """The best keys of a layer, whichever heads they belong to (Ada-KV, arXiv 2407.11550).
+
+    Each head keeps the `floor * kept` best of its own; then the best of all heads fill up.
+
+    Args:
+        scores: `[B, Hkv, L]`, -inf where there is no key.
+        kept: keys of a head on average.
+        floor: share of `kept` that every head keeps, 0 to 1.
+
+    Returns:
+        bool `[B, Hkv, L]` with `kept * Hkv` True a row, or as many as there are keys.
+    """
+    heads, length = scores.shape[1:]
+    sure = min(length, max(1, round(floor * kept)))
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(-1, scores.topk(sure, dim=-1).indices, True)
+    best = scores.masked_fill(chosen, -torch.inf).flatten(1)
+    rest = min(max(0, kept - sure) * heads, best.shape[1])
+    chosen.flatten(1).scatter_(-1, best.topk(rest, dim=-1).indices, True)
+    return chosen & (scores > -torch.inf)
 
 
 def group_mean(x: Tensor, kv_heads: int) -> Tensor:
@@ -66,4 +96,6 @@ def causal_weights(observed: Observed) -> Tensor:
     device = scores.device
     q_pos = torch.arange(length - width, length, device=device)[:, None]
     hidden = torch.arange(length, device=device)[None] > q_pos
+    if observed.real is not None:
+        hidden = hidden | ~observed.real[:, :, None, None]
     return scores.masked_fill(hidden, -torch.inf).softmax(-1).flatten(1, 2)

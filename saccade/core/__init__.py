@@ -1,7 +1,7 @@
 """Floor 0: the words everyone uses.  Torch only, no policy."""
 
 from saccade.core.errors import BadInput, Unsupported
-from saccade.core.kv import DenseKV, KVView, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core.kv import DenseKV, GrowingKV, KVView, PagedKV, QuantizedKV, RaggedKV, Span
 from saccade.core.mask import KeyRange, Mask
 from saccade.core.output import AttentionOutput
 from saccade.core.selection import BlockSelection
@@ -11,6 +11,7 @@ __all__ = [
     "BadInput",
     "BlockSelection",
     "DenseKV",
+    "GrowingKV",
     "KVView",
     "KeyRange",
     "Mask",

@@ -6,6 +6,9 @@ Codes are unsigned, `x = code * scale + offset`, with scale and offset in float1
     keys     one scale per channel and per group of `group` consecutive tokens
     values   one scale per token and per group of `group` consecutive channels
 
+Eight-bit codes may be floating-point numbers instead (`float8_e4m3fn`, -448 to 448), around an
+offset in the middle of their group; whatever reads codes sees it by their dtype.
+
 Four-bit codes share a byte by halves of the head: byte d holds channel d in its low nibble and
 channel d + dim/2 in its high nibble, so that a kernel unpacks two contiguous half-heads with a
 mask and a shift.
@@ -13,30 +16,34 @@ mask and a shift.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Codes(NamedTuple):
-    """Quantised tensor: uint8 codes with float16 scale and offset broadcast over their group."""
+    """Quantised tensor: uint8 or float8_e4m3fn codes, float16 scale and offset of their group."""
 
     codes: Tensor
     scale: Tensor
     offset: Tensor
 
 
+FP8: Final = torch.float8_e4m3fn
+LARGEST: Final = torch.finfo(FP8).max
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes `[..., dim]` below 2**bits as bytes: `[..., dim]` (8 bits) or `[..., dim / 2]` (4)."""
     if bits == 8:
-        return codes.to(torch.uint8)
+        return codes if codes.dtype == FP8 else codes.to(torch.uint8)
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)
     return low | (high << 4)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack`: uint8 codes `[..., dim]`."""
+    """Inverse of `pack`: codes `[..., dim]`."""
     if bits == 8:
         return packed
     return torch.cat((packed & 15, packed >> 4), dim=-1)
@@ -52,21 +59,33 @@ def _encode(x: Tensor, dim: int, bits: int) -> Codes:
     return Codes(codes, scale, offset)
 
 
-def quantize_keys(k: Tensor, *, bits: int, group: int) -> Codes:
+def _encode_floats(x: Tensor, dim: int) -> Codes:
+    """fp8 codes of x with one scale and offset along `dim`: the middle is 0, the ends +-448."""
+    low, high = x.amin(dim, keepdim=True).float(), x.amax(dim, keepdim=True).float()
+    offset = ((low + high) / 2).half()
+    reach = torch.maximum(high - offset.float(), offset.float() - low)
+    scale = (reach / LARGEST).clamp_min(2.0**-24).half()
+    codes = (x.float() - offset.float()) / scale.float()
+    return Codes(codes.clamp(-LARGEST, LARGEST).to(FP8), scale, offset)
+
+
+def quantize_keys(k: Tensor, *, bits: int, group: int, fp8: bool = False) -> Codes:
     """Keys `[B, H, N, D]` -> codes `[B, H, N, D(/2)]`, scales `[B, H, N/group, D]`.
 
-    N is a multiple of group.
+    N is a multiple of group; `fp8` makes eight-bit codes floating-point numbers.
     """
     batch, heads, length, dim = k.shape
-    coded = _encode(k.reshape(batch, heads, length // group, group, dim), 3, bits)
+    grouped = k.reshape(batch, heads, length // group, group, dim)
+    coded = _encode_floats(grouped, 3) if fp8 else _encode(grouped, 3, bits)
     codes = pack(coded.codes.reshape(batch, heads, length, dim), bits)
     return Codes(codes, coded.scale.squeeze(3), coded.offset.squeeze(3))
 
 
-def quantize_values(v: Tensor, *, bits: int, group: int) -> Codes:
+def quantize_values(v: Tensor, *, bits: int, group: int, fp8: bool = False) -> Codes:
     """Values `[B, H, N, D]` -> codes `[B, H, N, D(/2)]`, scales `[B, H, N, D/group]`."""
     batch, heads, length, dim = v.shape
-    coded = _encode(v.reshape(batch, heads, length, dim // group, group), 4, bits)
+    grouped = v.reshape(batch, heads, length, dim // group, group)
+    coded = _encode_floats(grouped, 4) if fp8 else _encode(grouped, 4, bits)
     codes = pack(coded.codes.reshape(batch, heads, length, dim), bits)
     return Codes(codes, coded.scale.squeeze(4), coded.offset.squeeze(4))
 

@@ -155,7 +155,7 @@ class QuantizedKV:
         k: Codes of `formats.quantize_keys`, scales per channel and `k_group` tokens.
         v: Codes of `formats.quantize_values`, scales per token.
         recent: newest keys and values `[B, Hkv, R, D]`, positions N .. N+R-1.
-        bits_k, bits_v: 4 or 8.
+        bits_k, bits_v: 4 or 8 (whole numbers, or fp8 where the dtype of the codes says so).
         rotated: keys and values were multiplied by a Hadamard matrix before storing.
     """
 
@@ -215,6 +215,49 @@ class QuantizedKV:
             dequantize_values(values, bits=self.bits_v, dtype=self.dtype),
             _positions(*keys, self.device),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingKV:
+    """A quantised view during decoding steps: only the device knows how much of it is filled.
+
+    Recent slot i holds position packed + i.  How many recent slots are filled is not said here;
+    the `lengths` of the call say it.
+
+    Args:
+        stored: all storage, filled or not.
+        packed: int64 `[1]`, keys the codes hold now.
+    """
+
+    stored: QuantizedKV
+    packed: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    @property
+    def rotated(self) -> bool:
+        return self.stored.rotated
+
+    def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
+        history = self.stored.num_packed
+        within = [KeyRange(first, min(last, history)) for first, last in ranges]
+        for tile in self.stored.tiles(within, size):
+            filled = tile.positions < self.packed
+            yield tile._replace(positions=tile.positions.where(filled, -1))
+        # Their positions are known to the device alone, so recent keys are visited always.
+        end = self.stored.shape[2]
+        for tile in self.stored.tiles((KeyRange(history, end),) if ranges else (), size):
+            yield tile._replace(positions=tile.positions - history + self.packed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,8 @@ def run(
     trial = _trial(model, runner, tokens, sizes)
     facts = runner.facts
     piece = largest_piece(sizes.context, sizes.batch, facts.num_heads, available_memory())
-    chosen = _chosen(specs(sizes.context, sizes.batch, facts.n_ctx_train, piece), rows)
+    known = specs(sizes.context, sizes.batch, facts.n_ctx_train, piece)
+    chosen = _chosen(known, rows, quick)
     report = _report(model, runner, text, tokens, sizes, quick)
     curves = _curves(runner, sizes, tokens) if rows is None else {}
     total = len(chosen) + len(curves)
@@ -173,9 +174,9 @@ def _trial(model: LoadedModel, runner: HFModel, tokens: list[int], sizes: Sizes)
     )
 
 
-def _chosen(known: list[RowSpec], names: Sequence[str] | None) -> list[RowSpec]:
+def _chosen(known: list[RowSpec], names: Sequence[str] | None, quick: bool) -> list[RowSpec]:
     if names is None:
-        return known
+        return [spec for spec in known if spec.quick or not quick]
     wanted = [known[0]]
     for name in names:
         found = [spec for spec in known if name.lower() in spec.name.lower()]

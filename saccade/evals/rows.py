@@ -24,6 +24,7 @@ class RowSpec:
     Attributes:
         heads: None (as the model is), "mha" (KV heads repeated) or "mqa" (KV heads averaged).
         token_share: share of the context's tokens kept by token-level compression.
+        quick: whether a quick run measures it too.
     """
 
     name: str
@@ -31,6 +32,7 @@ class RowSpec:
     params: ContextParams
     heads: str | None = None
     token_share: float | None = None
+    quick: bool = True
 
     def options(self) -> dict[str, Any]:
         """What is not default, for the record."""
@@ -56,7 +58,7 @@ def largest_piece(n_context: int, n_batch: int, num_heads: int, memory: int | No
 
 
 def _row(default_batch: int, name: str, group: str, **options: Any) -> RowSpec:
-    extra = {key: options.pop(key) for key in ("heads", "token_share") if key in options}
+    extra = {key: options.pop(key) for key in ("heads", "token_share", "quick") if key in options}
     chosen = {"n_batch": default_batch, "flash_attn": "enabled"} | options
     return RowSpec(name=name, group=group, params=ContextParams(**chosen), **extra)
 
@@ -78,6 +80,7 @@ def specs(
     int8 = {"type_k": "int8", "type_v": "int8"}
     int4 = {"type_k": "int4", "type_v": "int4"}
     snapkv = {"kv_policy": "snapkv", "kv_budget": 0.25}
+    ada = {"kv_policy": "ada_snapkv", "kv_budget": 0.25}
     row = partial(_row, n_batch)
 
     return [
@@ -95,6 +98,7 @@ def specs(
         row("YaRN x2", "Positions", **yarn),
         row("tokens kept 50 %", "Compression", token_share=0.5),
         row("SnapKV, KV kept 25 %", "Compression", **snapkv),
+        row("Ada-SnapKV, KV kept 25 %", "Compression", **ada, quick=False),
         row("int8 KV", "Quantised KV", **int8),
         row("int4 KV", "Quantised KV", **int4),
         row("YaRN + window + sinks", "Together", n_swa=window, n_sinks=4, **yarn),

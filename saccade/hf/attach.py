@@ -9,13 +9,15 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache
+from saccade.cache import LayerCache, Staging
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
+from saccade.hf.norms import plain_norms
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
+from saccade.hf.turning import NAME, deferring, rotary_places
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.params import ContextParams
 
@@ -48,8 +50,10 @@ class Attached:
 def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
     """Empty caches for a model under params; see `Attached.new_cache`."""
 
+    staging = None if params.offload_kqv else Staging()
+
     def make(layer: int, own: int | None) -> LayerCache:
-        return layer_cache(own, params, reserve=reserve)
+        return layer_cache(own, params, staging=staging, reserve=reserve)
 
     return SaccadeCache(model.config, make)
 
@@ -75,8 +79,14 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
     with ExitStack() as undo:
         undo.enter_context(scaled_rope(model, params))
         _switch_attention(undo, model)
-        for index, module in attention_modules(model):
+        modules = attention_modules(model)
+        for index, module in modules:
             _set(undo, module, ATTRIBUTE, settings(index))
+        for code, usual in rotary_places([module for _, module in modules]):
+            _set(undo, code, NAME, deferring(usual))
+        if model.device.type == "cuda":
+            for module, fused in plain_norms(model):
+                _set(undo, module, "forward", fused)
         attached = Attached(model, params)
         _set(undo, model, "generate", _generate_with_cache(attached))
         yield attached
@@ -103,7 +113,8 @@ def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], 
 
 
 def _needs_own_cache(params: ContextParams) -> bool:
-    return params.type_k is not None or params.kv_policy is not None
+    options = (params.type_k, params.page_size, params.kv_policy)
+    return any(option is not None for option in options) or not params.offload_kqv
 
 
 def _switch_attention(undo: ExitStack, model: PreTrainedModel) -> None:

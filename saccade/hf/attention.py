@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.cache import Cursor
 from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
+from saccade.hf.turning import settled
 from saccade.ops import attend
 
 _FOREIGN = {
@@ -34,9 +36,10 @@ class Geometry:
     """
 
     kv: KVView
-    q_offset: int
+    q_offset: int | Tensor
     mask: Mask
     key_padding: Tensor | None = None
+    lengths: Tensor | None = None
     attn_mask: Tensor | None = None
     cu_seqlens: tuple[Tensor, Tensor] | None = None
 
@@ -67,6 +70,7 @@ def saccade_attention(
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     _check_supported(module, dropout, kwargs)
+    query = settled(query)
     settings, own = settings_of(module), _own_mask(module, is_causal, sliding_window)
     if isinstance(key, KVHandle):
         problem, observe = _from_handle(query, key, attention_mask, own), key.observe
@@ -98,12 +102,15 @@ def _attended(
     """The problem in the words of the operator; `options` shape the scores."""
     blocks = None
     if settings.sparse is not None:
+        if not isinstance(problem.q_offset, int):
+            raise Unsupported("sparse patterns need to know where queries are. Use Context.append.")
         blocks = settings.sparse.select(query, problem.kv, problem.q_offset)
     return attend(
         query,
         problem.kv,
         mask=problem.mask,
         key_padding=problem.key_padding,
+        lengths=problem.lengths,
         cu_seqlens=problem.cu_seqlens,
         attn_mask=problem.attn_mask,
         q_offset=None if problem.cu_seqlens is not None else problem.q_offset,
@@ -132,6 +139,8 @@ def _from_handle(
     query: Tensor, handle: KVHandle, attention_mask: Tensor | None, own: Mask
 ) -> Geometry:
     """A call on one of our caches: the view knows the positions of its keys."""
+    if handle.cursor is not None:
+        return _from_step(handle, handle.cursor, attention_mask, own)
     end = handle.shape[2]
     problem = Geometry(kv=handle.view, q_offset=end - query.shape[2], mask=own)
     if isinstance(attention_mask, SpecMask):
@@ -152,6 +161,18 @@ def _from_handle(
             "Run unpadded rows, or set no kv_policy."
         )
     return problem
+
+
+def _from_step(
+    handle: KVHandle, cursor: Cursor, attention_mask: Tensor | None, own: Mask
+) -> Geometry:
+    """A call of a decoding step: where queries and keys end, the device knows."""
+    mask = own
+    if isinstance(attention_mask, SpecMask) and attention_mask.spec.padding is None:
+        mask = attention_mask.spec.mask
+    elif attention_mask is not None:
+        raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
+    return Geometry(kv=handle.view, q_offset=cursor.start, mask=mask, lengths=cursor.stop)
 
 
 def _from_tensors(

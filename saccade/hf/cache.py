@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from saccade.cache import LayerCache, ShiftKeys
+from saccade.cache import Cursor, LayerCache, ShiftKeys, SteppingCache
 from saccade.core import KVView
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
+from saccade.hf.turning import Promised, settled
 from saccade.runtime.model import Observer
 
 MakeLayer = Callable[[int, int | None], LayerCache]
@@ -39,6 +40,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
         self.store = store
         self.window = window
         self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
+        self.cursor: Cursor | None = None
         self.is_sliding = window is not None
         self.is_croppable = window is None
         self._batch = 0
@@ -58,6 +60,9 @@ class SaccadeCacheLayer(CacheLayerMixin):
 
         Gradients do not flow through a cache.
         """
+        if self.cursor is not None:
+            return self._step(key_states, value_states, self.cursor)
+        key_states = settled(key_states)
         self.lazy_initialization(key_states, value_states)
         self._batch = key_states.shape[0]
         view = self.store.append(key_states.detach(), value_states.detach())
@@ -65,6 +70,21 @@ class SaccadeCacheLayer(CacheLayerMixin):
         call: ObserveCall | None = None if self.observe is None else partial(self.observe, view)
         keys = KVHandle(view, seen=seen, width=view.shape[3], observe=call)
         return keys, KVHandle(view, seen=seen, width=view.shape[4])
+
+    def _step(
+        self, keys: Tensor | Promised, v: Tensor, cursor: Cursor
+    ) -> tuple[KVHandle, KVHandle]:
+        """`update` at a place that the device knows; keys and queries are turned on the way."""
+        assert isinstance(self.store, SteppingCache), "DecodeStep has asked"
+        promise = keys.promise if isinstance(keys, Promised) else None
+        k, turn = (keys, None) if promise is None else (promise.k, promise.turn)
+        assert isinstance(k, Tensor)
+        view, where, q = self.store.append_at(k, v, cursor, turn)
+        if promise is not None:
+            promise.keep(q)
+        seen = self.store.seen + k.shape[2]
+        handles = [KVHandle(view, seen=seen, width=view.shape[i], cursor=where) for i in (3, 4)]
+        return handles[0], handles[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, first position) of the mask for the next `query_length` tokens."""
@@ -160,6 +180,16 @@ class SaccadeCache(Cache):
         self._observer = observer
         for index, layer in enumerate(self._ours):
             layer.observe = None if observer is None else _ordered(observer, index)
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """Where new tokens go during a step; None while the host decides."""
+        return self._ours[0].cursor
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor | None) -> None:
+        for layer in self._ours:
+            layer.cursor = cursor
 
     def drop(self, start: int, stop: int, shift: Callable[[int], ShiftKeys]) -> None:
         """Context shift in all layers; `shift(i)` re-rotates keys of layer i."""

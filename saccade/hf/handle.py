@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from saccade.cache import Cursor
 from saccade.core import KVView, Unsupported
 
 ObserveCall = Callable[[Tensor, Tensor, float], None]
@@ -27,17 +28,25 @@ class KVHandle:
         seen: tokens the layer has seen, the new ones included; a compressed view holds fewer.
         shape: `[B, Hkv, end, D]`, for code that peeks.
         observe: is shown the call after it ran, or None.
+        cursor: where the queries are, if only the device knows; the view is then all storage.
     """
 
-    __slots__ = ("observe", "seen", "shape", "view")
+    __slots__ = ("cursor", "observe", "seen", "shape", "view")
 
     def __init__(
-        self, view: KVView, *, seen: int, width: int, observe: ObserveCall | None = None
+        self,
+        view: KVView,
+        *,
+        seen: int,
+        width: int,
+        observe: ObserveCall | None = None,
+        cursor: Cursor | None = None,
     ) -> None:
         self.view = view
         self.seen = seen
         self.shape = torch.Size((*view.shape[:3], width))
         self.observe = observe
+        self.cursor = cursor
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from saccade.cache import LayerCache, ShiftKeys
+from saccade.cache import Cursor, LayerCache, ShiftKeys
 from saccade.core import Unsupported
 from saccade.hf.attach import Attached, attach, new_cache
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import describe_rope, key_shifter
+from saccade.hf.turning import deferred
 from saccade.runtime.model import ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 
@@ -53,6 +54,14 @@ class HFModelCache:
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
         self.past_key_values.observer = observer
+
+    @property
+    def cursor(self) -> Cursor | None:
+        return self.past_key_values.cursor
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor | None) -> None:
+        self.past_key_values.cursor = cursor
 
 
 class HFModel:
@@ -103,11 +112,19 @@ class HFModel:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
         assert isinstance(cache, HFModelCache), "caches come from new_cache"
         decoder = self.model.get_decoder()
-        output = decoder(
-            input_ids=tokens.to(self.model.device),
-            past_key_values=cache.past_key_values,
-            use_cache=True,
-        )
+        tokens, options = tokens.to(self.model.device), {}
+        with ExitStack() as stack:
+            if cache.cursor is not None:
+                steps = torch.arange(tokens.shape[1], device=tokens.device)
+                options["position_ids"] = cache.cursor.start[:, None] + steps
+            if cache.cursor is not None or tokens.is_cuda:
+                stack.enter_context(deferred())
+            output = decoder(
+                input_ids=tokens,
+                past_key_values=cache.past_key_values,
+                use_cache=True,
+                **options,
+            )
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

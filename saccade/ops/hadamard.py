@@ -12,6 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from saccade.ops.attend.triton import able_on
+
+FEW = 4096  # rows; a matrix product is faster for more
+
 
 def block_of(dim: int) -> int:
     """Largest power of two that divides `dim`: heads are rotated in blocks of this size."""
@@ -26,9 +30,21 @@ def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (h / size**0.5).to(device=device, dtype=dtype)
 
 
+def _by_kernel(x: Tensor) -> bool:
+    """Whether one small kernel does it: a few rows of a whole power of two, and no gradient."""
+    whole = 2 <= x.shape[-1] <= 512 and block_of(x.shape[-1]) == x.shape[-1]
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    plain = not x.requires_grad and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return whole and few and plain and able_on(x.device)
+
+
 def rotate(x: Tensor) -> Tensor:
     """Rotate the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
     block = block_of(x.shape[-1])
+    if _by_kernel(x):
+        from saccade.ops.attend.triton_append import rotate_rows
+
+        return rotate_rows(x)
     compute = torch.promote_types(x.dtype, torch.float32)
     h = _matrix(block, compute, x.device)
     return (x.to(compute).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)

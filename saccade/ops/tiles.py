@@ -80,6 +80,7 @@ class Bounds(NamedTuple):
         cu_q, cu_k: cumulative lengths of packed documents.
         document: int32 `[tiles]`, the document a tile lies in, -1 for none; first_tile: int32
             `[documents]`, the first tile of each.
+        origin: int64 `[1]`, the position of key 0; offsets and lengths count from it afterwards.
     """
 
     offsets: Any = None
@@ -90,6 +91,7 @@ class Bounds(NamedTuple):
     cu_k: Any = None
     document: Any = None
     first_tile: Any = None
+    origin: Any = None
 
 
 class Visits(NamedTuple):
@@ -127,6 +129,10 @@ def extent(bounds, b, kv_head, tile, q_len, k_len, q_offset):
     if bounds.lengths is not None:
         at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
         k_len = tl.minimum(k_len, tl.load(bounds.lengths + at).to(tl.int32))
+    if bounds.origin is not None:
+        origin = tl.load(bounds.origin).to(tl.int32)
+        k_len = k_len - origin
+        q_offset = q_offset - origin
     return q_first, k_first, q_len, k_len, q_offset, tile
 
 

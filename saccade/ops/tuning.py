@@ -25,6 +25,7 @@ class Launch:
         warps, stages: warps of a program, depth of its load pipeline.
         bulk: fetch tiles with the copy engine (TMA), where strides allow it.
         per_sm: programs to aim for per multiprocessor when decoding splits the keys.
+        registers: most registers a thread may take, 0 for what the compiler likes.
     """
 
     block_m: int
@@ -33,6 +34,7 @@ class Launch:
     stages: int
     bulk: bool = False
     per_sm: int = 1
+    registers: int = 0
 
 
 Table = tuple[tuple[int, Launch], ...]
@@ -137,9 +139,9 @@ DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
 
 DECODE_CODES: dict[str, Table] = {  # quantised keys; block_n is also bounded by their group
     "sm_90": (
-        (128, Launch(16, 64, 1, 2, per_sm=8)),
-        (256, Launch(16, 32, 2, 2, per_sm=8)),
-        (512, Launch(16, 32, 4, 2, per_sm=4)),
+        (128, Launch(16, 64, 1, 2, per_sm=6)),
+        (256, Launch(16, 32, 4, 2, per_sm=2)),
+        (512, Launch(16, 32, 8, 1, per_sm=1)),
     ),
     DEFAULT: _SMALL_DECODE,
     INTERPRETER: _TINY_DECODE,

@@ -5,10 +5,12 @@ from saccade.runtime.model import Model, ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.session import load_session, save_session
+from saccade.runtime.step import DecodeStep
 
 __all__ = [
     "Context",
     "ContextParams",
+    "DecodeStep",
     "Model",
     "ModelCache",
     "ModelFacts",

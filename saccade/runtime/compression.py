@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, LayerCache, RingCache
-from saccade.compress import POLICIES, Observed, resolve_budget, select
+from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache
+from saccade.compress import (
+    POLICIES,
+    Observed,
+    Policy,
+    resolve_budget,
+    select,
+    select_across_heads,
+)
 from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
 
@@ -53,6 +60,11 @@ class QueryTail:
         return self._queries[layer], self._scales[layer]
 
 
+def wants_ragged(policy_name: str | None) -> bool:
+    """Whether a policy lets KV heads keep different numbers of keys."""
+    return policy_name is not None and POLICIES[policy_name]().floor is not None
+
+
 def compress_cache(
     cache: ModelCache, tail: QueryTail, policy_name: str, budget: int | float
 ) -> None:
@@ -65,23 +77,52 @@ def compress_cache(
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, RingCache):
             continue
-        if not isinstance(layer, DenseCache):
+        if isinstance(layer, RaggedCache):
+            _keep_by_head(layer, policy, budget, *tail.of(i))
+        elif isinstance(layer, DenseCache):
+            _keep_equally(layer, policy, budget, *tail.of(i))
+        else:
             raise Unsupported(
                 f"kv_policy needs caches in full precision, layer {i} has {type(layer).__name__}."
             )
-        view = layer.view()
-        kept = resolve_budget(budget, layer.num_slots)
-        if kept < layer.num_slots:
-            q, scale = tail.of(i)
-            scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
-            layer.keep(select(scores, kept), room=DECODE_ROOM)
+
+
+def _keep_equally(
+    layer: DenseCache, policy: Policy, budget: int | float, q: Tensor, scale: float
+) -> None:
+    view = layer.view()
+    kept = resolve_budget(budget, layer.num_slots)
+    if kept < layer.num_slots:
+        scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
+        layer.keep(select(scores, kept), room=DECODE_ROOM)
+
+
+def _keep_by_head(
+    layer: RaggedCache, policy: Policy, budget: int | float, q: Tensor, scale: float
+) -> None:
+    """The budget is that of a head on average; heads of a layer share it as their scores say."""
+    lengths = layer.lengths
+    mean = int(lengths.sum()) // lengths.numel()
+    kept = resolve_budget(budget, mean)
+    if kept < mean:
+        held = layer.held()
+        real = held.positions >= 0
+        seen = Observed(q=q, k=held.k, v=held.v, scale=scale, real=real)
+        layer.keep(select_across_heads(policy.scores(seen), kept, policy.floor or 0.0))
 
 
 def shrink_without_numbers(cache: LayerCache, budget: int | float) -> None:
-    """What `compress_cache` leaves of a layer whose tensors have shapes and no contents."""
+    """What `compress_cache` leaves of a layer whose tensors have shapes and no contents.
+
+    Heads that compete for a budget are taken to keep equally many keys.
+    """
     if isinstance(cache, DenseCache):
         kept = resolve_budget(budget, cache.num_slots)
         if kept < cache.num_slots:
             view = cache.view()
             some = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
             cache.keep(some, room=DECODE_ROOM)
+    elif isinstance(cache, RaggedCache):
+        kept = resolve_budget(budget, cache.seen)
+        if kept < cache.seen:
+            cache.keep_newest(kept)

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.cache import RingCache
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.compression import QueryTail, compress_cache
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
+from saccade.runtime.step import DecodeStep, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class Context:
         self._tail: QueryTail | None = None
         self._tokens: list[int] = []
         self._next: NextToken | None = None
+        self._decode_step: DecodeStep | None = None
+        self._steps: bool | None = None  # whether steps serve here; None: not asked yet
 
     def __enter__(self) -> Context:
         return self
@@ -166,10 +171,32 @@ class Context:
             for chunk in ids.split(self.params.n_batch):
                 hidden = self.model.hidden(chunk[None], self._cache)[0]
                 self._tokens += chunk.tolist()
+                if len(chunk) > 1:
+                    checkpoint(self._cache.layers)
                 states.append(hidden)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
         return torch.cat(states)[-wanted:]
+
+    def reuse(self, tokens: Sequence[int] | Tensor) -> int:
+        """Go back to where `tokens` begin to differ from what was read, as far as layers can.
+
+        Sliding layers reach back over their window or to a checkpoint (`ctx_checkpoints`), a
+        compressed cache not behind its compression.  At least the last token is left to read.
+
+        Returns:
+            How many of `tokens` need not be read again; `append` or `stream` those after.
+        """
+        wanted = torch.as_tensor(tokens, dtype=torch.int64).tolist()
+        alike = 0
+        for ours, theirs in zip(self._tokens, wanted[:-1], strict=False):
+            if ours != theirs:
+                break
+            alike += 1
+        with torch.inference_mode():
+            kept = roll_back(self._cache.layers, alike)
+        self.resume(self._tokens[:kept], None, None)
+        return kept
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` float32 of hidden states `[..., hidden]`."""
@@ -233,11 +260,34 @@ class Context:
         if not self._room_for_one():
             return False
         start = time.perf_counter()
-        hidden = self.append([self._next.token])
-        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
+        logits = self._read_one(self._next.token)
+        self._next = NextToken(sampler.pick(logits), shown=False)
         self.stats.decode_tokens += 1
         self.stats.decode_seconds += time.perf_counter() - start
         return True
+
+    def _read_one(self, token: int) -> Tensor:
+        """Logits `[vocab]` behind one more token; on a GPU by a captured step."""
+        self._watch()
+        if self._steps is None:
+            self._steps = self._can_step() and refusal(self._cache) is None
+        if self._steps and self._cache.observer is None:
+            try:
+                self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
+                logits = self._decode_step(token)[0]
+            except Unsupported:  # some models ask the host in the middle of a step
+                self._steps = False
+            else:
+                self._tokens.append(token)
+                return logits
+        return self.logits(self.append([token])[-1])
+
+    def _can_step(self) -> bool:
+        """Whether a captured step could serve here: a GPU, and what its kernels run over."""
+        params = self.params
+        plain = params.sparse is None and params.flash_attn != "disabled"
+        stored = params.type_k in (None, "int8", "int4") and params.backend in (None, "triton")
+        return self.model.device.type == "cuda" and plain and stored
 
     def _watch(self) -> None:
         """Under a kv_policy: remember the queries from here on."""
@@ -256,8 +306,11 @@ class Context:
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
             raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
+        layers = list(enumerate(self._cache.layers))
+        # Rings can always shift: asked last, a layer that cannot leaves all as they were.
+        layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
-            for i, layer in enumerate(self._cache.layers):
+            for i, layer in layers:
                 layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
         del self._tokens[n_keep : n_keep + n_discard]
 

@@ -20,6 +20,7 @@ from saccade.runtime.compression import shrink_without_numbers
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint
 
 TRACED = 1 << 15
 """Longest context whose attention is run without memory; beyond, its peak grows in proportion."""
@@ -56,7 +57,7 @@ def cache_bytes(
     *,
     reserve: int = 0,
 ) -> int:
-    """Bytes that the caches of all layers allocate, exactly.
+    """Bytes that the caches of all layers allocate, exactly; see `Plan` for ragged ones.
 
     Args:
         read: tokens of each append while a prompt is read, in order (see `chunks`).
@@ -136,6 +137,8 @@ def _append(cache: LayerCache, facts: ModelFacts, steps: Iterable[int]) -> None:
     for step in steps:
         if step:
             cache.append(*_new_keys(facts, step, torch.device("meta")))
+        if step > 1:
+            checkpoint([cache])
 
 
 def _new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saccade.cache import LayerCache
+from saccade.cache import Cursor, LayerCache
 from saccade.core import KVView
 from saccade.runtime.params import ContextParams
 
@@ -58,6 +58,14 @@ class ModelCache(Protocol):
 
     @observer.setter
     def observer(self, observer: Observer | None) -> None: ...
+
+    @property
+    def cursor(self) -> Cursor | None:
+        """Where new tokens go during a `DecodeStep`; None while the host decides."""
+        ...
+
+    @cursor.setter
+    def cursor(self, cursor: Cursor | None) -> None: ...
 
 
 class Model(Protocol):

@@ -8,7 +8,8 @@ from saccade.compress import POLICIES
 from saccade.sparse import Pattern
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
-CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4")
+CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
+QUANTIZED = ("int8", "int4", "fp8")
 ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
 
 
@@ -21,8 +22,8 @@ class ContextParams:
         n_batch: most tokens that one prefill step takes.
         flash_attn: "enabled": O(N) memory or an error; "disabled": materialised scores, the
             standard attention of the textbooks; "auto": the fastest backend able to run each call.
-        type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8 or int4; None:
-            the dtype of the model.  int8 and int4 need both to be quantised.
+        type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8, int4 or fp8 (e4m3);
+            None: the dtype of the model.  Quantised types need both to be quantised, fp8 both fp8.
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
         rope_freq_base: base of the rotary frequencies.
         rope_freq_scale: 1 / factor; None: as much as n_ctx needs beyond yarn_orig_ctx.
@@ -32,10 +33,17 @@ class ContextParams:
         yarn_orig_ctx: length the model was trained for before scaling.
         n_swa: window, the number of last keys a token sees, itself counted.
         n_sinks: first tokens that stay visible outside the window.
+        ctx_checkpoints: positions that sliding layers can be taken back to, for prompts that begin
+            alike (`Context.reuse`); one is made after every chunk of a prompt, and thinned out.
         n_keep: first tokens kept when a full context is shifted during generation; None: a full
             context ends the generation.
+        page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
+            one buffer a layer.  Sliding layers have rings either way.
+        offload_kqv: caches live on the device that computes; False keeps them in host memory, and
+            each layer's keys are fetched while the one before computes.  On a CPU it is all one.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
-        kv_policy: name of a policy that compresses the cache after the prompt ("snapkv").
+        kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
+            "ada_snapkv" (the heads of a layer compete for one budget).
         kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
 
@@ -58,7 +66,10 @@ class ContextParams:
     yarn_orig_ctx: int | None = None
     n_swa: int | None = None
     n_sinks: int = 0
+    ctx_checkpoints: int = 0
     n_keep: int | None = None
+    page_size: int | None = None
+    offload_kqv: bool = True
     sparse: Pattern | None = field(default=None)
     kv_policy: str | None = None
     kv_budget: int | float | None = None
@@ -74,7 +85,9 @@ class ContextParams:
         _at_least("n_batch", self.n_batch, 1)
         _at_least("n_swa", self.n_swa, 1)
         _at_least("n_sinks", self.n_sinks, 0)
+        _at_least("ctx_checkpoints", self.ctx_checkpoints, 0)
         _at_least("n_keep", self.n_keep, 0)
+        _at_least("page_size", self.page_size, 1)
         _at_least("yarn_orig_ctx", self.yarn_orig_ctx, 1)
         self._check_storage()
         if self.n_sinks and self.n_swa is None:
@@ -94,16 +107,26 @@ class ContextParams:
             _at_least("kv_budget", self.kv_budget, 1)
 
     def _check_storage(self) -> None:
-        quantized = [t for t in (self.type_k, self.type_v) if t in ("int8", "int4")]
-        if len(quantized) == 1:
+        quantized = [t for t in (self.type_k, self.type_v) if t in QUANTIZED]
+        if len(quantized) == 1 or quantized.count("fp8") == 1:
             raise ValueError(
                 f"type_k={self.type_k!r} with type_v={self.type_v!r}: quantised caches store both "
-                "keys and values as int8 or int4. Set both."
+                "keys and values as int8 or int4, or both as fp8. Set both."
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
         if quantized and (self.n_swa is not None or self.kv_policy is not None):
             raise ValueError("a quantised cache cannot be combined with n_swa or kv_policy yet.")
+        if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
+            raise ValueError(
+                "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "
+                "quantised types, page_size or kv_policy."
+            )
+        if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
+            raise ValueError(
+                f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
+                "with quantised types, n_swa or kv_policy."
+            )
 
 
 def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:

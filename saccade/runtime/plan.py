@@ -23,7 +23,10 @@ ALTERNATIVES: dict[str, dict[str, object]] = {
 }
 """Settings to try where memory is short; adding one is one line."""
 
-_OTHERWISE = dict.fromkeys(("type_k", "type_v", "n_swa", "kv_policy", "kv_budget")) | {"n_sinks": 0}
+_OTHERWISE: dict[str, object] = {
+    **dict.fromkeys(("type_k", "type_v", "n_swa", "page_size", "kv_policy", "kv_budget")),
+    **{"n_sinks": 0, "ctx_checkpoints": 0, "offload_kqv": True},
+}
 _FAR = 1 << 27  # tokens: who can hold these is limited by something else
 _PIECES = 16  # what was found is appended in so many pieces, to see what it really takes
 
@@ -52,6 +55,9 @@ class Plan:
         reserve: tokens that caches allocate for at once; 0: they grow.
         weights_bytes: of the model's parameters, None where unknown.
         cache_bytes: allocated by all caches when the context is full, exactly.
+            Two things are not known beforehand: how heads share a budget they compete for (they
+            are taken to keep equally many keys, which is right to a page a head), and buffers on a
+            GPU for keys in host memory (not counted).
         most_cache_bytes: the same before a kv_policy compressed the prompt.
         attention_bytes: most that attention takes beside that; see `memory.AttentionPeak`.
     """

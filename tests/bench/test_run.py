@@ -176,7 +176,7 @@ def test_the_block_mask_for_flex(mask, q_len, kv_len):
 
 def test_stand_in_ceilings_are_labelled(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(ceilings, "_extension", lambda: None)
+    monkeypatch.setattr(ceilings, "extension", lambda: None)
     monkeypatch.setattr(ceilings, "_measurements", lambda threads: (lambda: 2.0, lambda: 1.0))
     found = ceilings.measure(2)
     assert "stand-in" in found.source and (found.fma_peak, found.read_bandwidth) == (2, 1)
@@ -198,7 +198,7 @@ def test_the_extension_measures_where_it_is(monkeypatch):
         def read_bandwidth(threads, target):
             return 3.0
 
-    monkeypatch.setattr(ceilings, "_extension", lambda: Extension)
+    monkeypatch.setattr(ceilings, "extension", lambda: Extension)
     found = ceilings.measure(2)
     assert (found.source, found.target, found.fma_peak) == ("extension", "best", 20)
     monkeypatch.setenv("SACCADE_CPU_TARGET", "worst")

@@ -1,5 +1,7 @@
 """Pages: thousands of random operations against plain lists, and the promises one by one."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import settings
@@ -200,3 +202,72 @@ def test_drop_moves_and_rotates_the_rest():
     assert cache.seen == 15
     assert torch.equal(held.k, torch.cat((k[:, :, :5], k[:, :, 10:] - 5), 2))
     assert torch.equal(held.v, torch.cat((v[:, :, :5], v[:, :, 10:]), 2))
+
+
+def test_a_fork_goes_its_own_way():
+    cache, (k, v) = PagedCache(page_size=4), kv(10)
+    cache.append(k, v)
+    branch = cache.fork()
+    used = cache.pool.pages.num_pages - cache.pool.pages.num_available
+    ours, theirs = kv(3), kv(3)
+    cache.append(*ours)
+    branch.append(*theirs)
+    assert torch.equal(dense(cache.view()).k, torch.cat((k, ours[0]), 2))
+    assert torch.equal(dense(branch.view()).k, torch.cat((k, theirs[0]), 2))
+    assert used == 3
+    assert cache.pool.pages.num_pages - cache.pool.pages.num_available == 2 + 2 * 2
+
+
+def test_a_prompt_that_another_cache_read_is_found():
+    pool, (k, v) = PagePool(page_size=4, grows=True), kv(11)
+    first, second = PagedCache(pool), PagedCache(pool)
+    assert first.expect(list(range(11))) == 0
+    first.append(k[:, :, :6], v[:, :, :6])
+    first.append(k[:, :, 6:], v[:, :, 6:])
+    assert second.expect([*range(9), 77]) == 8 == second.seen
+    assert torch.equal(dense(second.view()).k, k[:, :, :8])
+    second.append(*kv(5))  # longer than announced: written, and nobody finds it
+    first.reset()
+    assert torch.equal(dense(second.view()).k[:, :, :8], k[:, :, :8])
+    assert PagedCache(pool).expect(list(range(11))) == 8
+    with pytest.raises(Unsupported, match="holds 13 tokens already"):
+        second.expect([1])
+
+
+def test_thousands_of_random_operations_leak_no_page():
+    """Caches that share a pool, against plain tensors; at the end every page is free again."""
+    torch.manual_seed(1)
+    draw = random.Random(1)
+    pool, caches, expected = PagePool(page_size=4, grows=True), [], []
+    for _ in range(3000):
+        what = draw.choice(["new", "append", "append", "fork", "truncate", "reorder", "end"])
+        if not caches or what == "new":
+            caches.append(PagedCache(pool))
+            expected.append(torch.empty(draw.choice([1, 2]), 1, 0, 2))
+        at = draw.randrange(len(caches))
+        cache, held = caches[at], expected[at]
+        if what == "append":
+            k = torch.randn(held.shape[0], 1, draw.randrange(1, 9), 2)
+            cache.append(k, -k)
+            expected[at] = torch.cat((held, k), 2)
+        elif what == "fork" and len(caches) < 9:
+            caches.append(cache.fork())
+            expected.append(held)
+        elif what == "truncate":
+            length = draw.randrange(held.shape[2] + 1)
+            cache.truncate(length)
+            expected[at] = held[:, :, :length]
+        elif what == "reorder" and cache.seen:
+            rows = torch.tensor([draw.randrange(held.shape[0]) for _ in range(draw.choice([1, 2]))])
+            cache.reorder(rows)
+            expected[at] = held[rows]
+        elif what == "end" and (len(caches) > 6 or held.shape[2] > 40):
+            cache.reset()
+            del caches[at], expected[at]
+        pool.pages.check()
+    for cache, held in zip(caches, expected, strict=True):
+        if cache.seen:
+            tile = dense(cache.view())
+            assert torch.equal(tile.k, held) and torch.equal(tile.v, -held)
+        cache.reset()
+    assert pool.pages.num_available == pool.pages.num_pages

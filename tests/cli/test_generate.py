@@ -67,6 +67,7 @@ def test_nothing_given_is_the_default():
         ("--rope-freq-scale 0.5", "rope_freq_scale", 0.5),
         ("--rope-freq-base 1e6", "rope_freq_base", 1e6),
         ("--yarn-orig-ctx 8192", "yarn_orig_ctx", 8192),
+        ("--kv-offload off", "offload_kqv", False),
         ("--keep 0", "n_keep", 0),
         ("--sparse strided", "sparse", PATTERNS["strided"]()),
         ("--kv-policy snapkv --kv-budget 512", "kv_budget", 512),

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from saccade.compress import POLICIES, Observed, received_attention, resolve_budget, select
-from saccade.compress.snapkv import SnapKV
+from saccade.compress import (
+    POLICIES,
+    AdaSnapKV,
+    Observed,
+    SnapKV,
+    received_attention,
+    resolve_budget,
+    select,
+    select_across_heads,
+)
 from saccade.core import DenseKV, Mask
 from saccade.ops import attend
 
@@ -60,6 +68,42 @@ def test_snapkv_heads_of_a_group_vote_together():
     together = SnapKV(kernel=1).scores(seen)
     finite = together.isfinite()
     assert torch.allclose(together[finite], ((alone[0] + alone[1]) / 2)[finite])
+
+
+class TestAdaSnapKV:
+    @pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
+    @pytest.mark.parametrize("kept", [1, 10, 80, 200])
+    def test_the_layer_keeps_its_budget(self, kept, floor):
+        chosen = select_across_heads(AdaSnapKV().scores(observed()), kept, floor)
+        assert (chosen.sum((1, 2)) == kept * 2).all()
+        assert (chosen.sum(-1) >= max(1, round(floor * kept))).all()
+
+    def test_with_a_whole_floor_it_is_snapkv(self):
+        chosen = select_across_heads(AdaSnapKV().scores(observed()), 80, 1.0)
+        alike = torch.zeros_like(chosen).scatter(-1, select(SnapKV().scores(observed()), 80), True)
+        assert torch.equal(chosen, alike)
+
+    def test_a_head_that_looks_at_one_key_gives_room_to_another(self):
+        """A flat head keeps more than a sharp one, but never all."""
+        seen = observed()
+        needle = torch.randn(16)
+        seen.k[:, 0, 50] = needle * 8
+        seen.q[:, :2] += needle
+        counts = select_across_heads(AdaSnapKV().scores(seen), 90, 0.2).sum(-1)
+        assert (counts[:, 0] < 80).all() and (counts[:, 1] > 100).all()
+
+    def test_empty_slots_do_not_exist(self):
+        """Heads with fewer keys, moved to the right: the same scores as without the gap."""
+        seen = observed(100, 20)
+        real = torch.ones(2, 2, 130, dtype=torch.bool)
+        real[:, :, :30] = False
+        wide = [torch.cat((torch.full((2, 2, 30, 16), 9.0), x), 2) for x in (seen.k, seen.v)]
+        padded = Observed(q=seen.q, k=wide[0], v=wide[1], scale=0.25, real=real)
+        # Without pooling: an average over neighbours also sees the edge.
+        scores = AdaSnapKV(kernel=1).scores(padded)
+        assert torch.allclose(scores[..., 30:], AdaSnapKV(kernel=1).scores(seen), atol=1e-6)
+        chosen = select_across_heads(scores, 120, 0.2)
+        assert torch.equal(chosen, real)
 
 
 def test_budget():

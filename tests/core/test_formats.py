@@ -41,8 +41,29 @@ def test_error_is_at_most_half_a_step(bits):
     assert (error <= step / 2 + slack).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_constant_channels_survive(bits):
+def test_fp8_error_is_relative_to_the_distance_from_the_middle():
+    """Three bits of mantissa: half a step is a sixteenth of the number, or the smallest step."""
+    x = torch.randn(2, 2, 64, 32) * 3 + 10
+    keys = quantize_keys(x, bits=8, group=32, fp8=True)
+    values = quantize_values(x, bits=8, group=16, fp8=True)
+    assert keys.codes.dtype == values.codes.dtype == torch.float8_e4m3fn
+    slack = x.abs().max() * 2**-10
+    ours = dequantize_keys(keys, bits=8, group=32, dtype=torch.float32)
+    middle = keys.offset.float().repeat_interleave(32, 2)
+    assert ((ours - x).abs() <= (x - middle).abs() / 16 + slack).all()
+    ours = dequantize_values(values, bits=8, dtype=torch.float32)
+    middle = values.offset.float().repeat_interleave(16, 3)
+    assert ((ours - x).abs() <= (x - middle).abs() / 16 + slack).all()
+
+
+def test_fp8_never_overflows():
+    x = torch.tensor([-1e4, 1e4, 0, 3.0] * 4)[None, None, :, None].repeat(1, 1, 1, 16)
+    keys = quantize_keys(x, bits=8, group=16, fp8=True)
+    assert torch.allclose(dequantize_keys(keys, bits=8, group=16, dtype=torch.float32), x, rtol=0.1)
+
+
+@pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
+def test_constant_channels_survive(bits, fp8):
     x = torch.full((1, 1, 64, 16), 0.5)
-    keys = quantize_keys(x, bits=bits, group=64)
+    keys = quantize_keys(x, bits=bits, group=64, fp8=fp8)
     assert torch.equal(dequantize_keys(keys, bits=bits, group=64, dtype=torch.float32), x)

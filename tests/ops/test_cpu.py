@@ -46,7 +46,8 @@ def check(q, kv, exact=None, **options):
     eager = attend(q, kv, backend="reference", **options)
     assert ours.out.dtype == q.dtype and not ours.out.isnan().any()
     rounding = 0 if q.dtype == torch.float32 else truth.out.abs().max() * torch.finfo(q.dtype).eps
-    bound = 2 * (eager.out - truth.out).abs().max() + 1e-6 + rounding
+    # The eager product may be lucky: sums over up to 576 channels in another order differ by more.
+    bound = 2 * (eager.out - truth.out).abs().max() + 4e-6 + rounding
     assert (ours.out - truth.out).abs().max() <= bound
     assert torch.equal(ours.lse.isneginf(), truth.lse.isneginf())
     seen = ~truth.lse.isneginf()
@@ -394,3 +395,22 @@ def test_overlapping_memory():
         spoilt[1] = cpu.record(victim)
         with pytest.raises(ValueError, match="overlaps"):
             _cpu.attend(*spoilt)
+
+
+def test_reading_alone_checks_its_memory():
+    memory = torch.ones(1 << 16)
+    good = cpu.record(memory)
+    _cpu.read_through(good, 2)
+    spoilt = {
+        "dtype": (good[0], 1, *good[2:]),
+        "stride": (*good[:3], (2,), good[4]),
+        "length": (*good[:2], (1 << 17,), *good[3:]),
+        "short": (*good[:2], (5,), *good[3:]),
+        "address": (0, *good[1:]),
+        "alignment": (good[0] + 1, *good[1:]),
+    }
+    for fields in spoilt.values():
+        with pytest.raises(ValueError, match=r"vector"):
+            _cpu.read_through(fields, 2)
+    with pytest.raises(ValueError, match="threads"):
+        _cpu.read_through(good, 0)

@@ -12,10 +12,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core import (
+    BlockSelection,
+    DenseKV,
+    GrowingKV,
+    Mask,
+    PagedKV,
+    QuantizedKV,
+    RaggedKV,
+    Span,
+)
+from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
+from saccade.ops.append import Slots, Turn, append, turn_both, turned
+from saccade.ops.hadamard import rotate
 from tests.ops.cases import Case, all_cases, nothing_matters, on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -334,3 +345,99 @@ def test_refuses_cpu_tensors_in_a_sentence():
     x = torch.randn(1, 1, 4, 16)
     with pytest.raises(ValueError, match=r"tensors are on cpu, not on an NVIDIA GPU"):
         attention(x, x, x, backend="triton")
+
+
+APPENDS = [
+    ({}, False, 1, 128),
+    ({"turn": True}, False, 1, 64),
+    ({"turn": True}, True, 3, 32),
+    ({}, True, 1, 16),
+    ({"turn": True}, False, 2, 24),
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("how", "hadamard", "tokens", "dim"), APPENDS, ids=str)
+def test_append(how, hadamard, tokens, dim):
+    """Turned, rotated and stored by one kernel as by PyTorch; other slots stay as they are."""
+    k, v = torch.randn(2, tokens, 2, dim).transpose(1, 2), torch.randn(2, 2, tokens, dim)
+    turn = None
+    if how:
+        angle = torch.rand(1, tokens, dim // 2).repeat(1, 1, 2)
+        turn = Turn(torch.randn(2, 4, tokens, dim), angle.cos(), angle.sin())
+    stores = [torch.randn(2, 2, 20, dim).repeat(1, 1, 1, 1) for _ in range(2)]
+    at, origin = torch.tensor([107, 107]), torch.tensor([100])
+    truth = Slots(*(x.clone() for x in stores), at, origin)
+    q_true = None if turn is None else turned(turn.q, turn)
+    k_true = k if turn is None else turned(k, turn)
+    truth.k[:, :, 7 : 7 + tokens] = rotate(k_true) if hadamard else k_true
+    truth.v[:, :, 7 : 7 + tokens] = rotate(v) if hadamard else v
+    ours = Slots(*on(DEVICE, *stores, at, origin), hadamard)
+    k, v = on(DEVICE, k, v)
+    turn = None if turn is None else Turn(*on(DEVICE, *turn))
+    q = append(ours, k, v, turn)
+    assert torch.allclose(ours.k.cpu(), truth.k, atol=1e-5)
+    assert torch.allclose(ours.v.cpu(), truth.v, atol=1e-5)
+    assert q_true is None or torch.allclose(q.cpu(), q_true, atol=1e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("packed", "recent"), [(0, 5), (64, 1), (96, 33), (128, 48)])
+def test_growing_views(bits, packed, recent):
+    """Storage with empty slots, whose fill only tensors tell, equals the filled part alone."""
+    k, v, q = torch.randn(1, 2, 128, 32), torch.randn(1, 2, 128, 32), torch.randn(1, 4, 2, 32)
+    coded = quantize_keys(k, bits=bits, group=32), quantize_values(v, bits=bits, group=32)
+    for part in coded:  # what lies behind must never matter
+        part.scale[:, :, packed if part is coded[1] else packed // 32 :] = torch.nan
+    recents = [torch.full((1, 2, 48, 32), torch.nan) for _ in range(2)]
+    for x in recents:
+        x[:, :, :recent] = torch.randn(1, 2, recent, 32)
+    whole = QuantizedKV(*coded, *recents, bits, bits, 32)
+    groups = packed // 32
+    filled = QuantizedKV(
+        Codes(coded[0].codes[:, :, :packed], *(x[:, :, :groups] for x in coded[0][1:])),
+        Codes(*(x[:, :, :packed] for x in coded[1])),
+        *(x[:, :, :recent] for x in recents),
+        bits,
+        bits,
+        32,
+    )
+    stop = torch.tensor([packed + recent])
+    truth = attend(q, filled, mask=Mask(), backend="reference")
+    for backend in ("tiled", "triton"):
+        device = DEVICE if backend == "triton" else "cpu"
+        view = GrowingKV(moved(whole, device), torch.tensor([packed], device=device))
+        where = {"lengths": stop.to(device), "q_offset": (stop - 2).to(device)}
+        ours = attend(q.to(device), view, mask=Mask(), **where, backend=backend)
+        assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
+        assert torch.allclose(ours.lse.cpu(), truth.lse, atol=2e-5)
+
+
+def moved(view, device):
+    """A quantised view on a device."""
+    tensors = [Codes(*(x.to(device) for x in part)) for part in (view.k, view.v)]
+    recents = view.recent_k.to(device), view.recent_v.to(device)
+    return QuantizedKV(*tensors, *recents, view.bits_k, view.bits_v, view.k_group)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [2, 16, 128])
+def test_rotation_of_few_rows(dim):
+    x = torch.randn(2, 3, 5, dim)
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
+    truth = x @ (torch.tensor(signs) * dim**-0.5)
+    assert torch.allclose(rotate(x.to(DEVICE)).cpu(), truth, atol=1e-5)
+    assert torch.allclose(rotate(x.mT.contiguous().mT.to(DEVICE)).cpu(), truth, atol=1e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize("tokens", [3, 70_000] if DEVICE == "cuda" else [3])
+def test_turning_without_storing(tokens):
+    """Also of more tokens than two of the three axes of a grid can count."""
+    angle = torch.rand(2, tokens, 8).repeat(1, 1, 2)
+    q, k = torch.randn(2, tokens, 4, 16).transpose(1, 2), torch.randn(2, 2, tokens, 16)
+    turn = Turn(*on(DEVICE, q, angle.cos(), angle.sin()))
+    both = turn_both(k.to(DEVICE), turn)
+    for ours, x in zip(both, (q, k), strict=True):
+        assert torch.allclose(ours.cpu(), turned(x.to(DEVICE), turn).cpu(), atol=1e-5)

@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from saccade.ops import tuning
+from saccade.ops.attend.triton_append import append_kernel
 from saccade.ops.attend.triton_backward import keys_kernel, queries_kernel
 from saccade.ops.attend.triton_decode import Pages, decode_kernel
 from saccade.ops.attend.triton_forward import forward_kernel
@@ -98,6 +99,21 @@ def test_quantized_codes_stay_codes_in_memory(bits):
     ptx = compiled(
         quantized_kernel, tuning.DECODE_CODES, k=Coded(codes, k_scale, k_scale),
         v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, K_GROUP=64, V_GROUP=64,
-        **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
+        FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
+    # Words of codes arrive asynchronously and become numbers by permutations, two a word.
+    assert "cp.async.cg" in ptx and "ldmatrix" in ptx and "prmt.b32" in ptx
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_appending_compiles(hadamard):
+    """One store a half of a head, for all of turning, rotating and storing."""
+    table, at = meta(1, 1, DIM), meta(1, dtype=torch.int64)
+    found = compile_for(
+        append_kernel, options={"num_warps": 4 if hadamard else 1, "num_stages": 1},
+        q=Q, k=K, v=K, q_out=Q, k_store=K, v_store=K, cos=table, sin=table, table_batch=0,
+        table_row=DIM, at=at, origin=meta(1, dtype=torch.int64), heads=HEADS, kv_heads=KV_HEADS,
+        DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, TURN=True, MIX=hadamard,
+    )  # fmt: skip
+    assert len(re.findall(r"st\.global", found.asm["ptx"])) <= 3 * (2 + 2 * hadamard)

@@ -138,6 +138,24 @@ def test_quantized_equals_its_dequantized_self(backend, mask, bits):
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", *OTHERS])
+def test_fp8_codes_are_read_or_refused(backend):
+    k, v, q = random(2, 2, 64, 32), random(2, 2, 64, 32), random(2, 4, 7, 32)
+    coded = (
+        quantize_keys(k, bits=8, group=16, fp8=True),
+        quantize_values(v, bits=8, group=32, fp8=True),
+    )
+    view = QuantizedKV(*coded, k[:, :, :0], v[:, :, :0], bits_k=8, bits_v=8, k_group=16)
+    whole = dense(view)
+    try:
+        ours = attend(q, view, mask=Mask(), backend=backend)
+    except Unsupported as error:
+        assert backend != "auto" and "fp8 codes" in str(error)
+        return
+    expected = attend(q, DenseKV(whole.k, whole.v), mask=Mask(), backend="reference")
+    assert torch.allclose(ours.out, expected.out, atol=1e-5)
+
+
 def test_hadamard_turns_back():
     from saccade.ops.hadamard import block_of, rotate
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import saccade
+from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
+from saccade.core.kv import dense
+from saccade.ops.hadamard import rotate
 from saccade.runtime import ContextParams, Sampler
 from saccade.runtime.importance import token_importance
 from tests.tiny_models import tiny_config, tiny_model
@@ -31,6 +34,12 @@ def exact(model):
 @pytest.mark.parametrize("flash_attn", ["auto", "enabled", "disabled"])
 def test_chunked_equals_whole(model, exact, n_batch, flash_attn):
     ours = logits_of(model, ContextParams(n_batch=n_batch, flash_attn=flash_attn))
+    assert torch.allclose(ours, exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("n_batch", [7, 512])
+def test_pages_change_nothing(model, exact, n_batch):
+    ours = logits_of(model, ContextParams(page_size=8, n_batch=n_batch))
     assert torch.allclose(ours, exact, atol=2e-5)
 
 
@@ -71,9 +80,10 @@ def test_quantised_is_close_and_smaller(model, exact):
 
 
 class TestPolicy:
-    def test_keeping_all_changes_nothing(self, model):
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_keeping_all_changes_nothing(self, model, policy):
         logits = []
-        for params in (ContextParams(), ContextParams(kv_policy="snapkv", kv_budget=1.0)):
+        for params in (ContextParams(), ContextParams(kv_policy=policy, kv_budget=1.0)):
             with saccade.Context(model, params) as ctx:
                 ctx.append(TOKENS)
                 ctx.compress()
@@ -88,6 +98,34 @@ class TestPolicy:
             ctx.compress()
             assert ctx.cache_bytes < before / 2 and ctx.seen == 500
             assert all(layer.num_slots == 70 for layer in ctx.cache.layers)
+
+    def test_heads_and_layers_keep_what_they_need(self, model):
+        """Ragged: budgets hold a layer, heads differ, memory is near that of equal budgets."""
+        sizes = {}
+        for policy in ("snapkv", "ada_snapkv"):
+            params = ContextParams(kv_policy=policy, kv_budget=150, n_batch=64)
+            with saccade.Context(model, params) as ctx:
+                ctx.append(TOKENS.repeat(5))
+                before = ctx.cache_bytes
+                ctx.compress()
+                sizes[policy] = ctx.cache_bytes
+        lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
+        assert (lengths.sum((1, 2)) == 2 * 150).all() and len(lengths.unique()) > 2
+        assert before / 3 > sizes["ada_snapkv"] and sizes["ada_snapkv"] < 1.1 * sizes["snapkv"]
+
+    def test_a_second_prompt_is_compressed_with_the_first(self, model):
+        params = ContextParams(kv_policy="ada_snapkv", kv_budget=80)
+        with saccade.Context(model, params) as ctx:
+            for _ in range(3):
+                assert len(list(ctx.stream(TOKENS, n_predict=5))) == 5
+            lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
+            assert (lengths.sum((1, 2)) == 2 * (80 + 5)).all() and ctx.seen == 3 * 105
+
+    def test_a_full_ragged_context_shifts(self, model):
+        params = ContextParams(kv_policy="ada_snapkv", kv_budget=80, n_ctx=110, n_keep=4)
+        with saccade.Context(model, params) as ctx:
+            assert len(list(ctx.stream(TOKENS, n_predict=40))) == 40
+            assert ctx.seen <= 110
 
 
 class TestStream:
@@ -116,10 +154,16 @@ class TestStream:
                 runs.append([piece.token for piece in stream])
         assert runs[0] == runs[1]
 
-    def test_a_full_context_ends_or_shifts(self, model):
+    def test_a_full_context_ends(self, model):
         with saccade.Context(model, ContextParams(n_ctx=24)) as ctx:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 5
-        with saccade.Context(model, ContextParams(n_ctx=24, n_keep=4)) as ctx:
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"page_size": 4}, {"offload_kqv": False}, {"type_k": "int8", "type_v": "int8"}],
+    )
+    def test_a_full_context_shifts(self, model, options):
+        with saccade.Context(model, ContextParams(n_ctx=24, n_keep=4, **options)) as ctx:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 50
             assert ctx.seen <= 24
 
@@ -140,6 +184,75 @@ def test_shift_is_exact_at_the_first_layer(model):
         fresh = ctx.cache.layers[0].view()
     assert torch.allclose(shifted.k, fresh.k, atol=1e-5)
     assert torch.allclose(shifted.v, fresh.v, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hybrids():
+    return {name: tiny_model(tiny_config(name)) for name in ("gemma2", "gemma3", "gpt_oss")}
+
+
+class TestHybrid:
+    """Models whose layers are partly sliding: windows of 8 beside full attention."""
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
+    @pytest.mark.parametrize("checkpoints", [0, 3])
+    def test_a_prompt_that_begins_alike_is_read_once(self, hybrids, family, checkpoints):
+        model, other = hybrids[family], torch.cat((TOKENS[:70], TOKENS[:20]))
+        params = ContextParams(n_batch=16, ctx_checkpoints=checkpoints)
+        with saccade.Context(model, params) as ctx:
+            assert ctx.reuse(TOKENS) == 0
+            ctx.append(TOKENS)
+            kept = ctx.reuse(other)
+            assert kept == (64 if checkpoints else 0)
+            ours = ctx.logits(ctx.append(other[kept:], wanted=20))
+            assert ctx.tokens == other.tolist()
+        assert torch.allclose(ours, logits_of(model, ContextParams(), other)[-20:], atol=2e-5)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
+    def test_shift_is_exact_at_the_first_layer(self, hybrids, family):
+        kept = []
+        for fresh in (False, True):
+            with saccade.Context(hybrids[family], ContextParams(n_batch=1)) as ctx:
+                ctx.append(torch.cat((TOKENS[:4], TOKENS[22:40])) if fresh else TOKENS[:40])
+                if not fresh:
+                    ctx.shift(4)
+                kept.append(ctx.cache.layers[0].view())
+        held = [dense(view) for view in kept]
+        assert torch.equal(held[0].positions, held[1].positions)
+        assert torch.allclose(held[0].k, held[1].k, atol=1e-5)
+        assert torch.allclose(held[0].v, held[1].v, atol=1e-5)
+
+    def test_endless_generation_in_a_short_context(self, hybrids):
+        params = ContextParams(n_ctx=40, n_keep=4)
+        with saccade.Context(hybrids["gemma3"], params) as ctx:
+            assert len(list(ctx.stream(TOKENS[:30], n_predict=60))) == 60
+
+
+def test_reuse_leaves_a_token_to_read(model):
+    with saccade.Context(model, ContextParams(n_batch=16)) as ctx:
+        ctx.append(TOKENS)
+        assert ctx.reuse(TOKENS) == 99 and ctx.seen == 99
+        assert ctx.reuse([9, 9, 9]) == 0 and ctx.tokens == []
+        ctx.append(TOKENS[:20])
+        assert ctx.reuse(TOKENS) == 20
+
+
+@pytest.mark.parametrize(("bits", "bound"), [("int8", 0.01), ("int4", 0.15)])
+def test_shifted_codes_stay_within_their_error(model, bits, bound):
+    """Five shifts, so that the oldest keys were packed six times."""
+    keys = []
+    tokens = TOKENS.repeat(6)
+    for params in (ContextParams(type_k=bits, type_v=bits), ContextParams()):
+        with saccade.Context(model, params) as ctx:
+            for part in tokens.split(120):
+                ctx.append(part)
+                ctx.shift(100)
+            nothing = torch.zeros(1, 2, 0, 16)
+            with torch.inference_mode():
+                keys.append(dense(ctx.cache.layers[0].append(nothing, nothing)).k)
+    assert keys[0].shape == keys[1].shape
+    error = (rotate(keys[0]) - keys[1]).norm() / keys[1].norm()
+    assert 0 < error < bound
 
 
 @pytest.mark.parametrize("kind", ["self_information", "received_attention", "both"])

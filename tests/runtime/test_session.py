@@ -24,12 +24,17 @@ KINDS = {
     "dense": ("llama", {}),
     "dense in bf16": ("llama", {"type_k": "bf16", "type_v": "bf16"}),
     "ring": ("llama", {"n_swa": 16, "n_sinks": 2}),
+    "offloaded": ("llama", {"offload_kqv": False}),
+    "paged": ("llama", {"page_size": 8}),
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),
     "int4": ("llama", {"type_k": "int4", "type_v": "int4"}),
+    "fp8": ("llama", {"type_k": "fp8", "type_v": "fp8"}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 70}),
+    "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 70}),
     "shifted": ("llama", {"n_ctx": 110, "n_keep": 4}),
     "yarn": ("llama", {"rope_scaling_type": "yarn", "n_ctx": 1024}),
     "hybrid": ("gemma3", {}),
+    "hybrid shifted": ("gemma3", {"n_ctx": 110, "n_keep": 4}),
     "hybrid with a window": ("gpt_oss", {"n_swa": 12, "n_sinks": 3}),
 }
 SAMPLERS = {"greedy": {}, "sampled": {"temperature": 1.0, "top_k": 40, "seed": 3}}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, KVView, PagedKV, QuantizedKV, RaggedKV
+from saccade.core.formats import FP8
 from saccade.ops.attend.cpu_scratch import scratch_bytes
 from saccade.ops.call import AttentionCall
 from saccade.ops.footprint import planning, takes
@@ -90,6 +91,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "gradients need plain keys and no blocks, attn_mask or learned slopes"
     if _is_strided(k) or _is_strided(v):
         return "keys and values need a unit last stride"
+    if isinstance(kv, QuantizedKV) and FP8 in (kv.k.codes.dtype, kv.v.codes.dtype):
+        return "its kernels do not read fp8 codes; int8 takes as many bytes and is closer"
     if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
         return "a ragged view takes no key_padding, blocks or attn_mask"
     return None

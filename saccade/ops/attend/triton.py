@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import torch
 
-from saccade.core import AttentionOutput, DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core.formats import FP8
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -31,6 +32,11 @@ def _missing(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None
+
+
+def able_on(device: torch.device) -> bool:
+    """Whether Triton kernels can run over tensors of this device."""
+    return _missing(device) is None
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -59,9 +65,15 @@ def _view_refusal(call: AttentionCall) -> str | None:
     extras = (call.key_padding, call.blocks, call.attn_mask)
     if isinstance(kv, RaggedKV) and any(extra is not None for extra in extras):
         return "a ragged view takes no key_padding, blocks or attn_mask"
+    if isinstance(kv, GrowingKV):
+        if any(extra is not None for extra in extras) or call.mask.sinks or call.lengths is None:
+            return "a growing view takes lengths, and no sinks, key_padding, blocks or attn_mask"
+        kv = kv.stored
     if isinstance(kv, QuantizedKV):
-        if kv.k_group % 16 or any(dim % 2 for dim in kv.shape[3:]):
-            return f"quantised keys need groups of 16 n tokens, got {kv.k_group}, and even heads"
+        if FP8 in (kv.k.codes.dtype, kv.v.codes.dtype):
+            return "its kernels do not read fp8 codes yet"
+        if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
+            return f"quantised keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):
         return f"it does not know views of type {type(kv).__name__}"
     return None
@@ -79,7 +91,10 @@ def run(call: AttentionCall) -> AttentionOutput:
         if call.q.shape[2] > MANY_QUERIES or call.cu_seqlens is not None:
             from saccade.ops.attend.triton_launch import forward
 
-            return forward(dense_problem(call))
+            problem = dense_problem(call)
+            # Laid out as the queries are, which models turn into rows of tokens without a copy.
+            same = problem.q.shape[3] == problem.v.shape[3]
+            return forward(problem, torch.empty_like(problem.q) if same else None)
     from saccade.ops.attend.triton_views import run_view
 
     return run_view(call)

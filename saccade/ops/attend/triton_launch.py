@@ -15,14 +15,16 @@ from saccade.ops.attend.triton_forward import forward_kernel
 from saccade.ops.attend.triton_problem import Problem, float32, unit_rows
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms
+from saccade.ops.whole import cdiv, power_of_two
 
 
-def forward(problem: Problem) -> AttentionOutput:
-    """Output and lse of a problem over dense keys."""
+def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
+    """Output and lse of a problem over dense keys; `out` may say where the output goes."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     value_dim = v.shape[3]
-    out = torch.empty(batch, heads, q_len, value_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, q_len, value_dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
@@ -69,7 +71,7 @@ def backward(
     batch, heads, q_len, _ = q.shape
     size = constants(problem)
     with on(q.device):
-        delta_kernel[(batch * heads, triton.cdiv(q_len, 32))](
+        delta_kernel[(batch * heads, cdiv(q_len, 32))](
             plane(out),
             plane(dout),
             lse,
@@ -94,7 +96,7 @@ def _keys(
     heads, q_len, dim = problem.q.shape[1:]
     launch = tuning.pick(tuning.KEYS, problem.q, max(dim, problem.v.shape[-1]))
     bounds, tiles = bounds_of(problem, launch.block_n, by_keys=True)
-    rows = triton.cdiv(q_len, launch.block_m)
+    rows = cdiv(q_len, launch.block_m)
     keys_kernel[(dk.shape[0] * dk.shape[1], tiles)](
         *planes,
         plane(dk),
@@ -156,11 +158,11 @@ def bounds_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Bounds, i
         strides = (0, 0)
         if lengths is not None:
             strides = (lengths.stride(0), lengths.stride(1) if lengths.ndim == 2 else 0)
-        return Bounds(problem.offsets, lengths, *strides), triton.cdiv(length, block)
+        return Bounds(problem.offsets, lengths, *strides), cdiv(length, block)
     cu = problem.cu_k if by_keys else problem.cu_q
     last = (cu[1:] - cu[:-1] + block - 1).div(block, rounding_mode="floor").cumsum(0)
     total = problem.num_keys if by_keys else problem.q.shape[2]
-    tiles = triton.cdiv(total, block) + len(cu) - 1
+    tiles = cdiv(total, block) + len(cu) - 1
     index = torch.arange(tiles, device=cu.device)
     document = torch.searchsorted(last, index, right=True)
     document = torch.where(document < len(last), document, -1).to(torch.int32)
@@ -215,8 +217,8 @@ def constants(problem: Problem) -> dict[str, int | bool | str]:
     return {
         "HEAD_DIM": dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
+        "BLOCK_D": max(16, power_of_two(dim)),
+        "BLOCK_V": max(16, power_of_two(value_dim)),
         "CAUSAL": problem.causal,
         "RAW": problem.raw,
         "PRECISION": "ieee" if problem.q.dtype == torch.float32 else "tf32",
@@ -225,7 +227,8 @@ def constants(problem: Problem) -> dict[str, int | bool | str]:
 
 def schedule(launch: tuning.Launch) -> dict[str, int]:
     """How a kernel is compiled and pipelined."""
-    return {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
+    found = {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
+    return found | ({"maxnreg": launch.registers} if launch.registers else {})
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -4,6 +4,9 @@ A tile of keys lies in one group of tokens, so its scales and offsets are one ro
 are one column.  Codes become numbers by bits alone: 0x6400 | code is 1024 + code in float16, so for
 16-bit queries products are taken in float16 (finer than bfloat16) and sums in float32.  Everything
 is done by halves of a head, which is how four-bit codes share bytes (saccade.core.formats).
+
+Codes are loaded as words of four and become numbers in registers, on the way from one shared tile
+to another: loaded as bytes, the order of the matrix units would make the compiler gather each one.
 """
 
 from __future__ import annotations
@@ -45,45 +48,115 @@ def head_of(plane, b, kv_head):
     return plane.ptr + b * plane.batch + kv_head.to(tl.int64) * plane.head
 
 
+@triton.constexpr_function
+def unpacking(bits, side, start):
+    """PTX that makes four numbers in float16 from four bytes of codes in a word, minus `start`.
+
+    0x6400 | code is 1024 + code, so a permutation of bytes is a conversion.
+    """
+    narrow = f"shr.b32 t, t, {4 * side}; and.b32 t, t, 0x0f0f0f0f;" if bits == 4 else ""
+    return (
+        f"{{ .reg .b32 t, x, y, from; mov.b32 t, $4; {narrow}"
+        f" mov.b32 from, {(0x6400 + start) * 65537};"
+        " prmt.b32 x, t, 0x64646464, 0x4140; prmt.b32 y, t, 0x64646464, 0x4342;"
+        " sub.f16x2 x, x, from; sub.f16x2 y, y, from;"
+        " mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y; }"
+    )
+
+
 @triton.jit
-def load_codes(at, keep, dims, HALF: tl.constexpr, BITS: tl.constexpr, FROM: tl.constexpr,
-               DTYPE: tl.constexpr):  # fmt: skip
-    """Both halves of a tile of codes, as numbers counted from FROM."""
-    held = keep[:, None] & (dims < HALF)[None, :]
-    low = tl.load(at[:, None] + dims[None, :], mask=held, other=0)
+def byte_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
+    """The n-th byte of each word, or one of its nibbles."""
     if BITS == 4:
-        return as_numbers(low & 15, FROM, DTYPE), as_numbers(low >> 4, FROM, DTYPE)
-    high = tl.load(at[:, None] + (dims + HALF)[None, :], mask=held, other=0)
-    return as_numbers(low, FROM, DTYPE), as_numbers(high, FROM, DTYPE)
+        return (words >> (8 * n + 4 * SIDE)) & 15
+    return (words >> (8 * n)) & 255
 
 
 @triton.jit
-def as_numbers(codes, FROM: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes below 256, minus FROM, in a floating type."""
-    if DTYPE == tl.float16:
-        return (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - (1024.0 + FROM)
-    return codes.to(DTYPE) - FROM
+def as_numbers(words, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
+               DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Codes of one half of a head, minus FROM, from its words (of both halves for 4 bits)."""
+    if FAST and DTYPE == tl.float16:
+        c0, c1, c2, c3 = tl.inline_asm_elementwise(
+            unpacking(BITS, SIDE, FROM), "=h,=h,=h,=h,r", [words], is_pure=True, pack=1,
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        )  # fmt: skip
+    else:
+        c0 = byte_of(words, 0, BITS, SIDE).to(DTYPE) - FROM
+        c1 = byte_of(words, 1, BITS, SIDE).to(DTYPE) - FROM
+        c2 = byte_of(words, 2, BITS, SIDE).to(DTYPE) - FROM
+        c3 = byte_of(words, 3, BITS, SIDE).to(DTYPE) - FROM
+    return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
 @triton.jit
-def keys_of(codes, coded, b, kv_head, group, dims, HALF: tl.constexpr, SIDE: tl.constexpr):
-    """One half of a tile of keys that lie in one group of tokens."""
-    channels = SIDE * HALF + dims
-    scale_at = head_of(coded.scale, b, kv_head) + group * coded.scale.row + channels
-    offset_at = head_of(coded.offset, b, kv_head) + group * coded.offset.row + channels
-    scale = tl.load(scale_at, mask=dims < HALF, other=0.0).to(codes.dtype)
-    offset = tl.load(offset_at, mask=dims < HALF, other=0.0).to(codes.dtype)
-    return codes * scale[None, :] + offset[None, :]
+def load_words(plane, b, kv_head, at, real, words, HALF: tl.constexpr, SIDE: tl.constexpr):
+    """Codes of one half of a head for tokens `at`, four bytes a word."""
+    where = (head_of(plane, b, kv_head) + at * plane.row + SIDE * HALF).to(
+        tl.pointer_type(tl.int32)
+    )
+    held = real[:, None] & (words < HALF // 4)[None, :]
+    return tl.load(where[:, None] + words[None, :], mask=held, other=0)
+
+
+@triton.jit
+def load_channels(plane, b, kv_head, group, dims, HALF: tl.constexpr, SIDE: tl.constexpr):
+    """Scales (or offsets) of one half of the channels for a group of tokens."""
+    at = head_of(plane, b, kv_head) + group * plane.row + SIDE * HALF + dims
+    return tl.load(at, mask=dims < HALF, other=0.0)
+
+
+@triton.jit
+def load_tokens(plane, b, kv_head, at, real, group):
+    """Scales (or offsets) of one group of channels for tokens `at`."""
+    where = head_of(plane, b, kv_head) + at * plane.row + group
+    return tl.load(where, mask=real, other=0.0)
+
+
+@triton.jit
+def fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF: tl.constexpr,
+          V_HALF: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
+          K_GROUP: tl.constexpr, V_GROUP: tl.constexpr):  # fmt: skip
+    """Everything stored of the tokens from `start`: words, scales, offsets, by halves."""
+    at = (start + columns).to(tl.int64)
+    group = (start // K_GROUP).to(tl.int64)
+    other: tl.constexpr = V_HALF // V_GROUP  # group of the upper half, where each half has one
+    k_words = tl.arange(0, dims.shape[0] // 4)
+    v_words = tl.arange(0, value_dims.shape[0] // 4)
+    return (
+        load_words(k.codes, b, kv_head, at, real, k_words, HALF, 0),
+        load_words(k.codes, b, kv_head, at, real, k_words, HALF, 1 if BITS_K == 8 else 0),
+        load_words(v.codes, b, kv_head, at, real, v_words, V_HALF, 0),
+        load_words(v.codes, b, kv_head, at, real, v_words, V_HALF, 1 if BITS_V == 8 else 0),
+        load_channels(k.scale, b, kv_head, group, dims, HALF, 0),
+        load_channels(k.scale, b, kv_head, group, dims, HALF, 1),
+        load_channels(k.offset, b, kv_head, group, dims, HALF, 0),
+        load_channels(k.offset, b, kv_head, group, dims, HALF, 1),
+        load_tokens(v.scale, b, kv_head, at, real, 0),
+        load_tokens(v.scale, b, kv_head, at, real, other),
+        load_tokens(v.offset, b, kv_head, at, real, 0),
+        load_tokens(v.offset, b, kv_head, at, real, other),
+    )
+
+
+@triton.jit
+def keys_of(codes, scale, offset):
+    """One half of a tile of keys from codes and the scales of its group."""
+    return codes * scale.to(codes.dtype)[None, :] + offset.to(codes.dtype)[None, :]
+
+
+@triton.jit
+def about_middle(scale, offset, MIDDLE: tl.constexpr):
+    """(scale, offset of the middle code) of each token, enlarged."""
+    scale = scale.to(tl.float32) * ENLARGED
+    return scale, offset.to(tl.float32) * ENLARGED + MIDDLE * scale
 
 
 @triton.jit
 def token_scales(coded, b, kv_head, at, real, group, MIDDLE: tl.constexpr):
-    """(scale, offset of the middle code) of each token, for one group of channels, enlarged."""
-    scale_at = head_of(coded.scale, b, kv_head) + at * coded.scale.row + group
-    offset_at = head_of(coded.offset, b, kv_head) + at * coded.offset.row + group
-    scale = tl.load(scale_at, mask=real, other=0.0).to(tl.float32) * ENLARGED
-    offset = tl.load(offset_at, mask=real, other=0.0).to(tl.float32) * ENLARGED
-    return scale, offset + MIDDLE * scale
+    """The same, read from memory for one group of channels or a tile of them."""
+    scale = load_tokens(coded.scale, b, kv_head, at, real, group)
+    return about_middle(scale, load_tokens(coded.offset, b, kv_head, at, real, group), MIDDLE)
 
 
 @triton.jit
@@ -104,6 +177,14 @@ def weigh_groups(p, acc, codes, coded, b, kv_head, at, real, channels, last, MID
     )  # fmt: skip
     values = (codes.to(tl.float32) * scale + offset).to(codes.dtype)
     return tl.dot(p.to(codes.dtype), values, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def first_key(i, visits, visited, num_sinks, first, BLOCK: tl.constexpr):
+    """Position of the first key of the i-th tile."""
+    if visits.tiles is not None:
+        return tl.load(visited + i) * BLOCK
+    return tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -139,6 +220,7 @@ def quantized_kernel(
     CAUSAL: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V hold half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -170,6 +252,7 @@ def quantized_kernel(
     first_q = q_offset + tile * BLOCK_M // groups
     last_q = q_offset + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, q_len - 1)
     num_sinks, first, _, _, last = key_tiles(first_q, last_q, k_len, rules, CAUSAL, BLOCK_N)
+    visited = 0
     if visits.tiles is not None:
         visited, _, last = visit_list(visits, b, kv_head, tile)
         num_sinks, first = 0, 0
@@ -180,23 +263,15 @@ def quantized_kernel(
     low = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     high = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i in tl.range(begin, end, num_stages=STAGES):
-        if visits.tiles is not None:
-            start = tl.load(visited + i) * BLOCK_N
-        else:
-            start = tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK_N
+        start = first_key(i, visits, visited, num_sinks, first, BLOCK_N)
         k_pos = start + columns
         real = real_keys(rules, b, k_pos, k_len)
-        at = k_pos.to(tl.int64)
-        if ONE_SCALE:  # asked for early: these loads are too narrow to be pipelined
-            low_scale, low_offset = token_scales(v, b, kv_head, at, real, 0, MIDDLE)
-            high_scale, high_offset = token_scales(
-                v, b, kv_head, at, real, V_HALF // V_GROUP, MIDDLE
-            )
-        group = (start // K_GROUP).to(tl.int64)
-        k_at = head_of(k.codes, b, kv_head) + at * k.codes.row
-        low_codes, high_codes = load_codes(k_at, real, dims, HALF, BITS_K, 0, q_low.dtype)
-        k_low = keys_of(low_codes, k, b, kv_head, group, dims, HALF, 0)
-        k_high = keys_of(high_codes, k, b, kv_head, group, dims, HALF, 1)
+        here = fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF, V_HALF, BITS_K,
+                     BITS_V, K_GROUP, V_GROUP)  # fmt: skip
+        k_low = as_numbers(here[0], BITS_K, 0, 0, q_low.dtype, FAST)
+        k_high = as_numbers(here[1], BITS_K, 1, 0, q_low.dtype, FAST)
+        k_low = keys_of(k_low, here[4], here[6])
+        k_high = keys_of(k_high, here[5], here[7])
         qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
         qk = tl.dot(q_high, k_high.T, qk, input_precision=PRECISION)
         s = scores_of(qk, terms, slope, q_pos[:, None], k_pos[None, :], RAW)
@@ -206,14 +281,17 @@ def quantized_kernel(
         )  # fmt: skip
         s = tl.where(see, s, float("-inf"))
         m, l, p, shrink = online_softmax(m, l, s, unit)
-        v_at = head_of(v.codes, b, kv_head) + at * v.codes.row
-        v_low, v_high = load_codes(v_at, real, value_dims, V_HALF, BITS_V, MIDDLE, q_low.dtype)
+        v_low = as_numbers(here[2], BITS_V, 0, MIDDLE, q_low.dtype, FAST)
+        v_high = as_numbers(here[3], BITS_V, 1, MIDDLE, q_low.dtype, FAST)
         low *= shrink[:, None]
         high *= shrink[:, None]
         if ONE_SCALE:
+            low_scale, low_offset = about_middle(here[8], here[10], MIDDLE)
+            high_scale, high_offset = about_middle(here[9], here[11], MIDDLE)
             low = weigh(p, low, v_low, low_scale, low_offset, PRECISION)
             high = weigh(p, high, v_high, high_scale, high_offset, PRECISION)
         else:
+            at = k_pos.to(tl.int64)
             low = weigh_groups(p, low, v_low, v, b, kv_head, at, real, value_dims,
                                VALUE_DIM - 1, MIDDLE, V_GROUP, PRECISION)  # fmt: skip
             high = weigh_groups(p, high, v_high, v, b, kv_head, at, real, value_dims + V_HALF,

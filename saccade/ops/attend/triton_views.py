@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-import triton
 from torch import Tensor
 
-from saccade.core import AttentionOutput, DenseKV, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
 from saccade.core.formats import Codes
 from saccade.ops import tuning
 from saccade.ops.attend.triton_decode import Pages, decode_kernel, merge_kernel
@@ -24,6 +25,7 @@ from saccade.ops.attend.triton_quantized import Coded, quantized_kernel
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.call import AttentionCall
 from saccade.ops.tiles import Plane
+from saccade.ops.whole import cdiv, power_of_two
 
 
 class Parts:
@@ -44,7 +46,7 @@ class Parts:
         out = torch.empty(self.shape, dtype=dtype, device=self.out.device)
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
-        block_v = triton.next_power_of_2(value_dim)
+        block_v = power_of_two(value_dim)
         merge_kernel[(lse.numel(),)](
             self.out,
             self.lse,
@@ -57,7 +59,7 @@ class Parts:
             self.shape[2],
             VALUE_DIM=value_dim,
             BLOCK_V=block_v,
-            BLOCK_S=max(1, min(triton.next_power_of_2(self.splits), 8192 // block_v)),
+            BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
             num_warps=4,
         )
         return AttentionOutput(out, lse)
@@ -68,6 +70,8 @@ def run_view(call: AttentionCall) -> AttentionOutput:
     kv = call.kv
     if isinstance(kv, QuantizedKV):
         return _quantized(call, kv)
+    if isinstance(kv, GrowingKV):
+        return _quantized(call, kv.stored, kv.packed)
     if isinstance(kv, DenseKV):
         problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), call.lengths)
         spans = None if kv.is_plain else flat(kv.spans)
@@ -123,8 +127,8 @@ def rows_of(
     """(configuration, rows of a tile, tiles of rows): rows are queries times heads of a group."""
     launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
     rows = problem.q.shape[1] // heads * problem.q.shape[2]
-    block_m = min(max(16, triton.next_power_of_2(rows)), launch.block_m)
-    return launch, block_m, triton.cdiv(rows, block_m)
+    block_m = min(max(16, power_of_two(rows)), launch.block_m)
+    return launch, block_m, cdiv(rows, block_m)
 
 
 def splits_of(
@@ -136,7 +140,7 @@ def splits_of(
         reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
     programs = problem.q.shape[0] * heads * row_tiles
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(wanted // max(programs, 1), triton.cdiv(reach, launch.block_n)))
+    return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))
 
 
 def scan(
@@ -147,13 +151,14 @@ def scan(
     parts: Parts,
     at: int,
     splits: int,
+    origin: Tensor | None = None,
 ) -> None:
     """Fill the splits at .. at + splits - 1 of `parts` from stored keys of full precision."""
     heads = kv_heads(problem, pages)
     launch, block_m, row_tiles = rows_of(problem, heads, table_of(pages))
     k, v = stored(problem.k, pages), stored(problem.v, pages)
     groups = problem.q.shape[1] // heads
-    bounds, _ = bounds_of(problem, block_m, by_keys=False)
+    bounds = bounds_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
     decode_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
         plane(problem.q),
         k,
@@ -197,23 +202,34 @@ def page_size(x: Tensor, pages: Pages) -> int:
     return x.shape[2] if pages.positions is None else x.shape[1]
 
 
-def _quantized(call: AttentionCall, kv: QuantizedKV) -> AttentionOutput:
-    """Splits over the codes, and one more for the recent keys of full precision."""
+def _quantized(
+    call: AttentionCall, kv: QuantizedKV, packed: Tensor | None = None
+) -> AttentionOutput:
+    """Splits over the codes, and more for the recent keys of full precision.
+
+    Args:
+        packed: how many codes there are, where only the device knows; recent keys then count
+            their positions from there.
+    """
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.lengths)
-    heads = kv.recent_k.shape[1]
+    heads, recent = kv.recent_k.shape[1], kv.recent_k.shape[2]
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
     splits = splits_of(problem, heads, max(kv.num_packed, 1), row_tiles, launch)
     splits = splits if kv.num_packed else 0
-    recent = kv.recent_k.shape[2]
-    parts = Parts(problem, splits + (1 if recent or not splits else 0))
+    launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE)
+    more = splits_of(problem, heads, recent, row_tiles, launch) if recent or not splits else 0
+    parts = Parts(problem, splits + more)
     if not parts.lse.numel():
         return _nothing(problem)
-    spans = flat((Span(0, kv.num_packed, recent),))
+    spans = flat((Span(0, kv.num_packed, recent),)) if packed is None else None
+    history = problem
+    if packed is not None:
+        history = replace(problem, lengths=packed.expand(problem.q.shape[0]))
     with on(problem.q.device):
         if splits:
-            _scan_codes(problem, kv, parts, splits, with_sinks=parts.splits == splits)
-        if parts.splits > splits:
-            scan(problem, Pages(), spans, recent, parts, splits, 1)
+            _scan_codes(history, kv, parts, splits, with_sinks=not more)
+        if more:
+            scan(problem, Pages(), spans, recent, parts, splits, more, packed)
         return parts.joined(problem.q.dtype)
 
 
@@ -252,6 +268,7 @@ def _scan_codes(
         BITS_V=kv.bits_v,
         K_GROUP=kv.k_group,
         V_GROUP=problem.v.shape[-1] // kv.v.scale.shape[3],
+        FAST=problem.q.is_cuda,
         **sizes,
         **schedule(launch),
     )

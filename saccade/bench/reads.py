@@ -1,0 +1,39 @@
+"""Reading alone: the bytes of a case read once by a loop that does nothing else, in the same turns.
+
+A ceiling measured minutes earlier is no ceiling on a machine whose memory others use as well, so
+decoding is compared with a reader that takes turns with it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+
+from saccade.bench import ceilings
+from saccade.bench.inputs import COLD_BYTES
+from saccade.bench.peers import Call
+from saccade.bench.record import Row
+from saccade.ops.attend.cpu import record as tensor_record
+
+READS = "reads"
+TITLE = "reading alone"
+_PIECE = 32 << 10  # floats that a thread reads at a time
+
+
+def reading(row: Row) -> tuple[Row, Call] | None:
+    """A row and a call that reads as many bytes as `row` needs; None without the C++ extension."""
+    kernels = ceilings.extension()
+    floats = row.nbytes // 4 // _PIECE * _PIECE
+    if kernels is None or floats == 0:
+        return None
+    vectors = cycle([torch.ones(floats) for _ in range(-(-COLD_BYTES // (4 * floats)))])
+    threads, target = torch.get_num_threads(), os.environ.get(ceilings.TARGET, "")
+
+    def call() -> tuple[torch.Tensor, ...]:
+        kernels.read_through(tensor_record(next(vectors)), threads, target=target)
+        return ()
+
+    return replace(row, backend=READS, ours=False, flops=0.0, nbytes=4 * floats), call

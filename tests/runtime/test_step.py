@@ -1,0 +1,166 @@
+"""DecodeStep: reading one token where only tensors say where, equal to Context.append."""
+
+import pytest
+import torch
+
+import saccade
+from saccade.core import Unsupported
+from saccade.hf.norms import plain_norms
+from saccade.hf.turning import turns_by_halves
+from saccade.ops import append as appending
+from saccade.runtime import ContextParams, DecodeStep
+from tests.tiny_models import tiny_config, tiny_model
+
+PROMPT = torch.arange(3, 153) % 120 + 3
+CACHES = {
+    "dense": ContextParams(n_batch=64),
+    "int8": ContextParams(n_batch=64, type_k="int8", type_v="int8"),
+    "int4": ContextParams(n_batch=64, type_k="int4", type_v="int4"),
+    "compressed": ContextParams(kv_policy="snapkv", kv_budget=40),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request):
+    return tiny_model(tiny_config(request.param))
+
+
+def eager(model, params, tokens):
+    with saccade.Context(model, params) as ctx:
+        ctx.append(PROMPT)
+        ctx.compress()
+        ctx.cache.observer = None
+        return torch.cat([ctx.logits(ctx.append([token])) for token in tokens])
+
+
+def stepped(model, params, tokens):
+    with saccade.Context(model, params) as ctx:
+        ctx.append(PROMPT)
+        ctx.compress()
+        ctx.cache.observer = None
+        step = DecodeStep(ctx.model, ctx.cache)
+        return torch.cat([step(token) for token in tokens])
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_equals_append(model, name):
+    """Long enough for dense storage to grow and for quantised groups to be packed."""
+    tokens = [(7 * i) % 120 + 3 for i in range(150)]
+    expected = eager(model, CACHES[name], tokens)
+    assert torch.allclose(stepped(model, CACHES[name], tokens), expected, atol=2e-5)
+
+
+def test_a_batch(model):
+    with saccade.attach(model) as attached:
+        hf = saccade.hf.HFModel(attached.model)
+        rows = torch.stack((PROMPT[:30], PROMPT[50:80]))
+        logits = []
+        for how in ("append", "step"):
+            cache = hf.new_cache(ContextParams())
+            with torch.inference_mode():
+                hf.hidden(rows, cache)
+                if how == "append":
+                    logits.append(hf.logits(hf.hidden(torch.tensor([[5], [9]]), cache)[:, -1]))
+                else:
+                    logits.append(DecodeStep(hf, cache, batch=2)(torch.tensor([5, 9])))
+        assert torch.allclose(*logits, atol=2e-5)
+
+
+def test_other_uses_in_between(model):
+    """A step notices that the cache was appended to, shifted, or cut back."""
+    logits = []
+    for how in ("append", "step"):
+        with saccade.Context(model) as ctx:
+            ctx.append(PROMPT[:20])
+            step = DecodeStep(ctx.model, ctx.cache)
+            read = step if how == "step" else lambda t, ctx=ctx: ctx.logits(ctx.append([t]))
+            read(5)
+            ctx.append(PROMPT[20:40])
+            read(6)
+            ctx.shift(4)
+            read(7)
+            logits.append(read(8).clone())
+    assert torch.allclose(*logits, atol=2e-5)
+
+
+def test_queries_and_keys_are_turned_by_the_cache(model, monkeypatch):
+    turns = []
+    original = appending.append
+
+    def watched(slots, k, v, turn=None):
+        turns.append(turn)
+        return original(slots, k, v, turn)
+
+    monkeypatch.setattr("saccade.cache.dense.append", watched)
+    stepped(model, ContextParams(), [5])
+    assert len(turns) == 4 and all(turn is not None for turn in turns)
+
+
+def test_a_rotary_function_of_another_layout_is_left_alone():
+    def neighbours(q, k, cos, sin):
+        return q * cos, k * sin
+
+    assert not turns_by_halves(neighbours)
+
+
+def test_the_rotary_function_is_restored(model):
+    code = __import__(type(model).__module__, fromlist=["x"])
+    before = code.apply_rotary_pos_emb
+    with saccade.attach(model):
+        assert code.apply_rotary_pos_emb is not before
+    assert code.apply_rotary_pos_emb is before
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "gpt_oss"])
+def test_promises_are_harmless_to_other_models(family):
+    """Rings are refused; dense caches of any family are stepped, fused or not."""
+    config = tiny_config(family)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    else:
+        config.sliding_window = None
+    model = tiny_model(config)
+    expected = eager(model, ContextParams(), [5, 6])
+    assert torch.allclose(stepped(model, ContextParams(), [5, 6]), expected, atol=2e-5)
+
+
+def test_refusals(model):
+    with saccade.Context(model, ContextParams(n_swa=8)) as ctx:
+        ctx.append(PROMPT)
+        with pytest.raises(Unsupported, match="layer 0 has a RingCache"):
+            DecodeStep(ctx.model, ctx.cache)
+    with saccade.Context(model) as ctx, pytest.raises(Unsupported, match="the cache is empty"):
+        DecodeStep(ctx.model, ctx.cache)
+
+
+def test_norms_are_fused_where_they_are_plain():
+    """LlamaRMSNorm is; Gemma's, which adds one to its weight, is not."""
+    for family, fused in (("llama", 9), ("qwen3", 17), ("gemma2", 0)):
+        found = list(plain_norms(tiny_model(tiny_config(family))))
+        assert len(found) == fused
+        for module, forward in found:
+            x = torch.randn(2, 3, len(module.weight))
+            assert torch.allclose(forward(x), module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_streams_take_steps_where_they_can(model, monkeypatch, able):
+    """As on a GPU; a model that cannot be captured goes on by append, nothing read twice."""
+    prompt, steps = PROMPT[:20], []
+    expected = model.generate(prompt[None], max_new_tokens=9, do_sample=False)[0, 20:]
+    original = DecodeStep.__call__
+
+    def call(self, token):
+        steps.append(token)
+        if not able:
+            self._layers[0].claim(1)
+            raise Unsupported("no")
+        return original(self, token)
+
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    monkeypatch.setattr(saccade.runtime.Context, "_can_step", lambda self: True)
+    with saccade.Context(model) as ctx:
+        tokens = [piece.token for piece in ctx.stream(prompt, n_predict=9)]
+        assert ctx.tokens == [*prompt.tolist(), *tokens] and ctx.seen == 29
+    assert tokens == expected.tolist()
+    assert len(steps) == (9 if able else 1)
