@@ -1,9 +1,12 @@
-"""How many sessions are lost when a process that saves them is killed at random moments?
+"""How many sessions are lost when a process that saves them is killed at random?
 
-A child reads tokens and saves in a loop, telling through a pipe what it has saved.  It gets
-SIGKILL at a random moment; then the file must load, and hold no less than what the child said.
+A child reads tokens and saves in a loop, telling through a pipe what it has saved.  Then the file
+must load, and hold no less than what the child said.  Two ways to die:
 
-    python benchmarks/kill_sessions.py --kills 500
+    at a moment   SIGKILL from outside, anywhere in reading, saving or renaming
+    at a byte     the kernel ends the child when its file reaches a random length (RLIMIT_FSIZE)
+
+    python benchmarks/kill_sessions.py --kills 500 --cuts 500 --json record.json
 """
 
 from __future__ import annotations
@@ -12,17 +15,20 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import struct
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import saccade
+from saccade.report.environment import machine_facts
 from saccade.runtime.session import load_session, save_session
 
 
@@ -47,19 +53,31 @@ def save_forever(model: torch.nn.Module, path: Path, told: int) -> None:
             os.write(told, struct.pack("<q", ctx.seen))
 
 
-def one_kill(model: torch.nn.Module, path: Path, seconds: float) -> int:
-    """Kill a saving child after that time; the tokens of the last save it told of, 0 for none."""
+def die_at_byte(size: int) -> None:
+    """From now on the kernel kills this process when it writes a file beyond that length."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def one_death(
+    model: torch.nn.Module, path: Path, *, seconds: float | None = None, size: int | None = None
+) -> int:
+    """End a saving child; the tokens of the last save it told of, 0 for none."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(reader)
+            if size is not None:
+                die_at_byte(size)
             save_forever(model, path, writer)
         finally:  # only a failure gets here
             os._exit(1)
     os.close(writer)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the child failed before it was killed"
     with os.fdopen(reader, "rb") as pipe:
@@ -68,45 +86,75 @@ def one_kill(model: torch.nn.Module, path: Path, seconds: float) -> int:
     return struct.unpack("<q", said[whole - 8 : whole])[0] if whole else 0
 
 
-def run(kills: int, folder: Path, seed: int) -> dict[str, int]:
-    """Kill that many times; the figures."""
-    torch.set_num_threads(1)  # so that a forked child has all the threads it needs
-    chance, model, path = random.Random(seed), tiny_model(seed), folder / "session"
-    with saccade.Context(model) as ctx:
-        list(ctx.stream(torch.arange(1, 400) % 120, n_predict=1))
-        save_session(path, ctx)
-        held = first = ctx.seen
-    lost = 0
-    for _ in range(kills):
-        promised = max(held, one_kill(model, path, chance.uniform(0.005, 0.15)))
+class Trial:
+    """A session on disk, and what became of it.
+
+    Attributes:
+        held: tokens that the file holds; lost: how often it held fewer than it had to.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.model, self.folder, self.path = tiny_model(seed), folder, folder / "session"
+        with saccade.Context(self.model) as ctx:
+            list(ctx.stream(torch.arange(1, 400) % 120, n_predict=1))
+            save_session(self.path, ctx)
+            self.held = self.first = ctx.seen
+        self.lost = self.while_writing = 0
+
+    def kill(self, *, seconds: float | None = None, size: int | None = None) -> None:
+        """One child, one death, one look at the file."""
+        promised = max(self.held, one_death(self.model, self.path, seconds=seconds, size=size))
         try:
-            with saccade.Context(model) as ctx:
-                load_session(path, ctx)
-                held = ctx.seen
+            with saccade.Context(self.model) as ctx:
+                load_session(self.path, ctx)
+                self.held = ctx.seen
         except (saccade.BadInput, OSError) as error:
             print(error, file=sys.stderr)
-            held = 0
-        lost += held < promised
-    parts = len(list(folder.glob(".session.*.part")))
+            self.held = 0
+        self.lost += self.held < promised
+        for part in self.folder.glob(".session.*.part"):
+            self.while_writing += 1
+            part.unlink()
+
+
+def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, object]:
+    """Kill that many times at a moment and cut that many times at a byte; the figures."""
+    torch.set_num_threads(1)  # so that a forked child has all the threads it needs
+    chance, trial = random.Random(seed), Trial(folder, seed)
+    for _ in range(kills):
+        trial.kill(seconds=chance.uniform(0.005, 0.15))
+    caught = trial.while_writing
+    for _ in range(cuts):
+        trial.kill(size=chance.randrange(1, trial.path.stat().st_size))
     return {
-        "kills": kills,
-        "killed_while_writing": parts,
-        "saves": held - first,
-        "bytes_per_session": path.stat().st_size,
-        "sessions_lost": lost,
+        "kills_at_a_moment": kills,
+        "of_these_while_writing": caught,
+        "kills_at_a_byte": cuts,
+        "of_these_while_writing_at_a_byte": trial.while_writing - caught,
+        "saves": trial.held - trial.first,
+        "bytes_per_session": trial.path.stat().st_size,
+        "sessions_lost": trial.lost,
+        "machine": machine_facts(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": saccade.__version__,
     }
 
 
 def main() -> int:
     """Print the figures as JSON; 1 where a session was lost."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--kills", type=int, default=300, help="at a random moment")
+    parser.add_argument("--cuts", type=int, default=300, help="at a random byte of the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="where the record goes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = run(args.kills, args.folder or Path(temporary), args.seed)
-    print(json.dumps(figures))
+        figures = run(args.kills, args.cuts, args.folder or Path(temporary), args.seed)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
     return 1 if figures["sessions_lost"] else 0
 
 

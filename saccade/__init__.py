@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from saccade.compress import compress_context
     from saccade.core import AttentionOutput, BadInput, BlockSelection, Mask, Unsupported
-    from saccade.hf import Context, attach, load_model
+    from saccade.hf import Context, attach, load_model, plan
     from saccade.ops import attend, attention, decode, explain
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
 
@@ -35,6 +35,7 @@ _HOME = {
     "explain": "saccade.ops",
     "load_model": "saccade.hf",
     "load_session": "saccade.runtime",
+    "plan": "saccade.hf",
     "save_session": "saccade.runtime",
 }
 

@@ -82,6 +82,12 @@ class RaggedCache:
         self._store(held, kept & (held.positions >= 0))
         self._kept_at = self._seen
 
+    def keep_newest(self, count: int) -> None:
+        """Keep the newest `count` keys of every head, which no policy has to score."""
+        held = self.held()
+        self._store(Held(*(part[:, :, -count:] for part in held)), None)
+        self._kept_at = self._seen
+
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
         store = self._prompt if self._pages is None else self._pages
@@ -158,8 +164,8 @@ class RaggedCache:
             self._pages.grow(told["pages"])
         self._seen, self._kept_at = told["seen"], told["kept_at"]
 
-    def _store(self, held: Held, kept: Tensor) -> None:
-        """Hold these keys in fresh pages, as many as they need, and nothing else."""
+    def _store(self, held: Held, kept: Tensor | None) -> None:
+        """Hold these keys (None: all) in fresh pages, as many as they need, and nothing else."""
         self._pages = HeadPages(held.k, held.v, self._page_size)
         self._pages.write(*held, kept)
         self._prompt = DenseCache(dtype=self._dtype)

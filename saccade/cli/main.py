@@ -18,6 +18,8 @@ from saccade.cli.parser import Parser, UsageError, nearest
 COMMANDS = {
     "compare": "measure what each technique saves and costs, on your model and machine",
     "generate": "continue a prompt, with any of the techniques",
+    "chat": "talk without end in memory that does not grow",
+    "plan": "how much memory a model will need, before it is loaded",
     "bench": "how fast attention is here, next to the limits of the machine",
     "doctor": "what can run here, and what to do about what cannot",
 }

@@ -12,6 +12,7 @@ from saccade.hf.context import Context
 from saccade.hf.heads import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel, load_model
 from saccade.hf.model import HFModel
+from saccade.hf.plan import plan
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import rotary_frequencies, scaled_rope
 
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "expand_to_mha",
     "load_model",
+    "plan",
     "pool_to_mqa",
     "register",
     "rotary_frequencies",

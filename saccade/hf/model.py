@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.cache import Cursor, LayerCache, ShiftKeys
 from saccade.core import Unsupported
@@ -83,18 +83,11 @@ class HFModel:
     @property
     def facts(self) -> ModelFacts:
         """What the config says, heads as they are now (`pool_to_mqa` changes them)."""
-        config = text_config(self.model)
-        head_dim = getattr(config, "head_dim", None)
-        return ModelFacts(
+        return facts_of(
+            self.model.config,
             name=self._name,
-            num_layers=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            vocab_size=config.vocab_size,
-            n_ctx_train=self._n_ctx_train or config.max_position_embeddings,
+            n_ctx_train=self._n_ctx_train,
             dtype=self.model.dtype,
-            windows=layer_windows(config),
         )
 
     @property
@@ -165,6 +158,35 @@ class HFModel:
         """The function that re-rotates the cached keys of a layer by a number of positions."""
         types = getattr(text_config(self.model), "layer_types", None)
         return key_shifter(self.model, None if types is None else types[layer])
+
+
+def facts_of(
+    model_config: PreTrainedConfig, *, name: str, n_ctx_train: int | None, dtype: torch.dtype
+) -> ModelFacts:
+    """What a config says of a model that need not be loaded.
+
+    Args:
+        n_ctx_train: length it was trained for; None: what the config says.
+
+    Raises:
+        Unsupported: layers that our caches do not serve.
+    """
+    config = text_config(model_config)
+    head_dim = getattr(config, "head_dim", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    return ModelFacts(
+        name=name,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=kv_heads or config.num_attention_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        n_ctx_train=n_ctx_train or config.max_position_embeddings,
+        dtype=dtype,
+        windows=layer_windows(config),
+        softcap=getattr(config, "attn_logit_softcapping", None),
+        learned_sinks=config.model_type == "gpt_oss",
+    )
 
 
 def weights_fingerprint(model: nn.Module) -> str:

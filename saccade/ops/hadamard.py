@@ -48,3 +48,8 @@ def rotate(x: Tensor) -> Tensor:
     compute = torch.promote_types(x.dtype, torch.float32)
     h = _matrix(block, compute, x.device)
     return (x.to(compute).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
+
+
+def forget() -> None:
+    """Drop the matrices that are remembered."""
+    _matrix.cache_clear()

@@ -5,28 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from saccade.units import as_bytes, significant
+
+__all__ = [
+    "MISSING",
+    "as_bytes",
+    "as_duration",
+    "as_fact",
+    "as_position",
+    "as_ratio",
+    "as_share",
+    "fact_name",
+    "significant",
+    "with_error",
+]
+
 MISSING = "–"
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """`value` with that many significant digits, thousands grouped, never in e-notation."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def as_bytes(count: float) -> str:
-    """Bytes in binary units: `212 MiB`, `1.25 GiB`."""
-    for unit in _UNITS:
-        if abs(count) < 999.5 or unit == _UNITS[-1]:
-            break
-        count /= 1024
-    return f"{count:.0f} B" if unit == "B" else f"{significant(count)} {unit}"
 
 
 def as_ratio(ratio: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, RaggedCache, RingCache
+from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache
 from saccade.compress import (
     POLICIES,
     Observed,
@@ -109,3 +109,20 @@ def _keep_by_head(
         real = held.positions >= 0
         seen = Observed(q=q, k=held.k, v=held.v, scale=scale, real=real)
         layer.keep(select_across_heads(policy.scores(seen), kept, policy.floor or 0.0))
+
+
+def shrink_without_numbers(cache: LayerCache, budget: int | float) -> None:
+    """What `compress_cache` leaves of a layer whose tensors have shapes and no contents.
+
+    Heads that compete for a budget are taken to keep equally many keys.
+    """
+    if isinstance(cache, DenseCache):
+        kept = resolve_budget(budget, cache.num_slots)
+        if kept < cache.num_slots:
+            view = cache.view()
+            some = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
+            cache.keep(some, room=DECODE_ROOM)
+    elif isinstance(cache, RaggedCache):
+        kept = resolve_budget(budget, cache.seen)
+        if kept < cache.seen:
+            cache.keep_newest(kept)

@@ -136,6 +136,12 @@ class Context:
             assert self._tail is not None, "params were compared before"
             self._tail.restore(tail)
 
+    def reset(self) -> None:
+        """Forget everything that was read; memory of caches stays allocated."""
+        for layer in self._cache.layers:
+            layer.reset()
+        self.resume([], None, None)
+
     @property
     def can_continue(self) -> bool:
         """Whether `stream` can go on without a prompt: a token was chosen and waits."""
@@ -331,7 +337,7 @@ class Context:
 
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()
-        needed = cache_bytes(self.model.facts, self.params, tokens)
+        needed = cache_bytes(self.model.facts, self.params, [tokens], reserve=tokens)
         if free is not None and needed > free:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "

@@ -1,25 +1,148 @@
-"""How much memory caches will take, from facts alone."""
+"""How much memory caches and attention will take, before anything is loaded.
+
+There is no second formula for what a cache allocates: the cache itself runs on tensors that have
+shapes and no memory, and says its `nbytes`.  Attention is planned the same way, see
+`saccade.ops.footprint`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from saccade.cache import LayerCache
 from saccade.core import Mask
+from saccade.ops import attend
+from saccade.ops.footprint import PeakBytes, without_memory
+from saccade.runtime.compression import shrink_without_numbers
+from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint
 
-BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "fp8": 1.0}
+TRACED = 1 << 15
+"""Longest context whose attention is run without memory; beyond, its peak grows in proportion."""
 
 
-def cache_bytes(facts: ModelFacts, params: ContextParams, tokens: int) -> int:
-    """Bytes of keys and values for `tokens` tokens, without rounding to allocation steps."""
-    own = float(facts.dtype.itemsize)
-    per_token = (
-        facts.num_kv_heads
-        * facts.head_dim
-        * (BYTES.get(params.type_k or "", own) + BYTES.get(params.type_v or "", own))
-    )
-    slots = 0
-    for model_window in facts.windows:
-        window = model_window if model_window is not None else params.n_swa
-        mask = Mask(window=window, sinks=params.n_sinks if window is not None else 0)
-        slots += mask.num_slots(tokens, params.n_batch)
-    return int(slots * per_token)
+def chunks(tokens: int, n_batch: int) -> list[int]:
+    """How `Context.append` cuts a prompt."""
+    return [n_batch] * (tokens // n_batch) + [tokens % n_batch] * (tokens % n_batch > 0)
+
+
+def filled_cache(
+    facts: ModelFacts,
+    params: ContextParams,
+    own: int | None,
+    steps: Iterable[int],
+    *,
+    reserve: int = 0,
+) -> LayerCache:
+    """The cache of a layer after appending steps of so many tokens, in tensors without memory.
+
+    Args:
+        own: the model's own window of this layer.
+    """
+    cache = layer_cache(own, params, reserve=reserve)
+    _append(cache, facts, steps)
+    return cache
+
+
+def cache_bytes(
+    facts: ModelFacts,
+    params: ContextParams,
+    read: Iterable[int],
+    written: Iterable[int] | None = None,
+    *,
+    reserve: int = 0,
+) -> int:
+    """Bytes that the caches of all layers allocate, exactly; see `Plan` for ragged ones.
+
+    Args:
+        read: tokens of each append while a prompt is read, in order (see `chunks`).
+        written: the same behind it; if given, the `kv_policy` is applied in between.
+        reserve: tokens to allocate for at once.
+    """
+    read, after, sizes = list(read), list(written or ()), {}
+    for own in set(facts.windows):
+        cache = filled_cache(facts, params, own, read, reserve=reserve)
+        if written is not None and params.kv_budget is not None:
+            shrink_without_numbers(cache, params.kv_budget)
+        _append(cache, facts, after)
+        sizes[own] = cache.nbytes
+    return sum(sizes[own] for own in facts.windows)
+
+
+class AttentionPeak:
+    """Most bytes that the attention of one layer takes at once, reading the last chunk of a prompt.
+
+    Counted is what lives between handing new keys to the cache and having the output: copies of
+    keys, scores or tiles of them, masks, output, lse, and the workspaces of native kernels on all
+    of torch's threads.  Not counted: queries, new keys, what the cache keeps.  On a CPU, without
+    the selection of a sparse pattern.
+    """
+
+    def __init__(self, facts: ModelFacts, params: ContextParams) -> None:
+        self._facts, self._params = facts, params
+        self._known: dict[int, int] = {}
+
+    def at(self, tokens: int) -> int:
+        """For a prompt of so many tokens; far beyond TRACED it grows in proportion."""
+        if tokens > 2 * TRACED:
+            near, far = self.at(TRACED), self.at(2 * TRACED)
+            return far + max(0, far - near) * (tokens - 2 * TRACED) // TRACED
+        if tokens not in self._known:
+            facts, params = self._facts, self._params
+            self._known[tokens] = max(
+                _layer_attention_bytes(facts, params, own, tokens) for own in set(facts.windows)
+            )
+        return self._known[tokens]
+
+    def about(self, tokens: int) -> int:
+        """On the line between two powers of two, for a search that asks often."""
+        low = 1 << (tokens.bit_length() - 1)
+        here, there = self.at(low), self.at(2 * low)
+        return here + (there - here) * (tokens - low) // low
+
+
+def _layer_attention_bytes(
+    facts: ModelFacts, params: ContextParams, own: int | None, tokens: int
+) -> int:
+    chunk, cpu = min(params.n_batch, tokens), torch.device("cpu")
+    window, sinks = narrowed_window(own, params)
+    with without_memory():
+        cache = layer_cache(own, params, reserve=tokens)
+        if tokens > chunk:
+            cache.append(*_new_keys(facts, tokens - chunk, cpu))
+        k, v = _new_keys(facts, chunk, cpu)
+        q = torch.empty(1, facts.num_heads, chunk, facts.head_dim, dtype=facts.dtype)
+        sink_logits = torch.empty(facts.num_heads) if facts.learned_sinks else None
+        with PeakBytes() as counter:
+            view = cache.append(k, v)
+            attend(
+                q,
+                view,
+                mask=Mask(window=window or own, sinks=sinks),
+                softcap=facts.softcap,
+                sink_logits=sink_logits,
+                q_offset=view.shape[2] - chunk,
+                wants_lse=params.kv_policy is not None,
+                backend=backend_of(params),
+            )
+    return counter.peak
+
+
+def _append(cache: LayerCache, facts: ModelFacts, steps: Iterable[int]) -> None:
+    for step in steps:
+        if step:
+            cache.append(*_new_keys(facts, step, torch.device("meta")))
+        if step > 1:
+            checkpoint([cache])
+
+
+def _new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values of so many tokens."""
+    shape = (1, facts.num_kv_heads, count, facts.head_dim)
+    k, v = (torch.empty(shape, dtype=facts.dtype, device=device) for _ in "kv")
+    return k, v

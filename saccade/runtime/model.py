@@ -25,6 +25,7 @@ class ModelFacts:
     Attributes:
         windows: the model's own sliding window of each layer, None for full attention.
         n_ctx_train: length the model was trained for.
+        softcap: of the attention scores; learned_sinks: one more logit a head (gpt-oss).
     """
 
     name: str
@@ -36,6 +37,8 @@ class ModelFacts:
     n_ctx_train: int
     dtype: torch.dtype
     windows: tuple[int | None, ...]
+    softcap: float | None = None
+    learned_sinks: bool = False
 
 
 class ModelCache(Protocol):

@@ -96,7 +96,7 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
     try:
         return _restore(path, file, ctx)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        _forget(ctx)
+        ctx.reset()
         raise BadInput(
             f"{path} has checksums that fit, but its contents contradict each other, so it was not "
             "written by saccade. Delete it to start anew."
@@ -123,16 +123,10 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
             state = states[index]._replace(tensors=file.tensors(f"layer.{index}."))
             snapshot.restore(layer, part["kind"], state, ctx.model.device)
     except BadInput:
-        _forget(ctx)
+        ctx.reset()
         raise
     ctx.resume(tokens, waiting and NextToken(**waiting), tail)
     return sampler
-
-
-def _forget(ctx: Context) -> None:
-    for layer in ctx.cache.layers:
-        layer.reset()
-    ctx.resume([], None, None)
 
 
 def _meaning(ctx: Context) -> dict[str, Any]:
@@ -144,9 +138,10 @@ def _meaning(ctx: Context) -> dict[str, Any]:
 
 
 def _facts(facts: ModelFacts) -> dict[str, Any]:
-    """The facts that caches depend on; the name of a file may change."""
+    """The facts that caches depend on; the name of a file may change, weights have their own."""
     told = {f.name: getattr(facts, f.name) for f in fields(facts)}
-    del told["name"], told["n_ctx_train"]
+    for name in ("name", "n_ctx_train", "softcap", "learned_sinks"):
+        del told[name]
     return {**told, "dtype": str(facts.dtype), "windows": list(facts.windows)}
 
 

@@ -20,7 +20,7 @@ def call(capsys, *words):
 
 BAD_LINES = [
     (["compre"], "no command 'compre'. Did you mean compare?"),
-    (["zzz"], "There are compare, generate, bench, doctor."),
+    (["zzz"], "There are compare, generate, chat, plan, bench, doctor."),
     (["--verbose"], "no command '--verbose'"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),
     (["compare", "--cont=5"], "no option --cont=5. Did you mean --context?"),  # no abbreviations
@@ -39,6 +39,11 @@ BAD_LINES = [
     (["generate", "--prompt", "hi"], "required: --model"),
     (["generate", "--model", "m"], "--prompt"),
     (["generate", "--modle", "m"], "Did you mean --model?"),
+    (["plan"], "required: --model"),
+    (["plan", "--model", "m", "--memory", "8 giraffes"], "expected a size such as 8GiB"),
+    (["plan", "--model", "m", "--context", "0"], "at least 1, got '0'"),
+    (["plan", "--model", "m", "--type-k", "int8"], "--cache-type-k='int8'"),
+    (["chat", "--model", "m", "--sinks", "4"], "set --swa"),
     (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
     (["generate", "--model", "m", "--prompt", " \n"], "the prompt is empty"),
     (["generate", "--model", "m", "--prompt-file", "no/file"], "No such file"),

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, KVView, PagedKV, QuantizedKV, RaggedKV
 from saccade.core.formats import FP8
+from saccade.ops.attend.cpu_scratch import scratch_bytes
 from saccade.ops.call import AttentionCall
+from saccade.ops.footprint import planning, takes
 
 _DTYPE_CODES = {
     torch.float32: 0,
@@ -134,7 +136,10 @@ def compute(call: AttentionCall) -> AttentionOutput:
     call = in_kernel_form(call)  # a name of its own keeps converted tensors alive during the call
     out = torch.empty((*call.q.shape[:3], call.kv.shape[4]), dtype=call.q.dtype)
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
-    kernels.attend(*arguments(call, out, lse))
+    if planning():
+        takes(scratch_bytes(call, _target() or kernels.targets()[0]))
+    else:
+        kernels.attend(*arguments(call, out, lse))
     return AttentionOutput(out, lse)
 
 

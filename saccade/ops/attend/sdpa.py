@@ -18,6 +18,7 @@ from saccade.core.kv import DenseKV, KVTile
 from saccade.ops.attend.tiled import visited_tiles
 from saccade.ops.call import AttentionCall
 from saccade.ops.documents import per_document
+from saccade.ops.footprint import planning, takes
 from saccade.ops.visibility import bias_of, has_holes, real_keys, visible_pairs
 
 Q_TILE = 512
@@ -129,6 +130,8 @@ def _kernel(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=added, scale=call.scale
         )
+        if planning():
+            takes(kernel_bytes(q, k))
         return AttentionOutput(out, lse.float())
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=added, is_causal=causal, scale=call.scale, enable_gqa=True
@@ -141,3 +144,15 @@ def _with_sink(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
     lse = torch.logaddexp(result.lse, sink_logits.float()[None, :, None])
     share = (result.lse - lse).exp()[..., None]
     return AttentionOutput((result.out * share).to(result.out.dtype), lse)
+
+
+def kernel_bytes(q: Tensor, k: Tensor) -> int:
+    """Bytes that PyTorch's CPU kernel takes for itself while it runs on q `[B, H, Lq, D]`.
+
+    Scores, maxima, sums and outputs of one tile for each thread (ATen, FlashAttentionKernel.cpp).
+    """
+    length, dim = q.shape[2:]
+    rows = min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
+    keys = min(512, k.shape[2])
+    reduced = 0 if q.dtype == torch.float32 else rows * keys * q.element_size()
+    return torch.get_num_threads() * (4 * rows * (keys + 2 + dim) + reduced)

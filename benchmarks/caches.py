@@ -1,0 +1,202 @@
+"""What each cache keeps, how fast it is and what it costs in quality, on the real model.
+
+    python benchmarks/caches.py                          # every length and row; hours on one core
+    python benchmarks/caches.py --length 8192 --row int  # parts of names
+    python benchmarks/caches.py --publish                # the record's table into docs/caches.md
+
+Rows are added to the record as they finish and never measured twice (`--again` does), so a run
+can be stopped and taken up at any time.  The first row of a length is the baseline; the
+log-probabilities it gives are kept under out/, because every other row is compared with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import saccade
+from saccade.evals.measure import Trial, measure
+from saccade.evals.needle import hide, make_needles
+from saccade.evals.rows import RowSpec
+from saccade.evals.text import default_text
+from saccade.hf.model import HFModel
+from saccade.ops.attend import cpu
+from saccade.report.environment import machine_facts
+from saccade.report.files import write_whole
+from saccade.report.numbers import MISSING, as_bytes, as_share, significant, with_error
+from saccade.report.record import Row
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks/results/caches-smollm2.json"
+PAGE = ROOT / "docs/caches.md"
+KEPT = ROOT / "out/caches"
+BASELINE = "dense fp32"
+LENGTHS = (2048, 8192, 16384)
+SCORED, ANSWER, QUESTION = 256, 32, 32
+"""Tokens scored behind the context; written to time decoding; kept free for the question."""
+
+# Adding a row is one line: its name and the options that make it.
+ROWS: dict[str, dict[str, Any]] = {
+    BASELINE: {"type_k": "f32", "type_v": "f32"},
+    "dense bf16": {"type_k": "bf16", "type_v": "bf16"},
+    "int8": {"type_k": "int8", "type_v": "int8"},
+    "int4": {"type_k": "int4", "type_v": "int4"},
+    "ring 1024 + 4 sinks": {"n_swa": 1024, "n_sinks": 4},
+}
+
+
+def spec_of(name: str, length: int, n_ctx_train: int) -> RowSpec:
+    """A row at a length; beyond the trained one positions are stretched by YaRN."""
+    options = {"n_ctx": length, **ROWS[name]}
+    if length > n_ctx_train:
+        options |= {"rope_scaling_type": "yarn", "yarn_orig_ctx": n_ctx_train}
+    return RowSpec(name=name, group=str(length), params=saccade.ContextParams(**options))
+
+
+def trial_of(model: Any, runner: HFModel, tokens: list[int], length: int) -> Trial:
+    """Context, scored tokens, a question and its answer: `length` tokens in all."""
+
+    def encode(text: str) -> list[int]:
+        return model.tokenizer(text, add_special_tokens=False).input_ids
+
+    def heads(kind: str) -> AbstractContextManager[Any]:
+        raise NotImplementedError(f"no row asks for {kind} heads")
+
+    needles = make_needles(1)
+    context = length - SCORED - ANSWER - QUESTION
+    rest = context - len(encode(needles[0].sentence))
+    return Trial(
+        model=runner,
+        context=torch.tensor(hide(tokens, needles, encode, context)),
+        continuation=torch.tensor(tokens[rest : rest + SCORED]),
+        needles=needles,
+        encode=encode,
+        decode=model.tokenizer.decode,
+        heads=heads,
+        num_answer=ANSWER,
+    )
+
+
+def measured(spec: RowSpec, trial: Trial, length: int) -> Row:
+    """One row; the baseline's log-probabilities are kept for the others."""
+    kept = KEPT / f"exact-{length}.pt"
+    if spec.name != BASELINE:
+        if not kept.exists():
+            raise saccade.BadInput(f"measure {BASELINE!r} at {length} first: {kept} is not there.")
+        trial.exact = torch.load(kept, weights_only=True)
+    row = measure(spec, trial)
+    if spec.name == BASELINE:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trial.exact, kept)
+    return row
+
+
+def facts(runner: HFModel) -> dict[str, Any]:
+    """Of the machine and the model, at the time a row is measured."""
+    return {
+        "model": runner.facts.name,
+        "threads": torch.get_num_threads(),
+        "kernels": "C++" if cpu.extension() is not None else "torch",
+        "machine": machine_facts(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": saccade.__version__,
+    }
+
+
+def read_record() -> dict[str, Any]:
+    """What has been measured so far."""
+    if RECORD.exists():
+        return json.loads(RECORD.read_text())
+    return {"schema": "saccade.caches/1", "scored": SCORED, "answer": ANSWER, "rows": []}
+
+
+def add(record: dict[str, Any], length: int, row: Row, where: dict[str, Any]) -> None:
+    """Put a row into the record, in place of an older one of its name and length."""
+    names = list(ROWS)
+    others = [r for r in record["rows"] if (r["length"], r["name"]) != (length, row.name)]
+    others.append({"length": length, **dataclasses.asdict(row), "where": where})
+    others.sort(key=lambda r: (r["length"], names.index(r["name"])))
+    record["rows"] = others
+    write_whole(RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def to_markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "Cache": lambda r: as_bytes(r.cache_bytes or 0),
+        "Prefill, tokens/s": lambda r: significant(r.prefill_tps or 0),
+        "Decode, tokens/s": lambda r: significant(r.decode_tps or 0),
+        "KL, nats": _kl,
+        "Same top": lambda r: as_share(r.same_top or 0),
+        "Perplexity": lambda r: with_error(r.perplexity or 0, r.perplexity_se),
+    }
+    lines = [
+        "| " + " | ".join(["Tokens", "Keys and values", *columns]) + " |",
+        "| ---: | --- |" + " ---: |" * len(columns),
+    ]
+    names = {field.name for field in dataclasses.fields(Row)}
+    for entry in record["rows"]:
+        row = Row(**{k: v for k, v in entry.items() if k in names})
+        tokens = f"{entry['length']:,}"
+        tokens += " (YaRN)" if row.options.get("rope_scaling_type") == "yarn" else ""
+        cells = [tokens, row.name, *(show(row) for show in columns.values())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _kl(row: Row) -> str:
+    if row.kl is None:
+        return MISSING
+    return "0" if row.name == BASELINE else with_error(row.kl, row.kl_se, most_decimals=7)
+
+
+def publish(record: dict[str, Any]) -> None:
+    """Put the table between its marks in docs/caches.md."""
+    marks = r"(<!-- table: benchmarks/results/caches-smollm2.json -->\n).*?(<!-- end of table -->)"
+    text = re.sub(
+        marks, lambda m: m[1] + to_markdown(record) + m[2], PAGE.read_text(), flags=re.DOTALL
+    )
+    PAGE.write_text(text)
+
+
+def main() -> int:
+    """Measure what is asked for and not yet in the record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--length", type=int, action="append", help=f"of {LENGTHS}; default all")
+    parser.add_argument("--row", action="append", help=f"parts of {', '.join(ROWS)}; default all")
+    parser.add_argument("--again", action="store_true", help="measure rows anew")
+    parser.add_argument("--publish", action="store_true", help="only put the table into the page")
+    args = parser.parse_args()
+    record = read_record()
+    if not args.publish:
+        names = [n for n in ROWS if args.row is None or any(part in n for part in args.row)]
+        model = saccade.load_model("smollm2")
+        runner = HFModel(model.model, model.name, model.n_ctx_train)
+        tokens = model.tokenizer(default_text()).input_ids
+        have = {(r["length"], r["name"]) for r in record["rows"]}
+        for length in args.length or LENGTHS:
+            for name in names:
+                if (length, name) in have and not args.again:
+                    continue
+                spec = spec_of(name, length, model.n_ctx_train)
+                row = measured(spec, trial_of(model, runner, tokens, length), length)
+                add(record, length, row, facts(runner))
+                print(length, json.dumps(dataclasses.asdict(row)), flush=True)
+    elif record["rows"]:
+        publish(record)
+    print(to_markdown(record), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""`saccade.plan`: what a model will need, from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from saccade.core import BadInput, Unsupported
+from saccade.hf.layers import text_config
+from saccade.hf.load import LoadedModel, read_config
+from saccade.hf.model import HFModel, facts_of
+from saccade.runtime.model import Model, ModelFacts
+from saccade.runtime.params import ContextParams
+from saccade.runtime.plan import Plan, make_plan
+
+Source = str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel | LoadedModel | Model
+
+
+def plan(
+    model: Source,
+    params: ContextParams | None = None,
+    n_ctx: int | None = None,
+    *,
+    prompt: int | None = None,
+    reserve: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Memory that a model needs under these options, before anything of it is loaded.
+
+    Caches are planned to the byte: the result is what `Context.cache_bytes` will say.
+
+    Args:
+        model: a transformers folder, a GGUF file or a name ("smollm2"), of which only the config
+            is read; a config or its dict (with a `model_type`); or a model that is loaded.
+        params: options; default ContextParams().
+        n_ctx: tokens of context; default what the params say, or the length of the training.
+        prompt: how many of them are read at once, in chunks of `n_batch`; default all.
+        reserve: what is given to `Context(reserve=...)`.
+        dtype: of weights and queries; default what `load_model` takes.
+
+    Raises:
+        BadInput: nothing that describes a model, or a length that cannot be.
+        Unsupported: layers that saccade's caches do not serve.
+    """
+    facts, weights = _described(model, dtype)
+    return make_plan(facts, params, n_ctx, prompt=prompt, reserve=reserve, weights_bytes=weights)
+
+
+def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, int | None]:
+    """Facts and bytes of weights."""
+    if isinstance(model, LoadedModel):
+        facts = HFModel(model.model, model.name, model.n_ctx_train).facts
+        return facts, _bytes_of(model.model)
+    if isinstance(model, PreTrainedModel):
+        return HFModel(model).facts, _bytes_of(model)
+    if isinstance(model, dict):
+        model = _config_from(model)
+    if isinstance(model, PreTrainedConfig):
+        config, name, n_ctx_train = model, model.model_type, None
+    elif isinstance(model, str | Path):
+        config, name, n_ctx_train = read_config(model)
+    else:
+        return model.facts, None
+    _check_softmax(config)
+    dtype = dtype or _dtype_of(config)
+    facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype)
+    return facts, _planned_weights(config, dtype)
+
+
+def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
+    kind = values.get("model_type")
+    rest = {key: value for key, value in values.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(kind, **rest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"no model is described by this dict: expected what a config.json holds, with a "
+            f"model_type that transformers knows, got {kind!r}."
+        ) from error
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """What the config says its weights are, float32 where it does not."""
+    said = config.dtype or text_config(config).dtype or torch.float32
+    return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
+
+
+def _check_softmax(config: PreTrainedConfig) -> None:
+    if getattr(text_config(config), "kv_lora_rank", None) is not None:
+        raise Unsupported(
+            f"{config.model_type} keeps latent vectors instead of keys, which saccade's caches do "
+            "not serve, so there is nothing to plan."
+        )
+
+
+def _planned_weights(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
+    """Bytes of the parameters of a model that is built without memory; None if it cannot be."""
+    try:
+        with torch.device("meta"):
+            return _bytes_of(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    except Exception:  # whatever a model class does that has no meaning without memory
+        return None
+
+
+def _bytes_of(model: PreTrainedModel) -> int:
+    return sum(weight.nbytes for weight in model.parameters())

@@ -1,0 +1,43 @@
+"""What the options mean for one layer: its window, its cache, its backend."""
+
+from __future__ import annotations
+
+from saccade.cache import LayerCache, Staging, make_layer_cache
+from saccade.runtime.compression import wants_ragged
+from saccade.runtime.params import ContextParams
+
+
+def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
+    """(window, sinks) that the params put in place of a layer's own window, or (None, 0)."""
+    if params.n_swa is None or (own is not None and own <= params.n_swa):
+        return None, 0
+    return params.n_swa, params.n_sinks
+
+
+def layer_cache(
+    own: int | None, params: ContextParams, *, staging: Staging | None = None, reserve: int = 0
+) -> LayerCache:
+    """An empty cache for a layer.
+
+    Args:
+        own: the model's own window of this layer, None for full attention.
+        staging: for keys in host memory, the buffers on the device that all layers share.
+        reserve: tokens to allocate for at once, when the final length is known.
+    """
+    window, sinks = narrowed_window(own, params)
+    return make_layer_cache(
+        window=window or own,
+        sinks=sinks,
+        checkpoints=params.ctx_checkpoints,
+        type_k=params.type_k,
+        type_v=params.type_v,
+        page_size=params.page_size,
+        ragged=wants_ragged(params.kv_policy),
+        staging=staging,
+        reserve=reserve,
+    )
+
+
+def backend_of(params: ContextParams) -> str:
+    """The backend to ask for by name, or "auto"."""
+    return params.backend or ("reference" if params.flash_attn == "disabled" else "auto")

@@ -1,0 +1,187 @@
+"""A plan: what a model will need under its options, known before anything is loaded."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from saccade.core import BadInput
+from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
+from saccade.runtime.model import ModelFacts
+from saccade.runtime.params import ContextParams
+from saccade.units import as_bytes
+
+WINDOW: dict[str, object] = {"n_swa": 4096, "n_sinks": 4}
+ALTERNATIVES: dict[str, dict[str, object]] = {
+    "full precision": {},
+    "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
+    "int8 cache": {"type_k": "int8", "type_v": "int8"},
+    "int4 cache": {"type_k": "int4", "type_v": "int4"},
+    "window 4096 + 4 sinks": WINDOW,
+    "window 4096 + 4 sinks, bf16": {**WINDOW, "type_k": "bf16", "type_v": "bf16"},
+}
+"""Settings to try where memory is short; adding one is one line."""
+
+_OTHERWISE: dict[str, object] = {
+    **dict.fromkeys(("type_k", "type_v", "n_swa", "page_size", "kv_policy", "kv_budget")),
+    **{"n_sinks": 0, "ctx_checkpoints": 0, "offload_kqv": True},
+}
+_FAR = 1 << 27  # tokens: who can hold these is limited by something else
+_PIECES = 16  # what was found is appended in so many pieces, to see what it really takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """One setting against an amount of memory.
+
+    Attributes:
+        needed: bytes for the whole context of the plan; fits: whether that is enough memory.
+        longest: most tokens of context that fit, 0 where none does, None where there is no limit.
+    """
+
+    setting: str
+    needed: int
+    fits: bool
+    longest: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Memory of a model that reads `n_ctx` tokens.
+
+    Attributes:
+        prompt: how many of the tokens are read in chunks; the others come one at a time.
+        reserve: tokens that caches allocate for at once; 0: they grow.
+        weights_bytes: of the model's parameters, None where unknown.
+        cache_bytes: allocated by all caches when the context is full, exactly.
+            Two things are not known beforehand: how heads share a budget they compete for (they
+            are taken to keep equally many keys, which is right to a page a head), and buffers on a
+            GPU for keys in host memory (not counted).
+        most_cache_bytes: the same before a kv_policy compressed the prompt.
+        attention_bytes: most that attention takes beside that; see `memory.AttentionPeak`.
+    """
+
+    facts: ModelFacts
+    params: ContextParams
+    n_ctx: int
+    prompt: int
+    reserve: int
+    weights_bytes: int | None
+    cache_bytes: int
+    most_cache_bytes: int
+    attention_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, caches and attention; not the hidden states of a chunk, nor PyTorch itself."""
+        return (self.weights_bytes or 0) + self.most_cache_bytes + self.attention_bytes
+
+    def what_fits(self, memory: int) -> list[Fit]:
+        """The options of this plan and ALTERNATIVES to them, against `memory` bytes.
+
+        Caches are allocated at once (`reserve`), which takes the least memory.
+        """
+        found = [self._fit("as asked", self.params, memory)]
+        for name, options in ALTERNATIVES.items():
+            params = _with_options(self.params, options)
+            if params is not None and params != self.params:
+                found.append(self._fit(name, params, memory))
+        return found
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        return "\n".join(f"{name:<22}{value}" for name, value in self.lines())
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """(what, how much) of the plan."""
+        yield "model", self.facts.name
+        beyond = self.n_ctx > self.facts.n_ctx_train
+        trained = f" (trained for {self.facts.n_ctx_train:,})" if beyond else ""
+        yield "context", f"{self.n_ctx:,} tokens{trained}"
+        weights = "unknown" if self.weights_bytes is None else as_bytes(self.weights_bytes)
+        yield "weights", weights
+        per_token = as_bytes(self.cache_bytes / self.n_ctx)
+        yield "cache", f"{as_bytes(self.cache_bytes)}, {per_token} a token"
+        if self.most_cache_bytes != self.cache_bytes:
+            yield "  while reading", as_bytes(self.most_cache_bytes)
+        yield "attention, at most", as_bytes(self.attention_bytes)
+        yield "together", as_bytes(self.total_bytes)
+
+    def _fit(self, setting: str, params: ContextParams, memory: int) -> Fit:
+        room = memory - (self.weights_bytes or 0)
+        needed = _bytes_at_once(self.facts, params, self.n_ctx)
+        longest = _longest(self.facts, params, room)
+        return Fit(
+            setting=setting,
+            needed=needed + memory - room,
+            fits=needed <= room,
+            longest=longest,
+        )
+
+
+def make_plan(
+    facts: ModelFacts,
+    params: ContextParams | None = None,
+    n_ctx: int | None = None,
+    *,
+    prompt: int | None = None,
+    reserve: int = 0,
+    weights_bytes: int | None = None,
+) -> Plan:
+    """The plan for a model of these facts; see `saccade.plan`."""
+    params = params or ContextParams()
+    n_ctx = n_ctx or params.n_ctx or facts.n_ctx_train
+    prompt = n_ctx if prompt is None else prompt
+    if n_ctx < 1 or not 0 < prompt <= n_ctx or reserve < 0:
+        raise BadInput(
+            f"a plan needs n_ctx >= 1, a prompt of 1 to n_ctx tokens and reserve >= 0, got "
+            f"{n_ctx}, {prompt} and {reserve}."
+        )
+    read, written = chunks(prompt, params.n_batch), [1] * (n_ctx - prompt)
+    most = cache_bytes(facts, params, read, reserve=reserve)
+    full = cache_bytes(facts, params, read, written, reserve=reserve)
+    return Plan(
+        facts=facts,
+        params=params,
+        n_ctx=n_ctx,
+        prompt=prompt,
+        reserve=reserve,
+        weights_bytes=weights_bytes,
+        cache_bytes=full,
+        most_cache_bytes=max(most, full),
+        attention_bytes=AttentionPeak(facts, params).at(prompt),
+    )
+
+
+def _with_options(params: ContextParams, options: dict[str, object]) -> ContextParams | None:
+    """These options in place of windows, policies and storage types; None where they conflict."""
+    try:
+        return replace(params, **{**_OTHERWISE, **options})  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _bytes_at_once(facts: ModelFacts, params: ContextParams, tokens: int) -> int:
+    """Caches that are allocated at once, and attention over them."""
+    pieces = chunks(tokens, max(params.n_batch, -(-tokens // _PIECES)))
+    caches = cache_bytes(facts, params, pieces, reserve=tokens)
+    return caches + AttentionPeak(facts, params).at(tokens)
+
+
+def _longest(facts: ModelFacts, params: ContextParams, room: int) -> int | None:
+    """Most tokens that fit into `room` bytes, 0 for none, None where there is no end."""
+    attention = AttentionPeak(facts, params)
+
+    def about(tokens: int) -> int:
+        return cache_bytes(facts, params, [tokens], reserve=tokens) + attention.about(tokens)
+
+    low = 1
+    while low < _FAR and about(low) <= room:
+        low *= 2
+    if low >= _FAR:
+        return None
+    longest = bisect_right(range(1, low), room, key=about)
+    while longest and _bytes_at_once(facts, params, longest) > room:
+        longest -= max(1, longest // 256)  # `about` was a little too low
+    return longest

@@ -1,0 +1,201 @@
+"""`saccade chat`: a dialogue without end, in memory that stays as it is."""
+
+import io
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from saccade.cli import chat, main
+from saccade.cli.dialogue import Dialogue, endless
+from saccade.cli.streaming import TextStream
+from saccade.hf.context import Context
+from saccade.hf.load import LoadedModel
+from saccade.runtime import ContextParams, Sampler
+from tests.tiny_models import tiny_config, tiny_model
+
+TRAINED = 160
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, with a chat template; 0 is special."""
+
+    chat_template = "..."
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[byte % 128 for byte in text.encode()])
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert add_generation_prompt and messages[-1]["role"] == "user"
+        return "".join(f"<{m['role'][0]}>{m['content']}\n" for m in messages) + "<a>"
+
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(token for token in tokens if token).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = tiny_model(tiny_config("llama"))
+    return LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=TRAINED)
+
+
+def dialogue(loaded, ctx, n_predict=8, system=None):
+    return Dialogue(
+        ctx,
+        lambda messages: chat.encode(loaded, messages),
+        lambda text: chat.encode_next(loaded, text),
+        sampler=Sampler(temperature=1.0, seed=1), stop=set(), n_predict=n_predict, system=system,
+    )  # fmt: skip
+
+
+def say(talk, text):
+    answer = list(talk.ask(text))
+    talk.answered(Bytes().decode(answer, True))
+    return answer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_swa": 24, "n_sinks": 4}, {"n_ctx": 100, "type_k": "int8", "type_v": "int8"},
+     {"n_ctx": 100}],
+)  # fmt: skip
+def test_memory_stays_however_long_the_dialogue(loaded, options):
+    params = ContextParams(n_batch=32, **options)
+    with Context(loaded, params, reserve=params.n_ctx or 0) as ctx:
+        talk = dialogue(loaded, ctx)
+        say(talk, "hello")
+        first, said = ctx.cache_bytes, 0
+        for turn in range(40):
+            said += len(say(talk, f"and number {turn}?")) + 16
+            assert ctx.cache_bytes == first and ctx.seen <= talk.limit
+        assert said > 3 * talk.limit and talk.rereads >= 2
+
+
+def test_a_compressed_dialogue_stays_within_its_budget(loaded):
+    params = ContextParams(n_ctx=120, kv_policy="snapkv", kv_budget=16)
+    with Context(loaded, params) as ctx:
+        talk, sizes = dialogue(loaded, ctx), []
+        for turn in range(30):
+            say(talk, f"and number {turn}?")
+            sizes.append(ctx.cache_bytes)
+        slot = 4 * 2 * 2 * 16 * 4  # bytes of a token in four layers
+        assert max(sizes) <= (16 + 64) * slot and talk.rereads >= 1
+
+
+def test_a_dialogue_that_continues_equals_one_that_is_read_whole(loaded):
+    """The next turn is only the new part of the template; what was read stays."""
+    with Context(loaded, ContextParams()) as ctx:
+        talk = dialogue(loaded, ctx, n_predict=5)
+        answer = bytes(say(talk, "hi"))
+        say(talk, "so?")
+        read = bytes(ctx.tokens)
+    expected = b"<u>hi\n<a>" + answer + b"\n<u>so?\n<a>"
+    assert read[: len(expected)] == expected and talk.rereads == 0
+
+
+def test_what_is_read_again_are_the_latest_messages_and_the_system_text(loaded):
+    with Context(loaded, ContextParams(n_ctx=100)) as ctx:
+        talk = dialogue(loaded, ctx, system="be kind")
+        for turn in range(12):
+            say(talk, f"message {turn}")
+        text = Bytes().decode(ctx.tokens, True)
+    assert text.startswith("<s>be kind\n<u>message ") and "message 11" in text
+    assert "message 2\n" not in text
+
+
+def test_reset_and_a_message_that_is_too_long(loaded):
+    with Context(loaded, ContextParams(n_ctx=60)) as ctx:
+        talk = dialogue(loaded, ctx)
+        first = say(talk, "hi")
+        talk.reset()
+        talk._sampler = Sampler(temperature=1.0, seed=1)
+        assert ctx.seen == 0 and say(talk, "hi") == first
+
+
+def test_bounded_unless_told_otherwise():
+    assert endless(ContextParams(), 8192) == ContextParams(n_swa=2048, n_sinks=4)
+    assert endless(ContextParams(), 1000).n_swa == 500
+    for options in ({"n_swa": 7}, {"n_ctx": 9}, {"type_k": "int8", "type_v": "int8"}):
+        assert endless(ContextParams(**options), 8192) == ContextParams(**options)
+
+
+@pytest.fixture
+def call(loaded, monkeypatch, capsys):
+    monkeypatch.setattr("saccade.hf.load.load_model", lambda _: loaded)
+
+    def run(text, *words):
+        stdin = io.StringIO(text)
+        stdin.isatty = lambda: False
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = main.main(["chat", "--model", "m", *words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_piped_lines_are_answered_one_by_one(call):
+    code, out, said = call("hello\n\n  \nand?\n/memory\n/exit\nnever\n", "-n", "4")
+    assert code == 0
+    assert said.count("[cache 84.0 KiB") == 3, said  # two answers, and /memory
+    assert out.endswith("\n")
+    code, again, _ = call("hello\nand?\n", "-n", "4")
+    assert code == 0 and again == out
+
+
+def test_commands(call):
+    code, out, said = call("/reset\n/what now\n/exit\n")
+    assert code == 0 and out == ""
+    assert "Forgotten." in said and "There is no command /what. /reset forgets" in said
+
+
+def test_a_message_longer_than_the_context_is_told_and_forgotten(call):
+    code, _, said = call(f"{'x' * 90}\nhi\n", "-c", "60", "-n", "4")
+    assert code == 0
+    assert "do not fit into --ctx-size=60" in said and said.count("[cache") == 1
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_dialogue(call, monkeypatch):
+    pushed, push = [], TextStream.push
+
+    def press(stream, token):
+        pushed.append(token)
+        if len(pushed) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", press)
+    code, _, said = call("hello\nand?\n", "-n", "6")
+    assert code == 0 and said.count("[cache") == 2
+    assert len(pushed) == 3 + 6
+
+
+def test_live_on_a_terminal(call, monkeypatch, loaded):
+    monkeypatch.setattr(chat, "show", chat.show)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    code, out, _ = call("hello\n", "-n", "3")
+    assert code == 0 and "[cache 84.0 KiB" in out
+
+
+def test_refusals(call, loaded, monkeypatch):
+    code, _, said = call("", "--n-predict", "0")
+    assert code == 2 and "at least 1, got '0'" in said
+    nameless = LoadedModel(model=loaded.model, tokenizer=None, name="tiny", n_ctx_train=TRAINED)
+    monkeypatch.setattr("saccade.hf.load.load_model", lambda _: nameless)
+    code, _, said = call("hi\n")
+    assert code == 2 and "tiny has no tokenizer that can be read" in said
+
+
+@pytest.mark.real_model
+def test_a_short_exchange_with_the_real_model(monkeypatch, capsys):
+    stdin = io.StringIO("What is the capital of France? Answer in one word.\nAnd of Italy?\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main.main(["chat", "--model", "smollm2", "-n", "16"]) == 0
+    captured = capsys.readouterr()
+    first, second = captured.out.splitlines()[:2]
+    assert "Paris" in first and "Rome" in second, captured.out
+    sizes = [line.split(",")[0] for line in captured.err.splitlines() if line.startswith("[cache")]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]

@@ -1,0 +1,308 @@
+"""Plans: caches to the byte, attention within 5 %, and what fits into an amount of memory."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import product
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import saccade
+from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
+from saccade.core import BadInput, Mask, Unsupported
+from saccade.ops import attend
+from saccade.ops.attend import cpu
+from saccade.ops.footprint import PeakBytes, without_memory
+from saccade.ops.hadamard import rotate
+from saccade.runtime import ContextParams
+from saccade.runtime.memory import AttentionPeak
+from saccade.units import as_bytes, parse_bytes
+from tests.tiny_models import tiny_config, tiny_model
+
+PARAMS = {
+    "plain": {},
+    "f32": {"type_k": "f32", "type_v": "f32"},
+    "bf16": {"type_k": "bf16", "type_v": "bf16"},
+    "int8": {"type_k": "int8", "type_v": "int8"},
+    "int4": {"type_k": "int4", "type_v": "int4"},
+    "int8 and int4": {"type_k": "int8", "type_v": "int4"},
+    "fp8": {"type_k": "fp8", "type_v": "fp8"},
+    "pages": {"page_size": 16},
+    "in host memory": {"offload_kqv": False},
+    "window": {"n_swa": 20},
+    "window and sinks in f16": {"n_swa": 20, "n_sinks": 4, "type_k": "f16", "type_v": "f16"},
+    "window with checkpoints": {"n_swa": 20, "ctx_checkpoints": 3},
+    "compressed": {"kv_policy": "snapkv", "kv_budget": 0.25},
+    "compressed to a number": {"kv_policy": "snapkv", "kv_budget": 40},
+}
+FAMILIES = ("llama", "mistral", "gemma3", "gpt_oss", "qwen2", "phi3")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return tiny_model(tiny_config(request.param))
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_caches_to_the_byte(model, name):
+    """What is allocated by a context is what was planned from the config alone."""
+    for (prompt, written), n_batch in product([(1, 0), (63, 3), (200, 70), (301, 0)], [7, 512]):
+        params = ContextParams(n_batch=n_batch, **PARAMS[name])
+        planned = saccade.plan(model.config, params, prompt + written, prompt=prompt)
+        with saccade.Context(model, params) as ctx:
+            ctx.append(torch.arange(prompt) % 120 + 3)
+            before = ctx.cache_bytes
+            ctx.compress()
+            for token in range(written):
+                ctx.append([token + 3])
+            assert ctx.cache_bytes == planned.cache_bytes
+            assert max(before, ctx.cache_bytes) == planned.most_cache_bytes
+
+
+def test_ragged_caches_to_a_page_a_head():
+    """How heads share a budget is only known when the prompt was read."""
+    model = tiny_model(tiny_config("llama"))
+    params = ContextParams(n_batch=100, kv_policy="ada_snapkv", kv_budget=0.25)
+    planned = saccade.plan(model.config, params, 310, prompt=300)
+    with saccade.Context(model, params) as ctx:
+        ctx.append(torch.arange(300) % 120 + 3)
+        assert ctx.cache_bytes == planned.most_cache_bytes
+        ctx.compress()
+        for token in range(10):
+            ctx.append([token + 3])
+        page = 16 * (2 * 16 * 4 + 4)  # keys, values and positions
+        table = 4 * 2 * (300 // 16 + 1)
+        spread = 4 * (2 * page + table)
+        assert abs(ctx.cache_bytes - planned.cache_bytes) <= spread < ctx.cache_bytes
+        assert ctx.cache_bytes < planned.most_cache_bytes / 2
+
+
+@pytest.mark.parametrize("reserve", [100, 300, 2000])
+def test_reserved_caches_to_the_byte(model, reserve):
+    for name in ("plain", "int8", "window", "in host memory"):
+        params = ContextParams(**PARAMS[name])
+        with saccade.Context(model, params, reserve=reserve) as ctx:
+            ctx.append(torch.arange(300) % 120 + 3)
+            planned = saccade.plan(model.config, params, 300, reserve=reserve)
+            assert ctx.cache_bytes == planned.cache_bytes
+
+
+def checkpointed():
+    """A ring that remembers a position after every step."""
+    cache = RingCache(window=50, checkpoints=2)
+    append = cache.append
+
+    def remember(k, v):
+        view = append(k, v)
+        cache.checkpoint()
+        return view
+
+    cache.append = remember
+    return cache
+
+
+CACHES = {
+    "dense": DenseCache,
+    "ring with checkpoints": checkpointed,
+    "ragged": RaggedCache,
+    "fp8": lambda: QuantizedCache(fp8=True),
+    "dense in bf16": lambda: DenseCache(dtype=torch.bfloat16),
+    "reserved": lambda: DenseCache(reserve=500),
+    "ring": lambda: RingCache(window=50, sinks=4),
+    "ring of chunks": lambda: RingCache(window=50, sinks=4, chunk=64),
+    "int8": QuantizedCache,
+    "int4": lambda: QuantizedCache(bits_k=4, bits_v=4, group=32, recent=16, hadamard=False),
+    "paged": PagedCache,
+    "pool": lambda: PagedCache(PagePool(32)),
+    "paged in small pages": lambda: PagedCache(page_size=16),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("steps", [[1] * 90, [100, 100, 37, 1, 1], [700]])
+def test_every_cache_is_its_own_formula(name, steps):
+    """On tensors without memory a cache says what it allocates on real ones."""
+    sizes = []
+    for device in ("meta", "cpu"):
+        cache = CACHES[name]()
+        for step in steps:
+            k = torch.zeros(2, 3, step, 32, device=device)
+            cache.append(k, k)
+        sizes.append(cache.nbytes)
+    assert sizes[0] == sizes[1] > 0
+
+
+def step(make, length, chunk, counter, dim=32, **options):
+    """One step of attention over a cache of `length` tokens, inside `counter`."""
+    cache = make()
+
+    def new(heads, count):
+        return torch.randn(1, heads, count, dim)
+
+    if length > chunk:
+        cache.append(new(2, length - chunk), new(2, length - chunk))
+    q, k, v = new(6, chunk), new(2, chunk), new(2, chunk)
+    with counter as found:
+        view = cache.append(k, v)
+        attend(q, view, q_offset=view.shape[2] - chunk, **options)
+    return found
+
+
+def allocated(found):
+    """Most bytes that PyTorch's own allocator had given out at once, by its profiler.
+
+    Right where nothing from before is freed meanwhile: caches here do not grow in the step.
+    """
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "sdpa"])
+@pytest.mark.parametrize("cache", ["reserved", "ring", "int8", "int4", "fp8", "pool"])
+def test_attention_within_5_percent(cache, backend, threads):
+    """Of what the allocator saw: scores, tiles, copies, masks, outputs and kernels' own buffers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for length, chunk in [(450, 200), (300, 300), (500, 1)]:
+            options = {"mask": Mask(window=50, sinks=4) if cache == "ring" else Mask()}
+            options |= {"backend": backend}
+            with without_memory():
+                planned = step(CACHES[cache], length, chunk, PeakBytes(), **options).peak
+            found = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            with torch.no_grad():
+                measured = allocated(step(CACHES[cache], length, chunk, found, **options))
+            assert abs(planned - measured) <= 0.05 * measured, (length, chunk, planned, measured)
+    finally:
+        torch.set_num_threads(before)
+
+
+NATIVE = """
+import sys, torch
+from saccade.cache import DenseCache
+from saccade.core import Mask
+from saccade.evals.peak import PeakMemory
+from saccade.ops import attend
+torch.set_num_threads(int(sys.argv[1]))
+cache, q = DenseCache(reserve=1536), torch.randn(1, 32, 512, 128)
+first, k = torch.randn(1, 8, 1024, 128), torch.randn(1, 8, 512, 128)
+cache.append(first, first)
+with torch.no_grad():
+    attend(q[:, :, :1], cache.view(), mask=Mask(), backend="cpu")
+    cache.append(k, k)
+    peak = PeakMemory()
+    peak.start()
+    attend(q, cache.view(), mask=Mask(), backend="cpu")
+    print(peak.bytes() or 0)
+"""
+
+
+@pytest.mark.skipif(not cpu.BUILT, reason="built without the C++ kernels")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_attention_within_5_percent(threads):
+    """Of the high-water mark of a fresh process, whose kernels have allocated nothing yet."""
+    call = [sys.executable, "-c", NATIVE, str(threads)]
+    measured = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    if not measured:
+        pytest.skip("this system does not tell the peak of a process")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with without_memory(), PeakBytes() as counter:
+            q, k = torch.empty(1, 32, 512, 128), torch.empty(1, 8, 1536, 128)
+            start = counter.peak
+            saccade.attention(q, k, k, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    planned = counter.peak - start
+    assert abs(planned - measured) <= 0.05 * measured, (planned, measured)
+
+
+def test_nothing_fake_stays_behind():
+    """A matrix remembered during a plan would poison every quantised cache after it."""
+    AttentionPeak(saccade.plan(tiny_config("llama")).facts, ContextParams(**PARAMS["int8"])).at(99)
+    assert type(rotate(torch.randn(2, 16))) is torch.Tensor
+    assert torch.isfinite(rotate(torch.randn(2, 16))).all()
+
+
+def test_every_description_gives_the_same_plan(tmp_path):
+    from tests.hf.gguf_files import write_gguf
+
+    model = tiny_model(tiny_config("llama", vocab_size=300))
+    model.save_pretrained(tmp_path / "folder")
+    write_gguf(model, tmp_path / "tiny.gguf", "llama")
+    described = [
+        model, model.config, model.config.to_dict(), tmp_path / "folder",
+        str(tmp_path / "tiny.gguf"), saccade.load_model(tmp_path / "folder"),
+    ]  # fmt: skip
+    plans = [asdict(saccade.plan(one, n_ctx=200)) for one in described]
+    for planned in plans:
+        planned["facts"]["name"] = ""
+        assert planned == plans[0]
+    assert plans[0]["weights_bytes"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_planned_weights_count_tied_ones_once():
+    config = tiny_config("llama", tie_word_embeddings=True)
+    planned = saccade.plan(config, dtype=torch.bfloat16).weights_bytes
+    assert planned == sum(p.nbytes for p in tiny_model(config).parameters()) // 2
+
+
+@pytest.mark.parametrize("name", ["plain", "int8", "int4"])
+def test_the_longest_context_fits_and_a_longer_one_does_not(name):
+    params, config = ContextParams(**PARAMS[name]), tiny_config("llama")
+    memory = saccade.plan(config).weights_bytes + (3 << 20)
+    fit = saccade.plan(config, params, 100_000).what_fits(memory)[0]
+    assert not fit.fits and fit.needed > memory and 100 < fit.longest < 100_000
+
+    def total(tokens):
+        return saccade.plan(config, params, tokens, reserve=tokens).total_bytes
+
+    assert total(fit.longest) <= memory < total(fit.longest * 102 // 100 + 1024)
+
+
+def test_what_fits_speaks_of_every_setting():
+    planned = saccade.plan(tiny_config("llama"), n_ctx=50_000)
+    fits = {fit.setting: fit for fit in planned.what_fits(planned.weights_bytes + (16 << 20))}
+    assert fits["window 4096 + 4 sinks"].longest is None and fits["window 4096 + 4 sinks"].fits
+    assert not fits["as asked"].fits and fits["int4 cache"].longest > fits["as asked"].longest
+    assert all(fit.longest == 0 for fit in planned.what_fits(1000))
+
+
+def test_a_readable_table():
+    text = str(saccade.plan(tiny_config("llama"), n_ctx=1000))
+    assert "1,000 tokens (trained for 512)" in text
+    assert "cache                 1.00 MiB, 1.02 KiB a token" in text
+
+
+def test_refusals():
+    with pytest.raises(BadInput, match="a plan needs n_ctx >= 1"):
+        saccade.plan(tiny_config("llama"), n_ctx=10, prompt=11)
+    with pytest.raises(BadInput, match="expected what a config.json holds"):
+        saccade.plan({"model_type": "no such thing"})
+    with pytest.raises(BadInput, match="no model at 'nowhere'"):
+        saccade.plan("nowhere")
+    with pytest.raises(Unsupported, match="latent vectors"):
+        saccade.plan(tiny_config("deepseek_v3"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("8G", 8 << 30), ("1.5 kib", 1536), ("8GB", 8 * 10**9), ("77", 77)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "8 giraffes", "-1", "G", "nan"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match="expected a size"):
+        parse_bytes(text)
+    assert as_bytes(parse_bytes("3MiB")) == "3.00 MiB"
