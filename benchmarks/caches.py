@@ -38,6 +38,7 @@ from saccade.report.record import Row
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/caches-smollm2.json"
+KILLS = ROOT / "benchmarks/results/kill-sessions.json"
 PAGE = ROOT / "docs/caches.md"
 KEPT = ROOT / "out/caches"
 BASELINE = "dense fp32"
@@ -50,8 +51,10 @@ ROWS: dict[str, dict[str, Any]] = {
     BASELINE: {"type_k": "f32", "type_v": "f32"},
     "dense bf16": {"type_k": "bf16", "type_v": "bf16"},
     "int8": {"type_k": "int8", "type_v": "int8"},
+    "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
     "int4": {"type_k": "int4", "type_v": "int4"},
     "ring 1024 + 4 sinks": {"n_swa": 1024, "n_sinks": 4},
+    "ragged, 25 % kept": {"kv_policy": "ada_snapkv", "kv_budget": 0.25},
 }
 
 
@@ -160,13 +163,24 @@ def _kl(row: Row) -> str:
     return "0" if row.name == BASELINE else with_error(row.kl, row.kl_se, most_decimals=7)
 
 
-def publish(record: dict[str, Any]) -> None:
-    """Put the table between its marks in docs/caches.md."""
-    marks = r"(<!-- table: benchmarks/results/caches-smollm2.json -->\n).*?(<!-- end of table -->)"
-    text = re.sub(
-        marks, lambda m: m[1] + to_markdown(record) + m[2], PAGE.read_text(), flags=re.DOTALL
+def kills_in_words(kills: dict[str, Any]) -> str:
+    """The record of benchmarks/kill_sessions.py as a sentence."""
+    moment, byte = kills["kills_at_a_moment"], kills["kills_at_a_byte"]
+    writing = kills["of_these_while_writing"] + kills["of_these_while_writing_at_a_byte"]
+    return (
+        f"{moment + byte:,} processes killed while they read and saved a session of "
+        f"{as_bytes(kills['bytes_per_session'])}, {moment:,} at a random moment and {byte:,} at a "
+        f"random byte; {writing:,} of them in the middle of writing. "
+        f"Sessions lost: {kills['sessions_lost']}.\n"
     )
-    PAGE.write_text(text)
+
+
+def published(page: str, record: dict[str, Any], kills: dict[str, Any]) -> str:
+    """A page with the renderings of both records between their marks."""
+    table = r"(<!-- table: benchmarks/results/caches-smollm2.json -->\n).*?(<!-- end of table -->)"
+    said = r"(<!-- kills: benchmarks/results/kill-sessions.json -->\n).*?(<!-- end of kills -->)"
+    page = re.sub(table, lambda m: m[1] + to_markdown(record) + m[2], page, flags=re.DOTALL)
+    return re.sub(said, lambda m: m[1] + kills_in_words(kills) + m[2], page, flags=re.DOTALL)
 
 
 def main() -> int:
@@ -193,7 +207,8 @@ def main() -> int:
                 add(record, length, row, facts(runner))
                 print(length, json.dumps(dataclasses.asdict(row)), flush=True)
     elif record["rows"]:
-        publish(record)
+        kills = json.loads(KILLS.read_text())
+        PAGE.write_text(published(PAGE.read_text(), record, kills))
     print(to_markdown(record), end="")
     return 0
 

@@ -17,6 +17,7 @@ ALTERNATIVES: dict[str, dict[str, object]] = {
     "full precision": {},
     "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
     "int8 cache": {"type_k": "int8", "type_v": "int8"},
+    "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
     "int4 cache": {"type_k": "int4", "type_v": "int4"},
     "window 4096 + 4 sinks": WINDOW,
     "window 4096 + 4 sinks, bf16": {**WINDOW, "type_k": "bf16", "type_v": "bf16"},
