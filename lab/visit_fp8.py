@@ -14,6 +14,7 @@ from benchmarks.gpu_attention import seconds
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend import gluon_fp8_launch as launching
 from saccade.ops.attend.gluon_fp8_launch import LAUNCHES, Fp8Launch, forward, transposed
 from saccade.ops.attend.triton_problem import dense_problem
 
@@ -111,61 +112,101 @@ def sums():
             print(f"sums D {dim} of ones: two_sums={two} {error:.5f} {relative(emulated, truth):.5f}")
 
 
-VARIANTS = {
-    128: {
-        "two sums": LAUNCHES[128],
-        "one sum": replace(LAUNCHES[128], two_sums=False),
-        "two, no turns": replace(LAUNCHES[128], turns=False),
-        "two, 2 stages": replace(LAUNCHES[128], stages=2),
-        "one, 3x64": Fp8Launch(3, 64, 3, 160, two_sums=False),
-        "one, 3x64, no turns": Fp8Launch(3, 64, 3, 160, two_sums=False, turns=False),
-    },
-    64: {
-        "two sums": LAUNCHES[64],
-        "two, no turns": replace(LAUNCHES[64], turns=False),
-        "one, 3x128": Fp8Launch(3, 128, 3, 160, two_sums=False),
-        "one, 3x128, no turns": Fp8Launch(3, 128, 3, 160, two_sums=False, turns=False),
-        "two, 3x64": Fp8Launch(3, 64, 3, 160),
-    },
-    256: {"2x64": LAUNCHES[256], "2x64, no turns": replace(LAUNCHES[256], turns=False)},
-}
+def variants(dim):
+    base = LAUNCHES[dim]
+    found = {f"turns {t}": (replace(base, turns=t), "forward") for t in (0, 1, 2)}
+    if dim == 128:
+        found |= {f"deferred {t}": (replace(base, turns=t), "deferred") for t in (0, 1, 2)}
+        found["turns 0, 4 stages"] = replace(base, turns=0, stages=4), "forward"
+    if dim == 64:
+        found["3x64"] = Fp8Launch(3, 64, 2, 160, turns=0), "forward"
+        found["3x64 turns"] = Fp8Launch(3, 64, 2, 160, turns=1), "forward"
+        found["deferred 0"] = replace(base, turns=0), "deferred"
+    return found
+
+
+def use(module):
+    import importlib
+
+    launching.forward_kernel = importlib.import_module(
+        f"saccade.ops.attend.gluon_fp8_{module}"
+    ).forward_kernel
+
+
+def warm(part, parts=10):
+    every = [(dim, *pair) for dim in (128, 64, 256) for pair in variants(dim).values()]
+    for dim, launch, module in every[part::parts]:
+        use(module)
+        ours(inputs((4, 1), (512, 512), dim), launch)
+    torch.cuda.synchronize()
+
+
+def quick():
+    for dim in (128, 64, 256):
+        for name, (launch, module) in variants(dim).items():
+            try:
+                use(module)
+                errors = []
+                for lengths in ((700, 900), (2048, 2048)):
+                    scaled = inputs((4, 2), lengths, dim, batch=2)
+                    truth, emulated, lse = truth_and_emulation(scaled)
+                    found = ours(scaled, launch)
+                    errors += [relative(found.out, truth), relative(emulated, truth)]
+                    errors.append((found.lse - lse).abs().max().item())
+                verdict = "ok" if errors[0] < 1.5 * errors[1] and errors[3] < 1.5 * errors[4] else "WRONG"
+                print(verdict, dim, name, " ".join(f"{e:.4f}" for e in errors))
+            except Exception as error:
+                print("FAILED", dim, name, type(error).__name__, str(error)[:200])
+
+
+def power():
+    import subprocess
+
+    scaled = inputs((32, 8), (16384, 16384), 128)
+    for launch in (replace(LAUNCHES[128], turns=0),):
+        use("forward")
+        for _ in range(500):
+            ours(scaled, launch)
+        query = "clocks.sm,clocks.max.sm,power.draw,power.limit,clocks_throttle_reasons.active"
+        print(subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+                             capture_output=True, text=True).stdout)  # fmt: skip
+        torch.cuda.synchronize()
 
 
 def speed():
     for length, dim, causal in (
-        (4096, 128, True), (16384, 128, True), (16384, 128, False), (16384, 64, True),
-        (16384, 256, True), (8192, 128, True), (32768, 128, True),
+        (16384, 128, True), (4096, 128, True), (16384, 64, True), (16384, 256, True),
     ):  # fmt: skip
         q, k, v = (torch.randn(1, h, length, dim, device="cuda").bfloat16() for h in (32, 8, 8))
         scaled = [quantize(x) for x in (q, k, v)]
         work = 4 * 32 * dim * Mask(causal=causal).num_pairs(length, length) / 1e12
-        moved = seconds(lambda: transposed(scaled[2][0])) * 1e6
-        line = [f"{length} D {dim} {causal}: transpose {moved:.1f} us of"]
-        variants = dict(VARIANTS[dim])
-        if length in (8192, 32768):
-            variants = {"two sums": variants["two sums"]}
-        for name, launch in variants.items():
+        line = [f"{length} D {dim} {causal}:"]
+        for name, (launch, module) in variants(dim).items():
             try:
+                use(module)
                 took = seconds(lambda: ours(scaled, launch, causal=causal), 9, 3)
-                line.append(f"{took * 1e6:.0f}" if len(line) == 1 else "")
                 line.append(f"| {name} {work / took:.0f}")
             except Exception as error:
                 line.append(f"| {name} {type(error).__name__} {str(error)[:100]}")
         took = seconds(lambda: attention(q, k, v, causal=causal, backend="gluon"), 9, 3)
         line.append(f"| bf16 {work / took:.0f}")
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            took = seconds(
-                lambda: torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, enable_gqa=True
-                ), 9, 3,
-            )  # fmt: skip
-        line.append(f"| cudnn bf16 {work / took:.0f}")
+        if dim == 128:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                took = seconds(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v, is_causal=causal, enable_gqa=True
+                    ), 9, 3,
+                )  # fmt: skip
+            line.append(f"| cudnn bf16 {work / took:.0f}")
         print(*line)
 
 
 if __name__ == "__main__":
+    if sys.argv[1].isdigit():
+        warm(int(sys.argv[1]))
+        raise SystemExit
     print(torch.cuda.get_device_name())
     for name in sys.argv[1:]:
         start = time.time()
-        {"check": check, "sums": sums, "speed": speed}[name]()
+        globals()[name]()
         print(f"{name}: {time.time() - start:.0f} s")

@@ -34,7 +34,6 @@ from saccade.ops.attend.gluon_forward import LN2, LOG2E, LOWEST, _mask
 from saccade.ops.attend.gluon_schedule import (
     amount_of_work,
     key_tile,
-    next_stage,
     piece_of_work,
     plan,
 )
@@ -67,6 +66,12 @@ def transpose_kernel(
 
 
 @gluon.jit
+def _stage(n, STAGES: gl.constexpr):
+    """Where the n-th tile of keys, or of values, lies in its ring, and the phase of that round."""
+    return n % STAGES, (n // STAGES) & 1
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
     CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
@@ -75,9 +80,9 @@ def _produce(
     """Fetch everything the consumers will read, in their order, as soon as there is room."""
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
-    k_stage, k_phase, v_stage, v_phase, q_phase = 0, 1, 0, 1, 1
+    STAGES: gl.constexpr = k_mem.shape[0]
+    n = gl.to_tensor(0)
+    q_phase = 1
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
         b = at // heads
@@ -94,36 +99,43 @@ def _produce(
         )
         for j in range(total):
             start = key_tile(j, last, total, num_sinks) * N
-            mbarrier.wait(k_empty.index(k_stage), k_phase)
-            mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
+            stage, phase = _stage(n, STAGES)
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                k_desc, [b, h // groups, start, 0], k_full.index(k_stage), k_mem.index(k_stage)
+                k_desc, [b, h // groups, start, 0], k_full.index(stage), k_mem.index(stage)
             )
-            k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
-            mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
-                v_desc, [b, h // groups, 0, start], v_full.index(v_stage), v_mem.index(v_stage)
+                v_desc, [b, h // groups, 0, start], v_full.index(stage), v_mem.index(stage)
             )
-            v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)
+            n += 1
 
 
 @gluon.jit
-def _softmax(s, m, l, unit):
-    """Take a tile of scores into the running maximum and sum: (weights, m, l, shrink)."""
+def _weigh(s, m, unit):
+    """A tile of scores against the running maximum: (packed weights, sums, m, shrink).
+
+    Sums are those of each thread, `[ROWS, 4]`; they meet when the tile of queries is finished.
+    """
+    ROWS: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
     m_new = gl.maximum(m, gl.max(s, 1))
     p = gl.exp2(s * unit - (m_new * unit - OFFSET)[:, None])
     shrink = gl.exp2((m - m_new) * unit)
-    return p, m_new, l * shrink + gl.sum(p, 1), shrink
+    sums = gl.sum(gl.sum(p.reshape([ROWS, N // 8, 4, 2]), 3), 1)
+    return _pack(p), sums, m_new, shrink
 
 
 @gluon.jit
-def _operand(weights, O: gl.constexpr):
-    """Weights in fp8 as the matrix units take them from registers, by fours, none moved."""
-    ROWS: gl.constexpr = weights.shape[0]
-    N: gl.constexpr = weights.shape[1]
-    fours = weights.reshape([ROWS, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, N])
-    ordered = gl.convert_layout(fours, gl.DotOperandLayout(0, O, 4))
+def _pack(p):
+    """Weights in fp8, four to a word: `[ROWS, N / 16, 4]`, each word from one thread's scores."""
+    ROWS: gl.constexpr = p.shape[0]
+    N: gl.constexpr = p.shape[1]
+    even, odd = gl.split(p.reshape([ROWS, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
     return gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -132,10 +144,29 @@ def _operand(weights, O: gl.constexpr):
         mov.b32 $0, {low, high};
         }""",
         "=r,r,r,r,r",
-        [ordered],
-        gl.float8e4nv,
+        [first, second, third, fourth],
+        gl.int32,
         True,
-        4,
+        1,
+    )
+
+
+@gluon.jit
+def _operand(words, nothing, O: gl.constexpr):
+    """Packed weights as the matrix units take them from registers; nothing moves.
+
+    A word stands for its four weights, so it is named four times and read once.  `nothing` is 0,
+    which the compiler does not know: a word that went straight to the matrix units would be written
+    while the product of the tile before reads its register, and ptxas then serialises everything.
+    """
+    ROWS: gl.constexpr = words.shape[0]
+    GROUPS: gl.constexpr = words.shape[1]
+    words = words ^ nothing
+    twice = gl.join(words, words)
+    named = gl.join(twice, twice).reshape([ROWS, 16 * GROUPS])
+    ordered = gl.convert_layout(named, gl.DotOperandLayout(0, O, 4))
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r,r,r,r", [ordered], gl.float8e4nv, True, 4
     )
 
 
@@ -145,91 +176,113 @@ def _steps(
     EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, TWO_SUMS: gl.constexpr,
     CONSUMERS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
+    """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j.
+
+    The product of tile j-2 joins the sum while the matrix units have the scores of tile j to do.
+    """
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = bars
     last, total, num_sinks = where
+    ROWS: gl.constexpr = q_tile.shape[0]
     N: gl.constexpr = k_mem.shape[3]
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
+    STAGES: gl.constexpr = k_mem.shape[0]
     for j in range(begin, end):
-        acc, m, l, shrink, weights, k_at, v_at, turn = state
-        k_stage, k_phase = k_at
-        v_stage, v_phase = v_at
-        S: gl.constexpr = weights.type.layout
+        acc, m, l, shrink, words, n, turn = state
+        k_stage, _phase = _stage(n, STAGES)
+        v_stage, v_phase = _stage(n - 1, STAGES)
+        S: gl.constexpr = m.type.layout.parent
         O: gl.constexpr = acc.type.layout
-        p = _operand(weights, O)
+        p = _operand(words, k_len >> 31, O)
         if TURNS:
             mbarrier.wait(turns.index(WHO), turn)
         keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
-        scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
-        smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-        if TWO_SUMS:
-            product = gl.zeros(acc.shape, gl.float32, O)
-        else:
-            product = acc * smaller
+        scores = gl.zeros([ROWS, N], gl.float32, S)
+        scores = warpgroup_mma(q_tile, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+        if TURNS == 2:
+            mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
+        smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
+        product = _start(acc, smaller, TWO_SUMS)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         values = v_mem.index(v_stage).reshape([v_mem.shape[3], N]).permute((1, 0))
         product = warpgroup_mma(p, values, product, use_acc=not TWO_SUMS, is_async=True)
-        if TURNS:
+        if TURNS == 1:
             mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
-            turn ^= 1
+        turn ^= 1
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
             s = _mask(s, q_pos, key_tile(j, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
-        weights, m, l, shrink = _softmax(s, m, l, unit)
+        words, sums, m, shrink = _weigh(s, m, unit)
+        l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + sums
         # This wait keeps the compiler from asking for the product before the softmax is done.
-        k_at = next_stage(k_stage, k_phase, K_STAGES)
-        mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=j + 1 < total)
+        n += 1
+        next_stage, next_phase = _stage(n, STAGES)
+        mbarrier.wait(k_full.index(next_stage), next_phase, pred=j + 1 < total)
         product = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(v_empty.index(v_stage))
-        if TWO_SUMS:
-            acc = acc * smaller + product
-        else:
-            acc = product
-        v_at = next_stage(v_stage, v_phase, V_STAGES)
-        state = acc, m, l, shrink, weights, k_at, v_at, turn
+        acc = _add(acc, product, smaller, TWO_SUMS)
+        state = acc, m, l, shrink, words, n, turn
     return state
 
 
 @gluon.jit
-def _first(
-    q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, k_len, rules, more,
-    CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """The first tile of keys: maximum, sum, shrink, weights, next stage."""
-    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _turns = bars
-    ROWS: gl.constexpr = q_tile.shape[0]
-    S: gl.constexpr = weights.type.layout
-    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
-    k_stage, k_phase = k_at
-    mbarrier.wait(k_full.index(k_stage), k_phase)
-    keys = k_mem.index(k_stage).reshape([k_mem.shape[3], k_mem.shape[4]])
-    scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(k_stage))
-    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
-    weights, m, l, shrink = _softmax(s, m, l, unit)
-    k_at = next_stage(k_stage, k_phase, k_mem.shape[0])
-    mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=more)
-    return m, l, shrink, weights, k_at
+def _add(acc, product, smaller, TWO_SUMS: gl.constexpr):
+    """The running sum with the product of one tile more."""
+    if TWO_SUMS:
+        return acc * smaller[:, None] + product
+    else:
+        return product
 
 
 @gluon.jit
-def _last(acc, shrink, weights, v_mem, v_at, bars):
-    """The product with the last tile of values, and the next stage."""
-    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty, _turns = bars
+def _start(acc, smaller, TWO_SUMS: gl.constexpr):
+    """What a product begins with: nothing, or the running sum."""
     O: gl.constexpr = acc.type.layout
-    v_stage, v_phase = v_at
+    if TWO_SUMS:
+        return gl.zeros(acc.shape, gl.float32, O)
+    else:
+        return acc * smaller[:, None]
+
+
+@gluon.jit
+def _first(
+    q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, more,
+    CAUSAL: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """The first tile of keys: maximum, sums, shrink, packed weights."""
+    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _turns = bars
+    ROWS: gl.constexpr = q_tile.shape[0]
+    N: gl.constexpr = k_mem.shape[3]
+    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
+    k_stage, k_phase = _stage(n, k_mem.shape[0])
+    mbarrier.wait(k_full.index(k_stage), k_phase)
+    keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
+    scores = gl.zeros([ROWS, N], gl.float32, S)
+    scores = warpgroup_mma(q_tile, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_empty.index(k_stage))
+    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
+    words, l, m, shrink = _weigh(s, m, unit)
+    next_stage, next_phase = _stage(n + 1, k_mem.shape[0])
+    mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
+    return m, l, shrink, words
+
+
+@gluon.jit
+def _last(state, v_mem, bars, k_len, TWO_SUMS: gl.constexpr):
+    """The products that are still to come: the whole sum."""
+    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty, _turns = bars
+    acc, _m, _l, shrink, words, n, _turn = state
+    O: gl.constexpr = acc.type.layout
+    v_stage, v_phase = _stage(n - 1, v_mem.shape[0])
     mbarrier.wait(v_full.index(v_stage), v_phase)
-    p = _operand(weights, O)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+    p = _operand(words, k_len >> 31, O)
+    smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
+    product = _start(acc, smaller, TWO_SUMS)
     values = v_mem.index(v_stage).reshape([v_mem.shape[3], v_mem.shape[4]]).permute((1, 0))
-    product = warpgroup_mma(p, values, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[product])
+    product = warpgroup_mma(p, values, product, use_acc=not TWO_SUMS, is_async=True)
+    product = warpgroup_mma_wait(0, deps=[product])
     mbarrier.arrive(v_empty.index(v_stage))
-    return acc, next_stage(v_stage, v_phase, v_mem.shape[0])
+    return _add(acc, product, smaller, TWO_SUMS)
 
 
 @gluon.jit
@@ -270,11 +323,9 @@ def _consume(
     q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     q_tile = q_mem.index(WHO).reshape([ROWS, D])
-    weights = gl.zeros([ROWS, N], gl.float32, S)
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     q_phase = 0
-    k_at = gl.to_tensor(0), gl.to_tensor(0)
-    v_at = gl.to_tensor(0), gl.to_tensor(0)
+    n = gl.to_tensor(0)
     turn = gl.to_tensor(1 if WHO == 0 else 0)
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
@@ -290,11 +341,11 @@ def _consume(
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
         start = key_tile(0, last, total, num_sinks) * N
-        m, l, shrink, weights, k_at = _first(
-            q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, k_len, rules, total > 1, CAUSAL
+        m, l, shrink, words = _first(
+            q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, total > 1, CAUSAL, S
         )
         where = (last, total, num_sinks)
-        state = acc, m, l, shrink, weights, k_at, v_at, turn
+        state = acc, m, l, shrink, words, n + 1, turn
         if CAUSAL:
             state = _steps(
                 state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
@@ -309,9 +360,10 @@ def _consume(
                 state, gl.maximum(full, 1), total, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
                 k_len, rules, True, CAUSAL, TURNS, TWO_SUMS, CONSUMERS, WHO,
             )  # fmt: skip
-        acc, m, l, shrink, weights, k_at, v_at, turn = state
         mbarrier.arrive(q_empty)
-        acc, v_at = _last(acc, shrink, weights, v_mem, v_at, bars)
+        _acc, m, l, _shrink, _words, n, turn = state
+        acc = _last(state, v_mem, bars, k_len, TWO_SUMS)
+        l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S))
         v_scale = gl.load(scales[2] + b * (heads // groups) + h // groups)
         acc, row_lse = _finish(acc, m, l, unit, v_scale, sink_logits, h)
         lse_at = lse + at.to(gl.int64) * q_len + row + index
@@ -338,6 +390,7 @@ def _describe(x, batch, heads, rows, width, ROWS: gl.constexpr, WIDTH: gl.conste
     do_not_specialize=[
         "q_len",
         "k_len",
+        "k_padded",
         "q_offset",
         "batch",
         "heads",
@@ -351,7 +404,7 @@ def forward_kernel(
     q, k, v, out, lse, sink_logits, scales, rules, scale, q_len, k_len, k_padded, q_offset, batch,
     heads, groups, tiles, section, num_work,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, TWO_SUMS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`.
@@ -365,25 +418,24 @@ def forward_kernel(
     v_desc = _describe(v, batch, heads // groups, D, k_padded, D, N)
     o_desc = _describe(out, batch, heads, q_len, D, ROWS, D)
     q_mem = gl.allocate_shared_memory(CODE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
-    k_mem = gl.allocate_shared_memory(CODE, [K_STAGES, 1, 1, N, D], k_desc.layout)
-    v_mem = gl.allocate_shared_memory(CODE, [V_STAGES, 1, 1, D, N], v_desc.layout)
+    k_mem = gl.allocate_shared_memory(CODE, [STAGES, 1, 1, N, D], k_desc.layout)
+    v_mem = gl.allocate_shared_memory(CODE, [STAGES, 1, 1, D, N], v_desc.layout)
     o_mem = gl.allocate_shared_memory(
         out.ptr.dtype.element_ty, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout
     )
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
-    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=CONSUMERS)
-    for i in gl.static_range(K_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(CONSUMERS):

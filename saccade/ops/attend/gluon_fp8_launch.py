@@ -36,7 +36,7 @@ class Fp8Launch:
     stages: int
     registers: int
     two_sums: bool = True
-    turns: bool = True
+    turns: int = 1
 
     @property
     def block_m(self) -> int:
@@ -45,9 +45,9 @@ class Fp8Launch:
 
 
 LAUNCHES: dict[int, Fp8Launch] = {
-    64: Fp8Launch(2, 128, 3, 240),
-    128: Fp8Launch(2, 128, 3, 240),
-    256: Fp8Launch(2, 64, 3, 240, two_sums=False),
+    64: Fp8Launch(2, 128, 2, 240),
+    128: Fp8Launch(2, 128, 2, 240),
+    256: Fp8Launch(2, 64, 2, 240, two_sums=False),
 }
 
 
@@ -101,8 +101,7 @@ def constants(launch: Fp8Launch) -> dict[str, int | bool]:
         "M": launch.block_m,
         "N": launch.block_n,
         "CONSUMERS": launch.consumers,
-        "K_STAGES": launch.stages,
-        "V_STAGES": launch.stages,
+        "STAGES": launch.stages,
         "TURNS": launch.turns,
         "TWO_SUMS": launch.two_sums,
         "REGISTERS": launch.registers,
