@@ -1,6 +1,6 @@
 """The fp8 kernel on a card: `check` against float64, `sums` by length, `speed` of its variants.
 
-    python lab/visit_fp8.py check sums speed
+python lab/visit_fp8.py check sums speed
 """
 
 import sys
@@ -109,7 +109,9 @@ def sums():
         for two in (True, False):
             found = ours(scaled, replace(LAUNCHES[dim], two_sums=two))
             error = relative(found.out, truth)
-            print(f"sums D {dim} of ones: two_sums={two} {error:.5f} {relative(emulated, truth):.5f}")
+            print(
+                f"sums D {dim} of ones: two_sums={two} {error:.5f} {relative(emulated, truth):.5f}"
+            )
 
 
 def variants(dim):
@@ -153,7 +155,9 @@ def quick():
                     found = ours(scaled, launch)
                     errors += [relative(found.out, truth), relative(emulated, truth)]
                     errors.append((found.lse - lse).abs().max().item())
-                verdict = "ok" if errors[0] < 1.5 * errors[1] and errors[3] < 1.5 * errors[4] else "WRONG"
+                verdict = (
+                    "ok" if errors[0] < 1.5 * errors[1] and errors[3] < 1.5 * errors[4] else "WRONG"
+                )
                 print(verdict, dim, name, " ".join(f"{e:.4f}" for e in errors))
             except Exception as error:
                 print("FAILED", dim, name, type(error).__name__, str(error)[:200])

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
-from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
+from saccade.ops.attend import cpu, gluon, gluon_fp8, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("gluon", "triton", "cpu", "sdpa", "tiled")
+AUTO_ORDER = ("gluon", "gluon_fp8", "triton", "cpu", "sdpa", "tiled")
 
 
 class Backend(Protocol):
@@ -34,6 +34,7 @@ BACKENDS: dict[str, Backend] = {
     "tiled": tiled,
     "triton": triton,
     "gluon": gluon,
+    "gluon_fp8": gluon_fp8,
     "cpu": cpu,
     "sdpa": sdpa,
 }

@@ -346,7 +346,17 @@ def _consume(
             q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, total > 1, CAUSAL, S
         )
         where = (last, total, num_sinks)
-        state = acc, acc, gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, O)), m, l, shrink, words, n + 1, turn
+        state = (
+            acc,
+            acc,
+            gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, O)),
+            m,
+            l,
+            shrink,
+            words,
+            n + 1,
+            turn,
+        )
         if CAUSAL:
             state = _steps(
                 state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,

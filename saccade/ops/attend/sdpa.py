@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core import AttentionOutput, KeyRange
+from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile
 from saccade.ops.attend.tiled import visited_tiles
 from saccade.ops.call import AttentionCall
@@ -30,6 +31,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "PyTorch's kernels have no softcap"
     if call.q.shape[3] != call.kv.shape[4]:
         return "PyTorch's CPU kernel needs value_dim equal to head_dim"
+    if call.q.dtype == FP8:
+        return "PyTorch's kernels have no fp8"
     if call.q.dtype != call.kv.dtype:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
