@@ -115,15 +115,14 @@ def sums():
 
 
 def variants(dim):
-    base = LAUNCHES[dim]
-    found = {f"turns {t}": (replace(base, turns=t), "forward") for t in (0, 1, 2)}
+    base = replace(LAUNCHES[dim], turns=0)
+    found = {name: (base, name) for name in ("forward", "deferred", "halves", "halvesplain")}
     if dim == 128:
-        found |= {f"deferred {t}": (replace(base, turns=t), "deferred") for t in (0, 1, 2)}
-        found["turns 0, 4 stages"] = replace(base, turns=0, stages=4), "forward"
-    if dim == 64:
-        found["3x64"] = Fp8Launch(3, 64, 2, 160, turns=0), "forward"
-        found["3x64 turns"] = Fp8Launch(3, 64, 2, 160, turns=1), "forward"
-        found["deferred 0"] = replace(base, turns=0), "deferred"
+        found["halves turns"] = replace(base, turns=1), "halves"
+        found["halves turns 2"] = replace(base, turns=2), "halves"
+        found["no exp"] = base, "noexp"
+        found["no exp turns"] = replace(base, turns=1), "noexp"
+        found["no cvt"] = base, "nocvt"
     return found
 
 
