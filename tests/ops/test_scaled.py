@@ -105,5 +105,7 @@ def test_every_other_backend_refuses(backend):
 
 def test_all_three_or_none():
     q, k, v = qkv()
-    with pytest.raises(TypeError, match="all be float8_e4m3fn or none of them, got float8_e4m3fn, "):
+    with pytest.raises(
+        TypeError, match="all be float8_e4m3fn or none of them, got float8_e4m3fn, "
+    ):
         saccade.attention(q, k.numbers(), v.numbers())

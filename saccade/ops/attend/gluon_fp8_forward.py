@@ -75,25 +75,25 @@ def _stage(n, STAGES: gl.constexpr):
 def _produce(
     q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
     CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch everything the consumers will read, in their order, as soon as there is room."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _apart = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     STAGES: gl.constexpr = k_mem.shape[0]
     n = gl.to_tensor(0)
-    q_phase = 1
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
         b = at // heads
         h = at % heads
-        mbarrier.wait(q_empty, q_phase)
-        mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
+        q_stage, q_phase = _stage(w, Q_STAGES)
+        q_here = q_full.index(q_stage)
+        mbarrier.wait(q_empty.index(q_stage), q_phase ^ 1)
+        mbarrier.expect(q_here, CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(
-                q_desc, [b, h, tile * M + c * ROWS, 0], q_full, q_mem.index(c)
+                q_desc, [b, h, tile * M + c * ROWS, 0], q_here, q_mem.index(q_stage * CONSUMERS + c)
             )
-        q_phase ^= 1
         num_sinks, last, _right, _full, total = plan(
             tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
         )
@@ -114,7 +114,7 @@ def _produce(
 
 
 @gluon.jit
-def _weigh(s, m, unit):
+def _weigh(s, m, unit, BY_HAND: gl.constexpr):
     """A tile of scores against the running maximum: (packed weights, sums, m, shrink).
 
     Sums are those of each thread, `[ROWS, 4]`; they meet when the tile of queries is finished.
@@ -122,20 +122,45 @@ def _weigh(s, m, unit):
     ROWS: gl.constexpr = s.shape[0]
     N: gl.constexpr = s.shape[1]
     m_new = gl.maximum(m, gl.max(s, 1))
-    p = gl.exp2(s * unit - (m_new * unit - OFFSET)[:, None])
     shrink = gl.exp2((m - m_new) * unit)
-    sums = gl.sum(gl.sum(p.reshape([ROWS, N // 8, 4, 2]), 3), 1)
-    return _pack(p), sums, m_new, shrink
+    first, second, third, fourth = _by_fours(s * unit - (m_new * unit - OFFSET)[:, None])
+    first = gl.exp2(first)
+    second = gl.exp2(second)
+    third = _exp2(third) if BY_HAND > 1 else gl.exp2(third)
+    fourth = _exp2(fourth) if BY_HAND > 0 else gl.exp2(fourth)
+    sums = gl.sum((first + second) + (third + fourth), 1)
+    return _pack(first, second, third, fourth), sums, m_new, shrink
 
 
 @gluon.jit
-def _pack(p):
-    """Weights in fp8, four to a word: `[ROWS, N / 16, 4]`, each word from one thread's scores."""
-    ROWS: gl.constexpr = p.shape[0]
-    N: gl.constexpr = p.shape[1]
-    even, odd = gl.split(p.reshape([ROWS, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
+def _by_fours(x):
+    """`[ROWS, N]` in four parts `[ROWS, N / 16, 4]`: keys 2c, 2c + 1, 8 + 2c, 9 + 2c of sixteen."""
+    ROWS: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    even, odd = gl.split(x.reshape([ROWS, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def _exp2(x):
+    """2^x, off by 2e-3 at most, by multiply-adds alone.
+
+    The units that compute exponentials are the busiest of all here, and weights keep three bits.
+    Source: Shah et al. (FlashAttention-4), and Cody and Waite for the cut of x.
+    """
+    x = gl.maximum(x, -100.0)
+    whole = x + 12582912.0  # 1.5 * 2^23: the integer next to x is in the low bits
+    f = x - (whole - 12582912.0)
+    power = (0.23842256 * f + 0.70343653) * f + 1.0004427
+    bits = power.to(gl.int32, bitcast=True) + (whole.to(gl.int32, bitcast=True) << 23)
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _pack(first, second, third, fourth):
+    """Weights in fp8, four to a word: `[ROWS, N / 16, 4]`, each word from one thread's scores."""
     return gl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;
@@ -173,45 +198,38 @@ def _operand(words, nothing, O: gl.constexpr):
 @gluon.jit
 def _steps(
     state, begin, end, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-    EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, TWO_SUMS: gl.constexpr,
-    CONSUMERS: gl.constexpr, WHO: gl.constexpr,
+    EDGE: gl.constexpr, CAUSAL: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
 ):  # fmt: skip
     """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j.
 
     The product of tile j-2 joins the sum while the matrix units have the scores of tile j to do.
     """
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = bars
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, _apart = bars
     last, total, num_sinks = where
     ROWS: gl.constexpr = q_tile.shape[0]
     N: gl.constexpr = k_mem.shape[3]
     STAGES: gl.constexpr = k_mem.shape[0]
     for j in range(begin, end):
-        acc, m, l, shrink, words, n, turn = state
+        acc, product, smaller, m, l, shrink, words, n = state
         k_stage, _phase = _stage(n, STAGES)
         v_stage, v_phase = _stage(n - 1, STAGES)
         S: gl.constexpr = m.type.layout.parent
         O: gl.constexpr = acc.type.layout
         p = _operand(words, k_len >> 31, O)
-        if TURNS:
-            mbarrier.wait(turns.index(WHO), turn)
         keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
         scores = gl.zeros([ROWS, N], gl.float32, S)
         scores = warpgroup_mma(q_tile, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
-        if TURNS == 2:
-            mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
+        acc = _add(acc, product, smaller, TWO_SUMS)
         smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
         product = _start(acc, smaller, TWO_SUMS)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         values = v_mem.index(v_stage).reshape([v_mem.shape[3], N]).permute((1, 0))
         product = warpgroup_mma(p, values, product, use_acc=not TWO_SUMS, is_async=True)
-        if TURNS == 1:
-            mbarrier.arrive(turns.index((WHO + 1) % CONSUMERS))
-        turn ^= 1
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
             s = _mask(s, q_pos, key_tile(j, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
-        words, sums, m, shrink = _weigh(s, m, unit)
+        words, sums, m, shrink = _weigh(s, m, unit, BY_HAND)
         l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + sums
         # This wait keeps the compiler from asking for the product before the softmax is done.
         n += 1
@@ -219,8 +237,7 @@ def _steps(
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=j + 1 < total)
         product = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(v_empty.index(v_stage))
-        acc = _add(acc, product, smaller, TWO_SUMS)
-        state = acc, m, l, shrink, words, n, turn
+        state = acc, product, smaller, m, l, shrink, words, n
     return state
 
 
@@ -246,10 +263,10 @@ def _start(acc, smaller, TWO_SUMS: gl.constexpr):
 @gluon.jit
 def _first(
     q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, more,
-    CAUSAL: gl.constexpr, S: gl.constexpr,
+    CAUSAL: gl.constexpr, BY_HAND: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
     """The first tile of keys: maximum, sums, shrink, packed weights."""
-    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _turns = bars
+    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _apart = bars
     ROWS: gl.constexpr = q_tile.shape[0]
     N: gl.constexpr = k_mem.shape[3]
     m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
@@ -261,7 +278,7 @@ def _first(
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(k_stage))
     s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
-    words, l, m, shrink = _weigh(s, m, unit)
+    words, l, m, shrink = _weigh(s, m, unit, BY_HAND)
     next_stage, next_phase = _stage(n + 1, k_mem.shape[0])
     mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
     return m, l, shrink, words
@@ -270,12 +287,13 @@ def _first(
 @gluon.jit
 def _last(state, v_mem, bars, k_len, TWO_SUMS: gl.constexpr):
     """The products that are still to come: the whole sum."""
-    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty, _turns = bars
-    acc, _m, _l, shrink, words, n, _turn = state
+    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty, _apart = bars
+    acc, product, smaller, _m, _l, shrink, words, n = state
     O: gl.constexpr = acc.type.layout
     v_stage, v_phase = _stage(n - 1, v_mem.shape[0])
     mbarrier.wait(v_full.index(v_stage), v_phase)
     p = _operand(words, k_len >> 31, O)
+    acc = _add(acc, product, smaller, TWO_SUMS)
     smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
     product = _start(acc, smaller, TWO_SUMS)
     values = v_mem.index(v_stage).reshape([v_mem.shape[3], v_mem.shape[4]]).permute((1, 0))
@@ -314,19 +332,17 @@ def _unit(scales, scale, b, h, heads, groups):
 def _consume(
     o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, scale,
     CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    TURNS: gl.constexpr, TWO_SUMS: gl.constexpr, CONSUMERS: gl.constexpr, WHO: gl.constexpr,
+    Q_STAGES: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
+    CONSUMERS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of every tile."""
     D: gl.constexpr = k_mem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 32])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 32])
-    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _turns = bars
+    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, apart = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
-    q_tile = q_mem.index(WHO).reshape([ROWS, D])
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    q_phase = 0
     n = gl.to_tensor(0)
-    turn = gl.to_tensor(1 if WHO == 0 else 0)
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
         b = at // heads
@@ -338,30 +354,48 @@ def _consume(
             tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
         )
         acc = gl.zeros([ROWS, D], gl.float32, O)
-        mbarrier.wait(q_full, q_phase)
-        q_phase ^= 1
+        q_stage, q_phase = _stage(w, Q_STAGES)
+        mbarrier.wait(q_full.index(q_stage), q_phase)
+        q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
+        if WHO > 0:
+            mbarrier.wait(apart.index(q_stage * CONSUMERS + WHO), q_phase)
         start = key_tile(0, last, total, num_sinks) * N
         m, l, shrink, words = _first(
-            q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, total > 1, CAUSAL, S
+            q_tile,
+            q_pos,
+            start,
+            k_mem,
+            n,
+            bars,
+            unit,
+            k_len,
+            rules,
+            total > 1,
+            CAUSAL,
+            BY_HAND,
+            S,
         )
+        if WHO + 1 < CONSUMERS:
+            mbarrier.arrive(apart.index(q_stage * CONSUMERS + WHO + 1))
         where = (last, total, num_sinks)
-        state = acc, m, l, shrink, words, n + 1, turn
+        smaller = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, O))
+        state = acc, acc, smaller, m, l, shrink, words, n + 1
         if CAUSAL:
             state = _steps(
                 state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-                True, CAUSAL, TURNS, TWO_SUMS, CONSUMERS, WHO,
+                True, CAUSAL, TWO_SUMS, BY_HAND,
             )  # fmt: skip
         state = _steps(
             state, gl.maximum(right, 1), full, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-            k_len, rules, False, CAUSAL, TURNS, TWO_SUMS, CONSUMERS, WHO,
+            k_len, rules, False, CAUSAL, TWO_SUMS, BY_HAND,
         )  # fmt: skip
         if rules.window is not None:
             state = _steps(
                 state, gl.maximum(full, 1), total, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-                k_len, rules, True, CAUSAL, TURNS, TWO_SUMS, CONSUMERS, WHO,
+                k_len, rules, True, CAUSAL, TWO_SUMS, BY_HAND,
             )  # fmt: skip
-        mbarrier.arrive(q_empty)
-        _acc, m, l, _shrink, _words, n, turn = state
+        mbarrier.arrive(q_empty.index(q_stage))
+        _acc, _p, _s, m, l, _shrink, _words, n = state
         acc = _last(state, v_mem, bars, k_len, TWO_SUMS)
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S))
         v_scale = gl.load(scales[2] + b * (heads // groups) + h // groups)
@@ -405,7 +439,8 @@ def forward_kernel(
     heads, groups, tiles, section, num_work,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, TWO_SUMS: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_STAGES: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`.
 
@@ -417,65 +452,66 @@ def forward_kernel(
     k_desc = _describe(k, batch, heads // groups, k_len, D, N, D)
     v_desc = _describe(v, batch, heads // groups, D, k_padded, D, N)
     o_desc = _describe(out, batch, heads, q_len, D, ROWS, D)
-    q_mem = gl.allocate_shared_memory(CODE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q_mem = gl.allocate_shared_memory(CODE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(CODE, [STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(CODE, [STAGES, 1, 1, D, N], v_desc.layout)
     o_mem = gl.allocate_shared_memory(
         out.ptr.dtype.element_ty, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout
     )
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
+    apart = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BAR)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(Q_STAGES * CONSUMERS):
+        mbarrier.init(apart.index(i), count=1)
     fence_async_shared()
 
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, apart)
     sizes = (q_len, k_len, q_offset, heads, groups, tiles, section, num_work)
     unit = scale * LOG2E
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consume, (
                 o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, TURNS, TWO_SUMS, CONSUMERS, 0,
+                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 0,
             )),
             (_consume, (
                 o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, TURNS, TWO_SUMS, CONSUMERS, 1,
+                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 1,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, CONSUMERS,
+                CAUSAL, M, N, ROWS, Q_STAGES, CONSUMERS,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
                 o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, TURNS, TWO_SUMS, CONSUMERS, 0,
+                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 0,
             )),
             (_consume, (
                 o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, TURNS, TWO_SUMS, CONSUMERS, 1,
+                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 1,
             )),
             (_consume, (
                 o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, TURNS, TWO_SUMS, CONSUMERS, 2,
+                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 2,
             )),
             (_produce, (
                 q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, CONSUMERS,
+                CAUSAL, M, N, ROWS, Q_STAGES, CONSUMERS,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
