@@ -115,14 +115,12 @@ def sums():
 
 
 def variants(dim):
-    base = replace(LAUNCHES[dim], turns=0)
-    found = {name: (base, name) for name in ("forward", "deferred", "halves", "halvesplain")}
-    if dim == 128:
-        found["halves turns"] = replace(base, turns=1), "halves"
-        found["halves turns 2"] = replace(base, turns=2), "halves"
-        found["no exp"] = base, "noexp"
-        found["no exp turns"] = replace(base, turns=1), "noexp"
-        found["no cvt"] = base, "nocvt"
+    base = LAUNCHES[dim]
+    if dim == 256:
+        return {"forward": (base, "forward"), "free": (base, "free")}
+    found = {f"by hand {n}": (replace(base, by_hand=n), "forward") for n in (0, 1, 2)}
+    found |= {f"free {n}": (replace(base, by_hand=n), "free") for n in (0, 1)}
+    found["by hand 1, 4 stages"] = replace(base, by_hand=1, stages=4), "forward"
     return found
 
 
@@ -166,7 +164,7 @@ def power():
     import subprocess
 
     scaled = inputs((32, 8), (16384, 16384), 128)
-    for launch in (replace(LAUNCHES[128], turns=0),):
+    for launch in (LAUNCHES[128],):
         use("forward")
         for _ in range(500):
             ours(scaled, launch)

@@ -119,8 +119,6 @@ def _weigh(s, m, unit, BY_HAND: gl.constexpr):
 
     Sums are those of each thread, `[ROWS, 4]`; they meet when the tile of queries is finished.
     """
-    ROWS: gl.constexpr = s.shape[0]
-    N: gl.constexpr = s.shape[1]
     m_new = gl.maximum(m, gl.max(s, 1))
     shrink = gl.exp2((m - m_new) * unit)
     first, second, third, fourth = _by_fours(s * unit - (m_new * unit - OFFSET)[:, None])

@@ -15,6 +15,7 @@ from saccade.ops.attend.gluon_launch import options, plane, section
 from saccade.ops.attend.triton_launch import allow_scratch, on, rules_of
 from saccade.ops.attend.triton_problem import Problem, float32
 
+Q_STAGES = 2  # tiles of queries that are there or on their way
 TRANSPOSE_BYTES = 16384  # of a program that transposes values
 
 
@@ -28,7 +29,7 @@ class Fp8Launch:
         stages: tiles of keys, and of values, that are in flight or in use.
         registers: per thread of a consumer.
         two_sums: products of a tile are summed on their own, then added in float32.
-        turns: consumers ask the matrix units in turns.
+        by_hand: how many of four exponentials are computed by multiply-adds.
     """
 
     consumers: int
@@ -36,7 +37,7 @@ class Fp8Launch:
     stages: int
     registers: int
     two_sums: bool = True
-    turns: int = 1
+    by_hand: int = 1
 
     @property
     def block_m(self) -> int:
@@ -47,7 +48,7 @@ class Fp8Launch:
 LAUNCHES: dict[int, Fp8Launch] = {
     64: Fp8Launch(2, 128, 2, 240),
     128: Fp8Launch(2, 128, 2, 240),
-    256: Fp8Launch(2, 64, 2, 240, two_sums=False),
+    256: Fp8Launch(2, 64, 2, 240, two_sums=False, by_hand=0),
 }
 
 
@@ -102,8 +103,9 @@ def constants(launch: Fp8Launch) -> dict[str, int | bool]:
         "N": launch.block_n,
         "CONSUMERS": launch.consumers,
         "STAGES": launch.stages,
-        "TURNS": launch.turns,
+        "Q_STAGES": Q_STAGES,
         "TWO_SUMS": launch.two_sums,
+        "BY_HAND": launch.by_hand,
         "REGISTERS": launch.registers,
     }
 
