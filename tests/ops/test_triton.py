@@ -40,7 +40,8 @@ CASES = all_cases() if DEVICE == "cuda" else all_cases()[::17]
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="is what this test starts")
 def test_contract_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider"]
+    files = [__file__, __file__.replace("test_triton", "test_triton_pieces")]
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -19,6 +19,7 @@ from saccade.ops.attend.tiled import visited_tiles
 from saccade.ops.call import AttentionCall
 from saccade.ops.documents import per_document
 from saccade.ops.footprint import planning, takes
+from saccade.ops.joining import with_sink
 from saccade.ops.visibility import bias_of, has_holes, real_keys, visible_pairs
 
 Q_TILE = 512
@@ -44,7 +45,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     if call.cu_seqlens is not None:
         return per_document(call, run)
     result = _whole(call) or _by_query_tiles(call)
-    return result if call.sink_logits is None else _with_sink(result, call.sink_logits)
+    return result if call.sink_logits is None else with_sink(result, call.sink_logits)
 
 
 def _whole(call: AttentionCall) -> AttentionOutput | None:
@@ -137,13 +138,6 @@ def _kernel(
         q, k, v, attn_mask=added, is_causal=causal, scale=call.scale, enable_gqa=True
     )
     return AttentionOutput(out, out.new_full(out.shape[:3], torch.nan, dtype=torch.float32))
-
-
-def _with_sink(result: AttentionOutput, sink_logits: Tensor) -> AttentionOutput:
-    """Fold the learned sink in afterwards: it only makes the denominator larger."""
-    lse = torch.logaddexp(result.lse, sink_logits.float()[None, :, None])
-    share = (result.lse - lse).exp()[..., None]
-    return AttentionOutput((result.out * share).to(result.out.dtype), lse)
 
 
 def kernel_bytes(q: Tensor, k: Tensor) -> int:
