@@ -14,7 +14,9 @@ from saccade.core.kv import dense
 from saccade.ops import attend, pack
 from saccade.ops.joining import Joined
 from tests.ops.cases import nothing_matters, on
-from tests.ops.test_triton import DEVICE, runs_kernels
+from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
+
+__all__ = ["pytestmark"]  # on a card these are GPU tests too
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=25, sinks=3), Mask(window=7)]
 FORMATS = [(8, False), (4, False), (8, True)]
