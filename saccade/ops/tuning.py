@@ -128,9 +128,9 @@ DECODE: dict[str, Table] = {  # keys one after the other in memory
 
 DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
     "sm_90": (
-        (64, Launch(64, 128, 4, 3, per_sm=2)),
-        (128, Launch(64, 128, 4, 3, per_sm=2)),
-        (256, Launch(64, 64, 4, 3, per_sm=2)),
+        (64, Launch(64, 128, 4, 5)),
+        (128, Launch(64, 128, 4, 5)),
+        (256, Launch(64, 64, 4, 5)),
         (512, Launch(32, 32, 4, 2, per_sm=2)),
     ),
     DEFAULT: _SMALL_DECODE,

@@ -61,6 +61,7 @@ class Parts:
             BLOCK_V=block_v,
             BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
             num_warps=4,
+            **early(self.out.device),
         )
         return AttentionOutput(out, lse)
 
@@ -105,6 +106,12 @@ def _whole(
             scan(problem, pages, spans, slots, parts, 0, parts.splits)
             return parts.joined(problem.q.dtype)
     return parts.joined(problem.q.dtype) if parts.splits == 1 else _nothing(problem)
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that calls `begin_early`: cards from Hopper on can."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
 def _nothing(problem: Problem) -> AttentionOutput:
@@ -184,6 +191,7 @@ def scan(
         BLOCK_N=launch.block_n,
         PAGE=1 if pages.table is None else page_size(problem.k, pages),
         **constants(problem),
+        **early(problem.q.device),
         **schedule(launch),
     )
 
