@@ -10,7 +10,7 @@ rows stand before the package's on cards of its architecture.  Nothing else is l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -69,7 +69,7 @@ def pick(kernel: Kernel, x: torch.Tensor, dim: int) -> Launch:
 
 
 @contextmanager
-def trial(kernel: Kernel, launch: Launch) -> Iterator[None]:
+def trial(kernel: Kernel, launch: Launch) -> Generator[None]:
     """Inside the `with`, `pick` gives that launch for the kernel, whatever the tables say.
 
     Not a context variable: autograd launches backward kernels from threads of its own.
