@@ -4,6 +4,12 @@
 backends stand before the usual order.  A rule is one line: conditions, the order, why, and the
 record that shows it.  Architectures without a file, and calls that no rule fits, have the usual
 order.
+
+cuDNN is a special case.  It builds a plan for every new shape, 50 to 70 milliseconds of the host's
+time, while a call saves microseconds to a few milliseconds.  Where lengths change from call to
+call that never pays, and `auto` cannot know.  So a rule prefers it only where the plan is paid
+back within 16 calls of one shape (one pass over the layers of a small model), or within 64 for
+training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always to be had.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import torch
 
 from saccade.core import BadInput
 from saccade.ops import tuning
+from saccade.ops.attend import sdpa
 from saccade.ops.call import AttentionCall
 
 SCHEMA = "saccade.order/1"
@@ -33,6 +40,7 @@ class Rule:
     Attributes:
         order: backends, fastest first.
         why: what was measured, as a clause; source: the record under benchmarks/results.
+        kernel: which of PyTorch's kernels was measured as "sdpa"; the rule needs it to be had.
         head_dim: smallest and largest head dimension; pattern: of PATTERNS.
         training: whether gradients will be asked for.
         square: as many queries as keys.
@@ -42,6 +50,7 @@ class Rule:
     order: tuple[str, ...]
     why: str
     source: str
+    kernel: str = ""
     head_dim: tuple[int, int] = (1, WIDEST)
     pattern: tuple[str, ...] = PATTERNS
     training: bool = False
@@ -52,7 +61,9 @@ class Rule:
 
     def fits(self, call: AttentionCall) -> bool:
         """Whether the call is one of those that were measured."""
-        return self.fits_shape(call) and self.fits_size(call)
+        if not (self.fits_shape(call) and self.fits_size(call)):
+            return False
+        return not self.kernel or sdpa.kernel_of(call) == self.kernel
 
     def fits_shape(self, call: AttentionCall) -> bool:
         """Whether everything but the size fits."""

@@ -95,6 +95,29 @@ def test_conditions(conditions, call, fits):
     assert Rule(order=("gluon",), **WINS, **conditions).fits(call) == fits
 
 
+def test_a_rule_about_one_kernel_needs_that_kernel(a_card, monkeypatch):
+    a_card(Rule(order=("sdpa",), kernel="cudnn", **WINS))
+    for kernel, taken in (("cudnn", "sdpa"), ("flash", "triton")):
+        monkeypatch.setattr(sdpa, "kernel_of", lambda call, kernel=kernel: kernel)
+        assert dict(explain(*meta()))[taken].startswith("chosen")
+
+
+def test_the_rules_for_hopper(monkeypatch):
+    """What auto asks first there; cuDNN only where its plans pay."""
+    monkeypatch.setattr(sdpa, "kernel_of", lambda call: "cudnn")
+
+    def first(*shape, **mask):
+        fitting = (rule for rule in order.rules("sm_90") if rule.fits(call_of(*shape, **mask)))
+        return next((rule.order[0] for rule in fitting), None)
+
+    assert first(1024, 128) == first(4096, 64) == first(32768, 256, causal=False) == "gluon"
+    assert first(1024, 64) is None and first(2048, 128, window=100) is None
+    assert first(4096, 128, window=1024) == "gluon"
+    assert first(16384, 192) is None and first(32768, 192) == "sdpa"
+    assert first(16384, 96) is first(32768, 96) is None
+    assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
+
+
 def test_training_is_a_condition():
     q, k, v = (torch.empty(1, 2, 8, 16, requires_grad=True) for _ in range(3))
     call = make_call(q, DenseKV(k, v), mask=Mask())

@@ -60,6 +60,16 @@ def _gpu_refusal(call: AttentionCall) -> str | None:
     return None if reason is None else f"no fused kernel of PyTorch takes a mask here ({reason})"
 
 
+def kernel_of(call: AttentionCall) -> str | None:
+    """Name of the kernel that runs a call on a GPU without a mask in memory, None for others."""
+    kind = plain_kind(call)
+    if kind is None or call.q.device.type != "cuda":
+        return None
+    assert isinstance(call.kv, DenseKV)
+    needs_grad = call.needs_grad
+    return sdpa_gpu.choose(call.q, call.kv.k, call.kv.v, kind, needs_grad=needs_grad)[0]
+
+
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention by fused PyTorch kernels."""
     if call.cu_seqlens is not None:
