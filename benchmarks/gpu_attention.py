@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,52 +21,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import saccade
+from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.ops import attend, attention
 from saccade.ops.attend.api import make_call
 from saccade.ops.choose import load
 
-DTYPE = torch.bfloat16
 KERNELS = ("triton", "gluon")
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
-
-
-def random(*shape: int) -> Tensor:
-    """Normal random numbers on the card; zeros would run faster than real data."""
-    return torch.randn(*shape, device="cuda", dtype=DTYPE)
-
-
-def seconds(run: Callable[[], Any], repeats: int = 15, warmup: int = 4) -> float:
-    """Median time of one call by CUDA events."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # so that the host is ahead and its time is not counted
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def graph_seconds(runs: list[Callable[[], Any]], loops: int = 1) -> float:
-    """Median time of one of `runs`, captured one after the other in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(loops):
-            for run in runs:
-                run()
-    return seconds(graph.replay) / (len(runs) * loops)
 
 
 def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
@@ -81,18 +43,6 @@ def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
     took = (time.perf_counter() - begin) / repeats
     torch.cuda.synchronize()
     return took
-
-
-def ceilings() -> dict[str, float]:
-    """What this card does at best: a large matrix product, and reading memory."""
-    a, b = random(8192, 8192), random(8192, 8192)
-    matmul = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
-    # Reading alone: the sum of 4 GiB, and what a copy reads and writes.
-    big = torch.randn(2**30, device="cuda")
-    read = big.numel() * 4 / seconds(big.sum) / 1e9
-    other = torch.empty_like(big)
-    copy = 2 * big.numel() * 4 / seconds(lambda: other.copy_(big)) / 1e9
-    return {"matmul_tflops": matmul, "read_gbs": read, "copy_gbs": copy}
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:

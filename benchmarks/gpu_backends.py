@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.gpu_attention import ceilings, demand, last_rows, seconds
+from benchmarks.gpu_attention import demand, last_rows
+from saccade.bench.gpu import ceilings, seconds
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention, choose
 from saccade.ops.attend import sdpa_gpu
