@@ -3,13 +3,15 @@
     python benchmarks/gpu_attention.py --out benchmarks/results/h200_triton_attention.json
 
 Random data; the median over CUDA events; for decoding, one CUDA graph over several caches that
-together exceed the L2 cache.  A result that is wrong is not timed: it raises.
+together exceed the L2 cache.  A result that is wrong is not timed: it raises.  FlexAttention is a
+peer for windows and selections (gpu_flex.py); its compilations take a minute (--no-flex).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import saccade
+from benchmarks import gpu_flex
 from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import quantize_keys, quantize_values
@@ -29,6 +33,7 @@ from saccade.ops.attend.api import make_call
 from saccade.ops.choose import load
 
 KERNELS = ("triton", "gluon")
+FLEX = "--no-flex" not in sys.argv
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 
 
@@ -96,7 +101,20 @@ def forward_case(length: int, dim: int, *, causal: bool = True, window: int | No
         row |= {"error": max(row["error"], error), backend: work / seconds(ours)}
     if window is None:
         row |= {name: work / _peer(name, q, k, v, causal) for name in PEERS}
+    elif FLEX:
+        row |= _flex(work, q, k, v, gpu_flex.window_mask(window, length), truth)
     return row
+
+
+def _flex(work: float, q: Tensor, k: Tensor, v: Tensor, mask: Any, truth: Tensor) -> dict:
+    """FlexAttention's rate with the best of its options, and what became of the others."""
+
+    def check(out: Tensor) -> float:
+        return demand(out[:, : truth.shape[1], -64:], truth, 1e-2, "flex")
+
+    took, options, failed = gpu_flex.fastest(q, k, v, mask, check)
+    found: dict[str, Any] = {"flex": work / took, "flex_options": options}
+    return found | ({"flex_failed": failed} if failed else {})
 
 
 def _peer(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
@@ -131,10 +149,13 @@ def blocks_case(length: int, density: float) -> dict:
     truth = last_rows(q, k, v, blocks=row_blocks)
     error = demand(ours()[:, : truth.shape[1], -64:], truth, 1e-2, "blocks")
     share = visited / (kv_heads * length * (length + 1) / 2)
-    return {
+    row = {
         "case": "blocks", "length": length, "density": share, "error": error,
         "triton": work / seconds(ours),
     }  # fmt: skip
+    if FLEX:
+        row |= _flex(work, q, k, v, gpu_flex.selection_mask(allowed, heads // kv_heads), truth)
+    return row
 
 
 def backward_case(length: int, dim: int) -> dict:
@@ -255,6 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="names of cases: forward blocks backward decode")
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument("--contains", default="", help="only cases with this in their arguments")
     arguments = parser.parse_args()
     record: dict[str, Any] = {
         "what": "attention on one GPU, bf16, 32 query and 8 key/value heads; TFLOP/s, GB/s",
@@ -276,6 +299,8 @@ def main() -> None:
     print(json.dumps(record["ceilings"] | record["host_us"]), flush=True)
     for name, case, where, options in cases():
         if arguments.only and name not in arguments.only:
+            continue
+        if arguments.contains not in f"{where} {options}":
             continue
         torch.cuda.empty_cache()
         try:
