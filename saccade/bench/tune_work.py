@@ -5,6 +5,7 @@ Every problem goes through the public doors, so that a kernel is tried as it is 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -218,7 +219,9 @@ def _expected_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Ex
         wide = torch.promote_types(kind, torch.float32)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(kind)
         out = (weights @ leaves[2][:, :, None]).flatten(1, 2)
-        return torch.autograd.grad(out, leaves, _gradient_of(q).to(kind))
+        with warnings.catch_warnings():  # cuBLAS in a thread of autograd that is new to the card
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.autograd.grad(out, leaves, _gradient_of(q).to(kind))
 
     pairs = zip(by_the_book(torch.float64), by_the_book(q.dtype), strict=True)
     return tuple(

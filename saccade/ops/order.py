@@ -90,7 +90,9 @@ def preferred(call: AttentionCall) -> Rule | None:
     """The first rule that fits the call; inside torch.compile none, which would add guards."""
     if call.q.device.type == "cpu" or torch.compiler.is_compiling():
         return None
-    return next((rule for rule in rules_for(call.q.device) if rule.fits(call)), None)
+    rows = rows_of(call)  # asked first: steps of decoding, most calls and in a hurry, end there
+    found = rules_for(call.q.device)
+    return next((rule for rule in found if rule.min_rows <= rows and rule.fits(call)), None)
 
 
 def unmeasured(name: str, call: AttentionCall) -> str:
@@ -114,7 +116,8 @@ def pattern_of(call: AttentionCall) -> str:
 
 def rows_of(call: AttentionCall) -> int:
     """Rows of the scores, over the batch and all heads."""
-    return call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
+    batch, heads, q_len, _ = call.q.shape
+    return batch * heads * q_len
 
 
 @cache
