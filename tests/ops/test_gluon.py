@@ -118,15 +118,6 @@ def test_refuses_cpu_tensors_in_a_sentence():
     assert dict(explain(x, x, x))["gluon"].startswith("cannot: tensors are on cpu")
 
 
-def test_auto_takes_only_what_was_measured(monkeypatch):
-    monkeypatch.setattr(gluon, "refusal", lambda call: None)
-    short = torch.empty(1, 32, 100, 64, dtype=torch.bfloat16, device="meta")
-    long = torch.empty(1, 32, 4096, 64, dtype=torch.bfloat16, device="meta")
-    assert dict(explain(short, short, short))["gluon"].startswith("able, but it was measured")
-    assert dict(explain(short, long, long))["gluon"].startswith("able, but it was measured")
-    assert dict(explain(long, long, long))["gluon"] == "chosen"
-
-
 @pytest.mark.parametrize("dim", gluon.DIMS)
 def test_compiles_for_hopper_without_waiting_products(dim):
     from tests.ops.compiled import compile_gluon

@@ -17,8 +17,6 @@ from saccade.ops.call import AttentionCall
 DIMS = (64, 128, 256)
 HOPPER = (9, 0)
 TRITON = "3.6"  # Gluon is experimental: the kernel is tested with this release only
-MEASURED_KEYS = 4096  # the shortest problem that was measured: 32 heads, as many queries
-MEASURED_ROWS = 32 * MEASURED_KEYS
 
 
 @cache
@@ -84,17 +82,6 @@ def _copyable(x: Tensor) -> bool:
         and x.data_ptr() % 16 == 0
         and all(step > 0 and step % 16 == 0 for step in steps)
     )
-
-
-def unmeasured(call: AttentionCall) -> str | None:
-    """Why `auto` leaves a call to others: it is smaller than what was measured, or None."""
-    rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
-    if call.kv.shape[2] < MEASURED_KEYS or rows < MEASURED_ROWS:
-        return (
-            f"it was measured to win only from {MEASURED_KEYS} keys and {MEASURED_ROWS} rows "
-            f"(batch x heads x queries), here {call.kv.shape[2]} and {rows}"
-        )
-    return None
 
 
 def run(call: AttentionCall) -> AttentionOutput:

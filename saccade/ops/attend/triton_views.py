@@ -123,14 +123,12 @@ def kv_heads(problem: Problem, pages: Pages) -> int:
     return problem.k.shape[1] if pages.positions is None else pages.table.shape[1]
 
 
-def table_of(pages: Pages) -> dict[str, tuning.Table]:
+def table_of(pages: Pages) -> tuning.Kernel:
     """Which table of configurations serves keys stored like that."""
     return tuning.DECODE if pages.table is None else tuning.DECODE_PAGES
 
 
-def rows_of(
-    problem: Problem, heads: int, table: dict[str, tuning.Table]
-) -> tuple[tuning.Launch, int, int]:
+def rows_of(problem: Problem, heads: int, table: tuning.Kernel) -> tuple[tuning.Launch, int, int]:
     """(configuration, rows of a tile, tiles of rows): rows are queries times heads of a group."""
     launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
     rows = problem.q.shape[1] // heads * problem.q.shape[2]
