@@ -3,6 +3,12 @@
 #
 #   scripts/sanitize_gpu.sh [GROUP...]        groups: see scripts/sanitize_kernels.py; default: all
 #
+# One kind of report is known and not counted: racecheck calls the byte through which Triton's
+# warp_specialize tells worker warps what to run a race, in kernels whose warps are not all at work
+# and synchronise in parts.  It is written before, and read behind, a barrier of all warps; the same
+# report comes for lab/race_warp_specialize.py, which shares nothing else (`both`).  The reads are
+# those of the dispatch loop, in the first instructions of a Gluon kernel.
+#
 # Needs an NVIDIA GPU and the CUDA toolkit.  LOGS=FOLDER keeps the logs.  Exit code 1: a tool found
 # something, or a group did not end within SECONDS_EACH (default 100).
 cd "$(dirname "$0")/.." || exit 2
@@ -25,12 +31,17 @@ for group in $groups; do
     done
 done
 wait
+dispatch='Read access at [a-z_]*kernel+0x[1-3][0-9a-f][0-9a-f] in gluon_'
 failed=0
 for check in memcheck racecheck; do
     for group in $groups; do
         log=$logs/$group.$check
         said=$(grep "SUMMARY" "$log" | sed 's/=* *//')
         grep -q "^ran $group" "$log" || said="did not end within $limit s"
+        reported=$(grep -c "Race reported between" "$log")
+        if [ "$reported" -gt 0 ] && ! grep "Race reported between" "$log" | grep -qv "$dispatch"; then
+            said="RACECHECK SUMMARY: 0 hazards but $reported reports of the dispatch of warp_specialize (known, see above)"
+        fi
         case $said in
             "ERROR SUMMARY: 0 errors" | "RACECHECK SUMMARY: 0 hazards"*) ;;
             *) failed=1 ;;

@@ -161,7 +161,9 @@ def _launches() -> list[Check]:
         return [Check("launches", "broken" if card else "missing", str(error), advice)]
     if card is not None:
         own = tuning.shipped(card)
-        said = f"{card}, measured on {own.measured.get('card')}" if own else f"{card}: safe, slow"
+        said = (
+            f"{card}, measured on {own.measured.get('card')}" if own else f"{card}: safe, not fast"
+        )
         advice = "" if own or user else "Run: saccade bench tune, for a table of this card."
         found.append(Check("launches", "ok", said, advice))
     if user is not None:

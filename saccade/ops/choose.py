@@ -92,6 +92,13 @@ def _passed_over(name: str, rule: order.Rule | None) -> bool:
     return name in ONLY_MEASURED and (rule is None or name not in rule.order)
 
 
+def _chosen(name: str, rule: order.Rule | None) -> str:
+    """The verdict for the backend that `auto` takes, with the measurement where one decided."""
+    if rule is None or name not in rule.order:
+        return "chosen"
+    return f"chosen: {rule.why} ({rule.source})"
+
+
 def explain(call: AttentionCall) -> list[tuple[str, str]]:
     """(backend, verdict) for each backend, in the order `auto` asks them."""
     lines: list[tuple[str, str]] = []
@@ -108,7 +115,6 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
         elif taken:
             verdict = "able, slower here"
         else:
-            measured = rule is not None and name in rule.order
-            verdict, taken = f"chosen: {rule.why} ({rule.source})" if measured else "chosen", True
+            verdict, taken = _chosen(name, rule), True
         lines.append((name, verdict))
     return lines

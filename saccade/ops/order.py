@@ -154,7 +154,8 @@ def _rule(row: dict[str, Any]) -> Rule:
     for name in row:
         if name not in known:
             raise ValueError(f"unknown condition {name!r}; there are {', '.join(known)}")
-    made = Rule(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    parts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    made = Rule(**parts)
     strange = [name for name in made.pattern if name not in PATTERNS]
     if strange or not made.order or len(made.head_dim) != 2:
         raise ValueError(
