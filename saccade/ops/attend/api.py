@@ -158,7 +158,8 @@ def explain(
 ) -> list[tuple[str, str]]:
     """One (backend, verdict) pair per backend for the same arguments as `attention`.
 
-    The verdict is "chosen", "able, slower here", "able, but " or "cannot: " and the reason.
+    The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
+    "able, slower here", "able, but " or "cannot: " and the reason.
     """
     check_qkv(codes_of(q), codes_of(k), codes_of(v))
     names = ("causal", "window", "sinks")

@@ -5,17 +5,13 @@ This module is what the chooser loads, on any machine, so it imports Triton only
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from saccade.core import AttentionOutput, ScaledKV
 from saccade.core.formats import FP8
-from saccade.ops.attend.gluon import HOPPER, TRITON, _copyable, _triton_version
+from saccade.core.scaled import scale_of
+from saccade.ops.attend.gluon import HOPPER, TRITON, _blocks_refusal, _copyable, _triton_version
 from saccade.ops.call import AttentionCall
-
-if TYPE_CHECKING:
-    from saccade.ops.attend.triton_problem import Problem
 
 DIMS = (64, 128)
 
@@ -37,19 +33,15 @@ def refusal(call: AttentionCall) -> str | None:
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
     assert isinstance(call.kv, ScaledKV)
-    if not call.kv.codes.is_plain or not call.is_plain:
-        return "it knows plain dense keys, causal or not, with window and sinks, and nothing else"
+    if not call.kv.codes.is_plain or not call.with_(blocks=None).is_plain:
+        return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
     if call.softcap is not None or call.alibi_slopes is not None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    assert isinstance(call.q_offset, int)
-    num_keys = call.kv.shape[2]
-    if call.q_offset < 0 or call.q_offset + call.q.shape[2] > num_keys:
-        return f"queries at {call.q_offset} onwards do not all have a key of their own"
-    return None
+    return _blocks_refusal(call)
 
 
 def _layout_refusal(call: AttentionCall) -> str | None:
@@ -61,24 +53,17 @@ def _layout_refusal(call: AttentionCall) -> str | None:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
         if not _copyable(x):
             return "the copy engine needs rows at distinct multiples of 16 bytes"
-    if call.q.numel() == 0:
-        return "there are no queries"
+    if call.q.numel() == 0 or call.kv.shape[2] == 0:
+        return "there are no queries or no keys"
     return None
 
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts; the output is bfloat16."""
-    from saccade.core.scaled import scale_of
     from saccade.ops.attend.gluon_fp8_launch import forward
-
-    assert isinstance(call.kv, ScaledKV)
-    q_scale = scale_of(call.q) if call.q_scale is None else call.q_scale
-    return forward(problem(call), (q_scale, call.kv.k_scale, call.kv.v_scale))
-
-
-def problem(call: AttentionCall) -> Problem:
-    """The codes of a call and its numbers, flat."""
     from saccade.ops.attend.triton_problem import problem_of
 
     assert isinstance(call.kv, ScaledKV)
-    return problem_of(call, call.kv.codes.k, call.kv.codes.v, None)
+    q_scale = scale_of(call.q) if call.q_scale is None else call.q_scale
+    problem = problem_of(call, call.kv.codes.k, call.kv.codes.v, None)
+    return forward(problem, (q_scale, call.kv.k_scale, call.kv.v_scale))

@@ -1,25 +1,16 @@
 """Forward attention over fp8 queries, keys and values for Hopper, in Gluon.
 
-The schedule is that of `gluon_forward`: one warp fetches, consumers of 64 queries each compute, and
-the consumers take turns in asking the matrix units.  What eight bits change:
+The building is that of `gluon_forward`: one warp fetches, two consumers of 64 queries compute.
+What eight bits change is said in `gluon_fp8_weights`, and here:
 
-- The matrix units read fp8 operands along the summed dimension only.  Queries and keys lie so; of
-  the values a transposed copy is made first (`transpose_kernel`), O(length) beside O(length^2).
-- A thread has the scores of keys 2c, 2c+1, 8+2c, 8+2c+1 of every sixteen and must hand the weights
-  of four neighbours to the second product.  Sums have no order: the transposed values keep each
-  sixteen keys in the order 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15, and no weight has to move.
-- Weights are exp2(s - max + 8): e4m3 reaches from 2^-9 to 448, so small weights stay numbers.
-- The matrix units sum fp8 products with about 14 bits.  Each tile's product is a sum of its own,
-  added to the running one in float32 (`TWO_SUMS`), so errors do not grow with the length.
-
-Sources: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608); DeepSeek-V3, 2024 (arXiv
-2412.19437), section 3.3.2, on the sums.
+- The matrix units sum fp8 products in fewer than 14 bits.  Over 65536 values of one sign such a sum
+  loses half of itself.  So the product of every tile is a sum of its own, and joins the running one
+  in float32, while the matrix units have the scores of the next tile to do.
+- Taking turns at the matrix units costs more than it gives; the consumers find their own.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,74 +22,46 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from saccade.ops.attend.gluon_forward import LN2, LOG2E, LOWEST, _mask
-from saccade.ops.attend.gluon_schedule import (
-    amount_of_work,
-    key_tile,
-    piece_of_work,
-    plan,
-)
+from saccade.ops.attend.gluon_fp8_weights import OFFSET, operand, weigh
+from saccade.ops.attend.gluon_schedule import amount_of_work, key_tile, piece_of_work, plan
 
-OFFSET = gl.constexpr(8.0)  # the largest weight is 2^8; e4m3 reaches 448
-GROUP = 16  # keys whose order the transposed values change among themselves
-
-
-@triton.jit
-def transpose_kernel(
-    v, v_batch, v_head, v_row, out, heads, length, padded,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Values `[B, H, length, D]` as `[B, H, D, padded]`, keys of a group reordered, 0 at the end.
-
-    Args:
-        v: codes as bytes; out: contiguous bytes.
-        padded: length rounded up to whole groups.
-    """
-    at = tl.program_id(1)
-    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Slot 4c + 2i + e of a group holds key 8i + 2c + e.
-    keys = (slots & -16) + ((slots & 2) << 2) + ((slots >> 1) & 6) + (slots & 1)
-    dims = tl.arange(0, D)
-    rows = v + (at // heads).to(tl.int64) * v_batch + (at % heads).to(tl.int64) * v_head
-    rows += keys.to(tl.int64)[:, None] * v_row + dims[None, :]
-    codes = tl.load(rows, mask=(keys < length)[:, None], other=0)
-    columns = out + (at.to(tl.int64) * D + dims)[:, None] * padded + slots[None, :]
-    tl.store(columns, tl.trans(codes), mask=(slots < padded)[None, :])
+CONSUMERS, ROWS = gl.constexpr(2), gl.constexpr(64)  # warpgroups that compute, queries of each
+M, N = gl.constexpr(128), gl.constexpr(128)  # queries and keys of a tile
 
 
 @gluon.jit
 def _stage(n, STAGES: gl.constexpr):
-    """Where the n-th tile of keys, or of values, lies in its ring, and the phase of that round."""
+    """Where the n-th tile lies in its ring, and the phase of that round."""
     return n % STAGES, (n // STAGES) & 1
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    ROWS: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-):  # fmt: skip
+def _produce(asked, CAUSAL: gl.constexpr):
     """Fetch everything the consumers will read, in their order, as soon as there is room."""
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _apart = bars
+    q_desc, k_desc, v_desc, memory, sizes, rules, visits = asked
+    q_mem, k_mem, v_mem, bars = memory
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     STAGES: gl.constexpr = k_mem.shape[0]
+    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     n = gl.to_tensor(0)
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
         b = at // heads
         h = at % heads
-        q_stage, q_phase = _stage(w, Q_STAGES)
-        q_here = q_full.index(q_stage)
-        mbarrier.wait(q_empty.index(q_stage), q_phase ^ 1)
-        mbarrier.expect(q_here, CONSUMERS * q_desc.block_type.nbytes)
+        stage, phase = _stage(w, Q_STAGES)
+        arrived = q_full.index(stage)
+        mbarrier.wait(q_empty.index(stage), phase ^ 1)
+        mbarrier.expect(arrived, CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(
-                q_desc, [b, h, tile * M + c * ROWS, 0], q_here, q_mem.index(q_stage * CONSUMERS + c)
+                q_desc, [b, h, tile * M + c * ROWS, 0], arrived, q_mem.index(stage * CONSUMERS + c)
             )
-        num_sinks, last, _right, _full, total = plan(
-            tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
+        where, _right, _full, total, _num_keys = plan(
+            tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
         )
         for j in range(total):
-            start = key_tile(j, last, total, num_sinks) * N
+            start = key_tile(j, where, visits) * N
             stage, phase = _stage(n, STAGES)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
@@ -114,120 +77,36 @@ def _produce(
 
 
 @gluon.jit
-def _weigh(s, m, unit, BY_HAND: gl.constexpr):
-    """A tile of scores against the running maximum: (packed weights, sums, m, shrink).
-
-    Sums are those of each thread, `[ROWS, 4]`; they meet when the tile of queries is finished.
-    """
-    m_new = gl.maximum(m, gl.max(s, 1))
-    shrink = gl.exp2((m - m_new) * unit)
-    first, second, third, fourth = _by_fours(s * unit - (m_new * unit - OFFSET)[:, None])
-    first = gl.exp2(first)
-    second = gl.exp2(second)
-    third = _exp2(third) if BY_HAND > 1 else gl.exp2(third)
-    fourth = _exp2(fourth) if BY_HAND > 0 else gl.exp2(fourth)
-    sums = gl.sum((first + second) + (third + fourth), 1)
-    return _pack(first, second, third, fourth), sums, m_new, shrink
-
-
-@gluon.jit
-def _by_fours(x):
-    """`[ROWS, N]` in four parts `[ROWS, N / 16, 4]`: keys 2c, 2c + 1, 8 + 2c, 9 + 2c of sixteen."""
-    ROWS: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    even, odd = gl.split(x.reshape([ROWS, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
-    first, third = gl.split(even)
-    second, fourth = gl.split(odd)
-    return first, second, third, fourth
-
-
-@gluon.jit
-def _exp2(x):
-    """2^x, off by 2e-3 at most, by multiply-adds alone.
-
-    The units that compute exponentials are the busiest of all here, and weights keep three bits.
-    Source: Shah et al. (FlashAttention-4), and Cody and Waite for the cut of x.
-    """
-    x = gl.maximum(x, -100.0)
-    whole = x + 12582912.0  # 1.5 * 2^23: the integer next to x is in the low bits
-    f = x - (whole - 12582912.0)
-    power = (0.23842256 * f + 0.70343653) * f + 1.0004427
-    bits = power.to(gl.int32, bitcast=True) + (whole.to(gl.int32, bitcast=True) << 23)
-    return bits.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _pack(first, second, third, fourth):
-    """Weights in fp8, four to a word: `[ROWS, N / 16, 4]`, each word from one thread's scores."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,r,r,r,r",
-        [first, second, third, fourth],
-        gl.int32,
-        True,
-        1,
-    )
-
-
-@gluon.jit
-def _operand(words, nothing, O: gl.constexpr):
-    """Packed weights as the matrix units take them from registers; nothing moves.
-
-    A word stands for its four weights, so it is named four times and read once.  `nothing` is 0,
-    which the compiler does not know: a word that went straight to the matrix units would be written
-    while the product of the tile before reads its register, and ptxas then serialises everything.
-    """
-    ROWS: gl.constexpr = words.shape[0]
-    GROUPS: gl.constexpr = words.shape[1]
-    words = words ^ nothing
-    twice = gl.join(words, words)
-    named = gl.join(twice, twice).reshape([ROWS, 16 * GROUPS])
-    ordered = gl.convert_layout(named, gl.DotOperandLayout(0, O, 4))
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r,r,r,r", [ordered], gl.float8e4nv, True, 4
-    )
-
-
-@gluon.jit
 def _steps(
-    state, begin, end, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-    EDGE: gl.constexpr, CAUSAL: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
+    state, begin, end, total, where, q_tile, q_pos, memory, unit, num_keys, rules, visits,
+    EDGE: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j.
-
-    The product of tile j-2 joins the sum while the matrix units have the scores of tile j to do.
-    """
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, _apart = bars
-    last, total, num_sinks = where
-    ROWS: gl.constexpr = q_tile.shape[0]
-    N: gl.constexpr = k_mem.shape[3]
+    """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
+    _q_mem, k_mem, v_mem, bars = memory
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = bars
     STAGES: gl.constexpr = k_mem.shape[0]
+    D: gl.constexpr = k_mem.shape[4]
     for j in range(begin, end):
         acc, product, smaller, m, l, shrink, words, n = state
-        k_stage, _phase = _stage(n, STAGES)
-        v_stage, v_phase = _stage(n - 1, STAGES)
         S: gl.constexpr = m.type.layout.parent
         O: gl.constexpr = acc.type.layout
-        p = _operand(words, k_len >> 31, O)
-        keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
+        k_stage, _phase = _stage(n, STAGES)
+        v_stage, v_phase = _stage(n - 1, STAGES)
+        p = operand(words, n >> 31, O)
+        keys = k_mem.index(k_stage).reshape([N, D]).permute((1, 0))
         scores = gl.zeros([ROWS, N], gl.float32, S)
-        scores = warpgroup_mma(q_tile, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
-        acc = _add(acc, product, smaller, TWO_SUMS)
+        scores = warpgroup_mma(q_tile, keys, scores, use_acc=False, is_async=True)
+        acc = acc * smaller[:, None] + product
         smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
-        product = _start(acc, smaller, TWO_SUMS)
         mbarrier.wait(v_full.index(v_stage), v_phase)
-        values = v_mem.index(v_stage).reshape([v_mem.shape[3], N]).permute((1, 0))
-        product = warpgroup_mma(p, values, product, use_acc=not TWO_SUMS, is_async=True)
+        values = v_mem.index(v_stage).reshape([D, N]).permute((1, 0))
+        product = gl.zeros([ROWS, D], gl.float32, O)
+        product = warpgroup_mma(p, values, product, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
-            s = _mask(s, q_pos, key_tile(j, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
-        words, sums, m, shrink = _weigh(s, m, unit, BY_HAND)
+            s = _mask(s, q_pos, key_tile(j, where, visits) * N, num_keys, rules, CAUSAL, S)
+        words, sums, m, shrink = weigh(s, m, unit)
         l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + sums
         # This wait keeps the compiler from asking for the product before the softmax is done.
         n += 1
@@ -240,72 +119,59 @@ def _steps(
 
 
 @gluon.jit
-def _add(acc, product, smaller, TWO_SUMS: gl.constexpr):
-    """The running sum with the product of one tile more."""
-    if TWO_SUMS:
-        return acc * smaller[:, None] + product
-    else:
-        return product
-
-
-@gluon.jit
-def _start(acc, smaller, TWO_SUMS: gl.constexpr):
-    """What a product begins with: nothing, or the running sum."""
-    O: gl.constexpr = acc.type.layout
-    if TWO_SUMS:
-        return gl.zeros(acc.shape, gl.float32, O)
-    else:
-        return acc * smaller[:, None]
-
-
-@gluon.jit
 def _first(
-    q_tile, q_pos, start, k_mem, n, bars, unit, k_len, rules, more,
-    CAUSAL: gl.constexpr, BY_HAND: gl.constexpr, S: gl.constexpr,
+    q_tile, q_pos, start, memory, n, unit, num_keys, rules, more,
+    CAUSAL: gl.constexpr, S: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
-    """The first tile of keys: maximum, sums, shrink, packed weights."""
-    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _apart = bars
-    ROWS: gl.constexpr = q_tile.shape[0]
-    N: gl.constexpr = k_mem.shape[3]
-    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-    k_stage, k_phase = _stage(n, k_mem.shape[0])
-    mbarrier.wait(k_full.index(k_stage), k_phase)
-    keys = k_mem.index(k_stage).reshape([N, k_mem.shape[4]])
+    """The state after the first tile of keys, whose values are still to come."""
+    _q_mem, k_mem, _v_mem, bars = memory
+    _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty = bars
+    STAGES: gl.constexpr = k_mem.shape[0]
+    D: gl.constexpr = k_mem.shape[4]
+    stage, phase = _stage(n, STAGES)
+    mbarrier.wait(k_full.index(stage), phase)
+    keys = k_mem.index(stage).reshape([N, D]).permute((1, 0))
     scores = gl.zeros([ROWS, N], gl.float32, S)
-    scores = warpgroup_mma(q_tile, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_tile, keys, scores, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(k_empty.index(k_stage))
-    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
-    words, l, m, shrink = _weigh(s, m, unit, BY_HAND)
-    next_stage, next_phase = _stage(n + 1, k_mem.shape[0])
-    mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
-    return m, l, shrink, words
+    mbarrier.arrive(k_empty.index(stage))
+    s = _mask(s, q_pos, start, num_keys, rules, CAUSAL, S)
+    m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
+    words, l, m, shrink = weigh(s, m, unit)
+    stage, phase = _stage(n + 1, STAGES)
+    mbarrier.wait(k_full.index(stage), phase, pred=more)
+    acc = gl.zeros([ROWS, D], gl.float32, O)
+    smaller = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, O))
+    return acc, acc, smaller, m, l, shrink, words, n + 1
 
 
 @gluon.jit
-def _last(state, v_mem, bars, k_len, TWO_SUMS: gl.constexpr):
-    """The products that are still to come: the whole sum."""
-    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty, _apart = bars
+def _last(state, memory):
+    """The whole sum: the product that is there, and that of the last tile of values."""
+    _q_mem, _k_mem, v_mem, bars = memory
+    _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty = bars
     acc, product, smaller, _m, _l, shrink, words, n = state
     O: gl.constexpr = acc.type.layout
-    v_stage, v_phase = _stage(n - 1, v_mem.shape[0])
-    mbarrier.wait(v_full.index(v_stage), v_phase)
-    p = _operand(words, k_len >> 31, O)
-    acc = _add(acc, product, smaller, TWO_SUMS)
-    smaller = gl.convert_layout(shrink, gl.SliceLayout(1, O))
-    product = _start(acc, smaller, TWO_SUMS)
-    values = v_mem.index(v_stage).reshape([v_mem.shape[3], v_mem.shape[4]]).permute((1, 0))
-    product = warpgroup_mma(p, values, product, use_acc=not TWO_SUMS, is_async=True)
+    D: gl.constexpr = v_mem.shape[3]
+    stage, phase = _stage(n - 1, v_mem.shape[0])
+    mbarrier.wait(v_full.index(stage), phase)
+    p = operand(words, n >> 31, O)
+    acc = acc * smaller[:, None] + product
+    values = v_mem.index(stage).reshape([D, N]).permute((1, 0))
+    product = gl.zeros([ROWS, D], gl.float32, O)
+    product = warpgroup_mma(p, values, product, use_acc=False, is_async=True)
     product = warpgroup_mma_wait(0, deps=[product])
-    mbarrier.arrive(v_empty.index(v_stage))
-    return _add(acc, product, smaller, TWO_SUMS)
+    mbarrier.arrive(v_empty.index(stage))
+    return acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None] + product
 
 
 @gluon.jit
 def _finish(acc, m, l, unit, v_scale, sink_logits, h):
     """Output and lse of a tile of queries."""
     ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    top = m * unit - OFFSET
+    hidden = l < 1.0  # where anything was seen, the largest weight alone is 2^8
+    top = gl.where(hidden, LOWEST, m * unit - OFFSET)
+    l = gl.where(hidden, 0.0, l)
     if sink_logits is not None:
         sink = gl.load(sink_logits + h) * LOG2E
         raised = gl.maximum(top, sink)
@@ -313,32 +179,32 @@ def _finish(acc, m, l, unit, v_scale, sink_logits, h):
         l = l * shrink + gl.exp2(sink - raised)
         acc = acc * gl.convert_layout(shrink, ROW)[:, None]
         top = raised
-    acc = acc * gl.convert_layout(v_scale / l, ROW)[:, None]
-    return acc, (top + gl.log2(l)) * LN2
+    empty = l == 0.0
+    safe = gl.where(empty, 1.0, l)
+    acc = acc * gl.convert_layout(v_scale / safe, ROW)[:, None]
+    return acc, gl.where(empty, float("-inf"), (top + gl.log2(safe)) * LN2)
 
 
 @gluon.jit
 def _unit(scales, scale, b, h, heads, groups):
-    """Powers of two a raw score is worth; nan where a scale is negative (a maximum would err)."""
+    """Powers of two a raw score is worth; nan where it is negative, since a maximum would err."""
     q_scale, k_scale, _v_scale = scales
-    kv_heads = heads // groups
-    unit = gl.load(q_scale + b * heads + h) * gl.load(k_scale + b * kv_heads + h // groups)
-    return gl.where(unit >= 0, gl.maximum(unit * scale, 1e-30), float("nan"))
+    unit = gl.load(q_scale + b * heads + h) * scale
+    unit *= gl.load(k_scale + b * (heads // groups) + h // groups)
+    return gl.where(unit >= 0, gl.maximum(unit, 1e-30), float("nan"))
 
 
 @gluon.jit
-def _consume(
-    o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, scale,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    Q_STAGES: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
-    CONSUMERS: gl.constexpr, WHO: gl.constexpr,
-):  # fmt: skip
+def _consume(given, CAUSAL: gl.constexpr, WHO: gl.constexpr):
     """Attention of ROWS queries of every tile."""
+    o_desc, lse, sink_logits, scales, o_mem, memory, sizes, rules, visits, scale = given
+    q_mem, k_mem, _v_mem, bars = memory
+    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = bars
+    q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     D: gl.constexpr = k_mem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 32])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 32])
-    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, apart = bars
-    q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
+    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     n = gl.to_tensor(0)
     for w in range(amount_of_work(num_work)):
@@ -348,53 +214,33 @@ def _consume(
         unit = _unit(scales, scale, b, h, heads, groups)
         row = tile * M + WHO * ROWS
         q_pos = q_offset + row + index
-        num_sinks, last, right, full, total = plan(
-            tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
+        where, right, full, total, num_keys = plan(
+            tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
         )
-        acc = gl.zeros([ROWS, D], gl.float32, O)
-        q_stage, q_phase = _stage(w, Q_STAGES)
-        mbarrier.wait(q_full.index(q_stage), q_phase)
-        q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
-        if WHO > 0:
-            mbarrier.wait(apart.index(q_stage * CONSUMERS + WHO), q_phase)
-        start = key_tile(0, last, total, num_sinks) * N
-        m, l, shrink, words = _first(
-            q_tile,
-            q_pos,
-            start,
-            k_mem,
-            n,
-            bars,
-            unit,
-            k_len,
-            rules,
-            total > 1,
-            CAUSAL,
-            BY_HAND,
-            S,
+        stage, phase = _stage(w, Q_STAGES)
+        mbarrier.wait(q_full.index(stage), phase)
+        q_tile = q_mem.index(stage * CONSUMERS + WHO).reshape([ROWS, D])
+        start = key_tile(0, where, visits) * N
+        state = _first(
+            q_tile, q_pos, start, memory, n, unit, num_keys, rules, total > 1, CAUSAL, S, O
         )
-        if WHO + 1 < CONSUMERS:
-            mbarrier.arrive(apart.index(q_stage * CONSUMERS + WHO + 1))
-        where = (last, total, num_sinks)
-        smaller = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, O))
-        state = acc, acc, smaller, m, l, shrink, words, n + 1
-        if CAUSAL:
+        if CAUSAL or visits.tiles is not None:
             state = _steps(
-                state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-                True, CAUSAL, TWO_SUMS, BY_HAND,
+                state, 1, right, total, where, q_tile, q_pos, memory, unit, num_keys, rules,
+                visits, True, CAUSAL,
             )  # fmt: skip
         state = _steps(
-            state, gl.maximum(right, 1), full, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-            k_len, rules, False, CAUSAL, TWO_SUMS, BY_HAND,
+            state, gl.maximum(right, 1), full, total, where, q_tile, q_pos, memory, unit, num_keys,
+            rules, visits, False, CAUSAL,
         )  # fmt: skip
         if rules.window is not None:
             state = _steps(
-                state, gl.maximum(full, 1), total, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-                k_len, rules, True, CAUSAL, TWO_SUMS, BY_HAND,
+                state, gl.maximum(full, 1), total, total, where, q_tile, q_pos, memory, unit,
+                num_keys, rules, visits, True, CAUSAL,
             )  # fmt: skip
-        mbarrier.arrive(q_empty.index(q_stage))
-        _acc, _p, _s, m, l, _shrink, _words, n = state
-        acc = _last(state, v_mem, bars, k_len, TWO_SUMS)
+        mbarrier.arrive(q_empty.index(stage))
+        _acc, _product, _smaller, m, l, _shrink, _words, n = state
+        acc = _last(state, memory)
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S))
         v_scale = gl.load(scales[2] + b * (heads // groups) + h // groups)
         acc, row_lse = _finish(acc, m, l, unit, v_scale, sink_logits, h)
@@ -408,14 +254,25 @@ def _consume(
 
 
 @gluon.jit
-def _describe(x, batch, heads, rows, width, ROWS: gl.constexpr, WIDTH: gl.constexpr):
-    """The copy engine's description of `[batch, heads, rows, width]`, moved as ROWS x WIDTH."""
+def _describe(x, batch, heads, rows, width, HIGH: gl.constexpr, WIDE: gl.constexpr):
+    """The copy engine's description of `[batch, heads, rows, width]`, moved as HIGH x WIDE."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, ROWS, WIDTH], x.ptr.dtype.element_ty
+        [1, 1, HIGH, WIDE], x.ptr.dtype.element_ty
     )
     return tma.make_tensor_descriptor(
-        x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1], [1, 1, ROWS, WIDTH], LAYOUT
+        x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1], [1, 1, HIGH, WIDE], LAYOUT
     )
+
+
+@gluon.jit
+def _ring(STAGES: gl.constexpr, READERS: gl.constexpr):
+    """Barriers of a ring: full when bytes have arrived, empty when every reader has read."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return full, empty
 
 
 @gluon.jit(
@@ -433,18 +290,15 @@ def _describe(x, batch, heads, rows, width, ROWS: gl.constexpr, WIDTH: gl.conste
     ]
 )
 def forward_kernel(
-    q, k, v, out, lse, sink_logits, scales, rules, scale, q_len, k_len, k_padded, q_offset, batch,
-    heads, groups, tiles, section, num_work,
-    CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr, TWO_SUMS: gl.constexpr, BY_HAND: gl.constexpr,
+    q, k, v, out, lse, sink_logits, scales, rules, visits, scale, q_len, k_len, k_padded, q_offset,
+    batch, heads, groups, tiles, section, num_work,
+    CAUSAL: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`.
 
     v is what `transpose_kernel` makes; scales are float32 of q `[B, H]`, k and v `[B, Hkv]`.
     """
-    ROWS: gl.constexpr = M // CONSUMERS
     CODE: gl.constexpr = q.ptr.dtype.element_ty
     q_desc = _describe(q, batch, heads, q_len, D, ROWS, D)
     k_desc = _describe(k, batch, heads // groups, k_len, D, N, D)
@@ -456,60 +310,19 @@ def forward_kernel(
     o_mem = gl.allocate_shared_memory(
         out.ptr.dtype.element_ty, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout
     )
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    apart = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], BAR)
-    for i in gl.static_range(Q_STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(Q_STAGES * CONSUMERS):
-        mbarrier.init(apart.index(i), count=1)
+    q_full, q_empty = _ring(Q_STAGES, CONSUMERS)
+    k_full, k_empty = _ring(STAGES, CONSUMERS)
+    v_full, v_empty = _ring(STAGES, CONSUMERS)
     fence_async_shared()
 
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, apart)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (q_len, k_len, q_offset, heads, groups, tiles, section, num_work)
+    memory = (q_mem, k_mem, v_mem, bars)
     unit = scale * LOG2E
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (_consume, (
-                o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 0,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 1,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, Q_STAGES, CONSUMERS,
-            )),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (
-                o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 0,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 1,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, scales, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules,
-                unit, CAUSAL, M, N, ROWS, Q_STAGES, TWO_SUMS, BY_HAND, CONSUMERS, 2,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, Q_STAGES, CONSUMERS,
-            )),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+    asked = (q_desc, k_desc, v_desc, memory, sizes, rules, visits)
+    given = (o_desc, lse, sink_logits, scales, o_mem, memory, sizes, rules, visits, unit)
+    gl.warp_specialize([
+        (_consume, (given, CAUSAL, 0)),
+        (_consume, (given, CAUSAL, 1)),
+        (_produce, (asked, CAUSAL)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
