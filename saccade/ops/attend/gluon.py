@@ -11,7 +11,8 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, DenseKV
+from saccade.core import AttentionOutput, DenseKV, GrowingKV, QuantizedKV
+from saccade.ops.attend import gluon_codes
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128, 256)
@@ -38,6 +39,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"
+    if isinstance(call.kv, (QuantizedKV, GrowingKV)):
+        return gluon_codes.refusal(call)
     return _problem_refusal(call) or _layout_refusal(call)
 
 
@@ -88,6 +91,8 @@ def _copyable(x: Tensor) -> bool:
 
 def unmeasured(call: AttentionCall) -> str | None:
     """Why `auto` leaves a call to others: it is smaller than what was measured, or None."""
+    if isinstance(call.kv, (QuantizedKV, GrowingKV)):
+        return None
     rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
     if call.kv.shape[2] < MEASURED_KEYS or rows < MEASURED_ROWS:
         return (
@@ -99,6 +104,8 @@ def unmeasured(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
+    if isinstance(call.kv, (QuantizedKV, GrowingKV)):
+        return gluon_codes.run(call)
     from saccade.ops.attend.gluon_launch import forward
     from saccade.ops.attend.triton_problem import dense_problem
 
