@@ -156,16 +156,14 @@ def measure(batch, length, kinds, launches, queries=1, baseline=True):
 
 def timing():
     print(torch.cuda.get_device_name(), ceilings(), flush=True)
-    four = [CodesLaunch(4, 4, 2), CodesLaunch(2, 4, 2), CodesLaunch(4, 8, 1), CodesLaunch(2, 4, 3, 168), CodesLaunch(4, 4, 3, 168), CodesLaunch(4, 2, 4)]
-    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 4, 3, 168), CodesLaunch(2, 2, 4), CodesLaunch(2, 8, 1)]
-    measure(1, 131072, ["int4"], [*four, "triton"])
-    measure(1, 131072, ["int8"], [*eight, "triton"], baseline=False)
-    measure(1, 131072, ["fp8"], eight[:2], baseline=False)
-    measure(1, 131072, ["k8v4"], eight[:2], baseline=False)
-    torch.cuda.empty_cache()
-    for batch, length in ((16, 8192), (1, 32768), (1, 8192)):
-        measure(batch, length, ["int4"], four[:4])
-        measure(batch, length, ["int8", "fp8"], eight[:2], baseline=False)
+    four = [
+        CodesLaunch(4, 4, 2), CodesLaunch(4, 4, 2, 0, "L1"), CodesLaunch(4, 4, 2, 0, None),
+        CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 2), CodesLaunch(2, 4, 3, 168),
+    ]  # fmt: skip
+    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 4, 2, 0, "L1"), CodesLaunch(2, 2, 4)]
+    for batch, length in ((1, 131072), (16, 8192), (1, 32768), (1, 8192)):
+        measure(batch, length, ["int4"], four if batch * length == 131072 else four[:1])
+        measure(batch, length, ["int8", "fp8", "k8v4"], eight[:2], baseline=False)
         torch.cuda.empty_cache()
 
 

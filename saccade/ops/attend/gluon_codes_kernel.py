@@ -52,10 +52,18 @@ def places(WARPS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(at, OFFSET: gl.constexpr, WIDTH: gl.constexpr):
+def fetch(at, OFFSET: gl.constexpr, WIDTH: gl.constexpr, ONCE: gl.constexpr = False):
     """Four words at the addresses `at` + OFFSET bytes, WIDTH of them side by side."""
     return gl.inline_asm_elementwise(
-        ptx.load(OFFSET, WIDTH), ptx.constraints("r", "l"), [at], gl.int32, False, 4
+        ptx.load(OFFSET, WIDTH, ONCE), ptx.constraints("r", "l"), [at], gl.int32, False, 4
+    )
+
+
+@gluon.jit
+def ask_early(at, LEVEL: gl.constexpr):
+    """Bring the line at the address of each lane into the cache."""
+    return gl.inline_asm_elementwise(
+        ptx.prefetch(LEVEL), ptx.constraints("r", "l"), [at], gl.int32, False, 4
     )
 
 
@@ -69,10 +77,10 @@ def fetch_keys(head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.con
         words = ()
         for plane in gl.static_range(ptx.planes(KIND)):
             if HALF == 64:
-                words += (fetch(at, 2 * i * ROW + plane * HALF, 4),)
-                words += (fetch(at, (2 * i + 1) * ROW + plane * HALF, 4),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, 4, True),)
+                words += (fetch(at, (4 * i + 2) * ROW + plane * HALF, 4, True),)
             else:
-                words += (fetch(at, 2 * i * ROW + plane * HALF, 2),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, 2, True),)
         tiles += (words,)
     return tiles
 
@@ -87,21 +95,20 @@ def fetch_values(head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.c
         words = ()
         for plane in gl.static_range(ptx.planes(KIND)):
             if HALF == 64:
-                words += (fetch(at, 2 * i * ROW + plane * HALF, 2),)
-                words += (fetch(at, (2 * i + 1) * ROW + plane * HALF, 2),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, 2, True),)
+                words += (fetch(at, (4 * i + 2) * ROW + plane * HALF, 2, True),)
             else:
-                words += (fetch(at, 2 * i * ROW + plane * HALF, 1),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, 1, True),)
         tiles += (words,)
     return tiles
 
 
 @gluon.jit
-def token_pairs(at, i: gl.constexpr, SLOTS: gl.constexpr, GROUPS: gl.constexpr):
-    """Scales (or offsets) of the 32 tokens of tiles i and i + 1."""
-    if GROUPS == 2:
-        words = (fetch(at, 8 * i, 4), fetch(at, SLOTS * 4 + 8 * i, 4))
-    else:
-        words = (fetch(at, 4 * i, 2),)
+def token_words(at, i: gl.constexpr, GROUPS: gl.constexpr):
+    """Scales (or offsets) of the tokens of tiles i and i + 1, eight a lane."""
+    words = ()
+    for n in gl.static_range(GROUPS):
+        words += (fetch(at, 8 * i * GROUPS + 16 * n, 4),)
     return words
 
 
@@ -110,27 +117,31 @@ def fetch_tokens(scale_at, offset_at, GROUPS: gl.constexpr, TILES: gl.constexpr)
     """(scales, offsets) of the tokens of a step, for each pair of tiles."""
     pairs = ()
     for i in gl.static_range(0, TILES, 2):
-        scale = token_pairs(scale_at, i, 2 * TILES, GROUPS)
-        pairs += ((scale, token_pairs(offset_at, i, 2 * TILES, GROUPS)),)
+        pairs += ((token_words(scale_at, i, GROUPS), token_words(offset_at, i, GROUPS)),)
     return pairs
 
 
 @gluon.jit
-def folded(q, scale_at, offset_at, KIND: gl.constexpr, HALF: gl.constexpr):
-    """Queries times the scales of a group, and times its offsets: (q', q o), quads by halves."""
-    PARTS: gl.constexpr = HALF // 32
-    scaled = ()
-    shifted = ()
-    for n in gl.static_range(2 * PARTS):
-        scale = fetch(scale_at, 2 * (n // PARTS * HALF + n % PARTS * 8), 4)
-        offset = fetch(offset_at, 2 * (n // PARTS * HALF + n % PARTS * 8), 4)
-        a, b = gl.inline_asm_elementwise(
-            ptx.fold(KIND), ptx.constraints("rr", "rrr"), [q[n], scale, offset], (gl.int32, gl.int32),
-            True, 4,
-        )  # fmt: skip
-        scaled += (a,)
-        shifted += (b,)
-    return scaled, shifted
+def fetch_channels(at, HALF: gl.constexpr):
+    """Eight bytes a lane and quad for its channels: queries, scales or offsets, by halves."""
+    words = ()
+    for half in gl.static_range(2):
+        for n in gl.static_range(HALF // 32):
+            words += (fetch(at, 2 * (half * HALF + n * 8), 4),)
+    return words
+
+
+@gluon.jit
+def folded(q, scale, KIND: gl.constexpr):
+    """Queries times the scales of a group, in the order of the codes."""
+    words = ()
+    for n in gl.static_range(len(q)):
+        words += (
+            gl.inline_asm_elementwise(
+                ptx.fold(KIND), ptx.constraints("r", "rr"), [q[n], scale[n]], gl.int32, True, 4
+            ),
+        )
+    return words
 
 
 @gluon.jit
@@ -142,19 +153,29 @@ def over_keys(x, COMBINE: gl.constexpr):
 
 
 @gluon.jit
-def scores_of(scaled, shifted, words, KIND: gl.constexpr, HALF: gl.constexpr):
+def scores_of(q, scale, offset, words, KIND: gl.constexpr, HALF: gl.constexpr):
     """(scores of each tile of 16 keys but for a constant of each column, that constant)."""
     PARTS: gl.constexpr = HALF // 32
+    scaled = folded(q, scale, KIND)
     shift = gl.inline_asm_elementwise(
-        ptx.shift_of(KIND, PARTS), ptx.constraints("f", "r" * (4 * PARTS)), scaled + shifted, gl.float32,
-        True, 4,
-    )  # fmt: skip
+        ptx.shift_of(KIND, PARTS),
+        ptx.constraints("f", "r" * (8 * PARTS)),
+        scaled + q + scale + offset,
+        gl.float32,
+        True,
+        4,
+    )
     s = ()
     for i in gl.static_range(len(words)):
         args = scaled + words[i]
         s += (
             gl.inline_asm_elementwise(
-                ptx.scores(KIND, PARTS), ptx.constraints("f", "r" * len(args)), args, gl.float32, True, 4
+                ptx.scores(KIND, PARTS),
+                ptx.constraints("f", "r" * len(args)),
+                args,
+                gl.float32,
+                True,
+                4,
             ),
         )
     return s, shift
@@ -162,64 +183,41 @@ def scores_of(scaled, shifted, words, KIND: gl.constexpr, HALF: gl.constexpr):
 
 @gluon.jit
 def masked(s, key, low, high):
-    """Scores, -inf where a column does not see a key; `key` is that of slot 0 of a lane."""
+    """Scores, -inf where a column does not see a key; `key` is that of a lane's first slots."""
     seen = ()
     for i in gl.static_range(len(s)):
-        k_pos = key + 2 * i
+        k_pos = key + 4 * i
         seen += (gl.where((k_pos >= low) & (k_pos < high), s[i], float("-inf")),)
     return seen
 
 
 @gluon.jit
-def scaled_by(acc, shrink):
-    """Sums times what shrinks them."""
-    scaled = ()
-    for i in gl.static_range(len(acc)):
-        scaled += (acc[i] * shrink,)
-    return scaled
-
-
-@gluon.jit
-def spread(sums, HALF_NUMBER: gl.constexpr):
-    """What belongs to one half of the channels, (a, b), as (a, b, a, b)."""
-    return gl.inline_asm_elementwise(
-        ptx.spread(HALF_NUMBER), ptx.constraints("f", "f"), [sums], gl.float32, True, 4
-    )
-
-
-@gluon.jit
-def weighed(acc, weights, words, KIND: gl.constexpr, HALF: gl.constexpr):
-    """Sums plus weights times the codes of 16 tokens."""
-    PARTS: gl.constexpr = HALF // 32
-    args = words + (weights,) + acc
-    return gl.inline_asm_elementwise(
-        ptx.weigh(KIND, PARTS),
-        ptx.constraints("f" * (4 * PARTS), "r" * (len(words) + 1) + "f" * (4 * PARTS)),
-        args,
-        (gl.float32,) * (4 * PARTS),
-        True,
-        4,
-    )
-
-
-@gluon.jit
-def taken(acc, sums, p, tokens, words, KIND: gl.constexpr, HALF: gl.constexpr,
+def taken(acc, shrink, p, tokens, words, KIND: gl.constexpr, HALF: gl.constexpr,
           GROUPS: gl.constexpr):  # fmt: skip
-    """(acc, sums) with the values of a step: weights p, scales and offsets of `tokens`."""
+    """acc shrink + the values of a step with weights p, scales and offsets of `tokens`."""
+    sums = shrink * 0
+    weights = ()
+    codes = ()
     for i in gl.static_range(0, len(p), 2):
         scale, offset = tokens[i // 2]
-        args = (p[i], p[i + 1]) + scale + offset + (sums,)
         first, second, sums = gl.inline_asm_elementwise(
             ptx.weights(KIND, GROUPS),
-            ptx.constraints("rrf", "ff" + "r" * (2 * len(scale)) + "f"),
-            args,
+            ptx.constraints("rrf", "ff" + "r" * (2 * GROUPS) + "f"),
+            (p[i], p[i + 1]) + scale + offset + (sums,),  # noqa: RUF005
             (gl.int32, gl.int32, gl.float32),
             True,
             4,
         )
-        acc = weighed(acc, first, words[i], KIND, HALF)
-        acc = weighed(acc, second, words[i + 1], KIND, HALF)
-    return acc, sums
+        weights += (first, second)
+        codes += words[i] + words[i + 1]
+    return gl.inline_asm_elementwise(
+        ptx.weigh(KIND, HALF // 32, len(p)),
+        ptx.constraints("f" * len(acc), "r" * (len(codes) + len(p)) + "f" * (len(acc) + 2)),
+        codes + weights + (sums, shrink) + acc,
+        (gl.float32,) * len(acc),
+        True,
+        4,
+    )
 
 
 @gluon.jit
@@ -256,23 +254,23 @@ def extent(bounds, b, kv_head, k_len, q_offset):
 
 
 @gluon.jit
-def load_queries(q_at, BFLOAT: gl.constexpr, HALF: gl.constexpr):
-    """The queries of row g in float16, of the channels that lane t meets in keys: quads by halves."""
-    PARTS: gl.constexpr = HALF // 32
+def load_queries(at, BFLOAT: gl.constexpr, HALF: gl.constexpr):
+    """The queries of row g in float16, of the channels that lane t meets in keys."""
+    words = fetch_channels(at, HALF)
     queries = ()
-    for n in gl.static_range(2 * PARTS):
-        words = fetch(q_at, 2 * (n // PARTS * HALF + n % PARTS * 8), 4)
+    for n in gl.static_range(len(words)):
+        word = words[n]
         if BFLOAT:
-            words = gl.inline_asm_elementwise(
-                ptx.to_half(), ptx.constraints("r", "r"), [words], gl.int32, True, 4
+            word = gl.inline_asm_elementwise(
+                ptx.to_half(), ptx.constraints("r", "r"), [word], gl.int32, True, 4
             )
-        queries += (words,)
+        queries += (word,)
     return queries
 
 
 @gluon.jit
-def real_scales(tokens, token, k_len, SLOTS: gl.constexpr, GROUPS: gl.constexpr):
-    """Scales and offsets, 0 for tokens that do not exist; `token` is the first of each quad."""
+def real_scales(tokens, token, k_len, GROUPS: gl.constexpr):
+    """Scales and offsets, 0 for tokens that do not exist; `token` is the lane's first."""
     kept = ()
     for i in gl.static_range(len(tokens)):
         both = ()
@@ -280,7 +278,7 @@ def real_scales(tokens, token, k_len, SLOTS: gl.constexpr, GROUPS: gl.constexpr)
             words = ()
             for n in gl.static_range(GROUPS):
                 x = tokens[i][part][n]
-                here = token + 4 * i + n * SLOTS
+                here = token + 8 * i + 4 * n
                 if GROUPS == 2:
                     x = gl.where(here < k_len, x, 0)
                 else:
@@ -298,7 +296,7 @@ def real_codes(words, token, k_len, HALF: gl.constexpr):
     for i in gl.static_range(len(words)):
         tile = ()
         for n in gl.static_range(len(words[i])):
-            here = token + 2 * i + (n % 2 if HALF == 64 else 0)
+            here = token + 4 * i + (2 * (n % 2) if HALF == 64 else 0)
             tile += (gl.where(here < k_len, words[i][n], 0),)
         kept += (tile,)
     return kept
@@ -310,13 +308,14 @@ def codes_kernel(
     q_len, k_len, q_offset, splits, out_split, lse_split, kv_heads, groups,
     D: gl.constexpr, KIND_K: gl.constexpr, KIND_V: gl.constexpr, K_GROUP: gl.constexpr,
     V_GROUPS: gl.constexpr, TILES: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split of the keys, for eight rows of one KV head."""
     HALF: gl.constexpr = D // 2
     PARTS: gl.constexpr = HALF // 32
     K_ROW: gl.constexpr = HALF * ptx.planes(KIND_K)
     V_ROW: gl.constexpr = HALF * ptx.planes(KIND_V)
-    SLOTS: gl.constexpr = 2 * TILES  # keys of a lane: g * SLOTS onwards
+    SLOTS: gl.constexpr = 2 * TILES  # keys of a lane
     KEYS: gl.constexpr = 8 * SLOTS
     tile = gl.program_id(0) // splits
     split = gl.program_id(0) % splits
@@ -333,7 +332,7 @@ def codes_kernel(
     index = row // groups
     q_at = q.ptr + b * q.batch + h.to(gl.int64) * q.head + index.to(gl.int64) * q.row
     queries = load_queries(
-        q_at.to(gl.int64) + t * HALF // 2, q.ptr.dtype.element_ty == gl.bfloat16, HALF
+        q_at.to(gl.int64) + t * (HALF // 2), q.ptr.dtype.element_ty == gl.bfloat16, HALF
     )
 
     # Columns 2t, 2t + 1 of scores and sums are rows of queries too: what do they see?
@@ -360,56 +359,60 @@ def codes_kernel(
     begin = first + gl.minimum(split * each, count)
     end = first + gl.minimum((split + 1) * each, count)
 
-    k_at = address(k_codes, b, kv_head) + whole
-    v_at = address(v_codes, b, kv_head) + whole
+    # Slot j of a lane is key (g // 2) * 2 SLOTS + 2 j + g % 2 of a step: neighbours lie together.
+    slot = (g // 2) * (2 * SLOTS) + g % 2 + whole
     if HALF == 64:
-        k_at += SLOTS * g * K_ROW + 16 * t
-        code_token = SLOTS * (2 * t + r // 2) + whole
-        v_at += code_token * V_ROW + 8 * g
+        k_at = address(k_codes, b, kv_head) + slot * K_ROW + 16 * t
+        code_token = 2 * SLOTS * t + r // 2 + whole
+        v_at = address(v_codes, b, kv_head) + code_token * V_ROW + 8 * g
     else:
-        k_at += (SLOTS * g + r // 2) * K_ROW + 8 * t
-        code_token = SLOTS * (2 * t + r % 2) + r // 2 + whole
-        v_at += code_token * V_ROW + 4 * g
-    if V_GROUPS == 2:
-        token = SLOTS * 2 * t + r + whole
-        token_at = SLOTS * 2 * t * 4 + whole
-    else:
-        token = SLOTS * (2 * t + r // 2) + 2 * (r % 2) + whole
-        token_at = SLOTS * (2 * t + r // 2) * 2 + whole
-    k_scale_at = address(k_scale, b, kv_head) + HALF // 2 * t + whole
-    k_offset_at = address(k_offset, b, kv_head) + HALF // 2 * t + whole
-    v_scale_at = address(v_scale, b, kv_head) + token_at
-    v_offset_at = address(v_offset, b, kv_head) + token_at
+        k_at = address(k_codes, b, kv_head) + (slot + r // 2 * 2) * K_ROW + 8 * t
+        code_token = 2 * SLOTS * t + r + whole
+        v_at = address(v_codes, b, kv_head) + code_token * V_ROW + 4 * g
+    channels = HALF // 2 * t + whole
+    k_scale_at = address(k_scale, b, kv_head) + channels
+    k_offset_at = address(k_offset, b, kv_head) + channels
+    v_scale_at = address(v_scale, b, kv_head) + 4 * SLOTS * V_GROUPS * t + whole
+    v_offset_at = address(v_offset, b, kv_head) + 4 * SLOTS * V_GROUPS * t + whole
+    token = 2 * SLOTS * t + (r if V_GROUPS == 2 else 2 * r) + whole
+    # Lane (g, t) brings line g of what t stands for: all scales of a step.
+    early_keys = gl.where(t == 0, address(k_scale, b, kv_head), address(k_offset, b, kv_head))
+    early_keys = early_keys + g % (D // 64) * 128 + whole
+    early_tokens = gl.where(t == 2, address(v_scale, b, kv_head), address(v_offset, b, kv_head))
+    early_tokens = early_tokens + g % max(KEYS * V_GROUPS // 64, 1) * 128 + whole
 
     unit = scale * LOG2E
     zero = whole.to(gl.float32)
     m = zero + LOWEST
     l = zero
-    sums = zero
     acc = (zero,) * (4 * PARTS)
     # A warp whose share has ended repeats the last step of the program and sees nothing.
     step = gl.minimum(begin + w + whole, gl.maximum(end - 1, 0))
     k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
     v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
     for at in range(begin, end, WARPS):
-        group = (step * KEYS // K_GROUP).to(gl.int64) * (2 * D)
-        scaled, shifted = folded(queries, k_scale_at + group, k_offset_at + group, KIND_K, HALF)
+        group = step * KEYS // K_GROUP
+        scale_words = fetch_channels(k_scale_at + group.to(gl.int64) * (2 * D), HALF)
+        offset_words = fetch_channels(k_offset_at + group.to(gl.int64) * (2 * D), HALF)
         ahead = step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
         tokens = fetch_tokens(v_scale_at + ahead, v_offset_at + ahead, V_GROUPS, TILES)
-        s, shift = scores_of(scaled, shifted, k_words, KIND_K, HALF)
         step = gl.minimum(at + WARPS + w + whole, end - 1)
+        if EARLY is not None:
+            keys_at = early_keys + (step * KEYS // K_GROUP).to(gl.int64) * (2 * D)
+            tokens_at = early_tokens + step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
+            ask_early(gl.where(t < 2, keys_at, tokens_at), EARLY)
+        s, shift = scores_of(queries, scale_words, offset_words, k_words, KIND_K, HALF)
         k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
         key = at * KEYS
         if (at + WARPS > end) | (key < full_first) | (key + WARPS * KEYS > full_stop):
             mine = at + w + whole
-            first_key = mine * KEYS
-            s = masked(s, gl.where(mine < end, first_key + SLOTS * g + r // 2, -1), low, high)
-            tokens = real_scales(tokens, first_key + token, k_len, SLOTS, V_GROUPS)
+            here = mine * KEYS
+            s = masked(s, gl.where(mine < end, here + slot + r // 2 * 2, -KEYS), low, high)
+            tokens = real_scales(tokens, here + token, k_len, V_GROUPS)
             if KIND_V == "fp8":
-                v_words = real_codes(v_words, first_key + code_token, k_len, HALF)
+                v_words = real_codes(v_words, here + code_token, k_len, HALF)
         p, m, l, shrink = softmax_step(s, shift, m, l, unit)
-        acc = scaled_by(acc, shrink)
-        acc, sums = taken(acc, sums * shrink, p, tokens, v_words, KIND_V, HALF, V_GROUPS)
+        acc = taken(acc, shrink, p, tokens, v_words, KIND_V, HALF, V_GROUPS)
         v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
     l = over_keys((l,), "add")
     top = gl.max(m, axis=0)[None]
@@ -426,8 +429,7 @@ def codes_kernel(
     to = to + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
     channel = gl.max(g * (HALF // 8) + r // 2 + whole, axis=0)
     for n in gl.static_range(4 * PARTS):
-        of_half = spread(sums, n // (2 * PARTS))
-        joined = gl.sum((acc[n] + of_half) * share, axis=0) / safe
+        joined = gl.sum(acc[n] * share, axis=0) / safe
         joined = joined.to(out.ptr.dtype.element_ty)
         gl.store(to + channel + n // (2 * PARTS) * HALF + n % (2 * PARTS) * 2, joined, mask=keep)
     lse_at = lse + split.to(gl.int64) * lse_split + (b * kv_heads * groups + h) * q_len + index

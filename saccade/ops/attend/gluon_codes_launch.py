@@ -27,12 +27,14 @@ class CodesLaunch:
         warps: warps of a program, each with keys of its own.
         per_sm: programs of a multiprocessor.
         registers: most registers a thread may take, 0 for what the compiler likes.
+        early: the cache into which the next step's scales are brought, or None.
     """
 
     tiles: int
     warps: int
     per_sm: int
     registers: int = 0
+    early: str | None = "L2"
 
     @property
     def keys(self) -> int:
@@ -106,7 +108,7 @@ def scan_codes(
     )
 
 
-def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
+def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str | None]:
     """Compile-time arguments of the kernel that storage and launch decide."""
     return {
         "D": kv.recent_k.shape[3],
@@ -116,6 +118,7 @@ def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
         "V_GROUPS": kv.v.scale.shape[3],
         "TILES": launch.tiles,
         "WARPS": launch.warps,
+        "EARLY": launch.early,
     }
 
 

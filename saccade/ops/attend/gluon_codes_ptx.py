@@ -1,23 +1,23 @@
 """PTX of decoding over codes: what a thread does with its registers, four to a tensor ("quads").
 
-The product is
-`mma.m16n8k16`: A holds 16 keys (or channels) by 16, B 16 by 8 rows of queries, C 16 by 8 in float32.
+The product is `mma.m16n8k16`: A holds 16 keys (or channels) by 16, B 16 by 8 rows of queries, C is
+16 by 8 in float32.
 Lane 4 g + t owns rows g and g + 8 of A and C, columns 2t, 2t + 1 of A and C, and column g of B.
 
 Codes become float16 by their bits: 0x6400 | code is 1024 + code, and four bits higher up,
 0x5400 | code << 4 is 64 + code.  What was added is taken away once for a whole tile, by a product
 of the same rounded factors with a constant, so a code costs half an instruction or less.
-Source of the bit patterns: Kim et al., 2022 (arXiv 2211.10017); Frantar et al., 2024 (arXiv 2408.11743).
+Source of the bit patterns: Kim et al., 2022 (arXiv 2211.10017).
 """
 
 from __future__ import annotations
 
 from triton import constexpr_function
 
-ONE = 0x3C00
 LOW = {"int4": 0x6400 + 8, "int8": 0x6400 + 128, "fp8": 0}  # 1024 + the middle code, as float16
 HIGH = {"int4": 0x5400 + (8 << 4), "int8": 0x6400 + 128, "fp8": 0}  # the same, upper half of a head
 MIDDLE = {"int4": 0x4800, "int8": 0x5800, "fp8": 0}  # the middle code: 8, 128, 0 as float16
+MIDDLES = {"int4": "0f41000000", "int8": "0f43000000", "fp8": "0f00000000"}  # as float32
 SIGN = 0x8000
 
 
@@ -30,8 +30,8 @@ def planes(kind: str) -> int:
 @constexpr_function
 def constraints(outs: str, ins: str) -> str:
     """Constraints of quads: one letter a quad."""
-    given = [f"=&{kind}" for kind in outs for _ in range(4)] + [kind for kind in ins for _ in range(4)]
-    return ",".join(given)
+    given = [f"=&{kind}" for kind in outs] + list(ins)
+    return ",".join(kind for kind in given for _ in range(4))
 
 
 @constexpr_function
@@ -99,16 +99,26 @@ def numbers(to: list[str], x: str, kind: str, scratch: str) -> list[str]:
 
 
 @constexpr_function
-def load(offset: int, width: int) -> str:
-    """Four words from memory, `width` of them side by side, at the addresses of a quad + offset."""
+def load(offset: int, width: int, once: bool) -> str:
+    """Four words from memory, `width` of them side by side, at the addresses of a quad + offset.
+
+    What is read `once` is kept out of the L1 cache.
+    """
     to, at = quad(0), quad(1)
+    how = ".L1::no_allocate.L2::128B" if once else ""
     vector = {1: "", 2: ".v2", 4: ".v4"}[width]
     lines = []
     for i in range(0, 4, width):
         names = ", ".join(to[i : i + width])
         names = names if width == 1 else f"{{{names}}}"
-        lines.append(f"ld.global.nc{vector}.b32 {names}, [{at[i]} + {offset}];")
+        lines.append(f"ld.global.nc{how}{vector}.b32 {names}, [{at[i]} + {offset}];")
     return " ".join(lines)
+
+
+@constexpr_function
+def prefetch(level: str) -> str:
+    """Bring a line of the cache at the address of a quad closer."""
+    return f"prefetch.global.{level} [$4]; mov.b32 $0, 0;"
 
 
 @constexpr_function
@@ -124,27 +134,13 @@ def to_half() -> str:
 
 
 @constexpr_function
-def spread(half: int) -> str:
-    """(a, b, a, b) of the pair that a quad of sums holds for one half of the channels."""
-    to, x = quad(0), quad(1)
-    return block([f"mov.f32 {to[r]}, {x[2 * half + r % 2]};" for r in range(4)])
-
-
-@constexpr_function
 def fold(kind: str) -> str:
-    """(q scale, q offset of the middle code) of eight channels; q scale in the order of the codes.
+    """q' = q scale of eight channels, in the order in which codes are unpacked.
 
-    Operands: out q', q o; in q, scale, offset.
+    Operands: out q'; in q, scale.
     """
-    folded, offsets, q, scale, offset = (quad(n) for n in range(5))
-    lines = []
-    for r in range(4):
-        lines += [
-            f"mul.rn.f16x2 x{r}, {q[r]}, {scale[r]};",
-            f"mov.b32 x8, {twice(MIDDLE[kind])};",
-            f"fma.rn.f16x2 x9, {scale[r]}, x8, {offset[r]};",
-            f"mul.rn.f16x2 {offsets[r]}, {q[r]}, x9;",
-        ]
+    folded, q, scale = (quad(n) for n in range(3))
+    lines = [f"mul.rn.f16x2 x{r}, {q[r]}, {scale[r]};" for r in range(4)]
     for r in (0, 2):
         if kind == "int4":
             lines += [
@@ -160,25 +156,25 @@ def fold(kind: str) -> str:
 def shift_of(kind: str, half_quads: int) -> str:
     """What has to be added to all scores of a tile, for columns 2t, 2t + 1: a quad (a, b, a, b).
 
-    Operands: out; in q' of the lower half, of the upper half, then q o, `half_quads` each.
+    q . offset + middle (q . scale) - (1024 + middle) (q' . 1), with q' as it was rounded.
+    Operands: out; in quads by halves of q', q, scale, offset.
     """
-    terms: list[tuple[int, int, int]] = []  # (chain, quad, constant)
-    for half, extra in enumerate((LOW[kind], HIGH[kind])):
-        for z in range(half_quads):
-            at = 1 + half * half_quads + z
-            if extra:
-                terms.append((half, at, extra | SIGN))
-            terms.append((2 + half, at + 2 * half_quads, ONE))
-    lines = [f"mov.f32 f{i}, 0f00000000;" for i in range(16)]
-    for chain, at, constant in terms:
-        acc = [f"f{4 * chain + r}" for r in range(4)]
-        lines.append(f"mov.b32 x0, {twice(constant)};")
-        lines += [mma(acc, ["x0"] * 4, quad(at)[r : r + 2], acc) for r in (0, 2)]
+    count = 2 * half_quads
+    lines = [f"mov.f32 f{i}, 0f00000000;" for i in range(12)]
+    for n in range(count):
+        rounded, q, scale, offset = (quad(1 + part * count + n) for part in range(4))
+        extra = (LOW, HIGH)[n // half_quads][kind]
+        lines.append(f"mov.b32 x0, {twice(extra | SIGN)};")
+        terms = [(0, offset, q)]
+        if extra:
+            terms += [(4, scale, q), (8, ["x0"] * 4, rounded)]
+        for chain, a, b in terms:
+            acc = [f"f{chain + r}" for r in range(4)]
+            for r in (0, 2):  # every row of A is the same
+                lines.append(mma(acc, [a[r], a[r], a[r + 1], a[r + 1]], b[r : r + 2], acc))
     for r in range(4):
-        lines += [
-            f"add.f32 f{r}, f{r}, f{4 + r}; add.f32 f{8 + r}, f{8 + r}, f{12 + r};",
-            f"add.f32 {quad(0)[r]}, f{r}, f{8 + r};",
-        ]
+        lines.append(f"add.f32 f{r}, f{r}, f{8 + r};")
+        lines.append(f"fma.rn.f32 {quad(0)[r]}, f{4 + r}, {MIDDLES[kind]}, f{r};")
     return block(lines)
 
 
@@ -239,22 +235,17 @@ def over_keys(combine: str, count: int) -> str:
 
 
 @constexpr_function
-def pairs_of_tokens(x: list[str], y: list[str], groups: int, to: str) -> list[str]:
-    """Numbers of the four slots of two g, as pairs (g, g + 1): `to`e of the lower half's, and
-    `to`e + 4 of the upper half's; words hold both halves of a token, or (one group) two tokens."""
+def pairs_of_tokens(words: list[str], groups: int, to: str) -> list[str]:
+    """Numbers of eight tokens as pairs of neighbours: `to`e of the lower half's, `to`e + 4 of the
+    upper half's; words hold both halves of a token, or (one group) two tokens."""
     lines = []
     for e in range(4):
         if groups == 2:
-            lines += [
-                f"prmt.b32 {to}{e}, {x[e]}, {y[e]}, 0x5410;",
-                f"prmt.b32 {to}{e + 4}, {x[e]}, {y[e]}, 0x7632;",
-            ]
+            both = f"{words[2 * e]}, {words[2 * e + 1]}"
+            lines.append(f"prmt.b32 {to}{e}, {both}, 0x5410;")
+            lines.append(f"prmt.b32 {to}{e + 4}, {both}, 0x7632;")
         else:
-            chosen = "0x7632" if e % 2 else "0x5410"
-            lines += [
-                f"prmt.b32 {to}{e}, {x[e // 2]}, {x[2 + e // 2]}, {chosen};",
-                f"mov.b32 {to}{e + 4}, {to}{e};",
-            ]
+            lines.append(f"mov.b32 {to}{e}, {words[e]}; mov.b32 {to}{e + 4}, {words[e]};")
     return lines
 
 
@@ -263,25 +254,22 @@ def weights(kind: str, groups: int) -> str:
     """Weights of 32 keys as B of the product with values, and what the middle codes amount to.
 
     Operands: out weights of the first 16 keys (lower half b0 b1, upper half b0 b1), of the second,
-    sums (lower half a, b, upper half a, b); in weights p (two quads), scales, offsets (two quads
-    each where a token has two groups, else one), sums.
+    sums (lower half a, b, upper half a, b); in weights p (two quads), scales, offsets (as many
+    quads as a token has groups), sums.
     """
-    wide = 2 if groups == 2 else 1
     p = [quad(3), quad(4)]
-    scale = [quad(5 + i) for i in range(wide)]
-    offset = [quad(5 + wide + i) for i in range(wide)]
-    sums, acc = quad(5 + 2 * wide), [f"f{r}" for r in range(4)]
+    scale = [x for i in range(groups) for x in quad(5 + i)]
+    offset = [x for i in range(groups) for x in quad(5 + groups + i)]
+    sums, acc = quad(5 + 2 * groups), [f"f{r}" for r in range(4)]
     lines = [f"mov.f32 {to}, {x};" for to, x in zip(acc, sums, strict=True)]
     lines.append(f"mov.b32 x60, {twice(MIDDLE[kind])}; mov.b32 x61, 0;")
-    lines.append(f"mov.b32 x62, {twice(LOW[kind] | SIGN)}; mov.b32 x63, {twice(HIGH[kind] | SIGN)};")
-    for i in range(wide):
-        lines += [
-            f"fma.rn.f16x2 x{40 + 4 * i + r}, {scale[i][r]}, x60, {offset[i][r]};"
-            for r in range(4)
-        ]
-    middle = [[f"x{40 + 4 * i + r}" for r in range(4)] for i in range(wide)]
-    lines += pairs_of_tokens(scale[0], scale[-1], groups, "x")  # x0 .. x7
-    lines += pairs_of_tokens(middle[0], middle[-1], groups, "x1")  # x10 .. x17
+    lines.append(f"mov.b32 x62, {twice(LOW[kind] | SIGN)};")
+    lines.append(f"mov.b32 x63, {twice(HIGH[kind] | SIGN)};")
+    middle = [f"x{40 + i}" for i in range(4 * groups)]
+    for to, s, o in zip(middle, scale, offset, strict=True):
+        lines.append(f"fma.rn.f16x2 {to}, {s}, x60, {o};")
+    lines += pairs_of_tokens(scale, groups, "x")  # x0 .. x7
+    lines += pairs_of_tokens(middle, groups, "x1")  # x10 .. x17
     for n in (0, 1):
         for i in (0, 1):
             b = f"x{20 + i}"
@@ -290,9 +278,8 @@ def weights(kind: str, groups: int) -> str:
             for half in (0, 1):
                 lines.append(f"mul.rn.f16x2 x{30 + 2 * half + i}, {b}, x{2 * n + i + 4 * half};")
         e = 10 + 2 * n
-        lines.append(
-            mma(acc, [f"x{e}", f"x{e + 4}", f"x{e + 1}", f"x{e + 5}"], ["x20", "x21"], acc)
-        )
+        a = [f"x{e}", f"x{e + 4}", f"x{e + 1}", f"x{e + 5}"]  # rows g: lower half, g + 8: upper
+        lines.append(mma(acc, a, ["x20", "x21"], acc))
         if LOW[kind]:
             lines.append(mma(acc, ["x62", "x61", "x62", "x61"], ["x30", "x31"], acc))
             lines.append(mma(acc, ["x61", "x63", "x61", "x63"], ["x32", "x33"], acc))
@@ -302,41 +289,55 @@ def weights(kind: str, groups: int) -> str:
 
 
 @constexpr_function
-def weigh(kind: str, half_quads: int) -> str:
-    """Sums + weights . codes of 16 tokens, for all channels.
+def weigh(kind: str, half_quads: int, tiles: int) -> str:
+    """acc shrink + sums + weights . codes, of the tokens of a step, for all channels.
 
-    Operands: out sums (half, word, byte pair); in codes (for each plane: tokens a, b; c, d, or all
-    in one quad where half_quads is 1), weights, sums.
+    The large numbers that sums take away meet those of the codes before they meet `acc`, so that
+    they never swallow digits of it.
+    Operands: out acc (half, word, byte pair); in codes (for each tile and plane: tokens a, b; c, d,
+    or all in one quad where half_quads is 1), weights of each tile, sums, shrink, acc.
     """
-    tiles, vectors = 4 * half_quads, planes(kind) * half_quads
-    acc = [quad(n) for n in range(tiles)]
-    given = [quad(tiles + vectors + 1 + n) for n in range(tiles)]
-    b = quad(tiles + vectors)
-    lines = []
+    count = 4 * half_quads
+    vectors = planes(kind) * half_quads
+    first_weight = count + tiles * vectors
+    sums, shrink = quad(first_weight + tiles), quad(first_weight + tiles + 1)
+    lines = [f"mov.f32 f{40 + n}, {sums[n // 4 * 2 + n % 2]};" for n in range(8)]
     for plane in range(planes(kind)):
-        registers = [x for n in range(half_quads) for x in quad(tiles + plane * half_quads + n)]
         for w in range(half_quads):
-            tokens = registers[w::half_quads]  # word w of a, b, c, d
             for u in (0, 1):
-                lines += _weigh_pair(kind, half_quads, plane, w, u, tokens, acc, given, b)
+                halves = (0, 1) if kind == "int4" else (plane,)
+                for i in range(tiles):
+                    at = count + i * vectors + plane * half_quads
+                    registers = [x for n in range(half_quads) for x in quad(at + n)]
+                    tokens = registers[w::half_quads]  # word w of a, b, c, d
+                    start = 0 if i else 40
+                    lines += _weigh_pair(kind, u, halves, tokens, quad(first_weight + i), start)
+                for half in halves:
+                    n = half * 2 * half_quads + 2 * w + u
+                    acc = quad(first_weight + tiles + 2 + n)
+                    lines += [
+                        f"fma.rn.f32 {quad(n)[r]}, {acc[r]}, {shrink[r]}, f{4 * half + r};"
+                        for r in range(4)
+                    ]
     return block(lines)
 
 
 @constexpr_function
 def _weigh_pair(
-    kind: str, half_quads: int, plane: int, w: int, u: int, tokens: list[str],
-    acc: list[list[str]], given: list[list[str]], b: list[str],
-) -> list[str]:  # fmt: skip
-    """Bytes 2u and 2u + 1 of word w of four tokens."""
+    kind: str, u: int, halves: tuple[int, ...], tokens: list[str], b: list[str], start: int
+) -> list[str]:
+    """f0 .. f3 (lower half), f4 .. f7 (upper) = weights . bytes 2u and 2u + 1 of four tokens, plus
+    the floats from `start` on."""
     lines = []
     # int4: bytes [a a b b] of two tokens, nibbles of the same place then lie 16 bits apart.
     chosen = ("0x5410", "0x7632") if kind == "int4" else ("0x5140", "0x7362")
     for i in (0, 1):
         lines.append(f"prmt.b32 x{20 + i}, {tokens[2 * i]}, {tokens[2 * i + 1]}, {chosen[u]};")
         lines += numbers([f"x{4 * i + r}" for r in range(4)], f"x{20 + i}", kind, "x22")
-    for half in (0, 1) if kind == "int4" else (plane,):
-        first = 2 * (half if kind == "int4" else 0)
-        tile = half * 2 * half_quads + 2 * w + u
+    for half in halves:
+        first = 2 * half if kind == "int4" else 0
+        acc = [f"f{4 * half + r}" for r in range(4)]
         a = [f"x{first}", f"x{first + 1}", f"x{4 + first}", f"x{5 + first}"]
-        lines.append(mma(acc[tile], a, b[2 * half :][:2], given[tile]))
+        before = [f"f{start + 4 * half + r}" for r in range(4)]
+        lines.append(mma(acc, a, b[2 * half :][:2], before))
     return lines

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
-from saccade.core.formats import Codes
+from saccade.core.formats import FP8, Codes
 from saccade.ops import tuning
 from saccade.ops.attend.triton_decode import Pages, decode_kernel, merge_kernel
 from saccade.ops.attend.triton_launch import (
@@ -285,6 +285,8 @@ def _scan_codes(
         BLOCK_N=block_n,
         BITS_K=kv.bits_k,
         BITS_V=kv.bits_v,
+        FLOAT_K=kv.k.codes.dtype == FP8,
+        FLOAT_V=kv.v.codes.dtype == FP8,
         K_GROUP=kv.k_group,
         V_GROUP=problem.v.shape[-1] // kv.v.scale.shape[3],
         FAST=problem.q.is_cuda,
