@@ -14,9 +14,10 @@ from torch import Tensor
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
 from saccade.cache.step import Appended, Cursor
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
-from saccade.core.formats import FP8, Codes, quantize_keys, quantize_values
+from saccade.core.formats import FP8, Codes
 from saccade.ops.append import Slots, Turn, append
 from saccade.ops.hadamard import rotate
+from saccade.ops.pack import pack_keys, pack_values
 
 GROWTH_STEP = 1024
 
@@ -249,16 +250,13 @@ class QuantizedCache:
             return
         self._make_room(self._packed + count)
         assert self._k is not None and self._v is not None
+        tokens = slice(self._packed, self._packed + count)
+        groups = slice(tokens.start // self._group, tokens.stop // self._group)
+        keys = Codes(self._k.codes[:, :, tokens], *(s[:, :, groups] for s in self._k[1:]))
+        values = Codes(*(part[:, :, tokens] for part in self._v))
+        pack_keys(k, self._typed(keys), bits=self._bits_k, group=self._group)
         v_group = self._v_group(v.shape[3])
-        keys = quantize_keys(k, bits=self._bits_k, group=self._group, fp8=self._fp8)
-        values = quantize_values(v, bits=self._bits_v, group=v_group, fp8=self._fp8)
-        first, groups = self._packed, slice(self._packed // self._group, None)
-        self._k.codes[:, :, first : first + count] = keys.codes.view(torch.uint8)
-        for store, new in zip(self._k[1:], keys[1:], strict=True):
-            store[:, :, groups][:, :, : new.shape[2]] = new
-        self._v.codes[:, :, first : first + count] = values.codes.view(torch.uint8)
-        for store, new in zip(self._v[1:], values[1:], strict=True):
-            store[:, :, first : first + count] = new
+        pack_values(v, self._typed(values), bits=self._bits_v, group=v_group)
         self._packed += count
 
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:

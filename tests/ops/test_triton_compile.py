@@ -86,9 +86,10 @@ def test_decode_loads_asynchronously(storage):
     pages = Pages(table, 512, 0, 16384, 16384) if storage == "paged" else Pages()
     ptx = compiled(
         decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
-        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16,
+        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, EARLY=True,
     )  # fmt: skip
     assert "cp.async.cg" in ptx and "mma.sync" in ptx
+    assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
 @pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
@@ -117,3 +118,28 @@ def test_appending_compiles(hadamard):
         DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, TURN=True, MIX=hadamard,
     )  # fmt: skip
     assert len(re.findall(r"st\.global", found.asm["ptx"])) <= 3 * (2 + 2 * hadamard)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_packing_compiles(dtype):
+    """A group is read once and its codes are stored as they come, fp8 by conversion."""
+    from saccade.ops.attend.triton_pack import keys_kernel, values_kernel, write_kernel
+
+    codes = plane(meta(1, KV_HEADS, LENGTH, DIM, dtype=dtype))
+    k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
+    v_scale = plane(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
+    sizes = {"heads": KV_HEADS, "HALF": DIM // 2, "BLOCK_D": DIM // 2, "BITS": 8}
+    packing = sizes | {"x": K, "IS_FP8": dtype != torch.uint8, "GROUP": 64}
+    keys, values = Coded(codes, k_scale, k_scale), Coded(codes, v_scale, v_scale)
+    options = {"num_warps": 4, "num_stages": 1}
+    for kernel, arguments in (
+        (keys_kernel, packing | {"coded": keys, "BLOCK": 64}),
+        (values_kernel, packing | {"coded": values, "length": LENGTH, "TOKENS": 32}),
+        (write_kernel, sizes | {"coded": keys, "out": K, "length": LENGTH, "ROWS": 32,
+                                "TOKENS": 64, "CHANNELS": 1}),
+    ):  # fmt: skip
+        ptx = compile_for(kernel, options=options, **arguments).asm["ptx"]
+        assert not re.search(r"(ld|st)\.local", ptx)
+        assert ("cvt.rn.satfinite.e4m3x2" in ptx) == (
+            dtype != torch.uint8 and kernel is not write_kernel
+        )

@@ -15,7 +15,7 @@ from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
 MAX_SPANS = 4
-MANY_QUERIES = 16  # more of them than this, over plain keys, is prefill
+MANY_QUERIES = 16  # more of them than this is prefill
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -92,6 +92,11 @@ def run(call: AttentionCall) -> AttentionOutput:
             # Laid out as the queries are, which models turn into rows of tokens without a copy.
             same = problem.q.shape[3] == problem.v.shape[3]
             return forward(problem, torch.empty_like(problem.q) if same else None)
+    elif call.q.shape[2] > MANY_QUERIES:
+        from saccade.ops.attend.triton_pieces import run_pieces, suits
+
+        if suits(call):
+            return run_pieces(call)
     from saccade.ops.attend.triton_views import run_view
 
     return run_view(call)
