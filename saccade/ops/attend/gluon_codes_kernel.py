@@ -36,15 +36,14 @@ def quads(warps):
 
 
 @gluon.jit
-def places(WARPS: gl.constexpr):
-    """(warp, g, t, register) of each element, ready to broadcast."""
-    Q: gl.constexpr = quads(WARPS)
-    w: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, Q)))
-    g: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, Q)))
-    t: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, Q)))
-    r: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, Q)))
+def places(LENGTH: gl.constexpr, LAYOUT: gl.constexpr):
+    """Indices of each element of `[LENGTH, g 8, t 4, registers 4]`, ready to broadcast."""
+    w: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
+    g: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT)))
+    t: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT)))
+    r: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
     return (
-        gl.arange(0, WARPS, layout=w)[:, None, None, None],
+        gl.arange(0, LENGTH, layout=w)[:, None, None, None],
         gl.arange(0, 8, layout=g)[None, :, None, None],
         gl.arange(0, 4, layout=t)[None, None, :, None],
         gl.arange(0, 4, layout=r)[None, None, None, :],
@@ -302,13 +301,70 @@ def real_codes(words, token, k_len, HALF: gl.constexpr):
     return kept
 
 
+@gluon.jit
+def join(acc, m, l, unit, out, lse, split, tile, out_split, lse_split, b, kv_head, q_len,
+         HALF: gl.constexpr, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr,
+         WARPS: gl.constexpr):  # fmt: skip
+    """Write what the warps of a program found together: through shared memory, once.
+
+    There a warp holds some of the quads, of all warps: `[quads, warps, g 8, t 4, registers 4]`.
+    """
+    QUADS: gl.constexpr = HALF // 8
+    SHARE: gl.constexpr = max(QUADS // WARPS, 1)
+    ALL: gl.constexpr = gl.BlockedLayout(
+        [SHARE, WARPS, 1, 1, 4], [1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    ONE: gl.constexpr = gl.SliceLayout(0, ALL)  # [warps, 8, 4, 4]
+    FLAT: gl.constexpr = gl.BlockedLayout(
+        [SHARE * WARPS, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
+    )
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    stacked = gl.join(gl.join(acc[0], acc[1]), gl.join(acc[2], acc[3]))
+    if QUADS == 8:
+        more = gl.join(gl.join(acc[4], acc[5]), gl.join(acc[6], acc[7]))
+        stacked = gl.join(stacked, more).permute((6, 5, 4, 0, 1, 2, 3))
+    else:
+        stacked = stacked.permute((5, 4, 0, 1, 2, 3))
+    sums = gl.allocate_shared_memory(
+        gl.float32, [QUADS * WARPS, 8, 4, 4], plain, stacked.reshape([QUADS * WARPS, 8, 4, 4])
+    )
+    both = gl.join(m, l).permute((4, 0, 1, 2, 3)).reshape([2 * WARPS, 8, 4, 4])
+    rows = gl.allocate_shared_memory(gl.float32, [2 * WARPS, 8, 4, 4], plain, both)
+    m = rows.slice(0, WARPS).load(ONE)
+    top = gl.max(m, axis=0)
+    share = gl.exp2((m - gl.expand_dims(top, 0)) * unit)
+    total = gl.sum(rows.slice(WARPS, WARPS).load(ONE) * share, axis=0)
+    F: gl.constexpr = gl.SliceLayout(1, ALL)
+    total = gl.convert_layout(total, gl.SliceLayout(0, F))
+    top = gl.convert_layout(top, gl.SliceLayout(0, F))
+    empty = total == 0
+    safe = gl.where(empty, 1.0, total)
+    parts = gl.convert_layout(sums.load(FLAT).reshape([QUADS, WARPS, 8, 4, 4]), ALL)
+    joined = gl.sum(parts * gl.expand_dims(share, 0), axis=1)  # [quads, 8, 4, 4]
+    joined = joined / gl.expand_dims(safe, 0)
+
+    n_at, g, t, r = places(QUADS, F)
+    channel = n_at // (QUADS // 2) * HALF + n_at % (QUADS // 2) * 2 + g * (HALF // 8) + r // 2
+    column = tile * ROWS + 2 * t + r % 2
+    keep = column < GROUPS * q_len
+    h = kv_head * GROUPS + column % GROUPS
+    index = column // GROUPS
+    at = out.ptr + split.to(gl.int64) * out_split + b * out.batch
+    at = at + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
+    gl.store(at + channel, joined.to(out.ptr.dtype.element_ty), mask=keep & (channel >= 0))
+    found = gl.where(empty, float("-inf"), (top * unit + gl.log2(safe) - RAISED) * LN2)
+    lse_at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
+    found = gl.expand_dims(found, 0) + channel * 0.0
+    gl.store(lse_at + channel * 0, found, mask=keep & (channel == 0))
+
+
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def codes_kernel(
     q, k_codes, k_scale, k_offset, v_codes, v_scale, v_offset, out, lse, bounds, window, scale,
-    q_len, k_len, q_offset, splits, out_split, lse_split, kv_heads, groups,
+    q_len, k_len, q_offset, out_split, lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr,
     D: gl.constexpr, KIND_K: gl.constexpr, KIND_V: gl.constexpr, K_GROUP: gl.constexpr,
     V_GROUPS: gl.constexpr, TILES: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
-    EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split of the keys, for eight rows of one KV head."""
     HALF: gl.constexpr = D // 2
@@ -317,31 +373,30 @@ def codes_kernel(
     V_ROW: gl.constexpr = HALF * ptx.planes(KIND_V)
     SLOTS: gl.constexpr = 2 * TILES  # keys of a lane
     KEYS: gl.constexpr = 8 * SLOTS
-    tile = gl.program_id(0) // splits
-    split = gl.program_id(0) % splits
-    b = (gl.program_id(1) // kv_heads).to(gl.int64)
-    kv_head = gl.program_id(1) % kv_heads
+    split = gl.program_id(0)
+    splits = gl.num_programs(0)
+    tile = gl.program_id(1)
+    b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
+    kv_head = gl.program_id(2) % KV_HEADS
+    if EARLY:
+        gl.inline_asm_elementwise(ptx.begin_early(), "=r", [], gl.int32, False, 1)
     k_len, q_offset = extent(bounds, b, kv_head, k_len, q_offset)
-    w, g, t, r = places(WARPS)
+    w, g, t, r = places(WARPS, quads(WARPS))
     whole = w * 0 + g * 0 + t * 0 + r * 0  # every tensor that registers hold has its shape
 
-    # Row n of the product is query n // groups of head n % groups; missing rows repeat the last.
-    rows = groups * q_len
+    # Row n of the product is query n // GROUPS of head n % GROUPS; missing rows repeat the last.
+    rows = GROUPS * q_len
     row = gl.minimum(tile * ROWS + g + whole, rows - 1)
-    h = kv_head * groups + row % groups
-    index = row // groups
+    h = kv_head * GROUPS + row % GROUPS
+    index = row // GROUPS
     q_at = q.ptr + b * q.batch + h.to(gl.int64) * q.head + index.to(gl.int64) * q.row
-    queries = load_queries(
-        q_at.to(gl.int64) + t * (HALF // 2), q.ptr.dtype.element_ty == gl.bfloat16, HALF
-    )
-
     # Columns 2t, 2t + 1 of scores and sums are rows of queries too: what do they see?
     column = tile * ROWS + 2 * t + r % 2 + whole
-    q_pos = q_offset + gl.minimum(column, rows - 1) // groups
+    q_pos = q_offset + gl.minimum(column, rows - 1) // GROUPS
     high = whole + k_len
     low = whole
-    first_q = q_offset + tile * ROWS // groups
-    last_q = q_offset + gl.minimum(tile * ROWS + ROWS - 1, rows - 1) // groups
+    first_q = q_offset + tile * ROWS // GROUPS
+    last_q = q_offset + gl.minimum(tile * ROWS + ROWS - 1, rows - 1) // GROUPS
     stop, full_stop = k_len, k_len
     first, full_first = 0, 0
     if CAUSAL:
@@ -390,6 +445,9 @@ def codes_kernel(
     step = gl.minimum(begin + w + whole, gl.maximum(end - 1, 0))
     k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
     v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
+    queries = load_queries(
+        q_at.to(gl.int64) + t * (HALF // 2), q.ptr.dtype.element_ty == gl.bfloat16, HALF
+    )
     for at in range(begin, end, WARPS):
         group = step * KEYS // K_GROUP
         scale_words = fetch_channels(k_scale_at + group.to(gl.int64) * (2 * D), HALF)
@@ -397,10 +455,10 @@ def codes_kernel(
         ahead = step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
         tokens = fetch_tokens(v_scale_at + ahead, v_offset_at + ahead, V_GROUPS, TILES)
         step = gl.minimum(at + WARPS + w + whole, end - 1)
-        if EARLY is not None:
+        if AHEAD is not None:
             keys_at = early_keys + (step * KEYS // K_GROUP).to(gl.int64) * (2 * D)
             tokens_at = early_tokens + step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
-            ask_early(gl.where(t < 2, keys_at, tokens_at), EARLY)
+            ask_early(gl.where(t < 2, keys_at, tokens_at), AHEAD)
         s, shift = scores_of(queries, scale_words, offset_words, k_words, KIND_K, HALF)
         k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
         key = at * KEYS
@@ -414,24 +472,5 @@ def codes_kernel(
         p, m, l, shrink = softmax_step(s, shift, m, l, unit)
         acc = taken(acc, shrink, p, tokens, v_words, KIND_V, HALF, V_GROUPS)
         v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
-    l = over_keys((l,), "add")
-    top = gl.max(m, axis=0)[None]
-    share = gl.exp2((m - top) * unit) + whole
-    total = gl.sum(l * share, axis=0)
-    empty = total == 0
-    safe = gl.where(empty, 1.0, total)
-    J: gl.constexpr = gl.SliceLayout(0, quads(WARPS))
-    column = gl.convert_layout(gl.max(column, axis=0), J)
-    h = kv_head * groups + column % groups
-    index = column // groups
-    keep = column < rows
-    to = out.ptr + split.to(gl.int64) * out_split + b * out.batch
-    to = to + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
-    channel = gl.max(g * (HALF // 8) + r // 2 + whole, axis=0)
-    for n in gl.static_range(4 * PARTS):
-        joined = gl.sum(acc[n] * share, axis=0) / safe
-        joined = joined.to(out.ptr.dtype.element_ty)
-        gl.store(to + channel + n // (2 * PARTS) * HALF + n % (2 * PARTS) * 2, joined, mask=keep)
-    lse_at = lse + split.to(gl.int64) * lse_split + (b * kv_heads * groups + h) * q_len + index
-    found = (gl.max(m, axis=0) * unit + gl.log2(safe) - RAISED) * LN2
-    gl.store(lse_at, gl.where(empty, float("-inf"), found), mask=keep & (channel == 0))
+    join(acc, m, over_keys((l,), "add"), unit, out, lse, split, tile, out_split, lse_split, b,
+         kv_head, q_len, HALF, KV_HEADS, GROUPS, WARPS)  # fmt: skip

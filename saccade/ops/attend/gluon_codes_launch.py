@@ -27,14 +27,14 @@ class CodesLaunch:
         warps: warps of a program, each with keys of its own.
         per_sm: programs of a multiprocessor.
         registers: most registers a thread may take, 0 for what the compiler likes.
-        early: the cache into which the next step's scales are brought, or None.
+        ahead: the cache into which the next step's scales are brought, or None.
     """
 
     tiles: int
     warps: int
     per_sm: int
     registers: int = 0
-    early: str | None = "L2"
+    ahead: str | None = "L2"
 
     @property
     def keys(self) -> int:
@@ -84,7 +84,7 @@ def scan_codes(
     launch, heads = launch_of(kv), kv.recent_k.shape[1]
     row_tiles = row_tiles_of(problem, heads)
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
-    codes_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
+    codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
         plane(aligned(problem.q)),
         *(plane(part) for part in bytes_of(kv.k)),
         *(plane(part) for part in bytes_of(kv.v)),
@@ -96,12 +96,13 @@ def scan_codes(
         problem.q.shape[2],
         kv.num_packed,
         problem.q_offset,
-        splits,
         parts.out.stride(0),
         parts.lse.stride(0),
-        heads,
-        problem.q.shape[1] // heads,
+        KV_HEADS=heads,
+        GROUPS=problem.q.shape[1] // heads,
         CAUSAL=problem.causal,
+        EARLY=True,
+        launch_pdl=True,
         num_warps=launch.warps,
         **constants(kv, launch),
         **({"maxnreg": launch.registers} if launch.registers else {}),
@@ -118,7 +119,7 @@ def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str | Non
         "V_GROUPS": kv.v.scale.shape[3],
         "TILES": launch.tiles,
         "WARPS": launch.warps,
-        "EARLY": launch.early,
+        "AHEAD": launch.ahead,
     }
 
 

@@ -122,6 +122,12 @@ def prefetch(level: str) -> str:
 
 
 @constexpr_function
+def begin_early() -> str:
+    """Wait for what the kernels before have written, then let the next one start (sm_90)."""
+    return "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+
+
+@constexpr_function
 def to_half() -> str:
     """A quad of bfloat16 pairs as float16 pairs."""
     lines = []
