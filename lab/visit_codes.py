@@ -56,33 +56,29 @@ def check_one(kind, dtype, dim, v_group, heads, batch, keys, recent, queries, wi
 def check():
     half, bfloat = torch.float16, torch.bfloat16
     cases = [
-        (kind, bfloat, 128, 64, (32, 8), 2, 2048, 0, 1, None) for kind in KINDS
-    ] + [
-        ("int8", half, 128, 64, (8, 2), 1, 64, 0, 1, None),
-        ("int4", half, 128, 64, (8, 2), 1, 576, 7, 1, None),
-        ("int4", half, 128, 128, (8, 2), 3, 1088, 70, 3, None),
-        ("int4", half, 64, 64, (9, 3), 2, 1088, 70, 1, 100),
+        ("int4", bfloat, 128, 64, (32, 8), 2, 2048, 0, 1, None),
         ("int8", half, 64, 64, (9, 3), 2, 1088, 70, 5, None),
-        ("int8", half, 64, 32, (6, 1), 2, 1088, 1, 16, 777),
+        ("int4", half, 128, 128, (8, 2), 3, 1088, 70, 3, None),
         ("fp8", half, 64, 64, (6, 1), 2, 1088, 1, 16, 777),
-        ("fp8", bfloat, 128, 64, (6, 1), 2, 4096, 64, 2, 300),
-        ("k8v4", half, 128, 64, (4, 4), 2, 4096, 64, 1, None),
+        ("int8", half, 64, 32, (6, 1), 2, 1088, 1, 16, 777),
         ("k8v4", half, 64, 64, (4, 2), 2, 320, 0, 10, 90),
+        ("int4", half, 64, 64, (9, 3), 2, 1088, 70, 1, 100),
+        ("fp8", bfloat, 128, 64, (6, 1), 2, 4096, 64, 2, 300),
+        ("int8", half, 128, 64, (8, 2), 1, 64, 0, 1, None),
+        ("k8v4", half, 128, 64, (4, 4), 2, 4096, 64, 1, None),
         ("int8", bfloat, 128, 64, (32, 8), 1, 32768, 0, 1, None),
         ("int4", half, 128, 64, (32, 8), 1, 32768, 0, 1, None),
-    ]  # fmt: skip
+        ("int8", half, 128, 64, (64, 2), 1, 1024, 0, 2, None),
+    ]
     for case in cases:
-        for backend in ("gluon", "triton"):
+        for backend in ("gluon",) if case[0] != "fp8" else ("gluon", "triton"):
             try:
-                if backend == "triton" and case[0] == "fp8" and len(sys.argv) < 3:
-                    continue
                 a, b, c, d = check_one(*case, backend)
                 fine = a <= 2 * b + 2e-3 and c <= max(2 * d, 1e-3)
                 print("ok  " if fine else "BAD ", backend, *case, f"{a:.1e} eager {b:.1e}",
                       f"lse {c:.1e} eager {d:.1e}", flush=True)  # fmt: skip
             except Exception as error:
                 print("FAIL", backend, *case, type(error).__name__, str(error)[:300], flush=True)
-    growing()
 
 
 def growing():
@@ -156,18 +152,16 @@ def measure(batch, length, kinds, launches, queries=1, baseline=True):
 
 def timing():
     print(torch.cuda.get_device_name(), ceilings(), flush=True)
-    four = [
-        CodesLaunch(4, 4, 2), CodesLaunch(4, 4, 2, 0, "L1"), CodesLaunch(4, 4, 2, 0, None),
-        CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 2), CodesLaunch(2, 4, 3, 168),
-    ]  # fmt: skip
-    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 4, 2, 0, "L1"), CodesLaunch(2, 2, 4)]
+    four = [CodesLaunch(4, 4, 2), CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 3, 168)]
+    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 2, 4)]
     for batch, length in ((1, 131072), (16, 8192), (1, 32768), (1, 8192)):
-        measure(batch, length, ["int4"], four if batch * length == 131072 else four[:1])
-        measure(batch, length, ["int8", "fp8", "k8v4"], eight[:2], baseline=False)
+        measure(batch, length, ["int4"], four[: 3 if length == 131072 else 2])
+        measure(batch, length, ["int8"], eight, baseline=False)
+        measure(batch, length, ["fp8", "k8v4"], eight[1:], baseline=False)
         torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
     begin = time.time()
-    {"check": check, "time": timing}[sys.argv[1]]()
+    {"check": check, "growing": growing, "time": timing}[sys.argv[1]]()
     print(f"{time.time() - begin:.0f} s")
