@@ -131,7 +131,10 @@ def measure(batch, length, kinds, launches, queries=1, baseline=True):
             [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
              for q, (k, v) in zip(qs, stores, strict=True)], loops,
         )  # fmt: skip
-        print(f"B{batch} {length} q{queries} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s", flush=True)
+        print(
+            f"B{batch} {length} q{queries} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s",
+            flush=True,
+        )
     for kind in kinds:
         views = [view_of(k, v, kind) for k, v in stores]
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
@@ -145,7 +148,10 @@ def measure(batch, length, kinds, launches, queries=1, baseline=True):
                      for q, view in zip(qs, views, strict=True)], loops,
                 )  # fmt: skip
                 faster = f" {base / took:.2f}x" if base else ""
-                print(f"B{batch} {length} q{queries} {kind} {took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster} {launch}", flush=True)
+                print(
+                    f"B{batch} {length} q{queries} {kind} {took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster} {launch}",
+                    flush=True,
+                )
             except Exception as error:
                 print(kind, launch, type(error).__name__, str(error)[:200], flush=True)
 
