@@ -1,7 +1,8 @@
 """Decoding over codes on a card: correct first, then microseconds beside bf16.
 
 python lab/visit_codes.py check
-python lab/visit_codes.py time [KEY=VALUE ...]     # a configuration as CodesLaunch takes it
+python lab/visit_codes.py growing      # counts on the device, poison behind them
+python lab/visit_codes.py time
 """
 
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks.gpu_attention import ceilings, graph_seconds, random
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attend import gluon_codes_launch
@@ -81,6 +82,15 @@ def check():
                 print("FAIL", backend, *case, type(error).__name__, str(error)[:300], flush=True)
 
 
+def first_of(view, packed, recent):
+    """The first keys of a view alone."""
+    return QuantizedKV(
+        Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+        Codes(*(x[:, :, :packed] for x in view.v)),
+        view.recent_k[:, :, :recent], view.recent_v[:, :, :recent], view.bits_k, view.bits_v, 64,
+    )  # fmt: skip
+
+
 def growing():
     """Counts on the device, poison behind them, and per-row lengths."""
     k, v = (torch.randn(2, 2, 512, 128, device="cuda", dtype=torch.float16) for _ in range(2))
@@ -88,14 +98,7 @@ def growing():
     for kind in KINDS:
         for packed in (0, 64, 320, 448):
             view = view_of(k, v, kind, 64)
-            part = lambda x, n: x[:, :, :n]
-            truth = attend(
-                q, QuantizedKV(
-                    type(view.k)(part(view.k[0], packed), *(part(x, packed // 64) for x in view.k[1:])),
-                    type(view.k)(*(part(x, packed) for x in view.v)),
-                    view.recent_k[:, :, :33], view.recent_v[:, :, :33], view.bits_k, view.bits_v, 64,
-                ), mask=Mask(), backend="tiled",
-            )  # fmt: skip
+            truth = attend(q, first_of(view, packed, 33), mask=Mask(), backend="tiled")
             for x in view.v[1:]:
                 x[:, :, packed:] = torch.nan
             for x in view.k[1:]:
@@ -139,19 +142,15 @@ def measure(batch, length, kinds, launches, queries=1, baseline=True):
         views = [view_of(k, v, kind) for k, v in stores]
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
         for launch in launches:
-            name = launch if isinstance(launch, str) else "gluon"
-            if not isinstance(launch, str):
-                gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), launch)
+            gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), launch)
             try:
                 took = graph_seconds(
-                    [lambda q=q, view=view: attend(q, view, mask=Mask(), backend=name).out
+                    [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
                      for q, view in zip(qs, views, strict=True)], loops,
                 )  # fmt: skip
                 faster = f" {base / took:.2f}x" if base else ""
-                print(
-                    f"B{batch} {length} q{queries} {kind} {took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster} {launch}",
-                    flush=True,
-                )
+                speed = f"{took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster}"
+                print(f"B{batch} {length} q{queries} {kind} {speed} {launch}", flush=True)
             except Exception as error:
                 print(kind, launch, type(error).__name__, str(error)[:200], flush=True)
 

@@ -11,7 +11,7 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, DenseKV, GrowingKV, QuantizedKV
+from saccade.core import AttentionOutput, DenseKV
 from saccade.ops.attend import gluon_codes
 from saccade.ops.call import AttentionCall
 
@@ -37,7 +37,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"
-    if isinstance(call.kv, (QuantizedKV, GrowingKV)):
+    if gluon_codes.reads(call.kv):
         return gluon_codes.refusal(call)
     return _problem_refusal(call) or _layout_refusal(call)
 
@@ -100,7 +100,7 @@ def _copyable(x: Tensor) -> bool:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
-    if isinstance(call.kv, (QuantizedKV, GrowingKV)):
+    if gluon_codes.reads(call.kv):
         return gluon_codes.run(call)
     from saccade.ops.attend.gluon_launch import forward
     from saccade.ops.attend.triton_problem import dense_problem

@@ -9,11 +9,33 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, GrowingKV, QuantizedKV
+from saccade.core.kv import KVView
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
 KEY_GROUP = 64
 MOST_ROWS = 128  # query heads of a group times queries; more of them is prefill
+MEASURED_ROWS, MEASURED_DIM = 8, 128  # eight rows: keys are read once for all of them
+
+
+def reads(kv: KVView) -> bool:
+    """Whether a view holds codes."""
+    return isinstance(kv, (QuantizedKV, GrowingKV))
+
+
+def unmeasured(call: AttentionCall) -> str | None:
+    """Why `auto` leaves a call over codes to others, or None."""
+    rows, dim = _rows(call), call.q.shape[3]
+    if rows <= MEASURED_ROWS and dim == MEASURED_DIM:
+        return None
+    return (
+        f"over codes it was measured to win with up to {MEASURED_ROWS} queries x heads of a group "
+        f"and head_dim {MEASURED_DIM}, here {rows} and {dim}"
+    )
+
+
+def _rows(call: AttentionCall) -> int:
+    return call.num_groups * call.q.shape[2]
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -44,7 +66,7 @@ def _meaning(call: AttentionCall) -> str | None:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    rows = call.q.shape[1] // kv.shape[1] * call.q.shape[2]
+    rows = _rows(call)
     if not 0 < rows <= MOST_ROWS:
         return f"over codes it takes 1 to {MOST_ROWS} queries x heads of a group, got {rows}"
     return None
