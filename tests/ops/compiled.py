@@ -95,7 +95,7 @@ def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> An
 
 
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
-    """The Gluon kernel for codes, bfloat16 queries, one of them, causal, as the launcher cuts it."""
+    """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon_codes_kernel import codes_kernel
     from saccade.ops.attend.gluon_codes_launch import LAUNCHES
     from saccade.ops.tiles import Bounds

@@ -2,8 +2,8 @@
 
 A tensor here is `[warps, g 8, t 4, registers 4]`: what each lane 4 g + t of each warp holds in four
 registers, a "quad".  Codes go from memory straight into the registers where the matrix units want
-them.  Slot j of a lane is key (g // 2) * 2 SLOTS + 2 j + g % 2 of a step, and lane t owns the values
-of tokens 2 SLOTS t onwards, so that neighbours in memory are asked for together.
+them.  Slot j of a lane is key (g // 2) * 2 SLOTS + 2 j + g % 2 of a step, and lane t owns the
+values of tokens 2 SLOTS t onwards, so that neighbours in memory are asked for together.
 """
 
 from __future__ import annotations
