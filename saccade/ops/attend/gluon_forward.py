@@ -47,18 +47,21 @@ def _produce(
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     K_STAGES: gl.constexpr = k_mem.shape[0]
     V_STAGES: gl.constexpr = v_mem.shape[0]
-    k_stage, k_phase, v_stage, v_phase, q_phase = 0, 1, 0, 1, 1
+    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
+    k_stage, k_phase, v_stage, v_phase, q_stage, q_phase = 0, 1, 0, 1, 0, 1
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
         b = at // heads
         h = at % heads
-        mbarrier.wait(q_empty, q_phase)
-        mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
+        arrived = q_full.index(q_stage)
+        mbarrier.wait(q_empty.index(q_stage), q_phase)
+        mbarrier.expect(arrived, CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(
-                q_desc, [b, h, tile * M + c * ROWS, 0], q_full, q_mem.index(c)
-            )
-        q_phase ^= 1
+                q_desc, [b, h, tile * M + c * ROWS, 0], arrived,
+                q_mem.index(q_stage * CONSUMERS + c),
+            )  # fmt: skip
+        q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
         where, _right, _full, total, _num_keys = plan(
             tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
         )
@@ -233,10 +236,10 @@ def _consume(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
-    q_tile = q_mem.index(WHO).reshape([ROWS, D])
+    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     weights = gl.zeros([ROWS, N], gl.float32, S)
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    q_phase = 0
+    q_at = gl.to_tensor(0), gl.to_tensor(0)
     k_at = gl.to_tensor(0), gl.to_tensor(0)
     v_at = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(1 if WHO == 0 else 0)
@@ -249,8 +252,9 @@ def _consume(
             CAUSAL, M, N,
         )  # fmt: skip
         acc = gl.zeros([ROWS, D], gl.float32, O)
-        mbarrier.wait(q_full, q_phase)
-        q_phase ^= 1
+        q_stage, q_phase = q_at
+        mbarrier.wait(q_full.index(q_stage), q_phase)
+        q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
         start = key_tile(0, where, visits) * N
         m, l, shrink, weights, k_at = _first(
             q_tile,
@@ -283,7 +287,7 @@ def _consume(
             )  # fmt: skip
         acc, m, l, shrink, weights, k_at, v_at, turn = state
         if not SHARED_OUT:
-            mbarrier.arrive(q_empty)
+            mbarrier.arrive(q_empty.index(q_stage))
         acc, v_at = _last(acc, shrink, weights, v_mem, v_at, bars)
         acc, row_lse = _finish(acc, m, l, unit, sink_logits, at % heads)
         lse_at = lse + at.to(gl.int64) * q_len + row + index
@@ -295,7 +299,8 @@ def _consume(
         tma.async_copy_shared_to_global(o_desc, [at // heads, at % heads, row, 0], o_mem.index(WHO))
         if SHARED_OUT:
             tma.store_wait(0)
-            mbarrier.arrive(q_empty)
+            mbarrier.arrive(q_empty.index(q_stage))
+        q_at = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)
 
 
@@ -327,7 +332,7 @@ def forward_kernel(
     q, k, v, out, lse, sink_logits, rules, visits, scale, q_len, k_len, q_offset, batch, heads,
     groups, tiles, section, num_work,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`."""
@@ -337,7 +342,7 @@ def forward_kernel(
     k_desc = _describe(k, batch, heads // groups, k_len, N, D)
     v_desc = _describe(v, batch, heads // groups, k_len, N, D)
     o_desc = _describe(out, batch, heads, q_len, ROWS, D)
-    q_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, N, D], v_desc.layout)
     if SHARED_OUT:
@@ -345,15 +350,16 @@ def forward_kernel(
     else:
         o_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(K_STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=CONSUMERS)

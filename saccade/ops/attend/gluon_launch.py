@@ -27,7 +27,7 @@ class GluonLaunch:
     Attributes:
         consumers: warpgroups that compute, each 64 queries.
         block_n: keys of a tile.
-        k_stages, v_stages: tiles of keys and of values that are in flight or in use.
+        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight or in use.
         registers: per thread of a consumer.
         turns: consumers ask the matrix units in turns.
         shared_out: results leave through the memory of the queries (no room for their own).
@@ -35,6 +35,7 @@ class GluonLaunch:
 
     consumers: int
     block_n: int
+    q_stages: int
     k_stages: int
     v_stages: int
     registers: int
@@ -48,14 +49,14 @@ class GluonLaunch:
 
 
 LAUNCHES: dict[int, GluonLaunch] = {
-    64: GluonLaunch(3, 128, 3, 3, 160),
-    128: GluonLaunch(2, 128, 2, 2, 240),
-    256: GluonLaunch(2, 64, 2, 2, 240, shared_out=True),
+    64: GluonLaunch(3, 128, 2, 3, 3, 160),
+    128: GluonLaunch(2, 128, 2, 2, 2, 240),
+    256: GluonLaunch(2, 64, 1, 2, 2, 240, shared_out=True),
 }
 
 
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
-TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 3, 3, 240)}
+TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
 # A tile lies in one block of a selection, so that lists of tiles say everything about it.
 NO_BLOCKS = dict.fromkeys(
     ("allowed", "allowed_batch", "allowed_head", "allowed_row", "q_block", "k_block")
@@ -110,6 +111,7 @@ def constants(launch: GluonLaunch) -> dict[str, int | bool]:
         "M": launch.block_m,
         "N": launch.block_n,
         "CONSUMERS": launch.consumers,
+        "Q_STAGES": launch.q_stages,
         "K_STAGES": launch.k_stages,
         "V_STAGES": launch.v_stages,
         "TURNS": launch.turns,
