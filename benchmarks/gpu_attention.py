@@ -211,8 +211,8 @@ def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | N
     bytes_read = views[0][1] if window is None else size * min(1, window / length)
     took = graph_seconds(steps, loops)
     row = {
-        "case": "decode", "backend": backend, "kind": kind, "batch": batch, "length": length, "window": window,
-        "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
+        "case": "decode", "backend": backend, "kind": kind, "batch": batch, "length": length,
+        "window": window, "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
     }  # fmt: skip
     if kind == "dense" and window is None:
         for name in PEERS:
