@@ -95,7 +95,37 @@ def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> An
     )
 
 
-def compile_gluon_fp8(dim: int, *, listed: bool = False) -> Any:
+def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
+    """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
+    from saccade.ops.attend.gluon_codes_kernel import codes_kernel
+    from saccade.ops.attend.gluon_codes_launch import LAUNCHES
+    from saccade.ops.tiles import Bounds
+
+    def plane(heads: int, rows: int, width: int, dtype: torch.dtype) -> Plane:
+        x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    def codes(kind: str) -> Plane:
+        return plane(8, 8192, dim // 2 if kind == "int4" else dim, torch.uint8)
+
+    launch = min((LAUNCHES[kind_k], LAUNCHES[kind_v]), key=lambda launch: launch.tiles)
+    channels = plane(8, 128, dim, torch.float16)
+    tokens = plane(8, 8192, dim // 64, torch.float16)
+    arguments: dict[str, Any] = {
+        "q": plane(32, 1, dim, torch.bfloat16), "k_codes": codes(kind_k), "k_scale": channels,
+        "k_offset": channels, "v_codes": codes(kind_v), "v_scale": tokens, "v_offset": tokens,
+        "out": plane(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
+        "bounds": Bounds(), "window": None, "scale": 0.1, "q_len": 1, "k_len": 8192,
+        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8, "GROUPS": 4,
+        "D": dim, "KIND_K": kind_k, "KIND_V": kind_v, "K_GROUP": 64, "V_GROUPS": dim // 64,
+        "TILES": launch.tiles, "WARPS": launch.warps, "CAUSAL": True, "AHEAD": launch.ahead,
+        "EARLY": True,
+    }  # fmt: skip
+    options = {"num_warps": launch.warps}
+    return compile_for(codes_kernel, options=options, source=GluonASTSource, **arguments)
+
+
+def compile_gluon_fp8(dim: int) -> Any:
     """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon_fp8_forward import forward_kernel
     from saccade.ops.attend.gluon_fp8_launch import CONSTANTS, OPTIONS
@@ -104,12 +134,11 @@ def compile_gluon_fp8(dim: int, *, listed: bool = False) -> Any:
         x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")
         return Plane(x, *x.stride()[:3])
 
-    lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
     arguments: dict[str, Any] = {
         "q": plane(32, 8192, dim), "k": plane(8, 8192, dim), "v": plane(8, dim, 8192),
         "out": plane(32, 8192, dim, dtype=torch.bfloat16),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": RULES,
-        "visits": Visits(lists, lists, 0, 64 * 64, 64) if listed else Visits(),
+        "visits": Visits(),
         "scales": tuple(torch.empty(1, heads, device="meta") for heads in (32, 8, 8)),
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "k_padded": 8192, "q_offset": 0, "batch": 1,
         "heads": 32, "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True,

@@ -10,7 +10,7 @@ import torch
 from saccade.core import AttentionOutput, ScaledKV
 from saccade.core.formats import FP8
 from saccade.core.scaled import scale_of
-from saccade.ops.attend.gluon import HOPPER, TRITON, _blocks_refusal, _copyable, _triton_version
+from saccade.ops.attend.gluon import HOPPER, TRITON, _copyable, _triton_version
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
@@ -33,15 +33,18 @@ def refusal(call: AttentionCall) -> str | None:
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
     assert isinstance(call.kv, ScaledKV)
-    if not call.kv.codes.is_plain or not call.with_(blocks=None).is_plain:
-        return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
+    if not call.kv.codes.is_plain or not call.is_plain:
+        return "it knows plain dense keys, causal or not, with window and sinks, and nothing else"
     if call.softcap is not None or call.alibi_slopes is not None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    return _blocks_refusal(call)
+    assert isinstance(call.q_offset, int)
+    if call.q_offset < 0 or call.q_offset + call.q.shape[2] > call.kv.shape[2]:
+        return f"queries at {call.q_offset} onwards do not all have a key of their own"
+    return None
 
 
 def _layout_refusal(call: AttentionCall) -> str | None:

@@ -78,7 +78,7 @@ def _produce(asked, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def _steps(
-    state, begin, end, total, where, q_tile, q_pos, memory, unit, num_keys, rules, visits,
+    state, begin, end, total, where, q_tile, q_pos, memory, unit, k_len, rules, visits, nothing,
     EDGE: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
@@ -92,7 +92,7 @@ def _steps(
         O: gl.constexpr = acc.type.layout
         k_stage, _phase = _stage(n, STAGES)
         v_stage, v_phase = _stage(n - 1, STAGES)
-        p = operand(words, n >> 31, O)
+        p = operand(words, nothing, O)
         keys = k_mem.index(k_stage).reshape([N, D]).permute((1, 0))
         scores = gl.zeros([ROWS, N], gl.float32, S)
         scores = warpgroup_mma(q_tile, keys, scores, use_acc=False, is_async=True)
@@ -105,7 +105,7 @@ def _steps(
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
-            s = _mask(s, q_pos, key_tile(j, where, visits) * N, num_keys, rules, CAUSAL, S)
+            s = _mask(s, q_pos, key_tile(j, where, visits) * N, k_len, rules, CAUSAL, S)
         words, sums, m, shrink = weigh(s, m, unit)
         l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + sums
         # This wait keeps the compiler from asking for the product before the softmax is done.
@@ -120,7 +120,7 @@ def _steps(
 
 @gluon.jit
 def _first(
-    q_tile, q_pos, start, memory, n, unit, num_keys, rules, more,
+    q_tile, q_pos, start, memory, n, unit, k_len, rules, more,
     CAUSAL: gl.constexpr, S: gl.constexpr, O: gl.constexpr,
 ):  # fmt: skip
     """The state after the first tile of keys, whose values are still to come."""
@@ -135,7 +135,7 @@ def _first(
     scores = warpgroup_mma(q_tile, keys, scores, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(stage))
-    s = _mask(s, q_pos, start, num_keys, rules, CAUSAL, S)
+    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
     m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
     words, l, m, shrink = weigh(s, m, unit)
     stage, phase = _stage(n + 1, STAGES)
@@ -146,7 +146,7 @@ def _first(
 
 
 @gluon.jit
-def _last(state, memory):
+def _last(state, memory, nothing):
     """The whole sum: the product that is there, and that of the last tile of values."""
     _q_mem, _k_mem, v_mem, bars = memory
     _q_full, _q_empty, _k_full, _k_empty, v_full, v_empty = bars
@@ -155,7 +155,7 @@ def _last(state, memory):
     D: gl.constexpr = v_mem.shape[3]
     stage, phase = _stage(n - 1, v_mem.shape[0])
     mbarrier.wait(v_full.index(stage), phase)
-    p = operand(words, n >> 31, O)
+    p = operand(words, nothing, O)
     acc = acc * smaller[:, None] + product
     values = v_mem.index(stage).reshape([D, N]).permute((1, 0))
     product = gl.zeros([ROWS, D], gl.float32, O)
@@ -167,11 +167,9 @@ def _last(state, memory):
 
 @gluon.jit
 def _finish(acc, m, l, unit, v_scale, sink_logits, h):
-    """Output and lse of a tile of queries."""
+    """Output and lse of a tile of queries, each of which has seen a key."""
     ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    hidden = l < 1.0  # where anything was seen, the largest weight alone is 2^8
-    top = gl.where(hidden, LOWEST, m * unit - OFFSET)
-    l = gl.where(hidden, 0.0, l)
+    top = m * unit - OFFSET
     if sink_logits is not None:
         sink = gl.load(sink_logits + h) * LOG2E
         raised = gl.maximum(top, sink)
@@ -179,10 +177,8 @@ def _finish(acc, m, l, unit, v_scale, sink_logits, h):
         l = l * shrink + gl.exp2(sink - raised)
         acc = acc * gl.convert_layout(shrink, ROW)[:, None]
         top = raised
-    empty = l == 0.0
-    safe = gl.where(empty, 1.0, l)
-    acc = acc * gl.convert_layout(v_scale / safe, ROW)[:, None]
-    return acc, gl.where(empty, float("-inf"), (top + gl.log2(safe)) * LN2)
+    acc = acc * gl.convert_layout(v_scale / l, ROW)[:, None]
+    return acc, (top + gl.log2(l)) * LN2
 
 
 @gluon.jit
@@ -206,6 +202,7 @@ def _consume(given, CAUSAL: gl.constexpr, WHO: gl.constexpr):
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 32])
     Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    nothing = k_len >> 31
     n = gl.to_tensor(0)
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
@@ -214,33 +211,31 @@ def _consume(given, CAUSAL: gl.constexpr, WHO: gl.constexpr):
         unit = _unit(scales, scale, b, h, heads, groups)
         row = tile * M + WHO * ROWS
         q_pos = q_offset + row + index
-        where, right, full, total, num_keys = plan(
+        where, right, full, total, _num_keys = plan(
             tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
         )
         stage, phase = _stage(w, Q_STAGES)
         mbarrier.wait(q_full.index(stage), phase)
         q_tile = q_mem.index(stage * CONSUMERS + WHO).reshape([ROWS, D])
         start = key_tile(0, where, visits) * N
-        state = _first(
-            q_tile, q_pos, start, memory, n, unit, num_keys, rules, total > 1, CAUSAL, S, O
-        )
-        if CAUSAL or visits.tiles is not None:
+        state = _first(q_tile, q_pos, start, memory, n, unit, k_len, rules, total > 1, CAUSAL, S, O)
+        if CAUSAL:
             state = _steps(
-                state, 1, right, total, where, q_tile, q_pos, memory, unit, num_keys, rules,
-                visits, True, CAUSAL,
+                state, 1, right, total, where, q_tile, q_pos, memory, unit, k_len, rules,
+                visits, nothing, True, CAUSAL,
             )  # fmt: skip
         state = _steps(
-            state, gl.maximum(right, 1), full, total, where, q_tile, q_pos, memory, unit, num_keys,
-            rules, visits, False, CAUSAL,
+            state, gl.maximum(right, 1), full, total, where, q_tile, q_pos, memory, unit, k_len,
+            rules, visits, nothing, False, CAUSAL,
         )  # fmt: skip
         if rules.window is not None:
             state = _steps(
                 state, gl.maximum(full, 1), total, total, where, q_tile, q_pos, memory, unit,
-                num_keys, rules, visits, True, CAUSAL,
+                k_len, rules, visits, nothing, True, CAUSAL,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(stage))
         _acc, _product, _smaller, m, l, _shrink, _words, n = state
-        acc = _last(state, memory)
+        acc = _last(state, memory, nothing)
         l = gl.convert_layout(gl.sum(l, 1), gl.SliceLayout(1, S))
         v_scale = gl.load(scales[2] + b * (heads // groups) + h // groups)
         acc, row_lse = _finish(acc, m, l, unit, v_scale, sink_logits, h)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput
 from saccade.ops import tuning
-from saccade.ops.attend.gluon_fp8_forward import M, N, forward_kernel
+from saccade.ops.attend.gluon_fp8_forward import M, forward_kernel
 from saccade.ops.attend.gluon_fp8_weights import GROUP, transpose_kernel
-from saccade.ops.attend.gluon_launch import NO_BLOCKS, plane, section
+from saccade.ops.attend.gluon_launch import plane, section
 from saccade.ops.attend.triton_launch import allow_scratch, rules_of
 from saccade.ops.attend.triton_problem import Problem, float32, on
-from saccade.ops.attend.triton_visits import visits_of
+from saccade.ops.tiles import Visits
 
 CONSTANTS = {"Q_STAGES": 2, "STAGES": 2, "REGISTERS": 240}
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # three warpgroups share a multiprocessor's registers
@@ -30,8 +30,7 @@ def forward(problem: Problem, scales: tuple[Tensor, Tensor, Tensor]) -> Attentio
     batch, heads, q_len, dim = q.shape
     out = torch.empty(batch, heads, q_len, dim, dtype=torch.bfloat16, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    block_m, block_n = int(M), int(N)
-    tiles = triton.cdiv(q_len, block_m)
+    tiles = triton.cdiv(q_len, int(M))
     work = tiles * batch * heads
     allow_scratch()
     with on(q.device):
@@ -41,8 +40,8 @@ def forward(problem: Problem, scales: tuple[Tensor, Tensor, Tensor]) -> Attentio
             lse,
             float32(problem.sink_logits),
             tuple(float32(x) for x in scales),
-            rules_of(problem)._replace(**NO_BLOCKS),
-            visits_of(problem, tiles, block_m, block_n),
+            rules_of(problem),
+            Visits(),
             float(problem.scale),
             q_len,
             problem.num_keys,
