@@ -1,0 +1,115 @@
+"""The Gluon gradients on a card: right first, then beside the Triton pair, cuDNN and FA2."""
+
+import dataclasses
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from saccade.ops.attend import gluon_backward_launch as gluon
+from saccade.ops.attend import triton_launch
+from saccade.ops.attend.triton_problem import Problem
+
+torch.manual_seed(0)
+
+
+def problem_of(q, k, v, causal=True):
+    empty = {f.name: None for f in dataclasses.fields(Problem)}
+    return Problem(**empty | dict(
+        q=q, k=k, v=v, causal=causal, sinks=0, scale=q.shape[-1] ** -0.5,
+        q_offset=k.shape[2] - q.shape[2], q_block=1, k_block=1, num_keys=k.shape[2],
+    ))  # fmt: skip
+
+
+def random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def plain(q, k, v, dout, causal):
+    """Gradients in the precision of the arguments, written out."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    g = q.shape[1] // k.shape[1]
+    s = q @ k.repeat_interleave(g, 1).transpose(2, 3) * q.shape[-1] ** -0.5
+    if causal:
+        m, n = s.shape[2:]
+        see = torch.ones(m, n, dtype=torch.bool, device="cuda").tril(n - m)
+        s = s.masked_fill(~see, float("-inf"))
+    out = s.softmax(-1) @ v.repeat_interleave(g, 1)
+    out.backward(dout)
+    return q.grad, k.grad, v.grad
+
+
+def check(heads, lengths, causal, dtype=torch.bfloat16, dim=128, batch=1):
+    q, dout = (random(batch, heads[0], lengths[0], dim, dtype=dtype) for _ in range(2))
+    k, v = (random(batch, heads[1], lengths[1], dim, dtype=dtype) for _ in range(2))
+    p = problem_of(q, k, v, causal)
+    out, lse = triton_launch.forward(p)
+    found = gluon.backward(p, out, lse, dout, torch.zeros_like(lse))
+    truth = plain(*(x.double() for x in (q, k, v, dout)), causal)
+    eager = plain(q, k, v, dout, causal)
+    text = []
+    for name, a, b, c in zip("qkv", found, truth, eager, strict=False):
+        ours, theirs = ((x.double() - b).abs().max().item() for x in (a, c))
+        text.append(f"d{name} {ours:.2e}/{theirs:.2e}" + ("" if ours <= 2 * theirs + 2e-3 else " BAD"))
+    print(heads, lengths, causal, dtype, dim, *text, flush=True)
+
+
+def seconds(call, times=12):
+    for _ in range(3):
+        call()
+    spans = []
+    for _ in range(times):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        call()
+        b.record()
+        torch.cuda.synchronize()
+        spans.append(a.elapsed_time(b) / 1e3)
+    return sorted(spans)[times // 2]
+
+
+def race(length, dim=128, causal=True, peers=True, launches=({},), pair=True):
+    q, dout = (random(1, 32, length, dim) for _ in range(2))
+    k, v = (random(1, 8, length, dim) for _ in range(2))
+    pairs = length * (length + 1) / 2 if causal else length**2
+    work = 10 * 32 * dim * pairs / 1e12
+    p = problem_of(q, k, v, causal)
+    out, lse = triton_launch.forward(p)
+    dlse = torch.zeros_like(lse)
+    row = [f"{length} D{dim} causal={causal}"]
+    for options in launches:
+        options = dict(options)
+        share = options.pop("share", gluon.L2_SHARE)
+        kept, gluon.L2_SHARE = gluon.L2_SHARE, share
+        launch = gluon.GluonBackwardLaunch(**options) if options else None
+        took = seconds(lambda: gluon.backward(p, out, lse, dout, dlse, launch))
+        gluon.L2_SHARE = kept
+        row.append(f"gluon{options or ''}{share >> 20} {work / took:.0f}")
+    if pair:
+        row.append(f"pair {work / seconds(lambda: triton_launch.backward(p, out, lse, dout, dlse)):.0f}")
+    for name, kernel in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
+        if peers:
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            with sdpa_kernel(kernel):
+                peer = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+                took = seconds(lambda: torch.autograd.grad(peer, leaves, dout, retain_graph=True))
+            row.append(f"{name} {work / took:.0f}")
+    print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    print(torch.cuda.get_device_name())
+    if "check" in sys.argv:
+        for heads, lengths, causal in (
+            ((1, 1), (64, 128), False), ((1, 1), (128, 128), True), ((4, 1), (300, 300), True),
+            ((4, 4), (200, 1000), True), ((8, 2), (513, 700), True), ((8, 1), (333, 77), False),
+            ((8, 2), (2048, 2048), True),
+        ):  # fmt: skip
+            check(heads, lengths, causal)
+        check((4, 1), (1000, 1000), True, torch.float16, batch=2)
+    if "race" in sys.argv:
+        race(8192, launches=({}, {"share": 12 << 20}, {"share": 1 << 30}))
+        race(2048)
+        race(32768)
+        race(8192, causal=False)
