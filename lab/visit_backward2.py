@@ -61,6 +61,7 @@ def seconds(call, times=12):
     spans = []
     for _ in range(times):
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)  # the host runs ahead, as in training
         a.record()
         call()
         b.record()
@@ -98,6 +99,22 @@ def race(length, dim=128, causal=True, peers=True, launches=({},), pair=True):
     print(*row, flush=True)
 
 
+def kernels(length):
+    """Microseconds of every kernel of a backward pass."""
+    q, dout = (random(1, 32, length, 128) for _ in range(2))
+    k, v = (random(1, 8, length, 128) for _ in range(2))
+    p = problem_of(q, k, v)
+    out, lse = triton_launch.forward(p)
+    dlse = torch.zeros_like(lse)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            gluon.backward(p, out, lse, dout, dlse)
+        torch.cuda.synchronize()
+    for event in found.key_averages():
+        if event.device_time_total:
+            print(event.key, event.count, f"{event.device_time_total / event.count:.0f} us")
+
+
 if __name__ == "__main__":
     print(torch.cuda.get_device_name())
     if "check" in sys.argv:
@@ -109,7 +126,8 @@ if __name__ == "__main__":
             check(heads, lengths, causal)
         check((4, 1), (1000, 1000), True, torch.float16, batch=2)
     if "race" in sys.argv:
-        race(8192, launches=({}, {"share": 12 << 20}, {"share": 1 << 30}))
+        race(8192, launches=({}, {"d_stages": 3}, {"share": 1 << 30}))
         race(2048)
         race(32768)
         race(8192, causal=False)
+        kernels(8192)

@@ -9,7 +9,7 @@ delta.  Each of two consumers (four warps) owns 64 of the keys.  Per tile it com
 with keys as rows, so that P^T and dS^T leave the matrix units in the registers from which they go
 back: dV += P^T dO and dK += dS^T Q.  dS^T also goes to shared memory, where both consumers meet to
 compute dQ = dS K, each for half of the head's dimensions.  dQ belongs to no program: it is added to
-a float32 buffer whose order within a tile is that of the registers (`dq_place`), four numbers a
+a float32 buffer whose order within a tile is that of the registers (`_add_up`), four numbers a
 request, and `convert_kernel` brings it into rows.  The order of these additions is not determined:
 two runs differ in the last bits of dQ.
 Source: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608).
@@ -33,7 +33,7 @@ from saccade.ops.attend.gluon_schedule import next_stage
 from saccade.ops.tiles import LOG2E as LOG2_OF_E
 from saccade.ops.tiles import addresses, load_tile
 
-LOG2E = gl.constexpr(1.4426950408889634)
+LOG2E, LOWEST = gl.constexpr(1.4426950408889634), gl.constexpr(-1e30)
 ADD_UP = gl.constexpr(
     "".join(
         f"red.relaxed.gpu.global.add.v4.f32 [$1 + {2048 * i}], "
@@ -42,6 +42,12 @@ ADD_UP = gl.constexpr(
     )
     + "mov.u32 $0, 0;"
 )
+EXPONENTIALS = (
+    "{{ .reg .f32 a, b; ex2.approx.ftz.f32 a, $1; ex2.approx.ftz.f32 b, $2; "
+    "cvt.rn.{}.f32 $0, b, a; }}"
+)
+EXPONENTIALS_BF16 = gl.constexpr(EXPONENTIALS.format("bf16x2"))
+EXPONENTIALS_F16 = gl.constexpr(EXPONENTIALS.format("f16x2"))
 ROWS, KEYS, CONSUMERS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)
 
 
@@ -80,29 +86,29 @@ def _produce(
     """Fetch K and V, then every tile of queries, in the order of the consumers."""
     kv_full, q_full, q_empty, d_full, d_empty, _ds_full, _ds_empty = bars
     q_len, k_len, q_offset, kv_heads, groups, section = sizes
-    STAGES: gl.constexpr = q_mem.shape[0]
     b, head, start, first, count, _full = _whose(k_len, q_len, q_offset, section, kv_heads, CAUSAL)
     mbarrier.expect(kv_full, CONSUMERS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(CONSUMERS):
         at = start + c * KEYS
         tma.async_copy_global_to_shared(k_desc, [b, head, at, 0], kv_full, k_mem.index(c))
         tma.async_copy_global_to_shared(v_desc, [b, head, at, 0], kv_full, v_mem.index(c))
-    stage, phase = 0, 1
+    q_stage, q_phase, d_stage, d_phase = 0, 1, 0, 1
     h, tile = head * groups, first
     row = ((b * kv_heads * groups + h) * (first + count) + first) * 2
     for _ in range(groups * count):
-        full = q_full.index(stage)
-        mbarrier.wait(q_empty.index(stage), phase)
+        full = q_full.index(q_stage)
+        mbarrier.wait(q_empty.index(q_stage), q_phase)
         mbarrier.expect(full, q_desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(stat_desc, [row, 0], full, lse_mem.index(stage))
-        tma.async_copy_global_to_shared(q_desc, [b, h, tile * ROWS, 0], full, q_mem.index(stage))
-        full = d_full.index(stage)
-        mbarrier.wait(d_empty.index(stage), phase)
+        tma.async_copy_global_to_shared(stat_desc, [row, 0], full, lse_mem.index(q_stage))
+        tma.async_copy_global_to_shared(q_desc, [b, h, tile * ROWS, 0], full, q_mem.index(q_stage))
+        full = d_full.index(d_stage)
+        mbarrier.wait(d_empty.index(d_stage), d_phase)
         mbarrier.expect(full, d_desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(stat_desc, [row + 1, 0], full, delta_mem.index(stage))
-        tma.async_copy_global_to_shared(d_desc, [b, h, tile * ROWS, 0], full, d_mem.index(stage))
+        tma.async_copy_global_to_shared(stat_desc, [row + 1, 0], full, delta_mem.index(d_stage))
+        tma.async_copy_global_to_shared(d_desc, [b, h, tile * ROWS, 0], full, d_mem.index(d_stage))
         h, tile, row = _next(h, tile, row, first, count, 2)
-        stage, phase = next_stage(stage, phase, STAGES)
+        q_stage, q_phase = next_stage(q_stage, q_phase, q_mem.shape[0])
+        d_stage, d_phase = next_stage(d_stage, d_phase, d_mem.shape[0])
 
 
 @gluon.jit
@@ -137,22 +143,62 @@ def _add_up(dq, base):
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     col = gl.arange(0, dq.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
     thread = _registers((row // 16) * 32 + (row % 8) * 4 + (col % 8) // 2)[0]
-    parts = _registers(dq)
+    address, parts = ((base + thread * 4).to(gl.int64),), _registers(dq)
     gl.inline_asm_elementwise(
-        ADD_UP, "=r,l" + ",r" * 32, [(base + thread * 4).to(gl.int64)] + parts, gl.int32, False, 1
+        ADD_UP, "=r,l" + ",r" * 32, address + parts, gl.int32, False, 1
     )
 
 
 @gluon.jit
-def _mask(s, row, start, k_len, q_offset, CAUSAL: gl.constexpr):
-    """Scores [keys, queries] of an edge tile, -inf where a query does not see a key."""
-    LAYOUT: gl.constexpr = s.type.layout
-    k_pos = start + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    see = k_pos < k_len
-    if CAUSAL:
-        q_pos = q_offset + row + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-        see = see & (k_pos <= q_pos)
-    return gl.where(see, s, float("-inf"))
+def _masked(row, start, k_len, q_offset, edge, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """What scores [keys, queries] are added to: 0, or LOWEST where a query does not see a key."""
+    mask = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    if edge:
+        k_pos = start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+        q_pos = q_offset + row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+        hidden = k_pos >= k_len
+        if CAUSAL:
+            hidden = hidden | (k_pos > q_pos)
+        mask = gl.where(hidden, LOWEST, mask)
+    return mask
+
+
+@gluon.jit
+def _ask_before(q_tile, ds_mem, buffer, k_mem, dk, part, WHO: gl.constexpr):
+    """Ask for dQ = dS K and dK += dS^T Q of the tile before: (dQ, dK) in flight."""
+    D: gl.constexpr = k_mem.shape[4]
+    HALF: gl.constexpr = D // 2
+    for c in gl.static_range(CONSUMERS):
+        half = k_mem.index(c).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
+        part = warpgroup_mma(
+            ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)), half, part, use_acc=c > 0,
+            is_async=True,
+        )
+    mine = ds_mem.index(buffer * CONSUMERS + WHO)
+    return part, warpgroup_mma(mine, q_tile, dk, is_async=True)
+
+
+@gluon.jit
+def _weights(scores, lse, unit, DTYPE: gl.constexpr):
+    """P^T from scores, in 16 bits."""
+    x = scores * unit - lse[None, :]
+    # Not pure, so that the compiler does not move exponentials behind the waits that follow.
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            EXPONENTIALS_BF16, "=r,r,r", [x], gl.bfloat16, False, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            EXPONENTIALS_F16, "=r,r,r", [x], gl.float16, False, 2
+        )
+
+
+@gluon.jit
+def _ask_for_gradients(p, values, d_tile, dp, dv):
+    """Ask for dP^T = V dO^T and dV += P^T dO: (dP, dV, operand) in flight."""
+    product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
+    operand = gl.convert_layout(p, gl.DotOperandLayout(0, dv.type.layout, 2))
+    return product, warpgroup_mma(operand, d_tile, dv, is_async=True), operand
 
 
 @gluon.jit
@@ -160,13 +206,18 @@ def _consume(
     dk_desc, dv_desc, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars, sizes,
     scale, CAUSAL: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of 64 keys, and half of the dimensions of what 128 keys give to dQ."""
+    """dK and dV of 64 keys, and half of the dimensions of what 128 keys give to dQ.
+
+    A step asks for the scores of its tile and then for dQ and dK of the tile before, which the
+    matrix units compute during the exponentials; dV is computed during dS.
+    """
     kv_full, q_full, q_empty, d_full, d_empty, ds_full, ds_empty = bars
     q_len, k_len, q_offset, kv_heads, groups, section = sizes
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     DTYPE: gl.constexpr = k_mem.dtype
-    STAGES: gl.constexpr = q_mem.shape[0]
+    Q_STAGES: gl.constexpr = q_mem.shape[0]
+    D_STAGES: gl.constexpr = d_mem.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -179,51 +230,77 @@ def _consume(
     dk = gl.zeros([KEYS, D], gl.float32, O)
     dv = gl.zeros([KEYS, D], gl.float32, O)
     s = gl.zeros([KEYS, ROWS], gl.float32, S)
-    dp = gl.zeros([KEYS, ROWS], gl.float32, S)
     part = gl.zeros([ROWS, HALF], gl.float32, DQ)
-    stage, phase = 0, 0
-    h, tile = gl.to_tensor(0), first
+    before, q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    d_stage, d_phase = gl.to_tensor(0), gl.to_tensor(0)
+    tile = first
     at = (b * kv_heads + head) * groups * (first + count) + first
     mbarrier.wait(kv_full, 0)
-    for i in range(groups * count):
-        q_tile = q_mem.index(stage).reshape([ROWS, D])
-        d_tile = d_mem.index(stage).reshape([ROWS, D])
-        mbarrier.wait(q_full.index(stage), phase)
-        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-        mbarrier.wait(d_full.index(stage), phase)
-        product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
-        lse = lse_mem.index(stage).reshape([ROWS]).load(COLUMN)
-        s = warpgroup_mma_wait(1, deps=[scores])
-        if tile < full:
-            s = _mask(s, tile * ROWS, mine, k_len, q_offset, CAUSAL)
-        p = gl.exp2(s * unit - lse[None, :])
-        delta = delta_mem.index(stage).reshape([ROWS]).load(COLUMN)
-        dp = warpgroup_mma_wait(0, deps=[product])
-        weights = gl.convert_layout(_halves(p, DTYPE), gl.DotOperandLayout(0, O, 2))
-        ds = _halves(p * (dp - delta[None, :]), DTYPE)
-        dv_next = warpgroup_mma(weights, d_tile, dv, is_async=True)
-        mbarrier.wait(ds_empty, (i & 1) ^ 1)
-        ds_mem.index(WHO).store(ds)
-        fence_async_shared()
-        mbarrier.arrive(ds_full)
-        ds = gl.convert_layout(ds, gl.DotOperandLayout(0, O, 2))
-        dk_next = warpgroup_mma(ds, q_tile, dk, is_async=True)
-        mbarrier.wait(ds_full, i & 1)
-        half = k_mem.index(0).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
-        part_next = warpgroup_mma(
-            ds_mem.index(0).permute((1, 0)), half, part, use_acc=False, is_async=True
-        )
-        half = k_mem.index(1).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
-        part_next = warpgroup_mma(ds_mem.index(1).permute((1, 0)), half, part_next, is_async=True)
-        dv, weights, dk, ds, part = warpgroup_mma_wait(
-            0, deps=[dv_next, weights, dk_next, ds, part_next]
-        )
-        mbarrier.arrive(d_empty.index(stage))
-        mbarrier.arrive(q_empty.index(stage))
-        mbarrier.arrive(ds_empty)
+
+    # The first tile, which has none before it.
+    q_tile = q_mem.index(0).reshape([ROWS, D])
+    d_tile = d_mem.index(0).reshape([ROWS, D])
+    mbarrier.wait(q_full.index(0), 0)
+    mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
+    scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
+    lse = lse_mem.index(0).reshape([ROWS]).load(COLUMN)
+    s = warpgroup_mma_wait(0, deps=[scores])
+    p = _weights(s, lse, unit, DTYPE)
+    mbarrier.wait(d_full.index(0), 0)
+    product, dv_next, operand = _ask_for_gradients(p, values, d_tile, s, dv)
+    delta = delta_mem.index(0).reshape([ROWS]).load(COLUMN)
+    dp = warpgroup_mma_wait(1, deps=[product])
+    ds = p.to(gl.float32) * (dp - delta[None, :])
+    ds_mem.index(WHO).store(_halves(ds, DTYPE))
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(0))
+    dv, operand = warpgroup_mma_wait(0, deps=[dv_next, operand])
+    mbarrier.arrive(d_empty.index(0))
+    q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
+    d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
+
+    for i in range(1, groups * count):
+        _h, tile, following = _next(0, tile, at, first, count, 1)
+        q_tile = q_mem.index(q_stage).reshape([ROWS, D])
+        d_tile = d_mem.index(d_stage).reshape([ROWS, D])
+        mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
+        mbarrier.wait(q_full.index(q_stage), q_phase)
+        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
+        mbarrier.wait(ds_full.index((i - 1) & 1), ((i - 1) >> 1) & 1)
+        part_next, dk_next = _ask_before(
+            q_mem.index(before).reshape([ROWS, D]), ds_mem, (i - 1) & 1, k_mem, dk,
+            part, WHO,
+        )  # fmt: skip
+        lse = lse_mem.index(q_stage).reshape([ROWS]).load(COLUMN)
+        s = warpgroup_mma_wait(3, deps=[scores])
+        p = _weights(s, lse, unit, DTYPE)
+        mbarrier.wait(d_full.index(d_stage), d_phase)
+        part = warpgroup_mma_wait(1, deps=[part_next])
         _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
-        h, tile, at = _next(h, tile, at, first, count, 1)
-        stage, phase = next_stage(stage, phase, STAGES)
+        product, dv_next, operand = _ask_for_gradients(p, values, d_tile, s, dv)
+        dk = warpgroup_mma_wait(2, deps=[dk_next])
+        mbarrier.arrive(q_empty.index(before))
+        mbarrier.arrive(ds_empty.index((i - 1) & 1))
+        delta = delta_mem.index(d_stage).reshape([ROWS]).load(COLUMN)
+        dp = warpgroup_mma_wait(1, deps=[product])
+        ds = p.to(gl.float32) * (dp - delta[None, :])
+        mbarrier.wait(ds_empty.index(i & 1), ((i >> 1) & 1) ^ 1)
+        ds_mem.index((i & 1) * CONSUMERS + WHO).store(_halves(ds, DTYPE))
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(i & 1))
+        dv, operand = warpgroup_mma_wait(0, deps=[dv_next, operand])
+        mbarrier.arrive(d_empty.index(d_stage))
+        before, at = q_stage, following
+        q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
+        d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
+
+    i = groups * count - 1
+    mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
+    part_next, dk_next = _ask_before(
+        q_mem.index(before).reshape([ROWS, D]), ds_mem, i & 1, k_mem, dk, part, WHO
+    )
+    part, dk = warpgroup_mma_wait(0, deps=[part_next, dk_next])
+    _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
     out = v_mem.index(WHO)
     out.reshape([KEYS, D]).store(dv.to(DTYPE))
     fence_async_shared()
@@ -251,7 +328,8 @@ def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
 def backward_kernel(
     q, k, v, dout, dk, dv, stats, dq, scale, q_len, k_len, q_offset, batch, kv_heads, groups,
     section,
-    CAUSAL: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, D_STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK, dV of 128 keys and their part of dQ; q .. dv are Planes, stats `[B*H*tiles, 2, 64]`."""
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
@@ -268,26 +346,28 @@ def backward_kernel(
     )
     k_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, KEYS, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, KEYS, D], v_desc.layout)
-    q_mem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, ROWS, D], q_desc.layout)
-    d_mem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, ROWS, D], d_desc.layout)
-    lse_mem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], FLAT)
-    delta_mem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], FLAT)
+    q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, 1, 1, ROWS, D], q_desc.layout)
+    d_mem = gl.allocate_shared_memory(DTYPE, [D_STAGES, 1, 1, ROWS, D], d_desc.layout)
+    lse_mem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, ROWS], FLAT)
+    delta_mem = gl.allocate_shared_memory(gl.float32, [D_STAGES, 1, ROWS], FLAT)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], DTYPE)
-    ds_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, KEYS, ROWS], SQUARE)
+    ds_mem = gl.allocate_shared_memory(DTYPE, [2 * CONSUMERS, KEYS, ROWS], SQUARE)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    d_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    d_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    ds_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    ds_empty = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
+    d_full = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
+    d_empty = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(ds_full, count=CONSUMERS)
-    mbarrier.init(ds_empty, count=CONSUMERS)
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), count=CONSUMERS)
+        mbarrier.init(ds_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(D_STAGES):
         mbarrier.init(d_full.index(i), count=1)
         mbarrier.init(d_empty.index(i), count=CONSUMERS)
     fence_async_shared()
@@ -341,24 +421,18 @@ def prepare_kernel(
     tl.store(dq + whole * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
-@triton.jit
-def dq_place(row, dim, D: tl.constexpr):
-    """Where in its tile of the buffer an element of dQ is: see `_add_up`."""
-    col = dim % (D // 2)
-    inside = (col // 8) * 512 + (row // 16) * 128 + (row % 8) * 16 + (col % 8) // 2 * 4
-    return (dim // (D // 2)) * (32 * D) + inside + (row % 16) // 8 * 2 + col % 2
-
-
 @triton.jit(do_not_specialize=["q_len"])
 def convert_kernel(dq, out, scale, q_len, heads, D: tl.constexpr, ROWS: tl.constexpr):
-    """dQ times scale, from the buffer into rows of the Plane `out`."""
+    """dQ times scale, from the order of registers (`_add_up`) into rows of the Plane `out`."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     tile = tl.program_id(1)
-    inside = tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
     whole = (b * heads + h) * tl.num_programs(1) + tile
-    found = tl.load(dq + whole * (ROWS * D) + dq_place(inside[:, None], dims[None, :], D))
-    rows = tile * ROWS + inside
+    found = tl.load(dq + whole * (ROWS * D) + tl.arange(0, ROWS * D))
+    found = (found * scale).to(out.ptr.dtype.element_ty)
+    # halves of D, columns by 8, warps, rows of 8, columns by 2, rows by 8, columns
+    found = found.reshape(2, D // 16, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(ROWS, D)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, D)
     at = addresses(out.ptr + b * out.batch + h * out.head, rows, out.row, dims)
-    tl.store(at, (found * scale).to(out.ptr.dtype.element_ty), mask=(rows < q_len)[:, None])
+    tl.store(at, found, mask=(rows < q_len)[:, None])

@@ -23,11 +23,12 @@ class GluonBackwardLaunch:
     """How the kernel is cut.
 
     Attributes:
-        stages: tiles of queries that are in flight or in use.
+        q_stages, d_stages: tiles of Q and of dO that are in flight or in use.
         registers: per thread of a consumer.
     """
 
-    stages: int = 2
+    q_stages: int = 3
+    d_stages: int = 2
     registers: int = 240
 
 
@@ -73,7 +74,8 @@ def backward(
             section(problem),
             CAUSAL=problem.causal,
             D=dim,
-            STAGES=launch.stages,
+            Q_STAGES=launch.q_stages,
+            D_STAGES=launch.d_stages,
             REGISTERS=launch.registers,
             num_warps=4,
             maxnreg=REGISTERS_PER_THREAD_SUM // 3 // 8 * 8,
