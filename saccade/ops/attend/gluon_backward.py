@@ -10,15 +10,13 @@ with keys as rows, so that P^T and dS^T leave the matrix units in the registers 
 back: dV += P^T dO and dK += dS^T Q.  dS^T also goes to shared memory, where both consumers meet to
 compute dQ = dS K, each for half of the head's dimensions.  dQ belongs to no program: it is added to
 a float32 buffer whose order within a tile is that of the registers (`_add_up`), four numbers a
-request, and `convert_kernel` brings it into rows.  The order of these additions is not determined:
+request, and `gluon_backward_rows` brings it into rows.  These additions come in no fixed order:
 two runs differ in the last bits of dQ.
 Source: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608).
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -30,8 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from saccade.ops.attend.gluon_schedule import next_stage
-from saccade.ops.tiles import LOG2E as LOG2_OF_E
-from saccade.ops.tiles import addresses, load_tile
 
 LOG2E, LOWEST = gl.constexpr(1.4426950408889634), gl.constexpr(-1e30)
 ADD_UP = gl.constexpr(
@@ -120,7 +116,7 @@ def _halves(x, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _registers(x):
-    """A tile [64, 64] of an accumulator as 32 tensors [4 warps, 8 rows, 4 columns], one register."""
+    """A tile [64, 64] of an accumulator as 32 tensors [4 warps, 8 rows, 4 columns]: registers."""
     parts = (x.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 5, 4, 3)),)
     for _ in gl.static_range(5):  # first half of the columns first, then of these, ...
         found = ()
@@ -138,9 +134,7 @@ def _add_up(dq, base):
     col = gl.arange(0, dq.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
     thread = _registers((row // 16) * 32 + (row % 8) * 4 + (col % 8) // 2)[0]
     address, parts = ((base + thread * 4).to(gl.int64),), _registers(dq)
-    gl.inline_asm_elementwise(
-        ADD_UP, "=r,l" + ",r" * 32, address + parts, gl.int32, False, 1
-    )
+    gl.inline_asm_elementwise(ADD_UP, "=r,l" + ",r" * 32, address + parts, gl.int32, False, 1)
 
 
 @gluon.jit
@@ -165,7 +159,10 @@ def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, WHO: gl.c
     for c in gl.static_range(CONSUMERS):
         half = k_mem.index(c).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
         part = warpgroup_mma(
-            ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)), half, part, use_acc=c > 0,
+            ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)),
+            half,
+            part,
+            use_acc=c > 0,
             is_async=True,
         )
     mine = ds_mem.index(buffer * CONSUMERS + WHO)
@@ -348,51 +345,3 @@ def backward_kernel(
             delta_mem, bars, sizes, CAUSAL,
         )),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["q_len"])
-def prepare_kernel(
-    out, dout, lse, dlse, delta, stats, dq, q_len, heads, D: tl.constexpr, ROWS: tl.constexpr
-):
-    """delta = rowsum(dO * O) - dlse; lse in powers of two and delta, by tiles; dQ set to 0.
-
-    out, dout are Planes; lse, dlse, delta `[B, H, Lq]`; stats `[B * H, tiles, 2, ROWS]`; dq
-    `[B * H, tiles, ROWS * D]`.  Rows that see nothing, or do not exist, get +inf: their P is 0.
-    """
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    h = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tl.program_id(1)
-    columns = tl.arange(0, ROWS)
-    rows = tile * ROWS + columns
-    dims = tl.arange(0, D)
-    keep = rows < q_len
-    o_at = addresses(out.ptr + b * out.batch + h * out.head, rows, out.row, dims)
-    d_at = addresses(dout.ptr + b * dout.batch + h * dout.head, rows, dout.row, dims)
-    o = load_tile(o_at, keep, dims, D, True).to(tl.float32)
-    d = load_tile(d_at, keep, dims, D, True).to(tl.float32)
-    at = (b * heads + h) * q_len + rows
-    found = tl.sum(o * d, 1) - tl.load(dlse + at, mask=keep, other=0.0)
-    tl.store(delta + at, found, mask=keep)
-    whole = (b * heads + h) * tl.num_programs(1) + tile
-    tl.store(stats + (whole * 2 + 1) * ROWS + columns, found)
-    found = tl.load(lse + at, mask=keep, other=float("-inf"))
-    found = tl.where(found == float("-inf"), float("inf"), found * LOG2_OF_E)
-    tl.store(stats + whole * 2 * ROWS + columns, found)
-    tl.store(dq + whole * (ROWS * D) + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
-
-
-@triton.jit(do_not_specialize=["q_len"])
-def convert_kernel(dq, out, scale, q_len, heads, D: tl.constexpr, ROWS: tl.constexpr):
-    """dQ times scale, from the order of registers (`_add_up`) into rows of the Plane `out`."""
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    h = (tl.program_id(0) % heads).to(tl.int64)
-    tile = tl.program_id(1)
-    whole = (b * heads + h) * tl.num_programs(1) + tile
-    found = tl.load(dq + whole * (ROWS * D) + tl.arange(0, ROWS * D))
-    found = (found * scale).to(out.ptr.dtype.element_ty)
-    # halves of D, columns by 8, warps, rows of 8, columns by 2, rows by 8, columns
-    found = found.reshape(2, D // 16, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(ROWS, D)
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, D)
-    at = addresses(out.ptr + b * out.batch + h * out.head, rows, out.row, dims)
-    tl.store(at, found, mask=(rows < q_len)[:, None])

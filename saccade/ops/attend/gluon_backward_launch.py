@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.ops.attend.gluon_backward import backward_kernel, convert_kernel, prepare_kernel
+from saccade.ops.attend.gluon import copyable
+from saccade.ops.attend.gluon_backward import backward_kernel
+from saccade.ops.attend.gluon_backward_rows import convert_kernel, prepare_kernel
 from saccade.ops.attend.gluon_launch import REGISTERS_PER_THREAD_SUM, plane
-from saccade.ops.attend.triton_launch import allow_scratch, on
+from saccade.ops.attend.triton_launch import allow_scratch
 from saccade.ops.attend.triton_launch import plane as any_plane
-from saccade.ops.attend.triton_problem import Problem, unit_rows
+from saccade.ops.attend.triton_problem import Problem, on
 from saccade.ops.whole import cdiv
 
 ROWS, KEYS_OF_A_PROGRAM = 64, 128
@@ -43,13 +45,17 @@ def backward(
     dlse: Tensor,
     launch: GluonBackwardLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, delta) of a problem that `refusal` accepts; dq in no fixed order."""
+    """Gradients (dq, dk, dv, delta) of a problem that `gradient_refusal` accepts.
+
+    dq is added up in no fixed order: two runs differ in its last bits.
+    """
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     kv_heads = k.shape[1]
     launch = launch or LAUNCHES[dim]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dout, dlse = unit_rows(dout), dlse.contiguous()
+    dout = dout if copyable(dout) else dout.contiguous()
+    dlse = dlse.contiguous()
     tiles = cdiv(q_len, ROWS)
     delta = torch.empty_like(lse)
     stats = lse.new_empty(batch * heads * tiles * 2, ROWS)
@@ -74,16 +80,27 @@ def backward(
             section(problem),
             CAUSAL=problem.causal,
             D=dim,
-            Q_STAGES=launch.q_stages,
-            D_STAGES=launch.d_stages,
-            REGISTERS=launch.registers,
-            num_warps=4,
-            maxnreg=REGISTERS_PER_THREAD_SUM // 3 // 8 * 8,
+            **constants(launch),
+            **options(),
         )
         convert_kernel[(batch * heads, tiles)](
             summed, any_plane(dq), float(problem.scale), q_len, heads, D=dim, ROWS=ROWS
         )
     return dq, dk, dv, delta
+
+
+def constants(launch: GluonBackwardLaunch) -> dict[str, int]:
+    """Compile-time arguments of the kernel that a launch decides."""
+    return {
+        "Q_STAGES": launch.q_stages,
+        "D_STAGES": launch.d_stages,
+        "REGISTERS": launch.registers,
+    }
+
+
+def options() -> dict[str, int]:
+    """How the kernel is compiled: warps of a warpgroup, registers a thread starts with."""
+    return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // 3 // 8 * 8}
 
 
 def section(problem: Problem) -> int:
