@@ -16,10 +16,10 @@ torch.manual_seed(0)
 
 def problem_of(q, k, v, causal=True):
     empty = {f.name: None for f in dataclasses.fields(Problem)}
-    return Problem(**empty | dict(
-        q=q, k=k, v=v, causal=causal, sinks=0, scale=q.shape[-1] ** -0.5,
-        q_offset=k.shape[2] - q.shape[2], q_block=1, k_block=1, num_keys=k.shape[2],
-    ))  # fmt: skip
+    return Problem(**empty | {
+        "q": q, "k": k, "v": v, "causal": causal, "sinks": 0, "scale": q.shape[-1] ** -0.5,
+        "q_offset": k.shape[2] - q.shape[2], "q_block": 1, "k_block": 1, "num_keys": k.shape[2],
+    })  # fmt: skip
 
 
 def random(*shape, dtype=torch.bfloat16):
@@ -51,7 +51,8 @@ def check(heads, lengths, causal, dtype=torch.bfloat16, dim=128, batch=1):
     text = []
     for name, a, b, c in zip("qkv", found, truth, eager, strict=False):
         ours, theirs = ((x.double() - b).abs().max().item() for x in (a, c))
-        text.append(f"d{name} {ours:.2e}/{theirs:.2e}" + ("" if ours <= 2 * theirs + 2e-3 else " BAD"))
+        verdict = "" if ours <= 2 * theirs + 2e-3 else " BAD"
+        text.append(f"d{name} {ours:.2e}/{theirs:.2e}{verdict}")
     print(heads, lengths, causal, dtype, dim, *text, flush=True)
 
 
@@ -70,32 +71,35 @@ def seconds(call, times=12):
     return sorted(spans)[times // 2]
 
 
-def race(length, dim=128, causal=True, peers=True, launches=({},), pair=True):
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+
+
+def race(length, dim=128, causal=True, others=()):
+    """TFLOP/s, counted as 2.5 forward passes, of everybody in turn."""
     q, dout = (random(1, 32, length, dim) for _ in range(2))
     k, v = (random(1, 8, length, dim) for _ in range(2))
     pairs = length * (length + 1) / 2 if causal else length**2
     work = 10 * 32 * dim * pairs / 1e12
     p = problem_of(q, k, v, causal)
     out, lse = triton_launch.forward(p)
-    dlse = torch.zeros_like(lse)
-    row = [f"{length} D{dim} causal={causal}"]
-    for options in launches:
-        options = dict(options)
-        share = options.pop("share", gluon.L2_SHARE)
-        kept, gluon.L2_SHARE = gluon.L2_SHARE, share
-        launch = gluon.GluonBackwardLaunch(**options) if options else None
-        took = seconds(lambda: gluon.backward(p, out, lse, dout, dlse, launch))
-        gluon.L2_SHARE = kept
-        row.append(f"gluon{options or ''}{share >> 20} {work / took:.0f}")
-    if pair:
-        row.append(f"pair {work / seconds(lambda: triton_launch.backward(p, out, lse, dout, dlse)):.0f}")
-    for name, kernel in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
-        if peers:
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            with sdpa_kernel(kernel):
-                peer = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
-                took = seconds(lambda: torch.autograd.grad(peer, leaves, dout, retain_graph=True))
-            row.append(f"{name} {work / took:.0f}")
+    rest = (p, out, lse, dout, torch.zeros_like(lse))
+    row = [
+        f"{length} D{dim} causal={causal} gluon {work / seconds(lambda: gluon.backward(*rest)):.0f}"
+    ]
+    row += [f"pair {work / seconds(lambda: triton_launch.backward(*rest)):.0f}"]
+    for module in others:
+        kept, gluon.backward_kernel = gluon.backward_kernel, module.backward_kernel
+        row.append(f"{module.__name__[-2:]} {work / seconds(lambda: gluon.backward(*rest)):.0f}")
+        gluon.backward_kernel = kept
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    for name, kernel in PEERS.items():
+        with sdpa_kernel(kernel):
+            peer = F.scaled_dot_product_attention(*leaves, is_causal=causal, enable_gqa=True)
+
+            def call(peer=peer):
+                torch.autograd.grad(peer, leaves, dout, retain_graph=True)
+
+            row.append(f"{name} {work / seconds(call):.0f}")
     print(*row, flush=True)
 
 
@@ -126,8 +130,12 @@ if __name__ == "__main__":
             check(heads, lengths, causal)
         check((4, 1), (1000, 1000), True, torch.float16, batch=2)
     if "race" in sys.argv:
-        race(8192, launches=({}, {"d_stages": 3}, {"share": 1 << 30}))
-        race(2048)
-        race(32768)
-        race(8192, causal=False)
         kernels(8192)
+        for length, causal in (
+            (8192, True),
+            (8192, False),
+            (2048, True),
+            (4096, True),
+            (32768, True),
+        ):
+            race(length, causal=causal)

@@ -115,6 +115,20 @@ def _halves(x, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _whole(x):
+    """16 bits in float32, two at a time, so that they stay packed until they are used."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], gl.float32, True, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+            "=&r,=r,r", [x], gl.float32, True, 2,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _registers(x):
     """A tile [64, 64] of an accumulator as 32 tensors [4 warps, 8 rows, 4 columns]: registers."""
     parts = (x.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 5, 4, 3)),)
@@ -152,12 +166,12 @@ def _masked(row, start, k_len, q_offset, edge, CAUSAL: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
-def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, WHO: gl.constexpr):
+def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, never, WHO: gl.constexpr):
     """Ask for dQ = dS K and dK += dS^T Q: (dQ, dK) in flight."""
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     for c in gl.static_range(CONSUMERS):
-        half = k_mem.index(c).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
+        half = k_mem.index(c + never).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
         part = warpgroup_mma(
             ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)),
             half,
@@ -229,6 +243,9 @@ def _consume(
         q_tile = q_mem.index(q_stage).reshape([ROWS, D])
         d_tile = d_mem.index(d_stage).reshape([ROWS, D])
         weights = _halves(p, DTYPE)
+        # 0, which the compiler does not know: else it keeps descriptions of K, V in registers.
+        never = i >> 30
+        values = v_mem.index(WHO + never).reshape([KEYS, D])
         mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
         product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
@@ -240,14 +257,17 @@ def _consume(
         delta = delta_mem.index(d_stage).reshape([ROWS]).load(COLUMN)
         dp = warpgroup_mma_wait(1, deps=[product])
         next_tile = q_mem.index(next_q).reshape([ROWS, D])
+        keys = k_mem.index(WHO + never).reshape([KEYS, D])
         scores = warpgroup_mma(keys, next_tile.permute((1, 0)), mask, is_async=True)
-        ds = weights.to(gl.float32) * (dp - delta[None, :])
+        ds = _whole(weights) * (dp - delta[None, :])
         ds_mem.index((i & 1) * CONSUMERS + WHO).store(_halves(ds, DTYPE))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(i & 1))
         # That both have stored this tile also says that both are done with the one before.
         mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
-        part_next, dk_next = _ask_for_queries_and_keys(q_tile, ds_mem, i & 1, k_mem, dk, part, WHO)
+        part_next, dk_next = _ask_for_queries_and_keys(
+            q_tile, ds_mem, i & 1, k_mem, dk, part, never, WHO
+        )
         lse = lse_mem.index(next_q).reshape([ROWS]).load(COLUMN)
         dv, operand, s = warpgroup_mma_wait(3, deps=[dv_next, operand, scores])
         mbarrier.arrive(d_empty.index(d_stage))
