@@ -10,7 +10,7 @@ import torch
 from saccade.core import AttentionOutput, ScaledKV
 from saccade.core.formats import FP8
 from saccade.core.scaled import scale_of
-from saccade.ops.attend.gluon import HOPPER, TRITON, _copyable, _triton_version
+from saccade.ops.attend.gluon import copyable, missing
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
@@ -18,16 +18,9 @@ DIMS = (64, 128)
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call, or None."""
-    device = call.q.device
     if call.q.dtype != FP8 or not isinstance(call.kv, ScaledKV):
         return "it knows float8_e4m3fn queries, keys and values alone (saccade.quantize_heads)"
-    if device.type != "cuda":
-        return f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) != HOPPER:
-        return "the GPU is not a Hopper (compute capability 9.0)"
-    if not _triton_version().startswith(TRITON + "."):
-        return f"it needs triton {TRITON}, found {_triton_version()}"
-    return _problem_refusal(call) or _layout_refusal(call)
+    return missing(call.q.device) or _problem_refusal(call) or _layout_refusal(call)
 
 
 def _problem_refusal(call: AttentionCall) -> str | None:
@@ -54,7 +47,7 @@ def _layout_refusal(call: AttentionCall) -> str | None:
     for x in (call.q, codes.k, codes.v):
         if x.shape[3] not in DIMS or x.shape[3] != call.q.shape[3]:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
-        if not _copyable(x):
+        if not copyable(x):
             return "the copy engine needs rows at distinct multiples of 16 bytes"
     if call.q.numel() == 0 or call.kv.shape[2] == 0:
         return "there are no queries or no keys"
