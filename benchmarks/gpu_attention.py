@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import saccade
-from benchmarks import gpu_flex
+from benchmarks import gpu_flex, gpu_fp8
 from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import quantize_keys, quantize_values
@@ -261,11 +261,14 @@ def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:
     forward = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
     forward += [((16384, 128), {"causal": False}), ((16384, 64), {}), ((16384, 256), {})]
     forward += [((n, 128), {"window": w}) for n, w in ((16384, 1024), (32768, 1024), (32768, 4096))]
+    eight = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
+    eight += [((16384, 128), {"causal": False}), ((16384, 64), {})]
     dense = [(1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
     kinds = ("page16", "page64", "int8", "fp8", "int4")
     return [
         *(("forward", forward_case, where, options) for where, options in forward),
         ("blocks", blocks_case, (32768, 0.25), {}),
+        *(("fp8", gpu_fp8.fp8_case, where, options) for where, options in eight),
         *(("backward", backward_case, (8192, dim), {}) for dim in (128, 64)),
         *(("decode", decode_case, shape, {}) for shape in dense),
         *(("decode", decode_case, (*shape, kind), {}) for kind in kinds for shape in dense[1:4]),

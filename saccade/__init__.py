@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from saccade.compress import compress_context
-    from saccade.core import AttentionOutput, BadInput, BlockSelection, Mask, Unsupported
+    from saccade.core import (
+        AttentionOutput,
+        BadInput,
+        BlockSelection,
+        Mask,
+        Scaled,
+        Unsupported,
+        quantize_heads,
+    )
     from saccade.hf import Context, attach, load_model, plan
     from saccade.ops import attend, attention, decode, explain
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
@@ -26,6 +34,7 @@ _HOME = {
     "ContextParams": "saccade.runtime",
     "Mask": "saccade.core",
     "Sampler": "saccade.runtime",
+    "Scaled": "saccade.core",
     "Unsupported": "saccade.core",
     "attach": "saccade.hf",
     "attend": "saccade.ops",
@@ -36,6 +45,7 @@ _HOME = {
     "load_model": "saccade.hf",
     "load_session": "saccade.runtime",
     "plan": "saccade.hf",
+    "quantize_heads": "saccade.core",
     "save_session": "saccade.runtime",
 }
 

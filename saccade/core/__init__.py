@@ -1,9 +1,19 @@
 """Floor 0: the words everyone uses.  Torch only, no policy."""
 
 from saccade.core.errors import BadInput, Unsupported
-from saccade.core.kv import DenseKV, GrowingKV, KVView, PagedKV, QuantizedKV, RaggedKV, Span
+from saccade.core.kv import (
+    DenseKV,
+    GrowingKV,
+    KVView,
+    PagedKV,
+    QuantizedKV,
+    RaggedKV,
+    ScaledKV,
+    Span,
+)
 from saccade.core.mask import KeyRange, Mask
 from saccade.core.output import AttentionOutput
+from saccade.core.scaled import Scaled, quantize_heads
 from saccade.core.selection import BlockSelection
 
 __all__ = [
@@ -18,6 +28,9 @@ __all__ = [
     "PagedKV",
     "QuantizedKV",
     "RaggedKV",
+    "Scaled",
+    "ScaledKV",
     "Span",
     "Unsupported",
+    "quantize_heads",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.core.formats import FP8
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -18,13 +20,20 @@ def describe(x: object) -> str:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError or ValueError unless q, k, v fit together as attention inputs."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype not in FLOATS:
+        if not isinstance(x, Tensor) or x.ndim != 4 or x.dtype not in (*FLOATS, FP8):
             raise TypeError(
                 f"{name} must be a floating-point tensor [batch, heads, length, head_dim], "
                 f"got {describe(x)}."
             )
         if x.device != q.device:
             raise ValueError(f"q, k and v must share a device, got {q.device} and {x.device}.")
+    eight = [x.dtype == FP8 for x in (q, k, v)]
+    if any(eight) and not all(eight):
+        raise TypeError(
+            "q, k and v must all be float8_e4m3fn or none of them, got "
+            f"{', '.join(str(x.dtype).removeprefix('torch.') for x in (q, k, v))}. "
+            "saccade.quantize_heads makes the codes of a tensor."
+        )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             "k and v must share batch, heads and length, "

@@ -148,6 +148,41 @@ class DenseKV:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledKV:
+    """Dense float8_e4m3fn keys and values with one scale a row and KV head: x = code * scale.
+
+    Args:
+        codes: the view of the codes.
+        k_scale, v_scale: float32 `[B, Hkv]`.
+    """
+
+    codes: DenseKV
+    k_scale: Tensor
+    v_scale: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def rotated(self) -> bool:
+        return self.codes.rotated
+
+    def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
+        k_scale, v_scale = (x[..., None, None] for x in (self.k_scale, self.v_scale))
+        for tile in self.codes.tiles(ranges, size):
+            yield tile._replace(k=tile.k.float() * k_scale, v=tile.v.float() * v_scale)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedKV:
     """A quantised history (positions 0 .. N-1) and a full-precision recent part behind it.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import BlockSelection, KVView, Mask
+from saccade.core.formats import FP8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +16,8 @@ class AttentionCall:
     """One attention problem; see `saccade.attention` for the meaning of each field.
 
     Attributes:
-        q: `[B, H, Lq, D]`.
+        q: `[B, H, Lq, D]`; float8_e4m3fn codes of numbers `q * q_scale` too.
+        q_scale: float32 `[B, H]`, None for 1.
         kv: a view of keys and values with Hkv heads, H a multiple of Hkv.
         q_offset: position of the first query: an int, or int64 `[B]` where rows differ.
         attn_mask: bool `[B | 1, H | 1, Lq, Lk]`, True = may be seen (for masks of other
@@ -37,6 +39,7 @@ class AttentionCall:
     blocks: BlockSelection | None = None
     attn_mask: Tensor | None = None
     wants_lse: bool = True
+    q_scale: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -56,6 +59,17 @@ class AttentionCall:
             return False
         parts = (self.q, getattr(self.kv, "k", None), getattr(self.kv, "v", None), self.sink_logits)
         return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output: that of the queries, bfloat16 where they are codes."""
+        return torch.bfloat16 if self.q.dtype == FP8 else self.q.dtype
+
+    def queries(self, start: int, stop: int) -> Tensor:
+        """Queries start .. stop-1 as numbers `[B, H, stop - start, D]`, float32 at least."""
+        q = self.q[:, :, start:stop]
+        q = q.float() if q.dtype == FP8 else q.to(torch.promote_types(q.dtype, torch.float32))
+        return q if self.q_scale is None else q * self.q_scale[..., None, None]
 
     def q_bounds(self, start: int, stop: int) -> tuple[int, int]:
         """Smallest and largest position of the queries start .. stop-1 over the batch."""

@@ -12,11 +12,11 @@ from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
 from saccade.ops import order
-from saccade.ops.attend import cpu, gluon, gluon_codes, reference, sdpa, tiled, triton
+from saccade.ops.attend import cpu, gluon, gluon_codes, gluon_fp8, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("gluon", "triton", "cpu", "sdpa", "tiled")
+AUTO_ORDER = ("gluon", "triton", "cpu", "sdpa", "gluon_fp8", "tiled")
 
 
 class Backend(Protocol):
@@ -36,6 +36,7 @@ BACKENDS: dict[str, Backend] = {
     "tiled": tiled,
     "triton": triton,
     "gluon": gluon,
+    "gluon_fp8": gluon_fp8,
     "cpu": cpu,
     "sdpa": sdpa,
 }

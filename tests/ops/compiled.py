@@ -21,6 +21,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -143,4 +144,28 @@ def compile_gluon_backward(*, causal: bool = True) -> Any:
         **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "kv_heads": 8},
         **{"groups": 4, "section": 2, "CAUSAL": causal, "D": 128},
         **constants(LAUNCHES[128]),
+    )
+
+
+def compile_gluon_fp8(dim: int) -> Any:
+    """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
+    from saccade.ops.attend.gluon_fp8_forward import forward_kernel
+    from saccade.ops.attend.gluon_fp8_launch import CONSTANTS, OPTIONS
+
+    def plane(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Plane:
+        x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    arguments: dict[str, Any] = {
+        "q": plane(32, 8192, dim), "k": plane(8, 8192, dim), "v": plane(8, dim, 8192),
+        "out": plane(32, 8192, dim, dtype=torch.bfloat16),
+        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": RULES,
+        "visits": Visits(),
+        "scales": tuple(torch.empty(1, heads, device="meta") for heads in (32, 8, 8)),
+        "scale": 0.1, "q_len": 8192, "k_len": 8192, "k_padded": 8192, "q_offset": 0, "batch": 1,
+        "heads": 32, "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True,
+        "D": dim,
+    }  # fmt: skip
+    return compile_for(
+        forward_kernel, options=OPTIONS, source=GluonASTSource, **arguments, **CONSTANTS
     )

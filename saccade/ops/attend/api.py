@@ -13,18 +13,22 @@ from saccade.core import (
     Mask,
     PagedKV,
     RaggedKV,
+    Scaled,
+    ScaledKV,
     Unsupported,
 )
 from saccade.core.check import check_heads, check_optional, check_qkv, describe
+from saccade.core.formats import FP8
+from saccade.core.scaled import codes_of, scale_of
 from saccade.ops import choose
 from saccade.ops.call import AttentionCall
 from saccade.ops.hadamard import rotate
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | Scaled,
+    k: Tensor | Scaled,
+    v: Tensor | Scaled,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -43,7 +47,9 @@ def attention(
     """softmax(q k^T * scale) v over the keys each query may see; O(length) memory by default.
 
     Args:
-        q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16.
+        q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16; or, like k
+            and v, float8_e4m3fn codes: a `Scaled` (see `saccade.quantize_heads`), or a bare tensor
+            whose scale is 1.
         k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA:
             query head h reads key head h // (heads // kv_heads); nothing is repeated in memory).
         v: `[batch, kv_heads, kv_len, value_dim]`.
@@ -65,16 +71,17 @@ def attention(
         backend: "auto", or a name that never falls back (see `saccade.explain`).
 
     Returns:
-        `[batch, heads, q_len, value_dim]` in the dtype of q; rows that see nothing are 0.
+        `[batch, heads, q_len, value_dim]` in the dtype of q (bfloat16 for fp8); rows that see
+        nothing are 0.
 
     Raises:
         TypeError, ValueError: inputs that do not fit together.
         Unsupported: the named backend cannot run this call.
     """
-    check_qkv(q, k, v)
+    check_qkv(codes_of(q), codes_of(k), codes_of(v))
     result = attend(
         q,
-        DenseKV(k, v),
+        _view(k, v),
         mask=Mask(causal=causal, window=window, sinks=sinks),
         scale=scale,
         softcap=softcap,
@@ -90,8 +97,14 @@ def attention(
     return result if return_lse else result.out
 
 
+def _view(k: Tensor | Scaled, v: Tensor | Scaled) -> DenseKV | ScaledKV:
+    """Plain keys and values as a view."""
+    codes = DenseKV(codes_of(k), codes_of(v))
+    return ScaledKV(codes, scale_of(k), scale_of(v)) if codes.dtype == FP8 else codes
+
+
 def attend(
-    q: Tensor,
+    q: Tensor | Scaled,
     kv: KVView,
     *,
     mask: Mask,
@@ -140,21 +153,23 @@ def attend(
     return AttentionOutput(rotate(result.out), result.lse) if kv.rotated else result
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, **options: object) -> list[tuple[str, str]]:
+def explain(
+    q: Tensor | Scaled, k: Tensor | Scaled, v: Tensor | Scaled, **options: object
+) -> list[tuple[str, str]]:
     """One (backend, verdict) pair per backend for the same arguments as `attention`.
 
     The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
     "able, slower here", "able, but " or "cannot: " and the reason.
     """
-    check_qkv(q, k, v)
+    check_qkv(codes_of(q), codes_of(k), codes_of(v))
     names = ("causal", "window", "sinks")
     mask = Mask(**{name: options.pop(name) for name in names if name in options})  # type: ignore[arg-type]
     options["wants_lse"] = options.pop("return_lse", False)
-    return choose.explain(make_call(q, DenseKV(k, v), mask=mask, **options))  # type: ignore[arg-type]
+    return choose.explain(make_call(q, _view(k, v), mask=mask, **options))  # type: ignore[arg-type]
 
 
 def make_call(
-    q: Tensor,
+    q: Tensor | Scaled,
     kv: KVView,
     *,
     mask: Mask,
@@ -171,6 +186,8 @@ def make_call(
     wants_lse: bool = True,
 ) -> AttentionCall:
     """The checked AttentionCall of these arguments; queries turned where the view is rotated."""
+    q_scale = q.scale if isinstance(q, Scaled) else None
+    q = codes_of(q)
     _, kv_heads, _, head_dim, _ = kv.shape
     check_heads(q, kv_heads, head_dim)
     _check_masks(q, kv, key_padding, lengths, blocks, attn_mask)
@@ -198,6 +215,7 @@ def make_call(
         blocks=blocks,
         attn_mask=attn_mask,
         wants_lse=wants_lse,
+        q_scale=q_scale,
     )
 
 
@@ -249,7 +267,7 @@ def _document_bounds(
 ) -> tuple[Tensor, Tensor]:
     """Cumulative document lengths of queries and keys, checked against the packed tensors."""
     bounds = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
-    if q.shape[0] != 1 or not isinstance(kv, DenseKV):
+    if q.shape[0] != 1 or not isinstance(kv, DenseKV | ScaledKV):
         raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
     for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
         steps = cu.tolist()

@@ -26,24 +26,24 @@ def run(call: AttentionCall) -> AttentionOutput:
     """softmax(mask(softcap(scale * q k^T) + bias)) v, as written."""
     if call.cu_seqlens is not None:
         return per_document(call, run)
-    compute = torch.promote_types(call.q.dtype, torch.float32)
+    length = call.q.shape[2]
+    q = call.queries(0, length)
     tile = dense(call.kv)
-    k, v = tile.k.to(compute), tile.v.to(compute)
+    k, v = tile.k.to(q.dtype), tile.v.to(q.dtype)
     if has_holes(call):
         real = real_keys(call, tile)[..., None]
         k, v = k.where(real, 0), v.where(real, 0)
-    q = call.q.to(compute).unflatten(1, (-1, call.num_groups))  # [B, Hkv, G, Lq, D]
+    q = q.unflatten(1, (-1, call.num_groups))  # [B, Hkv, G, Lq, D]
     scores = q @ k[:, :, None].mT * call.scale  # [B, Hkv, G, Lq, Lk]
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    length = call.q.shape[2]
     bias = bias_of(call, 0, length, tile)
     scores = scores if bias is None else scores + bias
     visible = visible_pairs(call, 0, length, tile)
     scores = scores.where(visible, -torch.inf)
     weights, lse = _softmax(scores, call.sink_logits)
     out = _weighted_sum(weights, v, visible)
-    return AttentionOutput(out.flatten(1, 2).to(call.q.dtype), lse.flatten(1, 2).float())
+    return AttentionOutput(out.flatten(1, 2).to(call.out_dtype), lse.flatten(1, 2).float())
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core import AttentionOutput, KeyRange
+from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile
 from saccade.ops.attend import sdpa_gpu
 from saccade.ops.attend.tiled import visited_tiles
@@ -31,6 +32,8 @@ def refusal(call: AttentionCall) -> str | None:
     """Why PyTorch's kernels cannot run this call, or None."""
     if call.softcap is not None:
         return "PyTorch's kernels have no softcap"
+    if call.q.dtype == FP8:
+        return "PyTorch's kernels have no fp8"
     if call.q.dtype != call.kv.dtype:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):

@@ -45,7 +45,8 @@ def run(call: AttentionCall) -> AttentionOutput:
     tiles = [_attend_rows(call, i, min(i + Q_TILE, call.q.shape[2])) for i in starts]
     if not tiles:
         return AttentionOutput(
-            call.q.new_zeros(*call.q.shape[:3], call.kv.shape[4]), call.q[..., 0].float()
+            call.q.new_zeros(*call.q.shape[:3], call.kv.shape[4], dtype=call.out_dtype),
+            call.q[..., 0].float(),
         )
     return AttentionOutput(
         torch.cat([tile.out for tile in tiles], dim=2),
@@ -55,14 +56,13 @@ def run(call: AttentionCall) -> AttentionOutput:
 
 def _attend_rows(call: AttentionCall, start: int, stop: int) -> AttentionOutput:
     """Attention of queries start .. stop-1."""
-    compute = torch.promote_types(call.q.dtype, torch.float32)
-    q = call.q[:, :, start:stop].to(compute).unflatten(1, (-1, call.num_groups)) * call.scale
+    q = call.queries(start, stop).unflatten(1, (-1, call.num_groups)) * call.scale
     rows = q.shape[:-1]  # [B, Hkv, G, q]
     m = q.new_full((*rows, 1), -torch.inf)
     l = q.new_zeros((*rows, 1))
     o = q.new_zeros((*rows, call.kv.shape[4]))
     if call.sink_logits is not None:  # the learned sink is a first score without a value
-        m = call.sink_logits.to(compute).view(1, *rows[1:3], 1, 1).expand(*rows, 1)
+        m = call.sink_logits.to(q.dtype).view(1, *rows[1:3], 1, 1).expand(*rows, 1)
         l = torch.ones_like(l)
     for tile in visited_tiles(call, start, stop):
         m, l, o = _absorb(call, start, stop, tile, q, m, l, o)
@@ -70,7 +70,7 @@ def _attend_rows(call: AttentionCall, start: int, stop: int) -> AttentionOutput:
     out = o / l.masked_fill(empty, 1)
     lse = (m + l.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)
     return AttentionOutput(
-        out.flatten(1, 2).to(call.q.dtype), lse.squeeze(-1).flatten(1, 2).float()
+        out.flatten(1, 2).to(call.out_dtype), lse.squeeze(-1).flatten(1, 2).float()
     )
 
 
