@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
 from saccade.core.formats import Codes
 from saccade.ops import tuning
+from saccade.ops.attend.gluon_codes_launch import code_splits, covers, scan_codes
 from saccade.ops.attend.triton_decode import Pages, decode_kernel, merge_kernel
 from saccade.ops.attend.triton_launch import (
     bounds_of,
@@ -215,6 +216,9 @@ def _quantized(
     heads, recent = kv.recent_k.shape[1], kv.recent_k.shape[2]
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
     splits = splits_of(problem, heads, max(kv.num_packed, 1), row_tiles, launch)
+    by_hand = covers(problem, kv)
+    if by_hand:
+        splits = code_splits(problem, kv)
     splits = splits if kv.num_packed else 0
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE)
     more = splits_of(problem, heads, recent, row_tiles, launch) if recent or not splits else 0
@@ -226,7 +230,9 @@ def _quantized(
     if packed is not None:
         history = replace(problem, lengths=packed.expand(problem.q.shape[0]))
     with on(problem.q.device):
-        if splits:
+        if splits and by_hand:
+            scan_codes(history, kv, parts, splits, with_sinks=not more)
+        elif splits:
             _scan_codes(history, kv, parts, splits, with_sinks=not more)
         if more:
             scan(problem, Pages(), spans, recent, parts, splits, more, packed)
