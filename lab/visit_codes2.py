@@ -1,13 +1,19 @@
 """Decoding over codes on Hopper: right first, then beside bf16.  python lab/visit_codes2.py"""
 
 import sys
-import time
+
 
 import torch
 
 from benchmarks.gpu_attention import graph_seconds
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
-from saccade.core.formats import Codes, dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from saccade.core.formats import (
+    Codes,
+    dequantize_keys,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
 from saccade.ops.attend import gluon_codes_launch as launches
 from saccade.ops.attend.api import attend
 
@@ -25,27 +31,65 @@ def packed(k, v, kind_k, kind_v, v_group):
     return coded, bits(kind_k), bits(kind_v)
 
 
-def check(kind_k, kind_v, *, batch=2, heads=8, kv_heads=2, queries=1, dim=128, keys=1024, recent=9,
-          v_group=None, mask=None, dtype=torch.bfloat16, sink=False):
+def check(
+    kind_k,
+    kind_v,
+    *,
+    batch=2,
+    heads=8,
+    kv_heads=2,
+    queries=1,
+    dim=128,
+    keys=1024,
+    recent=9,
+    v_group=None,
+    mask=None,
+    dtype=torch.bfloat16,
+    sink=False,
+):
     q = torch.randn(batch, heads, queries, dim, device="cuda").to(dtype)
     channel = torch.exp(torch.randn(1, kv_heads, 1, dim, device="cuda"))
-    k = torch.randn(batch, kv_heads, keys, dim, device="cuda") * channel + torch.randn(1, kv_heads, 1, dim, device="cuda")
+    k = torch.randn(batch, kv_heads, keys, dim, device="cuda") * channel + torch.randn(
+        1, kv_heads, 1, dim, device="cuda"
+    )
     v = torch.randn(batch, kv_heads, keys, dim, device="cuda") + 0.5
     coded, bk, bv = packed(k.to(dtype), v.to(dtype), kind_k, kind_v, v_group or min(64, dim))
     parts = [torch.randn(batch, kv_heads, recent, dim, device="cuda").to(dtype) for _ in range(2)]
     view = QuantizedKV(*coded, *parts, bk, bv, 64)
-    full_k = torch.cat((dequantize_keys(coded[0], bits=bk, group=64, dtype=torch.float64), parts[0].double()), 2)
-    full_v = torch.cat((dequantize_values(coded[1], bits=bv, dtype=torch.float64), parts[1].double()), 2)
+    full_k = torch.cat(
+        (dequantize_keys(coded[0], bits=bk, group=64, dtype=torch.float64), parts[0].double()), 2
+    )
+    full_v = torch.cat(
+        (dequantize_values(coded[1], bits=bv, dtype=torch.float64), parts[1].double()), 2
+    )
     mask = mask or Mask()
     more = {"sink_logits": torch.randn(heads, device="cuda")} if sink else {}
-    truth = attend(q.double(), DenseKV(full_k, full_v), mask=mask, backend="reference", **({"sink_logits": more["sink_logits"].double()} if sink else {}))
-    eager = attend(q, DenseKV(full_k.to(dtype), full_v.to(dtype)), mask=mask, backend="reference", **more)
+    truth = attend(
+        q.double(),
+        DenseKV(full_k, full_v),
+        mask=mask,
+        backend="reference",
+        **({"sink_logits": more["sink_logits"].double()} if sink else {}),
+    )
+    eager = attend(
+        q, DenseKV(full_k.to(dtype), full_v.to(dtype)), mask=mask, backend="reference", **more
+    )
     ours = attend(q, view, mask=mask, backend="triton", **more)
     error = (ours.out.double() - truth.out).abs().max().item()
     lse = (ours.lse.double() - truth.lse).abs().max().item()
     base = (eager.out.double() - truth.out).abs().max().item()
-    print("ok " if error < 2 * base + 1e-3 else "BAD", kind_k, kind_v, q.shape[2], dim, v_group, dtype, mask,
-          f"error {error:.2e} eager {base:.2e} lse {lse:.1e}", flush=True)
+    print(
+        "ok " if error < 2 * base + 1e-3 else "BAD",
+        kind_k,
+        kind_v,
+        q.shape[2],
+        dim,
+        v_group,
+        dtype,
+        mask,
+        f"error {error:.2e} eager {base:.2e} lse {lse:.1e}",
+        flush=True,
+    )
 
 
 def step_times(batch, length, configurations, kinds):
@@ -54,8 +98,14 @@ def step_times(batch, length, configurations, kinds):
     sets = max(2, min(8, 400_000_000 // size + 1))
     loops = 4 if size < 2**28 else 1
     queries = [torch.randn(batch, heads, 1, dim, device="cuda").bfloat16() for _ in range(sets)]
-    stores = [[torch.randn(batch, kv_heads, length, dim, device="cuda").bfloat16() for _ in range(2)] for _ in range(sets)]
-    runs = [lambda q=q, s=s: attend(q, DenseKV(*s), mask=Mask(), backend="triton").out for q, s in zip(queries, stores)]
+    stores = [
+        [torch.randn(batch, kv_heads, length, dim, device="cuda").bfloat16() for _ in range(2)]
+        for _ in range(sets)
+    ]
+    runs = [
+        lambda q=q, s=s: attend(q, DenseKV(*s), mask=Mask(), backend="triton").out
+        for q, s in zip(queries, stores)
+    ]
     base = graph_seconds(runs, loops)
     print(f"B{batch} {length} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s", flush=True)
     for kind in kinds:
@@ -64,25 +114,52 @@ def step_times(batch, length, configurations, kinds):
             coded, bk, bv = packed(k, v, kind, kind, 64)
             views.append(QuantizedKV(*coded, k[:, :, :0], v[:, :, :0], bk, bv, 64))
             read = sum(x.numel() * x.element_size() for part in coded for x in part)
-        for warps, per_sm in configurations:
-            launches.LAUNCH = launches.CodesLaunch(warps, per_sm)
+        for per_sm, registers in configurations:
+            launches.LAUNCH = launches.CodesLaunch(per_sm, registers)
             try:
-                runs = [lambda q=q, kv=kv: attend(q, kv, mask=Mask(), backend="triton").out for q, kv in zip(queries, views)]
+                runs = [
+                    lambda q=q, kv=kv: attend(q, kv, mask=Mask(), backend="triton").out
+                    for q, kv in zip(queries, views)
+                ]
                 took = graph_seconds(runs, loops)
-                print(f"B{batch} {length} {kind} warps {warps} x {per_sm}: {took * 1e6:.1f} us "
-                      f"{read / took / 1e9:.0f} GB/s = {base / took:.2f}x", flush=True)
+                print(
+                    f"B{batch} {length} {kind} {per_sm} programs, {registers} registers: {took * 1e6:.1f} us "
+                    f"{read / took / 1e9:.0f} GB/s = {base / took:.2f}x",
+                    flush=True,
+                )
             except Exception as error:
-                print(kind, warps, per_sm, type(error).__name__, str(error)[-300:], flush=True)
+                print(kind, per_sm, registers, type(error).__name__, str(error)[-300:], flush=True)
         del views
 
 
 def main():
     what = sys.argv[1]
     if what == "check":
-        cases = [dict(kind_k=a, kind_v=b) for a, b in (("int8", "int8"), ("int4", "int4"), ("fp8", "fp8"), ("int8", "int4"), ("int4", "fp8"))]
-        cases += [dict(kind_k=a, kind_v=a, **more) for a in ("int8", "int4") for more in (
-            dict(queries=3), dict(queries=16), dict(dim=64), dict(v_group=128), dict(mask=Mask(window=200, sinks=3)),
-            dict(dtype=torch.float16), dict(recent=0, sink=True), dict(dim=64, v_group=32, queries=2), dict(keys=64, recent=0))]
+        cases = [
+            dict(kind_k=a, kind_v=b)
+            for a, b in (
+                ("int8", "int8"),
+                ("int4", "int4"),
+                ("fp8", "fp8"),
+                ("int8", "int4"),
+                ("int4", "fp8"),
+            )
+        ]
+        cases += [
+            dict(kind_k=a, kind_v=a, **more)
+            for a in ("int8", "int4")
+            for more in (
+                dict(queries=3),
+                dict(queries=16),
+                dict(dim=64),
+                dict(v_group=128),
+                dict(mask=Mask(window=200, sinks=3)),
+                dict(dtype=torch.float16),
+                dict(recent=0, sink=True),
+                dict(dim=64, v_group=32, queries=2),
+                dict(keys=64, recent=0),
+            )
+        ]
         for case in cases:
             try:
                 check(**case)

@@ -24,18 +24,24 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from saccade.ops.attend.gluon_registers import (
+    close_copies,
+    copy_line,
     from_bfloat16,
     from_fp8,
     halves,
     load_words,
     max_over_rows,
+    meet,
     multiply,
     number_of,
+    own_memory,
     pick_bytes,
+    read_words,
     sum_over_rows,
     times,
     times_half,
     transposed,
+    wait_copies,
 )
 from saccade.ops.tiles import key_tiles
 
@@ -58,15 +64,77 @@ def load_many(address, FIRST: gl.constexpr, STEP: gl.constexpr, COUNT: gl.conste
 
 
 @gluon.jit
-def load_codes(address, ROW: gl.constexpr, HALF: gl.constexpr, WORDS: gl.constexpr,
-               COUNT: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
-    """WORDS words of both halves of COUNT rows: [row][half][word], or [row][word] for int4."""
-    if FORMAT == "int4":
-        found = load_many(address, 0, ROW, COUNT, WORDS)
-    else:
-        found = load_many(address, 0, HALF, 2, WORDS)
-        for i in gl.static_range(1, COUNT):
-            found = found + load_many(address, i * ROW, HALF, 2, WORDS)
+def copy_keys(place, address, thread, ROW: gl.constexpr):
+    """Ask for the codes of 64 keys, 512 bytes at a time; every other 8 rows change 64-byte halves."""
+    for n in gl.static_range(ROW // 8):
+        if ROW >= 64:
+            turned = (thread * 16) ^ (64 * ((64 * n // ROW) % 2))
+        else:
+            turned = (thread * 16) ^ (64 * (thread // 16))
+        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
+
+
+@gluon.jit
+def copy_values(place, address, thread, ROW: gl.constexpr):
+    """The same for values; 32-byte quarters change places by groups of 16 rows."""
+    for n in gl.static_range(ROW // 8):
+        turned = (thread * 16) ^ (32 * ((32 * n // ROW) % 4))
+        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
+
+
+@gluon.jit
+def read_codes(place, AT: gl.constexpr, TURN: gl.constexpr, WORDS: gl.constexpr):
+    """Words at AT of what the copies have laid down with some of the bits TURN exchanged."""
+    return read_words(place ^ (AT & TURN), AT - (AT & TURN), WORDS)
+
+
+@gluon.jit
+def read_keys(place, ROW: gl.constexpr, D: gl.constexpr):
+    """D / 32 words of both halves of eight keys: [key][half][word], or [key][word] for int4."""
+    found = ()
+    for key in gl.static_range(8):
+        for half in gl.static_range(2 if ROW == D else 1):
+            found = found + read_codes(place, key * ROW + half * (D // 2), 64, D // 32)
+    return found
+
+
+@gluon.jit
+def read_values(place, ROW: gl.constexpr, D: gl.constexpr):
+    """D / 64 words of both halves of sixteen values, in the same order."""
+    found = ()
+    for key in gl.static_range(16):
+        for half in gl.static_range(2 if ROW == D else 1):
+            found = found + read_codes(place, key * ROW + half * (D // 2), 96, D // 64)
+    return found
+
+
+@gluon.jit
+def copy_numbers(place, scale, offset, thread, SIZE: gl.constexpr):
+    """Ask for SIZE bytes of scales and as many of offsets, which lie behind them."""
+    EACH: gl.constexpr = SIZE // 16  # threads for each
+    who = thread % EACH
+    address = gl.where(thread % (2 * EACH) < EACH, scale, offset) + who * 16
+    copy_line(place + (thread % (2 * EACH)) * 16, address, 0, 0)
+
+
+@gluon.jit
+def read_channels(place, D: gl.constexpr):
+    """Float16 numbers of a thread's channels, D / 8 of each half, in pairs."""
+    found = read_words(place, 0, 4)
+    if D == 128:
+        found = found + read_words(place, 16, 4)
+    found = found + read_words(place, D, 4)
+    if D == 128:
+        found = found + read_words(place, D + 16, 4)
+    return found
+
+
+@gluon.jit
+def read_tokens(place, V_GROUPS: gl.constexpr):
+    """Float16 numbers of a thread's eight keys, in pairs."""
+    found = read_words(place, 0, 4)
+    if V_GROUPS == 2:
+        found = found + read_words(place, 16, 4)
     return found
 
 
@@ -287,6 +355,28 @@ def tile_of(i, last, num_sinks, first):
 
 
 @gluon.jit
+def ask_for_keys(place, numbers, codes, scale, offset, tile, thread, ROW: gl.constexpr,
+                 GROUP: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """One group of copies: codes, scales and offsets of a tile of keys."""
+    tile = tile.to(gl.int64)
+    group = tile * KEYS // GROUP * (2 * D)
+    copy_keys(place, codes + tile * (KEYS * ROW), thread, ROW)
+    copy_numbers(numbers, scale + group, offset + group, thread, 2 * D)
+    close_copies(thread)
+
+
+@gluon.jit
+def ask_for_values(place, numbers, codes, scale, offset, tile, thread, ROW: gl.constexpr,
+                   V_GROUPS: gl.constexpr):  # fmt: skip
+    """The same for a tile of values."""
+    tile = tile.to(gl.int64)
+    copy_values(place, codes + tile * (KEYS * ROW), thread, ROW)
+    at = tile * (2 * KEYS * V_GROUPS)
+    copy_numbers(numbers, scale + at, offset + at, thread, 2 * KEYS * V_GROUPS)
+    close_copies(thread)
+
+
+@gluon.jit
 def head_address(plane, b, kv_head, SIZE: gl.constexpr):
     """Address of the first row of a head, of elements of SIZE bytes."""
     return plane.ptr.to(gl.int64) + (b * plane.batch + kv_head.to(gl.int64) * plane.head) * SIZE
@@ -297,14 +387,13 @@ def codes_kernel(
     q, k, v, out, lse, bounds, rules, sink_logits, scale,
     q_len, k_len, q_offset, splits, out_split, lse_split, kv_heads, groups,
     D: gl.constexpr, K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr,
-    V_GROUPS: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
+    V_GROUPS: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split: 64 keys a warp and round, the next keys always on their way."""
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, L))[:, None]
-    thread = gl.arange(0, 32, layout=gl.SliceLayout(0, L))[None, :] + warp * 0
+    thread = gl.arange(0, 32, layout=L)
     g, t = thread // 4, thread % 4
     tile = gl.program_id(0) // splits
     split = gl.program_id(0) % splits
@@ -323,59 +412,65 @@ def codes_kernel(
         first_q, last_q, k_len, rules, CAUSAL, KEYS
     )
     count = num_sinks + last - first
-    each = gl.cdiv(gl.cdiv(count, WARPS), splits) * WARPS
+    each = gl.cdiv(count, splits)
     begin, end = gl.minimum(split * each, count), gl.minimum((split + 1) * each, count)
 
     row = gl.minimum(tile * ROWS + g, rows - 1)
     q_at = (row % groups + kv_head * groups).to(gl.int64) * q.head
     q_at += (row // groups).to(gl.int64) * q.row + b * q.batch
-    q_pairs = load_queries(
-        q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, q.ptr.dtype.element_ty
-    )
+    q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, q.ptr.dtype.element_ty)
     q_first = (tile * ROWS + 2 * t) // groups + q_offset
     q_second = (tile * ROWS + 2 * t + 1) // groups + q_offset
 
-    k_at = head_address(k.codes, b, kv_head, 1) + g * (8 * K_ROW) + t * (D // 8)
-    k_scale_at = head_address(k.scale, b, kv_head, 2) + t * (D // 4)
-    k_offset_at = head_address(k.offset, b, kv_head, 2) + t * (D // 4)
-    v_at = head_address(v.codes, b, kv_head, 1) + t * (16 * V_ROW) + g * (D // 16)
-    v_scale_at = head_address(v.scale, b, kv_head, 2) + g * (16 * V_GROUPS)
-    v_offset_at = head_address(v.offset, b, kv_head, 2) + g * (16 * V_GROUPS)
+    k_at = head_address(k.codes, b, kv_head, 1)
+    k_scale_at, k_offset_at = (
+        head_address(k.scale, b, kv_head, 2),
+        head_address(k.offset, b, kv_head, 2),
+    )
+    v_at = head_address(v.codes, b, kv_head, 1)
+    v_scale_at, v_offset_at = (
+        head_address(v.scale, b, kv_head, 2),
+        head_address(v.offset, b, kv_head, 2),
+    )
+    V_PLACE: gl.constexpr = KEYS * K_ROW
+    K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
+    V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
+    k_place = own_memory(thread, V_NUMBERS + 4 * KEYS * V_GROUPS)
+    v_place = k_place + V_PLACE
+    k_numbers, v_numbers = k_place + K_NUMBERS, k_place + V_NUMBERS
+    k_read = k_place + g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
+    v_read = v_place + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
 
     unit = scale * LOG2E
     if K_FORMAT != "fp8":
         unit = unit / TINY
-    zero = gl.full([WARPS, 32], 0.0, gl.float32, L)
+    zero = gl.full([32], 0.0, gl.float32, L)
     nothing = (zero, zero, zero, zero)
     m0 = zero + LOWEST
     m1 = m0
     l0, l1, o00, o01, o10, o11 = zero, zero, zero, zero, zero, zero
     acc = (nothing,) * (D // 16)
-    here = tile_of(begin + warp + thread * 0, end, num_sinks, first)
-    group = (here * KEYS // K_GROUP).to(gl.int64) * (2 * D)
-    k_words = load_codes(k_at + here.to(gl.int64) * (KEYS * K_ROW), K_ROW, D // 2, D // 32, 8,
-                         K_FORMAT)  # fmt: skip
-    k_scale = load_channels(k_scale_at + group, D)
-    k_offset = load_channels(k_offset_at + group, D)
-    for i in range(begin, end, WARPS):
-        here = tile_of(i + warp + thread * 0, end, num_sinks, first)
-        at = here.to(gl.int64) * KEYS
-        v_scale = load_many(v_scale_at + at * (2 * V_GROUPS), 0, 16, V_GROUPS, 4)
-        v_offset = load_many(v_offset_at + at * (2 * V_GROUPS), 0, 16, V_GROUPS, 4)
-        v_words = load_codes(v_at + at * V_ROW, V_ROW, D // 2, D // 64, 16, V_FORMAT)
+    here = tile_of(begin, end, num_sinks, first)
+    ask_for_keys(k_place, k_numbers, k_at, k_scale_at, k_offset_at, here, thread, K_ROW, K_GROUP, D)
+    ask_for_values(v_place, v_numbers, v_at, v_scale_at, v_offset_at, here, thread, V_ROW, V_GROUPS)
+    for i in range(begin, end):
+        wait_copies(thread, 1)
+        k_scale = read_channels(k_numbers + t * (D // 4), D)
+        k_offset = read_channels(k_numbers + 2 * D + t * (D // 4), D)
+        k_words = read_keys(k_read, K_ROW, D)
         s = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
-        after = tile_of(i + WARPS + warp + thread * 0, end, num_sinks, first)
-        group = (after * KEYS // K_GROUP).to(gl.int64) * (2 * D)
-        k_words = load_codes(k_at + after.to(gl.int64) * (KEYS * K_ROW), K_ROW, D // 2, D // 32, 8,
-                             K_FORMAT)  # fmt: skip
-        k_scale = load_channels(k_scale_at + group, D)
-        k_offset = load_channels(k_offset_at + group, D)
+        meet(thread)
+        after = tile_of(i + 1, end, num_sinks, first)
+        ask_for_keys(k_place, k_numbers, k_at, k_scale_at, k_offset_at, after, thread, K_ROW,
+                     K_GROUP, D)  # fmt: skip
+        wait_copies(thread, 1)
+        v_scale = read_tokens(v_numbers + g * (16 * V_GROUPS), V_GROUPS)
+        v_offset = read_tokens(v_numbers + (2 * KEYS + g * 16) * V_GROUPS, V_GROUPS)
         scalar = i - num_sinks + first
-        full = (i >= num_sinks) & (scalar >= full_from) & (scalar + WARPS <= full_to)
-        if not (full & (i + WARPS <= end)):
-            limit = gl.where(i + warp < end, k_len, 0)
+        full = (i >= num_sinks) & (scalar >= full_from) & (scalar < full_to)
+        if not full:
             s, v_scale, v_offset = see_edges(
-                s, v_scale, v_offset, here * KEYS + g * 8, q_first, q_second, limit, rules, CAUSAL,
+                s, v_scale, v_offset, here * KEYS + g * 8, q_first, q_second, k_len, rules, CAUSAL,
                 V_GROUPS,
             )  # fmt: skip
         m0, shrink0, p0, sum0 = weights_of(s, m0, unit, 0)
@@ -390,6 +485,7 @@ def codes_kernel(
         for key in gl.static_range(8):
             pairs = pairs + (halves(p0[key], p1[key]),)
         weights = scaled_weights(pairs, v_scale, V_GROUPS, 0)
+        v_words = read_values(v_read, V_ROW, D)
         taken = ()
         for j in gl.static_range(D // 16):
             if j == D // 32 and V_GROUPS == 2:
@@ -399,12 +495,16 @@ def codes_kernel(
                            j % (D // 32), D // 64, V_FORMAT),
             )  # fmt: skip
         acc = taken
+        meet(thread)
+        here = after
+        ask_for_values(v_place, v_numbers, v_at, v_scale_at, v_offset_at, here, thread, V_ROW,
+                       V_GROUPS)  # fmt: skip
     if V_GROUPS == 1:
         o10, o11 = o00, o01
     offsets = (sum_over_rows(o00), sum_over_rows(o01), sum_over_rows(o10), sum_over_rows(o11))
-    store(acc, offsets, m0, m1, sum_over_rows(l0), sum_over_rows(l1), unit, out, lse, sink_logits,
-          tile, split, out_split, lse_split, b, kv_head, kv_heads, groups, q_len, g, t, D, V_FORMAT,
-          L)  # fmt: skip
+    sums = (sum_over_rows(l0), sum_over_rows(l1))
+    store(acc, offsets, (m0, m1), sums, unit, out, lse, sink_logits, tile, split, out_split,
+          lse_split, b, kv_head, kv_heads, groups, q_len, g, t, D, V_FORMAT)  # fmt: skip
 
 
 @triton.constexpr_function
@@ -416,52 +516,18 @@ def factor_of(form, side):
 
 
 @gluon.jit
-def over_warps(x):
-    """Sum over the warps of a program of many registers at once, `[32]` each."""
-    if len(x) == 1:
-        found = (gl.sum(x[0], 0),)
-    else:
-        HALF: gl.constexpr = len(x) // 2
-        found = ()
-        joined = ()
-        for i in gl.static_range(HALF):
-            joined = joined + (gl.join(x[i], x[HALF + i]),)
-        low, high = (), ()
-        summed = over_warps(joined)
-        for i in gl.static_range(HALF):
-            one, other = gl.split(summed[i])
-            low, high = low + (one,), high + (other,)
-        found = low + high
-    return found
-
-
-@gluon.jit
-def store(acc, offsets, m0, m1, l0, l1, unit, out, lse, sink_logits, tile, split, out_split,
-          lse_split, b, kv_head, kv_heads, groups, q_len, g, t, D: gl.constexpr,
-          V_FORMAT: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Join the warps of a program and write the output and lse of its rows."""
-    FLAT: gl.constexpr = gl.SliceLayout(0, L)
-    top0, top1 = gl.max(m0, 0), gl.max(m1, 0)
-    part0 = gl.exp2((m0 - top0[None, :]) * unit)
-    part1 = gl.exp2((m1 - top1[None, :]) * unit)
-    numbers = ()
-    for j in gl.static_range(D // 16):
-        for c in gl.static_range(4):
-            number = acc[j][c] * factor_of(V_FORMAT, j // (D // 32))
-            number += offsets[2 * (j // (D // 32)) + c % 2]
-            numbers = numbers + (number * (part0 if c % 2 == 0 else part1),)
-    numbers = over_warps(numbers)
-    thread = gl.arange(0, 32, layout=FLAT)
-    g, t = thread // 4, thread % 4
+def store(acc, offsets, tops, sums, unit, out, lse, sink_logits, tile, split, out_split, lse_split,
+          b, kv_head, kv_heads, groups, q_len, g, t, D: gl.constexpr,
+          V_FORMAT: gl.constexpr):  # fmt: skip
+    """Write the output and lse of the two rows of a thread."""
     for c in gl.static_range(2):
         row = tile * ROWS + 2 * t + c
         index = row // groups
         h = kv_head * groups + row % groups
         keep = index < q_len
-        l = gl.sum((l0 * part0) if c == 0 else (l1 * part1), 0)
-        top = (top0 if c == 0 else top1) * unit - RAISED
-        top = gl.where(l == 0, LOWEST, top)
-        shrink = gl.full([32], 1.0, gl.float32, FLAT)
+        l = sums[c]
+        top = gl.where(l == 0, LOWEST, tops[c] * unit - RAISED)
+        shrink = l * 0.0 + 1.0
         if sink_logits is not None:
             sink = gl.load(sink_logits + h, mask=keep & (split == 0), other=float("-inf")) * LOG2E
             raised = gl.maximum(top, sink)
@@ -477,6 +543,7 @@ def store(acc, offsets, m0, m1, l0, l1, unit, out, lse, sink_logits, tile, split
         shrink = shrink / safe
         for j in gl.static_range(D // 16):
             for odd in gl.static_range(2):
-                number = gl.convert_layout(numbers[4 * j + 2 * odd + c], FLAT) * shrink
+                number = acc[j][2 * odd + c] * factor_of(V_FORMAT, j // (D // 32))
+                number = (number + offsets[2 * (j // (D // 32)) + c]) * shrink
                 channel = j // (D // 32) * (D // 2) + j % (D // 32) * 2 + odd
                 gl.store(at + channel, number.to(out.ptr.dtype.element_ty), mask=keep)

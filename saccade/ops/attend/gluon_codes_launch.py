@@ -26,13 +26,13 @@ ALIGNED = 16  # bytes of a load
 
 @dataclass(frozen=True, slots=True)
 class CodesLaunch:
-    """Warps of a program, and programs to aim for per multiprocessor."""
+    """Programs (of one warp) to aim for per multiprocessor, and registers a thread may take."""
 
-    warps: int
     per_sm: int
+    registers: int
 
 
-LAUNCH = CodesLaunch(4, 2)
+LAUNCH = CodesLaunch(12, 168)
 
 
 def covers(problem: Problem, kv: QuantizedKV) -> bool:
@@ -75,7 +75,7 @@ def code_splits(problem: Problem, kv: QuantizedKV, launch: CodesLaunch | None = 
         reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(wanted // programs, cdiv(reach, TILE * launch.warps)))
+    return max(1, min(wanted // programs, cdiv(reach, TILE)))
 
 
 def format_of(codes: Tensor, bits: int) -> str:
@@ -122,6 +122,6 @@ def scan_codes(
         K_GROUP=kv.k_group,
         V_GROUPS=kv.v.scale.shape[3],
         CAUSAL=problem.causal,
-        WARPS=launch.warps,
-        num_warps=launch.warps,
+        num_warps=1,
+        maxnreg=launch.registers,
     )

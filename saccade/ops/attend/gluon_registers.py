@@ -120,7 +120,9 @@ def halves(low, high):
 @gluon.jit
 def times(x, y):
     """Products of two pairs of float16."""
-    return gl.inline_asm_elementwise("mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], gl.int32, True, 1)
+    return gl.inline_asm_elementwise(
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [x, y], gl.int32, True, 1
+    )
 
 
 @gluon.jit
@@ -165,3 +167,78 @@ def from_fp8(x, WHICH: gl.constexpr):
     else:
         text: gl.constexpr = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.rn.f16x2.e4m3x2 $0, b; }"
     return gl.inline_asm_elementwise(text, "=r,r", [x], gl.int32, True, 1)
+
+
+@triton.constexpr_function
+def _own_text(size):
+    return f"{{ .shared .align 128 .b8 own[{size}]; mov.u32 $0, own; }}"
+
+
+@gluon.jit
+def own_memory(thread, SIZE: gl.constexpr):
+    """Address of SIZE bytes of shared memory, at most 48 KiB."""
+    text: gl.constexpr = _own_text(SIZE)
+    return gl.inline_asm_elementwise(text, "=r,r", [thread], gl.int32, True, 1)
+
+
+@triton.constexpr_function
+def _copy_text(to, source):
+    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def copy_line(place, address, TO: gl.constexpr, FROM: gl.constexpr):
+    """Ask for 16 bytes of each thread: from address + FROM to place + TO in shared memory."""
+    text: gl.constexpr = _copy_text(TO, FROM)
+    gl.inline_asm_elementwise(text, "=r,r,l", [place, address], gl.int32, False, 1)
+
+
+@gluon.jit
+def close_copies(thread):
+    """What was asked for since the last call is one group."""
+    gl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.u32 $0, 0;", "=r,r", [thread], gl.int32, False, 1
+    )
+
+
+@triton.constexpr_function
+def _wait_text(groups):
+    return f"cp.async.wait_group {groups}; bar.warp.sync -1; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def wait_copies(thread, GROUPS: gl.constexpr):
+    """Wait until at most GROUPS groups are on their way, for all threads of a warp."""
+    text: gl.constexpr = _wait_text(GROUPS)
+    gl.inline_asm_elementwise(text, "=r,r", [thread], gl.int32, False, 1)
+
+
+@gluon.jit
+def meet(thread):
+    """Every thread of a warp has read what it wanted."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync -1; mov.u32 $0, 0;", "=r,r", [thread], gl.int32, False, 1
+    )
+
+
+@triton.constexpr_function
+def _read_text(words, offset):
+    size = "" if words == 1 else f".v{words}"
+    found = ", ".join(f"${i}" for i in range(words))
+    found = found if words == 1 else f"{{{found}}}"
+    return f"ld.shared{size}.b32 {found}, [${words} + {offset}];"
+
+
+@gluon.jit
+def read_words(place, OFFSET: gl.constexpr, WORDS: gl.constexpr):
+    """WORDS words of each thread from shared memory at its place plus OFFSET bytes."""
+    text: gl.constexpr = _read_text(WORDS, OFFSET)
+    if WORDS == 4:
+        found = gl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,r", [place], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
+        )
+    elif WORDS == 2:
+        found = gl.inline_asm_elementwise(text, "=r,=r,r", [place], (gl.int32, gl.int32), False, 1)
+    else:
+        found = (gl.inline_asm_elementwise(text, "=r,r", [place], gl.int32, False, 1),)
+    return found
