@@ -3,14 +3,15 @@
     python benchmarks/gpu_attention.py --out benchmarks/results/h200_triton_attention.json
 
 Random data; the median over CUDA events; for decoding, one CUDA graph over several caches that
-together exceed the L2 cache.  A result that is wrong is not timed: it raises.
+together exceed the L2 cache.  A result that is wrong is not timed: it raises.  FlexAttention is a
+peer for windows and selections (gpu_flex.py); its compilations take a minute (--no-flex).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,53 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import saccade
+from benchmarks import gpu_flex
+from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.ops import attend, attention
 from saccade.ops.attend.api import make_call
 from saccade.ops.choose import load
 
-DTYPE = torch.bfloat16
 KERNELS = ("triton", "gluon")
+FLEX = "--no-flex" not in sys.argv
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
-
-
-def random(*shape: int) -> Tensor:
-    """Normal random numbers on the card; zeros would run faster than real data."""
-    return torch.randn(*shape, device="cuda", dtype=DTYPE)
-
-
-def seconds(run: Callable[[], Any], repeats: int = 15, warmup: int = 4) -> float:
-    """Median time of one call by CUDA events."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # so that the host is ahead and its time is not counted
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def graph_seconds(runs: list[Callable[[], Any]], loops: int = 1) -> float:
-    """Median time of one of `runs`, captured one after the other in a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(loops):
-            for run in runs:
-                run()
-    return seconds(graph.replay) / (len(runs) * loops)
 
 
 def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
@@ -81,18 +48,6 @@ def host_seconds(run: Callable[[], Any], repeats: int = 200) -> float:
     took = (time.perf_counter() - begin) / repeats
     torch.cuda.synchronize()
     return took
-
-
-def ceilings() -> dict[str, float]:
-    """What this card does at best: a large matrix product, and reading memory."""
-    a, b = random(8192, 8192), random(8192, 8192)
-    matmul = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
-    # Reading alone: the sum of 4 GiB, and what a copy reads and writes.
-    big = torch.randn(2**30, device="cuda")
-    read = big.numel() * 4 / seconds(big.sum) / 1e9
-    other = torch.empty_like(big)
-    copy = 2 * big.numel() * 4 / seconds(lambda: other.copy_(big)) / 1e9
-    return {"matmul_tflops": matmul, "read_gbs": read, "copy_gbs": copy}
 
 
 def relative(ours: Tensor, truth: Tensor) -> float:
@@ -146,7 +101,20 @@ def forward_case(length: int, dim: int, *, causal: bool = True, window: int | No
         row |= {"error": max(row["error"], error), backend: work / seconds(ours)}
     if window is None:
         row |= {name: work / _peer(name, q, k, v, causal) for name in PEERS}
+    elif FLEX:
+        row |= _flex(work, q, k, v, gpu_flex.window_mask(window, length), truth)
     return row
+
+
+def _flex(work: float, q: Tensor, k: Tensor, v: Tensor, mask: Any, truth: Tensor) -> dict:
+    """FlexAttention's rate with the best of its options, and what became of the others."""
+
+    def check(out: Tensor) -> float:
+        return demand(out[:, : truth.shape[1], -64:], truth, 1e-2, "flex")
+
+    took, options, failed = gpu_flex.fastest(q, k, v, mask, check)
+    found: dict[str, Any] = {"flex": work / took, "flex_options": options}
+    return found | ({"flex_failed": failed} if failed else {})
 
 
 def _peer(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
@@ -172,19 +140,22 @@ def blocks_case(length: int, density: float) -> dict:
     visited += kv_heads * count * block * (block + 1) / 2
     work = 4 * (heads // kv_heads) * dim * visited / 1e12
 
-    def ours() -> Tensor:
-        return attention(q, k, v, blocks=blocks, backend="triton")  # type: ignore[return-value]
-
     row_blocks = BlockSelection(
         allowed=allowed[:, :1, -1:].expand(1, 1, 1, count), q_block=block, k_block=block
     )
     truth = last_rows(q, k, v, blocks=row_blocks)
-    error = demand(ours()[:, : truth.shape[1], -64:], truth, 1e-2, "blocks")
     share = visited / (kv_heads * length * (length + 1) / 2)
-    return {
-        "case": "blocks", "length": length, "density": share, "error": error,
-        "triton": work / seconds(ours),
-    }  # fmt: skip
+    row: dict[str, Any] = {"case": "blocks", "length": length, "density": share, "error": 0.0}
+    for backend in KERNELS:
+
+        def ours(backend: str = backend) -> Tensor:
+            return attention(q, k, v, blocks=blocks, backend=backend)  # type: ignore[return-value]
+
+        error = demand(ours()[:, : truth.shape[1], -64:], truth, 1e-2, f"blocks {backend}")
+        row |= {"error": max(row["error"], error), backend: work / seconds(ours)}
+    if FLEX:
+        row |= _flex(work, q, k, v, gpu_flex.selection_mask(allowed, heads // kv_heads), truth)
+    return row
 
 
 def backward_case(length: int, dim: int) -> dict:
@@ -305,6 +276,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="names of cases: forward blocks backward decode")
+    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
+    parser.add_argument("--contains", default="", help="only cases with this in their arguments")
     arguments = parser.parse_args()
     record: dict[str, Any] = {
         "what": "attention on one GPU, bf16, 32 query and 8 key/value heads; TFLOP/s, GB/s",
@@ -326,6 +299,8 @@ def main() -> None:
     print(json.dumps(record["ceilings"] | record["host_us"]), flush=True)
     for name, case, where, options in cases():
         if arguments.only and name not in arguments.only:
+            continue
+        if arguments.contains not in f"{where} {options}":
             continue
         torch.cuda.empty_cache()
         try:

@@ -114,7 +114,7 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> tuple[Row, Callable[[], C
     description = make_call(inputs.q, inputs.views[0], mask=case.mask, wants_lse=False)
     if backend == "auto":
         verdicts = choose.explain(description)
-        backend = next(name for name, verdict in verdicts if verdict == "chosen")
+        backend = next(name for name, verdict in verdicts if verdict.startswith("chosen"))
     row = _row(case, backend, ours=True)
 
     def construct() -> Call:

@@ -124,16 +124,16 @@ def _expected_out(case: Case, inputs: Inputs, seed: int) -> tuple[Expected, ...]
     rows = rows_to_check(case, seed)
     offset = case.kv_len - case.q_len
     q, view = inputs.q[:, :, rows], inputs.views[0]
-    k, v = _stored(view)
+    k, v = stored(view)
     exact = _attend(q.double(), k, v, case.mask, rows + offset, view.rotated, torch.float64)
     eager = _attend(q.float(), k, v, case.mask, rows + offset, view.rotated, case.q_dtype)
     margin = 1.0 + 2.0**-6  # rounding to the storage type, of values and of the output
     low, high = (float(limit) for limit in v.aminmax())
     bounds = None if view.rotated else (min(low * margin, 0.0), max(high * margin, 0.0))
-    return (_limits("out", rows, exact, eager, case.q_dtype, bounds=bounds),)
+    return (limits("out", rows, exact, eager, case.q_dtype, bounds=bounds),)
 
 
-def _stored(view: KVView) -> tuple[Tensor, Tensor]:
+def stored(view: KVView) -> tuple[Tensor, Tensor]:
     """Keys and values as the numbers that the storage means, without another rounding."""
     if isinstance(view, QuantizedKV):
         recent_k, recent_v = view.recent_k.float(), view.recent_v.float()
@@ -179,12 +179,12 @@ def _weights(q: Tensor, k: Tensor, mask: Mask, positions: Tensor) -> Tensor:
 def _expected_grads(case: Case, inputs: Inputs, seed: int) -> tuple[Expected, ...]:
     """dq, dk, dv on all rows: each row of dk depends on every row of q."""
     assert inputs.grad is not None
-    q, (k, v), positions = inputs.q, _stored(inputs.views[0]), torch.arange(case.q_len)
+    q, (k, v), positions = inputs.q, stored(inputs.views[0]), torch.arange(case.q_len)
     exact = _gradients(q.double(), k, v, inputs.grad, case.mask, positions)
     eager = _gradients(q.float(), k, v, inputs.grad, case.mask, positions)
     return tuple(
         # Rows that nearly cancel (dq of the first one is 0) carry the rounding of large terms.
-        _limits(name, torch.arange(x.shape[2]), x, y, case.q_dtype, least_share=1.0)
+        limits(name, torch.arange(x.shape[2]), x, y, case.q_dtype, least_share=1.0)
         for name, x, y in zip(("dq", "dk", "dv"), exact, eager, strict=True)
     )
 
@@ -206,7 +206,7 @@ def _gradients(
     return dq, dk, dv
 
 
-def _limits(
+def limits(
     name: str,
     rows: Tensor,
     exact: Tensor,

@@ -50,7 +50,9 @@ def _print_backends(backends: list[Verdicts]) -> None:
     print("\nAttention: what computes a call\n")
     width = max(len(call.call) for call in backends)
     for call in backends:
-        chosen = next((name for name, said in call.backends.items() if said == "chosen"), "none")
+        chosen = next(
+            (name for name, said in call.backends.items() if said.startswith("chosen")), "none"
+        )
         able = [name for name, said in call.backends.items() if said.startswith("able")]
         also = f"also able: {', '.join(able)}" if able else ""
         print(f"  {call.call:{width}}  {chosen:10}  {also}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from saccade.core import BadInput
 from saccade.report import environment
 from saccade.report.numbers import as_bytes
 
@@ -49,7 +50,7 @@ def checks() -> list[Check]:
     found = [_python(), _torch()]
     if found[-1].status == "broken":
         return found
-    found += [_cpu(), _memory(), *_gpu(), _triton(), _transformers()]
+    found += [_cpu(), _memory(), *_gpu(), _triton(), *_launches(), _transformers()]
     found += [_package(name, purpose) for name, purpose in _OPTIONAL.items()]
     found.append(_demo_model())
     return found
@@ -143,6 +144,36 @@ def _triton() -> Check:
     if version is None:
         return Check("triton", "missing", "not installed", "Comes with torch's CUDA builds.")
     return Check("triton", "ok", version)
+
+
+def _launches() -> list[Check]:
+    """Which tables the GPU kernels are launched by: the package's, and one of the user's."""
+    import torch
+
+    from saccade.ops import tuning
+
+    found: list[Check] = []
+    card = tuning.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    try:
+        user = tuning.of_the_user()
+    except BadInput as error:
+        advice = "Nothing runs on a GPU before it is mended or the variable is gone."
+        return [Check("launches", "broken" if card else "missing", str(error), advice)]
+    if card is not None:
+        own = tuning.shipped(card)
+        said = (
+            f"{card}, measured on {own.measured.get('card')}" if own else f"{card}: safe, not fast"
+        )
+        advice = "" if own or user else "Run: saccade bench tune, for a table of this card."
+        found.append(Check("launches", "ok", said, advice))
+    if user is not None:
+        rows = sum(map(len, user.kernels.values()))
+        said = f"{tuning.VARIABLE}: {rows} rows for {user.architecture}"
+        unused = card != user.architecture
+        advice = f"This card is {card}: they are not used." if card and unused else ""
+        advice = "There is no GPU here to use them." if card is None else advice
+        found.append(Check("launches", "missing" if unused else "ok", said, advice))
+    return found
 
 
 def _transformers() -> Check:

@@ -23,6 +23,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; unknown options are looked for first, so that a typo is what gets reported."""
+        chosen = self._subcommand(argv)
+        if chosen is not None:
+            name, parser = chosen
+            args = parser.parse(argv[1:])
+            setattr(args, self._commands().dest, name)
+            return args
         for word in argv:
             if word == "--":
                 break
@@ -32,6 +38,33 @@ class Parser(argparse.ArgumentParser):
         if rest:
             raise UsageError(f"{self.prog} takes no argument {rest[0]!r}.{self._hint('')}")
         return args
+
+    def add_command(self, name: str, **options: Any) -> Parser:
+        """The parser of a subcommand, named by the first word: `saccade bench cpu`."""
+        commands = self._commands()
+        if commands is None:
+            commands = self.add_subparsers(dest="command", metavar="WHAT", required=True)
+        return commands.add_parser(name, **options)
+
+    def _commands(self) -> Any:
+        kind = argparse._SubParsersAction
+        return next((action for action in self._actions if isinstance(action, kind)), None)
+
+    def _subcommand(self, argv: Sequence[str]) -> tuple[str, Parser] | None:
+        """Name and parser of the subcommand that the first word names.
+
+        Raises:
+            UsageError: the parser has subcommands and the first word is none of them.
+        """
+        commands = self._commands()
+        word = argv[0] if argv else ""
+        if commands is None or word in ("-h", "--help", "--traceback"):
+            return None
+        if word not in commands.choices:
+            hint = nearest(word, commands.choices) or f" There are {', '.join(commands.choices)}."
+            said = f"has no command {word!r}" if word else "needs to know what"
+            raise UsageError(f"{self.prog} {said}.{hint}")
+        return word, commands.choices[word]
 
     def error(self, message: str) -> NoReturn:
         """What argparse found, as a sentence."""

@@ -1,15 +1,17 @@
 """Which backend computes a call: an explicit one never falls back, `auto` takes the first able.
 
+The order is AUTO_ORDER, behind what a measured rule puts first on this kind of GPU (order.py).
+
 Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.  A
 backend's module is imported here, so it imports what is heavy (Triton) only to run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
+from saccade.ops import order
 from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
@@ -39,8 +41,8 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-# Backends that `auto` takes only where they were measured to win, though they can do more.
-AUTO_LIMITS: dict[str, Callable[[AttentionCall], str | None]] = {"gluon": gluon.unmeasured}
+# Backends that `auto` takes only where a rule names them, though they can do more.
+ONLY_MEASURED = ("gluon",)
 
 
 def load(name: str) -> Backend:
@@ -71,34 +73,48 @@ def choose(call: AttentionCall, backend: str) -> Backend:
                 'Use backend="auto" or "tiled".'
             )
         return chosen
-    for name in AUTO_ORDER:
+    rule = order.preferred(call)
+    for name in _asked(rule):
         candidate = load(name)
-        if candidate.refusal(call) is None and _passed_over(name, call) is None:
+        if candidate.refusal(call) is None and not _passed_over(name, rule):
             return candidate
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
 
 
-def _passed_over(name: str, call: AttentionCall) -> str | None:
-    """Why `auto` does not take a backend that could run the call, or None."""
-    limit = AUTO_LIMITS.get(name)
-    return None if limit is None else limit(call)
+def _asked(rule: order.Rule | None) -> tuple[str, ...]:
+    """Backends in the order in which `auto` asks them."""
+    first = () if rule is None else rule.order
+    return (*first, *(name for name in AUTO_ORDER if name not in first))
+
+
+def _passed_over(name: str, rule: order.Rule | None) -> bool:
+    """Whether `auto` leaves out a backend that could run the call."""
+    return name in ONLY_MEASURED and (rule is None or name not in rule.order)
+
+
+def _chosen(name: str, rule: order.Rule | None) -> str:
+    """The verdict for the backend that `auto` takes, with the measurement where one decided."""
+    if rule is None or name not in rule.order:
+        return "chosen"
+    return f"chosen: {rule.why} ({rule.source})"
 
 
 def explain(call: AttentionCall) -> list[tuple[str, str]]:
     """(backend, verdict) for each backend, in the order `auto` asks them."""
     lines: list[tuple[str, str]] = []
-    taken = False
-    for name in (*AUTO_ORDER, *(n for n in BACKENDS if n not in AUTO_ORDER)):
+    rule = order.preferred(call)
+    asked, taken = _asked(rule), False
+    for name in (*asked, *(n for n in BACKENDS if n not in asked)):
         reason = load(name).refusal(call)
         if reason is not None:
             verdict = f"cannot: {reason}"
-        elif name not in AUTO_ORDER:
+        elif name not in asked:
             verdict = "able, but only by name: it materialises the scores"
-        elif (limit := _passed_over(name, call)) is not None:
-            verdict = f"able, but {limit}"
+        elif _passed_over(name, rule):
+            verdict = f"able, but {order.unmeasured(name, call)}"
         elif taken:
             verdict = "able, slower here"
         else:
-            verdict, taken = "chosen", True
+            verdict, taken = _chosen(name, rule), True
         lines.append((name, verdict))
     return lines

@@ -1,163 +1,105 @@
-"""Launch configurations of the Triton kernels as data: per architecture, by head dimension.
+"""Which launch a Triton kernel gets: tables per architecture, looked up by head dimension.
 
-A row serves head dimensions up to its first number.  Rows for sm_90 were measured on an H200
-(benchmarks/results); the default has to fit the 99 KiB of shared memory of consumer Ampere, Ada
-and Blackwell cards, so it is small and safe rather than fast.
+The tables are data, `measured/launches/ARCHITECTURE.json`, read when first needed.  An
+architecture without a file gets `default.json`, which fits the 99 KiB of shared memory of
+consumer Ampere, Ada and Blackwell cards, so it is small and safe rather than fast.  The
+environment variable SACCADE_TUNING names one more file, as `saccade bench tune` writes it: its
+rows stand before the package's on cards of its architecture.  Nothing else is looked for.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from saccade.core import BadInput
+from saccade.ops import launches
+from saccade.ops.launches import Launch, LaunchFile, Table
+
 INTERPRETER = "interpreter"
 DEFAULT = "default"
+VARIABLE = "SACCADE_TUNING"
+FOLDER = Path(__file__).parent / "measured" / "launches"
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """How a kernel is cut and launched.
+class Kernel:
+    """A name in the tables, and what for people; `kernel[architecture]` is its table there."""
 
-    Attributes:
-        block_m, block_n: queries and keys of a tile (decode: keys only, rows follow the group).
-        warps, stages: warps of a program, depth of its load pipeline.
-        bulk: fetch tiles with the copy engine (TMA), where strides allow it.
-        per_sm: programs to aim for per multiprocessor when decoding splits the keys.
-        registers: most registers a thread may take, 0 for what the compiler likes.
+    name: str
+    what: str
+
+    def __getitem__(self, arch: str) -> Table:
+        return tables(arch)[self.name]
+
+
+FORWARD = Kernel("forward", "prefill over dense keys")
+FORWARD_SHORT = Kernel("forward_short", "prefill in a window: few tiles a program")
+FORWARD_LISTED = Kernel("forward_listed", "prefill over selected blocks: addresses from lists")
+KEYS = Kernel("keys", "gradients of keys and values")
+QUERIES = Kernel("queries", "gradients of queries")
+DECODE = Kernel("decode", "few queries over keys one after the other in memory")
+DECODE_PAGES = Kernel("decode_pages", "few queries over keys found through a page table")
+DECODE_CODES = Kernel("decode_codes", "few queries over codes; their group bounds block_n too")
+FLOAT32 = Kernel("float32", "any kernel in full float32, outside the matrix units: small tiles")
+
+KERNELS = {
+    kernel.name: kernel
+    for kernel in (
+        FORWARD, FORWARD_SHORT, FORWARD_LISTED, KEYS, QUERIES,
+        DECODE, DECODE_PAGES, DECODE_CODES, FLOAT32,
+    )
+}  # fmt: skip
+
+_trials: dict[str, Launch] = {}
+_changes = [0]
+
+
+def pick(kernel: Kernel, x: torch.Tensor, dim: int) -> Launch:
+    """The configuration of one kernel for tensors like `x` and head dimensions up to `dim`."""
+    if _trials and kernel.name in _trials:
+        return _trials[kernel.name]
+    return _row(kernel.name, architecture(x.device), x.dtype == torch.float32, dim)
+
+
+@contextmanager
+def trial(kernel: Kernel, launch: Launch) -> Generator[None]:
+    """Inside the `with`, `pick` gives that launch for the kernel, whatever the tables say.
+
+    Not a context variable: autograd launches backward kernels from threads of its own.
     """
+    before = dict(_trials)
+    _trials[kernel.name] = launch
+    _changes[0] += 1
+    try:
+        yield
+    finally:
+        _trials.clear()
+        _trials.update(before)
+        _changes[0] += 1
 
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    bulk: bool = False
-    per_sm: int = 1
-    registers: int = 0
+
+def generation() -> int:
+    """Another number whenever `pick` may answer otherwise: part of the key of what remembers it."""
+    return _changes[0]
 
 
-Table = tuple[tuple[int, Launch], ...]
-
-FORWARD: dict[str, Table] = {
-    "sm_90": (
-        (64, Launch(64, 128, 4, 3, bulk=True)),
-        (128, Launch(128, 128, 8, 3)),
-        (256, Launch(128, 64, 8, 2)),
-        (512, Launch(64, 32, 8, 2)),
-    ),
-    DEFAULT: (
-        (64, Launch(128, 64, 4, 2)),
-        (128, Launch(64, 64, 4, 2)),
-        (256, Launch(64, 32, 8, 1)),
-        (512, Launch(32, 16, 8, 1)),
-    ),
-    INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
-}
-
-FORWARD_SHORT: dict[str, Table] = {  # few tiles a program: windows
-    "sm_90": (
-        (128, Launch(64, 64, 4, 3)),
-        (256, Launch(64, 64, 4, 2)),
-        (512, Launch(64, 32, 8, 2)),
-    ),
-    DEFAULT: FORWARD[DEFAULT],
-    INTERPRETER: FORWARD[INTERPRETER],
-}
-
-FORWARD_LISTED: dict[str, Table] = {  # tiles of a BlockSelection, whose addresses come from lists
-    "sm_90": (
-        (128, Launch(128, 128, 8, 2)),
-        (256, Launch(64, 64, 4, 2)),
-        (512, Launch(64, 32, 8, 2)),
-    ),
-    DEFAULT: FORWARD[DEFAULT],
-    INTERPRETER: FORWARD[INTERPRETER],
-}
-
-KEYS: dict[str, Table] = {  # the backward kernel that owns keys
-    "sm_90": (
-        (64, Launch(128, 64, 4, 2)),
-        (128, Launch(64, 128, 8, 1)),
-        (256, Launch(32, 64, 8, 1)),
-        (512, Launch(16, 32, 8, 1)),
-    ),
-    DEFAULT: (
-        (64, Launch(64, 64, 4, 2)),
-        (128, Launch(32, 64, 8, 1)),
-        (256, Launch(16, 32, 8, 1)),
-        (512, Launch(16, 16, 8, 1)),
-    ),
-    INTERPRETER: ((512, Launch(16, 32, 4, 1)),),
-}
-
-QUERIES: dict[str, Table] = {  # the backward kernel that owns queries
-    "sm_90": (
-        (64, Launch(128, 64, 4, 3)),
-        (128, Launch(128, 64, 8, 3)),
-        (256, Launch(64, 32, 8, 1)),
-        (512, Launch(32, 16, 8, 1)),
-    ),
-    DEFAULT: (
-        (64, Launch(64, 64, 4, 2)),
-        (128, Launch(64, 32, 8, 1)),
-        (256, Launch(32, 16, 8, 1)),
-        (512, Launch(16, 16, 8, 1)),
-    ),
-    INTERPRETER: ((512, Launch(32, 16, 4, 1)),),
-}
-
-_SMALL_DECODE = (
-    (64, Launch(64, 64, 4, 2, per_sm=2)),
-    (128, Launch(32, 64, 4, 2, per_sm=2)),
-    (256, Launch(16, 32, 4, 2, per_sm=2)),
-    (512, Launch(16, 16, 4, 2, per_sm=2)),
-)
-_TINY_DECODE = ((512, Launch(16, 16, 4, 1)),)
-
-DECODE: dict[str, Table] = {  # keys one after the other in memory
-    "sm_90": (
-        (64, Launch(64, 128, 4, 4)),
-        (128, Launch(64, 128, 4, 3)),
-        (256, Launch(64, 64, 4, 3)),
-        (512, Launch(32, 32, 4, 2)),
-    ),
-    DEFAULT: _SMALL_DECODE,
-    INTERPRETER: _TINY_DECODE,
-}
-
-DECODE_PAGES: dict[str, Table] = {  # keys found through a page table
-    "sm_90": (
-        (64, Launch(64, 128, 4, 3, per_sm=2)),
-        (128, Launch(64, 128, 4, 3, per_sm=2)),
-        (256, Launch(64, 64, 4, 3, per_sm=2)),
-        (512, Launch(32, 32, 4, 2, per_sm=2)),
-    ),
-    DEFAULT: _SMALL_DECODE,
-    INTERPRETER: _TINY_DECODE,
-}
-
-DECODE_CODES: dict[str, Table] = {  # quantised keys; block_n is also bounded by their group
-    "sm_90": (
-        (128, Launch(16, 64, 1, 2, per_sm=6)),
-        (256, Launch(16, 32, 4, 2, per_sm=2)),
-        (512, Launch(16, 32, 8, 1, per_sm=1)),
-    ),
-    DEFAULT: _SMALL_DECODE,
-    INTERPRETER: _TINY_DECODE,
-}
-
-FLOAT32 = (  # products in full float32 run outside the matrix units: small tiles
-    (64, Launch(32, 32, 4, 1)),
-    (128, Launch(32, 32, 4, 1)),
-    (256, Launch(16, 16, 4, 1)),
-    (512, Launch(16, 16, 4, 1)),
-)
+def forget() -> None:
+    """Read the tables again when they are next needed, SACCADE_TUNING too."""
+    for remembered in (_row, tables, shipped, of_the_user):
+        remembered.cache_clear()
+    _changes[0] += 1
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Name of the table row family: "sm_90", or "interpreter" for CPU tensors."""
+    """Name of the table: "sm_90", or "interpreter" for CPU tensors."""
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -172,10 +114,41 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def pick(tables: dict[str, Table], x: torch.Tensor, dim: int) -> Launch:
-    """The configuration of one kernel for tensors like `x` and head dimensions up to `dim`."""
-    arch = architecture(x.device)
-    table = tables.get(arch, tables[DEFAULT])
-    if x.dtype == torch.float32 and arch != INTERPRETER:
-        table = FLOAT32
+@cache
+def tables(arch: str) -> dict[str, Table]:
+    """Tables of all kernels on an architecture: the default's, the package's, the user's rows."""
+    default, own, user = shipped(DEFAULT), shipped(arch), of_the_user()
+    assert default is not None
+    found = default.kernels | (own.kernels if own else {})
+    if user is not None and user.architecture == arch:
+        found |= {name: launches.joined(found[name], rows) for name, rows in user.kernels.items()}
+    return found
+
+
+@cache
+def shipped(arch: str) -> LaunchFile | None:
+    """The package's file for an architecture, None where it has none."""
+    path = FOLDER / f"{arch}.json"
+    return launches.read(path, KERNELS) if path.exists() else None
+
+
+@cache
+def of_the_user() -> LaunchFile | None:
+    """The file that SACCADE_TUNING names, None where it is not set.
+
+    Raises:
+        BadInput: the file is missing or wrong.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    try:
+        return launches.read(Path(name).expanduser(), KERNELS)
+    except BadInput as error:
+        raise BadInput(f"{VARIABLE}: {error}") from error.__cause__
+
+
+@cache
+def _row(name: str, arch: str, full: bool, dim: int) -> Launch:
+    table = tables(arch)[FLOAT32.name if full and arch != INTERPRETER else name]
     return next(launch for limit, launch in table if dim <= limit)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from saccade.cli import doctor, health, main
+from saccade.ops import tuning
 from saccade.ops.choose import BACKENDS
 from saccade.report import environment
 
@@ -45,3 +48,35 @@ def test_every_missing_check_says_what_to_do():
     for check in health.checks():
         assert check.status in doctor._MARKS
         assert check.status == "ok" or check.advice
+
+
+def launch_checks(monkeypatch, table=None, card=None):
+    """What doctor says of launch tables on a card of that architecture."""
+    if table is not None:
+        monkeypatch.setenv(tuning.VARIABLE, str(table))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(tuning, "architecture", lambda device: card)
+    tuning.forget()
+    try:
+        return health._launches()
+    finally:
+        monkeypatch.undo()
+        tuning.forget()
+
+
+def test_launch_tables_in_use(monkeypatch, tmp_path):
+    measured = tuning.FOLDER / "sm_90.json"
+    assert launch_checks(monkeypatch) == []
+    (own,) = launch_checks(monkeypatch, card="sm_90")
+    assert (own.status, own.found) == ("ok", "sm_90, measured on NVIDIA H200")
+    (safe,) = launch_checks(monkeypatch, card="sm_89")
+    assert safe.found == "sm_89: safe, not fast" and "saccade bench tune" in safe.advice
+    own, user = launch_checks(monkeypatch, measured, card="sm_90")
+    assert user.status == "ok" and user.found.startswith("SACCADE_TUNING: ")
+    assert user.found.endswith(" rows for sm_90") and not user.advice
+    _, user = launch_checks(monkeypatch, measured, card="sm_89")
+    assert user.status == "missing" and user.advice == "This card is sm_89: they are not used."
+    (user,) = launch_checks(monkeypatch, measured)
+    assert user.advice == "There is no GPU here to use them."
+    (wrong,) = launch_checks(monkeypatch, tmp_path / "none.json", card="sm_90")
+    assert wrong.status == "broken" and "cannot be read: No such file" in wrong.found

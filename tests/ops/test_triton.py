@@ -288,6 +288,27 @@ def test_selection_of_pages_while_decoding():
 
 
 @runs_kernels
+def test_blocks_that_are_tiles_need_no_table(monkeypatch):
+    """The same lists, though blocks are then looked up instead of being summed."""
+    from saccade.ops.attend import triton_visits
+    from saccade.ops.attend.api import make_call
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    q, k = on(DEVICE, torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16))
+    allowed = on(DEVICE, torch.rand(2, 2, 5, 6) > 0.5)
+    blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)
+    for mask in (Mask(), Mask(causal=False), Mask(window=33, sinks=2)):
+        problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, blocks=blocks))
+        found = triton_visits.visits_of(problem, 5, 16, 16)
+        coverage = triton_visits._coverage
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_visits, "_coverage", lambda *x: coverage(*x[:-1], False))
+            summed = triton_visits.visits_of(problem, 5, 16, 16)
+        for ours, truth in zip(found[:2], summed[:2], strict=True):
+            assert torch.equal(ours, truth)
+
+
+@runs_kernels
 def test_registered_operator():
     """torch.library's own checks: schema, fake tensors, autograd registration."""
     from saccade.ops.attend.api import make_call

@@ -86,9 +86,10 @@ def test_decode_loads_asynchronously(storage):
     pages = Pages(table, 512, 0, 16384, 16384) if storage == "paged" else Pages()
     ptx = compiled(
         decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
-        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16,
+        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, EARLY=True,
     )  # fmt: skip
     assert "cp.async.cg" in ptx and "mma.sync" in ptx
+    assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

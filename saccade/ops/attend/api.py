@@ -143,7 +143,8 @@ def attend(
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: object) -> list[tuple[str, str]]:
     """One (backend, verdict) pair per backend for the same arguments as `attention`.
 
-    The verdict is "chosen", "able, slower here", "able, but " or "cannot: " and the reason.
+    The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
+    "able, slower here", "able, but " or "cannot: " and the reason.
     """
     check_qkv(q, k, v)
     names = ("causal", "window", "sinks")

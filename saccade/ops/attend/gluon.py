@@ -17,8 +17,6 @@ from saccade.ops.call import AttentionCall
 DIMS = (64, 128, 256)
 HOPPER = (9, 0)
 TRITON = "3.6"  # Gluon is experimental: the kernel is tested with this release only
-MEASURED_KEYS = 4096  # the shortest problem that was measured: 32 heads, as many queries
-MEASURED_ROWS = 32 * MEASURED_KEYS
 
 
 @cache
@@ -43,18 +41,29 @@ def refusal(call: AttentionCall) -> str | None:
 
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
-    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not call.is_plain:
-        return "it knows plain dense keys, causal or not, with window and sinks, and nothing else"
+    plain = call.with_(blocks=None).is_plain
+    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not plain:
+        return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
     if call.softcap is not None or call.alibi_slopes is not None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    assert isinstance(call.q_offset, int)
-    num_keys = call.kv.shape[2]
-    if call.q_offset < 0 or call.q_offset + call.q.shape[2] > num_keys:
-        return f"queries at {call.q_offset} onwards do not all have a key of their own"
+    return _blocks_refusal(call)
+
+
+def _blocks_refusal(call: AttentionCall) -> str | None:
+    """A tile has to lie in one block of a selection."""
+    blocks, dim = call.blocks, call.q.shape[3]
+    if blocks is None or dim not in DIMS:
+        return None
+    keys = 64 if dim == 256 else 128
+    if blocks.q_block % 128 or blocks.k_block % keys:
+        return (
+            f"blocks of {blocks.q_block} queries x {blocks.k_block} keys are no multiples of "
+            f"its tiles of 128 x {keys}"
+        )
     return None
 
 
@@ -71,8 +80,8 @@ def _layout_refusal(call: AttentionCall) -> str | None:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
         if not _copyable(x):
             return "the copy engine needs rows at distinct multiples of 16 bytes"
-    if call.q.numel() == 0:
-        return "there are no queries"
+    if call.q.numel() == 0 or call.kv.shape[2] == 0:
+        return "there are no queries or no keys"
     return None
 
 
@@ -84,17 +93,6 @@ def _copyable(x: Tensor) -> bool:
         and x.data_ptr() % 16 == 0
         and all(step > 0 and step % 16 == 0 for step in steps)
     )
-
-
-def unmeasured(call: AttentionCall) -> str | None:
-    """Why `auto` leaves a call to others: it is smaller than what was measured, or None."""
-    rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
-    if call.kv.shape[2] < MEASURED_KEYS or rows < MEASURED_ROWS:
-        return (
-            f"it was measured to win only from {MEASURED_KEYS} keys and {MEASURED_ROWS} rows "
-            f"(batch x heads x queries), here {call.kv.shape[2]} and {rows}"
-        )
-    return None
 
 
 def run(call: AttentionCall) -> AttentionOutput:

@@ -37,11 +37,12 @@ LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    ROWS: gl.constexpr, CONSUMERS: gl.constexpr,
+    asked, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     """Fetch everything the consumers will read, in their order, as soon as there is room."""
+    q_desc, k_desc, v_desc, memory, sizes, rules, visits = asked
+    q_mem, k_mem, v_mem, bars = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
     q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     K_STAGES: gl.constexpr = k_mem.shape[0]
@@ -58,11 +59,11 @@ def _produce(
                 q_desc, [b, h, tile * M + c * ROWS, 0], q_full, q_mem.index(c)
             )
         q_phase ^= 1
-        num_sinks, last, _right, _full, total = plan(
-            tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
+        where, _right, _full, total, _num_keys = plan(
+            tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
         )
         for j in range(total):
-            start = key_tile(j, last, total, num_sinks) * N
+            start = key_tile(j, where, visits) * N
             mbarrier.wait(k_empty.index(k_stage), k_phase)
             mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -117,13 +118,12 @@ def _operand(weights, DTYPE: gl.constexpr, O: gl.constexpr):
 
 @gluon.jit
 def _steps(
-    state, begin, end, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-    EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, CONSUMERS: gl.constexpr,
+    state, begin, end, total, where, q_tile, q_pos, k_mem, v_mem, bars, unit, num_keys, rules,
+    visits, EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, CONSUMERS: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
     """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = bars
-    last, total, num_sinks = where
     N: gl.constexpr = k_mem.shape[3]
     D: gl.constexpr = k_mem.shape[4]
     K_STAGES: gl.constexpr = k_mem.shape[0]
@@ -149,7 +149,7 @@ def _steps(
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
-            s = _mask(s, q_pos, key_tile(j, last, total, num_sinks) * N, k_len, rules, CAUSAL, S)
+            s = _mask(s, q_pos, key_tile(j, where, visits) * N, num_keys, rules, CAUSAL, S)
         weights, m, l, shrink = _softmax(s, m, l, unit)
         # This wait keeps the compiler from asking for the product before the softmax is done.
         k_at = next_stage(k_stage, k_phase, K_STAGES)
@@ -163,7 +163,7 @@ def _steps(
 
 @gluon.jit
 def _first(
-    q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, k_len, rules, more,
+    q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, more,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The first tile of keys: maximum, sum, shrink, weights, next stage."""
@@ -178,7 +178,7 @@ def _first(
     scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(k_stage))
-    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
+    s = _mask(s, q_pos, start, num_keys, rules, CAUSAL, S)
     weights, m, l, shrink = _softmax(s, m, l, unit)
     k_at = next_stage(k_stage, k_phase, k_mem.shape[0])
     mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=more)
@@ -213,23 +213,26 @@ def _finish(acc, m, l, unit, sink_logits, h):
         l = l * shrink + gl.exp2(sink - raised)
         acc = acc * gl.convert_layout(shrink, ROW)[:, None]
         top = raised
-    acc = acc * gl.convert_layout(1.0 / l, ROW)[:, None]
-    return acc, (top + gl.log2(l)) * LN2
+    empty = l == 0.0
+    safe = gl.where(empty, 1.0, l)
+    acc = acc * gl.convert_layout(1.0 / safe, ROW)[:, None]
+    return acc, gl.where(empty, float("-inf"), (top + gl.log2(safe)) * LN2)
 
 
 @gluon.jit
 def _consume(
-    o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
+    given, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
     TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, CONSUMERS: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of every tile."""
+    o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, unit = given
+    q_mem, k_mem, v_mem, bars = memory
     D: gl.constexpr = v_mem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
     q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _turns = bars
-    q_len, k_len, q_offset, heads, _groups, tiles, section, num_work = sizes
+    q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
     q_tile = q_mem.index(WHO).reshape([ROWS, D])
     weights = gl.zeros([ROWS, N], gl.float32, S)
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
@@ -241,31 +244,42 @@ def _consume(
         at, tile = piece_of_work(w, tiles, section)
         row = tile * M + WHO * ROWS
         q_pos = q_offset + row + index
-        num_sinks, last, right, full, total = plan(
-            tile, q_len, k_len, q_offset, rules, CAUSAL, M, N
-        )
+        where, right, full, total, num_keys = plan(
+            tile, q_len, k_len, q_offset, rules, visits, at // heads, at % heads // groups,
+            CAUSAL, M, N,
+        )  # fmt: skip
         acc = gl.zeros([ROWS, D], gl.float32, O)
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
-        start = key_tile(0, last, total, num_sinks) * N
+        start = key_tile(0, where, visits) * N
         m, l, shrink, weights, k_at = _first(
-            q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, k_len, rules, total > 1, CAUSAL
+            q_tile,
+            q_pos,
+            start,
+            weights,
+            k_mem,
+            k_at,
+            bars,
+            unit,
+            num_keys,
+            rules,
+            total > 1,
+            CAUSAL,
         )
-        where = (last, total, num_sinks)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
-        if CAUSAL:
+        if CAUSAL or visits.tiles is not None:
             state = _steps(
-                state, 1, right, where, q_tile, q_pos, k_mem, v_mem, bars, unit, k_len, rules,
-                True, CAUSAL, TURNS, CONSUMERS, WHO,
+                state, 1, right, total, where, q_tile, q_pos, k_mem, v_mem, bars, unit, num_keys,
+                rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
             )  # fmt: skip
         state = _steps(
-            state, gl.maximum(right, 1), full, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-            k_len, rules, False, CAUSAL, TURNS, CONSUMERS, WHO,
+            state, gl.maximum(right, 1), full, total, where, q_tile, q_pos, k_mem, v_mem, bars,
+            unit, num_keys, rules, visits, False, CAUSAL, TURNS, CONSUMERS, WHO,
         )  # fmt: skip
         if rules.window is not None:
             state = _steps(
-                state, gl.maximum(full, 1), total, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
-                k_len, rules, True, CAUSAL, TURNS, CONSUMERS, WHO,
+                state, gl.maximum(full, 1), total, total, where, q_tile, q_pos, k_mem, v_mem,
+                bars, unit, num_keys, rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
             )  # fmt: skip
         acc, m, l, shrink, weights, k_at, v_at, turn = state
         if not SHARED_OUT:
@@ -310,8 +324,8 @@ def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
     ]
 )
 def forward_kernel(
-    q, k, v, out, lse, sink_logits, rules, scale, q_len, k_len, q_offset, batch, heads, groups,
-    tiles, section, num_work,
+    q, k, v, out, lse, sink_logits, rules, visits, scale, q_len, k_len, q_offset, batch, heads,
+    groups, tiles, section, num_work,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, REGISTERS: gl.constexpr,
@@ -353,48 +367,19 @@ def forward_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     sizes = (q_len, k_len, q_offset, heads, groups, tiles, section, num_work)
     unit = scale * LOG2E
-    if CONSUMERS == 1:
+    memory = (q_mem, k_mem, v_mem, bars)
+    asked = (q_desc, k_desc, v_desc, memory, sizes, rules, visits)
+    given = (o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, unit)
+    if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, CONSUMERS,
-            )),
-        ], [1], [24])  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize([
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, CONSUMERS,
-            )),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1)),
+            (_produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1,
-            )),
-            (_consume, (
-                o_desc, lse, sink_logits, q_mem, k_mem, v_mem, o_mem, bars, sizes, rules, unit,
-                CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 2,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, bars, sizes, rules,
-                CAUSAL, M, N, ROWS, CONSUMERS,
-            )),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 2)),
+            (_produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

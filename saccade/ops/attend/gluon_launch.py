@@ -11,8 +11,9 @@ from torch import Tensor
 from saccade.core import AttentionOutput
 from saccade.ops import tuning
 from saccade.ops.attend.gluon_forward import forward_kernel
-from saccade.ops.attend.triton_launch import allow_scratch, on, rules_of
-from saccade.ops.attend.triton_problem import Problem, float32
+from saccade.ops.attend.triton_launch import allow_scratch, rules_of
+from saccade.ops.attend.triton_problem import Problem, float32, on
+from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Plane
 
 REGISTERS_PER_THREAD_SUM = 512  # over the warpgroups of a program that has a multiprocessor alone
@@ -53,11 +54,25 @@ LAUNCHES: dict[int, GluonLaunch] = {
 }
 
 
+# Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
+TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 3, 3, 240)}
+# A tile lies in one block of a selection, so that lists of tiles say everything about it.
+NO_BLOCKS = dict.fromkeys(
+    ("allowed", "allowed_batch", "allowed_head", "allowed_row", "q_block", "k_block")
+)
+
+
+def launch_of(problem: Problem) -> GluonLaunch:
+    """How a problem is cut."""
+    whole = problem.allowed is None and problem.window is None
+    return (LAUNCHES if whole else TWO_CONSUMERS)[problem.q.shape[3]]
+
+
 def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOutput:
     """Output and lse of a problem that the backend has accepted."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
-    launch = launch or LAUNCHES[dim]
+    launch = launch or launch_of(problem)
     out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(q_len, launch.block_m)
@@ -69,7 +84,8 @@ def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOut
             *(plane(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
-            rules_of(problem),
+            rules_of(problem)._replace(**NO_BLOCKS),
+            visits_of(problem, tiles, launch.block_m, launch.block_n),
             float(problem.scale),
             q_len,
             problem.num_keys,

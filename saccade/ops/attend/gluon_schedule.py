@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from saccade.ops.tiles import key_tiles
+from saccade.ops.tiles import key_tiles, visit_list
 
 
 @gluon.jit
@@ -45,18 +45,41 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def plan(
-    tile, q_len, k_len, q_offset, rules, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr
-):
-    """Key tiles of a tile of queries: (sinks, last, right edge, right edge + full, all)."""
-    row = tile * M
-    last_q = q_offset + gl.minimum(row + M, q_len) - 1
-    num_sinks, first, full_from, full_to, last = key_tiles(
-        q_offset + row, last_q, k_len, rules, CAUSAL, N
-    )
-    return num_sinks, last, last - full_to, last - full_from, last - first + num_sinks
+    tile, q_len, k_len, q_offset, rules, visits, b, kv_head,
+    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """Key tiles of a tile of queries: (where they are, right edge, right edge + full, all, keys).
+
+    They are visited from right to left, then the sinks; or as a list says, the ones with holes
+    first.  A tile of queries that sees nothing visits one tile, and all of its keys are hidden.
+    """
+    if visits.tiles is not None:
+        visited, full, total = visit_list(visits, b.to(gl.int64), kv_head, tile)
+        right = total - full
+        within = total
+        where = visited, full, right
+    else:
+        row = tile * M
+        last_q = q_offset + gl.minimum(row + M, q_len) - 1
+        num_sinks, first, full_from, full_to, last = key_tiles(
+            q_offset + row, last_q, k_len, rules, CAUSAL, N
+        )
+        right = last - full_to
+        within = last - full_from
+        total = last - first + num_sinks
+        where = last, total, num_sinks
+    keys = gl.where(total > 0, k_len, 0)
+    return where, right, within, gl.maximum(total, 1), keys
 
 
 @gluon.jit
-def key_tile(j, last, total, num_sinks):
-    """Which tile of keys is visited j-th: from the last to the first, then the sinks."""
-    return gl.where(j < total - num_sinks, last - 1 - j, total - 1 - j)
+def key_tile(j, where, visits):
+    """Which tile of keys is visited j-th."""
+    if visits.tiles is not None:
+        visited, full, edges = where
+        tile = gl.load(visited + gl.where(j < edges, full + j, j - edges))
+    else:
+        last, total, num_sinks = where
+        tile = gl.where(j < total - num_sinks, last - 1 - j, total - 1 - j)
+        tile = gl.maximum(tile, 0)
+    return tile

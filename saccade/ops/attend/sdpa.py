@@ -4,7 +4,8 @@ Three shapes of call reach a fused kernel without any mask in memory: a square c
 call in which everybody sees everything, and a single new token (whose query heads are packed as
 rows, so that a group reads its KV head once).  The rest goes tile by tile of queries: only the
 keys in reach of a tile are handed over, with a mask of that tile alone.  On CPU the kernel is
-called directly because that form returns the lse and takes grouped heads as they are.
+called directly because that form returns the lse and takes grouped heads as they are; on a GPU
+each kernel is asked for by name (sdpa_gpu).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.kv import DenseKV, KVTile
+from saccade.ops.attend import sdpa_gpu
 from saccade.ops.attend.tiled import visited_tiles
 from saccade.ops.call import AttentionCall
 from saccade.ops.documents import per_document
@@ -29,15 +31,44 @@ def refusal(call: AttentionCall) -> str | None:
     """Why PyTorch's kernels cannot run this call, or None."""
     if call.softcap is not None:
         return "PyTorch's kernels have no softcap"
-    if call.q.shape[3] != call.kv.shape[4]:
-        return "PyTorch's CPU kernel needs value_dim equal to head_dim"
     if call.q.dtype != call.kv.dtype:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
         return "PyTorch's lse has no gradient"
+    if call.q.device.type == "cuda":
+        return _gpu_refusal(call)
+    if call.q.shape[3] != call.kv.shape[4]:
+        return "PyTorch's CPU kernel needs value_dim equal to head_dim"
     if call.q.device.type != "cpu" and (call.wants_lse or call.sink_logits is not None):
         return "PyTorch's GPU kernels do not return the lse through the public door"
     return None
+
+
+def _gpu_refusal(call: AttentionCall) -> str | None:
+    """On a GPU: why no fused kernel runs it; PyTorch itself would materialise the scores."""
+    kv, kind = call.kv, plain_kind(call)
+    if not isinstance(kv, DenseKV) or call.cu_seqlens is not None:
+        return "PyTorch's GPU kernels take plain dense keys and no packed documents here"
+    if kind is not None:
+        name, reasons = sdpa_gpu.choose(call.q, kv.k, kv.v, kind, needs_grad=call.needs_grad)
+        if name is not None:
+            return None
+        if kind != "end":
+            return f"no fused kernel of PyTorch takes it ({reasons})"
+    if call.needs_grad:
+        return "PyTorch's gradients under a mask are not exact where a row sees nothing"
+    reason = sdpa_gpu.masked_refusal(call.q, kv.k, kv.v)
+    return None if reason is None else f"no fused kernel of PyTorch takes a mask here ({reason})"
+
+
+def kernel_of(call: AttentionCall) -> str | None:
+    """Name of the kernel that runs a call on a GPU without a mask in memory, None for others."""
+    kind = plain_kind(call)
+    if kind is None or call.q.device.type != "cuda":
+        return None
+    assert isinstance(call.kv, DenseKV)
+    needs_grad = call.needs_grad
+    return sdpa_gpu.choose(call.q, call.kv.k, call.kv.v, kind, needs_grad=needs_grad)[0]
 
 
 def run(call: AttentionCall) -> AttentionOutput:
@@ -48,26 +79,47 @@ def run(call: AttentionCall) -> AttentionOutput:
     return result if call.sink_logits is None else with_sink(result, call.sink_logits)
 
 
-def _whole(call: AttentionCall) -> AttentionOutput | None:
-    """The calls that need no mask in memory; None for all others."""
-    kv, (_, _, q_len, _), end = call.kv, call.q.shape, call.kv.shape[2]
+def plain_kind(call: AttentionCall) -> sdpa_gpu.Kind | None:
+    """What needs no mask in memory: "all" see all, causal and "square", or causal at the "end"."""
+    kv, q_len, end = call.kv, call.q.shape[2], call.kv.shape[2]
     if not (isinstance(kv, DenseKV) and call.is_plain and call.alibi_slopes is None):
         return None
     if q_len == 0 or end == 0 or not kv.is_plain:
         return None
     first, last = call.q_bounds(0, q_len)
     if call.mask.is_full(first, last, KeyRange(0, end)) and end <= last + 1:
-        if q_len > 1:
-            return _kernel(call, call.q, kv.k, kv.v, None, causal=False)
-        packed = call.q.unflatten(1, (-1, call.num_groups)).squeeze(3)  # [B, Hkv, G, D]
-        result = _kernel(call, packed, kv.k, kv.v, None, causal=False)
-        return AttentionOutput(
-            result.out.flatten(1, 2)[:, :, None], result.lse.flatten(1, 2)[:, :, None]
-        )
-    square = first == 0 and q_len == end and call.mask.causal
-    if square and (call.mask.window is None or call.mask.window >= end):
-        return _kernel(call, call.q, kv.k, kv.v, None, causal=True)
-    return None
+        return "all"
+    if not call.mask.causal or (call.mask.window is not None and call.mask.window < end):
+        return None
+    if first == 0 and q_len == end:
+        return "square"
+    return "end" if first >= 0 and last + 1 == end else None
+
+
+def _whole(call: AttentionCall) -> AttentionOutput | None:
+    """The calls that need no mask in memory; None for all others."""
+    kind = plain_kind(call)
+    if kind is None:
+        return None
+    assert isinstance(call.kv, DenseKV)
+    q, k, v = call.q, call.kv.k, call.kv.v
+    packed = kind == "all" and q.shape[2] == 1
+    if packed:  # query heads as rows [B, Hkv, G, D], so that a group reads its KV head once
+        q = q.unflatten(1, (-1, call.num_groups)).squeeze(3)
+    if q.device.type == "cuda":
+        name, _ = sdpa_gpu.choose(q, k, v, kind, needs_grad=call.needs_grad)
+        if name is None:
+            return None
+        result = sdpa_gpu.unmasked(name, q, k, v, causal=kind != "all", scale=call.scale)
+    elif kind == "end":
+        return None
+    else:
+        result = _kernel(call, q, k, v, None, causal=kind == "square")
+    if not packed:
+        return result
+    return AttentionOutput(
+        result.out.flatten(1, 2)[:, :, None], result.lse.flatten(1, 2)[:, :, None]
+    )
 
 
 def _by_query_tiles(call: AttentionCall) -> AttentionOutput:
@@ -134,6 +186,8 @@ def _kernel(
         if planning():
             takes(kernel_bytes(q, k))
         return AttentionOutput(out, lse.float())
+    if q.device.type == "cuda":
+        return sdpa_gpu.by_groups(q, k, v, added, causal=causal, scale=call.scale)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=added, is_causal=causal, scale=call.scale, enable_gqa=True
     )

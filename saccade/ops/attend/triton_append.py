@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.ops.append import Slots, Turn
-from saccade.ops.attend.triton_launch import on, plane
-from saccade.ops.attend.triton_problem import unit_rows
+from saccade.ops.attend.triton_launch import plane
+from saccade.ops.attend.triton_problem import on, unit_rows
 from saccade.ops.whole import power_of_two
 
 

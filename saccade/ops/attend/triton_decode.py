@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops.tiles import (
     LN2,
@@ -47,6 +48,18 @@ class Pages(NamedTuple):
     k_page: Any = None
     v_page: Any = None
     positions: Any = None
+
+
+@triton.jit
+def begin_early(EARLY: tl.constexpr):
+    """Programmatic dependent launch: a kernel starts before the one before it has ended.
+
+    Everything that is read or written comes after the wait, which lasts until the kernel before,
+    and so all kernels before that one, have ended and their results can be seen.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -100,8 +113,10 @@ def decode_kernel(
     CAUSAL: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """(out, lse) of one split: out is a Plane, with strides out_split, lse_split between splits."""
+    begin_early(EARLY)
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -232,8 +247,10 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out = sum over splits of exp(lse_s - lse) out_s; one program a row, parts row by row."""
+    begin_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
     value_dims = tl.arange(0, BLOCK_V)
     held = value_dims < VALUE_DIM

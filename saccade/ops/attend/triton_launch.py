@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +10,7 @@ from saccade.core import AttentionOutput
 from saccade.ops import tuning
 from saccade.ops.attend.triton_backward import delta_kernel, keys_kernel, queries_kernel
 from saccade.ops.attend.triton_forward import forward_kernel
-from saccade.ops.attend.triton_problem import Problem, float32, unit_rows
+from saccade.ops.attend.triton_problem import Problem, float32, on, unit_rows
 from saccade.ops.attend.triton_visits import visits_of
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms
 from saccade.ops.whole import cdiv, power_of_two
@@ -229,13 +227,6 @@ def schedule(launch: tuning.Launch) -> dict[str, int]:
     """How a kernel is compiled and pipelined."""
     found = {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
     return found | ({"maxnreg": launch.registers} if launch.registers else {})
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """The device a kernel has to be launched on."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)
 
 
 def _like(x: Tensor) -> Tensor:

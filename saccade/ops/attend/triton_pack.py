@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.core.formats import FP8, LARGEST, Codes
-from saccade.ops.attend.triton_launch import on, plane
-from saccade.ops.attend.triton_problem import unit_rows
+from saccade.ops.attend.triton_launch import plane
+from saccade.ops.attend.triton_problem import on, unit_rows
 from saccade.ops.attend.triton_quantized import Coded
 from saccade.ops.whole import cdiv, power_of_two
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, KeyRange, QuantizedKV
 from saccade.core.kv import KVView
+from saccade.ops import order
 from saccade.ops.attend import gluon
 from saccade.ops.attend.triton_launch import forward
 from saccade.ops.attend.triton_problem import dense_problem
@@ -112,6 +113,7 @@ def _moved(call: AttentionCall, piece: Piece, start: int, stop: int) -> Attentio
 
 def _attend(call: AttentionCall) -> AttentionOutput:
     """Attention over plain keys by the faster of the kernels that can."""
-    if gluon.refusal(call) is None and gluon.unmeasured(call) is None:
+    rule = order.preferred(call)
+    if rule is not None and "gluon" in rule.order and gluon.refusal(call) is None:
         return gluon.run(call)
     return forward(dense_problem(call))

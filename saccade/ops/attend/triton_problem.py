@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +88,10 @@ def unit_rows(x: Tensor) -> Tensor:
 def float32(x: Tensor | None) -> Tensor | None:
     """Contiguous float32 without gradient, as kernels read the few numbers per head."""
     return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """The device a kernel has to be launched on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -62,6 +62,7 @@ class Parts:
             BLOCK_V=block_v,
             BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
             num_warps=4,
+            **early(self.out.device),
         )
         return AttentionOutput(out, lse)
 
@@ -108,6 +109,12 @@ def _whole(
     return parts.joined(problem.q.dtype) if parts.splits == 1 else _nothing(problem)
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that calls `begin_early`: cards from Hopper on can."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+
+
 def _nothing(problem: Problem) -> AttentionOutput:
     return Parts(problem, 1).joined(problem.q.dtype)
 
@@ -117,14 +124,12 @@ def kv_heads(problem: Problem, pages: Pages) -> int:
     return problem.k.shape[1] if pages.positions is None else pages.table.shape[1]
 
 
-def table_of(pages: Pages) -> dict[str, tuning.Table]:
+def table_of(pages: Pages) -> tuning.Kernel:
     """Which table of configurations serves keys stored like that."""
     return tuning.DECODE if pages.table is None else tuning.DECODE_PAGES
 
 
-def rows_of(
-    problem: Problem, heads: int, table: dict[str, tuning.Table]
-) -> tuple[tuning.Launch, int, int]:
+def rows_of(problem: Problem, heads: int, table: tuning.Kernel) -> tuple[tuning.Launch, int, int]:
     """(configuration, rows of a tile, tiles of rows): rows are queries times heads of a group."""
     launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
     rows = problem.q.shape[1] // heads * problem.q.shape[2]
@@ -185,6 +190,7 @@ def scan(
         BLOCK_N=launch.block_n,
         PAGE=1 if pages.table is None else page_size(problem.k, pages),
         **constants(problem),
+        **early(problem.q.device),
         **schedule(launch),
     )
 

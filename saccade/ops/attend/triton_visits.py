@@ -7,10 +7,13 @@ where none of its blocks is selected, and needs no mask where all of them are an
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from saccade.ops.attend.triton_problem import Problem
+from saccade.ops.attend.triton_problem import Problem, on
 from saccade.ops.tiles import Visits
+from saccade.ops.whole import power_of_two
 
 
 def visits_of(
@@ -32,24 +35,54 @@ def visits_of(
     if problem.allowed is None:
         return Visits()
     first = torch.arange(0, tiles * block_m, block_m, device=problem.q.device)
-    grid = _classes(problem, first // groups, (first + block_m - 1) // groups + 1, k_block)
+    same = groups == 1 and (block_m, k_block) == (problem.q_block, problem.k_block)
+    grid = _classes(problem, first // groups, (first + block_m - 1) // groups + 1, k_block, same)
     if by_keys:
         grid = grid.mT
-    order = torch.sort(grid, dim=-1, descending=True, stable=True).indices.to(torch.int32)
-    counts = torch.stack(((grid == 2).sum(-1), (grid > 0).sum(-1)), -1).to(torch.int32)
-    order = order.contiguous()
+    order, counts = _listed(grid)
     batch, head = (0 if order.shape[i] == 1 else order.stride(i) for i in (0, 1))
-    return Visits(order, counts.contiguous(), batch, head, order.shape[3])
+    return Visits(order, counts, batch, head, order.shape[3])
 
 
-def _classes(problem: Problem, first_q: Tensor, stop_q: Tensor, k_block: int) -> Tensor:
+def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of each row of classes `[.., rows, columns]`, whole tiles first, and how many."""
+    grid = grid.contiguous()
+    order = torch.empty(grid.shape, dtype=torch.int32, device=grid.device)
+    counts = torch.empty(*grid.shape[:-1], 2, dtype=torch.int32, device=grid.device)
+    rows, columns = grid.numel() // grid.shape[-1], grid.shape[-1]
+    with on(grid.device):
+        list_kernel[(rows,)](grid, order, counts, columns, BLOCK=power_of_two(columns))
+    return order, counts
+
+
+@triton.jit
+def list_kernel(grid, order, counts, columns, BLOCK: tl.constexpr):
+    """One row of classes as a list of columns: whole tiles, those with holes, the others."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < columns
+    kind = tl.load(grid + row * columns + column, mask=there, other=0).to(tl.int32)
+    whole, holes = (kind == 2).to(tl.int32), (kind == 1).to(tl.int32)
+    num_whole, num_holes = tl.sum(whole, 0), tl.sum(holes, 0)
+    before_whole, before_holes = tl.cumsum(whole, 0) - whole, tl.cumsum(holes, 0) - holes
+    place = num_whole + num_holes + column - before_whole - before_holes
+    place = tl.where(kind == 1, num_whole + before_holes, place)
+    place = tl.where(kind == 2, before_whole, place)
+    tl.store(order + row * columns + place, column, mask=there)
+    tl.store(counts + 2 * row, num_whole)
+    tl.store(counts + 2 * row + 1, num_whole + num_holes)
+
+
+def _classes(
+    problem: Problem, first_q: Tensor, stop_q: Tensor, k_block: int, same_tiles: bool
+) -> Tensor:
     """0 skip, 1 visit with a mask, 2 visit whole: uint8 `[B | 1, Hkv | 1, q tiles, k tiles]`."""
     q_len, k_len = problem.q.shape[2], problem.num_keys
     device = problem.q.device
     q0, q1 = first_q[:, None], stop_q.clamp(max=q_len)[:, None]
     k0 = torch.arange(0, max(k_len, 1), k_block, device=device)[None]
     k1 = (k0 + k_block).clamp(max=max(k_len, 1))
-    touched, filled = _coverage(problem, q0, q1, k0, k1)
+    touched, filled = _coverage(problem, q0, q1, k0, k1, same_tiles)
     first, last = _positions(problem, q0), _positions(problem, q1 - 1)
     whole = (stop_q[:, None] <= q_len) & (k0 + k_block <= k_len)
     if problem.causal:
@@ -73,11 +106,19 @@ def _positions(problem: Problem, index: Tensor) -> Tensor:
 
 
 def _coverage(
-    problem: Problem, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor
+    problem: Problem, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, same_tiles: bool
 ) -> tuple[Tensor, Tensor]:
-    """Whether any, and whether every, block under a tile is selected."""
+    """Whether any, and whether every, block under a tile is selected.
+
+    Args:
+        same_tiles: blocks are tiles.
+    """
     allowed = problem.allowed
     assert allowed is not None
+    rows, columns = len(q0), k0.shape[1]
+    if same_tiles:
+        found = allowed[:, :, :rows, :columns]
+        return found, found
     table = allowed.to(torch.int32).cumsum(2, dtype=torch.int32).cumsum(3, dtype=torch.int32)
     table = torch.nn.functional.pad(table, (1, 0, 1, 0))
     top, bottom = q0 // problem.q_block, (q1 - 1) // problem.q_block + 1

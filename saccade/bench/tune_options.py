@@ -1,0 +1,204 @@
+"""The options of `saccade bench tune` and what they do."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saccade.bench import tune as tuner
+from saccade.bench import tune_work
+from saccade.core import BadInput
+from saccade.ops import launches, tuning
+from saccade.ops.launches import LaunchFile
+
+if TYPE_CHECKING:
+    from saccade.bench.tune_work import Sizes
+
+DIMS = (64, 128, 256)
+KERNELS = tuple(tune_work.SHAPES)
+NO_GPU = (
+    "saccade bench tune needs an NVIDIA GPU, Ampere or newer, and torch finds none here. "
+    "Run it on the machine whose card the table is for; saccade doctor says what was found."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """Where candidates run and how they are timed; tests bring one of their own.
+
+    Attributes:
+        sizes: of the problems, quick and full.
+        ceilings: what the card does at best, for the record.
+    """
+
+    device: str
+    dtype: torch.dtype
+    timer: tuner.Timer
+    sizes: Callable[[bool], Sizes]
+    ceilings: Callable[[], dict[str, float]]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--kernels", metavar="NAME", nargs="+", choices=KERNELS, default=KERNELS,
+        help=f"which kernels (default: all): {', '.join(KERNELS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dims", metavar="D", nargs="+", type=_dim, default=DIMS,
+        help="head dimensions; a row serves those up to it (default: 64 128 256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="shorter problems and four candidates a row"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE",
+        help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
+        "kept, so a run that was stopped goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--again", action="store_true", help="measure rows that the file already holds"
+    )
+
+
+def execute(args: Namespace, bench: Bench | None = None) -> int:
+    """Measure, write the table after every row, show it, and say how it is used.
+
+    Returns:
+        0; 1 where a row has no right launch; 130 after Ctrl-C.
+    """
+    bench = bench or on_the_card()
+    arch = tuning.architecture(torch.device(bench.device))
+    path = Path(args.out or f"tuning-{arch}.json").expanduser()
+    file = _file(path, arch)
+    found: list[tuner.Found] = []
+    complete = True
+    try:
+        file.measured = facts(bench)
+        _measure(args, bench, path, file, found)
+    except KeyboardInterrupt:
+        complete = False
+    except tuner.BrokenCard as error:
+        complete = False
+        print(f"The card broke down: {error}", file=sys.stderr)
+    _show(file.measured, found, complete=complete)
+    if any(file.kernels.values()):
+        _say_what_next(path, complete=complete)
+    if not complete:
+        return 130
+    return 1 if any(each.best is None for each in found) else 0
+
+
+def on_the_card() -> Bench:
+    """The bench of this machine's GPU.
+
+    Raises:
+        BadInput: there is none.
+    """
+    from saccade.bench import gpu
+    from saccade.ops.attend.triton import able_on
+
+    if not torch.cuda.is_available() or not able_on(torch.device("cuda")):
+        raise BadInput(NO_GPU)
+
+    def timer(runs: Sequence[tune_work.Run]) -> float:
+        return gpu.seconds(runs[0], 9, 2) if len(runs) == 1 else gpu.graph_seconds(runs, repeats=9)
+
+    def sizes(quick: bool) -> Sizes:
+        return tune_work.QUICK if quick else tune_work.FULL
+
+    return Bench("cuda", torch.bfloat16, timer, sizes, gpu.ceilings)
+
+
+def facts(bench: Bench) -> dict[str, Any]:
+    """Card, versions, date and ceilings: what rows belong to."""
+    from saccade.report import environment
+
+    names = environment.gpu_names() if bench.device == "cuda" else ["no card: the interpreter"]
+    return {
+        "card": names[0],
+        "torch": environment.version("torch"),
+        "triton": environment.version("triton"),
+        "cuda": torch.version.cuda,
+        "saccade": environment.machine_facts()["saccade"],
+        "date": time.strftime("%Y-%m-%d"),
+        "type": str(bench.dtype).removeprefix("torch."),
+        "ceilings": {name: round(value, 1) for name, value in bench.ceilings().items()},
+    }
+
+
+def _measure(
+    args: Namespace, bench: Bench, path: Path, file: LaunchFile, found: list[tuner.Found]
+) -> None:
+    jobs = [(kernel, dim) for kernel in args.kernels for dim in sorted(set(args.dims))]
+    for at, (kernel, dim) in enumerate(jobs, 1):
+        if tuner.has_row(file, kernel, dim) and not args.again:
+            print(f"[{at}/{len(jobs)}] {kernel} {dim}: kept from {path}", file=sys.stderr)
+            continue
+        tried = tuner.candidates(kernel, dim, quick=args.quick)
+        said = f"[{at}/{len(jobs)}] {kernel} {dim}: {len(tried)} candidates"
+        print(said, file=sys.stderr, flush=True)
+        example = torch.empty(0, dtype=bench.dtype, device=bench.device)
+        each = tuner.Found(kernel, dim, tuning.pick(tuning.KERNELS[kernel], example, dim))
+
+        def make(kernel: str = kernel, dim: int = dim) -> tune_work.Work:
+            sizes = bench.sizes(args.quick)
+            return tune_work.work(kernel, dim, sizes, bench.device, bench.dtype)
+
+        tuner.tune(each, make, tried, bench.timer)
+        found.append(each)
+        file.trials = [t for t in file.trials if (t.get("kernel"), t.get("dim")) != (kernel, dim)]
+        tuner.enter(file, each)
+        _write(path, file)
+
+
+def _file(path: Path, arch: str) -> LaunchFile:
+    """The file to go on with, or an empty one.
+
+    Raises:
+        BadInput: it is another card's table, or none.
+    """
+    if not path.exists():
+        return LaunchFile(architecture=arch)
+    file = launches.read(path, tuning.KERNELS)
+    if file.architecture != arch:
+        raise BadInput(
+            f"{path} is a table for {file.architecture}, and this card is {arch}. "
+            "Choose another --out."
+        )
+    return file
+
+
+def _write(path: Path, file: LaunchFile) -> None:
+    from saccade.report.files import write_whole
+
+    write_whole(path, launches.to_json(file))
+
+
+def _show(measured: dict[str, Any], found: list[tuner.Found], *, complete: bool) -> None:
+    from rich.console import Console
+
+    from saccade.bench.options import PIPE_WIDTH
+    from saccade.bench.tune_table import print_found
+
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    print_found(measured, found, Console(file=sys.stdout, width=width), complete=complete)
+
+
+def _say_what_next(path: Path, *, complete: bool) -> None:
+    if not complete:
+        print(f"{path} holds the rows measured so far. The same command goes on with the rest.")
+    print(f"Wrote {path}. To use it: export {tuning.VARIABLE}={path.resolve()}")
+
+
+def _dim(text: str) -> int:
+    if not text.isdigit() or not 16 <= int(text) <= 512:
+        raise ArgumentTypeError(f"expected a head dimension from 16 to 512, got {text!r}")
+    return int(text)

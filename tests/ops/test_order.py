@@ -1,0 +1,154 @@
+"""Measured facts about backends, and what `auto` and `explain` make of them."""
+
+import json
+
+import pytest
+import torch
+
+from saccade.core import BadInput, DenseKV, Mask
+from saccade.ops import choose, explain, order
+from saccade.ops.attend import gluon, sdpa, triton
+from saccade.ops.attend.api import make_call
+from saccade.ops.order import Rule
+
+WINS = {"why": "twice the speed", "source": "some_record"}
+
+
+@pytest.fixture
+def a_card(monkeypatch):
+    """Tensors on the meta device count as a GPU that has all kernels; rules as given."""
+
+    def rules(*given):
+        monkeypatch.setattr(
+            order, "rules_for", lambda device: given if device.type == "meta" else ()
+        )
+        for module in (gluon, sdpa, triton):
+            monkeypatch.setattr(module, "refusal", lambda call: None)
+
+    return rules
+
+
+def meta(length=4096, dim=128, queries=None):
+    q = torch.empty(1, 32, queries or length, dim, dtype=torch.bfloat16, device="meta")
+    return q, q[:, :8, :1].expand(1, 8, length, dim), q[:, :8, :1].expand(1, 8, length, dim)
+
+
+def call_of(length=4096, dim=128, queries=None, **mask):
+    q, k, v = meta(length, dim, queries)
+    return make_call(q, DenseKV(k, v), mask=Mask(**mask))
+
+
+def test_every_rule_of_the_package_can_be_read():
+    for path in order.FOLDER.glob("*.json"):
+        for rule in order.read(path):
+            assert set(rule.order) <= set(choose.AUTO_ORDER)
+            assert rule.why and rule.source and rule.min_keys and rule.min_rows
+
+
+def test_a_rule_puts_its_backends_first_and_says_why(a_card):
+    a_card(Rule(order=("sdpa", "gluon"), head_dim=(96, 256), min_keys=2048, **WINS))
+    lines = explain(*meta())
+    assert [name for name, _ in lines][:4] == ["sdpa", "gluon", "triton", "cpu"]
+    assert lines[0][1] == "chosen: twice the speed (some_record)"
+    assert lines[1][1] == lines[2][1] == "able, slower here"
+    assert choose.choose(call_of(), "auto") is sdpa
+
+
+def test_a_rule_whose_backend_cannot_run_the_call(a_card, monkeypatch):
+    a_card(Rule(order=("sdpa",), **WINS))
+    monkeypatch.setattr(sdpa, "refusal", lambda call: "no")
+    assert dict(explain(*meta()))["triton"] == "chosen"
+    assert choose.choose(call_of(), "auto") is triton
+
+
+def test_gluon_is_taken_only_where_it_was_measured(a_card):
+    a_card(Rule(order=("gluon",), min_keys=4096, min_rows=32 * 4096, **WINS))
+    assert dict(explain(*meta()))["gluon"] == "chosen: twice the speed (some_record)"
+    short = dict(explain(*meta(queries=100)))
+    assert short["triton"] == "chosen"
+    assert short["gluon"] == (
+        "able, but it was measured to win only from 4096 keys and 131072 rows "
+        "(batch x heads x queries), here 4096 and 3200"
+    )
+    a_card()
+    assert dict(explain(*meta()))["gluon"] == (
+        "able, but it was measured to win only for other calls"
+    )
+
+
+@pytest.mark.parametrize(
+    ("conditions", "call", "fits"),
+    [
+        ({}, call_of(), True),
+        ({"head_dim": (65, 127)}, call_of(), False),
+        ({"pattern": ("all",)}, call_of(), False),
+        ({"pattern": ("all",)}, call_of(causal=False), True),
+        ({"pattern": ("window",)}, call_of(window=128), True),
+        ({"pattern": ("causal",)}, call_of(window=4096), True),
+        ({"training": True}, call_of(), False),
+        ({"square": True}, call_of(queries=64), False),
+        ({"max_keys": 4095}, call_of(), False),
+        ({"min_rows": 32 * 4096 + 1}, call_of(), False),
+    ],
+)
+def test_conditions(conditions, call, fits):
+    assert Rule(order=("gluon",), **WINS, **conditions).fits(call) == fits
+
+
+def test_a_rule_about_one_kernel_needs_that_kernel(a_card, monkeypatch):
+    a_card(Rule(order=("sdpa",), kernel="cudnn", **WINS))
+    for kernel, taken in (("cudnn", "sdpa"), ("flash", "triton")):
+        monkeypatch.setattr(sdpa, "kernel_of", lambda call, kernel=kernel: kernel)
+        assert dict(explain(*meta()))[taken].startswith("chosen")
+
+
+def test_the_rules_for_hopper(monkeypatch):
+    """What auto asks first there; cuDNN only where its plans pay."""
+    monkeypatch.setattr(sdpa, "kernel_of", lambda call: "cudnn")
+
+    def first(*shape, **mask):
+        fitting = (rule for rule in order.rules("sm_90") if rule.fits(call_of(*shape, **mask)))
+        return next((rule.order[0] for rule in fitting), None)
+
+    assert first(1024, 128) == first(4096, 64) == first(32768, 256, causal=False) == "gluon"
+    assert first(1024, 64) is None and first(2048, 128, window=100) is None
+    assert first(4096, 128, window=1024) == "gluon"
+    assert first(16384, 192) is None and first(32768, 192) == "sdpa"
+    assert first(16384, 96) is first(32768, 96) is None
+    assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
+
+
+def test_training_is_a_condition():
+    q, k, v = (torch.empty(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    call = make_call(q, DenseKV(k, v), mask=Mask())
+    assert Rule(order=("sdpa",), training=True, **WINS).fits(call)
+    assert not Rule(order=("sdpa",), **WINS).fits(call)
+
+
+def test_cpu_calls_ask_no_rule():
+    x = torch.empty(1, 1, 4, 16)
+    assert order.preferred(make_call(x, DenseKV(x, x), mask=Mask())) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"order": ["gluon"]}, "rule 1: .*missing"),
+        ({"order": [], **WINS}, "order needs a backend"),
+        ({"order": ["gluon"], "heads": 3, **WINS}, "unknown condition 'heads'; there are order, "),
+        ({"order": ["gluon"], "pattern": ["causl"], **WINS}, "pattern takes causal, all, window"),
+    ],
+)
+def test_wrong_rules_are_named(tmp_path, row, reason):
+    path = tmp_path / "sm_1.json"
+    path.write_text(json.dumps({"schema": order.SCHEMA, "rules": [row]}))
+    with pytest.raises(BadInput, match=reason):
+        order.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "x", "rules": []}'])
+def test_a_file_that_is_none(tmp_path, text):
+    path = tmp_path / "sm_1.json"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="is not a list of rules"):
+        order.read(path)
