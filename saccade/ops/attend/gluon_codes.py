@@ -43,6 +43,7 @@ from saccade.ops.attend.gluon_registers import (
     transposed,
     wait_copies,
 )
+from saccade.ops.attend.triton_decode import begin_early
 from saccade.ops.tiles import key_tiles
 
 KEYS = gl.constexpr(64)  # of a warp's tile
@@ -391,6 +392,7 @@ def codes_kernel(
 ):  # fmt: skip
     """(out, lse) of one split: 64 keys a warp and round, the next keys always on their way."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    begin_early(True)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
     thread = gl.arange(0, 32, layout=L)

@@ -124,4 +124,5 @@ def scan_codes(
         CAUSAL=problem.causal,
         num_warps=1,
         maxnreg=launch.registers,
+        launch_pdl=True,
     )
