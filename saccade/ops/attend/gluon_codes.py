@@ -7,9 +7,7 @@ of both products, so that codes are their left sides and no thread works for row
     output  [channels, rows] += codes of values @ (p * scale) + sum of p * offset
 
 The scales of 64 keys belong to channels and go into the queries once; those of values belong to
-tokens and go into the weights.  A code c is never converted: as bits of a float16 it is the number
-c * 2^-24, which the matrix units read exactly, and the factor is made good afterwards.  Two codes
-are one or one and a half instructions that spread bytes.
+tokens and go into the weights; codes themselves are never converted (gluon_codes_products).
 
 Which thread holds what is written out by hand (saccade.ops.attend.gluon_registers): thread t of a
 row of four reads neighbouring channels of keys, 8 g .. 8 g + 7 are the keys of row g; for values
@@ -19,26 +17,33 @@ one 8 x 8 transposition in registers.
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from saccade.ops.attend.gluon_codes_memory import (
+    KEYS,
+    addresses,
+    ask_for_keys,
+    ask_for_values,
+    load_queries,
+    read_channels,
+    read_keys,
+    read_tokens,
+    read_values,
+)
+from saccade.ops.attend.gluon_codes_products import (
+    TINY,
+    add_values,
+    factor_of,
+    scores_of_keys,
+)
 from saccade.ops.attend.gluon_registers import (
-    close_copies,
-    copy_line,
-    from_bfloat16,
-    from_fp8,
     halves,
-    load_words,
     max_over_rows,
     meet,
-    multiply,
     number_of,
     own_memory,
-    pick_bytes,
-    read_words,
     sum_over_rows,
-    times,
     times_half,
     transposed,
     wait_copies,
@@ -46,228 +51,10 @@ from saccade.ops.attend.gluon_registers import (
 from saccade.ops.attend.triton_decode import begin_early
 from saccade.ops.tiles import key_tiles
 
-KEYS = gl.constexpr(64)  # of a warp's tile
 ROWS = gl.constexpr(8)  # query rows of a program
 LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e24)  # below every score, and finite after the factor 2^24
 RAISED = gl.constexpr(8.0)  # weights are enlarged by 2^8, clear of float16's denormal numbers
-TINY = gl.constexpr(2.0**-24)  # what the bits of an integer code mean in float16
-
-
-@gluon.jit
-def load_many(address, FIRST: gl.constexpr, STEP: gl.constexpr, COUNT: gl.constexpr,
-              WORDS: gl.constexpr):  # fmt: skip
-    """WORDS words at each of COUNT places STEP bytes apart, in order."""
-    found = load_words(address, FIRST, WORDS)
-    for i in gl.static_range(1, COUNT):
-        found = found + load_words(address, FIRST + i * STEP, WORDS)
-    return found
-
-
-@gluon.jit
-def copy_keys(place, address, thread, ROW: gl.constexpr):
-    """Ask for the codes of 64 keys, 512 bytes at a time; every other 8 rows change 64-byte halves."""
-    for n in gl.static_range(ROW // 8):
-        if ROW >= 64:
-            turned = (thread * 16) ^ (64 * ((64 * n // ROW) % 2))
-        else:
-            turned = (thread * 16) ^ (64 * (thread // 16))
-        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
-
-
-@gluon.jit
-def copy_values(place, address, thread, ROW: gl.constexpr):
-    """The same for values; 32-byte quarters change places by groups of 16 rows."""
-    for n in gl.static_range(ROW // 8):
-        turned = (thread * 16) ^ (32 * ((32 * n // ROW) % 4))
-        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
-
-
-@gluon.jit
-def read_codes(place, AT: gl.constexpr, TURN: gl.constexpr, WORDS: gl.constexpr):
-    """Words at AT of what the copies have laid down with some of the bits TURN exchanged."""
-    return read_words(place ^ (AT & TURN), AT - (AT & TURN), WORDS)
-
-
-@gluon.jit
-def read_keys(place, ROW: gl.constexpr, D: gl.constexpr):
-    """D / 32 words of both halves of eight keys: [key][half][word], or [key][word] for int4."""
-    found = ()
-    for key in gl.static_range(8):
-        for half in gl.static_range(2 if ROW == D else 1):
-            found = found + read_codes(place, key * ROW + half * (D // 2), 64, D // 32)
-    return found
-
-
-@gluon.jit
-def read_values(place, ROW: gl.constexpr, D: gl.constexpr):
-    """D / 64 words of both halves of sixteen values, in the same order."""
-    found = ()
-    for key in gl.static_range(16):
-        for half in gl.static_range(2 if ROW == D else 1):
-            found = found + read_codes(place, key * ROW + half * (D // 2), 96, D // 64)
-    return found
-
-
-@gluon.jit
-def copy_numbers(place, scale, offset, thread, SIZE: gl.constexpr):
-    """Ask for SIZE bytes of scales and as many of offsets, which lie behind them."""
-    EACH: gl.constexpr = SIZE // 16  # threads for each
-    who = thread % EACH
-    address = gl.where(thread % (2 * EACH) < EACH, scale, offset) + who * 16
-    copy_line(place + (thread % (2 * EACH)) * 16, address, 0, 0)
-
-
-@gluon.jit
-def read_channels(place, D: gl.constexpr):
-    """Float16 numbers of a thread's channels, D / 8 of each half, in pairs."""
-    found = read_words(place, 0, 4)
-    if D == 128:
-        found = found + read_words(place, 16, 4)
-    found = found + read_words(place, D, 4)
-    if D == 128:
-        found = found + read_words(place, D + 16, 4)
-    return found
-
-
-@gluon.jit
-def read_tokens(place, V_GROUPS: gl.constexpr):
-    """Float16 numbers of a thread's eight keys, in pairs."""
-    found = read_words(place, 0, 4)
-    if V_GROUPS == 2:
-        found = found + read_words(place, 16, 4)
-    return found
-
-
-@gluon.jit
-def load_channels(address, D: gl.constexpr):
-    """Float16 numbers of a thread's channels, D / 8 of each half, in pairs."""
-    HALF: gl.constexpr = D  # bytes
-    COUNT: gl.constexpr = D // 64
-    return load_many(address, 0, 16, COUNT, 4) + load_many(address, HALF, 16, COUNT, 4)
-
-
-@gluon.jit
-def channels_of_word(words, ROW: gl.constexpr, SIDE: gl.constexpr, WORD: gl.constexpr,
-                     WORDS: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
-    """Four channels of a key as two pairs (int4: the even ones, then the odd ones)."""
-    if FORMAT == "int4":
-        x = words[ROW * WORDS + WORD]
-        MASK: gl.constexpr = 0x00F000F0 if SIDE == 1 else 0x000F000F
-        pairs = (x & MASK, (x >> 8) & MASK)
-    else:
-        x = words[(ROW * 2 + SIDE) * WORDS + WORD]
-        if FORMAT == "fp8":
-            pairs = (from_fp8(x, 0), from_fp8(x, 1))
-        else:
-            zero = gl.full(x.shape, 0, gl.int32, x.type.layout)
-            pairs = (pick_bytes(x, zero, 0x4140), pick_bytes(x, zero, 0x4342))
-    return pairs
-
-
-@gluon.jit
-def keys_of_words(x, y, PAIR: gl.constexpr, SIDE: gl.constexpr, FORMAT: gl.constexpr):
-    """Channels 2 PAIR and 2 PAIR + 1 of the words of two keys, each a pair over the keys."""
-    if FORMAT == "fp8":
-        both = pick_bytes(x, y, 0x7362 if PAIR == 1 else 0x5140)
-        pairs = (from_fp8(both, 0), from_fp8(both, 1))
-    else:
-        both = pick_bytes(x, y, 0x7632 if PAIR == 1 else 0x5410)
-        if FORMAT == "int4":
-            MASK: gl.constexpr = 0x00F000F0 if SIDE == 1 else 0x000F000F
-            pairs = (both & MASK, (both >> 8) & MASK)
-        else:
-            zero = gl.full(x.shape, 0, gl.int32, x.type.layout)
-            pairs = (both & 0x00FF00FF, pick_bytes(both, zero, 0x4341))
-    return pairs
-
-
-@gluon.jit
-def load_queries(address, D: gl.constexpr, DTYPE: gl.constexpr):
-    """Pairs of float16 of a thread's channels of its query row."""
-    found = load_channels(address, D)
-    if DTYPE == gl.bfloat16:
-        converted = (from_bfloat16(found[0]),)
-        for i in gl.static_range(1, D // 8):
-            converted = converted + (from_bfloat16(found[i]),)
-        found = converted
-    return found
-
-
-@gluon.jit
-def offset_scores(q, offset, D: gl.constexpr):
-    """Sum over channels of q * offset, for the two query rows of a thread."""
-    zero = gl.full(q[0].shape, 0.0, gl.float32, q[0].type.layout)
-    low = (zero, zero, zero, zero)
-    high = (zero, zero, zero, zero)
-    SIDE: gl.constexpr = D // 16
-    for i in gl.static_range(D // 32):
-        x, y = offset[2 * i], offset[2 * i + 1]
-        low = multiply((x, x, y, y), (q[2 * i], q[2 * i + 1]), low)
-        x, y = offset[SIDE + 2 * i], offset[SIDE + 2 * i + 1]
-        high = multiply((x, x, y, y), (q[SIDE + 2 * i], q[SIDE + 2 * i + 1]), high)
-    return low[0] + high[0], low[1] + high[1]
-
-
-@gluon.jit
-def scores_of_keys(q, words, scale, offset, D: gl.constexpr, FORMAT: gl.constexpr):
-    """Scores of keys 8 g .. 8 g + 7 and two query rows: four registers for every two keys."""
-    WORDS: gl.constexpr = D // 32
-    first, second = offset_scores(q, offset, D)
-    if FORMAT != "fp8":
-        first, second = first * TINY, second * TINY
-    s0 = (first, second, first, second)
-    s = (s0, s0, s0, s0)
-    for side in gl.static_range(2):
-        for word in gl.static_range(WORDS):
-            s = add_channels(s, q, words, scale, side, word, WORDS, FORMAT)
-    return s[0] + s[1] + s[2] + s[3]
-
-
-@gluon.jit
-def add_channels(s, q, words, scale, SIDE: gl.constexpr, WORD: gl.constexpr, WORDS: gl.constexpr,
-                 FORMAT: gl.constexpr):  # fmt: skip
-    """s + (four channels of eight keys) @ (q * scale)."""
-    AT: gl.constexpr = 2 * (SIDE * WORDS + WORD)
-    low, high = times(q[AT], scale[AT]), times(q[AT + 1], scale[AT + 1])
-    if FORMAT == "int4":
-        if SIDE == 1:  # its codes are read sixteen times as large
-            part = gl.full(low.shape, 0x2C002C00, gl.int32, low.type.layout)
-            low, high = times(low, part), times(high, part)
-        low, high = pick_bytes(low, high, 0x5410), pick_bytes(low, high, 0x7632)
-    right = (low, high)
-    return (
-        add_keys(s[0], words, 0, right, SIDE, WORD, WORDS, FORMAT),
-        add_keys(s[1], words, 2, right, SIDE, WORD, WORDS, FORMAT),
-        add_keys(s[2], words, 4, right, SIDE, WORD, WORDS, FORMAT),
-        add_keys(s[3], words, 6, right, SIDE, WORD, WORDS, FORMAT),
-    )
-
-
-@gluon.jit
-def add_keys(s, words, KEY: gl.constexpr, right, SIDE: gl.constexpr, WORD: gl.constexpr,
-             WORDS: gl.constexpr, FORMAT: gl.constexpr):  # fmt: skip
-    """s + (four channels of keys KEY and KEY + 1) @ right."""
-    a0, a2 = channels_of_word(words, KEY, SIDE, WORD, WORDS, FORMAT)
-    a1, a3 = channels_of_word(words, KEY + 1, SIDE, WORD, WORDS, FORMAT)
-    return multiply((a0, a1, a2, a3), right, s)
-
-
-@gluon.jit
-def add_values(acc, words, weights, SIDE: gl.constexpr, TILE: gl.constexpr, WORDS: gl.constexpr,
-               FORMAT: gl.constexpr):  # fmt: skip
-    """acc + channels 2 TILE, 2 TILE + 1 of each row g and half, over all keys, times weights."""
-    STEP: gl.constexpr = WORDS if FORMAT == "int4" else 2 * WORDS  # from key to key
-    AT: gl.constexpr = TILE // 2 + (0 if FORMAT == "int4" else SIDE * WORDS)
-    for i in gl.static_range(4):
-        a0, a1 = keys_of_words(
-            words[2 * i * STEP + AT], words[(2 * i + 8) * STEP + AT], TILE % 2, SIDE, FORMAT
-        )
-        a2, a3 = keys_of_words(
-            words[(2 * i + 1) * STEP + AT], words[(2 * i + 9) * STEP + AT], TILE % 2, SIDE, FORMAT
-        )
-        acc = multiply((a0, a1, a2, a3), (weights[2 * i], weights[2 * i + 1]), acc)
-    return acc
 
 
 @gluon.jit
@@ -349,38 +136,10 @@ def shrunk(acc, first, second):
 
 
 @gluon.jit
-def tile_of(i, last, num_sinks, first):
-    """Which tile of 64 keys is the i-th of those to visit, at most the last."""
+def tile_of(i, last, num_sinks, first, tiles):
+    """Which of the stored tiles is the i-th to visit; past the last one, one that can be read."""
     i = gl.maximum(gl.minimum(i, last - 1), 0)
-    return gl.where(i < num_sinks, i, i - num_sinks + first)
-
-
-@gluon.jit
-def ask_for_keys(place, numbers, codes, scale, offset, tile, thread, ROW: gl.constexpr,
-                 GROUP: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """One group of copies: codes, scales and offsets of a tile of keys."""
-    tile = tile.to(gl.int64)
-    group = tile * KEYS // GROUP * (2 * D)
-    copy_keys(place, codes + tile * (KEYS * ROW), thread, ROW)
-    copy_numbers(numbers, scale + group, offset + group, thread, 2 * D)
-    close_copies(thread)
-
-
-@gluon.jit
-def ask_for_values(place, numbers, codes, scale, offset, tile, thread, ROW: gl.constexpr,
-                   V_GROUPS: gl.constexpr):  # fmt: skip
-    """The same for a tile of values."""
-    tile = tile.to(gl.int64)
-    copy_values(place, codes + tile * (KEYS * ROW), thread, ROW)
-    at = tile * (2 * KEYS * V_GROUPS)
-    copy_numbers(numbers, scale + at, offset + at, thread, 2 * KEYS * V_GROUPS)
-    close_copies(thread)
-
-
-@gluon.jit
-def head_address(plane, b, kv_head, SIZE: gl.constexpr):
-    """Address of the first row of a head, of elements of SIZE bytes."""
-    return plane.ptr.to(gl.int64) + (b * plane.batch + kv_head.to(gl.int64) * plane.head) * SIZE
+    return gl.minimum(gl.where(i < num_sinks, i, i - num_sinks + first), tiles - 1)
 
 
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -401,6 +160,7 @@ def codes_kernel(
     split = gl.program_id(0) % splits
     b = (gl.program_id(1) // kv_heads).to(gl.int64)
     kv_head = gl.program_id(1) % kv_heads
+    tiles = k_len // KEYS
     if bounds.offsets is not None:
         q_offset = gl.load(bounds.offsets + b).to(gl.int32)
     if bounds.lengths is not None:
@@ -424,16 +184,7 @@ def codes_kernel(
     q_first = (tile * ROWS + 2 * t) // groups + q_offset
     q_second = (tile * ROWS + 2 * t + 1) // groups + q_offset
 
-    k_at = head_address(k.codes, b, kv_head, 1)
-    k_scale_at, k_offset_at = (
-        head_address(k.scale, b, kv_head, 2),
-        head_address(k.offset, b, kv_head, 2),
-    )
-    v_at = head_address(v.codes, b, kv_head, 1)
-    v_scale_at, v_offset_at = (
-        head_address(v.scale, b, kv_head, 2),
-        head_address(v.offset, b, kv_head, 2),
-    )
+    k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
     V_PLACE: gl.constexpr = KEYS * K_ROW
     K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
     V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
@@ -452,9 +203,9 @@ def codes_kernel(
     m1 = m0
     l0, l1, o00, o01, o10, o11 = zero, zero, zero, zero, zero, zero
     acc = (nothing,) * (D // 16)
-    here = tile_of(begin, end, num_sinks, first)
-    ask_for_keys(k_place, k_numbers, k_at, k_scale_at, k_offset_at, here, thread, K_ROW, K_GROUP, D)
-    ask_for_values(v_place, v_numbers, v_at, v_scale_at, v_offset_at, here, thread, V_ROW, V_GROUPS)
+    here = tile_of(begin, end, num_sinks, first, tiles)
+    ask_for_keys(k_place, k_numbers, k_from, here, thread, K_ROW, K_GROUP, D)
+    ask_for_values(v_place, v_numbers, v_from, here, thread, V_ROW, V_GROUPS)
     for i in range(begin, end):
         wait_copies(thread, 1)
         k_scale = read_channels(k_numbers + t * (D // 4), D)
@@ -462,8 +213,8 @@ def codes_kernel(
         k_words = read_keys(k_read, K_ROW, D)
         s = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
         meet(thread)
-        after = tile_of(i + 1, end, num_sinks, first)
-        ask_for_keys(k_place, k_numbers, k_at, k_scale_at, k_offset_at, after, thread, K_ROW,
+        after = tile_of(i + 1, end, num_sinks, first, tiles)
+        ask_for_keys(k_place, k_numbers, k_from, after, thread, K_ROW,
                      K_GROUP, D)  # fmt: skip
         wait_copies(thread, 1)
         v_scale = read_tokens(v_numbers + g * (16 * V_GROUPS), V_GROUPS)
@@ -499,7 +250,7 @@ def codes_kernel(
         acc = taken
         meet(thread)
         here = after
-        ask_for_values(v_place, v_numbers, v_at, v_scale_at, v_offset_at, here, thread, V_ROW,
+        ask_for_values(v_place, v_numbers, v_from, here, thread, V_ROW,
                        V_GROUPS)  # fmt: skip
     if V_GROUPS == 1:
         o10, o11 = o00, o01
@@ -507,14 +258,6 @@ def codes_kernel(
     sums = (sum_over_rows(l0), sum_over_rows(l1))
     store(acc, offsets, (m0, m1), sums, unit, out, lse, sink_logits, tile, split, out_split,
           lse_split, b, kv_head, kv_heads, groups, q_len, g, t, D, V_FORMAT)  # fmt: skip
-
-
-@triton.constexpr_function
-def factor_of(form, side):
-    """What a code times a weight has to be multiplied by, given how its bits were read."""
-    if form == "fp8":
-        return 1.0
-    return 2.0**20 if form == "int4" and side == 1 else 2.0**24
 
 
 @gluon.jit

@@ -32,7 +32,7 @@ class CodesLaunch:
     registers: int
 
 
-LAUNCH = CodesLaunch(12, 168)
+LAUNCH = CodesLaunch(8, 240)
 
 
 def covers(problem: Problem, kv: QuantizedKV) -> bool:
