@@ -2,7 +2,8 @@
 
 A tile of keys lies in one group of tokens, so its scales and offsets are one row; those of values
 are one column.  Codes become numbers by bits alone: 0x6400 | code is 1024 + code in float16, so for
-16-bit queries products are taken in float16 (finer than bfloat16) and sums in float32.  Everything
+16-bit queries products are taken in float16 (finer than bfloat16) and sums in float32; e4m3 codes
+become float16 by a shift.  Everything
 is done by halves of a head, which is how four-bit codes share bytes (saccade.core.formats).
 
 Codes are loaded as words of four and become numbers in registers, on the way from one shared tile
@@ -64,6 +65,29 @@ def unpacking(bits, side, start):
     )
 
 
+@triton.constexpr_function
+def unpacking_floats():
+    """PTX that makes four numbers in float16 from four e4m3 codes, on every card.
+
+    Moved by a bit, exponent and mantissa are those of a float16 that is 2^8 times too small.
+    """
+    return (
+        "{ .reg .b32 x, y, s; prmt.b32 x, $4, 0, 0x1404; prmt.b32 y, $4, 0, 0x3424;"
+        " shr.b32 s, x, 1; and.b32 s, s, 0x3f803f80; and.b32 x, x, 0x80008000; or.b32 x, x, s;"
+        " shr.b32 s, y, 1; and.b32 s, s, 0x3f803f80; and.b32 y, y, 0x80008000; or.b32 y, y, s;"
+        " mov.b32 s, 0x5c005c00; mul.f16x2 x, x, s; mul.f16x2 y, y, s;"
+        " mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y; }"
+    )
+
+
+@triton.jit
+def float_of(words, n: tl.constexpr, DTYPE: tl.constexpr):
+    """The n-th byte of each word as an e4m3 number, by the same bits."""
+    code = words >> (8 * n)
+    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE) * 256
+
+
 @triton.jit
 def byte_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
     """The n-th byte of each word, or one of its nibbles."""
@@ -73,14 +97,18 @@ def byte_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
 
 
 @triton.jit
-def as_numbers(words, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
+def as_numbers(words, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr, FP8: tl.constexpr,
                DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Codes of one half of a head, minus FROM, from its words (of both halves for 4 bits)."""
     if FAST and DTYPE == tl.float16:
+        text: tl.constexpr = unpacking_floats() if FP8 else unpacking(BITS, SIDE, FROM)
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            unpacking(BITS, SIDE, FROM), "=h,=h,=h,=h,r", [words], is_pure=True, pack=1,
+            text, "=h,=h,=h,=h,r", [words], is_pure=True, pack=1,
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
         )  # fmt: skip
+    elif FP8:
+        c0, c1 = float_of(words, 0, DTYPE), float_of(words, 1, DTYPE)
+        c2, c3 = float_of(words, 2, DTYPE), float_of(words, 3, DTYPE)
     else:
         c0 = byte_of(words, 0, BITS, SIDE).to(DTYPE) - FROM
         c1 = byte_of(words, 1, BITS, SIDE).to(DTYPE) - FROM
@@ -214,6 +242,8 @@ def quantized_kernel(
     BLOCK_N: tl.constexpr,
     BITS_K: tl.constexpr,
     BITS_V: tl.constexpr,
+    FP8_K: tl.constexpr,
+    FP8_V: tl.constexpr,
     K_GROUP: tl.constexpr,
     V_GROUP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -225,7 +255,7 @@ def quantized_kernel(
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V hold half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     V_HALF: tl.constexpr = VALUE_DIM // 2
-    MIDDLE: tl.constexpr = 2 ** (BITS_V - 1)
+    MIDDLE: tl.constexpr = 0 if FP8_V else 2 ** (BITS_V - 1)
     ONE_SCALE: tl.constexpr = V_GROUP % V_HALF == 0  # each half lies in one group of channels
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -268,8 +298,8 @@ def quantized_kernel(
         real = real_keys(rules, b, k_pos, k_len)
         here = fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF, V_HALF, BITS_K,
                      BITS_V, K_GROUP, V_GROUP)  # fmt: skip
-        k_low = as_numbers(here[0], BITS_K, 0, 0, q_low.dtype, FAST)
-        k_high = as_numbers(here[1], BITS_K, 1, 0, q_low.dtype, FAST)
+        k_low = as_numbers(here[0], BITS_K, 0, 0, FP8_K, q_low.dtype, FAST)
+        k_high = as_numbers(here[1], BITS_K, 1, 0, FP8_K, q_low.dtype, FAST)
         k_low = keys_of(k_low, here[4], here[6])
         k_high = keys_of(k_high, here[5], here[7])
         qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
@@ -281,8 +311,8 @@ def quantized_kernel(
         )  # fmt: skip
         s = tl.where(see, s, float("-inf"))
         m, l, p, shrink = online_softmax(m, l, s, unit)
-        v_low = as_numbers(here[2], BITS_V, 0, MIDDLE, q_low.dtype, FAST)
-        v_high = as_numbers(here[3], BITS_V, 1, MIDDLE, q_low.dtype, FAST)
+        v_low = as_numbers(here[2], BITS_V, 0, MIDDLE, FP8_V, q_low.dtype, FAST)
+        v_high = as_numbers(here[3], BITS_V, 1, MIDDLE, FP8_V, q_low.dtype, FAST)
         low *= shrink[:, None]
         high *= shrink[:, None]
         if ONE_SCALE:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
-from saccade.core.formats import Codes
+from saccade.core.formats import FP8, Codes
 from saccade.ops import tuning
 from saccade.ops.attend.gluon_codes_launch import code_splits, covers, scan_codes
 from saccade.ops.attend.triton_decode import Pages, decode_kernel, merge_kernel
@@ -283,6 +283,8 @@ def _scan_codes(
         BLOCK_N=block_n,
         BITS_K=kv.bits_k,
         BITS_V=kv.bits_v,
+        FP8_K=kv.k.codes.dtype == FP8,
+        FP8_V=kv.v.codes.dtype == FP8,
         K_GROUP=kv.k_group,
         V_GROUP=problem.v.shape[-1] // kv.v.scale.shape[3],
         FAST=problem.q.is_cuda,
@@ -292,5 +294,6 @@ def _scan_codes(
 
 
 def coded(codes: Codes) -> Coded:
-    """Planes of codes, scales and offsets."""
-    return Coded(*(plane(unit_rows(part)) for part in codes))
+    """Planes of codes, scales and offsets; codes are bytes to the kernel, whatever they mean."""
+    numbers = codes.codes.view(torch.uint8) if codes.codes.dtype == FP8 else codes.codes
+    return Coded(*(plane(unit_rows(part)) for part in (numbers, codes.scale, codes.offset)))
