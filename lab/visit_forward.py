@@ -1,14 +1,15 @@
 """The Gluon forward over packed documents, rows of their own lengths and pages: right, then fast.
 
-    python lab/visit_forward.py packed 128     # also lengths, pages; then `time`
+python lab/visit_forward.py packed 128     # also lengths, pages; then `time`
 """
 
 import statistics
 import sys
+from functools import partial
 
 import torch
 
-from saccade.core import DenseKV, Mask, PagedKV
+from saccade.core import Mask, PagedKV
 from saccade.ops import attend, attention
 
 BF16 = torch.bfloat16
@@ -31,7 +32,9 @@ def compare(name, ours, truth, lse, true_lse):
 def packed(dim):
     q_lens, k_lens = [300, 0, 1, 77, 513, 20, 128, 30], [300, 3, 70, 77, 700, 0, 128, 5]
     cu = [torch.tensor([0, *x]).cumsum(0).cuda() for x in (q_lens, k_lens)]
-    q, k, v = (rand(1, h, n, dim) for h, n in ((6, sum(q_lens)), (2, sum(k_lens)), (2, sum(k_lens))))
+    q, k, v = (
+        rand(1, h, n, dim) for h, n in ((6, sum(q_lens)), (2, sum(k_lens)), (2, sum(k_lens)))
+    )
     for mask in MASKS:
         options = {**mask, "cu_seqlens": tuple(cu), "return_lse": True}
         truth = attention(q.double(), k.double(), v.double(), **options, backend="reference")
@@ -60,7 +63,9 @@ def view_of(k, v, ends, page, junk=torch.nan):
     for x in (k, v):
         pool = torch.full((batch * count, heads, page, dim), junk, device="cuda", dtype=x.dtype)
         padded = torch.nn.functional.pad(x, (0, 0, 0, count * page - length), value=junk)
-        pool[order.flatten()] = padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        pool[order.flatten()] = (
+            padded.view(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
+        )
         pools.append(pool)
     table = order.to(torch.int32)
     table[torch.arange(count, device="cuda")[None] * page >= ends[:, None]] = 1_000_000
@@ -76,8 +81,6 @@ def pages(dim):
     for page in (16, 64, 256):
         for mask in (Mask(), Mask(window=200, sinks=3)) if page != 64 else (Mask(causal=False),):
             view = view_of(k, v, ends, page)
-            safe = view_of(k.nan_to_num(), v.nan_to_num(), ends, page, junk=0.0)
-            safe = PagedKV(safe.k.double(), safe.v.double(), safe.table.clamp(max=0), *()) if 0 else safe
             truth = attention(
                 q.double(), k.nan_to_num().double(), v.nan_to_num().double(), lengths=ends,
                 causal=mask.causal, window=mask.window, sinks=mask.sinks, return_lse=True,
@@ -115,33 +118,25 @@ def line(name, pairs, runs, dim=128):
 def time():
     print(torch.cuda.get_device_name(), flush=True)
     a = rand(8192, 8192)
-    print("matmul", f"{2 * 8192**3 / seconds(lambda: a @ a) / 1e12:.0f}", flush=True)
+    print("matmul", f"{2 * 8192**3 / seconds(partial(torch.mm, a, a)) / 1e12:.0f}", flush=True)
     q, k, v = (rand(1, h, 32768, 128) for h in (32, 8, 8))
-    from saccade.ops.attend import gluon  # noqa: F401
-
     both = ("gluon", "triton")
-    for name, lens in (("8 x 4096", [4096] * 8), ("64 x 512", [512] * 64),
-                       ("mixed", [16384, 8000, 4000, 2000, 1000, 700, 500, 184])):  # fmt: skip
+    for lens in ([4096] * 8, [512] * 64, [16384, 8000, 4000, 2000, 1000, 700, 500, 184]):
         cu = torch.tensor([0, *lens], device="cuda").cumsum(0)
         work = sum(n * (n + 1) / 2 for n in lens)
-        line(f"packed {name}", work, {
-            who: lambda who=who: attention(q, k, v, cu_seqlens=(cu, cu), backend=who) for who in both
-        })  # fmt: skip
+        run = partial(attention, q, k, v, cu_seqlens=(cu, cu))
+        line(f"packed {lens[:3]}", work, {who: partial(run, backend=who) for who in both})
     ends = torch.tensor([32768], device="cuda")
     for rows in (512, 2048, 8192):
         part = q[:, :, -rows:]
         work = rows * (32768 - rows) + rows * (rows + 1) / 2
-        runs = {who: lambda who=who: attention(part, k, v, backend=who) for who in both}
+        runs = {who: partial(attention, part, k, v, backend=who) for who in both}
         for page in (16, 128):
             view = view_of(k, v, ends, page)
-            for who in both if rows == 8192 else both[:1]:
-                runs[f"{who}-page{page}"] = lambda who=who, view=view: attend(part, view, backend=who)
+            for who in both:
+                run = partial(attend, part, view, mask=Mask(), backend=who)
+                runs[f"{who}-page{page}"] = run
         line(f"chunk of {rows} over 32k", work, runs)
-    for window in (1024,):
-        work = Mask(window=window).num_pairs(16384, 16384)
-        line("window 1024 16k", work, {
-            "gluon": lambda: attention(*(x[:, :, :16384] for x in (q, k, v)), window=window, backend="gluon")
-        })  # fmt: skip
 
 
 if __name__ == "__main__":
