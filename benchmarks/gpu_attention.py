@@ -197,8 +197,9 @@ def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | N
     queries = [random(batch, heads, 1, dim) for _ in range(sets)]
     stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
     views = [_view(kind, k, v) for k, v in stores]
+    backend = "gluon" if kind in ("int8", "int4", "fp8") else "triton"
     steps = [
-        lambda q=q, view=view: attend(q, view, mask=mask, backend="triton").out
+        lambda q=q, view=view: attend(q, view, mask=mask, backend=backend).out
         for q, (view, _) in zip(queries, views, strict=True)
     ]
     k, v = stores[0]
@@ -210,8 +211,8 @@ def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | N
     bytes_read = views[0][1] if window is None else size * min(1, window / length)
     took = graph_seconds(steps, loops)
     row = {
-        "case": "decode", "kind": kind, "batch": batch, "length": length, "window": window,
-        "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
+        "case": "decode", "backend": backend, "kind": kind, "batch": batch, "length": length,
+        "window": window, "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
     }  # fmt: skip
     if kind == "dense" and window is None:
         for name in PEERS:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
 from saccade.ops import order
-from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
+from saccade.ops.attend import cpu, gluon, gluon_codes, reference, sdpa, tiled, triton
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
@@ -76,7 +76,7 @@ def choose(call: AttentionCall, backend: str) -> Backend:
     rule = order.preferred(call)
     for name in _asked(rule):
         candidate = load(name)
-        if candidate.refusal(call) is None and not _passed_over(name, rule):
+        if candidate.refusal(call) is None and not _passed_over(name, rule, call):
             return candidate
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
 
@@ -87,9 +87,18 @@ def _asked(rule: order.Rule | None) -> tuple[str, ...]:
     return (*first, *(name for name in AUTO_ORDER if name not in first))
 
 
-def _passed_over(name: str, rule: order.Rule | None) -> bool:
+def _passed_over(name: str, rule: order.Rule | None, call: AttentionCall) -> bool:
     """Whether `auto` leaves out a backend that could run the call."""
-    return name in ONLY_MEASURED and (rule is None or name not in rule.order)
+    if name not in ONLY_MEASURED:
+        return False
+    if gluon_codes.reads(call.kv):  # rules are about plain keys
+        return gluon_codes.unmeasured(call) is not None
+    return rule is None or name not in rule.order
+
+
+def _unmeasured(name: str, call: AttentionCall) -> str:
+    reason = gluon_codes.unmeasured(call) if gluon_codes.reads(call.kv) else None
+    return reason or order.unmeasured(name, call)
 
 
 def _chosen(name: str, rule: order.Rule | None) -> str:
@@ -110,8 +119,8 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
             verdict = f"cannot: {reason}"
         elif name not in asked:
             verdict = "able, but only by name: it materialises the scores"
-        elif _passed_over(name, rule):
-            verdict = f"able, but {order.unmeasured(name, call)}"
+        elif _passed_over(name, rule, call):
+            verdict = f"able, but {_unmeasured(name, call)}"
         elif taken:
             verdict = "able, slower here"
         else:

@@ -248,14 +248,15 @@ def test_ragged():
 
 
 @runs_kernels
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
 @pytest.mark.parametrize("queries", [1, 21 if DEVICE == "cuda" else 5])
 @pytest.mark.parametrize(("dim", "v_group"), [(32, 32), (64, 16)])
-def test_quantized(bits, queries, dim, v_group):
+def test_quantized(bits, fp8, queries, dim, v_group):
     k, v, recent = torch.randn(2, 2, 64, dim), torch.randn(2, 2, 64, dim), torch.randn(2, 2, 9, dim)
     coded = (
-        quantize_keys(k, bits=bits, group=16), quantize_values(v, bits=bits, group=v_group)
-    )  # fmt: skip
+        quantize_keys(k, bits=bits, group=16, fp8=fp8),
+        quantize_values(v, bits=bits, group=v_group, fp8=fp8),
+    )
     q = torch.randn(2, 4, queries, dim)
     for dtype in (torch.float32,) if DEVICE == "cpu" else (torch.float32, torch.bfloat16):
         parts = (recent.to(dtype), (recent * 0.5).to(dtype))

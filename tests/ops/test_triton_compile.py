@@ -92,15 +92,15 @@ def test_decode_loads_asynchronously(storage):
     assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_codes_stay_codes_in_memory(bits):
+@pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
+def test_quantized_codes_stay_codes_in_memory(bits, fp8):
     codes = plane(meta(1, KV_HEADS, LENGTH, DIM * bits // 8, dtype=torch.uint8))
     k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
     v_scale = plane(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
     ptx = compiled(
         quantized_kernel, tuning.DECODE_CODES, k=Coded(codes, k_scale, k_scale),
-        v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, K_GROUP=64, V_GROUP=64,
-        FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
+        v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, FLOAT_K=fp8, FLOAT_V=fp8,
+        K_GROUP=64, V_GROUP=64, FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
     # Words of codes arrive asynchronously and become numbers by permutations, two a word.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
+from saccade.ops.attend import gluon_codes
 from saccade.ops.call import AttentionCall
 
 KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by head dimension
@@ -38,6 +39,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"
+    if gluon_codes.reads(call.kv):
+        return gluon_codes.refusal(call)
     return _problem_refusal(call) or _layout_refusal(call)
 
 
@@ -110,6 +113,8 @@ def _copyable(x: Tensor) -> bool:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
+    if gluon_codes.reads(call.kv):
+        return gluon_codes.run(call)
     from saccade.ops.attend.gluon_launch import forward
     from saccade.ops.attend.triton_problem import dense_problem, problem_of
 

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
-from saccade.core.formats import FP8
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -70,8 +69,6 @@ def _view_refusal(call: AttentionCall) -> str | None:
             return "a growing view takes lengths, and no sinks, key_padding, blocks or attn_mask"
         kv = kv.stored
     if isinstance(kv, QuantizedKV):
-        if FP8 in (kv.k.codes.dtype, kv.v.codes.dtype):
-            return "its kernels do not read fp8 codes yet"
         if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
             return f"quantised keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):

@@ -38,10 +38,10 @@ def range_of(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
     if IS_FP8:
         offset = ((low + high) / 2).to(tl.float16)
         middle = offset.to(tl.float32)
-        scale = tl.maximum(high - middle, middle - low) / FP8_LARGEST
+        scale = tl.div_rn(tl.maximum(high - middle, middle - low), FP8_LARGEST)
     else:
         offset = low.to(tl.float16)
-        scale = (high - offset.to(tl.float32)) / LEVELS
+        scale = tl.div_rn(high - offset.to(tl.float32), LEVELS * 1.0)
     return offset, tl.maximum(scale, TINY).to(tl.float16)
 
 

@@ -64,6 +64,32 @@ def unpacking(bits, side, start):
     )
 
 
+@triton.constexpr_function
+def unpacking_fp8():
+    """The same from four e4m3 codes, on any card: the bits of 1/256 of the number, times 256."""
+    half = (
+        "and.b32 s, {0}, 0x80008000; shr.b32 {0}, {0}, 1;"
+        " lop3.b32 {0}, {0}, 0x3f803f80, s, 0xea; mul.rn.f16x2 {0}, {0}, m;"
+    )
+    return (
+        "{ .reg .b32 t, x, y, s, m; mov.b32 t, $4; mov.b32 m, 0x5c005c00;"
+        " prmt.b32 x, t, 0, 0x1404; prmt.b32 y, t, 0, 0x3424; "
+        + half.replace("{0}", "x") + half.replace("{0}", "y")
+        + " mov.b32 {$0, $1}, x; mov.b32 {$2, $3}, y; }"
+    )  # fmt: skip
+
+
+@triton.jit
+def number_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
+              FLOAT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The n-th code of each word as a number, minus FROM."""
+    code = byte_of(words, n, BITS, SIDE)
+    if FLOAT:
+        bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE) * 256
+    return code.to(DTYPE) - FROM
+
+
 @triton.jit
 def byte_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
     """The n-th byte of each word, or one of its nibbles."""
@@ -74,18 +100,19 @@ def byte_of(words, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def as_numbers(words, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
-               DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+               FLOAT: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Codes of one half of a head, minus FROM, from its words (of both halves for 4 bits)."""
     if FAST and DTYPE == tl.float16:
+        text: tl.constexpr = unpacking_fp8() if FLOAT else unpacking(BITS, SIDE, FROM)
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            unpacking(BITS, SIDE, FROM), "=h,=h,=h,=h,r", [words], is_pure=True, pack=1,
+            text, "=h,=h,=h,=h,r", [words], is_pure=True, pack=1,
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
         )  # fmt: skip
     else:
-        c0 = byte_of(words, 0, BITS, SIDE).to(DTYPE) - FROM
-        c1 = byte_of(words, 1, BITS, SIDE).to(DTYPE) - FROM
-        c2 = byte_of(words, 2, BITS, SIDE).to(DTYPE) - FROM
-        c3 = byte_of(words, 3, BITS, SIDE).to(DTYPE) - FROM
+        c0 = number_of(words, 0, BITS, SIDE, FROM, FLOAT, DTYPE)
+        c1 = number_of(words, 1, BITS, SIDE, FROM, FLOAT, DTYPE)
+        c2 = number_of(words, 2, BITS, SIDE, FROM, FLOAT, DTYPE)
+        c3 = number_of(words, 3, BITS, SIDE, FROM, FLOAT, DTYPE)
     return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
@@ -214,6 +241,8 @@ def quantized_kernel(
     BLOCK_N: tl.constexpr,
     BITS_K: tl.constexpr,
     BITS_V: tl.constexpr,
+    FLOAT_K: tl.constexpr,
+    FLOAT_V: tl.constexpr,
     K_GROUP: tl.constexpr,
     V_GROUP: tl.constexpr,
     STAGES: tl.constexpr,
@@ -225,7 +254,7 @@ def quantized_kernel(
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V hold half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     V_HALF: tl.constexpr = VALUE_DIM // 2
-    MIDDLE: tl.constexpr = 2 ** (BITS_V - 1)
+    MIDDLE: tl.constexpr = 0 if FLOAT_V else 2 ** (BITS_V - 1)
     ONE_SCALE: tl.constexpr = V_GROUP % V_HALF == 0  # each half lies in one group of channels
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -268,8 +297,8 @@ def quantized_kernel(
         real = real_keys(rules, b, k_pos, k_len)
         here = fetch(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF, V_HALF, BITS_K,
                      BITS_V, K_GROUP, V_GROUP)  # fmt: skip
-        k_low = as_numbers(here[0], BITS_K, 0, 0, q_low.dtype, FAST)
-        k_high = as_numbers(here[1], BITS_K, 1, 0, q_low.dtype, FAST)
+        k_low = as_numbers(here[0], BITS_K, 0, 0, FLOAT_K, q_low.dtype, FAST)
+        k_high = as_numbers(here[1], BITS_K, 1, 0, FLOAT_K, q_low.dtype, FAST)
         k_low = keys_of(k_low, here[4], here[6])
         k_high = keys_of(k_high, here[5], here[7])
         qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
@@ -281,8 +310,8 @@ def quantized_kernel(
         )  # fmt: skip
         s = tl.where(see, s, float("-inf"))
         m, l, p, shrink = online_softmax(m, l, s, unit)
-        v_low = as_numbers(here[2], BITS_V, 0, MIDDLE, q_low.dtype, FAST)
-        v_high = as_numbers(here[3], BITS_V, 1, MIDDLE, q_low.dtype, FAST)
+        v_low = as_numbers(here[2], BITS_V, 0, MIDDLE, FLOAT_V, q_low.dtype, FAST)
+        v_high = as_numbers(here[3], BITS_V, 1, MIDDLE, FLOAT_V, q_low.dtype, FAST)
         low *= shrink[:, None]
         high *= shrink[:, None]
         if ONE_SCALE:

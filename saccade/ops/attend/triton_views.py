@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV, Span
-from saccade.core.formats import Codes
+from saccade.core.formats import FP8, Codes
 from saccade.ops import tuning
 from saccade.ops.attend.triton_decode import Pages, decode_kernel, merge_kernel
 from saccade.ops.attend.triton_launch import (
@@ -69,10 +71,8 @@ class Parts:
 def run_view(call: AttentionCall) -> AttentionOutput:
     """Attention of a call over any view."""
     kv = call.kv
-    if isinstance(kv, QuantizedKV):
-        return _quantized(call, kv)
-    if isinstance(kv, GrowingKV):
-        return _quantized(call, kv.stored, kv.packed)
+    if isinstance(kv, (QuantizedKV, GrowingKV)):
+        return run_codes(call, Reader(_code_splits, _scan_codes))
     if isinstance(kv, DenseKV):
         problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), call.lengths)
         spans = None if kv.is_plain else flat(kv.spans)
@@ -208,8 +208,23 @@ def page_size(x: Tensor, pages: Pages) -> int:
     return x.shape[2] if pages.positions is None else x.shape[1]
 
 
+class Reader(NamedTuple):
+    """Who reads codes: how many splits it wants, 1 or more, and the launch that fills them."""
+
+    splits: Callable[[Problem, QuantizedKV], int]
+    scan: Callable[..., None]
+
+
+def run_codes(call: AttentionCall, reader: Reader) -> AttentionOutput:
+    """Attention of a call over quantised storage, its codes read by `reader`."""
+    if isinstance(call.kv, GrowingKV):
+        return _quantized(call, call.kv.stored, reader, call.kv.packed)
+    assert isinstance(call.kv, QuantizedKV)
+    return _quantized(call, call.kv, reader)
+
+
 def _quantized(
-    call: AttentionCall, kv: QuantizedKV, packed: Tensor | None = None
+    call: AttentionCall, kv: QuantizedKV, reader: Reader, packed: Tensor | None = None
 ) -> AttentionOutput:
     """Splits over the codes, and more for the recent keys of full precision.
 
@@ -219,9 +234,7 @@ def _quantized(
     """
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.lengths)
     heads, recent = kv.recent_k.shape[1], kv.recent_k.shape[2]
-    launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
-    splits = splits_of(problem, heads, max(kv.num_packed, 1), row_tiles, launch)
-    splits = splits if kv.num_packed else 0
+    splits = reader.splits(problem, kv) if kv.num_packed else 0
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE)
     more = splits_of(problem, heads, recent, row_tiles, launch) if recent or not splits else 0
     parts = Parts(problem, splits + more)
@@ -233,10 +246,16 @@ def _quantized(
         history = replace(problem, lengths=packed.expand(problem.q.shape[0]))
     with on(problem.q.device):
         if splits:
-            _scan_codes(history, kv, parts, splits, with_sinks=not more)
+            reader.scan(history, kv, parts, splits, with_sinks=not more)
         if more:
             scan(problem, Pages(), spans, recent, parts, splits, more, packed)
         return parts.joined(problem.q.dtype)
+
+
+def _code_splits(problem: Problem, kv: QuantizedKV) -> int:
+    heads = kv.recent_k.shape[1]
+    launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
+    return splits_of(problem, heads, kv.num_packed, row_tiles, launch)
 
 
 def _scan_codes(
@@ -252,8 +271,8 @@ def _scan_codes(
     bounds, _ = bounds_of(problem, block_m, by_keys=False)
     quantized_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
         plane(problem.q),
-        coded(kv.k),
-        coded(kv.v),
+        Coded(*(plane(part) for part in bytes_of(kv.k))),
+        Coded(*(plane(part) for part in bytes_of(kv.v))),
         plane(parts.out[0]),
         parts.lse,
         bounds,
@@ -272,6 +291,8 @@ def _scan_codes(
         BLOCK_N=block_n,
         BITS_K=kv.bits_k,
         BITS_V=kv.bits_v,
+        FLOAT_K=kv.k.codes.dtype == FP8,
+        FLOAT_V=kv.v.codes.dtype == FP8,
         K_GROUP=kv.k_group,
         V_GROUP=problem.v.shape[-1] // kv.v.scale.shape[3],
         FAST=problem.q.is_cuda,
@@ -280,6 +301,7 @@ def _scan_codes(
     )
 
 
-def coded(codes: Codes) -> Coded:
-    """Planes of codes, scales and offsets."""
-    return Coded(*(plane(unit_rows(part)) for part in codes))
+def bytes_of(coded: Codes) -> Codes:
+    """Codes as bytes, whatever they are, and scales and offsets; rows have a unit stride."""
+    codes, *rest = (unit_rows(part) for part in coded)
+    return Codes(codes.view(torch.uint8), *rest)

@@ -1,0 +1,172 @@
+"""Decoding over codes on a card: correct first, then microseconds beside bf16.
+
+python lab/visit_codes.py check
+python lab/visit_codes.py growing      # counts on the device, poison behind them
+python lab/visit_codes.py time
+"""
+
+import sys
+import time
+
+import torch
+
+from benchmarks.gpu_attention import ceilings, graph_seconds, random
+from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
+from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.kv import dense
+from saccade.ops import attend
+from saccade.ops.attend import gluon_codes_launch
+from saccade.ops.attend.gluon_codes_launch import CodesLaunch
+
+KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
+
+
+def view_of(k, v, kind, recent=0, v_group=64):
+    """A view over codes of the first keys, the last `recent` in full precision."""
+    bits_k, bits_v, fp8 = KINDS[kind]
+    n = k.shape[2] - recent
+    return QuantizedKV(
+        quantize_keys(k[:, :, :n], bits=bits_k, group=64, fp8=fp8),
+        quantize_values(v[:, :, :n], bits=bits_v, group=v_group, fp8=fp8),
+        k[:, :, n:], v[:, :, n:], bits_k, bits_v, 64,
+    )  # fmt: skip
+
+
+def check_one(kind, dtype, dim, v_group, heads, batch, keys, recent, queries, window, backend):
+    torch.manual_seed(0)
+    k, v = (
+        torch.randn(batch, heads[1], keys + recent, dim, device="cuda", dtype=dtype)
+        for _ in range(2)
+    )
+    k += 3 * torch.randn(1, heads[1], 1, dim, device="cuda", dtype=dtype)
+    q = torch.randn(batch, heads[0], queries, dim, device="cuda", dtype=dtype)
+    view = view_of(k, v, kind, recent, v_group)
+    wide = QuantizedKV(view.k, view.v, view.recent_k.double(), view.recent_v.double(),
+                       view.bits_k, view.bits_v, 64)  # fmt: skip
+    whole, low = dense(wide), dense(view)
+    mask = Mask(window=window)
+    truth = attend(q.double(), DenseKV(whole.k, whole.v), mask=mask, backend="reference")
+    eager = attend(q, DenseKV(low.k, low.v), mask=mask, backend="reference")
+    ours = attend(q, view, mask=mask, backend=backend)
+    return (
+        (ours.out - truth.out).abs().max().item(), (eager.out - truth.out).abs().max().item(),
+        (ours.lse - truth.lse).abs().max().item(), (eager.lse - truth.lse).abs().max().item(),
+    )  # fmt: skip
+
+
+def check():
+    half, bfloat = torch.float16, torch.bfloat16
+    cases = [
+        ("int4", bfloat, 128, 64, (32, 8), 2, 2048, 0, 1, None),
+        ("int8", half, 64, 64, (9, 3), 2, 1088, 70, 5, None),
+        ("int4", half, 128, 128, (8, 2), 3, 1088, 70, 3, None),
+        ("fp8", half, 64, 64, (6, 1), 2, 1088, 1, 16, 777),
+        ("int8", half, 64, 32, (6, 1), 2, 1088, 1, 16, 777),
+        ("k8v4", half, 64, 64, (4, 2), 2, 320, 0, 10, 90),
+        ("int4", half, 64, 64, (9, 3), 2, 1088, 70, 1, 100),
+        ("fp8", bfloat, 128, 64, (6, 1), 2, 4096, 64, 2, 300),
+        ("int8", half, 128, 64, (8, 2), 1, 64, 0, 1, None),
+        ("k8v4", half, 128, 64, (4, 4), 2, 4096, 64, 1, None),
+        ("int8", bfloat, 128, 64, (32, 8), 1, 32768, 0, 1, None),
+        ("int4", half, 128, 64, (32, 8), 1, 32768, 0, 1, None),
+        ("int8", half, 128, 64, (64, 2), 1, 1024, 0, 2, None),
+    ]
+    for case in cases:
+        for backend in ("gluon",) if case[0] != "fp8" else ("gluon", "triton"):
+            try:
+                a, b, c, d = check_one(*case, backend)
+                fine = a <= 2 * b + 2e-3 and c <= max(2 * d, 1e-3)
+                print("ok  " if fine else "BAD ", backend, *case, f"{a:.1e} eager {b:.1e}",
+                      f"lse {c:.1e} eager {d:.1e}", flush=True)  # fmt: skip
+            except Exception as error:
+                print("FAIL", backend, *case, type(error).__name__, str(error)[:300], flush=True)
+
+
+def first_of(view, packed, recent):
+    """The first keys of a view alone."""
+    return QuantizedKV(
+        Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+        Codes(*(x[:, :, :packed] for x in view.v)),
+        view.recent_k[:, :, :recent], view.recent_v[:, :, :recent], view.bits_k, view.bits_v, 64,
+    )  # fmt: skip
+
+
+def growing():
+    """Counts on the device, poison behind them, and per-row lengths."""
+    k, v = (torch.randn(2, 2, 512, 128, device="cuda", dtype=torch.float16) for _ in range(2))
+    q = torch.randn(2, 8, 2, 128, device="cuda", dtype=torch.float16)
+    for kind in KINDS:
+        for packed in (0, 64, 320, 448):
+            view = view_of(k, v, kind, 64)
+            truth = attend(q, first_of(view, packed, 33), mask=Mask(), backend="tiled")
+            for x in view.v[1:]:
+                x[:, :, packed:] = torch.nan
+            for x in view.k[1:]:
+                x[:, :, packed // 64 :] = torch.nan
+            grown = GrowingKV(view, torch.tensor([packed], device="cuda"))
+            stop = torch.tensor([packed + 33] * 2, device="cuda")
+            ours = attend(q, grown, mask=Mask(), lengths=stop, q_offset=stop - 2, backend="gluon")
+            error = (ours.out - truth.out).abs().max().item()
+            print("ok  " if error < 4e-3 else "BAD ", "growing", kind, packed, error, flush=True)
+    for kind in KINDS:
+        view = view_of(k, v, kind)
+        lengths = torch.tensor([300, 77], device="cuda")
+        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
+        truth = attend(q, view, **where, backend="tiled")
+        for x in view.v[1:]:
+            x[0, :, 300:], x[1, :, 77:] = torch.nan, torch.nan
+        if kind == "fp8":
+            view.v.codes.view(torch.uint8)[0, :, 300:] = 0x7F
+        error = (attend(q, view, **where, backend="gluon").out - truth.out).abs().max().item()
+        print("ok  " if error < 4e-3 else "BAD ", "lengths", kind, error, flush=True)
+
+
+def measure(batch, length, kinds, launches, queries=1, baseline=True):
+    heads, kv_heads, dim = 32, 8, 128
+    size = batch * kv_heads * length * dim * 4
+    sets = max(2, min(8, 400_000_000 // size + 1))
+    qs = [random(batch, heads, queries, dim) for _ in range(sets)]
+    stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
+    loops = 4 if size < 2**28 else 1
+    base = None
+    if baseline:
+        base = graph_seconds(
+            [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
+             for q, (k, v) in zip(qs, stores, strict=True)], loops,
+        )  # fmt: skip
+        print(
+            f"B{batch} {length} q{queries} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s",
+            flush=True,
+        )
+    for kind in kinds:
+        views = [view_of(k, v, kind) for k, v in stores]
+        held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
+        for launch in launches:
+            gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), launch)
+            try:
+                took = graph_seconds(
+                    [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
+                     for q, view in zip(qs, views, strict=True)], loops,
+                )  # fmt: skip
+                faster = f" {base / took:.2f}x" if base else ""
+                speed = f"{took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster}"
+                print(f"B{batch} {length} q{queries} {kind} {speed} {launch}", flush=True)
+            except Exception as error:
+                print(kind, launch, type(error).__name__, str(error)[:200], flush=True)
+
+
+def timing():
+    print(torch.cuda.get_device_name(), ceilings(), flush=True)
+    four = [CodesLaunch(4, 4, 2), CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 3, 168)]
+    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 2, 4)]
+    for batch, length in ((1, 131072), (16, 8192), (1, 32768), (1, 8192)):
+        measure(batch, length, ["int4"], four[: 3 if length == 131072 else 2])
+        measure(batch, length, ["int8"], eight, baseline=False)
+        measure(batch, length, ["fp8", "k8v4"], eight[1:], baseline=False)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    begin = time.time()
+    {"check": check, "growing": growing, "time": timing}[sys.argv[1]]()
+    print(f"{time.time() - begin:.0f} s")

@@ -1,0 +1,196 @@
+"""The Gluon kernel for codes: right on a Hopper card; elsewhere that it compiles as meant."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Gluon has no interpreter", allow_module_level=True)
+
+from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
+from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.kv import dense
+from saccade.ops import attend, choose
+from saccade.ops.attend import gluon, gluon_codes
+from saccade.ops.attend.api import make_call
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
+on_the_card = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
+]
+KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
+
+
+def view_of(k, v, kind, recent=0, v_group=64):
+    """A view over codes of the first keys, the last `recent` in full precision."""
+    bits_k, bits_v, fp8 = KINDS[kind]
+    n = k.shape[2] - recent
+    return QuantizedKV(
+        quantize_keys(k[:, :, :n], bits=bits_k, group=64, fp8=fp8),
+        quantize_values(v[:, :, :n], bits=bits_v, group=v_group, fp8=fp8),
+        k[:, :, n:], v[:, :, n:], bits_k, bits_v, 64,
+    )  # fmt: skip
+
+
+def random(*shape, dtype=torch.float16, device="cuda"):
+    return torch.randn(*shape, dtype=dtype, device=device)
+
+
+# (heads, KV heads), batch, keys, recent keys, queries, head_dim, group of values, window
+SHAPES = [
+    ((32, 8), 2, 2048, 0, 1, 128, 64, None),
+    ((8, 2), 1, 64, 0, 1, 128, 64, None),
+    ((8, 2), 3, 1088, 70, 3, 128, 128, None),
+    ((6, 1), 2, 4096, 64, 2, 128, 64, 300),
+    ((9, 3), 2, 1088, 70, 5, 64, 64, 100),
+    ((6, 1), 2, 1088, 1, 16, 64, 32, 777),
+]
+
+
+class TestOnTheCard:
+    pytestmark = on_the_card
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_equals_the_reference(self, kind, shape, dtype):
+        """At most twice the error of an eager run over the dequantised keys."""
+        heads, batch, keys, recent, queries, dim, v_group, window = shape
+        k, v = (random(batch, heads[1], keys + recent, dim, dtype=dtype) for _ in range(2))
+        k += 3 * random(1, heads[1], 1, dim, dtype=dtype)  # channels have offsets of their own
+        q = random(batch, heads[0], queries, dim, dtype=dtype)
+        view, mask = view_of(k, v, kind, recent, v_group), Mask(window=window)
+        wide = QuantizedKV(
+            view.k, view.v, view.recent_k.double(), view.recent_v.double(), view.bits_k,
+            view.bits_v, 64,
+        )  # fmt: skip
+        exact, low = dense(wide), dense(view)
+        truth = attend(q.double(), DenseKV(exact.k, exact.v), mask=mask, backend="reference")
+        eager = attend(q, DenseKV(low.k, low.v), mask=mask, backend="reference")
+        ours = attend(q, view, mask=mask, backend="gluon")
+        bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        allowed = 2 * (eager.out - truth.out).abs().max() + bound
+        assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
+        assert (ours.out - truth.out).abs().max() <= allowed
+        assert (ours.lse - truth.lse).abs().max() <= 1e-3
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("packed", [0, 64, 320, 448])
+    def test_growing_views(self, kind, packed):
+        """Counts that only the device knows; what lies behind them is poison."""
+        k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
+        view = view_of(k, v, kind, 64)
+        alone = QuantizedKV(
+            Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+            Codes(*(x[:, :, :packed] for x in view.v)),
+            view.recent_k[:, :, :33], view.recent_v[:, :, :33], view.bits_k, view.bits_v, 64,
+        )  # fmt: skip
+        truth = attend(q, alone, mask=Mask(), backend="tiled")
+        for x in view.v[1:]:
+            x[:, :, packed:] = torch.nan
+        for x in view.k[1:]:
+            x[:, :, packed // 64 :] = torch.nan
+        stop = torch.tensor([packed + 33] * 2, device="cuda")
+        grown = GrowingKV(view, torch.tensor([packed], device="cuda"))
+        where = {"lengths": stop, "q_offset": stop - 2, "mask": Mask()}
+        ours = attend(q, grown, **where, backend="gluon")
+        assert torch.allclose(ours.out, truth.out, atol=4e-3)
+        assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_rows_of_different_length(self, kind):
+        k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
+        view, lengths = view_of(k, v, kind), torch.tensor([300, 77], device="cuda")
+        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
+        truth = attend(q, view, **where, backend="tiled")
+        for row, length in enumerate(lengths.tolist()):
+            for x in view.v[1:]:
+                x[row, :, length:] = torch.nan
+            view.v.codes.view(torch.uint8)[row, :, length:] = 0x7F  # not a number in fp8
+        ours = attend(q, view, **where, backend="gluon")
+        assert torch.allclose(ours.out, truth.out, atol=4e-3)
+
+    def test_inside_a_cuda_graph(self):
+        k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
+        view = view_of(k, v, "int4")
+        attend(q, view, mask=Mask(), backend="gluon")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(q, view, mask=Mask(), backend="gluon").out
+        q.copy_(q.flip(1))
+        graph.replay()
+        assert torch.equal(out, attend(q, view, mask=Mask(), backend="gluon").out)
+
+
+REFUSALS = [
+    ({"softcap": 5.0}, {}, "no softcap"),
+    ({"mask": Mask(window=9, sinks=2)}, {}, "no sinks"),
+    ({"sink_logits": torch.zeros(4)}, {}, "only where there are recent keys"),
+    ({"scale": -1.0}, {}, "scale must be positive"),
+    ({}, {"queries": 65}, "1 to 128 queries x heads of a group, got 130"),
+    ({}, {"dim": 96}, "head_dim 96 is not one of 64, 128"),
+    ({}, {"dtype": torch.float32}, "float32 is not one of bfloat16, float16"),
+    ({}, {"v_group": 16}, "values one or two groups, got 64 and 4"),
+]
+
+
+@pytest.mark.parametrize(("options", "how", "reason"), REFUSALS, ids=[row[2] for row in REFUSALS])
+def test_refuses_in_a_sentence(options, how, reason):
+    dim, dtype = how.get("dim", 64), how.get("dtype", torch.float16)
+    k = random(1, 2, 64, dim, dtype=dtype, device="cpu")
+    q = random(1, 4, how.get("queries", 1), dim, dtype=dtype, device="cpu")
+    view = view_of(k, k, "int8", v_group=how.get("v_group", 32))
+    call = make_call(q, view, **({"mask": Mask()} | options))
+    assert reason in str(gluon_codes.refusal(call))
+
+
+def test_accepts_codes_and_nothing_runs_without_a_card():
+    k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+    for kind in KINDS:
+        view = view_of(k, k, kind, 64)
+        assert gluon_codes.refusal(make_call(q, view, mask=Mask())) is None
+        with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
+            attend(q, view, mask=Mask(), backend="gluon")
+
+
+def test_auto_takes_what_was_measured(monkeypatch):
+    """Few rows of head_dim 128; more of them, or other heads, are left to Triton."""
+    monkeypatch.setattr(gluon, "refusal", gluon_codes.refusal)
+    k = random(1, 2, 128, 128, device="cpu")
+    verdicts = {}
+    for queries, dim in ((1, 128), (3, 128), (1, 64)):
+        q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
+        call = make_call(q, view_of(keys, keys, "int4"), mask=Mask())
+        verdicts[queries, dim] = dict(choose.explain(call))["gluon"]
+    assert verdicts[1, 128] == "chosen"
+    assert verdicts[3, 128].endswith("with up to 8 queries x heads of a group and head_dim 128, "
+                                     "here 12 and 128")  # fmt: skip
+    assert verdicts[1, 64].startswith("able, but over codes it was measured to win")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dim"), [(("int4", "int4"), 128), (("fp8", "fp8"), 128), (("int8", "int4"), 64)]
+)
+def test_codes_go_straight_into_registers(kinds, dim, tmp_path):
+    """Wide loads, products by warps, no way through shared memory, and nothing spills."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    from tests.ops.compiled import compile_codes
+
+    ptx = compile_codes(*kinds, dim).asm["ptx"]
+    assert "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
+    assert "ldmatrix" not in ptx and "cp.async" not in ptx
+    assert re.search(rf"ld\.global\.nc\.L1::no_allocate\.L2::128B\.v{dim // 32}\.b32", ptx)
+    assert len(re.findall(r"^\s*bar\.sync", ptx, re.MULTILINE)) <= 2  # where the warps join
+    source = tmp_path / "kernel.ptx"
+    source.write_text(ptx)
+    command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
+    done = subprocess.run(
+        [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
+    )
+    assert "0 bytes spill stores" in done.stderr
