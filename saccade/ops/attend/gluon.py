@@ -32,16 +32,23 @@ def _triton_version() -> str:
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call, or None."""
-    device = call.q.device
+    reason = missing(call.q.device)
+    if reason is not None:
+        return reason
+    if gluon_codes.reads(call.kv):
+        return gluon_codes.refusal(call)
+    return _problem_refusal(call) or _layout_refusal(call)
+
+
+def missing(device: torch.device) -> str | None:
+    """Why Gluon kernels for Hopper cannot run on a device, or None."""
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) != HOPPER:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"
-    if gluon_codes.reads(call.kv):
-        return gluon_codes.refusal(call)
-    return _problem_refusal(call) or _layout_refusal(call)
+    return None
 
 
 def _problem_refusal(call: AttentionCall) -> str | None:
@@ -94,14 +101,14 @@ def _layout_refusal(call: AttentionCall) -> str | None:
     for x in tensors:
         if x.shape[3] not in DIMS or x.shape[3] != call.q.shape[3]:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
-        if not _copyable(x):
+        if not copyable(x):
             return "the copy engine needs rows at distinct multiples of 16 bytes"
     if call.q.numel() == 0 or call.kv.shape[2] == 0:
         return "there are no queries or no keys"
     return None
 
 
-def _copyable(x: Tensor) -> bool:
+def copyable(x: Tensor) -> bool:
     """Unit last stride, and every other step a positive multiple of 16 bytes."""
     steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
     return (

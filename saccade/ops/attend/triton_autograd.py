@@ -1,7 +1,9 @@
 """The dense kernels as operators of torch.library: autograd, torch.compile and opcheck know them.
 
 An operator takes tensors and plain numbers, so a Problem is passed flat, in the order of its
-fields; a window or softcap of None travels as 0.
+fields; a window or softcap of None travels as 0.  Which kernels an operator runs is decided when it
+runs (`gluon_training.py`); under `torch.use_deterministic_algorithms(True)` gradients are the same
+bits every time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
-from saccade.ops.attend import triton_launch
+from saccade.ops.attend import gluon_training
 from saccade.ops.attend.triton_problem import Problem
 
 _NUMBERS = ("window", "softcap")
@@ -53,7 +55,7 @@ def _problem(flat: tuple[Any, ...]) -> Problem:
     "saccade::attend", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)"
 )
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    return tuple(triton_launch.forward(_problem(flat)))  # type: ignore[return-value]
+    return tuple(gluon_training.forward(_problem(flat)))  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -70,7 +72,7 @@ def _(*flat: Any) -> tuple[Tensor, Tensor]:
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:
-    return triton_launch.backward(_problem(flat), out, lse, dout, dlse)
+    return gluon_training.backward(_problem(flat), out, lse, dout, dlse)
 
 
 @_backward.register_fake

@@ -1,0 +1,188 @@
+"""Gluon gradients: on a Hopper card; elsewhere who gets them, and that they compile."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Gluon has no interpreter", allow_module_level=True)
+
+from saccade.core import DenseKV, Mask
+from saccade.ops import attention
+from saccade.ops.attend import gluon, gluon_training
+from saccade.ops.attend.api import make_call
+from saccade.ops.attend.triton_problem import dense_problem
+from tests.ops.cases import Case, on
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
+on_the_card = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
+]
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
+
+
+@pytest.fixture
+def at_any_size(monkeypatch):
+    """Small problems go to the Gluon kernels too; says how often their gradients ran."""
+    from saccade.ops.attend import gluon_backward_launch
+
+    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
+        monkeypatch.setattr(gluon_training, name, 0)
+    ran, backward = [], gluon_backward_launch.backward
+
+    def counted(*arguments):
+        ran.append(arguments)
+        return backward(*arguments)
+
+    monkeypatch.setattr(gluon_backward_launch, "backward", counted)
+    return ran
+
+
+def gradients(backend, tensors, weights, options):
+    """Gradients of a loss that uses the outputs and the lse."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    options = dict(options)
+    if "sink_logits" in options:
+        leaves.append(options["sink_logits"].detach().clone().requires_grad_())
+        options["sink_logits"] = leaves[3]
+    out, lse = attention(*leaves[:3], **options, return_lse=True, backend=backend)
+    loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def check(case, dtype):
+    """At most twice the error of an eager run in the same precision, as every backend."""
+    q, k, v, options = case.inputs()
+    tensors = on("cuda", *(x.to(dtype) for x in (q, k, v)))
+    options = on("cuda", options)
+    weights = on("cuda", torch.randn_like(q), 0.1 * torch.randn(q.shape[:3], dtype=q.dtype))
+    truth = gradients("reference", [x.double() for x in tensors], weights, options)
+    eager = gradients("reference", tensors, weights, options)
+    ours = gradients("triton", tensors, weights, options)
+    for found, other, true in zip(ours, eager, truth, strict=True):
+        allowed = 2 * (other - true).abs().max() + BOUND[dtype] * max(1, true.abs().max())
+        assert found.dtype == other.dtype
+        assert (found - true).abs().max() <= allowed
+
+
+class TestOnTheCard:
+    pytestmark = on_the_card
+
+    @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
+    @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_equals_the_reference(self, at_any_size, causal, lengths, heads):
+        check(Case(heads, lengths, {"causal": causal}, "plain", head_dim=128), torch.bfloat16)
+        assert len(at_any_size) == 1
+
+    def test_learned_sinks_in_float16(self, at_any_size):
+        check(Case((5, 1), (300, 400), {}, "sink_logits", head_dim=128), torch.float16)
+        assert len(at_any_size) == 1
+
+    def test_gradients_of_other_layouts(self, at_any_size):
+        """Rows of tokens, and a gradient that is one number in every place."""
+        base = torch.randn(2, 300, 6, 128, device="cuda").bfloat16().requires_grad_()
+        wide = base.detach().double().requires_grad_()
+        for x, backend in ((base, "triton"), (wide, "reference")):
+            q, k, v = (x.transpose(1, 2)[:, part] for part in (slice(0, 4), [4], [5]))
+            attention(q, k, v, backend=backend).sum().backward()
+        assert len(at_any_size) == 1
+        assert (base.grad - wide.grad).abs().max() < 2e-2 * wide.grad.abs().max()
+
+    def test_deterministic_when_asked(self, at_any_size):
+        q, k, v = (
+            torch.randn(1, h, 700, 128, device="cuda").bfloat16().requires_grad_()
+            for h in (8, 2, 2)
+        )
+        dout = torch.randn_like(q)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (
+                torch.autograd.grad(attention(q, k, v, backend="triton"), (q, k, v), dout)
+                for _ in range(2)
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not at_any_size
+        assert all(map(torch.equal, first, second))
+
+    def test_registered_operator(self, at_any_size):
+        from saccade.ops.attend.triton_autograd import flatten, operator
+
+        q, k, v = (
+            torch.randn(1, h, 200, 128, device="cuda").bfloat16().requires_grad_()
+            for h in (2, 1, 1)
+        )
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        flat = flatten(dense_problem(make_call(q, DenseKV(k, v), mask=Mask())))
+        torch.library.opcheck(operator(), flat, test_utils=tests)
+
+    def test_inside_torch_compile(self, at_any_size):
+        q, k, v = (
+            torch.randn(1, h, 200, 128, device="cuda").bfloat16().requires_grad_()
+            for h in (2, 1, 1)
+        )
+        expected = torch.autograd.grad(attention(q, k, v, backend="triton").sum(), (q, k, v))
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(q, k, v, backend="triton").sum(), (q, k, v))
+        assert len(at_any_size) == 2
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=2e-2)
+
+
+def problem(dim=128, dtype=torch.bfloat16, offset=0, **options):
+    q, k = (torch.empty(1, h, 256, dim, dtype=dtype, device="meta") for h in (4, 1))
+    scale = options.pop("scale", None)
+    call = make_call(q, DenseKV(k, k), mask=Mask(**options), scale=scale)
+    return dense_problem(call)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"window": 9}, "know no window"),
+        ({"dim": 64}, "head_dim 128 only"),
+        ({"dtype": torch.float32}, "float32 is not one of"),
+        ({"scale": -1.0}, "scale must be positive"),
+    ],
+    ids=["window", "dim", "dtype", "scale"],
+)
+def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
+    assert "not on an NVIDIA GPU" in gluon_training.gradient_refusal(problem())
+    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    assert gluon_training.gradient_refusal(problem()) is None
+    assert reason in gluon_training.gradient_refusal(problem(**wrong))
+
+
+def test_refuses_where_determinism_is_asked_for(monkeypatch):
+    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "no fixed order" in gluon_training.gradient_refusal(problem())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_products_are_not_serialised(tmp_path, causal):
+    """What ptxas says about the kernel; with another order of issue it says the contrary."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    from tests.ops.compiled import compile_gluon_backward
+
+    found = compile_gluon_backward(causal=causal)
+    assert found.metadata.shared <= 227 * 1024
+    ptx = found.asm["ptx"]
+    assert "setmaxnreg" in ptx and "red.relaxed.gpu.global.add.v4.f32" in ptx
+    source = tmp_path / "kernel.ptx"
+    source.write_text(ptx)
+    command = [get_ptxas(90).path, f"--gpu-name={sm_arch_from_capability(90)}", source]
+    done = subprocess.run(
+        [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
+    )
+    assert "serialized" not in done.stderr
