@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from saccade.ops.attend.triton_launch import (
     schedule,
     terms_of,
 )
+from saccade.ops.attend.triton_plans import PLANS, Cut, Prepared, Step, Strides, form_of
 from saccade.ops.attend.triton_problem import Problem, problem_of, unit_rows
 from saccade.ops.attend.triton_quantized import Coded, quantized_kernel
 from saccade.ops.attend.triton_visits import visits_of
@@ -38,6 +39,7 @@ class Parts:
         self.shape = (*q.shape[:3], problem.v.shape[-1])
         dtype = q.dtype if splits == 1 else torch.float32
         self.splits = splits
+        self.merge: Prepared | None = None
         self.out = torch.empty((splits, *self.shape), dtype=dtype, device=q.device)
         self.lse = torch.empty((splits, *self.shape[:3]), dtype=torch.float32, device=q.device)
 
@@ -47,24 +49,22 @@ class Parts:
             return AttentionOutput(self.out[0], self.lse[0])
         out = torch.empty(self.shape, dtype=dtype, device=self.out.device)
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
-        value_dim = self.shape[3]
-        block_v = power_of_two(value_dim)
-        merge_kernel[(lse.numel(),)](
-            self.out,
-            self.lse,
-            plane(out),
-            lse,
-            self.splits,
-            self.out.stride(0),
-            self.lse.stride(0),
-            self.shape[1],
-            self.shape[2],
-            VALUE_DIM=value_dim,
-            BLOCK_V=block_v,
-            BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
-            num_warps=4,
-            **early(self.out.device),
+        value_dim, block_v = self.shape[3], power_of_two(self.shape[3])
+        fixed: dict[str, Any] = {
+            "splits": self.splits,
+            "part_split": self.out.stride(0),
+            "lse_split": self.lse.stride(0),
+            "heads": self.shape[1],
+            "q_len": self.shape[2],
+            "VALUE_DIM": value_dim,
+            "BLOCK_V": block_v,
+            "BLOCK_S": max(1, min(power_of_two(self.splits), 8192 // block_v)),
+        }
+        grid, options = (lse.numel(), 1, 1), early(self.out.device)
+        kernel = merge_kernel[grid](
+            self.out, self.lse, plane(out), lse, **fixed, **options, num_warps=4
         )
+        self.merge = Prepared(kernel, grid, (*fixed.values(), options["EARLY"]))
         return AttentionOutput(out, lse)
 
 
@@ -98,14 +98,43 @@ def flat(spans: tuple[Span, ...]) -> tuple[int, ...]:
 def _whole(
     problem: Problem, pages: Pages, spans: tuple[int, ...] | None, slots: int
 ) -> AttentionOutput:
+    form = form_of(problem, pages, spans)
+    step = PLANS.step(form, slots)
+    if step is not None:
+        with on(problem.q.device):
+            return step.run(problem, pages, spans, slots)
     heads = kv_heads(problem, pages)
     launch, _, row_tiles = rows_of(problem, heads, table_of(pages))
-    parts = Parts(problem, splits_of(problem, heads, slots, row_tiles, launch))
-    if parts.lse.numel():
-        with on(problem.q.device):
-            scan(problem, pages, spans, slots, parts, 0, parts.splits)
-            return parts.joined(problem.q.dtype)
-    return parts.joined(problem.q.dtype) if parts.splits == 1 else _nothing(problem)
+    cut = cut_of(problem, heads, row_tiles, launch)
+    parts = Parts(problem, cut.splits(slots))
+    if not parts.lse.numel():
+        return _nothing(problem)
+    with on(problem.q.device):
+        scanned = scan(problem, pages, spans, slots, parts, 0, parts.splits)
+        result = parts.joined(problem.q.dtype)
+    if form is not None:
+        PLANS.note(form, cut, lambda: _step(problem, pages, parts, scanned, result.out))
+    return result
+
+
+def _step(problem: Problem, pages: Pages, parts: Parts, scanned: Prepared, out: Tensor) -> Step:
+    """What calls of the form of `problem` repeat."""
+    return Step(
+        splits=parts.splits,
+        scan=scanned,
+        merge=parts.merge,
+        strides=Strides(
+            q=plane(problem.q)[1:],
+            k=stored(problem.k, pages)[1:],
+            v=stored(problem.v, pages)[1:],
+            parts=plane(parts.out[0])[1:],
+            out=plane(out)[1:],
+            pages=pages[1:5],
+            lengths=bounds_of(problem, 1, by_keys=False)[0][2:4],
+        ),
+        rules=rules_of(problem),
+        terms=terms_of(problem)._replace(sinks=None),
+    )
 
 
 def early(device: torch.device) -> dict[str, bool]:
@@ -140,12 +169,17 @@ def splits_of(
     problem: Problem, heads: int, slots: int, row_tiles: int, launch: tuning.Launch
 ) -> int:
     """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
-    reach = slots
+    return cut_of(problem, heads, row_tiles, launch).splits(slots)
+
+
+def cut_of(problem: Problem, heads: int, row_tiles: int, launch: tuning.Launch) -> Cut:
+    """How keys are shared among the programs of a row tile."""
+    reach = None
     if problem.window is not None:
-        reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
+        reach = problem.window + problem.q.shape[2] + problem.sinks + launch.block_n
     programs = problem.q.shape[0] * heads * row_tiles
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))
+    return Cut(wanted // max(programs, 1), launch.block_n, reach)
 
 
 def scan(
@@ -157,14 +191,28 @@ def scan(
     at: int,
     splits: int,
     origin: Tensor | None = None,
-) -> None:
+) -> Prepared:
     """Fill the splits at .. at + splits - 1 of `parts` from stored keys of full precision."""
     heads = kv_heads(problem, pages)
     launch, block_m, row_tiles = rows_of(problem, heads, table_of(pages))
     k, v = stored(problem.k, pages), stored(problem.v, pages)
     groups = problem.q.shape[1] // heads
     bounds = bounds_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
-    decode_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
+    fixed: dict[str, Any] = {
+        "splits": splits,
+        "out_split": parts.out.stride(0),
+        "lse_split": parts.lse.stride(0),
+        "kv_heads": heads,
+        "groups": groups,
+        "BLOCK_M": block_m,
+        "BLOCK_N": launch.block_n,
+        "PAGE": 1 if pages.table is None else page_size(problem.k, pages),
+        **constants(problem),
+        **early(problem.q.device),
+        **schedule(launch),
+    }
+    grid = (splits * row_tiles, problem.q.shape[0] * heads, 1)
+    kernel = decode_kernel[grid](
         plane(problem.q),
         k,
         v,
@@ -180,18 +228,10 @@ def scan(
         slots if pages.positions is not None else problem.num_keys,
         slots,
         problem.q_offset,
-        splits,
-        parts.out.stride(0),
-        parts.lse.stride(0),
-        heads,
-        groups,
-        BLOCK_M=block_m,
-        BLOCK_N=launch.block_n,
-        PAGE=1 if pages.table is None else page_size(problem.k, pages),
-        **constants(problem),
-        **early(problem.q.device),
-        **schedule(launch),
+        **fixed,
     )
+    names = decode_kernel.arg_names
+    return Prepared(kernel, grid, tuple(fixed[name] for name in names[names.index("splits") :]))
 
 
 def stored(x: Tensor, pages: Pages) -> Plane:
