@@ -4,6 +4,11 @@ The query heads of a group, times the queries, are the rows of one matrix: row r
 r // groups of head r % groups, so keys are read once for all of them and rows of a tile lie close
 together.  The keys are cut into splits, one program each; `merge_kernel` joins what they found.
 The same kernel serves prefill over storage that is not dense, with more tiles of rows.
+
+A step at batch 1 lasts microseconds, and its first keys would wait until the queries have come: the
+compiler fetches tiles after what every iteration needs.  So the first keys are asked for before, by
+one instruction each that brings them into the L2 cache (ASK), and page numbers are carried by the
+loop one tile ahead of the keys they lead to.
 """
 
 from __future__ import annotations
@@ -73,6 +78,38 @@ def slot_positions(slots, spans):
 
 
 @triton.jit
+def ask_for(at, size):
+    """Ask the L2 cache for `size` bytes from `at` on, multiples of 16; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred one; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 one, thread, 0;"
+        " @one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def ask_for_rows(x, x_ptr, start, rows, DIM: tl.constexpr):
+    """Ask for rows that lie one after the other; `x_ptr` is row 0."""
+    size: tl.constexpr = DIM * x.ptr.dtype.element_ty.primitive_bitwidth // 8
+    ask_for(x_ptr + tl.cast(start, tl.int64) * DIM, rows * size)
+
+
+@triton.jit
+def tile_start(i, visited, visits, num_sinks, first, BLOCK_N: tl.constexpr):
+    """First slot of the i-th tile that is visited."""
+    if visits.tiles is not None:
+        return tl.load(visited + i) * BLOCK_N
+    return tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK_N
+
+
+@triton.jit
+def page_numbers(pages, b, kv_head, slots, num_slots, PAGE: tl.constexpr):
+    """Which page each slot is in; slots past the end are said to be in page 0."""
+    at = pages.table + b * pages.batch + kv_head * pages.head + slots // PAGE
+    return tl.load(at, mask=slots < num_slots, other=0)
+
+
+@triton.jit
 def share_of(split, splits, first, last, num_sinks):
     """Which of the visited tiles a split takes, as a range of the list sinks + [first, last)."""
     count = num_sinks + last - first
@@ -114,8 +151,12 @@ def decode_kernel(
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
+    ASK: tl.constexpr,
 ):
-    """(out, lse) of one split: out is a Plane, with strides out_split, lse_split between splits."""
+    """(out, lse) of one split: out is a Plane, with strides out_split, lse_split between splits.
+
+    ASK is for how many tiles of keys to ask ahead, where rows of a head lie in one run of memory.
+    """
     begin_early(EARLY)
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -130,14 +171,8 @@ def decode_kernel(
     value_dims = tl.arange(0, BLOCK_V)
     q_real = index < q_len
     q_pos = index + q_offset
-    q_at = q.ptr + b * q.batch + h.to(tl.int64) * q.head + index.to(tl.int64) * q.row
-    q_tile = load_tile(q_at[:, None] + dims[None, :], q_real, dims, HEAD_DIM, True)
     k_ptr = k.ptr + b * k.batch + kv_head.to(tl.int64) * k.head
     v_ptr = v.ptr + b * v.batch + kv_head.to(tl.int64) * v.head
-    slope = 0.0
-    if terms.slopes is not None:
-        slope = tl.load(terms.slopes + b * terms.slopes_batch + h, mask=q_real, other=0.0)[:, None]
-    unit = unit_of(terms, RAW)
 
     first_q = q_offset + tile * BLOCK_M // groups
     last_q = q_offset + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, q_len - 1)
@@ -150,34 +185,51 @@ def decode_kernel(
         num_sinks, first, last = 0, 0, tl.cdiv(num_slots, BLOCK_N)
     else:
         num_slots = k_len
+    visited = None
     if visits.tiles is not None:
         visited, _, last = visit_list(visits, b, kv_head, tile)
         num_sinks, first = 0, 0
     begin, end = share_of(split, splits, first, last, num_sinks)
+    if ASK:
+        start = (begin + first) * BLOCK_N
+        ahead = tl.minimum(tl.minimum(end - begin, ASK) * BLOCK_N, num_slots - start)
+        if ahead > 0:
+            ask_for_rows(k, k_ptr, start, ahead, HEAD_DIM)
+            ask_for_rows(v, v_ptr, start, ahead, VALUE_DIM)
+    page = 0
+    if pages.table is not None:
+        page = begin if visits.tiles is None else tl.minimum(begin, tl.maximum(last - 1, 0))
+        slots = tile_start(page, visited, visits, num_sinks, first, BLOCK_N) + columns
+        page = page_numbers(pages, b, kv_head, slots, num_slots, PAGE)
+    q_at = q.ptr + b * q.batch + h.to(tl.int64) * q.head + index.to(tl.int64) * q.row
+    q_tile = load_tile(q_at[:, None] + dims[None, :], q_real, dims, HEAD_DIM, True)
+    slope = 0.0
+    if terms.slopes is not None:
+        slope = tl.load(terms.slopes + b * terms.slopes_batch + h, mask=q_real, other=0.0)[:, None]
+    unit = unit_of(terms, RAW)
 
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i in tl.range(begin, end, num_stages=STAGES):
-        if visits.tiles is not None:
-            start = tl.load(visited + i) * BLOCK_N
-        else:
-            start = tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK_N
-        slots = start + columns
+        slots = tile_start(i, visited, visits, num_sinks, first, BLOCK_N) + columns
         k_pos = slots
         if spans is not None:
             k_pos = tl.where(slots < num_slots, slot_positions(slots, spans), -1)
         k_at = slots.to(tl.int64) * k.row
         v_at = slots.to(tl.int64) * v.row
         if pages.table is not None:
-            stored = slots < num_slots
-            at = pages.table + b * pages.batch + kv_head * pages.head + slots // PAGE
-            page = tl.load(at, mask=stored, other=0).to(tl.int64)
+            number = page.to(tl.int64)
             inside = slots % PAGE
-            k_at = page * pages.k_page + inside * k.row
-            v_at = page * pages.v_page + inside * v.row
+            k_at = number * pages.k_page + inside * k.row
+            v_at = number * pages.v_page + inside * v.row
             if pages.positions is not None:
-                k_pos = tl.load(pages.positions + page * PAGE + inside, mask=stored, other=-1)
+                at = pages.positions + number * PAGE + inside
+                k_pos = tl.load(at, mask=slots < num_slots, other=-1)
+            then = tile_start(
+                tl.minimum(i + 1, end - 1), visited, visits, num_sinks, first, BLOCK_N
+            )
+            page = page_numbers(pages, b, kv_head, then + columns, num_slots, PAGE)
         real = real_keys(rules, b, k_pos, k_len)
         k_tile = load_tile(k_ptr + k_at[:, None] + dims[None, :], real, dims, HEAD_DIM, True)
         v_tile = load_tile(v_ptr + v_at[:, None] + value_dims[None, :], real, value_dims,

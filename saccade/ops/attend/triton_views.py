@@ -30,6 +30,8 @@ from saccade.ops.call import AttentionCall
 from saccade.ops.tiles import Plane
 from saccade.ops.whole import cdiv, power_of_two
 
+ASK = 2  # tiles
+
 
 class Parts:
     """Output and lse of every split: the final tensors where there is one split alone."""
@@ -143,6 +145,22 @@ def early(device: torch.device) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
+def asked(problem: Problem, pages: Pages, spans: tuple[int, ...] | None) -> int:
+    """How many tiles of keys to ask the L2 cache for before anything else (decode_kernel's ASK).
+
+    Keys of a head in one run of memory, in steps of 16 bytes, on a card with a copy engine.
+    """
+    listed = problem.allowed is not None or problem.sinks or spans is not None
+    if listed or pages.table is not None or tuning.architecture(problem.q.device) != "sm_90":
+        return 0
+    for x in (problem.k, problem.v):
+        row, size = x.shape[3], x.element_size()
+        steps = (x.data_ptr(), x.stride(0) * size, x.stride(1) * size, row * size)
+        if x.stride(2) != row or any(step % 16 for step in steps):
+            return 0
+    return ASK
+
+
 def _nothing(problem: Problem) -> AttentionOutput:
     return Parts(problem, 1).joined(problem.q.dtype)
 
@@ -207,6 +225,7 @@ def scan(
         "BLOCK_M": block_m,
         "BLOCK_N": launch.block_n,
         "PAGE": 1 if pages.table is None else page_size(problem.k, pages),
+        "ASK": asked(problem, pages, spans),
         **constants(problem),
         **early(problem.q.device),
         **schedule(launch),
