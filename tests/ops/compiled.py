@@ -144,3 +144,30 @@ def compile_gluon_backward(*, causal: bool = True) -> Any:
         **{"groups": 4, "section": 2, "CAUSAL": causal, "D": 128},
         **constants(LAUNCHES[128]),
     )
+
+
+def compile_gluon_squares(dim: int, rules: Rules = RULES) -> Any:
+    """The Gluon gradients in squares for bfloat16 heads of `dim`, causal, as they are cut."""
+    from saccade.ops.attend.gluon_squares import squares_kernel
+    from saccade.ops.attend.gluon_squares_launch import LAUNCHES, constants, options
+
+    def plane(heads: int) -> Plane:
+        x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    launch = LAUNCHES[dim]
+    scratch = torch.empty(1, device="meta")
+    arguments: dict[str, Any] = {
+        "q": plane(32), "k": plane(8), "v": plane(8), "dout": plane(32), "dk": plane(8),
+        "dv": plane(8), "dq": scratch, "rows": scratch, "rules": rules, "scale": 0.1,
+        "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32, "groups": 4,
+        "splits": 1, "q_tiles": 8192 // launch.block_m, "k_tiles": 64, "section": 8,
+        "CAUSAL": True, "D": dim,
+    }  # fmt: skip
+    return compile_for(
+        squares_kernel,
+        options=options(),
+        source=GluonASTSource,
+        **arguments,
+        **constants(launch),
+    )

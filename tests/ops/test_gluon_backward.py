@@ -146,7 +146,7 @@ def problem(dim=128, dtype=torch.bfloat16, offset=0, **options):
     ("wrong", "reason"),
     [
         ({"window": 9}, "know no window"),
-        ({"dim": 64}, "head_dim 128 only"),
+        ({"dim": 256}, "head_dim 64, 128 only"),
         ({"dtype": torch.float32}, "float32 is not one of"),
         ({"scale": -1.0}, "scale must be positive"),
     ],

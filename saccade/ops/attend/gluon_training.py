@@ -16,10 +16,11 @@ from saccade.ops.attend import triton_launch
 from saccade.ops.attend.gluon import DIMS, copyable, missing
 from saccade.ops.attend.triton_problem import Problem
 
-GRADIENT_DIMS = (128,)
+GRADIENT_DIMS = (64, 128)
 # The shortest problem that was measured to win: queries of all heads, and keys.
 FORWARD_ROWS, FORWARD_KEYS = 32 * 4096, 4096
 GRADIENT_ROWS, GRADIENT_KEYS = 32 * 2048, 2048
+SQUARES_ROWS, SQUARES_KEYS = 32 * 8192, 8192  # heads of 64
 
 
 def forward(problem: Problem) -> AttentionOutput:
@@ -36,12 +37,14 @@ def backward(
     problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, delta) by the faster kernels, or by those that are deterministic."""
-    large = _large(problem, GRADIENT_ROWS, GRADIENT_KEYS)
-    if not large or gradient_refusal(problem) is not None:
+    squares = problem.q.shape[3] == 64
+    least = (SQUARES_ROWS, SQUARES_KEYS) if squares else (GRADIENT_ROWS, GRADIENT_KEYS)
+    if not _large(problem, *least) or gradient_refusal(problem) is not None:
         return triton_launch.backward(problem, out, lse, dout, dlse)
-    from saccade.ops.attend import gluon_backward_launch
+    from saccade.ops.attend import gluon_backward_launch, gluon_squares_launch
 
-    return gluon_backward_launch.backward(problem, out, lse, dout, dlse)
+    launcher = gluon_squares_launch if squares else gluon_backward_launch
+    return launcher.backward(problem, out, lse, dout, dlse)
 
 
 def forward_refusal(problem: Problem) -> str | None:
