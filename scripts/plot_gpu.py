@@ -29,26 +29,18 @@ def read(name: str) -> dict:
 
 def prefill() -> tuple[Series, float]:
     """Causal D 128, TFLOP/s by length, and the rate of a large matrix product."""
-    visit = read("h200_gluon_attention")["visits"][-1]
+    record = read("h100_attention")
     names = {"gluon": "saccade, Gluon", "triton": "saccade, Triton", "cudnn": "cuDNN"}
-    series: Series = {title: {} for title in names.values()}
-    for row in visit["rows"]:
-        if row["dim"] == 128 and row["causal"] and row["window"] is None:
-            for key, title in names.items():
-                if row.get(key):
-                    series[title][row["length"]] = row[key]
-    flash2 = [r for r in read("h200_triton_attention")["rows"] if r["case"] == "forward"]
-    series["FlashAttention-2"] = {
-        r["length"]: r["flash2"]
-        for r in flash2
-        if r["dim"] == 128 and r["causal"] and r["window"] is None
-    }
-    return series, visit["matmul_tflops"]
+    names["flash2"] = "FlashAttention-2"
+    rows = [r for r in record["rows"] if r["case"] == "forward" and r["dim"] == 128]
+    rows = [r for r in rows if r["causal"] and r["window"] is None]
+    series = {title: {r["length"]: r[key] for r in rows} for key, title in names.items()}
+    return series, record["ceilings"]["matmul_tflops"]
 
 
 def decode() -> tuple[Series, float]:
     """Batch 1, bfloat16, GB/s by number of keys, and the read ceiling."""
-    record = read("h200_triton_attention")
+    record = read("h100_attention")
     rows = [
         r
         for r in record["rows"]

@@ -7,6 +7,7 @@ not counted; short kernels are captured, several caches in turn, into one CUDA g
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
+WARM_SECONDS = 0.1  # of work before the first sample: a card that idled is slow to reach its clocks
 AHEAD = 2_000_000  # cycles the card waits before a sample, while the host queues it
 
 
@@ -24,8 +26,11 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def seconds(run: Run, repeats: int = 15, warmup: int = 4) -> float:
     """Median time of one call by CUDA events."""
-    for _ in range(warmup):
+    begun = time.perf_counter()
+    while warmup > 0 or time.perf_counter() - begun < WARM_SECONDS:
         run()
+        torch.cuda.synchronize()
+        warmup -= 1
     times = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
