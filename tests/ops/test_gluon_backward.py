@@ -159,6 +159,51 @@ def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
     assert reason in gluon_training.gradient_refusal(problem(**wrong))
 
 
+def test_the_way_from_autograd_to_the_launchers(monkeypatch):
+    """With launchers that compute by definition: every argument and gradient is in its place."""
+    from saccade.ops.attend import gluon_backward_launch, gluon_launch, triton_autograd
+
+    q, k, v = (torch.randn(2, h, n, 128).bfloat16() for h, n in ((4, 30), (2, 50), (2, 50)))
+    sink, weights = torch.randn(4), (torch.randn(2, 4, 30, 128), torch.randn(2, 4, 30))
+
+    def loss(result):
+        return (result.out.float() * weights[0]).sum() + (result.lse * weights[1]).sum()
+
+    def by_definition(problem):
+        tensors = problem.q, problem.k, problem.v
+        return attention(*tensors, sink_logits=problem.sink_logits, return_lse=True,
+                         backend="reference")  # fmt: skip
+
+    def gradients_by_definition(problem, out, lse, dout, dlse):
+        q, dout = problem.q.double(), dout.double()
+        k, v = (x.double().repeat_interleave(2, dim=1) for x in (problem.k, problem.v))
+        seen = torch.ones(30, 50, dtype=torch.bool).tril(20)
+        p = (q @ k.mT * problem.scale - lse[..., None]).exp() * seen
+        delta = (out.double() * dout).sum(-1) - dlse
+        ds = p * (dout @ v.mT - delta[..., None]) * problem.scale
+        dk, dv = (x.unflatten(1, (2, 2)).sum(2) for x in (ds.mT @ q, p.mT @ dout))
+        return *(x.bfloat16() for x in (ds @ k, dk, dv)), delta.float()
+
+    monkeypatch.setattr(gluon_training, "missing", lambda _: None)
+    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
+        monkeypatch.setattr(gluon_training, name, 0)
+    monkeypatch.setattr(gluon_launch, "forward", by_definition)
+    monkeypatch.setattr(gluon_backward_launch, "backward", gradients_by_definition)
+    found = []
+    for how in ("operator", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, sink)]
+        call = {"mask": Mask(), "sink_logits": leaves[3]}
+        if how == "operator":
+            problem = dense_problem(make_call(leaves[0], DenseKV(*leaves[1:3]), **call))
+            result = triton_autograd.attend(problem)
+        else:
+            result = attention(*leaves[:3], sink_logits=leaves[3], return_lse=True,
+                               backend="reference")  # fmt: skip
+        found.append(torch.autograd.grad(loss(result), leaves))
+    for ours, truth in zip(*found, strict=True):
+        assert (ours - truth).abs().max() <= 2e-2 * truth.abs().max()
+
+
 def test_refuses_where_determinism_is_asked_for(monkeypatch):
     monkeypatch.setattr(gluon_training, "missing", lambda device: None)
     torch.use_deterministic_algorithms(True)

@@ -59,6 +59,8 @@ def forward_refusal(problem: Problem) -> str | None:
         return f"{q.dtype} is not one of bfloat16, float16"
     if q.shape[3] not in DIMS or v.shape[3] != q.shape[3]:
         return f"head_dim {q.shape[3]} is not one of {', '.join(map(str, DIMS))}"
+    if problem.window is not None and q.shape[3] != 128:
+        return "its windows were measured to win at head_dim 128 alone"
     if not all(map(copyable, (q, k, v))):
         return "the copy engine needs rows at distinct multiples of 16 bytes"
     if problem.q_offset < 0 or problem.q_offset + q.shape[2] > problem.num_keys:
