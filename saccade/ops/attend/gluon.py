@@ -54,13 +54,18 @@ def _problem_refusal(call: AttentionCall) -> str | None:
     plain = call.with_(blocks=None).is_plain
     if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not plain:
         return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
+    return score_refusal(call) or _blocks_refusal(call)
+
+
+def score_refusal(call: AttentionCall) -> str | None:
+    """What none of the Gluon kernels computes, whatever its keys are."""
     if call.softcap is not None or call.alibi_slopes is not None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    return _blocks_refusal(call)
+    return None
 
 
 def _blocks_refusal(call: AttentionCall) -> str | None:
@@ -85,12 +90,17 @@ def _layout_refusal(call: AttentionCall) -> str | None:
         return f"{call.q.dtype} is not one of bfloat16, float16"
     if any(x.dtype != call.q.dtype for x in tensors):
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    return layout_refusal(tensors, DIMS)
+
+
+def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]) -> str | None:
+    """Why queries, keys and values `[B, H, L, D]` cannot be fetched by tiles, or None."""
     for x in tensors:
-        if x.shape[3] not in DIMS or x.shape[3] != call.q.shape[3]:
-            return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, DIMS))}"
+        if x.shape[3] not in dims or x.shape[3] != tensors[0].shape[3]:
+            return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, dims))}"
         if not copyable(x):
             return "the copy engine needs rows at distinct multiples of 16 bytes"
-    if call.q.numel() == 0 or call.kv.shape[2] == 0:
+    if any(x.numel() == 0 for x in tensors):
         return "there are no queries or no keys"
     return None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput
 from saccade.ops.attend import triton_launch
-from saccade.ops.attend.gluon import DIMS, copyable, missing
+from saccade.ops.attend.gluon import DIMS, layout_refusal, missing
 from saccade.ops.attend.triton_problem import Problem
 
 GRADIENT_DIMS = (128,)
@@ -57,12 +57,11 @@ def forward_refusal(problem: Problem) -> str | None:
         return f"scale must be positive, got {problem.scale}"
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         return f"{q.dtype} is not one of bfloat16, float16"
-    if q.shape[3] not in DIMS or v.shape[3] != q.shape[3]:
-        return f"head_dim {q.shape[3]} is not one of {', '.join(map(str, DIMS))}"
     if problem.window is not None and q.shape[3] != 128:
         return "its windows were measured to win at head_dim 128 alone"
-    if not all(map(copyable, (q, k, v))):
-        return "the copy engine needs rows at distinct multiples of 16 bytes"
+    reason = layout_refusal((q, k, v), DIMS)
+    if reason is not None:
+        return reason
     if problem.q_offset < 0 or problem.q_offset + q.shape[2] > problem.num_keys:
         return f"queries at {problem.q_offset} onwards do not all have a key of their own"
     return None
