@@ -172,8 +172,7 @@ def rate(subject: Any, steps: int = STEPS) -> dict[str, float]:
 def floor_ms(config: LlamaConfig, length: int, kv_bytes: float, read_gbs: float) -> float:
     """Milliseconds to read all weights (but the embedding) and all keys and values once."""
     hidden, inner = config.hidden_size, config.intermediate_size
-    dim = hidden // config.num_attention_heads
-    kv = config.num_key_value_heads * dim
+    kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     weights = 2 * (config.num_hidden_layers * layer + config.vocab_size * hidden)
     return (weights + config.num_hidden_layers * 2 * kv * length * kv_bytes) / read_gbs / 1e6
@@ -297,7 +296,6 @@ def part_sdpa(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
         }
         found["decode"][length] |= rate(subject, 16)
         subject.forget()
-    peak()
     print(json.dumps(found), flush=True)
     peak()
     found["chunks_s"] = timed(lambda: subject.read(ids, CHUNK))
@@ -341,11 +339,8 @@ def read_gbs() -> float:
 
 
 PARTS: dict[str, Callable[..., dict]] = {
-    "check": part_check,
-    "ours": part_ours,
-    "sdpa": part_sdpa,
-    "compiled": part_compiled,
-}
+    "check": part_check, "ours": part_ours, "sdpa": part_sdpa, "compiled": part_compiled,
+}  # fmt: skip
 LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "compiled": 110}
 
 
@@ -371,10 +366,9 @@ def main() -> None:
         return
     record: dict[str, Any] = {
         "what": "Llama-3.1-8B's shape, random bf16 weights, batch 1; seconds, ms, GiB",
-        "torch": torch.__version__,
-        "saccade": saccade.__version__,
+        "torch": torch.__version__, "saccade": saccade.__version__,
         "date": time.strftime("%Y-%m-%d"),
-    }
+    }  # fmt: skip
     if DEVICE == "cuda":
         record |= {"gpu": torch.cuda.get_device_name(), "read_gbs": read_gbs()}
         torch.cuda.empty_cache()
