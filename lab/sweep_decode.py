@@ -42,22 +42,17 @@ def main() -> None:
         truth = attention(*(x[:1].double() for x in (queries[0], *stores[0])), backend="reference")
         loops = 4 if size < 2**28 else 1
         if kind == "dense":
-            print(
-                kind,
-                batch,
-                length,
-                {n: round(_peer_decode(n, queries, stores, loops) * 1e6, 1) for n in PEERS},
-                flush=True,
-            )
+            peers = {n: f"{_peer_decode(n, queries, stores, loops) * 1e6:.1f}" for n in PEERS}
+            print(kind, batch, length, peers, flush=True)
         table = tuning.DECODE if kind == "dense" else tuning.DECODE_PAGES
         for n, warps, stages, per_sm in DENSE if kind == "dense" else PAGED:
             launch = tuning.Launch(64, n, warps, stages, per_sm=per_sm)
-            table["sm_90"] = ((512, launch),)
             for early in (True, False):
                 triton_views.early = lambda _, early=early: EARLY if early else {"EARLY": False}
                 try:
-                    demand(steps[0]()[:1], truth, 1e-2, "decode")
-                    took = graph_seconds(steps, loops)
+                    with tuning.trial(table, launch):
+                        demand(steps[0]()[:1], truth, 1e-2, "decode")
+                        took = graph_seconds(steps, loops)
                     found = f"{took * 1e6:.1f} us {size / took / 1e9:.0f} GB/s"
                 except Exception as error:
                     found = f"{type(error).__name__}: {str(error)[:100]}"
