@@ -5,6 +5,9 @@ textbook way, costs O(window)).  The position p >= sinks lives in slot sinks + (
 The ring holds `window - 1 + chunk` slots: the oldest query of a chunk still needs its window
 while the newest is already written.
 
+During steps of decoding only the device knows which slot is next, so there slots are told what
+position they hold, and the ring is lent as one page of a ragged view.
+
 What left the window is gone, so a ring alone cannot go back.  A checkpoint keeps the window before
 a position, and that is enough to go on from there: prompts that begin alike are read once.
 """
@@ -15,7 +18,11 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.core import DenseKV, Span, Unsupported
+from saccade.cache.step import Appended, Cursor
+from saccade.core import DenseKV, RaggedKV, Span, Unsupported
+from saccade.ops.append import Slots, Turn, append
+
+FAR = 2**30  # past every position: how far a ring has come, only the device knows
 
 
 class RingCache:
@@ -52,6 +59,8 @@ class RingCache:
         self._oldest = sinks  # first position the ring still holds
         self._most = checkpoints
         self._checkpoints: dict[int, tuple[Tensor, Tensor]] = {}  # by position, ascending
+        self._stepped: RaggedKV | None = None  # the ring as steps read it
+        self._told = False  # whether its positions are how things are
 
     @property
     def seen(self) -> int:
@@ -73,8 +82,43 @@ class RingCache:
         self._write(k, v, self._seen)
         return self.view()
 
+    def claim(self, count: int) -> None:
+        """See SteppingCache; a step writes one slot."""
+        if self._k is None or self._v is None:
+            raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
+        if count != 1:
+            raise Unsupported(f"a ring cache takes one token a step, not {count}.")
+        if self._stepped is None:
+            self._stepped = _one_page_a_head(self._k, self._v)
+        if not self._told:
+            self._stepped.positions.copy_(self._slot_positions())
+            self._told = True
+
+    def place(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        assert self._stepped is not None, "claim comes first"
+        view = self._stepped
+        return view.k.data_ptr(), view.v.data_ptr(), view.positions.data_ptr()
+
+    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+        """See SteppingCache; the slot follows from the position."""
+        assert self._k is not None and self._v is not None and self._stepped is not None
+        at = cursor.start
+        slot = torch.where(at < self._sinks, at, (at - self._sinks) % self._ring + self._sinks)
+        q = append(Slots(self._k, self._v, slot), k, v, turn)
+        positions = self._stepped.positions
+        now = at[:1].to(positions.dtype).expand(len(positions), 1)
+        positions.index_copy_(1, slot[:1], now)
+        return Appended(self._stepped, cursor, q)
+
+    def advance(self, count: int) -> None:
+        """See SteppingCache."""
+        self._seen += count
+        self._oldest = max(self._oldest, self._seen - self._ring)
+
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        self._told, self._stepped = False, None
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
             for at, parts in self._checkpoints.items():
@@ -98,6 +142,7 @@ class RingCache:
         """
         if length >= self._seen:
             return
+        self._told = False
         if self._still_holds(length):
             self._seen = length
         elif length in self._checkpoints:
@@ -143,6 +188,7 @@ class RingCache:
 
     def reset(self) -> None:
         """Forget everything; memory stays allocated, but for checkpoints."""
+        self._told = False
         self._seen, self._oldest = 0, self._sinks
         self._checkpoints.clear()
 
@@ -170,7 +216,8 @@ class RingCache:
         first = max(oldest, self._sinks)
         held = min(seen, self._sinks) + max(0, seen - first)
         expect_tensors(state, {"k": held, "v": held})
-        self._k = self._v = None
+        self._k = self._v = self._stepped = None
+        self._told = False
         self._seen, self._oldest = seen, oldest
         self._checkpoints.clear()
         if not state.tensors:
@@ -207,6 +254,7 @@ class RingCache:
     def _write(self, k: Tensor, v: Tensor, first: int) -> None:
         """Write tokens at positions first .. into their slots."""
         assert self._k is not None and self._v is not None
+        self._told = False
         stop = first + k.shape[2]
         for slot, position, length in self._spans(first, stop):
             at = position - first
@@ -236,6 +284,13 @@ class RingCache:
         k = torch.cat([self._k[:, :, :0], *(self._k[:, :, s] for s in slots)], dim=2)
         v = torch.cat([self._v[:, :, :0], *(self._v[:, :, s] for s in slots)], dim=2)
         return k, v
+
+    def _slot_positions(self) -> Tensor:
+        """int32 `[slots]`, what position each slot holds, -1 for an empty one."""
+        found = torch.full((self._sinks + self._ring,), -1, dtype=torch.int32)
+        for slot, position, length in self._held():
+            found[slot : slot + length] = torch.arange(position, position + length)
+        return found
 
     def _held(self) -> list[Span]:
         """Spans of all positions held, ascending."""
@@ -273,3 +328,18 @@ class RingCache:
         tail = max(first, self._sinks, stop - self._ring)
         if tail < stop:
             self._write(k[:, :, tail - first :], v[:, :, tail - first :], tail)
+
+
+def _one_page_a_head(k: Tensor, v: Tensor) -> RaggedKV:
+    """Storage `[B, Hkv, slots, D]` as a ragged view; its positions have yet to be filled."""
+    batch, heads, slots, _ = k.shape
+    rows = batch * heads
+    return RaggedKV(
+        k=k.flatten(0, 1),
+        v=v.flatten(0, 1),
+        positions=torch.empty(rows, slots, dtype=torch.int32, device=k.device),
+        table=torch.arange(rows, dtype=torch.int32, device=k.device).view(batch, heads, 1),
+        lengths=torch.full((batch, heads), slots, dtype=torch.int32, device=k.device),
+        end=FAR,
+        max_length=slots,
+    )

@@ -16,6 +16,8 @@ CACHES = {
     "dense": ContextParams(n_batch=64),
     "int8": ContextParams(n_batch=64, type_k="int8", type_v="int8"),
     "int4": ContextParams(n_batch=64, type_k="int4", type_v="int4"),
+    "ring": ContextParams(n_batch=64, n_swa=40),
+    "ring with sinks": ContextParams(n_batch=16, n_swa=25, n_sinks=3),
     "compressed": ContextParams(kv_policy="snapkv", kv_budget=40),
 }
 
@@ -66,11 +68,12 @@ def test_a_batch(model):
         assert torch.allclose(*logits, atol=2e-5)
 
 
-def test_other_uses_in_between(model):
+@pytest.mark.parametrize("params", [ContextParams(), ContextParams(n_swa=9, n_sinks=2)], ids=str)
+def test_other_uses_in_between(model, params):
     """A step notices that the cache was appended to, shifted, or cut back."""
     logits = []
     for how in ("append", "step"):
-        with saccade.Context(model) as ctx:
+        with saccade.Context(model, params) as ctx:
             ctx.append(PROMPT[:20])
             step = DecodeStep(ctx.model, ctx.cache)
             read = step if how == "step" else lambda t, ctx=ctx: ctx.logits(ctx.append([t]))
@@ -111,23 +114,24 @@ def test_the_rotary_function_is_restored(model):
     assert code.apply_rotary_pos_emb is before
 
 
+@pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "gpt_oss"])
-def test_promises_are_harmless_to_other_models(family):
-    """Rings are refused; dense caches of any family are stepped, fused or not."""
+def test_promises_are_harmless_to_other_models(family, window):
+    """Rings, hybrids and dense caches of any family are stepped, fused or not."""
     config = tiny_config(family)
-    if getattr(config, "layer_types", None):
+    if not window and getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
-    else:
+    elif not window:
         config.sliding_window = None
-    model = tiny_model(config)
-    expected = eager(model, ContextParams(), [5, 6])
-    assert torch.allclose(stepped(model, ContextParams(), [5, 6]), expected, atol=2e-5)
+    model, tokens = tiny_model(config), [5, 6, *range(10, 50)]
+    expected = eager(model, ContextParams(), tokens)
+    assert torch.allclose(stepped(model, ContextParams(), tokens), expected, atol=2e-5)
 
 
 def test_refusals(model):
-    with saccade.Context(model, ContextParams(n_swa=8)) as ctx:
+    with saccade.Context(model, ContextParams(page_size=16)) as ctx:
         ctx.append(PROMPT)
-        with pytest.raises(Unsupported, match="layer 0 has a RingCache"):
+        with pytest.raises(Unsupported, match="layer 0 has a PagedCache"):
             DecodeStep(ctx.model, ctx.cache)
     with saccade.Context(model) as ctx, pytest.raises(Unsupported, match="the cache is empty"):
         DecodeStep(ctx.model, ctx.cache)
