@@ -71,7 +71,8 @@ class QuantizedCache:
     @property
     def nbytes(self) -> int:
         parts: list[Tensor] = [*(self._k or ()), *(self._v or ())]
-        parts += [x for x in (self._recent_k, self._recent_v) if x is not None]
+        others = (self._recent_k, self._recent_v, self._packed_there)
+        parts += [x for x in others if x is not None]
         return sum(part.nbytes for part in parts)
 
     def append(self, k: Tensor, v: Tensor) -> QuantizedKV:

@@ -71,7 +71,9 @@ class RingCache:
         if self._k is None or self._v is None:
             return 0
         kept = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
-        return self._k.nbytes + self._v.nbytes + kept
+        view = self._stepped
+        told = () if view is None else (view.positions, view.table, view.lengths)
+        return self._k.nbytes + self._v.nbytes + kept + sum(x.nbytes for x in told)
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
