@@ -53,8 +53,14 @@ def ask_early(at, LEVEL: gl.constexpr):
 
 
 @gluon.jit
-def fetch_keys(head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.constexpr):
-    """Codes of the keys of a step: for each tile of 16 and each plane the words of two slots."""
+def fetch_codes(
+    head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.constexpr, ASIDE: gl.constexpr
+):
+    """Codes of the tokens of a step: for each tile of 16 and each plane the words of a lane.
+
+    ASIDE words of a head of 128 lie side by side: 4 of keys, whose slots are tokens; 2 of values,
+    of tokens a and b, then of c and d.
+    """
     ROW: gl.constexpr = HALF * ptx.planes(KIND)
     at = head + step.to(gl.int64) * (16 * TILES * ROW)
     tiles = ()
@@ -62,28 +68,10 @@ def fetch_keys(head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.con
         words = ()
         for plane in gl.static_range(ptx.planes(KIND)):
             if HALF == 64:
-                words += (fetch(at, 4 * i * ROW + plane * HALF, 4, True),)
-                words += (fetch(at, (4 * i + 2) * ROW + plane * HALF, 4, True),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, ASIDE, True),)
+                words += (fetch(at, (4 * i + 2) * ROW + plane * HALF, ASIDE, True),)
             else:
-                words += (fetch(at, 4 * i * ROW + plane * HALF, 2, True),)
-        tiles += (words,)
-    return tiles
-
-
-@gluon.jit
-def fetch_values(head, step, KIND: gl.constexpr, HALF: gl.constexpr, TILES: gl.constexpr):
-    """Codes of the values of a step: for each tile and plane tokens a, b and tokens c, d."""
-    ROW: gl.constexpr = HALF * ptx.planes(KIND)
-    at = head + step.to(gl.int64) * (16 * TILES * ROW)
-    tiles = ()
-    for i in gl.static_range(TILES):
-        words = ()
-        for plane in gl.static_range(ptx.planes(KIND)):
-            if HALF == 64:
-                words += (fetch(at, 4 * i * ROW + plane * HALF, 2, True),)
-                words += (fetch(at, (4 * i + 2) * ROW + plane * HALF, 2, True),)
-            else:
-                words += (fetch(at, 4 * i * ROW + plane * HALF, 1, True),)
+                words += (fetch(at, 4 * i * ROW + plane * HALF, ASIDE // 2, True),)
         tiles += (words,)
     return tiles
 

@@ -22,9 +22,8 @@ from saccade.ops.attend.gluon_codes_fetch import (
     address,
     ask_early,
     fetch_channels,
-    fetch_keys,
+    fetch_codes,
     fetch_tokens,
-    fetch_values,
     load_queries,
     places,
     quads,
@@ -295,8 +294,8 @@ def codes_kernel(
     acc = (zero,) * (4 * PARTS)
     # A warp whose share has ended repeats the last step of the program and sees nothing.
     step = gl.minimum(begin + w + whole, gl.maximum(end - 1, 0))
-    k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
-    v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
+    k_words = fetch_codes(k_at, step, KIND_K, HALF, TILES, 4)
+    v_words = fetch_codes(v_at, step, KIND_V, HALF, TILES, 2)
     queries = load_queries(
         q_at.to(gl.int64) + t * (HALF // 2), q.ptr.dtype.element_ty == gl.bfloat16, HALF
     )
@@ -312,7 +311,7 @@ def codes_kernel(
             tokens_at = early_tokens + step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
             ask_early(gl.where(t < 2, keys_at, tokens_at), AHEAD)
         s, shift = scores_of(queries, scale_words, offset_words, k_words, KIND_K, HALF)
-        k_words = fetch_keys(k_at, step, KIND_K, HALF, TILES)
+        k_words = fetch_codes(k_at, step, KIND_K, HALF, TILES, 4)
         key = at * KEYS
         if (at + WARPS > end) | (key < full_first) | (key + WARPS * KEYS > full_stop):
             mine = at + w + whole
@@ -323,6 +322,6 @@ def codes_kernel(
                 v_words = real_codes(v_words, here + code_token, k_len, HALF)
         p, m, l, shrink = softmax_step(s, shift, m, l, unit)
         acc = taken(acc, shrink, p, tokens, v_words, KIND_V, HALF, V_GROUPS)
-        v_words = fetch_values(v_at, step, KIND_V, HALF, TILES)
+        v_words = fetch_codes(v_at, step, KIND_V, HALF, TILES, 2)
     join(acc, m, over_keys((l,), "add"), unit, out, lse, split, tile, out_split, lse_split, b,
          kv_head, q_len, HALF, KV_HEADS, GROUPS, WARPS)  # fmt: skip
