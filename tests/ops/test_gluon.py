@@ -15,13 +15,8 @@ from saccade.core import BlockSelection, DenseKV, Mask, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attend import gluon
 from tests.ops.cases import MASKS, Case, on
+from tests.ops.hopper import BOUND, on_the_card
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
-on_the_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
-]
-BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 

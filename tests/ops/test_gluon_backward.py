@@ -12,17 +12,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention
-from saccade.ops.attend import gluon, gluon_training
+from saccade.ops.attend import gluon_training
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton_problem import dense_problem
 from tests.ops.cases import Case, on
+from tests.ops.hopper import BOUND, on_the_card
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
-on_the_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
-]
-BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 
 

@@ -17,12 +17,8 @@ from saccade.core.kv import dense
 from saccade.ops import attend, choose
 from saccade.ops.attend import gluon, gluon_codes
 from saccade.ops.attend.api import make_call
+from tests.ops.hopper import on_the_card
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
-on_the_card = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),
-]
 KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
 
 

@@ -14,10 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.core import Scaled, Unsupported, quantize_heads
 from saccade.core.formats import FP8
 from saccade.ops import attention, explain
-from saccade.ops.attend import gluon, gluon_fp8
+from saccade.ops.attend import gluon_fp8
 from tests.ops.cases import MASKS, Case, on
+from tests.ops.hopper import on_the_card
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
@@ -42,9 +42,9 @@ def error(ours, truth):
     return ((ours.double().cpu() - truth.cpu()).norm() / truth.norm()).item()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 class TestOnTheCard:
+    pytestmark = on_the_card
+
     @pytest.mark.parametrize("dim", gluon_fp8.DIMS)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
     @pytest.mark.parametrize("mask", [*MASKS, {"window": 130, "sinks": 140}], ids=str)

@@ -12,7 +12,7 @@ from saccade.ops import tuning
 from saccade.ops.attend.gluon_codes_kernel import codes_kernel
 from saccade.ops.attend.triton_launch import bounds_of, plane
 from saccade.ops.attend.triton_problem import Problem
-from saccade.ops.attend.triton_views import Parts, Reader, bytes_of
+from saccade.ops.attend.triton_views import Parts, Reader, coded
 from saccade.ops.whole import cdiv
 
 ROWS = 8
@@ -86,8 +86,8 @@ def scan_codes(
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
     codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
         plane(aligned(problem.q)),
-        *(plane(part) for part in bytes_of(kv.k)),
-        *(plane(part) for part in bytes_of(kv.v)),
+        *coded(kv.k),
+        *coded(kv.v),
         plane(parts.out[0]),
         parts.lse,
         bounds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -53,14 +53,8 @@ LAUNCHES: dict[int, GluonLaunch] = {
     128: GluonLaunch(2, 128, 2, 2, 2, 240),
     256: GluonLaunch(2, 64, 1, 2, 2, 240, shared_out=True),
 }
-
-
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
 TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
-# A tile lies in one block of a selection, so that lists of tiles say everything about it.
-NO_BLOCKS = dict.fromkeys(
-    ("allowed", "allowed_batch", "allowed_head", "allowed_row", "q_block", "k_block")
-)
 
 
 def launch_of(problem: Problem) -> GluonLaunch:
@@ -79,13 +73,15 @@ def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOut
     tiles = triton.cdiv(q_len, launch.block_m)
     work = tiles * batch * heads
     programs = min(work, tuning.multiprocessors(q.device))
+    # A tile lies in one block of a selection, so lists of tiles say everything about it.
+    beside_lists = problem if problem.allowed is None else replace(problem, allowed=None)
     allow_scratch()
     with on(q.device):
         forward_kernel[(programs,)](
             *(plane(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
-            rules_of(problem)._replace(**NO_BLOCKS),
+            rules_of(beside_lists),
             visits_of(problem, tiles, launch.block_m, launch.block_n),
             float(problem.scale),
             q_len,

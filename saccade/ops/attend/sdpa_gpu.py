@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
+from saccade.ops.attend.gluon import copyable
 
 Kind = Literal["all", "square", "end"]
 """Who sees whom without a mask in memory: everybody everything; causal with as many queries as
@@ -59,7 +60,7 @@ def _cudnn(
         return reason
     if k.shape[2] < 2 or q.shape[2] == 0 or max(q.shape[:2]) > 65535:
         return "it takes no empty queries and no single key"
-    if not all(_aligned(x) for x in (q, k, v)):
+    if not all(map(copyable, (q, k, v))):
         return "it needs rows at distinct multiples of 16 bytes"
     if needs_grad and version in CUDNN_WRONG_GRADIENTS:
         return f"its version {version} is known for wrong gradients"
@@ -120,13 +121,6 @@ def _halves(q: Tensor, v: Tensor, capability: tuple[int, int], limit: int) -> st
         if dim % 8 or dim > limit:
             return f"head_dim {dim} is not a multiple of 8 up to {limit}"
     return None
-
-
-def _aligned(x: Tensor) -> bool:
-    """Unit last stride, and every other step a positive multiple of 16 bytes."""
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    whole = all(step > 0 and step % 16 == 0 for step in steps)
-    return whole and x.stride(3) == 1 and x.data_ptr() % 16 == 0
 
 
 def unmasked(

@@ -271,8 +271,8 @@ def _scan_codes(
     bounds, _ = bounds_of(problem, block_m, by_keys=False)
     quantized_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
         plane(problem.q),
-        Coded(*(plane(part) for part in bytes_of(kv.k))),
-        Coded(*(plane(part) for part in bytes_of(kv.v))),
+        coded(kv.k),
+        coded(kv.v),
         plane(parts.out[0]),
         parts.lse,
         bounds,
@@ -301,7 +301,7 @@ def _scan_codes(
     )
 
 
-def bytes_of(coded: Codes) -> Codes:
-    """Codes as bytes, whatever they are, and scales and offsets; rows have a unit stride."""
-    codes, *rest = (unit_rows(part) for part in coded)
-    return Codes(codes.view(torch.uint8), *rest)
+def coded(stored: Codes) -> Coded:
+    """Planes of codes as bytes, whatever they are, of scales and of offsets."""
+    codes, *rest = (unit_rows(part) for part in stored)
+    return Coded(*(plane(part) for part in (codes.view(torch.uint8), *rest)))
