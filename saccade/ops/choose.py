@@ -77,15 +77,16 @@ def choose(call: AttentionCall, backend: str) -> Backend:
     rule = order.preferred(call)
     for name in _asked(rule):
         candidate = load(name)
-        if candidate.refusal(call) is None and not _passed_over(name, rule, call):
+        if not _passed_over(name, rule, call) and candidate.refusal(call) is None:
             return candidate
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
 
 
 def _asked(rule: order.Rule | None) -> tuple[str, ...]:
     """Backends in the order in which `auto` asks them."""
-    first = () if rule is None else rule.order
-    return (*first, *(name for name in AUTO_ORDER if name not in first))
+    if rule is None:
+        return AUTO_ORDER
+    return (*rule.order, *(name for name in AUTO_ORDER if name not in rule.order))
 
 
 def _passed_over(name: str, rule: order.Rule | None, call: AttentionCall) -> bool:

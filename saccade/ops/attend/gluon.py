@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV
+from saccade.ops import tuning
 from saccade.ops.attend import gluon_codes
 from saccade.ops.call import AttentionCall
 
@@ -42,7 +43,7 @@ def missing(device: torch.device) -> str | None:
     """Why Gluon kernels for Hopper cannot run on a device, or None."""
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) != HOPPER:
+    if tuning.capability(device) != HOPPER:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"
@@ -51,8 +52,8 @@ def missing(device: torch.device) -> str | None:
 
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
-    plain = call.with_(blocks=None).is_plain
-    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not plain:
+    kv = call.kv
+    if not isinstance(kv, DenseKV) or not kv.is_plain or not call.is_plain_or_blocks:
         return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
     return score_refusal(call) or _blocks_refusal(call)
 
@@ -107,12 +108,13 @@ def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]
 
 def copyable(x: Tensor) -> bool:
     """Unit last stride, and every other step a positive multiple of 16 bytes."""
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(step > 0 and step % 16 == 0 for step in steps)
-    )
+    size, strides, shape = x.element_size(), x.stride(), x.shape
+    if strides[3] != 1 or x.data_ptr() % 16:
+        return False
+    for i in (0, 1, 2):
+        if shape[i] > 1 and (strides[i] <= 0 or strides[i] * size % 16):
+            return False
+    return True
 
 
 def run(call: AttentionCall) -> AttentionOutput:

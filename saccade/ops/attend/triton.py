@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.ops import tuning
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -28,7 +29,7 @@ def _missing(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda":
         return None if INTERPRETED else f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if tuning.capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None
 
@@ -47,8 +48,9 @@ def refusal(call: AttentionCall) -> str | None:
         return f"{call.q.dtype} is not one of float32, bfloat16, float16"
     if call.q.dtype != call.kv.dtype:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
-    if max(call.kv.shape[3:]) > MAX_DIM:
-        return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
+    dim = max(call.kv.shape[3:])
+    if dim > MAX_DIM:
+        return f"head_dim {dim} is above {MAX_DIM}"
     if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     return _view_refusal(call)
