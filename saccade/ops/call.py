@@ -49,29 +49,16 @@ class AttentionCall:
     @property
     def is_plain(self) -> bool:
         """Nothing but the Mask decides who sees whom, the same for every row of the batch."""
-        return self.blocks is None and self.is_plain_or_blocks
-
-    @property
-    def is_plain_or_blocks(self) -> bool:
-        """Nothing but the Mask and selected blocks decide who sees whom."""
-        return (
-            isinstance(self.q_offset, int)
-            and self.key_padding is None
-            and self.lengths is None
-            and self.cu_seqlens is None
-            and self.attn_mask is None
-        )
+        extras = (self.key_padding, self.lengths, self.cu_seqlens, self.blocks, self.attn_mask)
+        return isinstance(self.q_offset, int) and all(extra is None for extra in extras)
 
     @property
     def needs_grad(self) -> bool:
         """Whether autograd will ask for gradients."""
         if not torch.is_grad_enabled():
             return False
-        kv = self.kv
-        for part in (self.q, getattr(kv, "k", None), getattr(kv, "v", None), self.sink_logits):
-            if isinstance(part, Tensor) and part.requires_grad:
-                return True
-        return False
+        parts = (self.q, getattr(self.kv, "k", None), getattr(self.kv, "v", None), self.sink_logits)
+        return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -84,9 +84,8 @@ def choose(call: AttentionCall, backend: str) -> Backend:
 
 def _asked(rule: order.Rule | None) -> tuple[str, ...]:
     """Backends in the order in which `auto` asks them."""
-    if rule is None:
-        return AUTO_ORDER
-    return (*rule.order, *(name for name in AUTO_ORDER if name not in rule.order))
+    first = () if rule is None else rule.order
+    return (*first, *(name for name in AUTO_ORDER if name not in first))
 
 
 def _passed_over(name: str, rule: order.Rule | None, call: AttentionCall) -> bool:

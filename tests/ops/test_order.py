@@ -76,6 +76,13 @@ def test_gluon_is_taken_only_where_it_was_measured(a_card):
     )
 
 
+def test_auto_does_not_ask_what_it_would_pass_over(a_card, monkeypatch):
+    """Steps of decoding are in a hurry, and no rule names the Gluon kernel for them."""
+    a_card()
+    monkeypatch.setattr(gluon, "refusal", lambda call: pytest.fail("asked"))
+    assert choose.choose(call_of(queries=1), "auto") is triton
+
+
 @pytest.mark.parametrize(
     ("conditions", "call", "fits"),
     [

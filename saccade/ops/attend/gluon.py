@@ -52,8 +52,8 @@ def missing(device: torch.device) -> str | None:
 
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
-    kv = call.kv
-    if not isinstance(kv, DenseKV) or not kv.is_plain or not call.is_plain_or_blocks:
+    plain = call.with_(blocks=None).is_plain
+    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not plain:
         return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
     return score_refusal(call) or _blocks_refusal(call)
 
@@ -108,13 +108,12 @@ def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]
 
 def copyable(x: Tensor) -> bool:
     """Unit last stride, and every other step a positive multiple of 16 bytes."""
-    size, strides, shape = x.element_size(), x.stride(), x.shape
-    if strides[3] != 1 or x.data_ptr() % 16:
-        return False
-    for i in (0, 1, 2):
-        if shape[i] > 1 and (strides[i] <= 0 or strides[i] * size % 16):
-            return False
-    return True
+    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
+    return (
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(step > 0 and step % 16 == 0 for step in steps)
+    )
 
 
 def run(call: AttentionCall) -> AttentionOutput:

@@ -134,11 +134,5 @@ def section(problem: Problem) -> int:
 
 def plane(x: Tensor) -> Plane:
     """Pointer and strides as the copy engine takes them: multiples of 16 bytes."""
-    shape, steps = x.shape, x.stride()
-    alone = shape[3]
-    return Plane(
-        x,
-        steps[0] if shape[0] > 1 else alone,
-        steps[1] if shape[1] > 1 else alone,
-        steps[2] if shape[2] > 1 else alone,
-    )
+    steps = (x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in (0, 1, 2))
+    return Plane(x, *steps)

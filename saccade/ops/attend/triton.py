@@ -48,9 +48,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"{call.q.dtype} is not one of float32, bfloat16, float16"
     if call.q.dtype != call.kv.dtype:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
-    dim = max(call.kv.shape[3:])
-    if dim > MAX_DIM:
-        return f"head_dim {dim} is above {MAX_DIM}"
+    if max(call.kv.shape[3:]) > MAX_DIM:
+        return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
     if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     return _view_refusal(call)

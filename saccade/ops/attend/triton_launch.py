@@ -172,13 +172,8 @@ def bounds_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Bounds, i
 
 def plane(x: Tensor) -> Plane:
     """Pointer and strides; a dimension of size 1 is broadcast."""
-    shape, steps = x.shape, x.stride()
-    return Plane(
-        x,
-        0 if shape[0] == 1 else steps[0],
-        0 if shape[1] == 1 else steps[1],
-        0 if shape[2] == 1 else steps[2],
-    )
+    batch, head, row = (0 if x.shape[i] == 1 else x.stride(i) for i in (0, 1, 2))
+    return Plane(x, batch, head, row)
 
 
 def rules_of(problem: Problem) -> Rules:
