@@ -19,13 +19,12 @@ from saccade.ops.attend.gluon_decode_launch import DecodeLaunch
 TOUCH = "touch" in sys.argv
 LAUNCHES = [
     DecodeLaunch(4, 1, 6),
+    DecodeLaunch(4, 1, 4),
     DecodeLaunch(8, 1, 3),
     DecodeLaunch(4, 2, 3),
     DecodeLaunch(2, 2, 6),
     DecodeLaunch(2, 4, 3),
     DecodeLaunch(1, 4, 6),
-    DecodeLaunch(2, 1, 12),
-    DecodeLaunch(4, 1, 4),
 ]
 CASES = [
     ("dense", 1, 8192),

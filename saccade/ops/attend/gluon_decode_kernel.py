@@ -24,7 +24,7 @@ from saccade.ops.attend.gluon_decode_memory import (
     get_at,
     get_four,
     get_number,
-    left_side,
+    left_sides,
     multiply_16,
     pair,
     put_at,
@@ -34,6 +34,7 @@ from saccade.ops.attend.gluon_registers import (
     close_copies,
     load_words,
     max_over_rows,
+    meet,
     sum_over_rows,
     transposed,
     wait_copies,
@@ -87,16 +88,14 @@ def ask(place, k_from, v_from, pages, page, at, row, stop, D: gl.constexpr, PAGE
 
 
 @gluon.jit
-def scores_of_keys(place, q, D: gl.constexpr, KIND: gl.constexpr):
+def scores_of_keys(keys, q, D: gl.constexpr, KIND: gl.constexpr):
     """Keys @ q: keys g (two numbers) and g + 8 of query rows 2t and 2t + 1."""
-    zero = gl.full(place.shape, 0.0, gl.float32, place.type.layout)
+    zero = gl.full(q[0].shape, 0.0, gl.float32, q[0].type.layout)
     even = (zero, zero, zero, zero)
     odd = even
     for j in gl.static_range(D // 32):
-        right = (q[4 * j], q[4 * j + 1])
-        even = multiply_16(left_side(place, 2 * j, False), right, even, KIND)
-        right = (q[4 * j + 2], q[4 * j + 3])
-        odd = multiply_16(left_side(place, 2 * j + 1, False), right, odd, KIND)
+        even = multiply_16(keys[2 * j], (q[4 * j], q[4 * j + 1]), even, KIND)
+        odd = multiply_16(keys[2 * j + 1], (q[4 * j + 2], q[4 * j + 3]), odd, KIND)
     return even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]
 
 
@@ -175,16 +174,16 @@ def decode_kernel(
         numbers += b * pages.batch + kv_head * pages.head
 
     coming = ()
-    for i in gl.static_range(STAGES + 1):
+    for i in gl.static_range(STAGES + 2):
         at = first_key(begin + i, num_sinks, first, own, BLOCK)
         stop = gl.where(begin + i < end, k_len, 0)
         coming += (page_of(pages, numbers, at, stop, PAGE),)
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES):
         at = first_key(begin + i, num_sinks, first, own, BLOCK)
         stop = gl.where(begin + i < end, k_len, 0)
         ask(put_place + i * STAGE, k_from, v_from, pages, coming[i], at, row, stop, D, PAGE,
             K_STEP, V_STEP)  # fmt: skip
-    page, then = coming[STAGES - 1], coming[STAGES]
+    page, then = coming[STAGES], coming[STAGES + 1]
 
     q_row = gl.minimum(tile * ROWS + g, q_len * groups - 1)
     q_at = (q_row % groups + kv_head * groups).to(gl.int64) * q.head
@@ -200,16 +199,18 @@ def decode_kernel(
     acc = ((zero, zero, zero, zero),) * (D // 16)
     stage = 0
     for i in range(begin, end):
-        wait_copies(thread, STAGES - 2)
-        later = i + STAGES - 1
+        wait_copies(thread, STAGES - 1)
+        keys = left_sides(k_place + stage, D, False)
+        values = left_sides(v_place + stage, D, True)
+        meet(thread)
+        later = i + STAGES
         at = first_key(later, num_sinks, first, own, BLOCK)
-        free = gl.where(stage == 0, (STAGES - 1) * STAGE, stage - STAGE)
-        ask(put_place + free, k_from, v_from, pages, page, at, row, gl.where(later < end, k_len, 0),
+        ask(put_place + stage, k_from, v_from, pages, page, at, row, gl.where(later < end, k_len, 0),
             D, PAGE, K_STEP, V_STEP)  # fmt: skip
         at = first_key(later + 2, num_sinks, first, own, BLOCK)
         page, then = then, page_of(pages, numbers, at, gl.where(later + 2 < end, k_len, 0), PAGE)
 
-        s0, s1, s2, s3 = scores_of_keys(k_place + stage, q_pairs, D, KIND)
+        s0, s1, s2, s3 = scores_of_keys(keys, q_pairs, D, KIND)
         visited = i - num_sinks + first
         if not ((i >= num_sinks) & (visited >= full_from) & (visited < full_to)):
             at = first_key(i, num_sinks, first, own, BLOCK) + g
@@ -225,7 +226,7 @@ def decode_kernel(
         for j in gl.static_range(D // 16):
             c0, c1, c2, c3 = acc[j]
             kept = (c0 * shrink0, c1 * shrink1, c2 * shrink0, c3 * shrink1)
-            taken += (multiply_16(left_side(v_place + stage, j, True), p, kept, KIND),)
+            taken += (multiply_16(values[j], p, kept, KIND),)
         acc = taken
         stage = gl.where(stage == (STAGES - 1) * STAGE, 0, stage + STAGE)
     wait_copies(thread, 0)

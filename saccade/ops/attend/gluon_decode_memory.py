@@ -92,6 +92,15 @@ def left_side(place, COLUMN: gl.constexpr, TURNED: gl.constexpr):
     )  # fmt: skip
 
 
+@gluon.jit
+def left_sides(place, D: gl.constexpr, TURNED: gl.constexpr):
+    """All left sides from sixteen rows of D channels."""
+    found = (left_side(place, 0, TURNED),)
+    for j in gl.static_range(1, D // 16):
+        found += (left_side(place, j, TURNED),)
+    return found
+
+
 @triton.constexpr_function
 def _product_text(kind):
     return (
