@@ -126,40 +126,42 @@ def weigh(low, high, top, unit):
     )
 
 
-@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset", "splits"])
+@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def decode_kernel(
     q, k, v, out, lse, pages, bounds, rules, sink_logits, scale,
-    q_len, k_len, q_offset, splits, out_split, lse_split, kv_heads, groups,
-    D: gl.constexpr, K_STEP: gl.constexpr, V_STEP: gl.constexpr, PAGE: gl.constexpr,
-    CAUSAL: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+    q_len, k_len, q_offset, out_split, lse_split,
+    KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, K_STEP: gl.constexpr,
+    V_STEP: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split; K_STEP and V_STEP are bytes from row to row, PAGE is 0 if dense."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     KIND: gl.constexpr = "bf16" if q.ptr.dtype.element_ty == gl.bfloat16 else "f16"
     BLOCK: gl.constexpr = KEYS * WARPS
     STAGE: gl.constexpr = KEYS * D * 4
-    begin_early(True)
+    KNOWN: gl.constexpr = (bounds.offsets is None) and (bounds.lengths is None)
     thread = gl.arange(0, 32 * WARPS, layout=L)
     lane, own = thread % 32, thread // 32 * KEYS
     g, t = lane // 4, lane % 4
-    tile = gl.program_id(0) // splits
-    split = gl.program_id(0) % splits
-    b = (gl.program_id(1) // kv_heads).to(gl.int64)
-    kv_head = gl.program_id(1) % kv_heads
+    split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(2)
+    b = (gl.program_id(1) // KV_HEADS).to(gl.int64)
+    kv_head = gl.program_id(1) % KV_HEADS
+    if not KNOWN:
+        begin_early(True)
     if bounds.offsets is not None:
         q_offset = gl.load(bounds.offsets + b).to(gl.int32)
     if bounds.lengths is not None:
         at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
         k_len = gl.minimum(k_len, gl.load(bounds.lengths + at).to(gl.int32))
 
-    first_q = q_offset + tile * ROWS // groups
-    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // groups, q_len - 1)
+    first_q = q_offset + tile * ROWS // GROUPS
+    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
     num_sinks, first, full_from, full_to, last = key_tiles(
         first_q, last_q, k_len, rules, CAUSAL, BLOCK
     )
     begin, end = share_of(split, splits, first, last, num_sinks)
 
-    memory = dynamic_memory(thread, splits < 0, STAGE * STAGES // 128)
+    memory = dynamic_memory(thread, q_len < 0, STAGE * STAGES // 128)
     row, piece, put = put_at(lane, D)
     put_place = memory + own // KEYS * (STAGE * STAGES) + put
     get_keys, get_values = get_at(lane, D)
@@ -172,6 +174,8 @@ def decode_kernel(
     numbers = pages.table
     if PAGE != 0:
         numbers += b * pages.batch + kv_head * pages.head
+    if KNOWN:  # what comes before overlaps with the end of the kernel before
+        begin_early(True)
 
     coming = ()
     for i in gl.static_range(STAGES + 2):
@@ -185,12 +189,12 @@ def decode_kernel(
             K_STEP, V_STEP)  # fmt: skip
     page, then = coming[STAGES], coming[STAGES + 1]
 
-    q_row = gl.minimum(tile * ROWS + g, q_len * groups - 1)
-    q_at = (q_row % groups + kv_head * groups).to(gl.int64) * q.head
-    q_at += (q_row // groups).to(gl.int64) * q.row + b * q.batch
+    q_row = gl.minimum(tile * ROWS + g, q_len * GROUPS - 1)
+    q_at = (q_row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
+    q_at += (q_row // GROUPS).to(gl.int64) * q.row + b * q.batch
     q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * 4, D)
-    q_first = (tile * ROWS + 2 * t) // groups + q_offset
-    q_second = (tile * ROWS + 2 * t + 1) // groups + q_offset
+    q_first = (tile * ROWS + 2 * t) // GROUPS + q_offset
+    q_second = (tile * ROWS + 2 * t + 1) // GROUPS + q_offset
 
     unit = scale * LOG2E
     zero = gl.full([32 * WARPS], 0.0, gl.float32, L)
@@ -205,8 +209,9 @@ def decode_kernel(
         meet(thread)
         later = i + STAGES
         at = first_key(later, num_sinks, first, own, BLOCK)
-        ask(put_place + stage, k_from, v_from, pages, page, at, row, gl.where(later < end, k_len, 0),
-            D, PAGE, K_STEP, V_STEP)  # fmt: skip
+        stop = gl.where(later < end, k_len, 0)
+        ask(put_place + stage, k_from, v_from, pages, page, at, row, stop, D, PAGE, K_STEP,
+            V_STEP)  # fmt: skip
         at = first_key(later + 2, num_sinks, first, own, BLOCK)
         page, then = then, page_of(pages, numbers, at, gl.where(later + 2 < end, k_len, 0), PAGE)
 
@@ -233,7 +238,7 @@ def decode_kernel(
     put_parts(memory, acc, (m0, m1), (sum_over_rows(l0), sum_over_rows(l1)), thread, D)
     gl.thread_barrier()
     store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
-          kv_heads, groups, q_len, thread, D, WARPS)  # fmt: skip
+          q_len, thread, KV_HEADS, GROUPS, D, WARPS)  # fmt: skip
 
 
 @gluon.jit
@@ -256,7 +261,8 @@ def put_parts(memory, acc, tops, sums, thread, D: gl.constexpr):
 
 @gluon.jit
 def store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
-          kv_heads, groups, q_len, thread, D: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
+          q_len, thread, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+          WARPS: gl.constexpr):  # fmt: skip
     """Join the warps' parts and write output and lse, four channels of a row a thread."""
     LINE: gl.constexpr = (D + 4) * 4
     PART: gl.constexpr = (LINE + 8) * ROWS
@@ -280,8 +286,8 @@ def store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split
             found = get_four(memory + row * LINE + channel * 4, w * PART)
             sums = (sums[0] + found[0] * shrink, sums[1] + found[1] * shrink,
                     sums[2] + found[2] * shrink, sums[3] + found[3] * shrink)  # fmt: skip
-        index = (tile * ROWS + row) // groups
-        h = kv_head * groups + (tile * ROWS + row) % groups
+        index = (tile * ROWS + row) // GROUPS
+        h = kv_head * GROUPS + (tile * ROWS + row) % GROUPS
         keep = real & (index < q_len)
         # Where nothing was seen, most * unit is huge; two roundings must never be subtracted.
         top = gl.where(l == 0, LOWEST, most * unit)
@@ -294,7 +300,7 @@ def store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split
             top = raised
         safe = gl.where(l == 0, 1.0, l)
         found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
-        at = lse + split.to(gl.int64) * lse_split + (b * kv_heads * groups + h) * q_len + index
+        at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
         gl.store(at, found, mask=keep & (channel == 0))
         at = out.ptr + split.to(gl.int64) * out_split + b * out.batch + channel
         at += h.to(gl.int64) * out.head + index.to(gl.int64) * out.row

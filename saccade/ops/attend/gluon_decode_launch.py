@@ -79,7 +79,7 @@ def scan(problem: Problem, pages: Pages, heads: int, parts: Parts, launch: Decod
     """Fill all splits of `parts`."""
     q, k, v = problem.q, problem.k, problem.v
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
-    decode_kernel[(parts.splits * row_tiles_of(problem, heads), q.shape[0] * heads)](
+    decode_kernel[(parts.splits, q.shape[0] * heads, row_tiles_of(problem, heads))](
         plane(q),
         stored(k, pages),
         stored(v, pages),
@@ -93,11 +93,10 @@ def scan(problem: Problem, pages: Pages, heads: int, parts: Parts, launch: Decod
         q.shape[2],
         problem.num_keys,
         problem.q_offset,
-        parts.splits,
         parts.out.stride(0),
         parts.lse.stride(0),
-        heads,
-        q.shape[1] // heads,
+        KV_HEADS=heads,
+        GROUPS=q.shape[1] // heads,
         D=q.shape[3],
         K_STEP=k.stride(2) * 2,
         V_STEP=v.stride(2) * 2,
