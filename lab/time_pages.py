@@ -21,10 +21,10 @@ LAUNCHES = [
     DecodeLaunch(4, 1, 6),
     DecodeLaunch(4, 1, 4),
     DecodeLaunch(8, 1, 3),
+    DecodeLaunch(8, 1, 2),
     DecodeLaunch(4, 2, 3),
+    DecodeLaunch(4, 3, 2),
     DecodeLaunch(2, 2, 6),
-    DecodeLaunch(2, 4, 3),
-    DecodeLaunch(1, 4, 6),
 ]
 CASES = [
     ("dense", 1, 8192),

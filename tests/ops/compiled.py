@@ -146,7 +146,8 @@ def compile_decode(dim: int, page: int) -> Any:
         "out": plane(16, 32, 1, dim, dtype=torch.float32), "rules": RULES, "sink_logits": None,
         "lse": torch.empty(16, 1, 32, device="meta"), "scale": 0.1, "q_len": 1, "k_len": 8192,
         "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
-        "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "CAUSAL": True,
+        "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
+        "CAUSAL": True,
         "WARPS": launch.warps, "STAGES": launch.stages,
     }  # fmt: skip
     options = {"num_warps": launch.warps}

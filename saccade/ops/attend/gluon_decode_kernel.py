@@ -56,6 +56,15 @@ def load_queries(address, D: gl.constexpr):
 
 
 @gluon.jit
+def length_of(bounds, b, kv_head, k_len):
+    """How many keys a row has."""
+    if bounds.lengths is not None:
+        at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
+        k_len = gl.minimum(k_len, gl.load(bounds.lengths + at).to(gl.int32))
+    return k_len
+
+
+@gluon.jit
 def first_key(i, num_sinks, first, own, BLOCK: gl.constexpr):
     """Position of the first key that a thread's warp takes in step i."""
     return gl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK + own
@@ -131,15 +140,18 @@ def decode_kernel(
     q, k, v, out, lse, pages, bounds, rules, sink_logits, scale,
     q_len, k_len, q_offset, out_split, lse_split,
     KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, K_STEP: gl.constexpr,
-    V_STEP: gl.constexpr, PAGE: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    V_STEP: gl.constexpr, PAGE: gl.constexpr, LONGEST: gl.constexpr, CAUSAL: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split; K_STEP and V_STEP are bytes from row to row, PAGE is 0 if dense."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     KIND: gl.constexpr = "bf16" if q.ptr.dtype.element_ty == gl.bfloat16 else "f16"
     BLOCK: gl.constexpr = KEYS * WARPS
     STAGE: gl.constexpr = KEYS * D * 4
-    KNOWN: gl.constexpr = (bounds.offsets is None) and (bounds.lengths is None)
+    # The host knows which keys there are: those of all rows, or (pages) of the longest.
+    KNOWN: gl.constexpr = (bounds.offsets is None) and (
+        (bounds.lengths is None) or ((PAGE != 0) and (rules.window is None) and LONGEST)
+    )
     thread = gl.arange(0, 32 * WARPS, layout=L)
     lane, own = thread % 32, thread // 32 * KEYS
     g, t = lane // 4, lane % 4
@@ -148,11 +160,9 @@ def decode_kernel(
     kv_head = gl.program_id(1) % KV_HEADS
     if not KNOWN:
         begin_early(True)
-    if bounds.offsets is not None:
-        q_offset = gl.load(bounds.offsets + b).to(gl.int32)
-    if bounds.lengths is not None:
-        at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
-        k_len = gl.minimum(k_len, gl.load(bounds.lengths + at).to(gl.int32))
+        if bounds.offsets is not None:
+            q_offset = gl.load(bounds.offsets + b).to(gl.int32)
+        k_len = length_of(bounds, b, kv_head, k_len)
 
     first_q = q_offset + tile * ROWS // GROUPS
     last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
@@ -182,6 +192,10 @@ def decode_kernel(
         at = first_key(begin + i, num_sinks, first, own, BLOCK)
         stop = gl.where(begin + i < end, k_len, 0)
         coming += (page_of(pages, numbers, at, stop, PAGE),)
+    meet(thread)  # keeps all these loads before the copies, or each would wait for its own
+    if KNOWN and bounds.lengths is not None:  # shared by the longest row, so that pages come early
+        k_len = length_of(bounds, b, kv_head, k_len)
+        end, full_to = gl.minimum(end, gl.cdiv(k_len, BLOCK)), gl.minimum(full_to, k_len // BLOCK)
     for i in gl.static_range(STAGES):
         at = first_key(begin + i, num_sinks, first, own, BLOCK)
         stop = gl.where(begin + i < end, k_len, 0)

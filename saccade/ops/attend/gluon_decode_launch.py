@@ -47,7 +47,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     splits = splits_of(problem, heads, slots, launch)
     parts = Parts(problem, splits)
     with on(problem.q.device):
-        scan(problem, pages, heads, parts, launch)
+        scan(problem, pages, heads, parts, launch, longest=call.lengths is None)
         return parts.joined(problem.q.dtype)
 
 
@@ -75,8 +75,16 @@ def row_tiles_of(problem: Problem, heads: int) -> int:
     return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], ROWS)
 
 
-def scan(problem: Problem, pages: Pages, heads: int, parts: Parts, launch: DecodeLaunch) -> None:
-    """Fill all splits of `parts`."""
+def scan(
+    problem: Problem,
+    pages: Pages,
+    heads: int,
+    parts: Parts,
+    launch: DecodeLaunch,
+    *,
+    longest: bool,
+) -> None:
+    """Fill all splits of `parts`; `longest`: a row has as many keys as the host says."""
     q, k, v = problem.q, problem.k, problem.v
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
     decode_kernel[(parts.splits, q.shape[0] * heads, row_tiles_of(problem, heads))](
@@ -101,6 +109,7 @@ def scan(problem: Problem, pages: Pages, heads: int, parts: Parts, launch: Decod
         K_STEP=k.stride(2) * 2,
         V_STEP=v.stride(2) * 2,
         PAGE=0 if pages.table is None else k.shape[2],
+        LONGEST=longest,
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
