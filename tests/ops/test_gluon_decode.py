@@ -12,8 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
-from saccade.ops import attend
-from saccade.ops.attend import gluon_decode
+from saccade.ops import attend, choose
+from saccade.ops.attend import gluon, gluon_decode
 from saccade.ops.attend.api import make_call
 from tests.ops.hopper import BOUND, on_the_card
 
@@ -171,6 +171,18 @@ def test_reads_few_queries_and_nothing_runs_without_a_card():
     assert not gluon_decode.reads(make_call(q.expand(1, 8, 128, 128), DenseKV(k, k), mask=Mask()))
     ring = replace(DenseKV(k, k), spans=(Span(0, 64, 64), Span(64, 0, 64)))
     assert not gluon_decode.reads(replace(call, kv=ring))
+
+
+def test_auto_takes_what_was_measured(monkeypatch):
+    monkeypatch.setattr(gluon, "missing", lambda device: None)
+    k, q = random(1, 2, 8192, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+
+    def verdict(q, k):
+        return dict(choose.explain(make_call(q, DenseKV(k, k), mask=Mask())))["gluon"]
+
+    assert verdict(q, k) == "chosen"
+    assert verdict(q, k[:, :, :77]).endswith("with head_dim 128 from 8192 keys on, here 128 and 77")
+    assert verdict(q[..., :64].contiguous(), k[..., :64].contiguous()).startswith("able, but for")
 
 
 @pytest.mark.parametrize(("dim", "page"), [(128, 0), (128, 16), (64, 16)])

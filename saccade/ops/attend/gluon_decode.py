@@ -14,6 +14,7 @@ from saccade.ops.call import AttentionCall
 DIMS = (64, 128)
 MOST_ROWS = 8  # query heads of a group times queries
 PAGE = 16  # a tile of keys lies in one page
+MEASURED_DIM, MEASURED_KEYS = 128, 8192
 
 
 def reads(call: AttentionCall) -> bool:
@@ -28,6 +29,17 @@ def reads(call: AttentionCall) -> bool:
 def rows_of(call: AttentionCall) -> int:
     """Rows that share their keys: query heads of a group times queries."""
     return call.num_groups * call.q.shape[2]
+
+
+def unmeasured(call: AttentionCall) -> str | None:
+    """Why `auto` leaves a call of few queries to others, or None."""
+    dim, keys = call.q.shape[3], call.kv.shape[2]
+    if dim == MEASURED_DIM and keys >= MEASURED_KEYS:
+        return None
+    return (
+        f"for few queries it was measured to win with head_dim {MEASURED_DIM} from "
+        f"{MEASURED_KEYS} keys on, here {dim} and {keys}"
+    )
 
 
 def refusal(call: AttentionCall) -> str | None:
