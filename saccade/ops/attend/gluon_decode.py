@@ -12,7 +12,7 @@ from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
-MOST_ROWS = 8  # query heads of a group times queries
+MOST_ROWS = 16  # query heads of a group times queries
 PAGE = 16  # a tile of keys lies in one page
 MEASURED_DIM, MEASURED_KEYS = 128, 8192
 
