@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops import tuning
 from saccade.ops.attend.gluon_decode_kernel import decode_kernel
@@ -54,7 +56,7 @@ def run(call: AttentionCall) -> AttentionOutput:
         return parts.joined(problem.q.dtype)
 
 
-def lengths_of(call: AttentionCall):
+def lengths_of(call: AttentionCall) -> Tensor | None:
     """Keys of each row, where the view or the call knows less than all."""
     if not isinstance(call.kv, PagedKV):
         return call.lengths
