@@ -148,7 +148,7 @@ def compile_decode(dim: int, page: int) -> Any:
         "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
         "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
         "CAUSAL": True,
-        "WARPS": launch.warps, "STAGES": launch.stages, "TILES": 1,
+        "WARPS": launch.warps, "STAGES": launch.stages,
     }  # fmt: skip
     options = {"num_warps": launch.warps}
     return compile_for(decode_kernel, options=options, source=GluonASTSource, **arguments)

@@ -12,7 +12,7 @@ from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
-MOST_ROWS = 16  # query heads of a group times queries
+MOST_ROWS = 8  # query heads of a group times queries
 PAGE = 16  # a tile of keys lies in one page
 MEASURED_DIM, MEASURED_KEYS = 128, 8192
 
@@ -34,11 +34,12 @@ def rows_of(call: AttentionCall) -> int:
 def unmeasured(call: AttentionCall) -> str | None:
     """Why `auto` leaves a call of few queries to others, or None."""
     dim, keys = call.q.shape[3], call.kv.shape[2]
-    if dim == MEASURED_DIM and keys >= MEASURED_KEYS:
+    if dim == MEASURED_DIM and keys >= MEASURED_KEYS and call.mask.window is None:
         return None
     return (
-        f"for few queries it was measured to win with head_dim {MEASURED_DIM} from "
-        f"{MEASURED_KEYS} keys on, here {dim} and {keys}"
+        f"for few queries it was measured to win with head_dim {MEASURED_DIM}, from "
+        f"{MEASURED_KEYS} keys on and without a window; here head_dim is {dim}, keys are {keys} "
+        f"and the window is {call.mask.window}"
     )
 
 

@@ -16,7 +16,7 @@ from saccade.ops.attend.triton_views import Parts, stored
 from saccade.ops.call import AttentionCall
 from saccade.ops.whole import cdiv
 
-ROWS, KEYS = 8, 16  # query rows of a tile, keys of a warp's tile
+ROWS, KEYS = 8, 16  # query rows of a program, keys of a warp's tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class DecodeLaunch:
 
 
 # By head dimension: where programs share the keys of a row, and where rows alone fill the card.
-FEW = {64: DecodeLaunch(4, 2, 6), 128: DecodeLaunch(4, 2, 3)}
-MANY = {64: DecodeLaunch(8, 1, 4), 128: DecodeLaunch(8, 1, 2)}
+FEW = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 2, 3)}
+MANY = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(8, 1, 2)}
 
 
 def run(call: AttentionCall) -> AttentionOutput:
@@ -67,7 +67,7 @@ def lengths_of(call: AttentionCall) -> Tensor | None:
 
 def launch_of(problem: Problem, heads: int) -> DecodeLaunch:
     """The configuration for a problem."""
-    programs = problem.q.shape[0] * heads
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
     alone = 2 * programs > tuning.multiprocessors(problem.q.device)
     return (MANY if alone else FEW)[problem.q.shape[3]]
 
@@ -77,7 +77,7 @@ def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) ->
     block, reach = KEYS * launch.warps, slots
     if problem.window is not None:
         reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + block)
-    programs = problem.q.shape[0] * heads
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
     return max(1, min(wanted // programs, cdiv(reach, block)))
 
@@ -99,7 +99,7 @@ def scan(
     """Fill all splits of `parts`; `longest`: a row has as many keys as the host says."""
     q, k, v = problem.q, problem.k, problem.v
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
-    decode_kernel[(parts.splits, q.shape[0] * heads, 1)](
+    decode_kernel[(parts.splits, q.shape[0] * heads, row_tiles_of(problem, heads))](
         plane(q),
         stored(k, pages),
         stored(v, pages),
@@ -125,7 +125,6 @@ def scan(
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        TILES=row_tiles_of(problem, heads),
         num_warps=launch.warps,
         launch_pdl=True,
     )

@@ -146,13 +146,28 @@ def _put_text(offset):
     return f"st.shared.f32 [$1 + {offset}], $2; mov.u32 $0, 0;"
 
 
+@triton.constexpr_function
+def _get_text(count, offset):
+    found = ", ".join(f"${i}" for i in range(count))
+    return f"ld.shared.v4.f32 {{{found}}}, [${count} + {offset}];"
+
+
+@gluon.jit
+def get_four(place, OFFSET: gl.constexpr):
+    """Four float32 of each thread from shared memory."""
+    text: gl.constexpr = _get_text(4, OFFSET)
+    return gl.inline_asm_elementwise(
+        text, "=f,=f,=f,=f,r", [place], (gl.float32, gl.float32, gl.float32, gl.float32), False, 1
+    )
+
+
 @gluon.jit
 def get_number(place, OFFSET: gl.constexpr):
     """One float32 of each thread from shared memory."""
-    text: gl.constexpr = _get_text(OFFSET)
+    text: gl.constexpr = _get_one_text(OFFSET)
     return gl.inline_asm_elementwise(text, "=f,r", [place], gl.float32, False, 1)
 
 
 @triton.constexpr_function
-def _get_text(offset):
+def _get_one_text(offset):
     return f"ld.shared.f32 $0, [$1 + {offset}];"

@@ -126,26 +126,6 @@ def times(x, y):
 
 
 @gluon.jit
-def times_half(x, y, WHICH: gl.constexpr):
-    """A pair of float16 times the lower (0) or upper (1) number of another."""
-    if WHICH == 0:
-        twice = pick_bytes(y, y, 0x1010)
-    else:
-        twice = pick_bytes(y, y, 0x3232)
-    return times(x, twice)
-
-
-@gluon.jit
-def number_of(x, WHICH: gl.constexpr):
-    """The lower (0) or upper (1) float16 of a pair, in float32."""
-    if WHICH == 0:
-        text: gl.constexpr = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }"
-    else:
-        text: gl.constexpr = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }"
-    return gl.inline_asm_elementwise(text, "=f,r", [x], gl.float32, True, 1)
-
-
-@gluon.jit
 def from_bfloat16(x):
     """A pair of bfloat16 as a pair of float16."""
     return gl.inline_asm_elementwise(
@@ -183,14 +163,17 @@ def own_memory(thread, SIZE: gl.constexpr):
 
 @triton.constexpr_function
 def _copy_text(to, source):
-    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16; mov.u32 $0, 0;"
+    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16, $3; mov.u32 $0, 0;"
 
 
 @gluon.jit
-def copy_line(place, address, TO: gl.constexpr, FROM: gl.constexpr):
-    """Ask for 16 bytes of each thread: from address + FROM to place + TO in shared memory."""
+def copy_line(place, address, size, TO: gl.constexpr, FROM: gl.constexpr):
+    """Ask for 16 bytes of each thread: from address + FROM to place + TO in shared memory.
+
+    Where `size` is 0 instead of 16 nothing is read, at no cost: zeros are written.
+    """
     text: gl.constexpr = _copy_text(TO, FROM)
-    gl.inline_asm_elementwise(text, "=r,r,l", [place, address], gl.int32, False, 1)
+    gl.inline_asm_elementwise(text, "=r,r,l,r", [place, address, size], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -242,3 +225,52 @@ def read_words(place, OFFSET: gl.constexpr, WORDS: gl.constexpr):
     else:
         found = (gl.inline_asm_elementwise(text, "=r,r", [place], gl.int32, False, 1),)
     return found
+
+
+@gluon.jit
+def clear_line(place, where):
+    """Write 16 bytes of zeros to shared memory for each thread whose `where` is not 0."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 z; mov.b32 z, 0; setp.ne.s32 p, $2, 0;"
+        " @p st.shared.v4.b32 [$1], {z, z, z, z}; mov.b32 $0, z; }",
+        "=r,r,r",
+        [place, where],
+        gl.int32,
+        False,
+        1,
+    )
+
+
+@triton.constexpr_function
+def _store_text(words):
+    numbers = ", ".join(f"${i + 3}" for i in range(words))
+    return (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        f" @p st.global.v{words}.b32 [$1], {{{numbers}}}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.jit
+def store_words(address, words, where):
+    """Two or four words of each thread whose `where` is not 0, side by side in memory."""
+    text: gl.constexpr = _store_text(len(words))
+    if len(words) == 4:
+        args = [address, where, words[0], words[1], words[2], words[3]]
+        gl.inline_asm_elementwise(text, "=r,l,r,r,r,r,r", args, gl.int32, False, 1)
+    else:
+        args = [address, where, words[0], words[1]]
+        gl.inline_asm_elementwise(text, "=r,l,r,r,r", args, gl.int32, False, 1)
+
+
+@gluon.jit
+def as_word(x):
+    """The bits of a float32."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,f", [x], gl.int32, True, 1)
+
+
+@gluon.jit
+def bfloat_halves(low, high):
+    """Two float32 numbers as a pair of bfloat16."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
+    )
