@@ -125,6 +125,35 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     return compile_for(codes_kernel, options=options, source=GluonASTSource, **arguments)
 
 
+def compile_decode(dim: int, page: int) -> Any:
+    """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
+    from saccade.ops.attend.gluon_decode_kernel import decode_kernel
+    from saccade.ops.attend.gluon_decode_launch import FEW
+    from saccade.ops.attend.triton_decode import Pages
+    from saccade.ops.tiles import Bounds
+
+    def plane(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Plane:
+        x = torch.empty(*shape, dtype=dtype, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    launch, keys, pages = FEW[dim], plane(1, 8, 8192, dim), Pages()
+    if page:
+        keys = plane(512, 8, page, dim)._replace(batch=0)
+        table = torch.empty(1, 512, dtype=torch.int32, device="meta")
+        pages = Pages(table, 512, 0, 8 * page * dim, 8 * page * dim)
+    arguments: dict[str, Any] = {
+        "q": plane(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages, "bounds": Bounds(),
+        "out": plane(16, 32, 1, dim, dtype=torch.float32), "rules": RULES, "sink_logits": None,
+        "lse": torch.empty(16, 1, 32, device="meta"), "scale": 0.1, "q_len": 1, "k_len": 8192,
+        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
+        "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
+        "CAUSAL": True,
+        "WARPS": launch.warps, "STAGES": launch.stages,
+    }  # fmt: skip
+    options = {"num_warps": launch.warps}
+    return compile_for(decode_kernel, options=options, source=GluonASTSource, **arguments)
+
+
 def compile_gluon_backward(*, causal: bool = True) -> Any:
     """The Gluon gradients for bfloat16 heads of 128, as the launcher cuts them."""
     from saccade.ops.attend.gluon_backward import backward_kernel

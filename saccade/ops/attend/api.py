@@ -205,7 +205,9 @@ def make_call(
         kv=kv,
         mask=mask,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        q_offset=_default_offset(q, kv, lengths) if q_offset is None else q_offset,
+        q_offset=_default_offset(q, kv, mask, lengths, alibi_slopes)
+        if q_offset is None
+        else q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
@@ -256,10 +258,19 @@ def _check_scores(
         )
 
 
-def _default_offset(q: Tensor, kv: KVView, lengths: Tensor | None) -> int | Tensor:
-    """Queries end where their keys end: each row of the batch, or the view as a whole."""
+def _default_offset(
+    q: Tensor, kv: KVView, mask: Mask, lengths: Tensor | None, slopes: Tensor | None
+) -> int | Tensor:
+    """Queries end where their keys end: each row of the batch, or the view as a whole.
+
+    A last query that sees all keys of its row sees them from any position behind, so one token
+    costs no kernels for its place.
+    """
     ends = kv.lengths if isinstance(kv, PagedKV) else lengths
-    return kv.shape[2] - q.shape[2] if ends is None else ends.long() - q.shape[2]
+    sees_all = mask.window is None and (q.shape[2] == 1 or not mask.causal)
+    if ends is None or (sees_all and slopes is None):
+        return kv.shape[2] - q.shape[2]
+    return ends.long() - q.shape[2]
 
 
 def _document_bounds(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV
-from saccade.ops.attend import gluon_codes
+from saccade.ops.attend import gluon_codes, gluon_decode
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128, 256)
@@ -35,6 +35,8 @@ def refusal(call: AttentionCall) -> str | None:
         return reason
     if gluon_codes.reads(call.kv):
         return gluon_codes.refusal(call)
+    if gluon_decode.reads(call):
+        return gluon_decode.refusal(call)
     return _problem_refusal(call) or _layout_refusal(call)
 
 
@@ -119,6 +121,8 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
     if gluon_codes.reads(call.kv):
         return gluon_codes.run(call)
+    if gluon_decode.reads(call):
+        return gluon_decode.run(call)
     from saccade.ops.attend.gluon_launch import forward
     from saccade.ops.attend.triton_problem import dense_problem
 
