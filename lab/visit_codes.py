@@ -121,52 +121,65 @@ def growing():
         print("ok  " if error < 4e-3 else "BAD ", "lengths", kind, error, flush=True)
 
 
-def measure(batch, length, kinds, launches, queries=1, baseline=True):
+def measure(batch, length, plans, queries=1, loops=None):
+    """One line a kind: microseconds and times bf16 of each launch (programs x stages)."""
     heads, kv_heads, dim = 32, 8, 128
     size = batch * kv_heads * length * dim * 4
-    sets = max(2, min(8, 400_000_000 // size + 1))
+    sets = max(2, min(20, 1_200_000_000 // size + 1))
     qs = [random(batch, heads, queries, dim) for _ in range(sets)]
     stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
-    loops = 4 if size < 2**28 else 1
-    base = None
-    if baseline:
-        base = graph_seconds(
-            [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
-             for q, (k, v) in zip(qs, stores, strict=True)], loops,
-        )  # fmt: skip
-        print(
-            f"B{batch} {length} q{queries} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s",
-            flush=True,
-        )
-    for kind in kinds:
+    loops = loops or max(1, 40 // sets if size < 2**28 else 1)
+    base = graph_seconds(
+        [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
+         for q, (k, v) in zip(qs, stores, strict=True)], loops,
+    )  # fmt: skip
+    print(f"B{batch} {length} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s", flush=True)
+    for kind, launches in plans.items():
         views = [view_of(k, v, kind) for k, v in stores]
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
-        for launch in launches:
+        line = f"  {kind}"
+        for per_sm, stages, registers in launches:
+            launch = CodesLaunch(per_sm, stages, registers)
             gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), launch)
             try:
                 took = graph_seconds(
                     [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
                      for q, view in zip(qs, views, strict=True)], loops,
                 )  # fmt: skip
-                faster = f" {base / took:.2f}x" if base else ""
-                speed = f"{took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster}"
-                print(f"B{batch} {length} q{queries} {kind} {speed} {launch}", flush=True)
+                line += f" | {per_sm}x{stages} {took * 1e6:.1f} {base / took:.2f}x"
+                line += (
+                    f" {held / took / 1e9:.0f}"
+                    if (per_sm, stages, registers) == launches[0]
+                    else ""
+                )
             except Exception as error:
-                print(kind, launch, type(error).__name__, str(error)[:200], flush=True)
+                line += f" | {per_sm}x{stages} {type(error).__name__} {str(error)[:60]}"
+        print(line, flush=True)
+        del views
+
+
+R = 240
+PLANS = {
+    "int4": [(8, 1, R), (8, 2, R), (6, 2, R), (4, 2, R), (10, 2, 200), (8, 3, R), (4, 4, R)],
+    "int8": [(6, 1, R), (8, 1, R), (4, 2, R), (6, 2, R), (5, 2, R), (10, 1, 200)],
+    "fp8": [(6, 1, R), (4, 2, R), (6, 2, R)],
+    "k8v4": [(6, 1, R), (8, 1, R), (6, 2, R), (8, 2, R)],
+}  # fmt: skip
+
+
+def warm():
+    """Compile everything that is timed: kinds named on the command line."""
+    measure(1, 8192, {kind: PLANS[kind] for kind in sys.argv[2].split(",")}, loops=1)
 
 
 def timing():
     print(torch.cuda.get_device_name(), ceilings(), flush=True)
-    four = [CodesLaunch(4, 4, 2), CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 3, 168)]
-    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 2, 4)]
-    for batch, length in ((1, 131072), (16, 8192), (1, 32768), (1, 8192)):
-        measure(batch, length, ["int4"], four[: 3 if length == 131072 else 2])
-        measure(batch, length, ["int8"], eight, baseline=False)
-        measure(batch, length, ["fp8", "k8v4"], eight[1:], baseline=False)
+    for batch, length in ((1, 131072), (16, 8192), (1, 8192), (1, 32768)):
+        measure(batch, length, PLANS)
         torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
     begin = time.time()
-    {"check": check, "growing": growing, "time": timing}[sys.argv[1]]()
+    {"check": check, "growing": growing, "warm": warm, "time": timing}[sys.argv[1]]()
     print(f"{time.time() - begin:.0f} s")

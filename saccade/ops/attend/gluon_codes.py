@@ -52,16 +52,13 @@ def stored(call: AttentionCall) -> QuantizedKV:
 
 
 def _meaning(call: AttentionCall) -> str | None:
-    kv = stored(call)
     if call.softcap is not None or call.alibi_slopes is not None:
         return "over codes it knows no softcap and no alibi_slopes"
     extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
-    if any(extra is not None for extra in extras) or call.mask.sinks:
-        return "over codes it knows no sinks, key_padding, blocks, attn_mask or cu_seqlens"
+    if any(extra is not None for extra in extras):
+        return "over codes it knows no key_padding, blocks, attn_mask or cu_seqlens"
     if isinstance(call.kv, GrowingKV) and call.lengths is None:
         return "a growing view takes lengths"
-    if call.sink_logits is not None and not kv.recent_k.shape[2]:
-        return "it joins sink_logits only where there are recent keys of full precision"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
