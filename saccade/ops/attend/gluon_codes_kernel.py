@@ -26,6 +26,7 @@ from saccade.ops.attend.gluon_codes_memory import (
     ask_for_keys,
     ask_for_values,
     clear_values,
+    expect_tile,
     load_queries,
     read_channels,
     read_keys,
@@ -39,13 +40,17 @@ from saccade.ops.attend.gluon_codes_products import (
     scores_of_keys,
 )
 from saccade.ops.attend.gluon_registers import (
+    as_word,
+    bfloat_halves,
     halves,
     max_over_rows,
     meet,
-    number_of,
+    multiply,
     own_memory,
+    pick_bytes,
+    store_words,
     sum_over_rows,
-    times_half,
+    times,
     transposed,
     wait_copies,
 )
@@ -55,21 +60,19 @@ from saccade.ops.tiles import key_tiles
 ROWS = gl.constexpr(8)  # query rows of a program
 LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-1e24)  # below every score, and finite after the factor 2^24
-RAISED = gl.constexpr(8.0)  # weights are enlarged by 2^8, clear of float16's denormal numbers
+RAISED = gl.constexpr(6.0)  # weights are enlarged by 2^6, clear of float16's denormal numbers
+ROOM = gl.constexpr(3.0)  # and may grow by 2^3 before all that was summed up is made smaller
 
 
 @gluon.jit
-def see_edges(s, scale, offset, at, q_first, q_second, k_len, rules, CAUSAL: gl.constexpr,
-              V_GROUPS: gl.constexpr):  # fmt: skip
-    """Scores that are -inf where a row does not see a key; numbers of keys that are not are 0."""
+def see_edges(s, at, q_first, q_second, k_len, rules, CAUSAL: gl.constexpr):
+    """Scores of keys at .. at + 7 that are -inf where a row does not see a key."""
     seen = ()
-    kept_scale, kept_offset = (), ()
     for key in gl.static_range(8):
         k_pos = at + key
-        real = k_pos < k_len
         for column in gl.static_range(2):
             q_pos = q_first if column == 0 else q_second
-            see = real
+            see = k_pos < k_len
             if CAUSAL:
                 see = see & (k_pos <= q_pos)
             if rules.window is not None:
@@ -78,55 +81,73 @@ def see_edges(s, scale, offset, at, q_first, q_second, k_len, rules, CAUSAL: gl.
                     near = near | (k_pos < rules.sinks)
                 see = see & near
             seen += (gl.where(see, s[2 * key + column], float("-inf")),)
-        if V_GROUPS == 2:
-            keep = gl.where(real, -1, 0)
-            kept_scale += (scale[key] & keep,)
-            kept_offset += (offset[key] & keep,)
-        elif key % 2 == 0:
-            keep = gl.where(real, 0xFFFF, 0) | gl.where(k_pos + 1 < k_len, -65536, 0)
-            kept_scale += (scale[key // 2] & keep,)
-            kept_offset += (offset[key // 2] & keep,)
-    return seen, kept_scale, kept_offset
+    return seen
 
 
 @gluon.jit
-def weights_of(s, top, unit, COLUMN: gl.constexpr):
-    """(new maximum, what the old sums shrink by, weights of eight keys, their sum) of a row."""
+def real_numbers(numbers, at, k_len, V_GROUPS: gl.constexpr):
+    """Scales or offsets of values at .. at + 15, 0 for those that are not."""
+    kept = ()
+    for i in gl.static_range(8 * V_GROUPS):
+        if V_GROUPS == 2:
+            keep = gl.where(at + i < k_len, -1, 0)
+        else:
+            keep = gl.where(at + 2 * i < k_len, 0xFFFF, 0)
+            keep = keep | gl.where(at + 2 * i + 1 < k_len, -65536, 0)
+        kept += (numbers[i] & keep,)
+    return kept
+
+
+@gluon.jit
+def most_of(s, COLUMN: gl.constexpr):
+    """The largest score of a thread's eight keys."""
     most = s[COLUMN]
     for key in gl.static_range(1, 8):
         most = gl.maximum(most, s[2 * key + COLUMN])
-    most = gl.maximum(top, max_over_rows(most))
-    base = most * unit - RAISED
+    return most
+
+
+@gluon.jit
+def weights_of(s, base, unit, COLUMN: gl.constexpr):
+    """(weights of eight keys, their sum) of a row: exp2(score * unit - base)."""
     p = (gl.exp2(s[COLUMN] * unit - base),)
     total = p[0]
     for key in gl.static_range(1, 8):
         p += (gl.exp2(s[2 * key + COLUMN] * unit - base),)
         total += p[key]
-    return most, gl.exp2((top - most) * unit), p, total
+    return p, total
 
 
 @gluon.jit
-def add_offsets(p, offset, total, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
-    """total + sum over a thread's keys of p * offset."""
-    for key in gl.static_range(8):
+def pair_of(numbers, KEY: gl.constexpr, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """Float16 numbers of a thread's values KEY and KEY + 8 as a pair."""
+    if V_GROUPS == 2:
+        x, y = numbers[KEY], numbers[KEY + 8]
+        pair = pick_bytes(x, y, 0x5410 if GROUP == 0 else 0x7632)
+    else:
+        x, y = numbers[KEY // 2], numbers[KEY // 2 + 4]
+        pair = pick_bytes(x, y, 0x5410 if KEY % 2 == 0 else 0x7632)
+    return pair
+
+
+@gluon.jit
+def add_offsets(sums, weights, offset, V_GROUPS: gl.constexpr):
+    """sums + weights @ offsets of both halves of a head: rows 0 to 7 and 8 to 15 of a product."""
+    for i in gl.static_range(0, 8, 2):
+        low, next_low = pair_of(offset, i, V_GROUPS, 0), pair_of(offset, i + 1, V_GROUPS, 0)
+        high, next_high = low, next_low
         if V_GROUPS == 2:
-            number = number_of(offset[key], GROUP)
-        else:
-            number = number_of(offset[key // 2], key % 2)
-        total += p[key] * number
-    return total
+            high, next_high = pair_of(offset, i, V_GROUPS, 1), pair_of(offset, i + 1, V_GROUPS, 1)
+        sums = multiply((low, high, next_low, next_high), (weights[i], weights[i + 1]), sums)
+    return sums
 
 
 @gluon.jit
-def scaled_weights(pairs, scale, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
-    """Pairs over query rows times the scale of their key, turned into pairs over keys."""
+def scaled_weights(weights, scale, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """Weights, pairs over keys KEY and KEY + 8 of a thread, times the scales of their values."""
     found = ()
     for key in gl.static_range(8):
-        if V_GROUPS == 2:
-            weight = times_half(pairs[key], scale[key], GROUP)
-        else:
-            weight = times_half(pairs[key], scale[key // 2], key % 2)
-        found += (transposed(weight),)
+        found += (times(weights[key], pair_of(scale, key, V_GROUPS, GROUP)),)
     return found
 
 
@@ -137,16 +158,26 @@ def shrunk(acc, first, second):
 
 
 @gluon.jit
+def raised(acc, sums, top, new_top, total, unit):
+    """All sums so far in terms of a new maximum: (acc, sums, total), each of two rows."""
+    first = gl.exp2((top[0] - new_top[0]) * unit)
+    second = gl.exp2((top[1] - new_top[1]) * unit)
+    taken = ()
+    for j in gl.static_range(len(acc)):
+        taken += (shrunk(acc[j], first, second),)
+    return taken, shrunk(sums, first, second), (total[0] * first, total[1] * second)
+
+
+@gluon.jit
 def next_place(place, wraps, SIZE: gl.constexpr, STAGES: gl.constexpr):
     """Where the next tile lies: behind this one, or again at the first."""
     return place + gl.where(wraps, SIZE - SIZE * STAGES, SIZE)
 
 
 @gluon.jit
-def tile_of(i, last, num_sinks, first, tiles):
-    """Which of the stored tiles is the i-th to visit; past the last one, one that can be read."""
-    i = gl.maximum(gl.minimum(i, last - 1), 0)
-    return gl.minimum(gl.where(i < num_sinks, i, i - num_sinks + first), tiles - 1)
+def tile_of(i, num_sinks, first):
+    """Which of the stored tiles is the i-th to visit."""
+    return gl.where(i < num_sinks, i, i - num_sinks + first)
 
 
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
@@ -158,7 +189,9 @@ def codes_kernel(
 ):  # fmt: skip
     """(out, lse) of one split: 64 keys a warp and round, the next STAGES tiles on their way."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    begin_early(EARLY)
+    TOLD: gl.constexpr = (bounds.offsets is not None) or (bounds.lengths is not None)
+    if TOLD:
+        begin_early(EARLY)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
     thread = gl.arange(0, 32, layout=L)
@@ -166,7 +199,6 @@ def codes_kernel(
     split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
     b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(2) % KV_HEADS
-    tiles = k_len // KEYS
     if bounds.offsets is not None:
         q_offset = gl.load(bounds.offsets + b).to(gl.int32)
     if bounds.lengths is not None:
@@ -184,16 +216,23 @@ def codes_kernel(
     begin, end = gl.minimum(split * each, count), gl.minimum((split + 1) * each, count)
 
     k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
+    if not TOLD:
+        for stage in gl.static_range(STAGES):
+            if begin + stage < end:
+                here = tile_of(begin + stage, num_sinks, first)
+                expect_tile(k_from, v_from, here, thread, K_ROW, V_ROW, K_GROUP, V_GROUPS, D)
+        begin_early(EARLY)
     V_PLACE: gl.constexpr = KEYS * K_ROW
     K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
     V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
     SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile, a multiple of 256
     place = own_memory(thread, SIZE * STAGES)
     for stage in gl.static_range(STAGES):
-        here = tile_of(begin + stage, end, num_sinks, first, tiles)
+        here = tile_of(begin + stage, num_sinks, first)
+        size = gl.where(thread < (end - begin - stage) * 32, 16, 0)
         at = place + stage * SIZE
-        ask_for_keys(at, at + K_NUMBERS, k_from, here, thread, K_ROW, K_GROUP, D)
-        ask_for_values(at + V_PLACE, at + V_NUMBERS, v_from, here, thread, V_ROW, V_GROUPS)
+        ask_for_keys(at, at + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
+        ask_for_values(at + V_PLACE, at + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)
     k_read = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
     v_read = V_PLACE + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
 
@@ -208,45 +247,48 @@ def codes_kernel(
     unit = scale * LOG2E
     if K_FORMAT != "fp8":
         unit = unit / TINY
+    room = ROOM / unit
     zero = gl.full([32], 0.0, gl.float32, L)
     nothing = (zero, zero, zero, zero)
-    m0 = zero + LOWEST
-    m1 = m0
-    l0, l1, o00, o01, o10, o11 = zero, zero, zero, zero, zero, zero
+    m = (zero + LOWEST, zero + LOWEST)
+    l = (zero, zero)
+    sums = nothing
     acc = (nothing,) * (D // 16)
     for i in range(begin, end):
         wait_copies(thread, 2 * STAGES - 1)
         k_scale = read_channels(place + K_NUMBERS + t * (D // 4), D)
         k_offset = read_channels(place + K_NUMBERS + 2 * D + t * (D // 4), D)
         k_words = read_keys(place + k_read, K_ROW, D)
-        s = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
+        s, more0, more1 = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
         meet(thread)
-        after = tile_of(i + STAGES, end, num_sinks, first, tiles)
-        ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, K_ROW, K_GROUP, D)
+        after = tile_of(i + STAGES, num_sinks, first)
+        size = gl.where(thread < (end - i - STAGES) * 32, 16, 0)
+        ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, size, K_ROW, K_GROUP, D)
         wait_copies(thread, 2 * STAGES - 1)
-        v_scale = read_tokens(place + V_NUMBERS + g * (16 * V_GROUPS), V_GROUPS)
-        v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + g * 16) * V_GROUPS, V_GROUPS)
+        v_scale = read_tokens(place + V_NUMBERS + t * (32 * V_GROUPS), V_GROUPS)
+        v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + t * 32) * V_GROUPS, V_GROUPS)
         scalar = i - num_sinks + first
         full = (i >= num_sinks) & (scalar >= full_from) & (scalar < full_to)
         if not full:
-            here = tile_of(i, end, num_sinks, first, tiles)
+            here = tile_of(i, num_sinks, first) * KEYS
+            s = see_edges(s, here + g * 8, q_first, q_second, k_len, rules, CAUSAL)
+            v_scale = real_numbers(v_scale, here + t * 16, k_len, V_GROUPS)
+            v_offset = real_numbers(v_offset, here + t * 16, k_len, V_GROUPS)
             if V_FORMAT == "fp8":
-                clear_values(place + V_PLACE, thread, k_len - here * KEYS, V_ROW)
-            s, v_scale, v_offset = see_edges(
-                s, v_scale, v_offset, here * KEYS + g * 8, q_first, q_second, k_len, rules, CAUSAL,
-                V_GROUPS,
-            )  # fmt: skip
-        m0, shrink0, p0, sum0 = weights_of(s, m0, unit, 0)
-        m1, shrink1, p1, sum1 = weights_of(s, m1, unit, 1)
-        l0, l1 = l0 * shrink0 + sum0, l1 * shrink1 + sum1
-        o00 = add_offsets(p0, v_offset, o00 * shrink0, V_GROUPS, 0)
-        o01 = add_offsets(p1, v_offset, o01 * shrink1, V_GROUPS, 0)
-        if V_GROUPS == 2:
-            o10 = add_offsets(p0, v_offset, o10 * shrink0, V_GROUPS, 1)
-            o11 = add_offsets(p1, v_offset, o11 * shrink1, V_GROUPS, 1)
+                clear_values(place + V_PLACE, thread, k_len - here, V_ROW)
+        most0, most1 = most_of(s, 0) + more0, most_of(s, 1) + more1
+        rises = (most0 > m[0] + room) | (most1 > m[1] + room)
+        if gl.max(rises.to(gl.int32), axis=0) > 0:
+            top = (gl.maximum(m[0], max_over_rows(most0)), gl.maximum(m[1], max_over_rows(most1)))
+            acc, sums, l = raised(acc, sums, m, top, l, unit)
+            m = top
+        p0, sum0 = weights_of(s, (m[0] - more0) * unit - RAISED, unit, 0)
+        p1, sum1 = weights_of(s, (m[1] - more1) * unit - RAISED, unit, 1)
+        l = (l[0] + sum0, l[1] + sum1)
         pairs = ()
         for key in gl.static_range(8):
-            pairs += (halves(p0[key], p1[key]),)
+            pairs += (transposed(halves(p0[key], p1[key])),)
+        sums = add_offsets(sums, pairs, v_offset, V_GROUPS)
         weights = scaled_weights(pairs, v_scale, V_GROUPS, 0)
         v_words = read_values(place + v_read, V_ROW, D)
         taken = ()
@@ -254,19 +296,17 @@ def codes_kernel(
             if j == D // 32 and V_GROUPS == 2:
                 weights = scaled_weights(pairs, v_scale, V_GROUPS, 1)
             taken += (
-                add_values(shrunk(acc[j], shrink0, shrink1), v_words, weights, j // (D // 32),
-                           j % (D // 32), D // 64, V_FORMAT),
+                add_values(acc[j], v_words, weights, j // (D // 32), j % (D // 32), D // 64,
+                           V_FORMAT),
             )  # fmt: skip
         acc = taken
         meet(thread)
-        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, V_ROW, V_GROUPS)
+        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
+                       V_GROUPS)  # fmt: skip
         if STAGES > 1:
             place = next_place(place, (i + 1 - begin) % STAGES == 0, SIZE, STAGES)
-    if V_GROUPS == 1:
-        o10, o11 = o00, o01
-    offsets = (sum_over_rows(o00), sum_over_rows(o01), sum_over_rows(o10), sum_over_rows(o11))
-    sums = (sum_over_rows(l0), sum_over_rows(l1))
-    store(acc, offsets, (m0, m1), sums, unit, out, lse, sink_logits, tile, split, out_split,
+    total = (sum_over_rows(l[0]), sum_over_rows(l[1]))
+    store(acc, sums, m, total, unit, out, lse, sink_logits, tile, split, out_split,
           lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D, V_FORMAT)  # fmt: skip
 
 
@@ -293,12 +333,33 @@ def store(acc, offsets, tops, sums, unit, out, lse, sink_logits, tile, split, ou
         found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
         at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
         gl.store(at, found, mask=keep & (g == 0))
-        at = out.ptr + split.to(gl.int64) * out_split + b * out.batch
+        at = split.to(gl.int64) * out_split + b * out.batch
         at = at + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row + g * (D // 16)
-        shrink = shrink / safe
+        numbers = ()
         for j in gl.static_range(D // 16):
             for odd in gl.static_range(2):
                 number = acc[j][2 * odd + c] * factor_of(V_FORMAT, j // (D // 32))
-                number = (number + offsets[2 * (j // (D // 32)) + c]) * shrink
-                channel = j // (D // 32) * (D // 2) + j % (D // 32) * 2 + odd
-                gl.store(at + channel, number.to(out.ptr.dtype.element_ty), mask=keep)
+                numbers += ((number + offsets[2 * (j // (D // 32)) + c]) * (shrink / safe),)
+        store_row(out.ptr, at, numbers, keep.to(gl.int32), D)
+
+
+@gluon.jit
+def store_row(ptr, at, numbers, keep, D: gl.constexpr):
+    """D / 16 numbers at element `at`, and as many half a head further on."""
+    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    words = ()
+    for i in gl.static_range(0, D // 8, 4 // SIZE):
+        if SIZE == 4:
+            words += (as_word(numbers[i]),)
+        elif ptr.dtype.element_ty == gl.bfloat16:
+            words += (bfloat_halves(numbers[i], numbers[i + 1]),)
+        else:
+            words += (halves(numbers[i], numbers[i + 1]),)
+    address = ptr.to(gl.int64) + at * SIZE
+    SIDE: gl.constexpr = D // 16 * SIZE // 4  # words
+    for i in gl.static_range(0, 2 * SIDE, 2 if SIDE == 2 else 4):
+        here = address + (i // SIDE * (D // 2 * SIZE) + i % SIDE * 4)
+        if SIDE == 2:
+            store_words(here, (words[i], words[i + 1]), keep)
+        else:
+            store_words(here, (words[i], words[i + 1], words[i + 2], words[i + 3]), keep)

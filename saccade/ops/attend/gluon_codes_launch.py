@@ -17,6 +17,7 @@ from saccade.ops.whole import cdiv
 
 TILE = 64  # keys of a warp's tile, which lie in one group of tokens
 ROWS = 8  # query rows (heads of a group times queries) of a program
+FEWEST = 2  # tiles of a program: to join one more costs as much as to read one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,10 @@ def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     if problem.window is not None:
         reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
-    room = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(room // max(programs, 1), cdiv(reach, TILE)))
+    room = launch.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
+    tiles = cdiv(reach, TILE)
+    each = cdiv(tiles, max(1, min(room, cdiv(tiles, FEWEST))))
+    return cdiv(tiles, each)
 
 
 def scan_codes(

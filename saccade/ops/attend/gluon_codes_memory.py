@@ -15,6 +15,7 @@ from saccade.ops.attend.gluon_registers import (
     clear_line,
     close_copies,
     copy_line,
+    expect_line,
     from_bfloat16,
     load_words,
     meet,
@@ -76,55 +77,73 @@ def load_queries(address, D: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.const
 
 
 @gluon.jit
-def copy_keys(place, address, thread, ROW: gl.constexpr):
+def copy_keys(place, address, thread, size, ROW: gl.constexpr):
     """Ask for the codes of 64 keys, 512 bytes at a time; every other 8 rows swap 64-byte halves."""
     for n in gl.static_range(ROW // 8):
         if ROW >= 64:
             turned = (thread * 16) ^ (64 * ((64 * n // ROW) % 2))
         else:
             turned = (thread * 16) ^ (64 * (thread // 16))
-        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
+        copy_line(place + turned, address + thread * 16, size, 512 * n, 512 * n)
 
 
 @gluon.jit
-def copy_values(place, address, thread, ROW: gl.constexpr):
+def copy_values(place, address, thread, size, ROW: gl.constexpr):
     """The same for values; 32-byte quarters change places by groups of 16 rows."""
     for n in gl.static_range(ROW // 8):
         turned = (thread * 16) ^ (32 * ((32 * n // ROW) % 4))
-        copy_line(place + turned, address + thread * 16, 512 * n, 512 * n)
+        copy_line(place + turned, address + thread * 16, size, 512 * n, 512 * n)
 
 
 @gluon.jit
-def copy_numbers(place, scale, offset, thread, SIZE: gl.constexpr):
+def copy_numbers(place, scale, offset, thread, size, SIZE: gl.constexpr):
     """Ask for SIZE bytes of scales and as many of offsets, which lie behind them."""
     EACH: gl.constexpr = SIZE // 16  # threads for each
     who = thread % EACH
     address = gl.where(thread % (2 * EACH) < EACH, scale, offset) + who * 16
-    copy_line(place + (thread % (2 * EACH)) * 16, address, 0, 0)
+    copy_line(place + (thread % (2 * EACH)) * 16, address, size, 0, 0)
 
 
 @gluon.jit
-def ask_for_keys(place, numbers, source, tile, thread, ROW: gl.constexpr,
+def ask_for_keys(place, numbers, source, tile, thread, size, ROW: gl.constexpr,
                  GROUP: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """One group of copies: codes, scales and offsets of a tile of keys."""
+    """Ask for codes, scales and offsets of a tile of keys: one group of copies."""
     codes, scale, offset = source
     tile = tile.to(gl.int64)
     group = tile * KEYS // GROUP * (2 * D)
-    copy_keys(place, codes + tile * (KEYS * ROW), thread, ROW)
-    copy_numbers(numbers, scale + group, offset + group, thread, 2 * D)
+    copy_keys(place, codes + tile * (KEYS * ROW), thread, size, ROW)
+    copy_numbers(numbers, scale + group, offset + group, thread, size, 2 * D)
     close_copies(thread)
 
 
 @gluon.jit
-def ask_for_values(place, numbers, source, tile, thread, ROW: gl.constexpr,
+def ask_for_values(place, numbers, source, tile, thread, size, ROW: gl.constexpr,
                    V_GROUPS: gl.constexpr):  # fmt: skip
     """The same for a tile of values."""
     codes, scale, offset = source
     tile = tile.to(gl.int64)
-    copy_values(place, codes + tile * (KEYS * ROW), thread, ROW)
+    copy_values(place, codes + tile * (KEYS * ROW), thread, size, ROW)
     at = tile * (2 * KEYS * V_GROUPS)
-    copy_numbers(numbers, scale + at, offset + at, thread, 2 * KEYS * V_GROUPS)
+    copy_numbers(numbers, scale + at, offset + at, thread, size, 2 * KEYS * V_GROUPS)
     close_copies(thread)
+
+
+@gluon.jit
+def expect_tile(k_from, v_from, tile, thread, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
+                K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Have a tile brought into the L2 cache, before it is certain that it may be read.
+
+    What the kernels before still write goes through that cache too, so nothing old is ever seen.
+    """
+    tile = tile.to(gl.int64)
+    for n in gl.static_range((K_ROW + 63) // 64):
+        expect_line(k_from[0] + tile * (KEYS * K_ROW) + (thread * 128 + 4096 * n) % (KEYS * K_ROW))
+    for n in gl.static_range((V_ROW + 63) // 64):
+        expect_line(v_from[0] + tile * (KEYS * V_ROW) + (thread * 128 + 4096 * n) % (KEYS * V_ROW))
+    group = tile * KEYS // K_GROUP * (2 * D)
+    keys = gl.where(thread % 2 == 0, k_from[1], k_from[2]) + group
+    values = gl.where(thread % 2 == 0, v_from[1], v_from[2]) + tile * (2 * KEYS * V_GROUPS)
+    expect_line(gl.where(thread % 4 < 2, keys, values) + thread // 4 % (D // 64) * 128)
 
 
 @gluon.jit
@@ -178,8 +197,9 @@ def read_channels(place, D: gl.constexpr):
 
 @gluon.jit
 def read_tokens(place, V_GROUPS: gl.constexpr):
-    """Float16 numbers of a thread's eight keys, in pairs."""
-    found = read_words(place, 0, 4)
+    """Float16 numbers of a thread's sixteen values, in pairs: two values, or a value's groups."""
+    found = read_words(place, 0, 4) + read_words(place, 16, 4)
     if V_GROUPS == 2:
-        found += read_words(place, 16, 4)
+        found += read_words(place, 32, 4)
+        found += read_words(place, 48, 4)
     return found

@@ -64,27 +64,43 @@ def scaled_queries(q, scale, D: gl.constexpr, FORMAT: gl.constexpr):
 
 
 @gluon.jit
+def half_products(q, numbers, D: gl.constexpr, SIDE: gl.constexpr, found):
+    """found + q @ numbers over half a head: its rows 0 to 7 and 8 to 15 hold a part each.
+
+    Four neighbouring numbers are a left side as they were loaded, whose upper and lower rows are
+    different channels; each of two products is right in one of them.
+    """
+    upper, lower = found
+    for i in gl.static_range(SIDE * (D // 16), (SIDE + 1) * (D // 16), 4):
+        left = (numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3])
+        upper = multiply(left, (q[i], q[i + 2]), upper)
+        lower = multiply(left, (q[i + 1], q[i + 3]), lower)
+    return upper, lower
+
+
+@gluon.jit
 def middle_scores(q, rounded, scale, offset, D: gl.constexpr, SIDE: gl.constexpr,
                   FORMAT: gl.constexpr):  # fmt: skip
     """q @ offset, and what the rounding of q * scale makes of the middle code, for half a head.
 
-    q @ offset - middle * sum of the rounded q * scale + middle * q @ scale for the two query rows
-    of a thread: rows 0 to 7 of the left sides are the first two terms, rows 8 to 15 the scales.
+    q @ offset + middle * (q @ scale - sum of the rounded q * scale), for the two query rows of a
+    thread.
     """
     MIDDLE: gl.constexpr = middle_of(FORMAT)
     zero = gl.full(q[0].shape, 0.0, gl.float32, q[0].type.layout)
-    nothing = gl.full(q[0].shape, 0, gl.int32, q[0].type.layout)
-    taken = gl.full(q[0].shape, without_middle(FORMAT), gl.int32, q[0].type.layout)
-    found = (zero, zero, zero, zero)
-    for i in gl.static_range(SIDE * (D // 16), (SIDE + 1) * (D // 16), 2):
-        right = (q[i], q[i + 1])
-        found = multiply((offset[i], scale[i], offset[i + 1], scale[i + 1]), right, found)
-        if MIDDLE != 0:
-            right = (rounded[i], rounded[i + 1])
-            found = multiply((taken, nothing, taken, nothing), right, found)
-    if MIDDLE == 0:
-        return found[0], found[1]
-    return found[0] + MIDDLE * found[2], found[1] + MIDDLE * found[3]
+    nothing = (zero, zero, zero, zero)
+    upper, lower = half_products(q, offset, D, SIDE, (nothing, nothing))
+    if MIDDLE != 0:
+        x = gl.full(q[0].shape, without_middle(FORMAT), gl.int32, q[0].type.layout)
+        for i in gl.static_range(SIDE * (D // 16), (SIDE + 1) * (D // 16), 4):
+            upper = multiply((x, x, x, x), (rounded[i], rounded[i + 1]), upper)
+            lower = multiply((x, x, x, x), (rounded[i + 2], rounded[i + 3]), lower)
+    first, second = upper[0] + lower[2], upper[1] + lower[3]
+    if MIDDLE != 0:
+        upper, lower = half_products(q, scale, D, SIDE, (nothing, nothing))
+        first += MIDDLE * (upper[0] + lower[2])
+        second += MIDDLE * (upper[1] + lower[3])
+    return first, second
 
 
 @triton.constexpr_function
@@ -101,7 +117,10 @@ def without_middle(form):
 
 @gluon.jit
 def scores_of_keys(q, words, scale, offset, D: gl.constexpr, FORMAT: gl.constexpr):
-    """Scores of keys 8 g .. 8 g + 7 and two query rows: four registers for every two keys."""
+    """Scores of keys 8 g .. 8 g + 7 and two query rows, and what is to be added to each row's.
+
+    The scores are four registers for every two keys.
+    """
     WORDS: gl.constexpr = D // 32
     rounded = scaled_queries(q, scale, D, FORMAT)
     first, second = middle_scores(q, rounded, scale, offset, D, 0, FORMAT)
@@ -111,12 +130,13 @@ def scores_of_keys(q, words, scale, offset, D: gl.constexpr, FORMAT: gl.constexp
     first, second = first + first_high, second + second_high
     if FORMAT != "fp8":
         first, second = first * TINY, second * TINY
-    s0 = (first, second, first, second)
-    s = (s0, s0, s0, s0)
+    zero = gl.full(q[0].shape, 0.0, gl.float32, q[0].type.layout)
+    nothing = (zero, zero, zero, zero)
+    s = (nothing, nothing, nothing, nothing)
     for side in gl.static_range(2):
         for word in gl.static_range(WORDS):
             s = add_channels(s, rounded, words, side, word, WORDS, FORMAT)
-    return s[0] + s[1] + s[2] + s[3]
+    return s[0] + s[1] + s[2] + s[3], first, second
 
 
 @gluon.jit

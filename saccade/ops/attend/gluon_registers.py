@@ -183,14 +183,17 @@ def own_memory(thread, SIZE: gl.constexpr):
 
 @triton.constexpr_function
 def _copy_text(to, source):
-    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16; mov.u32 $0, 0;"
+    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16, $3; mov.u32 $0, 0;"
 
 
 @gluon.jit
-def copy_line(place, address, TO: gl.constexpr, FROM: gl.constexpr):
-    """Ask for 16 bytes of each thread: from address + FROM to place + TO in shared memory."""
+def copy_line(place, address, size, TO: gl.constexpr, FROM: gl.constexpr):
+    """Ask for 16 bytes of each thread: from address + FROM to place + TO in shared memory.
+
+    Where `size` is 0 instead of 16 nothing is read, at no cost: zeros are written.
+    """
     text: gl.constexpr = _copy_text(TO, FROM)
-    gl.inline_asm_elementwise(text, "=r,r,l", [place, address], gl.int32, False, 1)
+    gl.inline_asm_elementwise(text, "=r,r,l,r", [place, address, size], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -255,4 +258,47 @@ def clear_line(place, where):
         gl.int32,
         False,
         1,
+    )
+
+
+@triton.constexpr_function
+def _store_text(words):
+    numbers = ", ".join(f"${i + 3}" for i in range(words))
+    return (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        f" @p st.global.v{words}.b32 [$1], {{{numbers}}}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.jit
+def store_words(address, words, where):
+    """Two or four words of each thread whose `where` is not 0, side by side in memory."""
+    text: gl.constexpr = _store_text(len(words))
+    if len(words) == 4:
+        args = [address, where, words[0], words[1], words[2], words[3]]
+        gl.inline_asm_elementwise(text, "=r,l,r,r,r,r,r", args, gl.int32, False, 1)
+    else:
+        args = [address, where, words[0], words[1]]
+        gl.inline_asm_elementwise(text, "=r,l,r,r,r", args, gl.int32, False, 1)
+
+
+@gluon.jit
+def as_word(x):
+    """The bits of a float32."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,f", [x], gl.int32, True, 1)
+
+
+@gluon.jit
+def bfloat_halves(low, high):
+    """Two float32 numbers as a pair of bfloat16."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
+    )
+
+
+@gluon.jit
+def expect_line(address):
+    """Bring the line at each thread's address into the L2 cache: only a hint, read or not."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], gl.int32, False, 1
     )
