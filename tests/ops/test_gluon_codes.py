@@ -164,18 +164,18 @@ def test_accepts_codes_and_nothing_runs_without_a_card():
 
 
 def test_auto_takes_what_was_measured(monkeypatch):
-    """Few rows of head_dim 128; more of them, or other heads, are left to Triton."""
+    """Few rows; more of them are left to Triton."""
     monkeypatch.setattr(gluon, "refusal", gluon_codes.refusal)
     k = random(1, 2, 128, 128, device="cpu")
     verdicts = {}
-    for queries, dim in ((1, 128), (3, 128), (1, 64)):
+    for queries, dim in ((1, 128), (8, 128), (9, 128), (1, 64), (2, 64)):
         q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
         call = make_call(q, view_of(keys, keys, "int4"), mask=Mask())
         verdicts[queries, dim] = dict(choose.explain(call))["gluon"]
-    assert verdicts[1, 128] == "chosen"
-    assert verdicts[3, 128].endswith("with up to 8 queries x heads of a group and head_dim 128, "
-                                     "here 12 and 128")  # fmt: skip
-    assert verdicts[1, 64].startswith("able, but over codes it was measured to win")
+    assert verdicts[1, 128] == verdicts[8, 128] == verdicts[1, 64] == "chosen"
+    assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
+                                     "here 36")  # fmt: skip
+    assert verdicts[2, 64].startswith("able, but over codes it was measured to win")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from saccade.ops.call import AttentionCall
 DIMS = (64, 128)
 KEY_GROUP = 64
 MOST_ROWS = 128  # query heads of a group times queries; more of them is prefill
-MEASURED_ROWS, MEASURED_DIM = 8, 128  # eight rows: keys are read once for all of them
+# Rows up to which it was measured to win, by head_dim (NVIDIA H200, lab/LOG_gpu_codes.md).
+MEASURED_ROWS = {64: 4, 128: 32}
 
 
 def reads(kv: KVView) -> bool:
@@ -26,11 +27,12 @@ def reads(kv: KVView) -> bool:
 def unmeasured(call: AttentionCall) -> str | None:
     """Why `auto` leaves a call over codes to others, or None."""
     rows, dim = _rows(call), call.q.shape[3]
-    if rows <= MEASURED_ROWS and dim == MEASURED_DIM:
+    most = MEASURED_ROWS.get(dim, 0)
+    if rows <= most:
         return None
     return (
-        f"over codes it was measured to win with up to {MEASURED_ROWS} queries x heads of a group "
-        f"and head_dim {MEASURED_DIM}, here {rows} and {dim}"
+        f"over codes it was measured to win with up to {most} queries x heads of a group at "
+        f"head_dim {dim}, here {rows}"
     )
 
 

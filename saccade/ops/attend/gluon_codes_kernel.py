@@ -26,7 +26,6 @@ from saccade.ops.attend.gluon_codes_memory import (
     ask_for_keys,
     ask_for_values,
     clear_values,
-    expect_tile,
     load_queries,
     read_channels,
     read_keys,
@@ -169,12 +168,6 @@ def raised(acc, sums, top, new_top, total, unit):
 
 
 @gluon.jit
-def next_place(place, wraps, SIZE: gl.constexpr, STAGES: gl.constexpr):
-    """Where the next tile lies: behind this one, or again at the first."""
-    return place + gl.where(wraps, SIZE - SIZE * STAGES, SIZE)
-
-
-@gluon.jit
 def tile_of(i, num_sinks, first):
     """Which of the stored tiles is the i-th to visit."""
     return gl.where(i < num_sinks, i, i - num_sinks + first)
@@ -185,13 +178,14 @@ def codes_kernel(
     q, k, v, out, lse, bounds, rules, sink_logits, scale, q_len, k_len, q_offset, out_split,
     lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
     K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr,
-    CAUSAL: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """(out, lse) of one split: 64 keys a warp and round, the next STAGES tiles on their way."""
+    """(out, lse) of one split: 64 keys a warp and round, the next ones always on their way.
+
+    The programs of a head take its tiles in turn, so what they read at a time lies together.
+    """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    TOLD: gl.constexpr = (bounds.offsets is not None) or (bounds.lengths is not None)
-    if TOLD:
-        begin_early(EARLY)
+    begin_early(EARLY)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
     thread = gl.arange(0, 32, layout=L)
@@ -212,27 +206,17 @@ def codes_kernel(
         first_q, last_q, k_len, rules, CAUSAL, KEYS
     )
     count = num_sinks + last - first
-    each = gl.cdiv(count, splits)
-    begin, end = gl.minimum(split * each, count), gl.minimum((split + 1) * each, count)
 
     k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
-    if not TOLD:
-        for stage in gl.static_range(STAGES):
-            if begin + stage < end:
-                here = tile_of(begin + stage, num_sinks, first)
-                expect_tile(k_from, v_from, here, thread, K_ROW, V_ROW, K_GROUP, V_GROUPS, D)
-        begin_early(EARLY)
     V_PLACE: gl.constexpr = KEYS * K_ROW
     K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
     V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
-    SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile, a multiple of 256
-    place = own_memory(thread, SIZE * STAGES)
-    for stage in gl.static_range(STAGES):
-        here = tile_of(begin + stage, num_sinks, first)
-        size = gl.where(thread < (end - begin - stage) * 32, 16, 0)
-        at = place + stage * SIZE
-        ask_for_keys(at, at + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
-        ask_for_values(at + V_PLACE, at + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)
+    SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile
+    place = own_memory(thread, SIZE)
+    here = tile_of(split, num_sinks, first)
+    size = gl.where(thread < (count - split) * 32, 16, 0)
+    ask_for_keys(place, place + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
+    ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)
     k_read = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
     v_read = V_PLACE + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
 
@@ -254,28 +238,26 @@ def codes_kernel(
     l = (zero, zero)
     sums = nothing
     acc = (nothing,) * (D // 16)
-    for i in range(begin, end):
-        wait_copies(thread, 2 * STAGES - 1)
+    for i in range(split, count, splits):
+        wait_copies(thread, 1)
         k_scale = read_channels(place + K_NUMBERS + t * (D // 4), D)
         k_offset = read_channels(place + K_NUMBERS + 2 * D + t * (D // 4), D)
         k_words = read_keys(place + k_read, K_ROW, D)
         s, more0, more1 = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
         meet(thread)
-        after = tile_of(i + STAGES, num_sinks, first)
-        size = gl.where(thread < (end - i - STAGES) * 32, 16, 0)
+        after = tile_of(i + splits, num_sinks, first)
+        size = gl.where(thread < (count - i - splits) * 32, 16, 0)
         ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, size, K_ROW, K_GROUP, D)
-        wait_copies(thread, 2 * STAGES - 1)
+        wait_copies(thread, 1)
         v_scale = read_tokens(place + V_NUMBERS + t * (32 * V_GROUPS), V_GROUPS)
         v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + t * 32) * V_GROUPS, V_GROUPS)
-        scalar = i - num_sinks + first
-        full = (i >= num_sinks) & (scalar >= full_from) & (scalar < full_to)
-        if not full:
-            here = tile_of(i, num_sinks, first) * KEYS
-            s = see_edges(s, here + g * 8, q_first, q_second, k_len, rules, CAUSAL)
-            v_scale = real_numbers(v_scale, here + t * 16, k_len, V_GROUPS)
-            v_offset = real_numbers(v_offset, here + t * 16, k_len, V_GROUPS)
+        if (here < full_from) | (here >= full_to):
+            key = here * KEYS
+            s = see_edges(s, key + g * 8, q_first, q_second, k_len, rules, CAUSAL)
+            v_scale = real_numbers(v_scale, key + t * 16, k_len, V_GROUPS)
+            v_offset = real_numbers(v_offset, key + t * 16, k_len, V_GROUPS)
             if V_FORMAT == "fp8":
-                clear_values(place + V_PLACE, thread, k_len - here, V_ROW)
+                clear_values(place + V_PLACE, thread, k_len - key, V_ROW)
         most0, most1 = most_of(s, 0) + more0, most_of(s, 1) + more1
         rises = (most0 > m[0] + room) | (most1 > m[1] + room)
         if gl.max(rises.to(gl.int32), axis=0) > 0:
@@ -303,8 +285,7 @@ def codes_kernel(
         meet(thread)
         ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
                        V_GROUPS)  # fmt: skip
-        if STAGES > 1:
-            place = next_place(place, (i + 1 - begin) % STAGES == 0, SIZE, STAGES)
+        here = after
     total = (sum_over_rows(l[0]), sum_over_rows(l[1]))
     store(acc, sums, m, total, unit, out, lse, sink_logits, tile, split, out_split,
           lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D, V_FORMAT)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for codes: how many splits, how many tiles on their way."""
+"""Launcher of the Gluon kernel for codes: how many programs share the keys."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ class CodesLaunch:
 
     Attributes:
         per_sm: programs, of one warp each, to aim for per multiprocessor.
-        stages: tiles of keys and values that a program has asked for at any time.
         registers: most registers a thread may take.
     """
 
     per_sm: int
-    stages: int = 1
     registers: int = 240
 
 
@@ -66,9 +64,7 @@ def splits_of(problem: Problem, kv: QuantizedKV) -> int:
         reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
     room = launch.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
-    tiles = cdiv(reach, TILE)
-    each = cdiv(tiles, max(1, min(room, cdiv(tiles, FEWEST))))
-    return cdiv(tiles, each)
+    return max(1, min(room, cdiv(cdiv(reach, TILE), FEWEST)))
 
 
 def scan_codes(
@@ -110,7 +106,6 @@ def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
         "V_FORMAT": kind_of(kv.v, kv.bits_v),
         "K_GROUP": kv.k_group,
         "V_GROUPS": kv.v.scale.shape[3],
-        "STAGES": launch.stages,
     }
 
 

@@ -15,7 +15,6 @@ from saccade.ops.attend.gluon_registers import (
     clear_line,
     close_copies,
     copy_line,
-    expect_line,
     from_bfloat16,
     load_words,
     meet,
@@ -126,24 +125,6 @@ def ask_for_values(place, numbers, source, tile, thread, size, ROW: gl.constexpr
     at = tile * (2 * KEYS * V_GROUPS)
     copy_numbers(numbers, scale + at, offset + at, thread, size, 2 * KEYS * V_GROUPS)
     close_copies(thread)
-
-
-@gluon.jit
-def expect_tile(k_from, v_from, tile, thread, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
-                K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """Have a tile brought into the L2 cache, before it is certain that it may be read.
-
-    What the kernels before still write goes through that cache too, so nothing old is ever seen.
-    """
-    tile = tile.to(gl.int64)
-    for n in gl.static_range((K_ROW + 63) // 64):
-        expect_line(k_from[0] + tile * (KEYS * K_ROW) + (thread * 128 + 4096 * n) % (KEYS * K_ROW))
-    for n in gl.static_range((V_ROW + 63) // 64):
-        expect_line(v_from[0] + tile * (KEYS * V_ROW) + (thread * 128 + 4096 * n) % (KEYS * V_ROW))
-    group = tile * KEYS // K_GROUP * (2 * D)
-    keys = gl.where(thread % 2 == 0, k_from[1], k_from[2]) + group
-    values = gl.where(thread % 2 == 0, v_from[1], v_from[2]) + tile * (2 * KEYS * V_GROUPS)
-    expect_line(gl.where(thread % 4 < 2, keys, values) + thread // 4 % (D // 64) * 128)
 
 
 @gluon.jit

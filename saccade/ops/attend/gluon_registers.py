@@ -126,26 +126,6 @@ def times(x, y):
 
 
 @gluon.jit
-def times_half(x, y, WHICH: gl.constexpr):
-    """A pair of float16 times the lower (0) or upper (1) number of another."""
-    if WHICH == 0:
-        twice = pick_bytes(y, y, 0x1010)
-    else:
-        twice = pick_bytes(y, y, 0x3232)
-    return times(x, twice)
-
-
-@gluon.jit
-def number_of(x, WHICH: gl.constexpr):
-    """The lower (0) or upper (1) float16 of a pair, in float32."""
-    if WHICH == 0:
-        text: gl.constexpr = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }"
-    else:
-        text: gl.constexpr = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, b; }"
-    return gl.inline_asm_elementwise(text, "=f,r", [x], gl.float32, True, 1)
-
-
-@gluon.jit
 def from_bfloat16(x):
     """A pair of bfloat16 as a pair of float16."""
     return gl.inline_asm_elementwise(
@@ -293,12 +273,4 @@ def bfloat_halves(low, high):
     """Two float32 numbers as a pair of bfloat16."""
     return gl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
-    )
-
-
-@gluon.jit
-def expect_line(address):
-    """Bring the line at each thread's address into the L2 cache: only a hint, read or not."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], gl.int32, False, 1
     )
