@@ -4,10 +4,11 @@ A warp takes 64 keys at a time.  Eight query rows (heads of a group times querie
 of both products, so that codes are their left sides and no thread works for rows that are not:
 
     scores  [keys, rows]      = codes of keys @ (q * scale) + offset @ q
-    output  [channels, rows] += codes of values @ (p * scale) + sum of p * offset
+    output  [channels, rows] += codes of values @ (p * scale) + offsets of values @ p
 
 The scales of 64 keys belong to channels and go into the queries once; those of values belong to
-tokens and go into the weights; codes themselves are never converted (gluon_codes_products).
+tokens and go into the weights; codes themselves are never converted (gluon_codes_products).  What
+belongs to all keys of a tile (offset @ q) is added where scores become exponents.
 
 Which thread holds what is written out by hand (saccade.ops.attend.gluon_registers): thread t of a
 row of four reads neighbouring channels of keys, 8 g .. 8 g + 7 are the keys of row g; for values

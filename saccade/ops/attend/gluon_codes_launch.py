@@ -33,7 +33,9 @@ class CodesLaunch:
     registers: int = 240
 
 
-LAUNCHES: dict[str, CodesLaunch] = {  # by the wider of the two kinds
+# By the wider of the two kinds, measured on an H200 (lab/LOG_gpu_codes.md): eight-bit tiles keep
+# memory busy with fewer programs, and each one less is a part less to join.
+LAUNCHES: dict[str, CodesLaunch] = {
     "int4": CodesLaunch(8),
     "int8": CodesLaunch(6),
     "fp8": CodesLaunch(6),
