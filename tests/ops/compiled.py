@@ -98,31 +98,31 @@ def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> An
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon_codes_kernel import codes_kernel
-    from saccade.ops.attend.gluon_codes_launch import LAUNCHES
+    from saccade.ops.attend.gluon_codes_launch import LAUNCHES, options
+    from saccade.ops.attend.triton_quantized import Coded
     from saccade.ops.tiles import Bounds
 
     def plane(heads: int, rows: int, width: int, dtype: torch.dtype) -> Plane:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
         return Plane(x, *x.stride()[:3])
 
-    def codes(kind: str) -> Plane:
-        return plane(8, 8192, dim // 2 if kind == "int4" else dim, torch.uint8)
+    def codes(kind: str, numbers: Plane) -> Coded:
+        width = dim // 2 if kind == "int4" else dim
+        return Coded(plane(8, 8192, width, torch.uint8), numbers, numbers)
 
-    launch = min((LAUNCHES[kind_k], LAUNCHES[kind_v]), key=lambda launch: launch.tiles)
-    channels = plane(8, 128, dim, torch.float16)
-    tokens = plane(8, 8192, dim // 64, torch.float16)
+    launch = LAUNCHES[max((kind_k, kind_v), key=lambda kind: kind != "int4")]
     arguments: dict[str, Any] = {
-        "q": plane(32, 1, dim, torch.bfloat16), "k_codes": codes(kind_k), "k_scale": channels,
-        "k_offset": channels, "v_codes": codes(kind_v), "v_scale": tokens, "v_offset": tokens,
+        "q": plane(32, 1, dim, torch.bfloat16),
+        "k": codes(kind_k, plane(8, 128, dim, torch.float16)),
+        "v": codes(kind_v, plane(8, 8192, dim // 64, torch.float16)),
         "out": plane(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
-        "bounds": Bounds(), "window": None, "scale": 0.1, "q_len": 1, "k_len": 8192,
-        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8, "GROUPS": 4,
-        "D": dim, "KIND_K": kind_k, "KIND_V": kind_v, "K_GROUP": 64, "V_GROUPS": dim // 64,
-        "TILES": launch.tiles, "WARPS": launch.warps, "CAUSAL": True, "AHEAD": launch.ahead,
-        "EARLY": True,
+        "bounds": Bounds(), "rules": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
+        "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
+        "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
+        "V_GROUPS": dim // 64, "CAUSAL": True, "EARLY": True,
     }  # fmt: skip
-    options = {"num_warps": launch.warps}
-    return compile_for(codes_kernel, options=options, source=GluonASTSource, **arguments)
+    how = {name: value for name, value in options(launch).items() if name != "launch_pdl"}
+    return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
 
 
 def compile_decode(dim: int, page: int) -> Any:
