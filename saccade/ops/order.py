@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 
-from saccade.core import BadInput
+from saccade.core import BadInput, DenseKV
 from saccade.ops import tuning
 from saccade.ops.attend import sdpa
 from saccade.ops.call import AttentionCall
@@ -72,6 +72,7 @@ class Rule:
             and pattern_of(call) in self.pattern
             and call.needs_grad == self.training
             and (not self.square or call.q.shape[2] == call.kv.shape[2])
+            and even_rows(call)
         )
 
     def fits_size(self, call: AttentionCall) -> bool:
@@ -112,6 +113,13 @@ def pattern_of(call: AttentionCall) -> str:
         return "all"
     window = call.mask.window
     return "causal" if window is None or window >= call.kv.shape[2] else "window"
+
+
+def even_rows(call: AttentionCall) -> bool:
+    """Whether rows are stored one after the other and equally long: nothing else was measured."""
+    own = (call.lengths, call.cu_seqlens)
+    dense = isinstance(call.kv, DenseKV) and isinstance(call.q_offset, int)
+    return dense and all(part is None for part in own)
 
 
 def rows_of(call: AttentionCall) -> int:
