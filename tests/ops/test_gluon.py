@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
-from saccade.ops import attend, attention, explain, order
+from saccade.ops import attend, attention, explain
 from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
 from tests.ops.cases import MASKS, Case, on
@@ -212,20 +212,16 @@ def test_documents_become_tiles_with_the_longest_last():
     ]  # fmt: skip
 
 
-def test_auto_leaves_what_was_not_measured_to_others(monkeypatch):
-    """Pages and rows of different lengths run by name alone."""
-    monkeypatch.setattr(gluon, "refusal", lambda call: None)
-    rule = order.Rule(order=("gluon",), why="", source="")
-    q = torch.empty(1, 4, 256, 64)
-    pool, numbers = torch.empty(16, 4, 64, 64), torch.zeros(1, 16).int()
-    plain = make_call(q, DenseKV(q, q), mask=Mask())
-    assert rule.fits(plain)
-    assert not rule.fits(make_call(q, DenseKV(q, q), mask=Mask(), lengths=torch.tensor([200])))
-    assert not rule.fits(
-        make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=torch.tensor([0, 256]))
-    )
-    pages = PagedKV(pool, pool, numbers, torch.tensor([300]).int(), 300)
-    assert not rule.fits(make_call(q, pages, mask=Mask()))
+def test_the_table_of_documents_is_made_once_for_all_layers():
+    from saccade.ops.attend.gluon_extents import documents_of
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    q, cu = torch.empty(1, 2, 278, 64), torch.tensor([0, 200, 278])
+    problem = dense_problem(make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=cu))
+    once = documents_of(problem, 128)
+    assert documents_of(problem, 128) is once and documents_of(problem, 64) is not once
+    cu[1] = 100
+    assert not torch.equal(documents_of(problem, 128), once)
 
 
 def test_refuses_cpu_tensors_in_a_sentence():

@@ -145,7 +145,9 @@ def run(call: AttentionCall) -> AttentionOutput:
     from saccade.ops.attend.triton_problem import dense_problem, problem_of
 
     kv = call.kv
+    # Laid out as the queries are, which models turn into rows of tokens without a copy.
+    out = torch.empty_like(call.q)
     if not isinstance(kv, PagedKV):
-        return forward(dense_problem(call))
+        return forward(dense_problem(call), out=out)
     lengths = kv.lengths if call.lengths is None else torch.minimum(kv.lengths, call.lengths)
-    return forward(problem_of(call, kv.k, kv.v, lengths), table=kv.table)
+    return forward(problem_of(call, kv.k, kv.v, lengths), table=kv.table, out=out)

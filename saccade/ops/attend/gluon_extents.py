@@ -15,9 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from saccade.core.read_once import capturing
 from saccade.ops.attend.triton_problem import Problem
+from saccade.ops.documents import numbers
 from saccade.ops.whole import cdiv
 
+REMEMBERED = 16  # tables of documents, 32 bytes a tile each
 FIELDS = 8  # numbers of a tile of packed queries, of which five are used: 32 bytes, read at once
 
 
@@ -83,10 +86,27 @@ def clear_tail(v_mem, v_at, v_full, real):
 def documents_of(problem: Problem, block: int) -> Tensor:
     """`Extents.documents`: tiles of `block` queries, those with most keys to visit last.
 
-    How many tiles there are is an upper bound known on the host; those too many have no rows.
+    Made once for all layers of a model; a CUDA graph makes it anew every time it runs.
     """
     assert problem.cu_q is not None and problem.cu_k is not None
-    cu_q, cu_k = problem.cu_q.to(torch.int32), problem.cu_k.to(torch.int32)
+    cu_q, cu_k, device = problem.cu_q, problem.cu_k, problem.q.device
+    if capturing(device) or cu_q.is_inference() or cu_k.is_inference():
+        return _documents(cu_q, cu_k, problem, block)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    key = (numbers(cu_q), numbers(cu_k), block, problem.causal, problem.window, device, stream)
+    if key not in _MADE:
+        while len(_MADE) >= REMEMBERED:
+            del _MADE[next(iter(_MADE))]
+        _MADE[key] = _documents(cu_q, cu_k, problem, block)
+    return _MADE[key]
+
+
+_MADE: dict[Any, Tensor] = {}
+
+
+def _documents(cu_q: Tensor, cu_k: Tensor, problem: Problem, block: int) -> Tensor:
+    """How many tiles there are is an upper bound known on the host; those too many have no rows."""
+    cu_q, cu_k = cu_q.to(torch.int32), cu_k.to(torch.int32)
     tiles = cdiv(problem.q.shape[2], block) + len(cu_q) - 1
     last = (cu_q.diff() + block - 1).div(block, rounding_mode="floor").cumsum(0, dtype=torch.int32)
     index = torch.arange(tiles, device=cu_q.device, dtype=torch.int32)

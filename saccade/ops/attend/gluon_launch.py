@@ -70,17 +70,23 @@ def launch_of(problem: Problem) -> GluonLaunch:
 
 
 def forward(
-    problem: Problem, launch: GluonLaunch | None = None, *, table: Tensor | None = None
+    problem: Problem,
+    launch: GluonLaunch | None = None,
+    *,
+    table: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> AttentionOutput:
     """Output and lse of a problem that the backend has accepted.
 
     Args:
         table: the pages of each row, where k and v of the problem are a pool of pages.
+        out: where the output goes; default a contiguous tensor.
     """
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     launch = launch or launch_of(problem)
-    out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     extents = extents_of(problem, launch, table)
     tiles = triton.cdiv(q_len, launch.block_m)
