@@ -88,17 +88,13 @@ def forward(
     if out is None:
         out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    extents = extents_of(problem, launch, table)
-    tiles = triton.cdiv(q_len, launch.block_m)
-    if extents.documents is not None:
-        tiles = len(extents.documents)
+    extents, tiles = extents_of(problem, launch, table)
     work = tiles * batch * heads
-    programs = min(work, tuning.multiprocessors(q.device))
     # A tile lies in one block of a selection, so lists of tiles say everything about it.
     beside_lists = problem if problem.allowed is None else replace(problem, allowed=None)
     allow_scratch()
     with on(q.device):
-        forward_kernel[(programs,)](
+        forward_kernel[(min(work, tuning.multiprocessors(q.device)),)](
             *(plane(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
@@ -126,17 +122,22 @@ def forward(
     return AttentionOutput(out, lse)
 
 
-def extents_of(problem: Problem, launch: GluonLaunch, table: Tensor | None) -> Extents:
-    """Where rows begin and end, where that differs over the batch or over documents."""
-    lengths = problem.lengths
-    return Extents(
+def extents_of(problem: Problem, launch: GluonLaunch, table: Tensor | None) -> tuple[Extents, int]:
+    """Where rows begin and end, where that differs, and how many tiles of queries a row has."""
+    lengths, tiles = problem.lengths, triton.cdiv(problem.q.shape[2], launch.block_m)
+    documents = None
+    if problem.cu_q is not None:
+        documents = documents_of(problem, launch.block_m)
+        tiles = len(documents)
+    extents = Extents(
         problem.offsets,
         lengths,
         None if lengths is None else lengths.stride(0),
-        None if problem.cu_q is None else documents_of(problem, launch.block_m),
+        documents,
         table,
         None if table is None else table.stride(0),
     )
+    return extents, tiles
 
 
 def constants(launch: GluonLaunch) -> dict[str, int | bool]:
