@@ -155,6 +155,12 @@ def test_the_rules_for_hopper(monkeypatch):
     assert first(16384, 192) is None and first(32768, 192) == "sdpa"
     assert first(16384, 96) is first(32768, 96) is None
     assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
+    assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
+    found = {
+        name: next((rule.order[0] for rule in order.rules("sm_90") if rule.fits(call)), None)
+        for name, call in calls_by_rows().items()
+    }
+    assert found == dict.fromkeys(order.ROWS, "gluon") | {"short": None}
 
 
 def test_training_is_a_condition():
