@@ -1,8 +1,10 @@
 #!/bin/bash
 # Correctness on the card, and every kernel that time_rows.sh times, compiled.
-(for dim in 64 128 256; do for what in packed lengths pages; do
-  timeout 100 python lab/visit_forward.py $what $dim 2>&1 | grep -v "^ok" | tail -3 & done; done; wait) &
-(timeout 105 python -m pytest -p no:benchmark tests/ops/test_gluon.py -q -m gpu -n 6 2>&1 | tail -4) &
-(timeout 100 python lab/visit_rows.py compile 2>&1 | tail -5) &
-(timeout 100 python lab/visit_rows.py doors 2>&1 | tail -12) &
+export PYTHONPATH=lab/variants:$PYTHONPATH
+for p in "v0 dense" "tree dense" "vG dense" "tree packed" "vG packed" "tree pages"; do
+ timeout 108 python lab/visit_rows.py compile $p 2>&1 | grep -i "error\|BAD" | tail -3 & done
+(for d in 64 256; do timeout 50 python lab/visit_rows.py small $d 2>&1 | grep -i error | tail -3; done) &
+timeout 108 python lab/visit_rows.py more 128 2>&1 | grep -i error | tail -3 &
+timeout 108 python -m pytest -p no:benchmark tests/ops/test_gluon.py -q -m gpu -n 6 2>&1 | tail -6 &
 wait
+echo checked

@@ -16,6 +16,7 @@ from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
+from saccade.ops.tiles import Rules
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import BOUND, on_the_card
 
@@ -111,6 +112,62 @@ class TestOnTheCard:
         ours = attend(q, view, mask=mask, backend="gluon")
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
+
+    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
+    def test_programs_that_work_on_many_tiles(self, mask, dim):
+        """Six tiles of queries a program: what one leaves behind must not reach the next."""
+        q, k, v = (torch.randn(1, heads, 1536, dim, device="cuda") for heads in (64, 2, 2))
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        wide = [x.double() for x in (q, k, v)]
+        truth = attention(*wide, **mask, backend="reference")
+        ours = attention(q, k, v, **mask, backend="gluon")
+        assert (ours - truth).abs().max() < 2.5e-2
+        turned = attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **mask)
+        assert turned.transpose(1, 2).is_contiguous()
+        assert (turned - truth).abs().max() < 2.5e-2
+
+    def test_pages_of_queries_whose_place_the_host_knows(self):
+        """As a paged cache of a model asks: one offset for all rows, which end where they end."""
+        ends = torch.tensor([700, 650], device="cuda")
+        q, k, v = (
+            torch.randn(2, h, n, 64, device="cuda").bfloat16()
+            for h, n in ((6, 200), (2, 704), (2, 704))
+        )
+        pools = [x.view(2, 2, 44, 16, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)]
+        table = torch.arange(88, device="cuda", dtype=torch.int32).view(2, 44)
+        truth = attend(
+            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), lengths=ends, q_offset=500,
+            backend="reference",
+        )  # fmt: skip
+        view = PagedKV(*pools, table, ends.int(), 700)
+        ours = attend(q, view, mask=Mask(), q_offset=500, backend="gluon")
+        assert (ours.out - truth.out).abs().max() < 2.5e-2
+        assert (ours.lse - truth.lse).abs().max() < 1e-3
+
+    def test_documents_are_read_once_and_graphs_follow_them(self):
+        """The second call does not wait for the card; a graph reads what is there when it runs."""
+        q, k, v = (torch.randn(1, h, 512, 64, device="cuda").bfloat16() for h in (6, 2, 2))
+        cu = torch.tensor([0, 100, 512], device="cuda", dtype=torch.int32)
+
+        def run():
+            return attention(q, k, v, cu_seqlens=cu, backend="gluon")
+
+        once = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(once, again)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        graph.replay()
+        assert torch.equal(once, captured)
+        cu[1] = 300
+        graph.replay()
+        assert torch.equal(run(), captured) and not torch.equal(once, captured)
 
     @pytest.mark.parametrize("offset", [-50, 5, 300])
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=40), Mask(causal=False)], ids=str)
@@ -246,18 +303,26 @@ def test_compiles_for_hopper_without_waiting_products(dim):
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [{}, {"listed": True}, {"rows": "packed"}, {"rows": "lengths", "page": 16}],
-    ids=["plain", "blocks", "packed", "pages"],
+    ("dim", "variant"),
+    [
+        (64, {}),
+        (128, {}),
+        (256, {}),
+        (128, {"rules": Rules(window=1024)}),
+        (128, {"listed": True}),
+        (128, {"rows": "packed"}),
+        (128, {"rows": "lengths", "page": 16}),
+    ],
+    ids=["64", "128", "256", "window", "blocks", "packed", "pages"],
 )
-def test_products_are_not_serialised_and_nothing_spills(tmp_path, variant):
+def test_products_are_not_serialised_and_nothing_spills(tmp_path, dim, variant):
     """What ptxas says about the kernel; with another order of issue it says the contrary."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon
 
     source = tmp_path / "kernel.ptx"
-    source.write_text(compile_gluon(128, **variant).asm["ptx"])
+    source.write_text(compile_gluon(dim, **variant).asm["ptx"])
     command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
     done = subprocess.run(
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
