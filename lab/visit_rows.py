@@ -216,108 +216,6 @@ def seconds_once(run):
     return begin.elapsed_time(end) / 1e3
 
 
-def variants(names, compile_only=False, parts=("dense", "packed", "pages")):
-    """Copies of the kernel in turn, on the same card at the same heat."""
-    sys.path.insert(0, "lab/variants")
-    from choose import kernel
-
-    from saccade.ops.attend import gluon_launch
-
-    tree = gluon_launch.forward_kernel
-    kernels = {name: tree if name == "tree" else kernel(name) for name in names}
-    launches = (
-        gluon_launch.OWN_ROWS,
-        gluon_launch.OWN_ROWS | {64: gluon_launch.GluonLaunch(3, 128, 2, 3, 3, 152)},
-    )
-
-    def with_variant(run, name, rows=0):
-        def call():
-            gluon_launch.forward_kernel, gluon_launch.OWN_ROWS = kernels[name], launches[rows]
-            return run()
-
-        return call
-
-    def compared(what, run, work, dim, options, peer=None):
-        """Every variant twice, at D 64 and with rows of their own also in three groups of warps."""
-        some = [name for name in names if dim == 128 or name in ("v0", "tree")]
-        if what != "dense":
-            some = [name for name in some if name != "v0"]
-        if not some:
-            return
-        truth = with_variant(run, some[0])()
-        runs = {name: with_variant(run, name) for name in some}
-        if dim == 64 and what != "dense":
-            runs |= {f"{name} three": with_variant(run, name, 1) for name in some}
-        for name, other in runs.items():
-            off = (out_of(other()) - out_of(truth)).abs().max().item()
-            if not off < 1e-2:
-                print("BAD", name, what, dim, options, off)
-        if not compile_only:
-            runs |= {f"{name}'": other for name, other in runs.items()}
-            runs |= {"cudnn": peer} if peer else {}
-        line(f"{what} D{dim} {options}", work, runs, 5)
-
-    for dim, whole, options in DENSE if "dense" in parts else ():
-        length = 1024 if compile_only else whole
-        q, k, v = (rand(1, h, length, dim) for h in (32, 8, 8))
-        run = partial(attention, q, k, v, **options, backend="gluon")
-        work = 4 * 32 * dim * pairs_of(length, **options)
-        peer = None if "window" in options else partial(cudnn, q, k, v, **options)
-        compared("dense", run, work, dim, f"{length} {options}", peer)
-    for dim in (128, 64) if "packed" in parts else ():
-        for whole in ([4096] * 8, [512] * 64):
-            lens = [n // 8 for n in whole] if compile_only else whole
-            q, k, v = (rand(1, h, sum(lens), dim) for h in (32, 8, 8))
-            cu = torch.tensor([0, *lens], device="cuda", dtype=torch.int32).cumsum(0)
-            run = partial(attention, q, k, v, cu_seqlens=(cu, cu), backend="gluon")
-            work = 4 * 32 * dim * sum(map(pairs_of, lens))
-            compared("packed", run, work, dim, f"{len(lens)} x {lens[0]}")
-    for dim in (64,) if "pages" in parts else ():
-        total = 2048 if compile_only else 8192
-        ends = torch.tensor([total], device="cuda")
-        q, k, v = (rand(1, h, total, dim) for h in (32, 8, 8))
-        run = partial(attend, q[:, :, -1024:], view_of(k, v, ends, 16), mask=Mask(),
-                      backend="gluon")  # fmt: skip
-        work = 4 * 32 * dim * (1024 * (total - 1024) + pairs_of(1024))
-        compared("pages of 16", run, work, dim, f"1024 of {total}")
-    gluon_launch.OWN_ROWS, gluon_launch.forward_kernel = launches[0], tree
-
-
-def out_of(found):
-    return found if isinstance(found, torch.Tensor) else found.out
-
-
-def small(dim):
-    """Where rules begin: few documents, short rows, few queries."""
-    for lens in ([512] * 8, [1024] * 4, [256] * 16, [256] * 128, [512] * 2):
-        q, k, v = (rand(1, h, sum(lens), dim) for h in (32, 8, 8))
-        cu = torch.tensor([0, *lens], device="cuda", dtype=torch.int32).cumsum(0)
-        work = 4 * 32 * dim * sum(map(pairs_of, lens))
-        run = partial(attention, q, k, v, cu_seqlens=(cu, cu))
-        runs = {who: partial(run, backend=who) for who in ("gluon", "triton")}
-        line(f"packed D{dim} {len(lens)} x {lens[0]}..", work, runs, 5)
-
-
-def more(dim):
-    for lens in ([4096] * 8, [512] * 64):
-        q, k, v = (rand(1, h, sum(lens), dim) for h in (32, 8, 8))
-        cu = torch.tensor([0, *lens], device="cuda", dtype=torch.int32).cumsum(0)
-        for options in ({"causal": False}, {"window": 1024}):
-            work = 4 * 32 * dim * sum(pairs_of(n, **options) for n in lens if n > 1024)
-            work = work or 4 * 32 * dim * sum(map(pairs_of, lens))
-            run = partial(attention, q, k, v, cu_seqlens=(cu, cu), **options)
-            runs = {who: partial(run, backend=who) for who in ("gluon", "triton")}
-            line(f"packed D{dim} {len(lens)} x {lens[0]} {options}", work, runs, 5)
-    for count, ends in ((1024, 1024), (256, 4096)):
-        q, k, v = (rand(4, h, n, dim) for h, n in ((32, count), (8, ends), (8, ends)))
-        lens = torch.full((4,), ends, device="cuda")
-        work = 4 * 4 * 32 * dim * (count * (ends - count) + pairs_of(count))
-        run = partial(attention, q, k, v, lengths=lens)
-        runs = {who: partial(run, backend=who) for who in ("gluon", "triton")}
-        line(f"lengths D{dim} 4 x {count} of {ends}", work, runs, 5)
-    chunks(dim, (256, 1024), 1024, (16,), repeats=5)
-
-
 def host():
     """What a call costs the host."""
     q, k, v = (rand(1, h, 256, 128) for h in (32, 8, 8))
@@ -344,15 +242,27 @@ def time():
     print(torch.cuda.get_device_name(), flush=True)
     a = rand(8192, 8192)
     print("matmul", f"{2 * 8192**3 / seconds(partial(torch.mm, a, a)) / 1e12:.0f}", flush=True)
-    variants(["v0", "tree", "vG"])
+    dense()
     for dim in (128, 64, 256):
-        small(dim)
-    more(128)
+        packed(dim, PACKED if dim == 128 else PACKED[:3])
+        lengths(dim)
+    chunks(128, (32, 64, 128, 256, 512, 2048), 8192, (16,))
+    chunks(128, (64, 512, 2048), 32768, (16, 128), repeats=3)
+    chunks(64, (128, 512, 2048), 8192, (16, 128))
+    chunks(256, (128, 512, 2048), 8192, (16, 64))
     host()
+    power()
+
+
+def compile():
+    """What time() runs, small."""
+    dense(compile_only=True)
+    for dim in (64, 128, 256):
+        lengths(dim)
+        packed(dim, PACKED[:1], 8)
+        for page in (16, 64, 128):
+            chunks(dim, (32, 128), 2048, (page,), repeats=1)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        variants(sys.argv[2:3], compile_only=True, parts=sys.argv[3:])
-    else:
-        globals()[sys.argv[1]](*map(eval, sys.argv[2:]))
+    globals()[sys.argv[1]]()

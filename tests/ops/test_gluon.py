@@ -305,7 +305,6 @@ def test_compiles_for_hopper_without_waiting_products(dim):
 @pytest.mark.parametrize(
     ("dim", "variant"),
     [
-        (64, {}),
         (128, {}),
         (256, {}),
         (128, {"rules": Rules(window=1024)}),
@@ -313,7 +312,7 @@ def test_compiles_for_hopper_without_waiting_products(dim):
         (128, {"rows": "packed"}),
         (128, {"rows": "lengths", "page": 16}),
     ],
-    ids=["64", "128", "256", "window", "blocks", "packed", "pages"],
+    ids=["128", "256", "window", "blocks", "packed", "pages"],
 )
 def test_products_are_not_serialised_and_nothing_spills(tmp_path, dim, variant):
     """What ptxas says about the kernel; with another order of issue it says the contrary."""

@@ -97,19 +97,20 @@ def test_conditions(conditions, call, fits):
     assert Rule(order=("gluon",), **WINS, **conditions).fits(call) == fits
 
 
-def calls_by_rows():
-    """A call of 4096 keys for each of order.ROWS, and one whose documents are short."""
-    q, k, v = meta()
-    pool = torch.empty(64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
-    ends, table = torch.tensor([4096]), torch.empty(1, 64, dtype=torch.int32, device="meta")
-    packed = {n: torch.arange(0, 4097, 4096 // n, dtype=torch.int32) for n in (2, 64)}
+def calls_by_rows(length=4096):
+    """A call for each of order.ROWS, and one whose documents are short."""
+    q, k, v = meta(length)
+    pool = torch.empty(length // 64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
+    ends = torch.tensor([length])
+    table = torch.empty(1, length // 64, dtype=torch.int32, device="meta")
+    packed = {n: torch.arange(0, length + 1, length // n, dtype=torch.int32) for n in (2, 256)}
     dense, mask = DenseKV(k, v), Mask()
     return {
         "even": make_call(q, dense, mask=mask),
         "packed": make_call(q, dense, mask=mask, cu_seqlens=packed[2]),
         "lengths": make_call(q, dense, mask=mask, lengths=ends),
-        "pages": make_call(q, PagedKV(pool, pool, table, ends.int(), 4096), mask=mask),
-        "short": make_call(q, dense, mask=mask, cu_seqlens=packed[64]),
+        "pages": make_call(q, PagedKV(pool, pool, table, ends.int(), length), mask=mask),
+        "short": make_call(q, dense, mask=mask, cu_seqlens=packed[256]),
     }
 
 
@@ -124,7 +125,7 @@ def test_documents_count_by_their_mean_length(a_card):
     a_card(Rule(order=("gluon",), rows=("packed",), min_keys=1024, **WINS))
     verdicts = {name: dict(choose.explain(call)) for name, call in calls_by_rows().items()}
     assert verdicts["packed"]["gluon"] == "chosen: twice the speed (some_record)"
-    assert verdicts["short"]["gluon"].endswith("here 64 and 131072")
+    assert verdicts["short"]["gluon"].endswith("here 16 and 131072")
     assert verdicts["even"]["triton"] == verdicts["short"]["triton"] == "chosen"
 
 
@@ -158,7 +159,7 @@ def test_the_rules_for_hopper(monkeypatch):
     assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
     found = {
         name: next((rule.order[0] for rule in order.rules("sm_90") if rule.fits(call)), None)
-        for name, call in calls_by_rows().items()
+        for name, call in calls_by_rows(32768).items()
     }
     assert found == dict.fromkeys(order.ROWS, "gluon") | {"short": None}
 
