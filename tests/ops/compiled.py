@@ -67,22 +67,41 @@ def compile_for(
     return triton.compile(parsed, target=target, options=options)
 
 
-def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> Any:
-    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it."""
+def compile_gluon(
+    dim: int, rules: Rules = RULES, *, listed: bool = False, rows: str = "", page: int | None = None
+) -> Any:
+    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
+
+    Args:
+        rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
+    """
+    from saccade.ops.attend.gluon_extents import Extents
     from saccade.ops.attend.gluon_forward import forward_kernel
-    from saccade.ops.attend.gluon_launch import LAUNCHES, TWO_CONSUMERS, constants, options
+    from saccade.ops.attend.gluon_launch import (
+        LAUNCHES,
+        OWN_ROWS,
+        TWO_CONSUMERS,
+        constants,
+        options,
+    )
 
     def plane(heads: int) -> Plane:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return Plane(x, *x.stride()[:3])
 
     launch = (TWO_CONSUMERS if listed or rules.window else LAUNCHES)[dim]
+    launch = OWN_ROWS[dim] if rows else launch
+    numbers = torch.empty(64, dtype=torch.int32, device="meta")
+    extents = Extents(documents=numbers) if rows == "packed" else Extents()
+    if rows == "lengths":
+        extents = Extents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
+        extents = extents if page else extents._replace(pages=None, pages_row=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
     visits = Visits(lists, lists, 0, 64 * 64, 64) if listed else Visits()
     arguments: dict[str, Any] = {
         "q": plane(32), "k": plane(8), "v": plane(8), "out": plane(32),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": rules,
-        "visits": visits,
+        "visits": visits, "extents": extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
     }  # fmt: skip

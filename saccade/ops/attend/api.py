@@ -22,6 +22,7 @@ from saccade.core.formats import FP8
 from saccade.core.scaled import codes_of, scale_of
 from saccade.ops import choose
 from saccade.ops.call import AttentionCall
+from saccade.ops.documents import check_bounds
 from saccade.ops.hadamard import rotate
 
 
@@ -281,12 +282,7 @@ def _document_bounds(
     if q.shape[0] != 1 or not isinstance(kv, DenseKV | ScaledKV):
         raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
     for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
-        steps = cu.tolist()
-        if cu.ndim != 1 or steps[:1] != [0] or steps[-1] != total or steps != sorted(steps):
-            raise ValueError(
-                f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, "
-                f"got {steps}."
-            )
+        check_bounds(name, cu, total)
     if bounds[0].shape != bounds[1].shape:
         raise ValueError("cu_seqlens for queries and keys must name the same number of documents.")
     return bounds
