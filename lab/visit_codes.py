@@ -3,6 +3,7 @@
 python lab/visit_codes.py check
 python lab/visit_codes.py growing      # counts on the device, poison behind them
 python lab/visit_codes.py time
+python lab/visit_codes.py rows         # more queries, other heads, beside Triton's kernel
 """
 
 import sys
@@ -72,7 +73,7 @@ def check():
         ("int8", half, 128, 64, (64, 2), 1, 1024, 0, 2, None),
     ]
     for case in cases:
-        for backend in ("gluon",) if case[0] != "fp8" else ("gluon", "triton"):
+        for backend in ("gluon",):
             try:
                 a, b, c, d = check_one(*case, backend)
                 fine = a <= 2 * b + 2e-3 and c <= max(2 * d, 1e-3)
@@ -121,52 +122,89 @@ def growing():
         print("ok  " if error < 4e-3 else "BAD ", "lengths", kind, error, flush=True)
 
 
-def measure(batch, length, kinds, launches, queries=1, baseline=True):
+def measure(batch, length, plans, queries=1, loops=None):
+    """One line a kind: microseconds and times bf16, by programs of a multiprocessor."""
     heads, kv_heads, dim = 32, 8, 128
     size = batch * kv_heads * length * dim * 4
-    sets = max(2, min(8, 400_000_000 // size + 1))
+    sets = max(2, min(20, 1_200_000_000 // size + 1))
     qs = [random(batch, heads, queries, dim) for _ in range(sets)]
     stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
-    loops = 4 if size < 2**28 else 1
-    base = None
-    if baseline:
-        base = graph_seconds(
-            [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
-             for q, (k, v) in zip(qs, stores, strict=True)], loops,
-        )  # fmt: skip
-        print(
-            f"B{batch} {length} q{queries} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s",
-            flush=True,
-        )
-    for kind in kinds:
+    loops = loops or max(1, 40 // sets if size < 2**28 else 1)
+    base = graph_seconds(
+        [lambda q=q, k=k, v=v: attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
+         for q, (k, v) in zip(qs, stores, strict=True)], loops,
+    )  # fmt: skip
+    print(f"B{batch} {length} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s", flush=True)
+    for kind, programs in plans.items():
         views = [view_of(k, v, kind) for k, v in stores]
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
-        for launch in launches:
-            gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), launch)
-            try:
+        line = f"  {kind}"
+        for per_sm in programs:
+            gluon_codes_launch.LAUNCHES = dict.fromkeys(
+                ("int4", "int8", "fp8"), CodesLaunch(per_sm)
+            )
+            took = graph_seconds(
+                [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
+                 for q, view in zip(qs, views, strict=True)], loops,
+            )  # fmt: skip
+            line += f" | {per_sm}: {took * 1e6:.1f} us {base / took:.2f}x {held / took / 1e9:.0f}"
+        print(line, flush=True)
+        del views
+
+
+PLANS = {"int4": [8, 6], "int8": [6, 8], "fp8": [6], "k8v4": [6]}
+
+
+def warm():
+    """Compile everything that is timed: kinds named on the command line."""
+    measure(1, 8192, {kind: PLANS[kind] for kind in sys.argv[2].split(",")}, loops=1)
+
+
+def rows():
+    """More rows than eight, and other heads, beside Triton's kernel for codes and for bf16."""
+    for dim, queries in ((64, 1), (64, 2), (64, 8), (128, 16), (128, 32)):
+        for batch, length in ((1, 32768), (16, 8192)):
+            k, v = (random(batch, 8, length, dim) for _ in range(2))
+            qs = [random(batch, 32, queries, dim) for _ in range(2)]
+            views = {kind: view_of(k, v, kind) for kind in ("int4", "int8")}
+            pairs = [("bf16", DenseKV(k, v), "triton")]
+            pairs += [(kind, view, b) for kind, view in views.items() for b in ("gluon", "triton")]
+            line = f"rows {4 * queries} D{dim} B{batch} {length}"
+            for kind, view, backend in pairs:
                 took = graph_seconds(
-                    [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
-                     for q, view in zip(qs, views, strict=True)], loops,
+                    [lambda q=q, kv=view, b=backend: attend(q, kv, mask=Mask(), backend=b).out
+                     for q in qs], 1,
                 )  # fmt: skip
-                faster = f" {base / took:.2f}x" if base else ""
-                speed = f"{took * 1e6:.1f} us {held / took / 1e9:.0f} GB/s{faster}"
-                print(f"B{batch} {length} q{queries} {kind} {speed} {launch}", flush=True)
-            except Exception as error:
-                print(kind, launch, type(error).__name__, str(error)[:200], flush=True)
+                line += f" | {kind} {backend} {took * 1e6:.1f}"
+            print(line, flush=True)
+
+
+def profile(batch, length, kind):
+    """Microseconds of each kernel of one call, caches cold."""
+    k, v = (random(batch, 8, length, 128) for _ in range(2))
+    q, view = random(batch, 32, 1, 128), view_of(k, v, kind)
+    flush = torch.empty(2**27, device="cuda")
+    for _ in range(2):
+        attend(q, view, mask=Mask(), backend="gluon")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            flush.zero_()
+            attend(q, view, mask=Mask(), backend="gluon")
+    took = {e.key[:12]: f"{e.device_time:.1f}" for e in found.key_averages() if "kernel" in e.key}
+    print(f"profile B{batch} {length} {kind}", took, flush=True)
 
 
 def timing():
     print(torch.cuda.get_device_name(), ceilings(), flush=True)
-    four = [CodesLaunch(4, 4, 2), CodesLaunch(4, 2, 4), CodesLaunch(2, 4, 3, 168)]
-    eight = [CodesLaunch(2, 4, 2), CodesLaunch(2, 2, 4)]
-    for batch, length in ((1, 131072), (16, 8192), (1, 32768), (1, 8192)):
-        measure(batch, length, ["int4"], four[: 3 if length == 131072 else 2])
-        measure(batch, length, ["int8"], eight, baseline=False)
-        measure(batch, length, ["fp8", "k8v4"], eight[1:], baseline=False)
+    for batch, length in ((1, 131072), (16, 8192), (1, 8192), (1, 32768)):
+        measure(batch, length, PLANS)
         torch.cuda.empty_cache()
+    gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), CodesLaunch(8))
+    for batch, length in ((1, 131072), (16, 8192), (1, 8192)):
+        profile(batch, length, "int4")
 
 
 if __name__ == "__main__":
     begin = time.time()
-    {"check": check, "growing": growing, "time": timing}[sys.argv[1]]()
+    {"check": check, "growing": growing, "warm": warm, "rows": rows, "time": timing}[sys.argv[1]]()
     print(f"{time.time() - begin:.0f} s")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.cache import Cursor
 from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
+from saccade.core.read_once import ReadOnce
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
@@ -259,18 +260,26 @@ def _document_bounds(
         return None
     queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if isinstance(queries, Tensor):
-        return queries.long(), (keys if isinstance(keys, Tensor) else queries).long()
+        return queries, keys if isinstance(keys, Tensor) else queries
     positions = kwargs.get("position_ids")
     if not isinstance(positions, Tensor) or positions.ndim != 2 or kwargs.get("use_cache"):
         return None
     if positions.shape != (1, q_len):
         return None
+    bounds = _restarts(positions)
+    return None if bounds is None else (bounds, bounds)
+
+
+def _read_restarts(positions: Tensor) -> Tensor | None:
+    """Cumulative lengths of what lies between positions `[1, Lq]` that go back, None if none do."""
     starts = (positions[0].diff() <= 0).nonzero().flatten() + 1
     if starts.numel() == 0:
         return None
-    edge = starts.new_tensor([0]), starts.new_tensor([q_len])
-    bounds = torch.cat((edge[0], starts, edge[1]))
-    return bounds, bounds
+    edge = starts.new_tensor([0]), starts.new_tensor([positions.shape[1]])
+    return torch.cat((edge[0], starts, edge[1]))
+
+
+_restarts = ReadOnce(_read_restarts)  # once for all layers
 
 
 def _boolean(attention_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:

@@ -12,7 +12,17 @@ from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
 from saccade.ops import order
-from saccade.ops.attend import cpu, gluon, gluon_codes, gluon_fp8, reference, sdpa, tiled, triton
+from saccade.ops.attend import (
+    cpu,
+    gluon,
+    gluon_codes,
+    gluon_decode,
+    gluon_fp8,
+    reference,
+    sdpa,
+    tiled,
+    triton,
+)
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
@@ -77,7 +87,7 @@ def choose(call: AttentionCall, backend: str) -> Backend:
     rule = order.preferred(call)
     for name in _asked(rule):
         candidate = load(name)
-        if not _passed_over(name, rule, call) and candidate.refusal(call) is None:
+        if candidate.refusal(call) is None and not _passed_over(name, rule, call):
             return candidate
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
 
@@ -92,13 +102,19 @@ def _passed_over(name: str, rule: order.Rule | None, call: AttentionCall) -> boo
     """Whether `auto` leaves out a backend that could run the call."""
     if name not in ONLY_MEASURED:
         return False
-    if gluon_codes.reads(call.kv):  # rules are about plain keys
+    if gluon_codes.reads(call.kv):  # rules are about many queries over plain keys
         return gluon_codes.unmeasured(call) is not None
+    if gluon_decode.reads(call):
+        return gluon_decode.unmeasured(call) is not None
     return rule is None or name not in rule.order
 
 
 def _unmeasured(name: str, call: AttentionCall) -> str:
-    reason = gluon_codes.unmeasured(call) if gluon_codes.reads(call.kv) else None
+    reason = None
+    if gluon_codes.reads(call.kv):
+        reason = gluon_codes.unmeasured(call)
+    elif gluon_decode.reads(call):
+        reason = gluon_decode.unmeasured(call)
     return reason or order.unmeasured(name, call)
 
 

@@ -1,7 +1,7 @@
-"""Packed documents: run a backend document by document and join the results.
+"""Packed documents: where they begin and end, and how to run a backend one by one.
 
-For backends without kernels of their own for `cu_seqlens`.  Documents are disjoint, so attention
-inside each is the whole answer; positions restart at every document.
+Documents are disjoint, so attention inside each is the whole answer; positions restart at every
+document.
 """
 
 from __future__ import annotations
@@ -10,17 +10,45 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, ScaledKV
+from saccade.core.read_once import ReadOnce, capturing
 from saccade.ops.call import AttentionCall
+
+
+def _numbers(cu: Tensor) -> tuple[int, ...] | None:
+    return tuple(cu.tolist()) if cu.ndim == 1 else None
+
+
+numbers = ReadOnce(_numbers)  # cumulative lengths as the host knows them, None for other shapes
+
+
+def check_bounds(name: str, cu: Tensor, total: int) -> None:
+    """Raise ValueError unless cumulative lengths rise from 0 to `total`.
+
+    While a CUDA graph is recorded only those are checked that were read before.
+    """
+    if capturing(cu.device) and not numbers.knows(cu):
+        return
+    steps = numbers(cu)
+    if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
+        found = cu.tolist() if steps is None else list(steps)
+        raise ValueError(
+            f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, got {found}."
+        )
 
 
 def per_document(
     call: AttentionCall, run: Callable[[AttentionCall], AttentionOutput]
 ) -> AttentionOutput:
-    """`run` on every document of a packed call (batch 1), joined along the length."""
+    """`run` on every document of a packed call (batch 1), joined along the length.
+
+    For backends without kernels of their own for `cu_seqlens`.
+    """
     assert call.cu_seqlens is not None and isinstance(call.kv, DenseKV | ScaledKV)
-    q_bounds, k_bounds = (bounds.tolist() for bounds in call.cu_seqlens)
+    q_bounds, k_bounds = (numbers(bounds) for bounds in call.cu_seqlens)
+    assert q_bounds is not None and k_bounds is not None
     parts = []
     for i in range(len(q_bounds) - 1):
         q_len, k_len = q_bounds[i + 1] - q_bounds[i], k_bounds[i + 1] - k_bounds[i]

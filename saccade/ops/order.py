@@ -22,14 +22,15 @@ from typing import Any, cast
 
 import torch
 
-from saccade.core import BadInput
+from saccade.core import BadInput, DenseKV, PagedKV
 from saccade.ops import tuning
-from saccade.ops.attend import sdpa
+from saccade.ops.attend import sdpa, triton
 from saccade.ops.call import AttentionCall
 
 SCHEMA = "saccade.order/1"
 FOLDER = Path(__file__).parent / "measured" / "backends"
 PATTERNS = ("causal", "all", "window")
+ROWS = ("even", "packed", "lengths", "pages")
 WIDEST = 4096
 
 
@@ -44,7 +45,10 @@ class Rule:
         head_dim: smallest and largest head dimension; pattern: of PATTERNS.
         training: whether gradients will be asked for.
         square: as many queries as keys.
-        min_keys, max_keys: of a row; min_rows: batch x heads x queries.
+        rows: of ROWS, how keys are stored: rows of one length, packed documents, rows of their
+            own lengths, pages.
+        min_keys, max_keys: of a row, or of a document on average; min_rows: batch x heads x
+            queries; min_queries: of a row, fewer being steps of decoding.
     """
 
     order: tuple[str, ...]
@@ -55,9 +59,11 @@ class Rule:
     pattern: tuple[str, ...] = PATTERNS
     training: bool = False
     square: bool = False
+    rows: tuple[str, ...] = ("even",)
     min_keys: int = 0
     max_keys: int | None = None
     min_rows: int = 0
+    min_queries: int = triton.MANY_QUERIES + 1
 
     def fits(self, call: AttentionCall) -> bool:
         """Whether the call is one of those that were measured."""
@@ -72,13 +78,15 @@ class Rule:
             and pattern_of(call) in self.pattern
             and call.needs_grad == self.training
             and (not self.square or call.q.shape[2] == call.kv.shape[2])
+            and kind_of_rows(call) in self.rows
         )
 
     def fits_size(self, call: AttentionCall) -> bool:
         """Whether it is as long, and fills a card as much, as what was measured."""
-        keys = call.kv.shape[2]
+        keys = keys_of(call)
         longest = self.max_keys is None or keys <= self.max_keys
-        return self.min_keys <= keys and longest and self.min_rows <= rows_of(call)
+        enough = self.min_rows <= rows_of(call) and self.min_queries <= call.q.shape[2]
+        return self.min_keys <= keys and longest and enough
 
 
 def rules_for(device: torch.device) -> tuple[Rule, ...]:
@@ -100,9 +108,11 @@ def unmeasured(name: str, call: AttentionCall) -> str:
     near = [r for r in rules_for(call.q.device) if name in r.order and r.fits_shape(call)]
     if not near:
         return "it was measured to win only for other calls"
+    if call.q.shape[2] < near[0].min_queries:
+        return f"it was measured to win only from {near[0].min_queries} queries a row"
     return (
         f"it was measured to win only from {near[0].min_keys} keys and {near[0].min_rows} rows "
-        f"(batch x heads x queries), here {call.kv.shape[2]} and {rows_of(call)}"
+        f"(batch x heads x queries), here {keys_of(call)} and {rows_of(call)}"
     )
 
 
@@ -112,6 +122,24 @@ def pattern_of(call: AttentionCall) -> str:
         return "all"
     window = call.mask.window
     return "causal" if window is None or window >= call.kv.shape[2] else "window"
+
+
+def kind_of_rows(call: AttentionCall) -> str:
+    """One of ROWS, or another view's name, for which nothing was measured."""
+    if call.cu_seqlens is not None:
+        return "packed"
+    if isinstance(call.kv, PagedKV):
+        return "pages"
+    if not isinstance(call.kv, DenseKV):
+        return type(call.kv).__name__
+    even = call.lengths is None and isinstance(call.q_offset, int)
+    return "even" if even else "lengths"
+
+
+def keys_of(call: AttentionCall) -> int:
+    """Keys of a row; of packed documents on average, which the host knows without asking."""
+    documents = 1 if call.cu_seqlens is None else max(1, len(call.cu_seqlens[1]) - 1)
+    return call.kv.shape[2] // documents
 
 
 def rows_of(call: AttentionCall) -> int:
@@ -157,8 +185,10 @@ def _rule(row: dict[str, Any]) -> Rule:
     parts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     made = Rule(**parts)
     strange = [name for name in made.pattern if name not in PATTERNS]
+    strange += [name for name in made.rows if name not in ROWS]
     if strange or not made.order or len(made.head_dim) != 2:
         raise ValueError(
-            f"pattern takes {', '.join(PATTERNS)}, order needs a backend and head_dim two numbers"
+            f"pattern takes {', '.join(PATTERNS)}, rows {', '.join(ROWS)}; order needs a backend "
+            "and head_dim two numbers"
         )
     return made

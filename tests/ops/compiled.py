@@ -67,22 +67,41 @@ def compile_for(
     return triton.compile(parsed, target=target, options=options)
 
 
-def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> Any:
-    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it."""
+def compile_gluon(
+    dim: int, rules: Rules = RULES, *, listed: bool = False, rows: str = "", page: int | None = None
+) -> Any:
+    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
+
+    Args:
+        rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
+    """
+    from saccade.ops.attend.gluon_extents import Extents
     from saccade.ops.attend.gluon_forward import forward_kernel
-    from saccade.ops.attend.gluon_launch import LAUNCHES, TWO_CONSUMERS, constants, options
+    from saccade.ops.attend.gluon_launch import (
+        LAUNCHES,
+        OWN_ROWS,
+        TWO_CONSUMERS,
+        constants,
+        options,
+    )
 
     def plane(heads: int) -> Plane:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return Plane(x, *x.stride()[:3])
 
     launch = (TWO_CONSUMERS if listed or rules.window else LAUNCHES)[dim]
+    launch = OWN_ROWS[dim] if rows else launch
+    numbers = torch.empty(64, dtype=torch.int32, device="meta")
+    extents = Extents(documents=numbers) if rows == "packed" else Extents()
+    if rows == "lengths":
+        extents = Extents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
+        extents = extents if page else extents._replace(pages=None, pages_row=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
     visits = Visits(lists, lists, 0, 64 * 64, 64) if listed else Visits()
     arguments: dict[str, Any] = {
         "q": plane(32), "k": plane(8), "v": plane(8), "out": plane(32),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": rules,
-        "visits": visits,
+        "visits": visits, "extents": extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
     }  # fmt: skip
@@ -98,31 +117,60 @@ def compile_gluon(dim: int, rules: Rules = RULES, *, listed: bool = False) -> An
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon_codes_kernel import codes_kernel
-    from saccade.ops.attend.gluon_codes_launch import LAUNCHES
+    from saccade.ops.attend.gluon_codes_launch import LAUNCHES, options
+    from saccade.ops.attend.triton_quantized import Coded
     from saccade.ops.tiles import Bounds
 
     def plane(heads: int, rows: int, width: int, dtype: torch.dtype) -> Plane:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
         return Plane(x, *x.stride()[:3])
 
-    def codes(kind: str) -> Plane:
-        return plane(8, 8192, dim // 2 if kind == "int4" else dim, torch.uint8)
+    def codes(kind: str, numbers: Plane) -> Coded:
+        width = dim // 2 if kind == "int4" else dim
+        return Coded(plane(8, 8192, width, torch.uint8), numbers, numbers)
 
-    launch = min((LAUNCHES[kind_k], LAUNCHES[kind_v]), key=lambda launch: launch.tiles)
-    channels = plane(8, 128, dim, torch.float16)
-    tokens = plane(8, 8192, dim // 64, torch.float16)
+    launch = LAUNCHES[max((kind_k, kind_v), key=lambda kind: kind != "int4")]
     arguments: dict[str, Any] = {
-        "q": plane(32, 1, dim, torch.bfloat16), "k_codes": codes(kind_k), "k_scale": channels,
-        "k_offset": channels, "v_codes": codes(kind_v), "v_scale": tokens, "v_offset": tokens,
+        "q": plane(32, 1, dim, torch.bfloat16),
+        "k": codes(kind_k, plane(8, 128, dim, torch.float16)),
+        "v": codes(kind_v, plane(8, 8192, dim // 64, torch.float16)),
         "out": plane(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
-        "bounds": Bounds(), "window": None, "scale": 0.1, "q_len": 1, "k_len": 8192,
-        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8, "GROUPS": 4,
-        "D": dim, "KIND_K": kind_k, "KIND_V": kind_v, "K_GROUP": 64, "V_GROUPS": dim // 64,
-        "TILES": launch.tiles, "WARPS": launch.warps, "CAUSAL": True, "AHEAD": launch.ahead,
-        "EARLY": True,
+        "bounds": Bounds(), "rules": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
+        "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
+        "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
+        "V_GROUPS": dim // 64, "CAUSAL": True, "EARLY": True,
+    }  # fmt: skip
+    how = {name: value for name, value in options(launch).items() if name != "launch_pdl"}
+    return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
+
+
+def compile_decode(dim: int, page: int) -> Any:
+    """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
+    from saccade.ops.attend.gluon_decode_kernel import decode_kernel
+    from saccade.ops.attend.gluon_decode_launch import FEW
+    from saccade.ops.attend.triton_decode import Pages
+    from saccade.ops.tiles import Bounds
+
+    def plane(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Plane:
+        x = torch.empty(*shape, dtype=dtype, device="meta")
+        return Plane(x, *x.stride()[:3])
+
+    launch, keys, pages = FEW[dim], plane(1, 8, 8192, dim), Pages()
+    if page:
+        keys = plane(512, 8, page, dim)._replace(batch=0)
+        table = torch.empty(1, 512, dtype=torch.int32, device="meta")
+        pages = Pages(table, 512, 0, 8 * page * dim, 8 * page * dim)
+    arguments: dict[str, Any] = {
+        "q": plane(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages, "bounds": Bounds(),
+        "out": plane(16, 32, 1, dim, dtype=torch.float32), "rules": RULES, "sink_logits": None,
+        "lse": torch.empty(16, 1, 32, device="meta"), "scale": 0.1, "q_len": 1, "k_len": 8192,
+        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
+        "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
+        "CAUSAL": True,
+        "WARPS": launch.warps, "STAGES": launch.stages,
     }  # fmt: skip
     options = {"num_warps": launch.warps}
-    return compile_for(codes_kernel, options=options, source=GluonASTSource, **arguments)
+    return compile_for(decode_kernel, options=options, source=GluonASTSource, **arguments)
 
 
 def compile_gluon_backward(*, causal: bool = True) -> Any:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import saccade
-from saccade.core import DenseKV, Unsupported
+from saccade.core import DenseKV, Mask, PagedKV, Unsupported
+from saccade.ops.attend.api import make_call
 
 
 def qkv(heads=4, kv_heads=2, q_len=6, k_len=6, dim=16):
@@ -27,6 +28,20 @@ def test_queries_sit_at_the_end():
     q, k, v = qkv(q_len=6)
     whole = saccade.attention(q, k, v)
     assert torch.allclose(saccade.attention(q[:, :, 4:], k, v), whole[:, :, 4:], atol=1e-5)
+
+
+def test_one_token_over_pages_costs_no_kernels_for_its_place():
+    """It sees all keys of its row from any position behind them; several tokens do not."""
+    pool = torch.randn(4, 2, 16, 16)
+    table = torch.arange(4, dtype=torch.int32).view(2, 2)
+    view = PagedKV(pool, pool, table, torch.tensor([20, 7], dtype=torch.int32), 20)
+    q = torch.randn(2, 4, 2, 16)
+    offsets = [
+        make_call(q[:, :, :rows], view, mask=mask).q_offset
+        for rows, mask in ((1, Mask()), (2, Mask(causal=False)), (2, Mask()), (1, Mask(window=3)))
+    ]
+    assert offsets[:2] == [19, 18]
+    assert [x.tolist() for x in offsets[2:]] == [[18, 5], [19, 6]]
 
 
 def test_returns_lse_on_request():

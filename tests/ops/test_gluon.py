@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
-from saccade.core import BlockSelection, DenseKV, Mask, Unsupported
+from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attend import gluon
+from saccade.ops.attend.api import make_call
+from saccade.ops.tiles import Rules
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import BOUND, on_the_card
 
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
+MASKS_OF_ROWS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
@@ -63,6 +67,107 @@ class TestOnTheCard:
         blocks = BlockSelection(allowed=allowed, q_block=128, k_block=128)
         case = Case((6, 2), lengths, mask, "plain", head_dim=dim, options={"blocks": blocks})
         check(case, torch.bfloat16)
+
+    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
+    def test_packed_documents(self, mask, dim):
+        """Documents without queries, without keys, with fewer keys than queries, of many tiles."""
+        q_lens, k_lens = [300, 0, 1, 77, 513, 20, 128, 30], [300, 3, 70, 77, 700, 0, 128, 5]
+        cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
+        lengths = (sum(q_lens), sum(k_lens))
+        case = Case((6, 2), lengths, mask, "plain", head_dim=dim, batch=1)
+        case = replace(case, options={"cu_seqlens": cu})
+        check(case, torch.bfloat16)
+
+    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
+    def test_rows_of_their_own_lengths(self, mask, dim):
+        """What lies past the end of a row is NaN."""
+        check(Case((6, 2), (200, 720), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
+
+    @pytest.mark.parametrize("page", [16, 64, 128, 256])
+    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("mask", [Mask(), Mask(window=200, sinks=3)], ids=str)
+    def test_pages_in_any_order(self, mask, dim, page):
+        """Slots past the end of a row hold NaN, and its table numbers that mean nothing."""
+        ends = torch.tensor([700, 200, 333], device="cuda")
+        count = -(-700 // page)
+        q = torch.randn(3, 6, 200, dim, device="cuda", dtype=torch.bfloat16)
+        shape = (3 * count, 2, page, dim)
+        pools = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        table = torch.randperm(3 * count, device="cuda").view(3, count).int()
+        k, v = (
+            x[table.long()].transpose(1, 2).reshape(3, 2, count * page, dim).double() for x in pools
+        )
+        truth = attend(
+            q.double(), DenseKV(k, v), mask=mask, lengths=ends, backend="reference"
+        )  # fmt: skip
+        slot = torch.arange(count * page, device="cuda").view(count, page)
+        for x in pools:
+            for row in range(3):
+                past = (slot >= ends[row])[:, None, :, None]
+                x[table[row].long()] = x[table[row].long()].masked_fill(past, torch.nan)
+        table[slot[None, :, 0] >= ends[:, None]] = 10**6
+        view = PagedKV(*pools, table, ends.int(), 700)
+        ours = attend(q, view, mask=mask, backend="gluon")
+        assert (ours.out - truth.out).abs().max() < 2.5e-2
+        assert (ours.lse - truth.lse).abs().max() < 1e-3
+
+    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
+    def test_programs_that_work_on_many_tiles(self, mask, dim):
+        """Six tiles of queries a program: what one leaves behind must not reach the next."""
+        q, k, v = (torch.randn(1, heads, 1536, dim, device="cuda") for heads in (64, 2, 2))
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        wide = [x.double() for x in (q, k, v)]
+        truth = attention(*wide, **mask, backend="reference")
+        ours = attention(q, k, v, **mask, backend="gluon")
+        assert (ours - truth).abs().max() < 2.5e-2
+        turned = attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **mask)
+        assert turned.transpose(1, 2).is_contiguous()
+        assert (turned - truth).abs().max() < 2.5e-2
+
+    def test_pages_of_queries_whose_place_the_host_knows(self):
+        """As a paged cache of a model asks: one offset for all rows, which end where they end."""
+        ends = torch.tensor([700, 650], device="cuda")
+        q, k, v = (
+            torch.randn(2, h, n, 64, device="cuda").bfloat16()
+            for h, n in ((6, 200), (2, 704), (2, 704))
+        )
+        pools = [x.view(2, 2, 44, 16, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)]
+        table = torch.arange(88, device="cuda", dtype=torch.int32).view(2, 44)
+        truth = attend(
+            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), lengths=ends, q_offset=500,
+            backend="reference",
+        )  # fmt: skip
+        view = PagedKV(*pools, table, ends.int(), 700)
+        ours = attend(q, view, mask=Mask(), q_offset=500, backend="gluon")
+        assert (ours.out - truth.out).abs().max() < 2.5e-2
+        assert (ours.lse - truth.lse).abs().max() < 1e-3
+
+    def test_documents_are_read_once_and_graphs_follow_them(self):
+        """The second call does not wait for the card; a graph reads what is there when it runs."""
+        q, k, v = (torch.randn(1, h, 512, 64, device="cuda").bfloat16() for h in (6, 2, 2))
+        cu = torch.tensor([0, 100, 512], device="cuda", dtype=torch.int32)
+
+        def run():
+            return attention(q, k, v, cu_seqlens=cu, backend="gluon")
+
+        once = run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(once, again)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        graph.replay()
+        assert torch.equal(once, captured)
+        cu[1] = 300
+        graph.replay()
+        assert torch.equal(run(), captured) and not torch.equal(once, captured)
 
     @pytest.mark.parametrize("offset", [-50, 5, 300])
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=40), Mask(causal=False)], ids=str)
@@ -112,14 +217,14 @@ class TestOnTheCard:
         ("options", "reason"),
         [
             ({"softcap": 5.0}, "no softcap"),
-            ({"lengths": torch.tensor([40])}, "plain dense keys"),
+            ({"key_padding": torch.ones(1, 40).bool()}, "no key_padding"),
             ({"scale": -1.0}, "scale must be positive"),
             (
                 {"blocks": SMALL_BLOCKS},
                 "no multiples of its tiles",
             ),
         ],
-        ids=["softcap", "lengths", "scale", "blocks"],
+        ids=["softcap", "padding", "scale", "blocks"],
     )
     def test_refuses_in_a_sentence(self, options, reason):
         x = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
@@ -135,6 +240,45 @@ class TestOnTheCard:
         ):
             with pytest.raises(Unsupported, match=reason):
                 attention(wrong, wrong, wrong, backend="gluon")
+
+    def test_refuses_pages_that_do_not_fit_its_tiles(self):
+        q = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
+        table, ends = (
+            torch.zeros(1, 8, device="cuda").int(),
+            torch.tensor([40], device="cuda").int(),
+        )
+        for size, reason in ((8, "shorter than 16"), (48, "neither divide its tiles of 128")):
+            pool = torch.randn(8, 2, size, 64, device="cuda", dtype=torch.bfloat16)
+            with pytest.raises(Unsupported, match=reason):
+                attend(q, PagedKV(pool, pool, table, ends, 40), mask=Mask(), backend="gluon")
+
+
+def test_documents_become_tiles_with_the_longest_last():
+    from saccade.ops.attend.gluon_extents import documents_of
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    q_lens, k_lens = [200, 0, 1, 77], [300, 5, 70, 0]
+    cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
+    q, k = torch.empty(1, 2, 278, 64), torch.empty(1, 2, 375, 64)
+    call = make_call(q, DenseKV(k, k), mask=Mask(), cu_seqlens=cu)
+    found = documents_of(dense_problem(call), 128)[:, :5].tolist()
+    # Three tiles too many, the document without keys, that of one query, two tiles of the first.
+    assert [row[1] for row in found[:3]] == [0, 0, 0]
+    assert found[3:] == [
+        [201, 77, 375, 0, 0], [200, 1, 305, 70, 0], [0, 200, 0, 300, 0], [0, 200, 0, 300, 1],
+    ]  # fmt: skip
+
+
+def test_the_table_of_documents_is_made_once_for_all_layers():
+    from saccade.ops.attend.gluon_extents import documents_of
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    q, cu = torch.empty(1, 2, 278, 64), torch.tensor([0, 200, 278])
+    problem = dense_problem(make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=cu))
+    once = documents_of(problem, 128)
+    assert documents_of(problem, 128) is once and documents_of(problem, 64) is not once
+    cu[1] = 100
+    assert not torch.equal(documents_of(problem, 128), once)
 
 
 def test_refuses_cpu_tensors_in_a_sentence():
@@ -158,15 +302,26 @@ def test_compiles_for_hopper_without_waiting_products(dim):
     assert [asked, asked, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_products_are_not_serialised_and_nothing_spills(tmp_path, listed):
+@pytest.mark.parametrize(
+    ("dim", "variant"),
+    [
+        (128, {}),
+        (256, {}),
+        (128, {"rules": Rules(window=1024)}),
+        (128, {"listed": True}),
+        (128, {"rows": "packed"}),
+        (128, {"rows": "lengths", "page": 16}),
+    ],
+    ids=["128", "256", "window", "blocks", "packed", "pages"],
+)
+def test_products_are_not_serialised_and_nothing_spills(tmp_path, dim, variant):
     """What ptxas says about the kernel; with another order of issue it says the contrary."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon
 
     source = tmp_path / "kernel.ptx"
-    source.write_text(compile_gluon(128, listed=listed).asm["ptx"])
+    source.write_text(compile_gluon(dim, **variant).asm["ptx"])
     command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
     done = subprocess.run(
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from saccade.core import BadInput, DenseKV, Mask
+from saccade.core import BadInput, DenseKV, Mask, PagedKV
 from saccade.ops import choose, explain, order
 from saccade.ops.attend import gluon, sdpa, triton
 from saccade.ops.attend.api import make_call
@@ -76,13 +76,6 @@ def test_gluon_is_taken_only_where_it_was_measured(a_card):
     )
 
 
-def test_auto_does_not_ask_what_it_would_pass_over(a_card, monkeypatch):
-    """Steps of decoding are in a hurry, and no rule names the Gluon kernel for them."""
-    a_card()
-    monkeypatch.setattr(gluon, "refusal", lambda call: pytest.fail("asked"))
-    assert choose.choose(call_of(queries=1), "auto") is triton
-
-
 @pytest.mark.parametrize(
     ("conditions", "call", "fits"),
     [
@@ -96,10 +89,50 @@ def test_auto_does_not_ask_what_it_would_pass_over(a_card, monkeypatch):
         ({"square": True}, call_of(queries=64), False),
         ({"max_keys": 4095}, call_of(), False),
         ({"min_rows": 32 * 4096 + 1}, call_of(), False),
+        ({}, call_of(queries=16), False),
+        ({"min_queries": 1}, call_of(queries=16), True),
     ],
 )
 def test_conditions(conditions, call, fits):
     assert Rule(order=("gluon",), **WINS, **conditions).fits(call) == fits
+
+
+def calls_by_rows(length=4096):
+    """A call for each of order.ROWS, and one whose documents are short."""
+    q, k, v = meta(length)
+    pool = torch.empty(length // 64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
+    ends = torch.tensor([length])
+    table = torch.empty(1, length // 64, dtype=torch.int32, device="meta")
+    packed = {n: torch.arange(0, length + 1, length // n, dtype=torch.int32) for n in (2, 256)}
+    dense, mask = DenseKV(k, v), Mask()
+    return {
+        "even": make_call(q, dense, mask=mask),
+        "packed": make_call(q, dense, mask=mask, cu_seqlens=packed[2]),
+        "lengths": make_call(q, dense, mask=mask, lengths=ends),
+        "pages": make_call(q, PagedKV(pool, pool, table, ends.int(), length), mask=mask),
+        "short": make_call(q, dense, mask=mask, cu_seqlens=packed[256]),
+    }
+
+
+@pytest.mark.parametrize("kind", order.ROWS)
+def test_a_rule_speaks_of_one_kind_of_rows(kind):
+    rule = Rule(order=("gluon",), rows=(kind,), min_keys=1024, **WINS)
+    fitting = [name for name, call in calls_by_rows().items() if rule.fits(call)]
+    assert fitting == [kind]
+
+
+def test_documents_count_by_their_mean_length(a_card):
+    a_card(Rule(order=("gluon",), rows=("packed",), min_keys=1024, **WINS))
+    verdicts = {name: dict(choose.explain(call)) for name, call in calls_by_rows().items()}
+    assert verdicts["packed"]["gluon"] == "chosen: twice the speed (some_record)"
+    assert verdicts["short"]["gluon"].endswith("here 16 and 131072")
+    assert verdicts["even"]["triton"] == verdicts["short"]["triton"] == "chosen"
+
+
+def test_steps_of_decoding_are_not_prefill(a_card):
+    a_card(Rule(order=("gluon",), **WINS))
+    verdict = dict(explain(*meta(queries=16)))["gluon"]
+    assert verdict == "able, but it was measured to win only from 17 queries a row"
 
 
 def test_a_rule_about_one_kernel_needs_that_kernel(a_card, monkeypatch):
@@ -123,10 +156,16 @@ def test_the_rules_for_hopper(monkeypatch):
     assert first(16384, 192) is None and first(32768, 192) == "sdpa"
     assert first(16384, 96) is first(32768, 96) is None
     assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
+    assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
+    found = {
+        name: next((rule.order[0] for rule in order.rules("sm_90") if rule.fits(call)), None)
+        for name, call in calls_by_rows(32768).items()
+    }
+    assert found == dict.fromkeys(order.ROWS, "gluon") | {"short": None}
 
 
 def test_training_is_a_condition():
-    q, k, v = (torch.empty(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.empty(1, 2, 32, 16, requires_grad=True) for _ in range(3))
     call = make_call(q, DenseKV(k, v), mask=Mask())
     assert Rule(order=("sdpa",), training=True, **WINS).fits(call)
     assert not Rule(order=("sdpa",), **WINS).fits(call)
@@ -144,6 +183,7 @@ def test_cpu_calls_ask_no_rule():
         ({"order": [], **WINS}, "order needs a backend"),
         ({"order": ["gluon"], "heads": 3, **WINS}, "unknown condition 'heads'; there are order, "),
         ({"order": ["gluon"], "pattern": ["causl"], **WINS}, "pattern takes causal, all, window"),
+        ({"order": ["gluon"], "rows": ["paged"], **WINS}, "rows even, packed, lengths, pages"),
     ],
 )
 def test_wrong_rules_are_named(tmp_path, row, reason):

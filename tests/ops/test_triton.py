@@ -449,6 +449,17 @@ def moved(view, device):
 
 
 @runs_kernels
+def test_one_offset_for_all_rows():
+    """A tensor that repeats one number is not read past it."""
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (2, 9, 9))
+    offset = torch.tensor([3, 7])[:1].expand(2)
+    truth = attend(q, DenseKV(k, v), mask=Mask(), q_offset=offset, backend="reference")
+    where = {"mask": Mask(), "backend": "triton"}
+    ours = attend(q.to(DEVICE), DenseKV(*on(DEVICE, k, v)), q_offset=offset.to(DEVICE), **where)
+    assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dim", [2, 16, 128])
 def test_rotation_of_few_rows(dim):
     x = torch.randn(2, 3, 5, dim)

@@ -22,6 +22,7 @@ from saccade.core.formats import FP8
 from saccade.core.scaled import codes_of, scale_of
 from saccade.ops import choose
 from saccade.ops.call import AttentionCall
+from saccade.ops.documents import check_bounds
 from saccade.ops.hadamard import rotate
 
 
@@ -205,7 +206,9 @@ def make_call(
         kv=kv,
         mask=mask,
         scale=head_dim**-0.5 if scale is None else float(scale),
-        q_offset=_default_offset(q, kv, lengths) if q_offset is None else q_offset,
+        q_offset=_default_offset(q, kv, mask, lengths, alibi_slopes)
+        if q_offset is None
+        else q_offset,
         softcap=softcap,
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
@@ -256,10 +259,19 @@ def _check_scores(
         )
 
 
-def _default_offset(q: Tensor, kv: KVView, lengths: Tensor | None) -> int | Tensor:
-    """Queries end where their keys end: each row of the batch, or the view as a whole."""
+def _default_offset(
+    q: Tensor, kv: KVView, mask: Mask, lengths: Tensor | None, slopes: Tensor | None
+) -> int | Tensor:
+    """Queries end where their keys end: each row of the batch, or the view as a whole.
+
+    A last query that sees all keys of its row sees them from any position behind, so one token
+    costs no kernels for its place.
+    """
     ends = kv.lengths if isinstance(kv, PagedKV) else lengths
-    return kv.shape[2] - q.shape[2] if ends is None else ends.long() - q.shape[2]
+    sees_all = mask.window is None and (q.shape[2] == 1 or not mask.causal)
+    if ends is None or (sees_all and slopes is None):
+        return kv.shape[2] - q.shape[2]
+    return ends.long() - q.shape[2]
 
 
 def _document_bounds(
@@ -270,12 +282,7 @@ def _document_bounds(
     if q.shape[0] != 1 or not isinstance(kv, DenseKV | ScaledKV):
         raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
     for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
-        steps = cu.tolist()
-        if cu.ndim != 1 or steps[:1] != [0] or steps[-1] != total or steps != sorted(steps):
-            raise ValueError(
-                f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, "
-                f"got {steps}."
-            )
+        check_bounds(name, cu, total)
     if bounds[0].shape != bounds[1].shape:
         raise ValueError("cu_seqlens for queries and keys must name the same number of documents.")
     return bounds

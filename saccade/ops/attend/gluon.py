@@ -1,4 +1,4 @@
-"""Attention by a warp-specialised Gluon kernel on Hopper GPUs: prefill over plain dense keys.
+"""Attention by a warp-specialised Gluon kernel on Hopper GPUs: prefill over dense keys or pages.
 
 This module is what the chooser loads, on any machine, so it imports Triton only to run.
 """
@@ -11,12 +11,14 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, DenseKV
+from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops import tuning
-from saccade.ops.attend import gluon_codes
+from saccade.ops.attend import gluon_codes, gluon_decode
 from saccade.ops.call import AttentionCall
 
-DIMS = (64, 128, 256)
+KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by head dimension
+DIMS = tuple(KEYS)
+SHORTEST_PAGE = 16
 HOPPER = (9, 0)
 TRITON = "3.6"  # Gluon is experimental: the kernel is tested with this release only
 
@@ -36,6 +38,8 @@ def refusal(call: AttentionCall) -> str | None:
         return reason
     if gluon_codes.reads(call.kv):
         return gluon_codes.refusal(call)
+    if gluon_decode.reads(call):
+        return gluon_decode.refusal(call)
     return _problem_refusal(call) or _layout_refusal(call)
 
 
@@ -52,10 +56,12 @@ def missing(device: torch.device) -> str | None:
 
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
-    plain = call.with_(blocks=None).is_plain
-    if not isinstance(call.kv, DenseKV) or not call.kv.is_plain or not plain:
-        return "it knows plain dense keys, with window, sinks and selected blocks, and nothing else"
-    return score_refusal(call) or _blocks_refusal(call)
+    kv = call.kv
+    if not isinstance(kv, PagedKV) and not (isinstance(kv, DenseKV) and kv.is_plain):
+        return "it knows plain dense keys and pages, and no other view"
+    if call.key_padding is not None or call.attn_mask is not None:
+        return "it knows no key_padding and no attn_mask"
+    return score_refusal(call) or _page_refusal(call) or _blocks_refusal(call)
 
 
 def score_refusal(call: AttentionCall) -> str | None:
@@ -69,12 +75,28 @@ def score_refusal(call: AttentionCall) -> str | None:
     return None
 
 
+def _page_refusal(call: AttentionCall) -> str | None:
+    """A tile of keys has to be whole pages, or to lie in one."""
+    dim = call.q.shape[3]
+    if not isinstance(call.kv, PagedKV) or dim not in DIMS:
+        return None
+    keys, size = KEYS[dim], call.kv.page_size
+    if (keys % size and size % keys) or size < SHORTEST_PAGE:
+        return (
+            f"pages of {size} keys are shorter than {SHORTEST_PAGE}, or neither divide its "
+            f"tiles of {keys} nor are multiples of them"
+        )
+    return None
+
+
 def _blocks_refusal(call: AttentionCall) -> str | None:
     """A tile has to lie in one block of a selection."""
     blocks, dim = call.blocks, call.q.shape[3]
     if blocks is None or dim not in DIMS:
         return None
-    keys = 64 if dim == 256 else 128
+    if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
+        return "it selects blocks of plain dense keys only, the same number for every row"
+    keys = KEYS[dim]
     if blocks.q_block % 128 or blocks.k_block % keys:
         return (
             f"blocks of {blocks.q_block} queries x {blocks.k_block} keys are no multiples of "
@@ -85,12 +107,14 @@ def _blocks_refusal(call: AttentionCall) -> str | None:
 
 def _layout_refusal(call: AttentionCall) -> str | None:
     """What the copy engine and the matrix units do not take."""
-    assert isinstance(call.kv, DenseKV)
+    assert isinstance(call.kv, (DenseKV, PagedKV))
     tensors = (call.q, call.kv.k, call.kv.v)
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         return f"{call.q.dtype} is not one of bfloat16, float16"
     if any(x.dtype != call.q.dtype for x in tensors):
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    if call.kv.shape[2] == 0:
+        return "there are no keys"
     return layout_refusal(tensors, DIMS)
 
 
@@ -120,7 +144,15 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
     if gluon_codes.reads(call.kv):
         return gluon_codes.run(call)
+    if gluon_decode.reads(call):
+        return gluon_decode.run(call)
     from saccade.ops.attend.gluon_launch import forward
-    from saccade.ops.attend.triton_problem import dense_problem
+    from saccade.ops.attend.triton_problem import dense_problem, problem_of
 
-    return forward(dense_problem(call))
+    kv = call.kv
+    # Laid out as the queries are, which models turn into rows of tokens without a copy.
+    out = torch.empty_like(call.q)
+    if not isinstance(kv, PagedKV):
+        return forward(dense_problem(call), out=out)
+    lengths = kv.lengths if call.lengths is None else torch.minimum(kv.lengths, call.lengths)
+    return forward(problem_of(call, kv.k, kv.v, lengths), table=kv.table, out=out)

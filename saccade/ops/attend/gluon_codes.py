@@ -15,7 +15,8 @@ from saccade.ops.call import AttentionCall
 DIMS = (64, 128)
 KEY_GROUP = 64
 MOST_ROWS = 128  # query heads of a group times queries; more of them is prefill
-MEASURED_ROWS, MEASURED_DIM = 8, 128  # eight rows: keys are read once for all of them
+# Rows up to which it was measured to win, by head_dim (NVIDIA H200, lab/LOG_gpu_codes.md).
+MEASURED_ROWS = {64: 4, 128: 32}
 
 
 def reads(kv: KVView) -> bool:
@@ -26,11 +27,12 @@ def reads(kv: KVView) -> bool:
 def unmeasured(call: AttentionCall) -> str | None:
     """Why `auto` leaves a call over codes to others, or None."""
     rows, dim = _rows(call), call.q.shape[3]
-    if rows <= MEASURED_ROWS and dim == MEASURED_DIM:
+    most = MEASURED_ROWS.get(dim, 0)
+    if rows <= most:
         return None
     return (
-        f"over codes it was measured to win with up to {MEASURED_ROWS} queries x heads of a group "
-        f"and head_dim {MEASURED_DIM}, here {rows} and {dim}"
+        f"over codes it was measured to win with up to {most} queries x heads of a group at "
+        f"head_dim {dim}, here {rows}"
     )
 
 
@@ -52,16 +54,13 @@ def stored(call: AttentionCall) -> QuantizedKV:
 
 
 def _meaning(call: AttentionCall) -> str | None:
-    kv = stored(call)
     if call.softcap is not None or call.alibi_slopes is not None:
         return "over codes it knows no softcap and no alibi_slopes"
     extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
-    if any(extra is not None for extra in extras) or call.mask.sinks:
-        return "over codes it knows no sinks, key_padding, blocks, attn_mask or cu_seqlens"
+    if any(extra is not None for extra in extras):
+        return "over codes it knows no key_padding, blocks, attn_mask or cu_seqlens"
     if isinstance(call.kv, GrowingKV) and call.lengths is None:
         return "a growing view takes lengths"
-    if call.sink_logits is not None and not kv.recent_k.shape[2]:
-        return "it joins sink_logits only where there are recent keys of full precision"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():

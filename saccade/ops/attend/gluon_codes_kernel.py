@@ -1,15 +1,19 @@
-"""Decoding over quantised keys and values on Hopper: every warp for itself, codes in registers.
+"""Decoding over quantised keys and values on Hopper: codes go from memory straight into products.
 
-Codes go from memory into the registers where the matrix units want them (gluon_codes_fetch), and
-become numbers there (gluon_codes_ptx); nothing passes through shared memory until the warps of a
-program join their sums.  In one step a warp takes 32 or 64 keys:
+A warp takes 64 keys at a time.  Eight query rows (heads of a group times queries) are the columns
+of both products, so that codes are their left sides and no thread works for rows that are not:
 
-    q' = q * scale of the group's channels         scores^T = codes q'^T + (q . offset)
-    p  = exp2(scores - max)                        w = p * scale of each token
-    sums^T = codes^T w^T + (p . offsets)
+    scores  [keys, rows]      = codes of keys @ (q * scale) + offset @ q
+    output  [channels, rows] += codes of values @ (p * scale) + offsets of values @ p
 
-Keys (and channels of values) are rows of the products, so up to eight rows of queries times heads
-cost one product.  The next step's codes are asked for as soon as this one's are used.
+The scales of 64 keys belong to channels and go into the queries once; those of values belong to
+tokens and go into the weights; codes themselves are never converted (gluon_codes_products).  What
+belongs to all keys of a tile (offset @ q) is added where scores become exponents.
+
+Which thread holds what is written out by hand (saccade.ops.attend.gluon_registers): thread t of a
+row of four reads neighbouring channels of keys, 8 g .. 8 g + 7 are the keys of row g; for values
+row g reads neighbouring channels and thread t the keys 16 t .. 16 t + 15.  Weights change sides by
+one 8 x 8 transposition in registers.
 """
 
 from __future__ import annotations
@@ -17,311 +21,327 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from saccade.ops.attend import gluon_codes_ptx as ptx
-from saccade.ops.attend.gluon_codes_fetch import (
-    address,
-    ask_early,
-    fetch_channels,
-    fetch_codes,
-    fetch_tokens,
+from saccade.ops.attend.gluon_codes_memory import (
+    KEYS,
+    addresses,
+    ask_for_keys,
+    ask_for_values,
+    clear_values,
     load_queries,
-    places,
-    quads,
-    real_codes,
-    real_scales,
+    read_channels,
+    read_keys,
+    read_tokens,
+    read_values,
 )
+from saccade.ops.attend.gluon_codes_products import (
+    TINY,
+    add_values,
+    factor_of,
+    scores_of_keys,
+)
+from saccade.ops.attend.gluon_registers import (
+    as_word,
+    bfloat_halves,
+    halves,
+    max_over_rows,
+    meet,
+    multiply,
+    own_memory,
+    pick_bytes,
+    store_words,
+    sum_over_rows,
+    times,
+    transposed,
+    wait_copies,
+)
+from saccade.ops.attend.triton_decode import begin_early
+from saccade.ops.tiles import key_tiles
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
-# Weights times scales are small: 2^8 times as large, they stay clear of float16's denormal numbers.
-RAISED = gl.constexpr(8.0)
-ROWS = gl.constexpr(8)  # of queries times heads, in a product
-
-
-@gluon.jit
-def folded(q, scale, KIND: gl.constexpr):
-    """Queries times the scales of a group, in the order of the codes."""
-    words = ()
-    for n in gl.static_range(len(q)):
-        words += (
-            gl.inline_asm_elementwise(
-                ptx.fold(KIND), ptx.constraints("r", "rr"), [q[n], scale[n]], gl.int32, True, 4
-            ),
-        )
-    return words
-
-
-@gluon.jit
-def over_keys(x, COMBINE: gl.constexpr):
-    """Maximum or sum over all keys of a warp of quads of scores: (a, b, a, b)."""
-    return gl.inline_asm_elementwise(
-        ptx.over_keys(COMBINE, len(x)), ptx.constraints("f", "f" * len(x)), x, gl.float32, True, 4
-    )
-
-
-@gluon.jit
-def scores_of(q, scale, offset, words, KIND: gl.constexpr, HALF: gl.constexpr):
-    """(scores of each tile of 16 keys but for a constant of each column, that constant)."""
-    PARTS: gl.constexpr = HALF // 32
-    scaled = folded(q, scale, KIND)
-    shift = gl.inline_asm_elementwise(
-        ptx.shift_of(KIND, PARTS),
-        ptx.constraints("f", "r" * (8 * PARTS)),
-        scaled + q + scale + offset,
-        gl.float32,
-        True,
-        4,
-    )
-    s = ()
-    for i in gl.static_range(len(words)):
-        args = scaled + words[i]
-        s += (
-            gl.inline_asm_elementwise(
-                ptx.scores(KIND, PARTS),
-                ptx.constraints("f", "r" * len(args)),
-                args,
-                gl.float32,
-                True,
-                4,
-            ),
-        )
-    return s, shift
+ROWS = gl.constexpr(8)  # query rows of a program
+LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
+LOWEST = gl.constexpr(-1e24)  # below every score, and finite after the factor 2^24
+RAISED = gl.constexpr(6.0)  # weights are enlarged by 2^6, clear of float16's denormal numbers
+ROOM = gl.constexpr(3.0)  # and may grow by 2^3 before all that was summed up is made smaller
 
 
 @gluon.jit
-def masked(s, key, low, high):
-    """Scores, -inf where a column does not see a key; `key` is that of a lane's first slots."""
+def see_edges(s, at, q_first, q_second, k_len, rules, CAUSAL: gl.constexpr):
+    """Scores of keys at .. at + 7 that are -inf where a row does not see a key."""
     seen = ()
-    for i in gl.static_range(len(s)):
-        k_pos = key + 4 * i
-        seen += (gl.where((k_pos >= low) & (k_pos < high), s[i], float("-inf")),)
+    for key in gl.static_range(8):
+        k_pos = at + key
+        for column in gl.static_range(2):
+            q_pos = q_first if column == 0 else q_second
+            see = k_pos < k_len
+            if CAUSAL:
+                see = see & (k_pos <= q_pos)
+            if rules.window is not None:
+                near = q_pos - k_pos < rules.window
+                if rules.sinks is not None:
+                    near = near | (k_pos < rules.sinks)
+                see = see & near
+            seen += (gl.where(see, s[2 * key + column], float("-inf")),)
     return seen
 
 
 @gluon.jit
-def taken(acc, shrink, p, tokens, words, KIND: gl.constexpr, HALF: gl.constexpr,
-          GROUPS: gl.constexpr):  # fmt: skip
-    """acc shrink + the values of a step with weights p, scales and offsets of `tokens`."""
-    sums = shrink * 0
-    weights = ()
-    codes = ()
-    for i in gl.static_range(0, len(p), 2):
-        scale, offset = tokens[i // 2]
-        first, second, sums = gl.inline_asm_elementwise(
-            ptx.weights(KIND, GROUPS),
-            ptx.constraints("rrf", "ff" + "r" * (2 * GROUPS) + "f"),
-            (p[i], p[i + 1]) + scale + offset + (sums,),  # noqa: RUF005
-            (gl.int32, gl.int32, gl.float32),
-            True,
-            4,
-        )
-        weights += (first, second)
-        codes += words[i] + words[i + 1]
-    return gl.inline_asm_elementwise(
-        ptx.weigh(KIND, HALF // 32, len(p)),
-        ptx.constraints("f" * len(acc), "r" * (len(codes) + len(p)) + "f" * (len(acc) + 2)),
-        codes + weights + (sums, shrink) + acc,
-        (gl.float32,) * len(acc),
-        True,
-        4,
-    )
+def real_numbers(numbers, at, k_len, V_GROUPS: gl.constexpr):
+    """Scales or offsets of values at .. at + 15, 0 for those that are not."""
+    kept = ()
+    for i in gl.static_range(8 * V_GROUPS):
+        if V_GROUPS == 2:
+            keep = gl.where(at + i < k_len, -1, 0)
+        else:
+            keep = gl.where(at + 2 * i < k_len, 0xFFFF, 0)
+            keep = keep | gl.where(at + 2 * i + 1 < k_len, -65536, 0)
+        kept += (numbers[i] & keep,)
+    return kept
 
 
 @gluon.jit
-def softmax_step(s, shift, m, l, unit):
-    """Take scores into the running maximum and sum: (weights raised by 2^8, m, l, shrink)."""
-    m_new = gl.maximum(m, over_keys(s, "max") + shift)
-    shrink = gl.exp2((m - m_new) * unit)
-    start = (m_new - shift) * unit - RAISED
-    p = ()
-    l = l * shrink
-    for i in gl.static_range(len(s)):
-        weight = gl.exp2(s[i] * unit - start)
-        p += (weight,)
-        l += weight
-    return p, m_new, l, shrink
+def most_of(s, COLUMN: gl.constexpr):
+    """The largest score of a thread's eight keys."""
+    most = s[COLUMN]
+    for key in gl.static_range(1, 8):
+        most = gl.maximum(most, s[2 * key + COLUMN])
+    return most
 
 
 @gluon.jit
-def extent(bounds, b, kv_head, k_len, q_offset):
-    """(keys, position of the first query) of a row, where they differ over the batch."""
+def weights_of(s, base, unit, COLUMN: gl.constexpr):
+    """(weights of eight keys, their sum) of a row: exp2(score * unit - base)."""
+    p = (gl.exp2(s[COLUMN] * unit - base),)
+    total = p[0]
+    for key in gl.static_range(1, 8):
+        p += (gl.exp2(s[2 * key + COLUMN] * unit - base),)
+        total += p[key]
+    return p, total
+
+
+@gluon.jit
+def pair_of(numbers, KEY: gl.constexpr, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """Float16 numbers of a thread's values KEY and KEY + 8 as a pair."""
+    if V_GROUPS == 2:
+        x, y = numbers[KEY], numbers[KEY + 8]
+        pair = pick_bytes(x, y, 0x5410 if GROUP == 0 else 0x7632)
+    else:
+        x, y = numbers[KEY // 2], numbers[KEY // 2 + 4]
+        pair = pick_bytes(x, y, 0x5410 if KEY % 2 == 0 else 0x7632)
+    return pair
+
+
+@gluon.jit
+def add_offsets(sums, weights, offset, V_GROUPS: gl.constexpr):
+    """sums + weights @ offsets of both halves of a head: rows 0 to 7 and 8 to 15 of a product."""
+    for i in gl.static_range(0, 8, 2):
+        low, next_low = pair_of(offset, i, V_GROUPS, 0), pair_of(offset, i + 1, V_GROUPS, 0)
+        high, next_high = low, next_low
+        if V_GROUPS == 2:
+            high, next_high = pair_of(offset, i, V_GROUPS, 1), pair_of(offset, i + 1, V_GROUPS, 1)
+        sums = multiply((low, high, next_low, next_high), (weights[i], weights[i + 1]), sums)
+    return sums
+
+
+@gluon.jit
+def scaled_weights(weights, scale, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
+    """Weights, pairs over keys KEY and KEY + 8 of a thread, times the scales of their values."""
+    found = ()
+    for key in gl.static_range(8):
+        found += (times(weights[key], pair_of(scale, key, V_GROUPS, GROUP)),)
+    return found
+
+
+@gluon.jit
+def shrunk(acc, first, second):
+    """Four registers of a result times the factors of their rows."""
+    return acc[0] * first, acc[1] * second, acc[2] * first, acc[3] * second
+
+
+@gluon.jit
+def raised(acc, sums, top, new_top, total, unit):
+    """All sums so far in terms of a new maximum: (acc, sums, total), each of two rows."""
+    first = gl.exp2((top[0] - new_top[0]) * unit)
+    second = gl.exp2((top[1] - new_top[1]) * unit)
+    taken = ()
+    for j in gl.static_range(len(acc)):
+        taken += (shrunk(acc[j], first, second),)
+    return taken, shrunk(sums, first, second), (total[0] * first, total[1] * second)
+
+
+@gluon.jit
+def tile_of(i, num_sinks, first):
+    """Which of the stored tiles is the i-th to visit."""
+    return gl.where(i < num_sinks, i, i - num_sinks + first)
+
+
+@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
+def codes_kernel(
+    q, k, v, out, lse, bounds, rules, sink_logits, scale, q_len, k_len, q_offset, out_split,
+    lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+    K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr,
+    CAUSAL: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """(out, lse) of one split: 64 keys a warp and round, the next ones always on their way.
+
+    The programs of a head take its tiles in turn, so what they read at a time lies together.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    begin_early(EARLY)
+    K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
+    V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
+    thread = gl.arange(0, 32, layout=L)
+    g, t = thread // 4, thread % 4
+    split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
+    b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
+    kv_head = gl.program_id(2) % KV_HEADS
     if bounds.offsets is not None:
         q_offset = gl.load(bounds.offsets + b).to(gl.int32)
     if bounds.lengths is not None:
         at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
         k_len = gl.minimum(k_len, gl.load(bounds.lengths + at).to(gl.int32))
-    return k_len, q_offset
+
+    rows = q_len * GROUPS
+    first_q = q_offset + tile * ROWS // GROUPS
+    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
+    num_sinks, first, full_from, full_to, last = key_tiles(
+        first_q, last_q, k_len, rules, CAUSAL, KEYS
+    )
+    count = num_sinks + last - first
+
+    k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
+    V_PLACE: gl.constexpr = KEYS * K_ROW
+    K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
+    V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
+    SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile
+    place = own_memory(thread, SIZE)
+    here = tile_of(split, num_sinks, first)
+    size = gl.where(thread < (count - split) * 32, 16, 0)
+    ask_for_keys(place, place + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
+    ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)
+    k_read = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
+    v_read = V_PLACE + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
+
+    row = gl.minimum(tile * ROWS + g, rows - 1)
+    q_at = (row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
+    q_at += (row // GROUPS).to(gl.int64) * q.row + b * q.batch
+    q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, K_FORMAT,
+                           q.ptr.dtype.element_ty)  # fmt: skip
+    q_first = (tile * ROWS + 2 * t) // GROUPS + q_offset
+    q_second = (tile * ROWS + 2 * t + 1) // GROUPS + q_offset
+
+    unit = scale * LOG2E
+    if K_FORMAT != "fp8":
+        unit = unit / TINY
+    room = ROOM / unit
+    zero = gl.full([32], 0.0, gl.float32, L)
+    nothing = (zero, zero, zero, zero)
+    m = (zero + LOWEST, zero + LOWEST)
+    l = (zero, zero)
+    sums = nothing
+    acc = (nothing,) * (D // 16)
+    for i in range(split, count, splits):
+        wait_copies(thread, 1)
+        k_scale = read_channels(place + K_NUMBERS + t * (D // 4), D)
+        k_offset = read_channels(place + K_NUMBERS + 2 * D + t * (D // 4), D)
+        k_words = read_keys(place + k_read, K_ROW, D)
+        s, more0, more1 = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
+        meet(thread)
+        after = tile_of(i + splits, num_sinks, first)
+        size = gl.where(thread < (count - i - splits) * 32, 16, 0)
+        ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, size, K_ROW, K_GROUP, D)
+        wait_copies(thread, 1)
+        v_scale = read_tokens(place + V_NUMBERS + t * (32 * V_GROUPS), V_GROUPS)
+        v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + t * 32) * V_GROUPS, V_GROUPS)
+        if (here < full_from) | (here >= full_to):
+            key = here * KEYS
+            s = see_edges(s, key + g * 8, q_first, q_second, k_len, rules, CAUSAL)
+            v_scale = real_numbers(v_scale, key + t * 16, k_len, V_GROUPS)
+            v_offset = real_numbers(v_offset, key + t * 16, k_len, V_GROUPS)
+            if V_FORMAT == "fp8":
+                clear_values(place + V_PLACE, thread, k_len - key, V_ROW)
+        most0, most1 = most_of(s, 0) + more0, most_of(s, 1) + more1
+        rises = (most0 > m[0] + room) | (most1 > m[1] + room)
+        if gl.max(rises.to(gl.int32), axis=0) > 0:
+            top = (gl.maximum(m[0], max_over_rows(most0)), gl.maximum(m[1], max_over_rows(most1)))
+            acc, sums, l = raised(acc, sums, m, top, l, unit)
+            m = top
+        p0, sum0 = weights_of(s, (m[0] - more0) * unit - RAISED, unit, 0)
+        p1, sum1 = weights_of(s, (m[1] - more1) * unit - RAISED, unit, 1)
+        l = (l[0] + sum0, l[1] + sum1)
+        pairs = ()
+        for key in gl.static_range(8):
+            pairs += (transposed(halves(p0[key], p1[key])),)
+        sums = add_offsets(sums, pairs, v_offset, V_GROUPS)
+        weights = scaled_weights(pairs, v_scale, V_GROUPS, 0)
+        v_words = read_values(place + v_read, V_ROW, D)
+        taken = ()
+        for j in gl.static_range(D // 16):
+            if j == D // 32 and V_GROUPS == 2:
+                weights = scaled_weights(pairs, v_scale, V_GROUPS, 1)
+            taken += (
+                add_values(acc[j], v_words, weights, j // (D // 32), j % (D // 32), D // 64,
+                           V_FORMAT),
+            )  # fmt: skip
+        acc = taken
+        meet(thread)
+        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
+                       V_GROUPS)  # fmt: skip
+        here = after
+    total = (sum_over_rows(l[0]), sum_over_rows(l[1]))
+    store(acc, sums, m, total, unit, out, lse, sink_logits, tile, split, out_split,
+          lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D, V_FORMAT)  # fmt: skip
 
 
 @gluon.jit
-def join(acc, m, l, unit, out, lse, split, tile, out_split, lse_split, b, kv_head, q_len,
-         HALF: gl.constexpr, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr,
-         WARPS: gl.constexpr):  # fmt: skip
-    """Write what the warps of a program found together: through shared memory, once.
-
-    There a warp holds some of the quads, of all warps: `[quads, warps, g 8, t 4, registers 4]`.
-    """
-    QUADS: gl.constexpr = HALF // 8
-    SHARE: gl.constexpr = max(QUADS // WARPS, 1)
-    ALL: gl.constexpr = gl.BlockedLayout(
-        [SHARE, WARPS, 1, 1, 4], [1, 1, 8, 4, 1], [WARPS, 1, 1, 1, 1], [4, 3, 2, 1, 0]
-    )
-    ONE: gl.constexpr = gl.SliceLayout(0, ALL)  # [warps, 8, 4, 4]
-    FLAT: gl.constexpr = gl.BlockedLayout(
-        [SHARE * WARPS, 1, 1, 4], [1, 8, 4, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0]
-    )
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    stacked = gl.join(gl.join(acc[0], acc[1]), gl.join(acc[2], acc[3]))
-    if QUADS == 8:
-        more = gl.join(gl.join(acc[4], acc[5]), gl.join(acc[6], acc[7]))
-        stacked = gl.join(stacked, more).permute((6, 5, 4, 0, 1, 2, 3))
-    else:
-        stacked = stacked.permute((5, 4, 0, 1, 2, 3))
-    sums = gl.allocate_shared_memory(
-        gl.float32, [QUADS * WARPS, 8, 4, 4], plain, stacked.reshape([QUADS * WARPS, 8, 4, 4])
-    )
-    both = gl.join(m, l).permute((4, 0, 1, 2, 3)).reshape([2 * WARPS, 8, 4, 4])
-    rows = gl.allocate_shared_memory(gl.float32, [2 * WARPS, 8, 4, 4], plain, both)
-    m = rows.slice(0, WARPS).load(ONE)
-    top = gl.max(m, axis=0)
-    share = gl.exp2((m - gl.expand_dims(top, 0)) * unit)
-    total = gl.sum(rows.slice(WARPS, WARPS).load(ONE) * share, axis=0)
-    F: gl.constexpr = gl.SliceLayout(1, ALL)
-    total = gl.convert_layout(total, gl.SliceLayout(0, F))
-    top = gl.convert_layout(top, gl.SliceLayout(0, F))
-    empty = total == 0
-    safe = gl.where(empty, 1.0, total)
-    parts = gl.convert_layout(sums.load(FLAT).reshape([QUADS, WARPS, 8, 4, 4]), ALL)
-    joined = gl.sum(parts * gl.expand_dims(share, 0), axis=1)  # [quads, 8, 4, 4]
-    joined = joined / gl.expand_dims(safe, 0)
-
-    n_at, g, t, r = places(QUADS, F)
-    channel = n_at // (QUADS // 2) * HALF + n_at % (QUADS // 2) * 2 + g * (HALF // 8) + r // 2
-    column = tile * ROWS + 2 * t + r % 2
-    keep = column < GROUPS * q_len
-    h = kv_head * GROUPS + column % GROUPS
-    index = column // GROUPS
-    at = out.ptr + split.to(gl.int64) * out_split + b * out.batch
-    at = at + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
-    gl.store(at + channel, joined.to(out.ptr.dtype.element_ty), mask=keep & (channel >= 0))
-    found = gl.where(empty, float("-inf"), (top * unit + gl.log2(safe) - RAISED) * LN2)
-    lse_at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
-    found = gl.expand_dims(found, 0) + channel * 0.0
-    gl.store(lse_at + channel * 0, found, mask=keep & (channel == 0))
+def store(acc, offsets, tops, sums, unit, out, lse, sink_logits, tile, split, out_split, lse_split,
+          b, kv_head, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, q_len, g, t, D: gl.constexpr,
+          V_FORMAT: gl.constexpr):  # fmt: skip
+    """Write the output and lse of the two rows of a thread."""
+    for c in gl.static_range(2):
+        row = tile * ROWS + 2 * t + c
+        index = row // GROUPS
+        h = kv_head * GROUPS + row % GROUPS
+        keep = index < q_len
+        l = sums[c]
+        top = gl.where(l == 0, LOWEST, tops[c] * unit - RAISED)
+        shrink = l * 0.0 + 1.0
+        if sink_logits is not None:
+            sink = gl.load(sink_logits + h, mask=keep & (split == 0), other=float("-inf")) * LOG2E
+            raised = gl.maximum(top, sink)
+            shrink = gl.exp2(top - raised)
+            l = l * shrink + gl.exp2(sink - raised)
+            top = raised
+        safe = gl.where(l == 0, 1.0, l)
+        found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
+        at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
+        gl.store(at, found, mask=keep & (g == 0))
+        at = split.to(gl.int64) * out_split + b * out.batch
+        at = at + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row + g * (D // 16)
+        numbers = ()
+        for j in gl.static_range(D // 16):
+            for odd in gl.static_range(2):
+                number = acc[j][2 * odd + c] * factor_of(V_FORMAT, j // (D // 32))
+                numbers += ((number + offsets[2 * (j // (D // 32)) + c]) * (shrink / safe),)
+        store_row(out.ptr, at, numbers, keep.to(gl.int32), D)
 
 
-@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
-def codes_kernel(
-    q, k_codes, k_scale, k_offset, v_codes, v_scale, v_offset, out, lse, bounds, window, scale,
-    q_len, k_len, q_offset, out_split, lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr,
-    D: gl.constexpr, KIND_K: gl.constexpr, KIND_V: gl.constexpr, K_GROUP: gl.constexpr,
-    V_GROUPS: gl.constexpr, TILES: gl.constexpr, CAUSAL: gl.constexpr, WARPS: gl.constexpr,
-    AHEAD: gl.constexpr, EARLY: gl.constexpr,
-):  # fmt: skip
-    """(out, lse) of one split of the keys, for eight rows of one KV head."""
-    HALF: gl.constexpr = D // 2
-    PARTS: gl.constexpr = HALF // 32
-    K_ROW: gl.constexpr = HALF * ptx.planes(KIND_K)
-    V_ROW: gl.constexpr = HALF * ptx.planes(KIND_V)
-    SLOTS: gl.constexpr = 2 * TILES  # keys of a lane
-    KEYS: gl.constexpr = 8 * SLOTS
-    split = gl.program_id(0)
-    splits = gl.num_programs(0)
-    tile = gl.program_id(1)
-    b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
-    kv_head = gl.program_id(2) % KV_HEADS
-    if EARLY:
-        gl.inline_asm_elementwise(ptx.begin_early(), "=r", [], gl.int32, False, 1)
-    k_len, q_offset = extent(bounds, b, kv_head, k_len, q_offset)
-    w, g, t, r = places(WARPS, quads(WARPS))
-    whole = w * 0 + g * 0 + t * 0 + r * 0  # every tensor that registers hold has its shape
-
-    # Row n of the product is query n // GROUPS of head n % GROUPS; missing rows repeat the last.
-    rows = GROUPS * q_len
-    row = gl.minimum(tile * ROWS + g + whole, rows - 1)
-    h = kv_head * GROUPS + row % GROUPS
-    index = row // GROUPS
-    q_at = q.ptr + b * q.batch + h.to(gl.int64) * q.head + index.to(gl.int64) * q.row
-    # Columns 2t, 2t + 1 of scores and sums are rows of queries too: what do they see?
-    column = tile * ROWS + 2 * t + r % 2 + whole
-    q_pos = q_offset + gl.minimum(column, rows - 1) // GROUPS
-    high = whole + k_len
-    low = whole
-    first_q = q_offset + tile * ROWS // GROUPS
-    last_q = q_offset + gl.minimum(tile * ROWS + ROWS - 1, rows - 1) // GROUPS
-    stop, full_stop = k_len, k_len
-    first, full_first = 0, 0
-    if CAUSAL:
-        high = gl.minimum(high, q_pos + 1)
-        stop = gl.minimum(k_len, last_q + 1)
-        full_stop = gl.minimum(k_len, first_q + 1)
-    if window is not None:
-        low = gl.maximum(q_pos - window + 1, 0)
-        first = gl.minimum(gl.maximum(first_q - window + 1, 0), gl.maximum(stop, 0)) // KEYS
-        full_first = gl.maximum(last_q - window + 1, 0)
-    stop = gl.maximum(stop, 0)
-    last = (stop + KEYS - 1) // KEYS
-    count = last - first
-    each = (count + splits - 1) // splits
-    begin = first + gl.minimum(split * each, count)
-    end = first + gl.minimum((split + 1) * each, count)
-
-    slot = (g // 2) * (2 * SLOTS) + g % 2 + whole
-    if HALF == 64:
-        k_at = address(k_codes, b, kv_head) + slot * K_ROW + 16 * t
-        code_token = 2 * SLOTS * t + r // 2 + whole
-        v_at = address(v_codes, b, kv_head) + code_token * V_ROW + 8 * g
-    else:
-        k_at = address(k_codes, b, kv_head) + (slot + r // 2 * 2) * K_ROW + 8 * t
-        code_token = 2 * SLOTS * t + r + whole
-        v_at = address(v_codes, b, kv_head) + code_token * V_ROW + 4 * g
-    channels = HALF // 2 * t + whole
-    k_scale_at = address(k_scale, b, kv_head) + channels
-    k_offset_at = address(k_offset, b, kv_head) + channels
-    v_scale_at = address(v_scale, b, kv_head) + 4 * SLOTS * V_GROUPS * t + whole
-    v_offset_at = address(v_offset, b, kv_head) + 4 * SLOTS * V_GROUPS * t + whole
-    token = 2 * SLOTS * t + (r if V_GROUPS == 2 else 2 * r) + whole
-    # Lane (g, t) brings line g of what t stands for: all scales of a step.
-    early_keys = gl.where(t == 0, address(k_scale, b, kv_head), address(k_offset, b, kv_head))
-    early_keys = early_keys + g % (D // 64) * 128 + whole
-    early_tokens = gl.where(t == 2, address(v_scale, b, kv_head), address(v_offset, b, kv_head))
-    early_tokens = early_tokens + g % max(KEYS * V_GROUPS // 64, 1) * 128 + whole
-
-    unit = scale * LOG2E
-    zero = whole.to(gl.float32)
-    m = zero + LOWEST
-    l = zero
-    acc = (zero,) * (4 * PARTS)
-    # A warp whose share has ended repeats the last step of the program and sees nothing.
-    step = gl.minimum(begin + w + whole, gl.maximum(end - 1, 0))
-    k_words = fetch_codes(k_at, step, KIND_K, HALF, TILES, 4)
-    v_words = fetch_codes(v_at, step, KIND_V, HALF, TILES, 2)
-    queries = load_queries(
-        q_at.to(gl.int64) + t * (HALF // 2), q.ptr.dtype.element_ty == gl.bfloat16, HALF
-    )
-    for at in range(begin, end, WARPS):
-        group = step * KEYS // K_GROUP
-        scale_words = fetch_channels(k_scale_at + group.to(gl.int64) * (2 * D), HALF)
-        offset_words = fetch_channels(k_offset_at + group.to(gl.int64) * (2 * D), HALF)
-        ahead = step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
-        tokens = fetch_tokens(v_scale_at + ahead, v_offset_at + ahead, V_GROUPS, TILES)
-        step = gl.minimum(at + WARPS + w + whole, end - 1)
-        if AHEAD is not None:
-            keys_at = early_keys + (step * KEYS // K_GROUP).to(gl.int64) * (2 * D)
-            tokens_at = early_tokens + step.to(gl.int64) * (KEYS * 2 * V_GROUPS)
-            ask_early(gl.where(t < 2, keys_at, tokens_at), AHEAD)
-        s, shift = scores_of(queries, scale_words, offset_words, k_words, KIND_K, HALF)
-        k_words = fetch_codes(k_at, step, KIND_K, HALF, TILES, 4)
-        key = at * KEYS
-        if (at + WARPS > end) | (key < full_first) | (key + WARPS * KEYS > full_stop):
-            mine = at + w + whole
-            here = mine * KEYS
-            s = masked(s, gl.where(mine < end, here + slot + r // 2 * 2, -KEYS), low, high)
-            tokens = real_scales(tokens, here + token, k_len, V_GROUPS)
-            if KIND_V == "fp8":
-                v_words = real_codes(v_words, here + code_token, k_len, HALF)
-        p, m, l, shrink = softmax_step(s, shift, m, l, unit)
-        acc = taken(acc, shrink, p, tokens, v_words, KIND_V, HALF, V_GROUPS)
-        v_words = fetch_codes(v_at, step, KIND_V, HALF, TILES, 2)
-    join(acc, m, over_keys((l,), "add"), unit, out, lse, split, tile, out_split, lse_split, b,
-         kv_head, q_len, HALF, KV_HEADS, GROUPS, WARPS)  # fmt: skip
+@gluon.jit
+def store_row(ptr, at, numbers, keep, D: gl.constexpr):
+    """D / 16 numbers at element `at`, and as many half a head further on."""
+    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    words = ()
+    for i in gl.static_range(0, D // 8, 4 // SIZE):
+        if SIZE == 4:
+            words += (as_word(numbers[i]),)
+        elif ptr.dtype.element_ty == gl.bfloat16:
+            words += (bfloat_halves(numbers[i], numbers[i + 1]),)
+        else:
+            words += (halves(numbers[i], numbers[i + 1]),)
+    address = ptr.to(gl.int64) + at * SIZE
+    SIDE: gl.constexpr = D // 16 * SIZE // 4  # words
+    for i in gl.static_range(0, 2 * SIDE, 2 if SIDE == 2 else 4):
+        here = address + (i // SIDE * (D // 2 * SIZE) + i % SIDE * 4)
+        if SIDE == 2:
+            store_words(here, (words[i], words[i + 1]), keep)
+        else:
+            store_words(here, (words[i], words[i + 1], words[i + 2], words[i + 3]), keep)

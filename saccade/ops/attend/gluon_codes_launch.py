@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for codes: how many splits, how many keys a step."""
+"""Launcher of the Gluon kernel for codes: how many programs share the keys."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from saccade.core import QuantizedKV
 from saccade.core.formats import FP8, Codes
 from saccade.ops import tuning
 from saccade.ops.attend.gluon_codes_kernel import codes_kernel
-from saccade.ops.attend.triton_launch import bounds_of, plane
-from saccade.ops.attend.triton_problem import Problem
+from saccade.ops.attend.triton_launch import bounds_of, plane, rules_of
+from saccade.ops.attend.triton_problem import Problem, float32
 from saccade.ops.attend.triton_views import Parts, Reader, coded
 from saccade.ops.whole import cdiv
 
-ROWS = 8
+TILE = 64  # keys of a warp's tile, which lie in one group of tokens
+ROWS = 8  # query rows (heads of a group times queries) of a program
+FEWEST = 2  # tiles of a program: to join one more costs as much as to read one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,29 +25,20 @@ class CodesLaunch:
     """How the kernel is cut.
 
     Attributes:
-        tiles: tiles of 16 keys that a warp takes in a step.
-        warps: warps of a program, each with keys of its own.
-        per_sm: programs of a multiprocessor.
-        registers: most registers a thread may take, 0 for what the compiler likes.
-        ahead: the cache into which the next step's scales are brought, or None.
+        per_sm: programs, of one warp each, to aim for per multiprocessor.
+        registers: most registers a thread may take.
     """
 
-    tiles: int
-    warps: int
     per_sm: int
-    registers: int = 0
-    ahead: str | None = "L2"
-
-    @property
-    def keys(self) -> int:
-        """Keys of a step of all warps."""
-        return 16 * self.tiles * self.warps
+    registers: int = 240
 
 
-LAUNCHES: dict[str, CodesLaunch] = {  # by the wider of the two kinds
-    "int4": CodesLaunch(4, 4, 2),
-    "int8": CodesLaunch(2, 4, 2),
-    "fp8": CodesLaunch(2, 4, 2),
+# By the wider of the two kinds, measured on an H200 (lab/LOG_gpu_codes.md): eight-bit tiles keep
+# memory busy with fewer programs, and each one less is a part less to join.
+LAUNCHES: dict[str, CodesLaunch] = {
+    "int4": CodesLaunch(8),
+    "int8": CodesLaunch(6),
+    "fp8": CodesLaunch(6),
 }
 
 
@@ -56,8 +49,8 @@ def kind_of(codes: Codes, bits: int) -> str:
 
 def launch_of(kv: QuantizedKV) -> CodesLaunch:
     """The configuration for a view."""
-    both = LAUNCHES[kind_of(kv.k, kv.bits_k)], LAUNCHES[kind_of(kv.v, kv.bits_v)]
-    return min(both, key=lambda launch: launch.tiles)
+    kinds = kind_of(kv.k, kv.bits_k), kind_of(kv.v, kv.bits_v)
+    return LAUNCHES[max(kinds, key=lambda kind: kind != "int4")]
 
 
 def row_tiles_of(problem: Problem, heads: int) -> int:
@@ -70,28 +63,28 @@ def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     launch, heads = launch_of(kv), kv.recent_k.shape[1]
     reach = kv.num_packed
     if problem.window is not None:
-        reach = min(reach, problem.window + problem.q.shape[2] + launch.keys)
+        reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
-    room = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(room // max(programs, 1), cdiv(reach, launch.keys)))
+    room = launch.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
+    return max(1, min(room, cdiv(cdiv(reach, TILE), FEWEST)))
 
 
 def scan_codes(
     problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
 ) -> None:
     """Fill the first splits of `parts` from codes."""
-    assert not (with_sinks and problem.sink_logits is not None)
     launch, heads = launch_of(kv), kv.recent_k.shape[1]
     row_tiles = row_tiles_of(problem, heads)
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
     codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
         plane(aligned(problem.q)),
-        *coded(kv.k),
-        *coded(kv.v),
+        coded(kv.k),
+        coded(kv.v),
         plane(parts.out[0]),
         parts.lse,
         bounds,
-        problem.window,
+        rules_of(problem),
+        float32(problem.sink_logits) if with_sinks else None,
         float(problem.scale),
         problem.q.shape[2],
         kv.num_packed,
@@ -102,25 +95,25 @@ def scan_codes(
         GROUPS=problem.q.shape[1] // heads,
         CAUSAL=problem.causal,
         EARLY=True,
-        launch_pdl=True,
-        num_warps=launch.warps,
         **constants(kv, launch),
-        **({"maxnreg": launch.registers} if launch.registers else {}),
+        **options(launch),
     )
 
 
-def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str | None]:
+def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
     """Compile-time arguments of the kernel that storage and launch decide."""
     return {
         "D": kv.recent_k.shape[3],
-        "KIND_K": kind_of(kv.k, kv.bits_k),
-        "KIND_V": kind_of(kv.v, kv.bits_v),
+        "K_FORMAT": kind_of(kv.k, kv.bits_k),
+        "V_FORMAT": kind_of(kv.v, kv.bits_v),
         "K_GROUP": kv.k_group,
         "V_GROUPS": kv.v.scale.shape[3],
-        "TILES": launch.tiles,
-        "WARPS": launch.warps,
-        "AHEAD": launch.ahead,
     }
+
+
+def options(launch: CodesLaunch) -> dict[str, int | bool]:
+    """How the kernel is compiled and launched."""
+    return {"num_warps": 1, "maxnreg": launch.registers, "launch_pdl": True}
 
 
 def aligned(q: Tensor) -> Tensor:

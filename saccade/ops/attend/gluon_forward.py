@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from saccade.ops.attend.gluon_extents import clear_tail, rows_of_tile
+from saccade.ops.attend.gluon_fetch import describe, produce
 from saccade.ops.attend.gluon_schedule import (
     amount_of_work,
     key_tile,
@@ -33,52 +35,6 @@ from saccade.ops.attend.gluon_schedule import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
-
-
-@gluon.jit
-def _produce(
-    asked, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-):  # fmt: skip
-    """Fetch everything the consumers will read, in their order, as soon as there is room."""
-    q_desc, k_desc, v_desc, memory, sizes, rules, visits = asked
-    q_mem, k_mem, v_mem, bars = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
-    q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
-    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
-    k_stage, k_phase, v_stage, v_phase, q_stage, q_phase = 0, 1, 0, 1, 0, 1
-    for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section)
-        b = at // heads
-        h = at % heads
-        arrived = q_full.index(q_stage)
-        mbarrier.wait(q_empty.index(q_stage), q_phase)
-        mbarrier.expect(arrived, CONSUMERS * q_desc.block_type.nbytes)
-        for c in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(
-                q_desc, [b, h, tile * M + c * ROWS, 0], arrived,
-                q_mem.index(q_stage * CONSUMERS + c),
-            )  # fmt: skip
-        q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
-        where, _right, _full, total, _num_keys = plan(
-            tile, q_len, k_len, q_offset, rules, visits, b, h // groups, CAUSAL, M, N
-        )
-        for j in range(total):
-            start = key_tile(j, where, visits) * N
-            mbarrier.wait(k_empty.index(k_stage), k_phase)
-            mbarrier.expect(k_full.index(k_stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [b, h // groups, start, 0], k_full.index(k_stage), k_mem.index(k_stage)
-            )
-            k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
-            mbarrier.wait(v_empty.index(v_stage), v_phase)
-            mbarrier.expect(v_full.index(v_stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [b, h // groups, start, 0], v_full.index(v_stage), v_mem.index(v_stage)
-            )
-            v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)
 
 
 @gluon.jit
@@ -223,19 +179,38 @@ def _finish(acc, m, l, unit, sink_logits, h):
 
 
 @gluon.jit
+def _store(o_desc, memory, acc, b, h, row):
+    """Hand a whole tile of results to the copy engine, which leaves out rows past the end."""
+    memory.reshape([acc.shape[0], acc.shape[1]]).store(acc.to(o_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(o_desc, [b, h, row, 0], memory)
+
+
+@gluon.jit
+def _store_part(out, acc, b, h, row, count):
+    """The first `count` rows of a tile: the others belong to another document."""
+    O: gl.constexpr = acc.type.layout
+    rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, O))[:, None]
+    dims = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, O))[None, :]
+    start = out.ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
+    at = start + (row + rows).to(gl.int64) * out.row + dims
+    gl.store(at, acc.to(out.ptr.dtype.element_ty), mask=rows < count)
+
+
+@gluon.jit
 def _consume(
     given, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, CONSUMERS: gl.constexpr,
+    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, CONSUMERS: gl.constexpr, TAILS: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of every tile."""
-    o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, unit = given
+    out, o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, extents, unit = given
     q_mem, k_mem, v_mem, bars = memory
     D: gl.constexpr = v_mem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
-    q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _turns = bars
-    q_len, k_len, q_offset, heads, groups, tiles, section, num_work = sizes
+    q_full, q_empty, _k_full, _k_empty, v_full, _v_empty, _turns = bars
+    all_q, all_k, offset, heads, groups, tiles, section, num_work = sizes
     Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     weights = gl.zeros([ROWS, N], gl.float32, S)
     index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
@@ -245,6 +220,9 @@ def _consume(
     turn = gl.to_tensor(1 if WHO == 0 else 0)
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section)
+        q_first, _k_first, q_len, k_len, q_offset, tile = rows_of_tile(
+            extents, at // heads, tile, all_q, all_k, offset
+        )
         row = tile * M + WHO * ROWS
         q_pos = q_offset + row + index
         where, right, full, total, num_keys = plan(
@@ -257,19 +235,11 @@ def _consume(
         q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
         start = key_tile(0, where, visits) * N
         m, l, shrink, weights, k_at = _first(
-            q_tile,
-            q_pos,
-            start,
-            weights,
-            k_mem,
-            k_at,
-            bars,
-            unit,
-            num_keys,
-            rules,
-            total > 1,
+            q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, total > 1,
             CAUSAL,
-        )
+        )  # fmt: skip
+        if TAILS:
+            clear_tail(v_mem, v_at, v_full, num_keys - start)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
         if CAUSAL or visits.tiles is not None:
             state = _steps(
@@ -290,29 +260,21 @@ def _consume(
             mbarrier.arrive(q_empty.index(q_stage))
         acc, v_at = _last(acc, shrink, weights, v_mem, v_at, bars)
         acc, row_lse = _finish(acc, m, l, unit, sink_logits, at % heads)
-        lse_at = lse + at.to(gl.int64) * q_len + row + index
+        lse_at = lse + at.to(gl.int64) * all_q + q_first + row + index
         gl.store(lse_at, row_lse, mask=row + index < q_len)
         if not SHARED_OUT:
             tma.store_wait(0)  # of the tile before
-        o_mem.index(WHO).reshape([ROWS, D]).store(acc.to(v_mem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [at // heads, at % heads, row, 0], o_mem.index(WHO))
+        if extents.documents is None:
+            _store(o_desc, o_mem.index(WHO), acc, at // heads, at % heads, row)
+        elif row + ROWS <= q_len:
+            _store(o_desc, o_mem.index(WHO), acc, at // heads, at % heads, q_first + row)
+        else:
+            _store_part(out, acc, at // heads, at % heads, q_first + row, q_len - row)
         if SHARED_OUT:
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(q_stage))
         q_at = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
-    """The copy engine's description of `[batch, heads, length, D]`, read in blocks of rows."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, BLOCK, D], x.ptr.dtype.element_ty
-    )
-    return tma.make_tensor_descriptor(
-        x.ptr, [batch, heads, length, D], [x.batch, x.head, x.row, 1], [1, 1, BLOCK, D], LAYOUT
-    )
 
 
 @gluon.jit(
@@ -326,22 +288,34 @@ def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
         "tiles",
         "section",
         "num_work",
+        "pages",
     ]
 )
 def forward_kernel(
-    q, k, v, out, lse, sink_logits, rules, visits, scale, q_len, k_len, q_offset, batch, heads,
-    groups, tiles, section, num_work,
+    q, k, v, out, lse, sink_logits, rules, visits, extents, scale, q_len, k_len, q_offset, batch,
+    heads, groups, tiles, section, num_work, pages,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, REGISTERS: gl.constexpr,
+    TAILS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`."""
+    """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`.
+
+    TAILS: rows may end where their storage goes on.  PAGE: slots of a page, k and v being a pool of
+    `pages` of them, or None.
+    """
     ROWS: gl.constexpr = M // CONSUMERS
+    FETCH: gl.constexpr = 504 - CONSUMERS * REGISTERS  # registers of the warp that fetches
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    q_desc = _describe(q, batch, heads, q_len, ROWS, D)
-    k_desc = _describe(k, batch, heads // groups, k_len, N, D)
-    v_desc = _describe(v, batch, heads // groups, k_len, N, D)
-    o_desc = _describe(out, batch, heads, q_len, ROWS, D)
+    q_desc = describe(q, batch, heads, q_len, ROWS, D)
+    if PAGE is None:
+        k_desc = describe(k, batch, heads // groups, k_len, N, D)
+        v_desc = describe(v, batch, heads // groups, k_len, N, D)
+    else:
+        BOX: gl.constexpr = min(PAGE, N)
+        k_desc = describe(k, pages, heads // groups, PAGE, BOX, D)
+        v_desc = describe(v, pages, heads // groups, PAGE, BOX, D)
+    o_desc = describe(out, batch, heads, q_len, ROWS, D)
     q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, N, D], v_desc.layout)
@@ -374,18 +348,18 @@ def forward_kernel(
     sizes = (q_len, k_len, q_offset, heads, groups, tiles, section, num_work)
     unit = scale * LOG2E
     memory = (q_mem, k_mem, v_mem, bars)
-    asked = (q_desc, k_desc, v_desc, memory, sizes, rules, visits)
-    given = (o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, unit)
+    asked = (q_desc, k_desc, v_desc, memory, sizes, rules, visits, extents)
+    given = (out, o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, extents, unit)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1)),
-            (_produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 1)),
+            (produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS, PAGE)),
+        ], [4, 1], [REGISTERS, FETCH])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 0)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 1)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, 2)),
-            (_produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 1)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 2)),
+            (produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS, PAGE)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, FETCH])  # fmt: skip

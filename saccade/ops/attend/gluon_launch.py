@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput
 from saccade.ops import tuning
+from saccade.ops.attend.gluon_extents import Extents, documents_of
 from saccade.ops.attend.gluon_forward import forward_kernel
 from saccade.ops.attend.triton_launch import allow_scratch, rules_of
 from saccade.ops.attend.triton_problem import Problem, float32, on
@@ -55,34 +56,51 @@ LAUNCHES: dict[int, GluonLaunch] = {
 }
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
 TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
+# Rows of different lengths and pages keep more numbers in the warp that fetches.
+OWN_ROWS = {dim: replace(launch, registers=232) for dim, launch in TWO_CONSUMERS.items()}
 
 
 def launch_of(problem: Problem) -> GluonLaunch:
     """How a problem is cut."""
+    dim = problem.q.shape[3]
+    if any(part is not None for part in (problem.cu_q, problem.lengths, problem.offsets)):
+        return OWN_ROWS[dim]
     whole = problem.allowed is None and problem.window is None
-    return (LAUNCHES if whole else TWO_CONSUMERS)[problem.q.shape[3]]
+    return (LAUNCHES if whole else TWO_CONSUMERS)[dim]
 
 
-def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOutput:
-    """Output and lse of a problem that the backend has accepted."""
+def forward(
+    problem: Problem,
+    launch: GluonLaunch | None = None,
+    *,
+    table: Tensor | None = None,
+    out: Tensor | None = None,
+) -> AttentionOutput:
+    """Output and lse of a problem that the backend has accepted.
+
+    Args:
+        table: the pages of each row, where k and v of the problem are a pool of pages.
+        out: where the output goes; default a contiguous tensor.
+    """
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     launch = launch or launch_of(problem)
-    out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    tiles = triton.cdiv(q_len, launch.block_m)
+    extents, tiles = extents_of(problem, launch, table)
     work = tiles * batch * heads
-    programs = min(work, tuning.multiprocessors(q.device))
     # A tile lies in one block of a selection, so lists of tiles say everything about it.
     beside_lists = problem if problem.allowed is None else replace(problem, allowed=None)
     allow_scratch()
     with on(q.device):
-        forward_kernel[(programs,)](
+        forward_kernel[(min(work, tuning.multiprocessors(q.device)),)](
             *(plane(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
             rules_of(beside_lists),
             visits_of(problem, tiles, launch.block_m, launch.block_n),
+            extents,
             float(problem.scale),
             q_len,
             problem.num_keys,
@@ -93,12 +111,33 @@ def forward(problem: Problem, launch: GluonLaunch | None = None) -> AttentionOut
             tiles,
             section(problem),
             work,
+            k.shape[0],
             CAUSAL=problem.causal,
             D=dim,
+            TAILS=extents.documents is not None or extents.lengths is not None,
+            PAGE=None if table is None else k.shape[2],
             **constants(launch),
             **options(launch),
         )
     return AttentionOutput(out, lse)
+
+
+def extents_of(problem: Problem, launch: GluonLaunch, table: Tensor | None) -> tuple[Extents, int]:
+    """Where rows begin and end, where that differs, and how many tiles of queries a row has."""
+    lengths, tiles = problem.lengths, triton.cdiv(problem.q.shape[2], launch.block_m)
+    documents = None
+    if problem.cu_q is not None:
+        documents = documents_of(problem, launch.block_m)
+        tiles = len(documents)
+    extents = Extents(
+        problem.offsets,
+        lengths,
+        None if lengths is None else lengths.stride(0),
+        documents,
+        table,
+        None if table is None else table.stride(0),
+    )
+    return extents, tiles
 
 
 def constants(launch: GluonLaunch) -> dict[str, int | bool]:
@@ -124,7 +163,8 @@ def options(launch: GluonLaunch) -> dict[str, int]:
 
 def section(problem: Problem) -> int:
     """Query heads that are worked on together: as many as have their keys in the L2 cache."""
-    batch, kv_heads, k_len, dim = problem.k.shape
+    batch, kv_heads, dim = problem.q.shape[0], problem.k.shape[1], problem.k.shape[3]
+    k_len = problem.num_keys
     reach = k_len if problem.window is None else min(k_len, problem.window + 4096)
     fitting = max(1, L2_SHARE // (2 * reach * dim * problem.k.element_size()))
     rows = batch * kv_heads

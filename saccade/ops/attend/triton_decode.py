@@ -249,10 +249,10 @@ def merge_kernel(
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out = sum over splits of exp(lse_s - lse) out_s; one program a row, parts row by row."""
+    """out = sum over splits of exp(lse_s - lse) out_s; one program a row and BLOCK_V channels."""
     begin_early(EARLY)
     row = tl.program_id(0).to(tl.int64)
-    value_dims = tl.arange(0, BLOCK_V)
+    value_dims = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     held = value_dims < VALUE_DIM
     m = tl.full([1], LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)

@@ -57,7 +57,7 @@ def problem_of(call: AttentionCall, k: Tensor, v: Tensor, lengths: Tensor | None
         slopes=call.alibi_slopes,
         padding=call.key_padding,
         lengths=lengths,
-        offsets=None if whole else call.q_offset,  # type: ignore[arg-type]
+        offsets=None if whole else call.q_offset.contiguous(),  # type: ignore[union-attr]
         cu_q=cu_q,
         cu_k=cu_k,
         allowed=None if blocks is None else blocks.allowed,

@@ -29,6 +29,9 @@ from saccade.ops.call import AttentionCall
 from saccade.ops.tiles import Plane
 from saccade.ops.whole import cdiv, power_of_two
 
+MANY_SPLITS = 64  # more of them are joined by several programs a row, FEW channels each
+FEW = 32
+
 
 class Parts:
     """Output and lse of every split: the final tensors where there is one split alone."""
@@ -49,7 +52,9 @@ class Parts:
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
         block_v = power_of_two(value_dim)
-        merge_kernel[(lse.numel(),)](
+        if self.splits > MANY_SPLITS:
+            block_v = min(block_v, FEW)
+        merge_kernel[(lse.numel(), cdiv(value_dim, block_v))](
             self.out,
             self.lse,
             plane(out),

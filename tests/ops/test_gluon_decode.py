@@ -1,0 +1,199 @@
+"""The Gluon kernel for few queries: right on a Hopper card; elsewhere that it compiles as meant."""
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("Gluon has no interpreter", allow_module_level=True)
+
+from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
+from saccade.ops import attend, choose
+from saccade.ops.attend import gluon, gluon_decode
+from saccade.ops.attend.api import make_call
+from tests.ops.hopper import BOUND, on_the_card
+
+TYPES = [torch.float16, torch.bfloat16]
+
+
+def paged(k, v, page, lengths=None):
+    """The same keys in pages in any order; pages and slots that are not used hold nan."""
+    batch, heads, length, dim = k.shape
+    count = -(-length // page)
+    order = torch.randperm(batch * count + 3, device=k.device)[: batch * count]
+    table = order.view(batch, count).to(torch.int32)
+    pools = []
+    for x in (k, v):
+        pool = torch.full((batch * count + 3, heads, page, dim), torch.nan).to(x)
+        for row in range(batch):
+            stop = length if lengths is None else int(lengths[row])
+            for i in range(-(-stop // page)):
+                held = x[row, :, i * page : min((i + 1) * page, stop)]
+                pool[table[row, i], :, : held.shape[1]] = held
+            table[row, -(-stop // page) :] = -1
+        pools.append(pool)
+    if lengths is None:
+        lengths = torch.full((batch,), length, device=k.device)
+    return PagedKV(*pools, table, lengths.to(torch.int32), int(lengths.max()))
+
+
+def random(*shape, dtype=torch.bfloat16, device="cuda"):
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+# (heads, KV heads), batch, keys, queries, head_dim, mask
+SHAPES = [
+    ((32, 8), 1, 8192, 1, 128, Mask()),
+    ((8, 2), 2, 1, 1, 128, Mask()),
+    ((8, 2), 3, 1077, 2, 128, Mask()),
+    ((3, 3), 2, 4099, 8, 64, Mask()),
+    ((8, 1), 2, 77, 1, 64, Mask()),
+    ((6, 2), 2, 2050, 2, 128, Mask(window=300)),
+    ((6, 2), 1, 3000, 2, 64, Mask(window=77, sinks=5)),
+    ((5, 1), 1, 700, 1, 128, Mask(causal=False)),
+]
+
+
+class TestOnTheCard:
+    pytestmark = on_the_card
+
+    @pytest.mark.parametrize("page", [0, 16, 64])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", TYPES, ids=str)
+    def test_equals_the_reference(self, page, shape, dtype):
+        """At most twice the error of an eager run in the same precision."""
+        heads, batch, keys, queries, dim, mask = shape
+        k, v = (random(batch, heads[1], keys, dim, dtype=dtype) for _ in range(2))
+        q = random(batch, heads[0], queries, dim, dtype=dtype)
+        rules = {"mask": mask, "sink_logits": random(heads[0]).float() if batch > 1 else None}
+        wide = DenseKV(k.double(), v.double())
+        truth = attend(q.double(), wide, **rules, backend="reference")
+        eager = attend(q, DenseKV(k, v), **rules, backend="reference")
+        ours = attend(q, paged(k, v, page) if page else DenseKV(k, v), **rules, backend="gluon")
+        allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
+        assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
+        assert (ours.out - truth.out).abs().max() <= allowed
+        assert (ours.lse - truth.lse).abs().max() <= 1e-3
+
+    @pytest.mark.parametrize("page", [0, 16, 64])
+    @pytest.mark.parametrize("mask", [Mask(), Mask(window=100, sinks=3)], ids=str)
+    def test_rows_of_different_length(self, page, mask):
+        """What lies behind the end of a row never matters, even if it is nan."""
+        k, v, q = random(3, 2, 2077, 128), random(3, 2, 2077, 128), random(3, 8, 2, 128)
+        lengths = torch.tensor([2077, 0, 303], device="cuda")
+        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": mask}
+        truth = attend(q.double(), DenseKV(k.double(), v.double()), **where, backend="reference")
+        for x in (k, v):
+            for row, length in enumerate(lengths.tolist()):
+                x[row, :, length:] = torch.nan
+        view = paged(k, v, page, lengths) if page else DenseKV(k, v)
+        ours = attend(q, view, **where, backend="gluon")
+        assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
+        assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
+
+    @pytest.mark.parametrize("page", [16, 64])
+    def test_one_query_needs_no_place(self, page):
+        """The host knows the longest row alone; shorter ones end where the device says."""
+        k, v, q = random(4, 2, 2077, 128), random(4, 2, 2077, 128), random(4, 8, 1, 128)
+        lengths = torch.tensor([2077, 0, 303, 1], device="cuda")
+        wide = DenseKV(k.double(), v.double())
+        truth = attend(q.double(), wide, mask=Mask(), lengths=lengths, backend="reference")
+        ours = attend(q, paged(k, v, page, lengths), mask=Mask(), backend="gluon")
+        assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
+        assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
+
+    def test_strides_of_storage(self):
+        """Tokens before heads, slices of longer storage, queries of a model's layout."""
+        k, v = (random(2, 500, 2, 128).transpose(1, 2)[:, :, 3:403] for _ in range(2))
+        q = random(2, 1, 8, 128).transpose(1, 2)
+        truth = attend(q.double(), DenseKV(k.double(), v.double()), mask=Mask(), backend="tiled")
+        ours = attend(q, DenseKV(k, v), mask=Mask(), backend="gluon")
+        assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
+
+    def test_a_step_reads_what_the_step_before_wrote(self):
+        """Launches begin early: each output is the next query, and is written into the keys."""
+        q, k, v = random(2, 8, 1, 64), random(2, 2, 9000, 64), random(2, 2, 9000, 64)
+
+        def chain(ends):
+            x, keys = q, k.clone()
+            for i in range(20):
+                x = attend(x, DenseKV(keys, v), mask=Mask(), backend="gluon").out
+                keys[:, :, -1 - i] = x[:, ::4, 0]
+                if ends:
+                    torch.cuda.synchronize()
+            return x
+
+        assert torch.equal(chain(False), chain(True))
+
+    def test_inside_a_cuda_graph(self):
+        k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
+        view = paged(k, v, 16)
+        attend(q, view, mask=Mask(), backend="gluon")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attend(q, view, mask=Mask(), backend="gluon").out
+        q.copy_(q.flip(1))
+        graph.replay()
+        assert torch.equal(out, attend(q, view, mask=Mask(), backend="gluon").out)
+
+
+REFUSALS = [
+    ({"softcap": 5.0}, {}, "no softcap"),
+    ({"scale": -1.0}, {}, "scale must be positive"),
+    ({}, {"queries": 5}, "1 to 8 queries x heads of a group, got 10"),
+    ({}, {"dim": 96}, "head_dim 96 is not one of 64, 128"),
+    ({}, {"dtype": torch.float32}, "float32 is not one of bfloat16, float16"),
+    ({}, {"page": 8}, "pages have to hold 16 n keys, got 8"),
+]
+
+
+@pytest.mark.parametrize(("options", "how", "reason"), REFUSALS, ids=[row[2] for row in REFUSALS])
+def test_refuses_in_a_sentence(options, how, reason):
+    dim, dtype = how.get("dim", 64), how.get("dtype", torch.float16)
+    k = random(1, 2, 64, dim, dtype=dtype, device="cpu")
+    q = random(1, 4, how.get("queries", 1), dim, dtype=dtype, device="cpu")
+    call = make_call(q, paged(k, k, how.get("page", 16)), **({"mask": Mask()} | options))
+    assert reason in str(gluon_decode.refusal(call))
+
+
+def test_reads_few_queries_and_nothing_runs_without_a_card():
+    k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+    for view in (DenseKV(k, k), paged(k, k, 64)):
+        call = make_call(q, view, mask=Mask(window=9, sinks=2))
+        assert gluon_decode.reads(call) and gluon_decode.refusal(call) is None
+        with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
+            attend(q, view, mask=Mask(), backend="gluon")
+    assert not gluon_decode.reads(make_call(q.expand(1, 8, 128, 128), DenseKV(k, k), mask=Mask()))
+    ring = replace(DenseKV(k, k), spans=(Span(0, 64, 64), Span(64, 0, 64)))
+    assert not gluon_decode.reads(replace(call, kv=ring))
+
+
+def test_auto_takes_what_was_measured(monkeypatch):
+    monkeypatch.setattr(gluon, "missing", lambda device: None)
+    k, q = random(1, 2, 8192, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+
+    def verdict(q, k):
+        return dict(choose.explain(make_call(q, DenseKV(k, k), mask=Mask())))["gluon"]
+
+    assert verdict(q, k) == "chosen"
+    assert verdict(q, k[:, :, :77]).endswith("keys are 77 and the window is None")
+    assert verdict(q[..., :64].contiguous(), k[..., :64].contiguous()).startswith("able, but for")
+
+
+@pytest.mark.parametrize(("dim", "page"), [(128, 0), (128, 16), (64, 16)])
+def test_nothing_stands_between_memory_and_the_copies(dim, page):
+    """Copies by 16 bytes, whole matrices from shared memory, and barriers only at the end."""
+    from tests.ops.compiled import compile_decode
+
+    found = compile_decode(dim, page)
+    ptx = found.asm["ptx"]
+    loop = ptx[: ptx.rindex("cp.async.wait_group 0")]
+    assert "cp.async.cg.shared.global" in loop and not re.search(r"^\s*bar\.sync", loop, re.M)
+    assert len(re.findall(r"^\s*ldmatrix", ptx, re.M)) == dim // 8
+    assert len(re.findall(r"^\s*mma\.sync", ptx, re.M)) == dim // 8
+    assert not re.search(r"(ld|st)\.local", ptx)
+    assert found.metadata.shared <= 227 * 1024
