@@ -89,17 +89,11 @@ def forget() -> None:
 
 
 @cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; PyTorch takes microseconds to say it."""
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def architecture(device: torch.device) -> str:
     """Name of the table: "sm_90", or "interpreter" for CPU tensors."""
     if device.type != "cuda":
         return INTERPRETER
-    major, minor = capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
-from saccade.ops import tuning
 from saccade.ops.attend import gluon_codes, gluon_decode
 from saccade.ops.call import AttentionCall
 
@@ -47,7 +46,7 @@ def missing(device: torch.device) -> str | None:
     """Why Gluon kernels for Hopper cannot run on a device, or None."""
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if tuning.capability(device) != HOPPER:
+    if torch.cuda.get_device_capability(device) != HOPPER:
         return "the GPU is not a Hopper (compute capability 9.0)"
     if not _triton_version().startswith(TRITON + "."):
         return f"it needs triton {TRITON}, found {_triton_version()}"

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
-from saccade.ops import tuning
 from saccade.ops.call import AttentionCall
 
 MAX_DIM = 512
@@ -29,7 +28,7 @@ def _missing(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if device.type != "cuda":
         return None if INTERPRETED else f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if tuning.capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than Ampere (compute capability 8.0)"
     return None
 
@@ -53,6 +52,15 @@ def refusal(call: AttentionCall) -> str | None:
     if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     return _view_refusal(call)
+
+
+def kernel_of(call: AttentionCall) -> str:
+    """Whose kernels compute the gradients of a call that `refusal` accepts: "gluon" or "triton"."""
+    from saccade.ops.attend import gluon_training
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    able = gluon_training.gradient_refusal(dense_problem(call)) is None
+    return "gluon" if able else "triton"
 
 
 def _view_refusal(call: AttentionCall) -> str | None:

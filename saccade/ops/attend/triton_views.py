@@ -115,7 +115,7 @@ def _whole(
 
 def early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that calls `begin_early`: cards from Hopper on can."""
-    able = device.type == "cuda" and tuning.capability(device) >= (9, 0)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
