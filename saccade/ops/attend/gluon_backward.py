@@ -38,12 +38,6 @@ ADD_UP = gl.constexpr(
     )
     + "mov.u32 $0, 0;"
 )
-EXPONENTIALS = (
-    "{{ .reg .f32 a, b; ex2.approx.ftz.f32 a, $1; ex2.approx.ftz.f32 b, $2; "
-    "cvt.rn.{}.f32 $0, b, a; }}"
-)
-EXPONENTIALS_BF16 = gl.constexpr(EXPONENTIALS.format("bf16x2"))
-EXPONENTIALS_F16 = gl.constexpr(EXPONENTIALS.format("f16x2"))
 ROWS, KEYS, CONSUMERS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)
 
 
@@ -80,7 +74,7 @@ def _produce(
     bars, sizes, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Fetch K and V, then every tile of queries, in the order of the consumers."""
-    kv_full, q_full, q_empty, d_full, d_empty, _ds_full, _ds_empty = bars
+    kv_full, q_full, q_empty, d_full, d_empty, _ds_full = bars
     q_len, k_len, q_offset, kv_heads, groups, section = sizes
     b, head, start, first, count, _full = _whose(k_len, q_len, q_offset, section, kv_heads, CAUSAL)
     mbarrier.expect(kv_full, CONSUMERS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
@@ -121,6 +115,20 @@ def _halves(x, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _whole(x):
+    """16 bits in float32, two at a time, so that they stay packed until they are used."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], gl.float32, True, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+            "=&r,=r,r", [x], gl.float32, True, 2,
+        )  # fmt: skip
+
+
+@gluon.jit
 def _registers(x):
     """A tile [64, 64] of an accumulator as 32 tensors [4 warps, 8 rows, 4 columns]: registers."""
     parts = (x.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 5, 4, 3)),)
@@ -158,12 +166,12 @@ def _masked(row, start, k_len, q_offset, edge, CAUSAL: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
-def _ask_before(q_tile, ds_mem, buffer, k_mem, dk, part, WHO: gl.constexpr):
-    """Ask for dQ = dS K and dK += dS^T Q of the tile before: (dQ, dK) in flight."""
+def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, never, WHO: gl.constexpr):
+    """Ask for dQ = dS K and dK += dS^T Q: (dQ, dK) in flight."""
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     for c in gl.static_range(CONSUMERS):
-        half = k_mem.index(c).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
+        half = k_mem.index(c + never).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
         part = warpgroup_mma(
             ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)),
             half,
@@ -176,22 +184,13 @@ def _ask_before(q_tile, ds_mem, buffer, k_mem, dk, part, WHO: gl.constexpr):
 
 
 @gluon.jit
-def _weights(scores, lse, unit, DTYPE: gl.constexpr):
-    """P^T from scores, in 16 bits."""
+def _weights(scores, lse, unit):
+    """P^T from scores."""
     x = scores * unit - lse[None, :]
     # Not pure, so that the compiler does not move exponentials behind the waits that follow.
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise(EXPONENTIALS_BF16, "=r,r,r", [x], gl.bfloat16, False, 2)
-    else:
-        return gl.inline_asm_elementwise(EXPONENTIALS_F16, "=r,r,r", [x], gl.float16, False, 2)
-
-
-@gluon.jit
-def _ask_for_gradients(p, values, d_tile, dp, dv):
-    """Ask for dP^T = V dO^T and dV += P^T dO: (dP, dV, operand) in flight."""
-    product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
-    operand = gl.convert_layout(p, gl.DotOperandLayout(0, dv.type.layout, 2))
-    return product, warpgroup_mma(operand, d_tile, dv, is_async=True), operand
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, False, 1
+    )
 
 
 @gluon.jit
@@ -201,10 +200,10 @@ def _consume(
 ):  # fmt: skip
     """dK and dV of 64 keys, and half of the dimensions of what 128 keys give to dQ.
 
-    A step asks for the scores of its tile and then for dQ and dK of the tile before, which the
-    matrix units compute during the exponentials; dV is computed during dS.
+    The matrix units compute dV of a tile and the scores of the next one during dS, and dQ and dK
+    of a tile during the exponentials of the next one.
     """
-    kv_full, q_full, q_empty, d_full, d_empty, ds_full, ds_empty = bars
+    kv_full, q_full, q_empty, d_full, d_empty, ds_full = bars
     q_len, k_len, q_offset, kv_heads, groups, section = sizes
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
@@ -222,78 +221,65 @@ def _consume(
     values = v_mem.index(WHO).reshape([KEYS, D])
     dk = gl.zeros([KEYS, D], gl.float32, O)
     dv = gl.zeros([KEYS, D], gl.float32, O)
-    s = gl.zeros([KEYS, ROWS], gl.float32, S)
+    dp = gl.zeros([KEYS, ROWS], gl.float32, S)
     part = gl.zeros([ROWS, HALF], gl.float32, DQ)
-    before, q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
+    q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     d_stage, d_phase = gl.to_tensor(0), gl.to_tensor(0)
     tile = first
     at = (b * kv_heads + head) * groups * (first + count) + first
+    total = groups * count
     mbarrier.wait(kv_full, 0)
 
-    # The first tile, which has none before it.
-    q_tile = q_mem.index(0).reshape([ROWS, D])
-    d_tile = d_mem.index(0).reshape([ROWS, D])
-    mbarrier.wait(q_full.index(0), 0)
     mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
+    mbarrier.wait(q_full.index(0), 0)
+    q_tile = q_mem.index(0).reshape([ROWS, D])
     scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
     lse = lse_mem.index(0).reshape([ROWS]).load(COLUMN)
     s = warpgroup_mma_wait(0, deps=[scores])
-    p = _weights(s, lse, unit, DTYPE)
+    p = _weights(s, lse, unit)
     mbarrier.wait(d_full.index(0), 0)
-    product, dv_next, operand = _ask_for_gradients(p, values, d_tile, s, dv)
-    delta = delta_mem.index(0).reshape([ROWS]).load(COLUMN)
-    dp = warpgroup_mma_wait(1, deps=[product])
-    ds = p.to(gl.float32) * (dp - delta[None, :])
-    ds_mem.index(WHO).store(_halves(ds, DTYPE))
-    fence_async_shared()
-    mbarrier.arrive(ds_full.index(0))
-    dv, operand = warpgroup_mma_wait(0, deps=[dv_next, operand])
-    mbarrier.arrive(d_empty.index(0))
-    q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
-    d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
-
-    for i in range(1, groups * count):
+    for i in range(total):
         _h, tile, following = _next(0, tile, at, first, count, 1)
         q_tile = q_mem.index(q_stage).reshape([ROWS, D])
         d_tile = d_mem.index(d_stage).reshape([ROWS, D])
+        weights = _halves(p, DTYPE)
+        # 0, which the compiler does not know: else it keeps descriptions of K, V in registers.
+        never = i >> 30
+        values = v_mem.index(WHO + never).reshape([KEYS, D])
         mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
-        mbarrier.wait(q_full.index(q_stage), q_phase)
-        scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
-        mbarrier.wait(ds_full.index((i - 1) & 1), ((i - 1) >> 1) & 1)
-        part_next, dk_next = _ask_before(
-            q_mem.index(before).reshape([ROWS, D]), ds_mem, (i - 1) & 1, k_mem, dk,
-            part, WHO,
-        )  # fmt: skip
-        lse = lse_mem.index(q_stage).reshape([ROWS]).load(COLUMN)
-        s = warpgroup_mma_wait(3, deps=[scores])
-        p = _weights(s, lse, unit, DTYPE)
-        mbarrier.wait(d_full.index(d_stage), d_phase)
-        part = warpgroup_mma_wait(1, deps=[part_next])
-        _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
-        product, dv_next, operand = _ask_for_gradients(p, values, d_tile, s, dv)
-        dk = warpgroup_mma_wait(2, deps=[dk_next])
-        mbarrier.arrive(q_empty.index(before))
-        mbarrier.arrive(ds_empty.index((i - 1) & 1))
+        product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
+        operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
+        dv_next = warpgroup_mma(operand, d_tile, dv, is_async=True)
+
+        # Scores of the next tile, which after the last one are those of old memory and unused.
+        next_q, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
+        mbarrier.wait(q_full.index(next_q), q_phase, pred=i + 1 < total)
         delta = delta_mem.index(d_stage).reshape([ROWS]).load(COLUMN)
         dp = warpgroup_mma_wait(1, deps=[product])
-        ds = p.to(gl.float32) * (dp - delta[None, :])
-        mbarrier.wait(ds_empty.index(i & 1), ((i >> 1) & 1) ^ 1)
+        next_tile = q_mem.index(next_q).reshape([ROWS, D])
+        keys = k_mem.index(WHO + never).reshape([KEYS, D])
+        scores = warpgroup_mma(keys, next_tile.permute((1, 0)), mask, is_async=True)
+        ds = _whole(weights) * (dp - delta[None, :])
         ds_mem.index((i & 1) * CONSUMERS + WHO).store(_halves(ds, DTYPE))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(i & 1))
-        dv, operand = warpgroup_mma_wait(0, deps=[dv_next, operand])
+        # That both have stored this tile also says that both are done with the one before.
+        mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
+        part_next, dk_next = _ask_for_queries_and_keys(
+            q_tile, ds_mem, i & 1, k_mem, dk, part, never, WHO
+        )
+        lse = lse_mem.index(next_q).reshape([ROWS]).load(COLUMN)
+        dv, operand, s = warpgroup_mma_wait(3, deps=[dv_next, operand, scores])
         mbarrier.arrive(d_empty.index(d_stage))
-        before, at = q_stage, following
-        q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
+        p = _weights(s, lse, unit)
+        # This wait keeps the compiler from awaiting dQ before the exponentials are done.
         d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
-
-    i = groups * count - 1
-    mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
-    part_next, dk_next = _ask_before(
-        q_mem.index(before).reshape([ROWS, D]), ds_mem, i & 1, k_mem, dk, part, WHO
-    )
-    part, dk = warpgroup_mma_wait(0, deps=[part_next, dk_next])
-    _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+        mbarrier.wait(d_full.index(d_stage), d_phase, pred=i + 1 < total)
+        part = warpgroup_mma_wait(1, deps=[part_next])
+        _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+        dk = warpgroup_mma_wait(0, deps=[dk_next])
+        mbarrier.arrive(q_empty.index(q_stage))
+        q_stage, at = next_q, following
     out = v_mem.index(WHO)
     out.reshape([KEYS, D]).store(dv.to(DTYPE))
     fence_async_shared()
@@ -352,11 +338,9 @@ def backward_kernel(
     d_full = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
     d_empty = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=CONSUMERS)
-        mbarrier.init(ds_empty.index(i), count=CONSUMERS)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=CONSUMERS)
@@ -365,7 +349,7 @@ def backward_kernel(
         mbarrier.init(d_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    bars = (kv_full, q_full, q_empty, d_full, d_empty, ds_full, ds_empty)
+    bars = (kv_full, q_full, q_empty, d_full, d_empty, ds_full)
     sizes = (q_len, k_len, q_offset, kv_heads, groups, section)
     gl.warp_specialize([
         (_consume, (
