@@ -27,64 +27,62 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from saccade.ops.attend.gluon_backward_registers import add_up
 from saccade.ops.attend.gluon_schedule import next_stage
+from saccade.ops.tiles import query_tiles
 
 LOG2E, LOWEST = gl.constexpr(1.4426950408889634), gl.constexpr(-1e30)
-ADD_UP = gl.constexpr(
-    "".join(
-        f"red.relaxed.gpu.global.add.v4.f32 [$1 + {2048 * i}], "
-        f"{{{', '.join(f'${4 * i + j + 2}' for j in range(4))}}}; "
-        for i in range(8)
-    )
-    + "mov.u32 $0, 0;"
-)
 ROWS, KEYS, CONSUMERS = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)
 
 
 @gluon.jit
-def _whose(k_len, q_len, q_offset, section, kv_heads, CAUSAL: gl.constexpr):
-    """Batch, KV head, first key, first tile of queries, number of tiles, first full tile."""
-    tiles = gl.cdiv(k_len, CONSUMERS * KEYS)
-    pid = gl.program_id(0)
-    per_section = tiles * section
-    inside = pid % per_section
-    head = (pid // per_section) * section + inside % section
+def _whose(sizes, rules, CAUSAL: gl.constexpr):
+    """What this program works on: batch, share, first key, and tiles of queries.
+
+    Of these the first, how many, and the range [full from, full to) that needs no mask.
+    Keys that most queries see come first, within sections of shares whose queries and gradients fit
+    the L2 cache together.
+    """
+    q_len, k_len, q_offset, shares, _groups, _splits, section = sizes
+    per_section = gl.cdiv(k_len, CONSUMERS * KEYS) * section
+    inside = gl.program_id(0) % per_section
+    share = (gl.program_id(0) // per_section) * section + inside % section
     start = (inside // section) * (CONSUMERS * KEYS)
-    q_tiles = gl.cdiv(q_len, ROWS)
-    first, full = 0, 0
-    if CAUSAL:
-        first = gl.minimum(gl.maximum(start - q_offset, 0) // ROWS, q_tiles)
-        full = gl.cdiv(gl.maximum(start + CONSUMERS * KEYS - 1 - q_offset, 0), ROWS)
-    full = gl.where(start + CONSUMERS * KEYS > k_len, q_tiles, full)
-    return head // kv_heads, head % kv_heads, start, first, q_tiles - first, full
+    stop = start + CONSUMERS * KEYS
+    first, full_from, full_to, last = query_tiles(
+        start, gl.minimum(stop, k_len) - 1, q_len, q_offset, rules, CAUSAL, ROWS
+    )
+    full_from = gl.where(stop > k_len, last, full_from)
+    return share // shares, share % shares, start, first, last - first, full_from, full_to
 
 
 @gluon.jit
-def _next(h, tile, row, first, count, STEP: gl.constexpr):
+def _next(h, tile, row, first, count, others, STEP: gl.constexpr):
     """The next tile of queries: head, tile in it, and its place among all tiles."""
     tile += 1
     wrapped = tile == first + count
-    row += gl.where(wrapped, 1 + first, 1) * STEP
+    row += gl.where(wrapped, 1 + others, 1) * STEP
     return gl.where(wrapped, h + 1, h), gl.where(wrapped, first, tile), row
 
 
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, d_desc, stat_desc, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem,
-    bars, sizes, CAUSAL: gl.constexpr,
+    bars, sizes, rules, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Fetch K and V, then every tile of queries, in the order of the consumers."""
     kv_full, q_full, q_empty, d_full, d_empty, _ds_full = bars
-    q_len, k_len, q_offset, kv_heads, groups, section = sizes
-    b, head, start, first, count, _full = _whose(k_len, q_len, q_offset, section, kv_heads, CAUSAL)
+    q_len, _k_len, _q_offset, shares, groups, splits, _section = sizes
+    b, share, start, first, count, _full_from, _full_to = _whose(sizes, rules, CAUSAL)
+    head, tiles = share // splits, gl.cdiv(q_len, ROWS)
     mbarrier.expect(kv_full, CONSUMERS * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
     for c in gl.static_range(CONSUMERS):
         at = start + c * KEYS
         tma.async_copy_global_to_shared(k_desc, [b, head, at, 0], kv_full, k_mem.index(c))
         tma.async_copy_global_to_shared(v_desc, [b, head, at, 0], kv_full, v_mem.index(c))
     q_stage, q_phase, d_stage, d_phase = 0, 1, 0, 1
-    h, tile = head * groups, first
-    row = ((b * kv_heads * groups + h) * (first + count) + first) * 2
+    h, tile = share * groups, first
+    row = ((b * shares * groups + h) * tiles + first) * 2
     for _ in range(groups * count):
         full = q_full.index(q_stage)
         mbarrier.wait(q_empty.index(q_stage), q_phase)
@@ -96,7 +94,7 @@ def _produce(
         mbarrier.expect(full, d_desc.block_type.nbytes + stat_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(stat_desc, [row + 1, 0], full, delta_mem.index(d_stage))
         tma.async_copy_global_to_shared(d_desc, [b, h, tile * ROWS, 0], full, d_mem.index(d_stage))
-        h, tile, row = _next(h, tile, row, first, count, 2)
+        h, tile, row = _next(h, tile, row, first, count, tiles - count, 2)
         q_stage, q_phase = next_stage(q_stage, q_phase, q_mem.shape[0])
         d_stage, d_phase = next_stage(d_stage, d_phase, d_mem.shape[0])
 
@@ -129,30 +127,7 @@ def _whole(x):
 
 
 @gluon.jit
-def _registers(x):
-    """A tile [64, 64] of an accumulator as 32 tensors [4 warps, 8 rows, 4 columns]: registers."""
-    parts = (x.reshape([4, 2, 8, 2, 2, 2, 4, 2]).permute((0, 2, 6, 7, 1, 5, 4, 3)),)
-    for _ in gl.static_range(5):  # first half of the columns first, then of these, ...
-        found = ()
-        for i in gl.static_range(len(parts)):
-            found = found + gl.split(parts[i])
-        parts = found
-    return parts
-
-
-@gluon.jit
-def _add_up(dq, base):
-    """Add a tile [64, 64] in registers to its buffer [8, 128 threads, 4]: four a request."""
-    LAYOUT: gl.constexpr = dq.type.layout
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    col = gl.arange(0, dq.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    thread = _registers((row // 16) * 32 + (row % 8) * 4 + (col % 8) // 2)[0]
-    address, parts = ((base + thread * 4).to(gl.int64),), _registers(dq)
-    gl.inline_asm_elementwise(ADD_UP, "=r,l" + ",r" * 32, address + parts, gl.int32, False, 1)
-
-
-@gluon.jit
-def _masked(row, start, k_len, q_offset, edge, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+def _masked(row, start, k_len, q_offset, rules, edge, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
     """What scores [keys, queries] are added to: 0, or LOWEST where a query does not see a key."""
     mask = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
     if edge:
@@ -161,12 +136,26 @@ def _masked(row, start, k_len, q_offset, edge, CAUSAL: gl.constexpr, LAYOUT: gl.
         hidden = k_pos >= k_len
         if CAUSAL:
             hidden = hidden | (k_pos > q_pos)
+        if rules.window is not None:
+            far = q_pos - k_pos >= rules.window
+            if rules.sinks is not None:
+                far = far & (k_pos >= rules.sinks)
+            hidden = hidden | far
         mask = gl.where(hidden, LOWEST, mask)
     return mask
 
 
 @gluon.jit
-def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, never, WHO: gl.constexpr):
+def _edge(tile, full_from, full_to, rules):
+    """Whether some query of a tile does not see some key."""
+    edge = tile < full_from
+    if rules.window is not None:
+        edge = edge | (tile >= full_to)
+    return edge
+
+
+@gluon.jit
+def _ask_for_q_and_k(q_tile, ds_mem, buffer, k_mem, k_grad, part, never, WHO: gl.constexpr):
     """Ask for dQ = dS K and dK += dS^T Q: (dQ, dK) in flight."""
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
@@ -180,7 +169,7 @@ def _ask_for_queries_and_keys(q_tile, ds_mem, buffer, k_mem, dk, part, never, WH
             is_async=True,
         )
     mine = ds_mem.index(buffer * CONSUMERS + WHO)
-    return part, warpgroup_mma(mine, q_tile, dk, is_async=True)
+    return part, warpgroup_mma(mine, q_tile, k_grad, is_async=True)
 
 
 @gluon.jit
@@ -195,8 +184,8 @@ def _weights(scores, lse, unit):
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars, sizes,
-    scale, CAUSAL: gl.constexpr, WHO: gl.constexpr,
+    dk, dv, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars, sizes, rules, scale,
+    CAUSAL: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 keys, and half of the dimensions of what 128 keys give to dQ.
 
@@ -204,7 +193,7 @@ def _consume(
     of a tile during the exponentials of the next one.
     """
     kv_full, q_full, q_empty, d_full, d_empty, ds_full = bars
-    q_len, k_len, q_offset, kv_heads, groups, section = sizes
+    q_len, k_len, q_offset, shares, groups, _splits, _section = sizes
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     DTYPE: gl.constexpr = k_mem.dtype
@@ -214,42 +203,45 @@ def _consume(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, S)
-    b, head, start, first, count, full = _whose(k_len, q_len, q_offset, section, kv_heads, CAUSAL)
+    b, share, start, first, count, full_from, full_to = _whose(sizes, rules, CAUSAL)
+    others = gl.cdiv(q_len, ROWS) - count
     mine = start + WHO * KEYS
     unit = scale * LOG2E
     keys = k_mem.index(WHO).reshape([KEYS, D])
     values = v_mem.index(WHO).reshape([KEYS, D])
-    dk = gl.zeros([KEYS, D], gl.float32, O)
-    dv = gl.zeros([KEYS, D], gl.float32, O)
+    k_grad = gl.zeros([KEYS, D], gl.float32, O)
+    v_grad = gl.zeros([KEYS, D], gl.float32, O)
     dp = gl.zeros([KEYS, ROWS], gl.float32, S)
     part = gl.zeros([ROWS, HALF], gl.float32, DQ)
     q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     d_stage, d_phase = gl.to_tensor(0), gl.to_tensor(0)
     tile = first
-    at = (b * kv_heads + head) * groups * (first + count) + first
+    at = (b * shares + share) * groups * (count + others) + first
     total = groups * count
     mbarrier.wait(kv_full, 0)
 
-    mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
-    mbarrier.wait(q_full.index(0), 0)
+    edge = _edge(tile, full_from, full_to, rules)
+    mask = _masked(tile * ROWS, mine, k_len, q_offset, rules, edge, CAUSAL, S)
+    mbarrier.wait(q_full.index(0), 0, pred=total > 0)
     q_tile = q_mem.index(0).reshape([ROWS, D])
     scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
     lse = lse_mem.index(0).reshape([ROWS]).load(COLUMN)
     s = warpgroup_mma_wait(0, deps=[scores])
     p = _weights(s, lse, unit)
-    mbarrier.wait(d_full.index(0), 0)
+    mbarrier.wait(d_full.index(0), 0, pred=total > 0)
     for i in range(total):
-        _h, tile, following = _next(0, tile, at, first, count, 1)
+        _h, tile, following = _next(0, tile, at, first, count, others, 1)
         q_tile = q_mem.index(q_stage).reshape([ROWS, D])
         d_tile = d_mem.index(d_stage).reshape([ROWS, D])
         weights = _halves(p, DTYPE)
         # 0, which the compiler does not know: else it keeps descriptions of K, V in registers.
         never = i >> 30
         values = v_mem.index(WHO + never).reshape([KEYS, D])
-        mask = _masked(tile * ROWS, mine, k_len, q_offset, tile < full, CAUSAL, S)
+        edge = _edge(tile, full_from, full_to, rules)
+        mask = _masked(tile * ROWS, mine, k_len, q_offset, rules, edge, CAUSAL, S)
         product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
-        dv_next = warpgroup_mma(operand, d_tile, dv, is_async=True)
+        v_next = warpgroup_mma(operand, d_tile, v_grad, is_async=True)
 
         # Scores of the next tile, which after the last one are those of old memory and unused.
         next_q, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
@@ -265,60 +257,66 @@ def _consume(
         mbarrier.arrive(ds_full.index(i & 1))
         # That both have stored this tile also says that both are done with the one before.
         mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
-        part_next, dk_next = _ask_for_queries_and_keys(
-            q_tile, ds_mem, i & 1, k_mem, dk, part, never, WHO
-        )
+        part_next, k_next = _ask_for_q_and_k(q_tile, ds_mem, i & 1, k_mem, k_grad, part, never, WHO)
         lse = lse_mem.index(next_q).reshape([ROWS]).load(COLUMN)
-        dv, operand, s = warpgroup_mma_wait(3, deps=[dv_next, operand, scores])
+        v_grad, operand, s = warpgroup_mma_wait(3, deps=[v_next, operand, scores])
         mbarrier.arrive(d_empty.index(d_stage))
         p = _weights(s, lse, unit)
         # This wait keeps the compiler from awaiting dQ before the exponentials are done.
         d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
         mbarrier.wait(d_full.index(d_stage), d_phase, pred=i + 1 < total)
         part = warpgroup_mma_wait(1, deps=[part_next])
-        _add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
-        dk = warpgroup_mma_wait(0, deps=[dk_next])
+        add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+        k_grad = warpgroup_mma_wait(0, deps=[k_next])
         mbarrier.arrive(q_empty.index(q_stage))
         q_stage, at = next_q, following
-    out = v_mem.index(WHO)
-    out.reshape([KEYS, D]).store(dv.to(DTYPE))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dv_desc, [b, head, mine, 0], out)
-    tma.store_wait(0)
-    out.reshape([KEYS, D]).store((dk * scale).to(DTYPE))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [b, head, mine, 0], out)
-    tma.store_wait(0)
+    _store(dk, b, share, mine, k_len, k_grad * scale)
+    _store(dv, b, share, mine, k_len, v_grad)
 
 
 @gluon.jit
-def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
+def _store(out, b, head, start, k_len, grad):
+    """Rows of the gradient of keys or values."""
+    G: gl.constexpr = grad.type.layout
+    row = start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, G))
+    dims = gl.arange(0, grad.shape[1], layout=gl.SliceLayout(0, G))
+    base = out.ptr + b.to(gl.int64) * out.batch + head.to(gl.int64) * out.head
+    at = base + (row.to(gl.int64) * out.row)[:, None] + dims[None, :]
+    gl.store(at, grad.to(out.ptr.dtype.element_ty), mask=(row < k_len)[:, None])
+
+
+@gluon.jit
+def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr, SWIZZLE: gl.constexpr):
     """The copy engine's description of `[batch, heads, length, D]`, read in blocks of rows."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, BLOCK, D], x.ptr.dtype.element_ty
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=4
     )
     return tma.make_tensor_descriptor(
         x.ptr, [batch, heads, length, D], [x.batch, x.head, x.row, 1], [1, 1, BLOCK, D], LAYOUT
     )
 
 
-@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset", "batch", "kv_heads", "groups",
+@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset", "batch", "shares", "groups", "splits",
                               "section"])  # fmt: skip
 def backward_kernel(
-    q, k, v, dout, dk, dv, stats, dq, scale, q_len, k_len, q_offset, batch, kv_heads, groups,
-    section,
+    q, k, v, dout, dk, dv, stats, dq, rules, scale, q_len, k_len, q_offset, batch, shares, groups,
+    splits, section,
     CAUSAL: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, D_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dK, dV of 128 keys and their part of dQ; q .. dv are Planes, stats `[B*H*tiles, 2, 64]`."""
+    """dK, dV of 128 keys and their part of dQ.
+
+    q .. dv are Planes.  Each of `shares` owns `groups` query heads and has gradients of its own:
+    dk, dv `[B, shares, Lk, D]`; `splits` shares read the same KV head.  stats `[B * H * tiles, 2,
+    64]`.
+    """
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    heads = kv_heads * groups
-    q_desc = _describe(q, batch, heads, q_len, ROWS, D)
-    d_desc = _describe(dout, batch, heads, q_len, ROWS, D)
-    k_desc = _describe(k, batch, kv_heads, k_len, KEYS, D)
-    v_desc = _describe(v, batch, kv_heads, k_len, KEYS, D)
-    dk_desc = _describe(dk, batch, kv_heads, k_len, KEYS, D)
-    dv_desc = _describe(dv, batch, kv_heads, k_len, KEYS, D)
+    heads = shares * groups
+    q_desc = _describe(q, batch, heads, q_len, ROWS, D, 128)
+    d_desc = _describe(dout, batch, heads, q_len, ROWS, D, 128)
+    # Half of the columns of K, of D bytes, are an operand of dQ: it is swizzled in as many.
+    k_desc = _describe(k, batch, shares // splits, k_len, KEYS, D, D)
+    v_desc = _describe(v, batch, shares // splits, k_len, KEYS, D, 128)
     FLAT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     stat_desc = tma.make_tensor_descriptor(
         stats, [batch * heads * gl.cdiv(q_len, ROWS) * 2, ROWS], [ROWS, 1], [1, ROWS], FLAT
@@ -350,18 +348,18 @@ def backward_kernel(
     fence_async_shared()
 
     bars = (kv_full, q_full, q_empty, d_full, d_empty, ds_full)
-    sizes = (q_len, k_len, q_offset, kv_heads, groups, section)
+    sizes = (q_len, k_len, q_offset, shares, groups, splits, section)
     gl.warp_specialize([
         (_consume, (
-            dk_desc, dv_desc, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars,
-            sizes, scale, CAUSAL, 0,
+            dk, dv, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars, sizes,
+            rules, scale, CAUSAL, 0,
         )),
         (_consume, (
-            dk_desc, dv_desc, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars,
-            sizes, scale, CAUSAL, 1,
+            dk, dv, dq, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem, ds_mem, bars, sizes,
+            rules, scale, CAUSAL, 1,
         )),
         (_produce, (
             q_desc, k_desc, v_desc, d_desc, stat_desc, k_mem, v_mem, q_mem, d_mem, lse_mem,
-            delta_mem, bars, sizes, CAUSAL,
+            delta_mem, bars, sizes, rules, CAUSAL,
         )),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.ops import tuning
 from saccade.ops.attend.gluon import copyable
 from saccade.ops.attend.gluon_backward import backward_kernel
 from saccade.ops.attend.gluon_backward_rows import convert_kernel, prepare_kernel
 from saccade.ops.attend.gluon_launch import REGISTERS_PER_THREAD_SUM, plane
-from saccade.ops.attend.triton_launch import allow_scratch
+from saccade.ops.attend.triton_launch import allow_scratch, rules_of
 from saccade.ops.attend.triton_launch import plane as any_plane
 from saccade.ops.attend.triton_problem import Problem, on
 from saccade.ops.whole import cdiv
 
 ROWS, KEYS_OF_A_PROGRAM = 64, 128
+PROGRAMS_EACH = 3  # to aim for per multiprocessor: tiles of causal keys differ in length
 L2_SHARE = 24 * 2**20  # bytes of Q, dO and dQ that neighbouring programs may work on together
 
 
@@ -34,7 +36,10 @@ class GluonBackwardLaunch:
     registers: int = 240
 
 
-LAUNCHES: dict[int, GluonBackwardLaunch] = {128: GluonBackwardLaunch()}
+LAUNCHES: dict[int, GluonBackwardLaunch] = {
+    64: GluonBackwardLaunch(),
+    128: GluonBackwardLaunch(),
+}
 
 
 def backward(
@@ -44,49 +49,68 @@ def backward(
     dout: Tensor,
     dlse: Tensor,
     launch: GluonBackwardLaunch | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, delta) of a problem that `gradient_refusal` accepts.
 
     dq is added up in no fixed order: two runs differ in its last bits.
     """
-    q, k, v = problem.q, problem.k, problem.v
+    q, k = problem.q, problem.k
     batch, heads, q_len, dim = q.shape
-    kv_heads = k.shape[1]
-    launch = launch or LAUNCHES[dim]
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dout = dout if copyable(dout) else dout.contiguous()
-    dlse = dlse.contiguous()
+    splits = splits or splits_of(problem)
     tiles = cdiv(q_len, ROWS)
-    delta = torch.empty_like(lse)
+    dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
+    kind = q.dtype if splits == 1 else torch.float32
+    dk, dv = (q.new_empty(batch, k.shape[1] * splits, *k.shape[2:], dtype=kind) for _ in range(2))
+    dout = dout if copyable(dout) else dout.contiguous()
     stats = lse.new_empty(batch * heads * tiles * 2, ROWS)
     summed = lse.new_empty(batch * heads, tiles, ROWS * dim)
-    allow_scratch()
     with on(q.device):
         prepare_kernel[(batch * heads, tiles)](
-            any_plane(out), any_plane(dout), lse, dlse, delta, stats, summed, q_len, heads,
-            D=dim, ROWS=ROWS,
+            any_plane(out), any_plane(dout), lse, dlse.contiguous(), delta, stats, summed, q_len,
+            heads, D=dim, ROWS=ROWS,
         )  # fmt: skip
-        backward_kernel[(batch * kv_heads * cdiv(problem.num_keys, KEYS_OF_A_PROGRAM),)](
-            *(plane(x) for x in (q, k, v, dout, dk, dv)),
-            stats,
-            summed,
-            float(problem.scale),
-            q_len,
-            problem.num_keys,
-            problem.q_offset,
-            batch,
-            kv_heads,
-            heads // kv_heads,
-            section(problem),
-            CAUSAL=problem.causal,
-            D=dim,
-            **constants(launch),
-            **options(),
-        )
+        _products(problem, launch or LAUNCHES[dim], splits, dout, (dk, dv, stats, summed))
         convert_kernel[(batch * heads, tiles)](
             summed, any_plane(dq), float(problem.scale), q_len, heads, D=dim, ROWS=ROWS
         )
+    if splits > 1:
+        parts = (*k.shape[:2], splits, *k.shape[2:])
+        dk, dv = (x.view(parts).sum(2).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, delta
+
+
+def _products(
+    problem: Problem,
+    launch: GluonBackwardLaunch,
+    splits: int,
+    dout: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    """The kernel itself: dK, dV and the sums of dQ."""
+    dk, dv, stats, summed = results
+    batch, heads, q_len, dim = problem.q.shape
+    shares = dk.shape[1]
+    allow_scratch()
+    backward_kernel[(batch * shares * cdiv(problem.num_keys, KEYS_OF_A_PROGRAM),)](
+        *(plane(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)),
+        stats,
+        summed,
+        rules_of(problem),
+        float(problem.scale),
+        q_len,
+        problem.num_keys,
+        problem.q_offset,
+        batch,
+        shares,
+        heads // shares,
+        splits,
+        section(problem, splits),
+        CAUSAL=problem.causal,
+        D=dim,
+        **constants(launch),
+        **options(),
+    )
 
 
 def constants(launch: GluonBackwardLaunch) -> dict[str, int]:
@@ -103,9 +127,22 @@ def options() -> dict[str, int]:
     return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // 3 // 8 * 8}
 
 
-def section(problem: Problem) -> int:
-    """KV heads that are worked on together: as many as have one query head each in the L2 cache."""
+def splits_of(problem: Problem) -> int:
+    """Programs that share the query heads of one KV head: more where there is too little work.
+
+    Their dK and dV are summed afterwards, in float32.
+    """
+    batch, kv_heads, _, _ = problem.k.shape
+    groups = problem.q.shape[1] // kv_heads
+    programs = batch * kv_heads * cdiv(problem.num_keys, KEYS_OF_A_PROGRAM)
+    wanted = PROGRAMS_EACH * tuning.multiprocessors(problem.q.device)
+    fitting = (n for n in range(1, groups + 1) if groups % n == 0)
+    return next((n for n in fitting if programs * n >= wanted), groups)
+
+
+def section(problem: Problem, splits: int = 1) -> int:
+    """Shares that are worked on together: as many as have one query head each in the L2 cache."""
     batch, _heads, q_len, dim = problem.q.shape
-    rows = batch * problem.k.shape[1]
+    rows = batch * problem.k.shape[1] * splits
     fitting = max(2, L2_SHARE // (8 * q_len * dim))
     return next(n for n in range(min(fitting, rows), 0, -1) if rows % n == 0)

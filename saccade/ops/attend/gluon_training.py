@@ -16,7 +16,7 @@ from saccade.ops.attend import triton_launch
 from saccade.ops.attend.gluon import DIMS, layout_refusal, missing
 from saccade.ops.attend.triton_problem import Problem
 
-GRADIENT_DIMS = (128,)
+GRADIENT_DIMS = (64, 128)
 # The shortest problem that was measured to win: queries of all heads, and keys.
 FORWARD_ROWS, FORWARD_KEYS = 32 * 4096, 4096
 GRADIENT_ROWS, GRADIENT_KEYS = 32 * 2048, 2048
@@ -46,6 +46,17 @@ def backward(
 
 def forward_refusal(problem: Problem) -> str | None:
     """Why the Gluon forward kernel cannot compute a problem, or None."""
+    return _refusal(problem, DIMS)
+
+
+def gradient_refusal(problem: Problem) -> str | None:
+    """Why the Gluon kernels cannot compute the gradients of a problem, or None."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "its dQ is added up in no fixed order"
+    return _refusal(problem, GRADIENT_DIMS)
+
+
+def _refusal(problem: Problem, dims: tuple[int, ...]) -> str | None:
     q, k, v = problem.q, problem.k, problem.v
     extras = (problem.slopes, problem.padding, problem.lengths, problem.offsets, problem.cu_q)
     reason = missing(q.device)
@@ -57,29 +68,11 @@ def forward_refusal(problem: Problem) -> str | None:
         return f"scale must be positive, got {problem.scale}"
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         return f"{q.dtype} is not one of bfloat16, float16"
-    if problem.window is not None and q.shape[3] != 128:
-        return "its windows were measured to win at head_dim 128 alone"
-    reason = layout_refusal((q, k, v), DIMS)
+    reason = layout_refusal((q, k, v), dims)
     if reason is not None:
         return reason
     if problem.q_offset < 0 or problem.q_offset + q.shape[2] > problem.num_keys:
         return f"queries at {problem.q_offset} onwards do not all have a key of their own"
-    return None
-
-
-def gradient_refusal(problem: Problem) -> str | None:
-    """Why the Gluon kernels cannot compute the gradients of a problem, or None."""
-    reason = forward_refusal(problem)
-    if reason is not None:
-        return reason
-    if torch.are_deterministic_algorithms_enabled():
-        return "its dQ is added up in no fixed order"
-    if problem.window is not None:
-        return "its gradients know no window"
-    if problem.q.shape[3] not in GRADIENT_DIMS:
-        return f"its gradients know head_dim {', '.join(map(str, GRADIENT_DIMS))} only"
-    if problem.causal and problem.q_offset + problem.q.shape[2] != problem.num_keys:
-        return "its gradients need every key to be seen by a query"
     return None
 
 
