@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import DenseKV, Mask
-from saccade.ops import attention
+from saccade.ops import attention, order
 from saccade.ops.attend import gluon_training
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton_problem import dense_problem
+from saccade.ops.order import Rule
 from saccade.ops.tiles import Rules
 from tests.ops.cases import Case, on
 from tests.ops.hopper import BOUND, on_the_card
@@ -34,8 +36,8 @@ def at_any_size(monkeypatch):
     """Small problems go to the Gluon kernels too; says how often their gradients ran."""
     from saccade.ops.attend import gluon_backward_launch
 
-    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
-        monkeypatch.setattr(gluon_training, name, 0)
+    for name in ("wins_forward", "wins_gradients"):
+        monkeypatch.setattr(gluon_training, name, lambda _: True)
     ran, backward = [], gluon_backward_launch.backward
 
     def counted(*arguments):
@@ -207,8 +209,8 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
         return *(x.bfloat16() for x in (ds @ k, dk, dv)), delta.float()
 
     monkeypatch.setattr(gluon_training, "missing", lambda _: None)
-    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
-        monkeypatch.setattr(gluon_training, name, 0)
+    for name in ("wins_forward", "wins_gradients"):
+        monkeypatch.setattr(gluon_training, name, lambda _: True)
     monkeypatch.setattr(gluon_launch, "forward", by_definition)
     monkeypatch.setattr(gluon_backward_launch, "backward", gradients_by_definition)
     found = []
@@ -233,6 +235,18 @@ def test_refuses_where_determinism_is_asked_for(monkeypatch):
         assert "no fixed order" in gluon_training.gradient_refusal(problem())
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_they_run_where_a_rule_says_that_they_win(monkeypatch):
+    rule = Rule(order=("triton",), kernel="gluon", training=True, min_keys=256, min_rows=1024,
+                why="", source="")  # fmt: skip
+    monkeypatch.setattr(order, "rules_for", lambda device: (rule,))
+    assert gluon_training.wins_gradients(problem())
+    assert not gluon_training.wins_forward(problem())
+    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, min_keys=257),))
+    assert not gluon_training.wins_gradients(problem())
+    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, kernel=""),))
+    assert not gluon_training.wins_gradients(problem())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from saccade.core import BadInput, DenseKV, Mask
 from saccade.ops import choose, explain, order
-from saccade.ops.attend import gluon, sdpa, triton
+from saccade.ops.attend import gluon, gluon_training, sdpa, triton
 from saccade.ops.attend.api import make_call
 from saccade.ops.order import Rule
 
@@ -125,6 +125,21 @@ def test_training_is_a_condition():
     assert not Rule(order=("sdpa",), **WINS).fits(call)
 
 
+def test_explain_says_whose_gradients_a_call_gets(a_card, monkeypatch):
+    rule = {"order": ("triton",), "kernel": "gluon", "training": True}
+    a_card(Rule(**rule, why="gradients by the Gluon kernels", source="some_record"))
+    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    q, k, v = (x.contiguous().requires_grad_() for x in meta())
+    verdict = "chosen: gradients by the Gluon kernels (some_record)"
+    assert dict(explain(q, k, v))["triton"] == verdict
+    assert dict(explain(q, k, v, softcap=9.0))["triton"] == "chosen"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert dict(explain(q, k, v))["triton"] == "chosen"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_cpu_calls_ask_no_rule():
     x = torch.empty(1, 1, 4, 16)
     assert order.preferred(make_call(x, DenseKV(x, x), mask=Mask())) is None
@@ -137,6 +152,7 @@ def test_cpu_calls_ask_no_rule():
         ({"order": [], **WINS}, "order needs a backend"),
         ({"order": ["gluon"], "heads": 3, **WINS}, "unknown condition 'heads'; there are order, "),
         ({"order": ["gluon"], "pattern": ["causl"], **WINS}, "pattern takes causal, all, window"),
+        ({"order": ["gluon"], "kernel": "x", **WINS}, "that begins with sdpa or triton"),
     ],
 )
 def test_wrong_rules_are_named(tmp_path, row, reason):

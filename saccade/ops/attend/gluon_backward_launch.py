@@ -10,7 +10,7 @@ from torch import Tensor
 from saccade.ops import tuning
 from saccade.ops.attend.gluon import copyable
 from saccade.ops.attend.gluon_backward import backward_kernel
-from saccade.ops.attend.gluon_backward_rows import convert_kernel, prepare_kernel
+from saccade.ops.attend.gluon_backward_rows import convert_kernel, prepare_kernel, sum_kernel
 from saccade.ops.attend.gluon_launch import REGISTERS_PER_THREAD_SUM, plane
 from saccade.ops.attend.triton_launch import allow_scratch, rules_of
 from saccade.ops.attend.triton_launch import plane as any_plane
@@ -74,10 +74,20 @@ def backward(
         convert_kernel[(batch * heads, tiles)](
             summed, any_plane(dq), float(problem.scale), q_len, heads, D=dim, ROWS=ROWS
         )
-    if splits > 1:
-        parts = (*k.shape[:2], splits, *k.shape[2:])
-        dk, dv = (x.view(parts).sum(2).to(q.dtype) for x in (dk, dv))
+        if splits > 1:
+            dk, dv = _sums_of_shares(problem, dk, dv, splits)
     return dq, dk, dv, delta
+
+
+def _sums_of_shares(problem: Problem, dk: Tensor, dv: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Gradients of KV heads, out of those that their shares left in float32."""
+    k = problem.k
+    batch, kv_heads, k_len, dim = k.shape
+    sums = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
+    sum_kernel[(batch * kv_heads, cdiv(k_len, ROWS))](
+        dk, dv, *sums, k_len, SPLITS=splits, D=dim, ROWS=ROWS, num_warps=8
+    )
+    return sums[0], sums[1]
 
 
 def _products(
