@@ -155,21 +155,29 @@ def _edge(tile, full_from, full_to, rules):
 
 
 @gluon.jit
-def _ask_for_q_and_k(q_tile, ds_mem, buffer, k_mem, k_grad, part, never, WHO: gl.constexpr):
-    """Ask for dQ = dS K and dK += dS^T Q: (dQ, dK) in flight."""
+def _buffer_of(i):
+    """Where dS of the i-th tile lies, and the phase of its barrier.
+
+    Four buffers are enough to ask nobody whether one is free: a consumer stores tile i after it
+    waited for tile i - 2 of the other, who by then was done with dQ of tile i - 4.
+    """
+    return i & 3, (i >> 2) & 1
+
+
+@gluon.jit
+def _ask_for_queries(ds_mem, buffer, k_mem, part, never, WHO: gl.constexpr):
+    """Ask for half of the dimensions of dQ = dS K of a tile."""
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     for c in gl.static_range(CONSUMERS):
-        half = k_mem.index(c + never).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1)
         part = warpgroup_mma(
             ds_mem.index(buffer * CONSUMERS + c).permute((1, 0)),
-            half,
+            k_mem.index(c + never).reshape([KEYS, D]).slice(WHO * HALF, HALF, dim=1),
             part,
             use_acc=c > 0,
             is_async=True,
         )
-    mine = ds_mem.index(buffer * CONSUMERS + WHO)
-    return part, warpgroup_mma(mine, q_tile, k_grad, is_async=True)
+    return part
 
 
 @gluon.jit
@@ -218,6 +226,7 @@ def _consume(
     tile = first
     at = (b * shares + share) * groups * (count + others) + first
     total = groups * count
+    before = gl.to_tensor(-1)  # what the first step adds goes to a spare tile before all others
     mbarrier.wait(kv_full, 0)
 
     edge = _edge(tile, full_from, full_to, rules)
@@ -252,24 +261,31 @@ def _consume(
         keys = k_mem.index(WHO + never).reshape([KEYS, D])
         scores = warpgroup_mma(keys, next_tile.permute((1, 0)), mask, is_async=True)
         ds = _whole(weights) * (dp - delta[None, :])
-        ds_mem.index((i & 1) * CONSUMERS + WHO).store(_halves(ds, DTYPE))
+        now, _phase = _buffer_of(i)
+        own = ds_mem.index(now * CONSUMERS + WHO)
+        own.store(_halves(ds, DTYPE))
         fence_async_shared()
-        mbarrier.arrive(ds_full.index(i & 1))
-        # That both have stored this tile also says that both are done with the one before.
-        mbarrier.wait(ds_full.index(i & 1), (i >> 1) & 1)
-        part_next, k_next = _ask_for_q_and_k(q_tile, ds_mem, i & 1, k_mem, k_grad, part, never, WHO)
+        mbarrier.arrive(ds_full.index(now))
+        buffer, phase = _buffer_of(i - 1)
+        mbarrier.wait(ds_full.index(buffer), phase, pred=i > 0)
+        part_next = _ask_for_queries(ds_mem, buffer, k_mem, part, never, WHO)
+        k_next = warpgroup_mma(own, q_tile, k_grad, is_async=True)
         lse = lse_mem.index(next_q).reshape([ROWS]).load(COLUMN)
         v_grad, operand, s = warpgroup_mma_wait(3, deps=[v_next, operand, scores])
-        mbarrier.arrive(d_empty.index(d_stage))
         p = _weights(s, lse, unit)
         # This wait keeps the compiler from awaiting dQ before the exponentials are done.
-        d_stage, d_phase = next_stage(d_stage, d_phase, D_STAGES)
-        mbarrier.wait(d_full.index(d_stage), d_phase, pred=i + 1 < total)
+        next_d, d_phase = next_stage(d_stage, d_phase, D_STAGES)
+        mbarrier.wait(d_full.index(next_d), d_phase, pred=i + 1 < total)
         part = warpgroup_mma_wait(1, deps=[part_next])
-        add_up(part, dq + (at.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+        add_up(part, dq + (before.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
         k_grad = warpgroup_mma_wait(0, deps=[k_next])
         mbarrier.arrive(q_empty.index(q_stage))
-        q_stage, at = next_q, following
+        mbarrier.arrive(d_empty.index(d_stage))
+        q_stage, d_stage, before, at = next_q, next_d, at, following
+    buffer, phase = _buffer_of(total - 1)
+    mbarrier.wait(ds_full.index(buffer), phase, pred=total > 0)
+    part = warpgroup_mma_wait(0, deps=[_ask_for_queries(ds_mem, buffer, k_mem, part, 0, WHO)])
+    add_up(part, dq + (before.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
     _store(dk, b, share, mine, k_len, k_grad * scale)
     _store(dv, b, share, mine, k_len, v_grad)
 
@@ -328,16 +344,16 @@ def backward_kernel(
     lse_mem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, ROWS], FLAT)
     delta_mem = gl.allocate_shared_memory(gl.float32, [D_STAGES, 1, ROWS], FLAT)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], DTYPE)
-    ds_mem = gl.allocate_shared_memory(DTYPE, [2 * CONSUMERS, KEYS, ROWS], SQUARE)
+    ds_mem = gl.allocate_shared_memory(DTYPE, [4 * CONSUMERS, KEYS, ROWS], SQUARE)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
     d_full = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
     d_empty = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
-    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
     mbarrier.init(kv_full, count=1)
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(ds_full.index(i), count=CONSUMERS)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)

@@ -64,7 +64,7 @@ def backward(
     dk, dv = (q.new_empty(batch, k.shape[1] * splits, *k.shape[2:], dtype=kind) for _ in range(2))
     dout = dout if copyable(dout) else dout.contiguous()
     stats = lse.new_empty(batch * heads * tiles * 2, ROWS)
-    summed = lse.new_empty(batch * heads, tiles, ROWS * dim)
+    summed = lse.new_empty(1 + batch * heads * tiles, ROWS * dim)[1:]
     with on(q.device):
         prepare_kernel[(batch * heads, tiles)](
             any_plane(out), any_plane(dout), lse, dlse.contiguous(), delta, stats, summed, q_len,
