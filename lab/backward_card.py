@@ -1,6 +1,6 @@
 """The Gluon gradients on a card: right first, then beside the Triton pair, cuDNN and FA2.
 
-    python lab/backward_card.py check | rows | small | eager | parts | splits
+python lab/backward_card.py check | rows | small | eager | parts | splits
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from saccade.core import Mask
 from saccade.ops import attention
 from saccade.ops.attend import gluon_backward_launch as gluon
-from saccade.ops.attend import gluon_launch, gluon_training, triton_launch
+from saccade.ops.attend import gluon_launch, gluon_training, triton_autograd, triton_launch
 from saccade.ops.attend.triton_problem import Problem
 
 torch.manual_seed(0)
@@ -140,6 +140,7 @@ def eager(length, dim, batch=1, **mask):
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
     row = {}
     usual = gluon_training.forward, gluon_training.backward
+    watched = triton_autograd.is_watched
     for name, way in WAYS.items():
         gluon_training.forward, gluon_training.backward = way
 
@@ -148,6 +149,10 @@ def eager(length, dim, batch=1, **mask):
             torch.autograd.grad(out, leaves, dout)
 
         row[name] = loop(step)
+        if name == "gluon":
+            triton_autograd.is_watched = lambda _: True
+            row["operator"] = loop(step)
+            triton_autograd.is_watched = watched
     gluon_training.forward, gluon_training.backward = usual
     for name, kernel in PEERS.items() if p.window is None else ():
 
@@ -243,12 +248,12 @@ def eagers():
 def warm(dim):
     """Compile what the timings run."""
     for mask in ({}, {"causal": False}, {"window": 512}):
-        race(1024, dim, peers=False, splits=(1, 2), squares=squares() if dim == 64 else None, **mask)
+        race(1024, dim, peers=False, splits=(1, 2), **mask)
 
 
 TRIED = {
-    128: ("late", "one", "lateone", "noadd", "noexp"),
-    64: ("rs", "late", "laters", "laterrsone", "noadd", "noexp"),
+    128: ("head", "ringfence", "ringmask", "noadd", "noexp"),
+    64: ("head", "ringfence", "ringred", "ringrs", "ringfencers", "ringredrs", "noadd", "noexp"),
 }
 
 
@@ -267,13 +272,44 @@ def variants(dim, length=8192, compare=False):
         text = name
         if compare:
             found = gluon.backward(*rest)
-            errors = [(a.double() - b.double()).norm() / b.double().norm() for a, b in zip(found, right)]
+            errors = [
+                (a.double() - b.double()).norm() / b.double().norm() for a, b in zip(found, right)
+            ]
             text += f" {max(errors):.0e}"
         else:
             text += f" {work / seconds(lambda: gluon.backward(*rest)):.0f}"
         print(text, end="  ", flush=True)
     gluon.backward_kernel = usual
     print(f"variants {length} D{dim}", flush=True)
+
+
+def host():
+    """Where the host's time goes."""
+    import cProfile
+    import io
+    import pstats
+
+    p, dout, _ = case(512, 128, 1, {})
+    leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
+
+    def step():
+        torch.autograd.grad(attention(*leaves, backend="triton"), leaves, dout)
+
+    took = loop(step)
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(100):
+        step()
+    profile.disable()
+    torch.cuda.synchronize()
+    for order in ("tottime", "cumtime"):
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats(order).print_stats(22)
+        rows = [r.split(None, 5) for r in text.getvalue().splitlines() if "(" in r and r[:1] == " "]
+        print(f"host, {took * 1e6:.0f} us a step; by {order}, us:")
+        for r in rows:
+            if len(r) == 6:
+                print(f"  {float(r[1]) * 1e4:6.0f} {float(r[3]) * 1e4:6.0f} {r[0]:>7} {r[5][-60:]}")
 
 
 def part():
@@ -289,7 +325,7 @@ if __name__ == "__main__":
             "compare128": lambda: variants(128, 1000, True),
             "compare64": lambda: variants(64, 1000, True),
             "warm128": lambda: warm(128), "warm64": lambda: warm(64), "rows": rows,
-            "long": long, "small": small, "eager": eagers, "parts": part, "old": old}  # fmt: skip
+            "long": long, "small": small, "eager": eagers, "host": host, "parts": part, "old": old}  # fmt: skip
     for name in sys.argv[1:]:
         try:
             what[name]()

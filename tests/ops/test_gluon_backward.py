@@ -184,7 +184,10 @@ def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
 
 
 def test_the_way_from_autograd_to_the_launchers(monkeypatch):
-    """With launchers that compute by definition: every argument and gradient is in its place."""
+    """With launchers that compute by definition: every argument and gradient is in its place.
+
+    As an operator of torch.library, and as eager runs have it.
+    """
     from saccade.ops.attend import gluon_backward_launch, gluon_launch, triton_autograd
 
     q, k, v = (torch.randn(2, h, n, 128).bfloat16() for h, n in ((4, 30), (2, 50), (2, 50)))
@@ -214,18 +217,35 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
     monkeypatch.setattr(gluon_launch, "forward", by_definition)
     monkeypatch.setattr(gluon_backward_launch, "backward", gradients_by_definition)
     found = []
-    for how in ("operator", "reference"):
+    for how in ("operator", "eager", "reference"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, sink)]
         call = {"mask": Mask(), "sink_logits": leaves[3]}
-        if how == "operator":
+        if how != "reference":
+            monkeypatch.setattr(triton_autograd, "is_watched", lambda _, how=how: how == "operator")
             problem = dense_problem(make_call(leaves[0], DenseKV(*leaves[1:3]), **call))
             result = triton_autograd.attend(problem)
         else:
             result = attention(*leaves[:3], sink_logits=leaves[3], return_lse=True,
                                backend="reference")  # fmt: skip
         found.append(torch.autograd.grad(loss(result), leaves))
-    for ours, truth in zip(*found, strict=True):
+    for ours, theirs, truth in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
         assert (ours - truth).abs().max() <= 2e-2 * truth.abs().max()
+
+
+def test_who_has_to_see_an_operator():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from saccade.ops.attend.triton_autograd import is_watched
+
+    x = torch.empty(2)
+    assert not is_watched((x, torch.nn.Parameter(x), None, 3))
+    with FlopCounterMode(display=False):
+        assert is_watched((x,))
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    assert is_watched((fake,))
 
 
 def test_refuses_where_determinism_is_asked_for(monkeypatch):

@@ -66,12 +66,23 @@ def _next(h, tile, row, first, count, others, STEP: gl.constexpr):
 
 
 @gluon.jit
+def _buffer_of(i):
+    """Where dS of the i-th tile lies, and the phase of its barrier.
+
+    Four buffers are enough to ask nobody whether one is free: a consumer stores tile i after it
+    waited for tile i - 2 of the other, who by then was done with dQ of tile i - 4.
+    """
+    return i & 3, (i >> 2) & 1
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, d_desc, stat_desc, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem,
     bars, sizes, rules, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Fetch K and V, then every tile of queries, in the order of the consumers."""
-    kv_full, q_full, q_empty, d_full, d_empty, _ds_full = bars
+    kv_full, q_full, d_full, ds_full = bars
+    STAGES: gl.constexpr = q_mem.shape[0]
     q_len, _k_len, _q_offset, shares, groups, splits, _section = sizes
     b, share, start, first, count, _full_from, _full_to = _whose(sizes, rules, CAUSAL)
     head, tiles = share // splits, gl.cdiv(q_len, ROWS)
@@ -80,23 +91,21 @@ def _produce(
         at = start + c * KEYS
         tma.async_copy_global_to_shared(k_desc, [b, head, at, 0], kv_full, k_mem.index(c))
         tma.async_copy_global_to_shared(v_desc, [b, head, at, 0], kv_full, v_mem.index(c))
-    q_stage, q_phase, d_stage, d_phase = 0, 1, 0, 1
-    h, tile = share * groups, first
+    h, tile, stage = share * groups, first, 0
     row = ((b * shares * groups + h) * tiles + first) * 2
-    for _ in range(groups * count):
-        full = q_full.index(q_stage)
-        mbarrier.wait(q_empty.index(q_stage), q_phase)
+    for i in range(groups * count):
+        buffer, phase = _buffer_of(i - STAGES + 1)
+        mbarrier.wait(ds_full.index(buffer), phase, pred=i >= STAGES)
+        full = q_full.index(stage)
         mbarrier.expect(full, q_desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(stat_desc, [row, 0], full, lse_mem.index(q_stage))
-        tma.async_copy_global_to_shared(q_desc, [b, h, tile * ROWS, 0], full, q_mem.index(q_stage))
-        full = d_full.index(d_stage)
-        mbarrier.wait(d_empty.index(d_stage), d_phase)
+        tma.async_copy_global_to_shared(stat_desc, [row, 0], full, lse_mem.index(stage))
+        tma.async_copy_global_to_shared(q_desc, [b, h, tile * ROWS, 0], full, q_mem.index(stage))
+        full = d_full.index(stage)
         mbarrier.expect(full, d_desc.block_type.nbytes + stat_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(stat_desc, [row + 1, 0], full, delta_mem.index(d_stage))
-        tma.async_copy_global_to_shared(d_desc, [b, h, tile * ROWS, 0], full, d_mem.index(d_stage))
+        tma.async_copy_global_to_shared(stat_desc, [row + 1, 0], full, delta_mem.index(stage))
+        tma.async_copy_global_to_shared(d_desc, [b, h, tile * ROWS, 0], full, d_mem.index(stage))
         h, tile, row = _next(h, tile, row, first, count, tiles - count, 2)
-        q_stage, q_phase = next_stage(q_stage, q_phase, q_mem.shape[0])
-        d_stage, d_phase = next_stage(d_stage, d_phase, d_mem.shape[0])
+        stage, _phase = next_stage(stage, 0, STAGES)
 
 
 @gluon.jit
@@ -155,16 +164,6 @@ def _edge(tile, full_from, full_to, rules):
 
 
 @gluon.jit
-def _buffer_of(i):
-    """Where dS of the i-th tile lies, and the phase of its barrier.
-
-    Four buffers are enough to ask nobody whether one is free: a consumer stores tile i after it
-    waited for tile i - 2 of the other, who by then was done with dQ of tile i - 4.
-    """
-    return i & 3, (i >> 2) & 1
-
-
-@gluon.jit
 def _ask_for_queries(ds_mem, buffer, k_mem, part, never, WHO: gl.constexpr):
     """Ask for half of the dimensions of dQ = dS K of a tile."""
     D: gl.constexpr = k_mem.shape[4]
@@ -200,13 +199,12 @@ def _consume(
     The matrix units compute dV of a tile and the scores of the next one during dS, and dQ and dK
     of a tile during the exponentials of the next one.
     """
-    kv_full, q_full, q_empty, d_full, d_empty, ds_full = bars
+    kv_full, q_full, d_full, ds_full = bars
     q_len, k_len, q_offset, shares, groups, _splits, _section = sizes
     D: gl.constexpr = k_mem.shape[4]
     HALF: gl.constexpr = D // 2
     DTYPE: gl.constexpr = k_mem.dtype
-    Q_STAGES: gl.constexpr = q_mem.shape[0]
-    D_STAGES: gl.constexpr = d_mem.shape[0]
+    STAGES: gl.constexpr = q_mem.shape[0]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -221,8 +219,7 @@ def _consume(
     v_grad = gl.zeros([KEYS, D], gl.float32, O)
     dp = gl.zeros([KEYS, ROWS], gl.float32, S)
     part = gl.zeros([ROWS, HALF], gl.float32, DQ)
-    q_stage, q_phase = gl.to_tensor(0), gl.to_tensor(0)
-    d_stage, d_phase = gl.to_tensor(0), gl.to_tensor(0)
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     tile = first
     at = (b * shares + share) * groups * (count + others) + first
     total = groups * count
@@ -240,8 +237,8 @@ def _consume(
     mbarrier.wait(d_full.index(0), 0, pred=total > 0)
     for i in range(total):
         _h, tile, following = _next(0, tile, at, first, count, others, 1)
-        q_tile = q_mem.index(q_stage).reshape([ROWS, D])
-        d_tile = d_mem.index(d_stage).reshape([ROWS, D])
+        q_tile = q_mem.index(stage).reshape([ROWS, D])
+        d_tile = d_mem.index(stage).reshape([ROWS, D])
         weights = _halves(p, DTYPE)
         # 0, which the compiler does not know: else it keeps descriptions of K, V in registers.
         never = i >> 30
@@ -251,37 +248,33 @@ def _consume(
         product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
         v_next = warpgroup_mma(operand, d_tile, v_grad, is_async=True)
-
         # Scores of the next tile, which after the last one are those of old memory and unused.
-        next_q, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
-        mbarrier.wait(q_full.index(next_q), q_phase, pred=i + 1 < total)
-        delta = delta_mem.index(d_stage).reshape([ROWS]).load(COLUMN)
+        delta = delta_mem.index(stage).reshape([ROWS]).load(COLUMN)
+        stage, phase = next_stage(stage, phase, STAGES)
+        mbarrier.wait(q_full.index(stage), phase, pred=i + 1 < total)
         dp = warpgroup_mma_wait(1, deps=[product])
-        next_tile = q_mem.index(next_q).reshape([ROWS, D])
+        next_tile = q_mem.index(stage).reshape([ROWS, D])
         keys = k_mem.index(WHO + never).reshape([KEYS, D])
         scores = warpgroup_mma(keys, next_tile.permute((1, 0)), mask, is_async=True)
+        buffer, ds_phase = _buffer_of(i - 1)
+        mbarrier.wait(ds_full.index(buffer), ds_phase, pred=i > 0)
         ds = _whole(weights) * (dp - delta[None, :])
         now, _phase = _buffer_of(i)
         own = ds_mem.index(now * CONSUMERS + WHO)
         own.store(_halves(ds, DTYPE))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(now))
-        buffer, phase = _buffer_of(i - 1)
-        mbarrier.wait(ds_full.index(buffer), phase, pred=i > 0)
         part_next = _ask_for_queries(ds_mem, buffer, k_mem, part, never, WHO)
         k_next = warpgroup_mma(own, q_tile, k_grad, is_async=True)
-        lse = lse_mem.index(next_q).reshape([ROWS]).load(COLUMN)
+        lse = lse_mem.index(stage).reshape([ROWS]).load(COLUMN)
         v_grad, operand, s = warpgroup_mma_wait(3, deps=[v_next, operand, scores])
         p = _weights(s, lse, unit)
         # This wait keeps the compiler from awaiting dQ before the exponentials are done.
-        next_d, d_phase = next_stage(d_stage, d_phase, D_STAGES)
-        mbarrier.wait(d_full.index(next_d), d_phase, pred=i + 1 < total)
+        mbarrier.wait(d_full.index(stage), phase, pred=i + 1 < total)
         part = warpgroup_mma_wait(1, deps=[part_next])
         add_up(part, dq + (before.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
         k_grad = warpgroup_mma_wait(0, deps=[k_next])
-        mbarrier.arrive(q_empty.index(q_stage))
-        mbarrier.arrive(d_empty.index(d_stage))
-        q_stage, d_stage, before, at = next_q, next_d, at, following
+        before, at = at, following
     buffer, phase = _buffer_of(total - 1)
     mbarrier.wait(ds_full.index(buffer), phase, pred=total > 0)
     part = warpgroup_mma_wait(0, deps=[_ask_for_queries(ds_mem, buffer, k_mem, part, 0, WHO)])
@@ -317,7 +310,7 @@ def _describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr, SWI
 def backward_kernel(
     q, k, v, dout, dk, dv, stats, dq, rules, scale, q_len, k_len, q_offset, batch, shares, groups,
     splits, section,
-    CAUSAL: gl.constexpr, D: gl.constexpr, Q_STAGES: gl.constexpr, D_STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dK, dV of 128 keys and their part of dQ.
@@ -339,31 +332,26 @@ def backward_kernel(
     )
     k_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, KEYS, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, KEYS, D], v_desc.layout)
-    q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES, 1, 1, ROWS, D], q_desc.layout)
-    d_mem = gl.allocate_shared_memory(DTYPE, [D_STAGES, 1, 1, ROWS, D], d_desc.layout)
-    lse_mem = gl.allocate_shared_memory(gl.float32, [Q_STAGES, 1, ROWS], FLAT)
-    delta_mem = gl.allocate_shared_memory(gl.float32, [D_STAGES, 1, ROWS], FLAT)
+    q_mem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, ROWS, D], q_desc.layout)
+    d_mem = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, ROWS, D], d_desc.layout)
+    lse_mem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], FLAT)
+    delta_mem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], FLAT)
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, ROWS], DTYPE)
     ds_mem = gl.allocate_shared_memory(DTYPE, [4 * CONSUMERS, KEYS, ROWS], SQUARE)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BAR)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BAR)
-    d_full = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
-    d_empty = gl.allocate_shared_memory(gl.int64, [D_STAGES, 1], BAR)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    d_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(4):
         mbarrier.init(ds_full.index(i), count=CONSUMERS)
-    for i in gl.static_range(Q_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=CONSUMERS)
-    for i in gl.static_range(D_STAGES):
         mbarrier.init(d_full.index(i), count=1)
-        mbarrier.init(d_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    bars = (kv_full, q_full, q_empty, d_full, d_empty, ds_full)
+    bars = (kv_full, q_full, d_full, ds_full)
     sizes = (q_len, k_len, q_offset, shares, groups, splits, section)
     gl.warp_specialize([
         (_consume, (

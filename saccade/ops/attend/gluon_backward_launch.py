@@ -18,7 +18,8 @@ from saccade.ops.attend.triton_problem import Problem, on
 from saccade.ops.whole import cdiv
 
 ROWS, KEYS_OF_A_PROGRAM = 64, 128
-PROGRAMS_EACH = 3  # to aim for per multiprocessor: tiles of causal keys differ in length
+ROWS_OF_SUMS = 16
+FULL = 0.9  # a card with as many programs is: one each, or two where keys are causal
 L2_SHARE = 24 * 2**20  # bytes of Q, dO and dQ that neighbouring programs may work on together
 
 
@@ -27,12 +28,11 @@ class GluonBackwardLaunch:
     """How the kernel is cut.
 
     Attributes:
-        q_stages, d_stages: tiles of Q and of dO that are in flight or in use.
+        stages: tiles of queries that are in flight or in use.
         registers: per thread of a consumer.
     """
 
-    q_stages: int = 3
-    d_stages: int = 2
+    stages: int = 3
     registers: int = 240
 
 
@@ -84,8 +84,8 @@ def _sums_of_shares(problem: Problem, dk: Tensor, dv: Tensor, splits: int) -> tu
     k = problem.k
     batch, kv_heads, k_len, dim = k.shape
     sums = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
-    sum_kernel[(batch * kv_heads, cdiv(k_len, ROWS))](
-        dk, dv, *sums, k_len, SPLITS=splits, D=dim, ROWS=ROWS, num_warps=8
+    sum_kernel[(batch * kv_heads, cdiv(k_len, ROWS_OF_SUMS))](
+        dk, dv, *sums, k_len, SPLITS=splits, D=dim, ROWS=ROWS_OF_SUMS
     )
     return sums[0], sums[1]
 
@@ -126,8 +126,7 @@ def _products(
 def constants(launch: GluonBackwardLaunch) -> dict[str, int]:
     """Compile-time arguments of the kernel that a launch decides."""
     return {
-        "Q_STAGES": launch.q_stages,
-        "D_STAGES": launch.d_stages,
+        "STAGES": launch.stages,
         "REGISTERS": launch.registers,
     }
 
@@ -140,12 +139,14 @@ def options() -> dict[str, int]:
 def splits_of(problem: Problem) -> int:
     """Programs that share the query heads of one KV head: more where there is too little work.
 
-    Their dK and dV are summed afterwards, in float32.
+    Their dK and dV are summed afterwards, in float32.  Causal keys are seen by one to all queries,
+    and two programs a multiprocessor, the longest first, even that out.
     """
     batch, kv_heads, _, _ = problem.k.shape
     groups = problem.q.shape[1] // kv_heads
     programs = batch * kv_heads * cdiv(problem.num_keys, KEYS_OF_A_PROGRAM)
-    wanted = PROGRAMS_EACH * tuning.multiprocessors(problem.q.device)
+    uneven = problem.causal and problem.window is None
+    wanted = FULL * tuning.multiprocessors(problem.q.device) * (2 if uneven else 1)
     fitting = (n for n in range(1, groups + 1) if groups % n == 0)
     return next((n for n in fitting if programs * n >= wanted), groups)
 
