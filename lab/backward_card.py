@@ -108,7 +108,7 @@ def case(length, dim, batch, mask):
     return p, dout, work
 
 
-def race(length, dim, batch=1, peers=True, splits=(None,), squares=None, **mask):
+def race(length, dim, batch=1, peers=True, splits=(None,), **mask):
     """TFLOP/s, counted as 2.5 forward passes, of everybody in turn."""
     p, dout, work = case(length, dim, batch, mask)
     out, lse = gluon_launch.forward(p)
@@ -118,8 +118,6 @@ def race(length, dim, batch=1, peers=True, splits=(None,), squares=None, **mask)
     for n in splits:
         call = lambda n=n: gluon.backward(*rest, splits=n)  # noqa: E731
         row["gluon" + (f"/{n}" if n else "")] = seconds(call, times)
-    if squares is not None:
-        row["squares"] = seconds(lambda: squares.backward(*rest), times)
     row["pair"] = seconds(lambda: triton_launch.backward(*rest), times)
     leaves = [x.detach().requires_grad_() for x in (p.q, p.k, p.v)]
     for name, kernel in PEERS.items() if peers and p.window is None else ():
@@ -201,13 +199,6 @@ def parts(length, dim, **mask):
 SMALL = ((1, 512), (8, 512), (1, 1024), (4, 1024), (1, 2048), (2, 2048), (1, 4096))
 
 
-def squares():
-    sys.path.insert(0, "lab/old")
-    import gluon_squares_launch
-
-    return gluon_squares_launch
-
-
 def rows():
     for length, mask in (
         (8192, {}), (8192, {"causal": False}), (8192, {"window": 1024}), (8192, {"window": 4096}),
@@ -221,11 +212,6 @@ def long():
     for mask in ({}, {"window": 1024}, {"window": 4096}, {"causal": False}):
         for dim in (128, 64):
             race(32768, dim, peers=mask == {}, **mask)
-
-
-def old():
-    for mask in ({}, {"window": 1024}):
-        race(8192, 64, peers=False, squares=squares(), splits=(1,), **mask)
 
 
 def small():
@@ -249,38 +235,7 @@ def warm(dim):
     """Compile what the timings run."""
     for mask in ({}, {"causal": False}, {"window": 512}):
         race(1024, dim, peers=False, splits=(1, 2), **mask)
-
-
-TRIED = {
-    128: ("head", "ringfence", "ringmask", "noadd", "noexp"),
-    64: ("head", "ringfence", "ringred", "ringrs", "ringfencers", "ringredrs", "noadd", "noexp"),
-}
-
-
-def variants(dim, length=8192, compare=False):
-    """Other texts of the kernel, timed in one run (lab/old/variants.py)."""
-    sys.path.insert(0, "lab/old")
-    import variants as others
-
-    p, dout, work = case(length, dim, 1, {})
-    out, lse = gluon_launch.forward(p)
-    rest = (p, out, lse, dout, torch.zeros_like(lse))
-    usual, row = gluon.backward_kernel, {}
-    right = gluon.backward(*rest)
-    for name in ("base", *TRIED[dim], "base"):
-        gluon.backward_kernel = usual if name == "base" else others.load(name)
-        text = name
-        if compare:
-            found = gluon.backward(*rest)
-            errors = [
-                (a.double() - b.double()).norm() / b.double().norm() for a, b in zip(found, right)
-            ]
-            text += f" {max(errors):.0e}"
-        else:
-            text += f" {work / seconds(lambda: gluon.backward(*rest)):.0f}"
-        print(text, end="  ", flush=True)
-    gluon.backward_kernel = usual
-    print(f"variants {length} D{dim}", flush=True)
+        eager(1024, dim, **mask)
 
 
 def host():
@@ -321,11 +276,8 @@ def part():
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), flush=True)
     what = {"check128": lambda: checks(128), "check64": lambda: checks(64),
-            "variants128": lambda: variants(128), "variants64": lambda: variants(64),
-            "compare128": lambda: variants(128, 1000, True),
-            "compare64": lambda: variants(64, 1000, True),
-            "warm128": lambda: warm(128), "warm64": lambda: warm(64), "rows": rows,
-            "long": long, "small": small, "eager": eagers, "host": host, "parts": part, "old": old}  # fmt: skip
+            "warm128": lambda: warm(128), "warm64": lambda: warm(64), "rows": rows, "long": long,
+            "small": small, "eager": eagers, "host": host, "parts": part}  # fmt: skip
     for name in sys.argv[1:]:
         try:
             what[name]()

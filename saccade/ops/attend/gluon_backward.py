@@ -8,8 +8,8 @@ delta.  Each of two consumers (four warps) owns 64 of the keys.  Per tile it com
 
 with keys as rows, so that P^T and dS^T leave the matrix units in the registers from which they go
 back: dV += P^T dO and dK += dS^T Q.  dS^T also goes to shared memory, where both consumers meet to
-compute dQ = dS K, each for half of the head's dimensions.  dQ belongs to no program: it is added to
-a float32 buffer whose order within a tile is that of the registers (`_add_up`), four numbers a
+compute dQ = dS K of the tile before, each for half of the head's dimensions.  dQ belongs to no
+program: it is added to a float32 buffer in the order of the registers (`add_up`), four numbers a
 request, and `gluon_backward_rows` brings it into rows.  These additions come in no fixed order:
 two runs differ in the last bits of dQ.
 Source: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608).
@@ -69,8 +69,8 @@ def _next(h, tile, row, first, count, others, STEP: gl.constexpr):
 def _buffer_of(i):
     """Where dS of the i-th tile lies, and the phase of its barrier.
 
-    Four buffers are enough to ask nobody whether one is free: a consumer stores tile i after it
-    waited for tile i - 2 of the other, who by then was done with dQ of tile i - 4.
+    Nobody has to be asked whether a buffer is free: a consumer stores tile i after it waited for
+    tile i - 1 of the other, who by then was done with dQ of tile i - 3.
     """
     return i & 3, (i >> 2) & 1
 
@@ -80,7 +80,10 @@ def _produce(
     q_desc, k_desc, v_desc, d_desc, stat_desc, k_mem, v_mem, q_mem, d_mem, lse_mem, delta_mem,
     bars, sizes, rules, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Fetch K and V, then every tile of queries, in the order of the consumers."""
+    """Fetch K and V, then every tile of queries, in the order of the consumers.
+
+    A tile's memory is free when both have stored dS of the next one.
+    """
     kv_full, q_full, d_full, ds_full = bars
     STAGES: gl.constexpr = q_mem.shape[0]
     q_len, _k_len, _q_offset, shares, groups, splits, _section = sizes
@@ -196,8 +199,8 @@ def _consume(
 ):  # fmt: skip
     """dK and dV of 64 keys, and half of the dimensions of what 128 keys give to dQ.
 
-    The matrix units compute dV of a tile and the scores of the next one during dS, and dQ and dK
-    of a tile during the exponentials of the next one.
+    The matrix units compute dV of a tile and the scores of the next one during dS, and dQ of the
+    tile before and dK during the exponentials of the next one.
     """
     kv_full, q_full, d_full, ds_full = bars
     q_len, k_len, q_offset, shares, groups, _splits, _section = sizes
@@ -205,6 +208,7 @@ def _consume(
     HALF: gl.constexpr = D // 2
     DTYPE: gl.constexpr = k_mem.dtype
     STAGES: gl.constexpr = q_mem.shape[0]
+    LATER: gl.constexpr = D == 64  # dQ is added during the next step, where registers allow
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -223,7 +227,8 @@ def _consume(
     tile = first
     at = (b * shares + share) * groups * (count + others) + first
     total = groups * count
-    before = gl.to_tensor(-1)  # what the first step adds goes to a spare tile before all others
+    # What the first steps add goes to a spare tile before all others.
+    due, before = gl.to_tensor(-1), gl.to_tensor(-1)
     mbarrier.wait(kv_full, 0)
 
     edge = _edge(tile, full_from, full_to, rules)
@@ -248,6 +253,8 @@ def _consume(
         product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
         v_next = warpgroup_mma(operand, d_tile, v_grad, is_async=True)
+        if LATER:
+            add_up(part, dq + (due.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
         # Scores of the next tile, which after the last one are those of old memory and unused.
         delta = delta_mem.index(stage).reshape([ROWS]).load(COLUMN)
         stage, phase = next_stage(stage, phase, STAGES)
@@ -271,10 +278,17 @@ def _consume(
         p = _weights(s, lse, unit)
         # This wait keeps the compiler from awaiting dQ before the exponentials are done.
         mbarrier.wait(d_full.index(stage), phase, pred=i + 1 < total)
-        part = warpgroup_mma_wait(1, deps=[part_next])
-        add_up(part, dq + (before.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
-        k_grad = warpgroup_mma_wait(0, deps=[k_next])
-        before, at = at, following
+        if LATER:
+            part, k_grad = warpgroup_mma_wait(0, deps=[part_next, k_next])
+        else:
+            part = warpgroup_mma_wait(1, deps=[part_next])
+            add_up(part, dq + (before.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+            # Completed long ago; keeps the compiler from awaiting dK before it adds.
+            mbarrier.wait(kv_full, 0)
+            k_grad = warpgroup_mma_wait(0, deps=[k_next])
+        due, before, at = before, at, following
+    if LATER:
+        add_up(part, dq + (due.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
     buffer, phase = _buffer_of(total - 1)
     mbarrier.wait(ds_full.index(buffer), phase, pred=total > 0)
     part = warpgroup_mma_wait(0, deps=[_ask_for_queries(ds_mem, buffer, k_mem, part, 0, WHO)])
