@@ -118,6 +118,18 @@ def test_the_rules_for_hopper(monkeypatch):
     assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
 
 
+def test_whose_gradients_hopper_gets():
+    def gluon(keys, dim=128, **mask):
+        q, _, _ = meta(keys, dim)
+        mask = Mask(**mask)
+        facts = order.facts_about(q, keys, mask.causal, mask.window, training=True)
+        return any(r.kernel == "gluon" and r.covers(facts) for r in order.rules("sm_90"))
+
+    assert gluon(512) and gluon(8192, 64) and gluon(1024, causal=False) and gluon(2048, window=512)
+    assert not (gluon(256) or gluon(512, causal=False) or gluon(1024, window=512))
+    assert not gluon(8192, 256)
+
+
 def test_training_is_a_condition():
     q, k, v = (torch.empty(1, 2, 8, 16, requires_grad=True) for _ in range(3))
     call = make_call(q, DenseKV(k, v), mask=Mask())

@@ -139,12 +139,19 @@ def _whole(x):
 
 
 @gluon.jit
-def _masked(row, start, k_len, q_offset, rules, edge, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+def _masked(
+    tile, full_from, full_to, start, k_len, q_offset, rules, CAUSAL: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
     """What scores [keys, queries] are added to: 0, or LOWEST where a query does not see a key."""
     mask = gl.zeros([KEYS, ROWS], gl.float32, LAYOUT)
+    edge = tile < full_from
+    if rules.window is not None:
+        edge = edge | (tile >= full_to)
     if edge:
         k_pos = start + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-        q_pos = q_offset + row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+        column = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+        q_pos = q_offset + tile * ROWS + column
         hidden = k_pos >= k_len
         if CAUSAL:
             hidden = hidden | (k_pos > q_pos)
@@ -155,15 +162,6 @@ def _masked(row, start, k_len, q_offset, rules, edge, CAUSAL: gl.constexpr, LAYO
             hidden = hidden | far
         mask = gl.where(hidden, LOWEST, mask)
     return mask
-
-
-@gluon.jit
-def _edge(tile, full_from, full_to, rules):
-    """Whether some query of a tile does not see some key."""
-    edge = tile < full_from
-    if rules.window is not None:
-        edge = edge | (tile >= full_to)
-    return edge
 
 
 @gluon.jit
@@ -231,8 +229,7 @@ def _consume(
     due, before = gl.to_tensor(-1), gl.to_tensor(-1)
     mbarrier.wait(kv_full, 0)
 
-    edge = _edge(tile, full_from, full_to, rules)
-    mask = _masked(tile * ROWS, mine, k_len, q_offset, rules, edge, CAUSAL, S)
+    mask = _masked(tile, full_from, full_to, mine, k_len, q_offset, rules, CAUSAL, S)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
     q_tile = q_mem.index(0).reshape([ROWS, D])
     scores = warpgroup_mma(keys, q_tile.permute((1, 0)), mask, is_async=True)
@@ -248,13 +245,14 @@ def _consume(
         # 0, which the compiler does not know: else it keeps descriptions of K, V in registers.
         never = i >> 30
         values = v_mem.index(WHO + never).reshape([KEYS, D])
-        edge = _edge(tile, full_from, full_to, rules)
-        mask = _masked(tile * ROWS, mine, k_len, q_offset, rules, edge, CAUSAL, S)
+        if not LATER:
+            mask = _masked(tile, full_from, full_to, mine, k_len, q_offset, rules, CAUSAL, S)
         product = warpgroup_mma(values, d_tile.permute((1, 0)), dp, use_acc=False, is_async=True)
         operand = gl.convert_layout(weights, gl.DotOperandLayout(0, O, 2))
         v_next = warpgroup_mma(operand, d_tile, v_grad, is_async=True)
         if LATER:
             add_up(part, dq + (due.to(gl.int64) * CONSUMERS + WHO) * (ROWS * HALF))
+            mask = _masked(tile, full_from, full_to, mine, k_len, q_offset, rules, CAUSAL, S)
         # Scores of the next tile, which after the last one are those of old memory and unused.
         delta = delta_mem.index(stage).reshape([ROWS]).load(COLUMN)
         stage, phase = next_stage(stage, phase, STAGES)
