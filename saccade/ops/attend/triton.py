@@ -54,6 +54,15 @@ def refusal(call: AttentionCall) -> str | None:
     return _view_refusal(call)
 
 
+def kernel_of(call: AttentionCall) -> str:
+    """Whose kernels compute the gradients of a call that `refusal` accepts: "gluon" or "triton"."""
+    from saccade.ops.attend import gluon_training
+    from saccade.ops.attend.triton_problem import dense_problem
+
+    able = gluon_training.gradient_refusal(dense_problem(call)) is None
+    return "gluon" if able else "triton"
+
+
 def _view_refusal(call: AttentionCall) -> str | None:
     kv = call.kv
     plain = isinstance(kv, DenseKV) and kv.is_plain
