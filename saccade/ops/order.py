@@ -10,17 +10,21 @@ time, while a call saves microseconds to a few milliseconds.  Where lengths chan
 call that never pays, and `auto` cannot know.  So a rule prefers it only where the plan is paid
 back within 16 calls of one shape (one pass over the layers of a small model), or within 64 for
 training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always to be had.
+
+The Triton backend asks the same rules which of its kernels compute what a call that trains needs
+(`attend/gluon_training.py`), since what was measured about a kernel is a fact wherever it runs.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from saccade.core import BadInput, DenseKV, PagedKV
 from saccade.ops import tuning
@@ -32,6 +36,27 @@ FOLDER = Path(__file__).parent / "measured" / "backends"
 PATTERNS = ("causal", "all", "window")
 ROWS = ("even", "packed", "lengths", "pages")
 WIDEST = 4096
+KERNELS_OF = {"sdpa": sdpa, "triton": triton}  # backends that say which kernels a call would get
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What rules ask of a call.
+
+    Attributes:
+        pattern: of PATTERNS.
+        training: whether gradients will be asked for.
+        queries, keys: of a row; rows: batch x heads x queries.
+        kind: of ROWS, or another view's name, for which nothing was measured.
+    """
+
+    head_dim: int
+    pattern: str
+    training: bool
+    queries: int
+    keys: int
+    rows: int
+    kind: str = "even"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +66,8 @@ class Rule:
     Attributes:
         order: backends, fastest first.
         why: what was measured, as a clause; source: the record under benchmarks/results.
-        kernel: which of PyTorch's kernels was measured as "sdpa"; the rule needs it to be had.
+        kernel: what was measured as the first backend of the order, and the rule needs it to be
+            had: which of PyTorch's kernels as "sdpa", whose gradients as "triton".
         head_dim: smallest and largest head dimension; pattern: of PATTERNS.
         training: whether gradients will be asked for.
         square: as many queries as keys.
@@ -67,26 +93,29 @@ class Rule:
 
     def fits(self, call: AttentionCall) -> bool:
         """Whether the call is one of those that were measured."""
-        if not (self.fits_shape(call) and self.fits_size(call)):
+        if not self.covers(facts_of(call)):
             return False
-        return not self.kernel or sdpa.kernel_of(call) == self.kernel
+        return not self.kernel or KERNELS_OF[self.order[0]].kernel_of(call) == self.kernel
 
-    def fits_shape(self, call: AttentionCall) -> bool:
+    def covers(self, facts: Facts) -> bool:
+        """Whether pattern and size are those of what was measured."""
+        return self.fits_shape(facts) and self.fits_size(facts)
+
+    def fits_shape(self, facts: Facts) -> bool:
         """Whether everything but the size fits."""
         return (
-            self.head_dim[0] <= call.q.shape[3] <= self.head_dim[1]
-            and pattern_of(call) in self.pattern
-            and call.needs_grad == self.training
-            and (not self.square or call.q.shape[2] == call.kv.shape[2])
-            and kind_of_rows(call) in self.rows
+            self.head_dim[0] <= facts.head_dim <= self.head_dim[1]
+            and facts.pattern in self.pattern
+            and facts.training == self.training
+            and (not self.square or facts.queries == facts.keys)
+            and facts.kind in self.rows
         )
 
-    def fits_size(self, call: AttentionCall) -> bool:
+    def fits_size(self, facts: Facts) -> bool:
         """Whether it is as long, and fills a card as much, as what was measured."""
-        keys = keys_of(call)
-        longest = self.max_keys is None or keys <= self.max_keys
-        enough = self.min_rows <= rows_of(call) and self.min_queries <= call.q.shape[2]
-        return self.min_keys <= keys and longest and enough
+        longest = self.max_keys is None or facts.keys <= self.max_keys
+        enough = self.min_rows <= facts.rows and self.min_queries <= facts.queries
+        return self.min_keys <= facts.keys and longest and enough
 
 
 def rules_for(device: torch.device) -> tuple[Rule, ...]:
@@ -98,30 +127,33 @@ def preferred(call: AttentionCall) -> Rule | None:
     """The first rule that fits the call; inside torch.compile none, which would add guards."""
     if call.q.device.type == "cpu" or torch.compiler.is_compiling():
         return None
-    rows = rows_of(call)  # asked first: steps of decoding, most calls and in a hurry, end there
+    # Rows are asked first: steps of decoding, most calls and in a hurry, end there.
+    rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
     found = rules_for(call.q.device)
     return next((rule for rule in found if rule.min_rows <= rows and rule.fits(call)), None)
 
 
 def unmeasured(name: str, call: AttentionCall) -> str:
     """Why a backend that runs only where it was measured is passed over."""
-    near = [r for r in rules_for(call.q.device) if name in r.order and r.fits_shape(call)]
+    facts = facts_of(call)
+    near = [r for r in rules_for(call.q.device) if name in r.order and r.fits_shape(facts)]
     if not near:
         return "it was measured to win only for other calls"
-    if call.q.shape[2] < near[0].min_queries:
+    if facts.queries < near[0].min_queries:
         return f"it was measured to win only from {near[0].min_queries} queries a row"
     return (
         f"it was measured to win only from {near[0].min_keys} keys and {near[0].min_rows} rows "
-        f"(batch x heads x queries), here {keys_of(call)} and {rows_of(call)}"
+        f"(batch x heads x queries), here {facts.keys} and {facts.rows}"
     )
 
 
-def pattern_of(call: AttentionCall) -> str:
-    """One of PATTERNS: a window that holds every key is none."""
-    if not call.mask.causal:
-        return "all"
-    window = call.mask.window
-    return "causal" if window is None or window >= call.kv.shape[2] else "window"
+def facts_of(call: AttentionCall) -> Facts:
+    """What rules ask of a call."""
+    mask = call.mask
+    facts = facts_about(
+        call.q, call.kv.shape[2], mask.causal, mask.window, training=call.needs_grad
+    )
+    return replace(facts, kind=kind_of_rows(call), keys=keys_of(call))
 
 
 def kind_of_rows(call: AttentionCall) -> str:
@@ -142,10 +174,13 @@ def keys_of(call: AttentionCall) -> int:
     return call.kv.shape[2] // documents
 
 
-def rows_of(call: AttentionCall) -> int:
-    """Rows of the scores, over the batch and all heads."""
-    batch, heads, q_len, _ = call.q.shape
-    return batch * heads * q_len
+def facts_about(q: Tensor, keys: int, causal: bool, window: int | None, *, training: bool) -> Facts:
+    """What rules ask, of queries `[B, H, Lq, D]`; a window that holds every key is none."""
+    batch, heads, queries, dim = q.shape
+    pattern = "all"
+    if causal:
+        pattern = "causal" if window is None or window >= keys else "window"
+    return Facts(dim, pattern, training, queries, keys, batch * heads * queries)
 
 
 @cache
@@ -184,6 +219,8 @@ def _rule(row: dict[str, Any]) -> Rule:
             raise ValueError(f"unknown condition {name!r}; there are {', '.join(known)}")
     parts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     made = Rule(**parts)
+    if made.kernel and made.order[:1] not in {(name,) for name in KERNELS_OF}:
+        raise ValueError(f"kernel needs an order that begins with {' or '.join(KERNELS_OF)}")
     strange = [name for name in made.pattern if name not in PATTERNS]
     strange += [name for name in made.rows if name not in ROWS]
     if strange or not made.order or len(made.head_dim) != 2:

@@ -173,13 +173,13 @@ def compile_decode(dim: int, page: int) -> Any:
     return compile_for(decode_kernel, options=options, source=GluonASTSource, **arguments)
 
 
-def compile_gluon_backward(*, causal: bool = True) -> Any:
-    """The Gluon gradients for bfloat16 heads of 128, as the launcher cuts them."""
+def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = True) -> Any:
+    """The Gluon gradients for bfloat16 heads of `dim`, as the launcher cuts them."""
     from saccade.ops.attend.gluon_backward import backward_kernel
     from saccade.ops.attend.gluon_backward_launch import LAUNCHES, constants, options
 
     def plane(heads: int) -> Plane:
-        x = torch.empty(1, heads, 8192, 128, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return Plane(x, *x.stride()[:3])
 
     numbers = torch.empty(32 * 256, 64, device="meta")
@@ -187,11 +187,11 @@ def compile_gluon_backward(*, causal: bool = True) -> Any:
         backward_kernel,
         options=options(),
         source=GluonASTSource,
-        **{"q": plane(32), "dout": plane(32), "stats": numbers, "dq": numbers},
+        **{"q": plane(32), "dout": plane(32), "stats": numbers, "dq": numbers, "rules": rules},
         **{name: plane(8) for name in ("k", "v", "dk", "dv")},
-        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "kv_heads": 8},
-        **{"groups": 4, "section": 2, "CAUSAL": causal, "D": 128},
-        **constants(LAUNCHES[128]),
+        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "shares": 8},
+        **{"groups": 4, "splits": 1, "section": 2, "CAUSAL": causal, "D": dim},
+        **constants(LAUNCHES[dim]),
     )
 
 

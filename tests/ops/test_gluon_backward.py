@@ -1,7 +1,9 @@
 """Gluon gradients: on a Hopper card; elsewhere who gets them, and that they compile."""
 
 import os
+import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +13,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import DenseKV, Mask
-from saccade.ops import attention
+from saccade.ops import attention, order
 from saccade.ops.attend import gluon_training
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton_problem import dense_problem
+from saccade.ops.order import Rule
+from saccade.ops.tiles import Rules
 from tests.ops.cases import Case, on
 from tests.ops.hopper import BOUND, on_the_card
 
+MASKS = {
+    "causal": {},
+    "all keys": {"causal": False},
+    "window": {"window": 90},
+    "sinks": {"window": 40, "sinks": 5},
+}
 LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 
 
@@ -26,8 +36,8 @@ def at_any_size(monkeypatch):
     """Small problems go to the Gluon kernels too; says how often their gradients ran."""
     from saccade.ops.attend import gluon_backward_launch
 
-    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
-        monkeypatch.setattr(gluon_training, name, 0)
+    for name in ("wins_forward", "wins_gradients"):
+        monkeypatch.setattr(gluon_training, name, lambda _: True)
     ran, backward = [], gluon_backward_launch.backward
 
     def counted(*arguments):
@@ -70,10 +80,30 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-    @pytest.mark.parametrize("causal", [True, False])
-    def test_equals_the_reference(self, at_any_size, causal, lengths, heads):
-        check(Case(heads, lengths, {"causal": causal}, "plain", head_dim=128), torch.bfloat16)
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    @pytest.mark.parametrize("dim", gluon_training.GRADIENT_DIMS)
+    def test_equals_the_reference(self, at_any_size, dim, mask, lengths, heads):
+        check(Case(heads, lengths, mask, "plain", head_dim=dim), torch.bfloat16)
         assert len(at_any_size) == 1
+
+    @pytest.mark.parametrize("splits", [1, 2, 4])
+    @pytest.mark.parametrize("dim", gluon_training.GRADIENT_DIMS)
+    def test_programs_that_share_a_group(self, at_any_size, monkeypatch, dim, splits):
+        from saccade.ops.attend import gluon_backward_launch
+
+        monkeypatch.setattr(gluon_backward_launch, "splits_of", lambda _: splits)
+        check(Case((8, 2), (700, 900), {"window": 300}, "plain", head_dim=dim), torch.bfloat16)
+        check(Case((16, 4), (2500, 2500), {}, "plain", head_dim=dim), torch.bfloat16)
+        assert len(at_any_size) == 2
+
+    def test_keys_that_no_query_sees_get_no_gradient(self, at_any_size):
+        q, k, v = (torch.randn(1, 2, n, 128, device="cuda").bfloat16() for n in (100, 900, 900))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, window=50, backend="triton")
+        _dq, dk, dv = torch.autograd.grad(out.sum(), leaves)
+        assert len(at_any_size) == 1
+        assert not dk[:, :, :700].any() and not dv[:, :, :700].any()
+        assert dv[:, :, 800:].any()
 
     def test_learned_sinks_in_float16(self, at_any_size):
         check(Case((5, 1), (300, 400), {}, "sink_logits", head_dim=128), torch.float16)
@@ -132,20 +162,19 @@ class TestOnTheCard:
 
 def problem(dim=128, dtype=torch.bfloat16, offset=0, **options):
     q, k = (torch.empty(1, h, 256, dim, dtype=dtype, device="meta") for h in (4, 1))
-    scale = options.pop("scale", None)
-    call = make_call(q, DenseKV(k, k), mask=Mask(**options), scale=scale)
+    call = make_call(q, DenseKV(k, k), mask=Mask(), **options)
     return dense_problem(call)
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"window": 9}, "know no window"),
-        ({"dim": 64}, "head_dim 128 only"),
+        ({"softcap": 9.0}, "with window and sinks, and nothing else"),
+        ({"dim": 256}, "head_dim 256 is not one of 64, 128"),
         ({"dtype": torch.float32}, "float32 is not one of"),
         ({"scale": -1.0}, "scale must be positive"),
     ],
-    ids=["window", "dim", "dtype", "scale"],
+    ids=["softcap", "dim", "dtype", "scale"],
 )
 def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
     assert "not on an NVIDIA GPU" in gluon_training.gradient_refusal(problem())
@@ -155,7 +184,10 @@ def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
 
 
 def test_the_way_from_autograd_to_the_launchers(monkeypatch):
-    """With launchers that compute by definition: every argument and gradient is in its place."""
+    """With launchers that compute by definition: every argument and gradient is in its place.
+
+    As an operator of torch.library, and as eager runs have it.
+    """
     from saccade.ops.attend import gluon_backward_launch, gluon_launch, triton_autograd
 
     q, k, v = (torch.randn(2, h, n, 128).bfloat16() for h, n in ((4, 30), (2, 50), (2, 50)))
@@ -180,23 +212,40 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
         return *(x.bfloat16() for x in (ds @ k, dk, dv)), delta.float()
 
     monkeypatch.setattr(gluon_training, "missing", lambda _: None)
-    for name in ("FORWARD_ROWS", "FORWARD_KEYS", "GRADIENT_ROWS", "GRADIENT_KEYS"):
-        monkeypatch.setattr(gluon_training, name, 0)
+    for name in ("wins_forward", "wins_gradients"):
+        monkeypatch.setattr(gluon_training, name, lambda _: True)
     monkeypatch.setattr(gluon_launch, "forward", by_definition)
     monkeypatch.setattr(gluon_backward_launch, "backward", gradients_by_definition)
     found = []
-    for how in ("operator", "reference"):
+    for how in ("operator", "eager", "reference"):
         leaves = [x.clone().requires_grad_() for x in (q, k, v, sink)]
         call = {"mask": Mask(), "sink_logits": leaves[3]}
-        if how == "operator":
+        if how != "reference":
+            monkeypatch.setattr(triton_autograd, "is_watched", lambda _, how=how: how == "operator")
             problem = dense_problem(make_call(leaves[0], DenseKV(*leaves[1:3]), **call))
             result = triton_autograd.attend(problem)
         else:
             result = attention(*leaves[:3], sink_logits=leaves[3], return_lse=True,
                                backend="reference")  # fmt: skip
         found.append(torch.autograd.grad(loss(result), leaves))
-    for ours, truth in zip(*found, strict=True):
+    for ours, theirs, truth in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
         assert (ours - truth).abs().max() <= 2e-2 * truth.abs().max()
+
+
+def test_who_has_to_see_an_operator():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from saccade.ops.attend.triton_autograd import is_watched
+
+    x = torch.empty(2)
+    assert not is_watched((x, torch.nn.Parameter(x), None, 3))
+    with FlopCounterMode(display=False):
+        assert is_watched((x,))
+    with FakeTensorMode():
+        fake = torch.empty(2)
+    assert is_watched((fake,))
 
 
 def test_refuses_where_determinism_is_asked_for(monkeypatch):
@@ -208,21 +257,47 @@ def test_refuses_where_determinism_is_asked_for(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_products_are_not_serialised(tmp_path, causal):
-    """What ptxas says about the kernel; with another order of issue it says the contrary."""
+def test_they_run_where_a_rule_says_that_they_win(monkeypatch):
+    rule = Rule(order=("triton",), kernel="gluon", training=True, min_keys=256, min_rows=1024,
+                why="", source="")  # fmt: skip
+    monkeypatch.setattr(order, "rules_for", lambda device: (rule,))
+    assert gluon_training.wins_gradients(problem())
+    assert not gluon_training.wins_forward(problem())
+    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, min_keys=257),))
+    assert not gluon_training.wins_gradients(problem())
+    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, kernel=""),))
+    assert not gluon_training.wins_gradients(problem())
+
+
+@pytest.mark.parametrize(
+    ("dim", "rules", "causal"),
+    [
+        (128, Rules(), True),
+        (128, Rules(), False),
+        (128, Rules(window=1024, sinks=4), True),
+        (64, Rules(), True),
+        (64, Rules(window=1024, sinks=4), True),
+    ],
+)
+def test_products_are_not_serialised(tmp_path, dim, rules, causal):
+    """What ptxas says about the kernel; with another order of issue it says the contrary.
+
+    At D 128 ptxas keeps a few numbers in memory, never an accumulator; at D 64 nothing.
+    """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon_backward
 
-    found = compile_gluon_backward(causal=causal)
+    found = compile_gluon_backward(dim, rules, causal=causal)
     assert found.metadata.shared <= 227 * 1024
     ptx = found.asm["ptx"]
     assert "setmaxnreg" in ptx and "red.relaxed.gpu.global.add.v4.f32" in ptx
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
-    command = [get_ptxas(90).path, f"--gpu-name={sm_arch_from_capability(90)}", source]
+    command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
     done = subprocess.run(
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
     )
     assert "serialized" not in done.stderr
+    spilled = int(re.findall(r"(\d+) bytes spill stores", done.stderr)[0])
+    assert spilled <= {64: 0, 128: 128}[dim]

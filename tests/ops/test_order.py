@@ -7,7 +7,7 @@ import torch
 
 from saccade.core import BadInput, DenseKV, Mask, PagedKV
 from saccade.ops import choose, explain, order
-from saccade.ops.attend import gluon, sdpa, triton
+from saccade.ops.attend import gluon, gluon_training, sdpa, triton
 from saccade.ops.attend.api import make_call
 from saccade.ops.order import Rule
 
@@ -164,11 +164,38 @@ def test_the_rules_for_hopper(monkeypatch):
     assert found == dict.fromkeys(order.ROWS, "gluon") | {"short": None}
 
 
+def test_whose_gradients_hopper_gets():
+    def gluon(keys, dim=128, **mask):
+        q, _, _ = meta(keys, dim)
+        mask = Mask(**mask)
+        facts = order.facts_about(q, keys, mask.causal, mask.window, training=True)
+        return any(r.kernel == "gluon" and r.covers(facts) for r in order.rules("sm_90"))
+
+    assert gluon(512) and gluon(8192, 64) and gluon(1024, causal=False) and gluon(2048, window=512)
+    assert not (gluon(256) or gluon(512, causal=False) or gluon(1024, window=512))
+    assert not gluon(8192, 256)
+
+
 def test_training_is_a_condition():
     q, k, v = (torch.empty(1, 2, 32, 16, requires_grad=True) for _ in range(3))
     call = make_call(q, DenseKV(k, v), mask=Mask())
     assert Rule(order=("sdpa",), training=True, **WINS).fits(call)
     assert not Rule(order=("sdpa",), **WINS).fits(call)
+
+
+def test_explain_says_whose_gradients_a_call_gets(a_card, monkeypatch):
+    rule = {"order": ("triton",), "kernel": "gluon", "training": True}
+    a_card(Rule(**rule, why="gradients by the Gluon kernels", source="some_record"))
+    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    q, k, v = (x.contiguous().requires_grad_() for x in meta())
+    verdict = "chosen: gradients by the Gluon kernels (some_record)"
+    assert dict(explain(q, k, v))["triton"] == verdict
+    assert dict(explain(q, k, v, softcap=9.0))["triton"] == "chosen"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert dict(explain(q, k, v))["triton"] == "chosen"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_cpu_calls_ask_no_rule():
@@ -184,6 +211,7 @@ def test_cpu_calls_ask_no_rule():
         ({"order": ["gluon"], "heads": 3, **WINS}, "unknown condition 'heads'; there are order, "),
         ({"order": ["gluon"], "pattern": ["causl"], **WINS}, "pattern takes causal, all, window"),
         ({"order": ["gluon"], "rows": ["paged"], **WINS}, "rows even, packed, lengths, pages"),
+        ({"order": ["gluon"], "kernel": "x", **WINS}, "that begins with sdpa or triton"),
     ],
 )
 def test_wrong_rules_are_named(tmp_path, row, reason):

@@ -1,5 +1,9 @@
 """The dense kernels as operators of torch.library: autograd, torch.compile and opcheck know them.
 
+The way through torch.library costs the host several times what the kernels of a short row take the
+card.  So where nobody has to see an operator, in eager runs without a mode of PyTorch that watches
+operators, the same functions run as a plain `torch.autograd.Function`.
+
 An operator takes tensors and plain numbers, so a Problem is passed flat, in the order of its
 fields; a window or softcap of None travels as 0.  Which kernels an operator runs is decided when it
 runs (`gluon_training.py`); under `torch.use_deterministic_algorithms(True)` gradients are the same
@@ -13,6 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils._python_dispatch import (  # no public way to ask
+    _get_current_dispatch_mode,  # type: ignore[attr-defined]
+)
 
 from saccade.core import AttentionOutput
 from saccade.ops.attend import gluon_training
@@ -30,7 +39,16 @@ _SCHEMA = (
 
 def attend(problem: Problem) -> AttentionOutput:
     """Attention with gradients for q, k, v and sink_logits."""
-    return AttentionOutput(*_forward(*flatten(problem)))
+    flat = flatten(problem)
+    run = _forward if is_watched(flat) else _Eager.apply
+    return AttentionOutput(*run(*flat))
+
+
+def is_watched(flat: tuple[Any, ...]) -> bool:
+    """Whether somebody has to see an operator: a compiler, a mode, tensors that are not plain."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in flat)
 
 
 def flatten(problem: Problem) -> tuple[Any, ...]:
@@ -89,10 +107,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
+    return _gradients_by(_backward, ctx, dout, dlse)
+
+
+def _gradients_by(run: Any, ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     left = iter(tensors)
     flat = [next(left) if held else x for held, x in zip(ctx.held, ctx.flat, strict=True)]
-    dq, dk, dv, delta = _backward(out, lse, dout, dlse, *flat)
+    dq, dk, dv, delta = run(out, lse, dout, dlse, *flat)
     sink = flat[3]
     dsink = None
     if sink is not None:
@@ -103,3 +125,21 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator as autograd alone knows it."""
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return tuple(gluon_training.forward(_problem(flat)))  # type: ignore[return-value]
+
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        def run(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:
+            return gluon_training.backward(_problem(flat), out, lse, dout, dlse)
+
+        return _gradients_by(run, ctx, dout, dlse)

@@ -31,6 +31,27 @@ from saccade.ops.tiles import (
 )
 
 
+@triton.jit
+def row_sums(
+    out, dout, lse, dlse, b, h, rows, q_len, heads, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What rows of one head contribute: delta = rowsum(dO * O) - dlse, and lse in powers of two.
+
+    Rows that see nothing, or do not exist, get +inf for their lse, so that their P is 0.  out, dout
+    are Planes with DIM columns; lse, dlse `[B, H, Lq]`.
+    """
+    dims = tl.arange(0, BLOCK)
+    keep = rows < q_len
+    o_at = addresses(out.ptr + b * out.batch + h * out.head, rows, out.row, dims)
+    d_at = addresses(dout.ptr + b * dout.batch + h * dout.head, rows, dout.row, dims)
+    o = load_tile(o_at, keep, dims, DIM, True).to(tl.float32)
+    d = load_tile(d_at, keep, dims, DIM, True).to(tl.float32)
+    at = (b * heads + h) * q_len + rows
+    delta = tl.sum(o * d, 1) - tl.load(dlse + at, mask=keep, other=0.0)
+    found = tl.load(lse + at, mask=keep, other=float("-inf"))
+    return delta, tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+
+
 @triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
     out,
@@ -45,24 +66,14 @@ def delta_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What a row contributes: delta = rowsum(dO * O) - dlse, and its lse in powers of two.
-
-    Rows that see nothing get +inf for their lse, so that their P is 0.  All are `[B, H, Lq]`.
-    """
+    """What every row contributes (`row_sums`): delta and lse2 `[B, H, Lq]`."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_V)
-    keep = rows < q_len
-    o_at = addresses(out.ptr + b * out.batch + h * out.head, rows, out.row, dims)
-    d_at = addresses(dout.ptr + b * dout.batch + h * dout.head, rows, dout.row, dims)
-    o = load_tile(o_at, keep, dims, VALUE_DIM, True).to(tl.float32)
-    d = load_tile(d_at, keep, dims, VALUE_DIM, True).to(tl.float32)
+    found, top = row_sums(out, dout, lse, dlse, b, h, rows, q_len, heads, VALUE_DIM, BLOCK_V)
     at = (b * heads + h) * q_len + rows
-    tl.store(delta + at, tl.sum(o * d, 1) - tl.load(dlse + at, mask=keep, other=0.0), mask=keep)
-    found = tl.load(lse + at, mask=keep, other=0.0)
-    found = tl.where(found == float("-inf"), float("inf"), found * LOG2E)
-    tl.store(lse2 + at, found, mask=keep)
+    tl.store(delta + at, found, mask=rows < q_len)
+    tl.store(lse2 + at, top, mask=rows < q_len)
 
 
 @triton.jit
