@@ -58,7 +58,6 @@ KERNELS = {
 }  # fmt: skip
 
 _trials: dict[str, Launch] = {}
-_changes = [0]
 
 
 def pick(kernel: Kernel, x: torch.Tensor, dim: int) -> Launch:
@@ -76,25 +75,17 @@ def trial(kernel: Kernel, launch: Launch) -> Generator[None]:
     """
     before = dict(_trials)
     _trials[kernel.name] = launch
-    _changes[0] += 1
     try:
         yield
     finally:
         _trials.clear()
         _trials.update(before)
-        _changes[0] += 1
-
-
-def generation() -> int:
-    """Another number whenever `pick` may answer otherwise: part of the key of what remembers it."""
-    return _changes[0]
 
 
 def forget() -> None:
     """Read the tables again when they are next needed, SACCADE_TUNING too."""
     for remembered in (_row, tables, shipped, of_the_user):
         remembered.cache_clear()
-    _changes[0] += 1
 
 
 @cache

@@ -63,11 +63,9 @@ def test_pick_goes_by_head_dim_and_type():
 
 def test_a_trial_ends_with_its_block():
     x, launch = torch.empty(1), Launch(64, 32, 2, 1)
-    before = tuning.generation()
     with tuning.trial(tuning.KEYS, launch):
         assert tuning.pick(tuning.KEYS, x, 64) == launch
         assert tuning.pick(tuning.QUERIES, x, 64) != launch
-        assert tuning.generation() != before
     assert tuning.pick(tuning.KEYS, x, 64) != launch
 
 
