@@ -144,7 +144,6 @@ class TestOnTheCard:
 REFUSALS = [
     ({"softcap": 5.0}, {}, "no softcap"),
     ({"scale": -1.0}, {}, "scale must be positive"),
-    ({}, {"queries": 5}, "1 to 8 queries x heads of a group, got 10"),
     ({}, {"dim": 96}, "head_dim 96 is not one of 64, 128"),
     ({}, {"dtype": torch.float32}, "float32 is not one of bfloat16, float16"),
     ({}, {"page": 8}, "pages have to hold 16 n keys, got 8"),

@@ -18,12 +18,11 @@ MEASURED_DIM, MEASURED_KEYS = 128, 8192
 
 
 def reads(call: AttentionCall) -> bool:
-    """Whether a call is one of few queries over plain dense keys, or one over pages."""
+    """Whether the kernel for few queries is the one for a call, over dense keys or pages."""
     kv = call.kv
-    if isinstance(kv, PagedKV):
-        return True
     few = 0 < rows_of(call) <= MOST_ROWS and call.q.shape[3] in DIMS
-    return isinstance(kv, DenseKV) and kv.is_plain and few and call.blocks is None
+    plain = isinstance(kv, PagedKV) or (isinstance(kv, DenseKV) and kv.is_plain)
+    return plain and few and call.blocks is None
 
 
 def rows_of(call: AttentionCall) -> int:
@@ -58,10 +57,6 @@ def _meaning(call: AttentionCall) -> str | None:
         return f"scale must be positive, got {call.scale}"
     if call.needs_grad or torch.compiler.is_compiling():
         return "it has no gradient and no torch.compile registration"
-    if not 0 < rows_of(call) <= MOST_ROWS:
-        return (
-            f"over pages it takes 1 to {MOST_ROWS} queries x heads of a group, got {rows_of(call)}"
-        )
     return None
 
 
