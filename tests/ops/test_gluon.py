@@ -3,9 +3,8 @@
 import os
 import re
 import subprocess
-from dataclasses import replace
-
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
