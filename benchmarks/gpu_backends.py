@@ -29,8 +29,8 @@ from benchmarks.gpu_attention import demand, last_rows
 from saccade.bench.gpu import ceilings, seconds
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention, choose
-from saccade.ops.attend import sdpa_gpu
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend.sdpa import gpu as sdpa_gpu
 
 HEADS, KV_HEADS = 32, 8
 DIMS = (64, 96, 128, 192, 256, 80, 112)

@@ -14,9 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.core import Mask
 from saccade.ops import attention
-from saccade.ops.attend import gluon_backward_launch as gluon
-from saccade.ops.attend import gluon_launch, gluon_training, triton_autograd, triton_launch
-from saccade.ops.attend.triton_problem import Problem
+from saccade.ops.attend.gluon import backward_launch as gluon
+from saccade.ops.attend.gluon import launch as gluon_launch
+from saccade.ops.attend.gluon import training as gluon_training
+from saccade.ops.attend.triton import autograd as triton_autograd
+from saccade.ops.attend.triton import launch as triton_launch
+from saccade.ops.attend.triton.problem import Problem
 
 torch.manual_seed(0)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from saccade.ops import attention, tiles
-from saccade.ops.attend import gluon_extents, gluon_fetch, gluon_schedule
-from saccade.ops.attend.triton_problem import Problem
+from saccade.ops.attend.gluon import extents as gluon_extents
+from saccade.ops.attend.gluon import fetch as gluon_fetch
+from saccade.ops.attend.gluon import schedule as gluon_schedule
+from saccade.ops.attend.triton.problem import Problem
 
 MASKS = ({}, {"causal": False}, {"window": 200, "sinks": 3}, {"window": 40}, {"window": 1})
 RUN = {"program": 0, "programs": 5}

@@ -12,7 +12,7 @@ from gpu_attention import PEERS, _peer_decode, _view, ceilings, demand, graph_se
 
 from saccade.core import Mask
 from saccade.ops import attend, attention, tuning
-from saccade.ops.attend import triton_views
+from saccade.ops.attend.triton import views as triton_views
 
 DENSE = [(128, 4, 3, 1), (64, 4, 4, 1)]
 PAGED = [(128, 4, 5, 1), (128, 4, 7, 1), (64, 4, 8, 1), (64, 4, 12, 1), (128, 8, 7, 1)]

@@ -13,8 +13,8 @@ from gpu_attention import _peer_decode, _view, demand, graph_seconds, random
 
 from saccade.core import Mask
 from saccade.ops import attend, attention
-from saccade.ops.attend import gluon_decode_launch as launcher
-from saccade.ops.attend.gluon_decode_launch import DecodeLaunch
+from saccade.ops.attend.gluon import decode_launch as launcher
+from saccade.ops.attend.gluon.decode_launch import DecodeLaunch
 
 TOUCH = len(sys.argv) > 1  # compile all, time nothing: every third case, from this one on
 LAUNCHES = {

@@ -16,8 +16,8 @@ from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
 from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend
-from saccade.ops.attend import gluon_codes_launch
-from saccade.ops.attend.gluon_codes_launch import CodesLaunch
+from saccade.ops.attend.gluon import codes_launch as gluon_codes_launch
+from saccade.ops.attend.gluon.codes_launch import CodesLaunch
 
 KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
 

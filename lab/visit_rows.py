@@ -173,7 +173,7 @@ def doors():
 
 def power():
     """Whether 32k is slow because the card is hot: alone after a pause, and many in a row."""
-    from saccade.ops.attend import gluon_launch
+    from saccade.ops.attend.gluon import launch as gluon_launch
 
     watch = subprocess.Popen(
         ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits",

@@ -52,7 +52,7 @@ def append(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None = None) -> Tens
     The cursor is the same number in every row.
     """
     if able_on(k.device) and _fits(slots, k, v, turn):
-        from saccade.ops.attend.triton_append import launch
+        from saccade.ops.attend.triton.append import launch
 
         return launch(slots, k, v, turn)
     q = None
@@ -70,7 +70,7 @@ def append(slots: Slots, k: Tensor, v: Tensor, turn: Turn | None = None) -> Tens
 def turn_both(k: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """Queries and keys `[B, H, t, D]` turned, by one kernel where there is a GPU."""
     if able_on(k.device) and _fits(None, k, k, turn):
-        from saccade.ops.attend.triton_append import launch
+        from saccade.ops.attend.triton.append import launch
 
         out = torch.empty_like(k)
         start = torch.zeros(k.shape[0], dtype=torch.int64, device=k.device)

@@ -12,17 +12,10 @@ from typing import Protocol
 
 from saccade.core import AttentionOutput, Unsupported
 from saccade.ops import order
-from saccade.ops.attend import (
-    cpu,
-    gluon,
-    gluon_codes,
-    gluon_decode,
-    gluon_fp8,
-    reference,
-    sdpa,
-    tiled,
-    triton,
-)
+from saccade.ops.attend import cpu, gluon, reference, sdpa, tiled, triton
+from saccade.ops.attend.gluon import codes as gluon_codes
+from saccade.ops.attend.gluon import decode as gluon_decode
+from saccade.ops.attend.gluon import fp8 as gluon_fp8
 from saccade.ops.call import AttentionCall
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.

@@ -42,7 +42,7 @@ def rotate(x: Tensor) -> Tensor:
     """Rotate the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
     block = block_of(x.shape[-1])
     if _by_kernel(x):
-        from saccade.ops.attend.triton_append import rotate_rows
+        from saccade.ops.attend.triton.append import rotate_rows
 
         return rotate_rows(x)
     compute = torch.promote_types(x.dtype, torch.float32)

@@ -12,7 +12,7 @@ back within 16 calls of one shape (one pass over the layers of a small model), o
 training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always to be had.
 
 The Triton backend asks the same rules which of its kernels compute what a call that trains needs
-(`attend/gluon_training.py`), since what was measured about a kernel is a fact wherever it runs.
+(`attend/gluon/training.py`), since what was measured about a kernel is a fact wherever it runs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def pack_keys(k: Tensor, into: Codes, *, bits: int, group: int) -> None:
             offset `[B, Hkv, N/group, D]`; views with a unit last stride.
     """
     if _by_kernel(k, into, group):
-        from saccade.ops.attend.triton_pack import launch_keys
+        from saccade.ops.attend.triton.pack import launch_keys
 
         return launch_keys(k, into, bits, group)
     fp8 = into.codes.dtype == FP8
@@ -39,7 +39,7 @@ def pack_values(v: Tensor, into: Codes, *, bits: int, group: int) -> None:
     dim = v.shape[3]
     whole = group == dim or (dim // 2 % group == 0 and group & (group - 1) == 0)
     if whole and _by_kernel(v, into, 1):
-        from saccade.ops.attend.triton_pack import launch_values
+        from saccade.ops.attend.triton.pack import launch_values
 
         return launch_values(v, into, bits, group)
     fp8 = into.codes.dtype == FP8
@@ -56,7 +56,7 @@ def write_out(kv: QuantizedKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
     k = Codes(kv.k.codes[:, :, start:stop], *(x[:, :, groups] for x in kv.k[1:]))
     v = Codes(*(x[:, :, start:stop] for x in kv.v))
     if _by_kernel(kv.recent_k, k, 1) and _by_kernel(kv.recent_v, v, 1):
-        from saccade.ops.attend.triton_pack import write
+        from saccade.ops.attend.triton.pack import write
 
         value_group = kv.shape[4] // kv.v.scale.shape[3]
         like = kv.recent_k

@@ -75,9 +75,9 @@ def compile_gluon(
     Args:
         rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
     """
-    from saccade.ops.attend.gluon_extents import Extents
-    from saccade.ops.attend.gluon_forward import forward_kernel
-    from saccade.ops.attend.gluon_launch import (
+    from saccade.ops.attend.gluon.extents import Extents
+    from saccade.ops.attend.gluon.forward import forward_kernel
+    from saccade.ops.attend.gluon.launch import (
         LAUNCHES,
         OWN_ROWS,
         TWO_CONSUMERS,
@@ -116,9 +116,9 @@ def compile_gluon(
 
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon_codes_kernel import codes_kernel
-    from saccade.ops.attend.gluon_codes_launch import LAUNCHES, options
-    from saccade.ops.attend.triton_quantized import Coded
+    from saccade.ops.attend.gluon.codes_kernel import codes_kernel
+    from saccade.ops.attend.gluon.codes_launch import LAUNCHES, options
+    from saccade.ops.attend.triton.quantized import Coded
     from saccade.ops.tiles import Bounds
 
     def plane(heads: int, rows: int, width: int, dtype: torch.dtype) -> Plane:
@@ -146,9 +146,9 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
 
 def compile_decode(dim: int, page: int) -> Any:
     """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon_decode_kernel import decode_kernel
-    from saccade.ops.attend.gluon_decode_launch import FEW
-    from saccade.ops.attend.triton_decode import Pages
+    from saccade.ops.attend.gluon.decode_kernel import decode_kernel
+    from saccade.ops.attend.gluon.decode_launch import FEW
+    from saccade.ops.attend.triton.decode import Pages
     from saccade.ops.tiles import Bounds
 
     def plane(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Plane:
@@ -175,8 +175,8 @@ def compile_decode(dim: int, page: int) -> Any:
 
 def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = True) -> Any:
     """The Gluon gradients for bfloat16 heads of `dim`, as the launcher cuts them."""
-    from saccade.ops.attend.gluon_backward import backward_kernel
-    from saccade.ops.attend.gluon_backward_launch import LAUNCHES, constants, options
+    from saccade.ops.attend.gluon.backward import backward_kernel
+    from saccade.ops.attend.gluon.backward_launch import LAUNCHES, constants, options
 
     def plane(heads: int) -> Plane:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
@@ -197,8 +197,8 @@ def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = Tru
 
 def compile_gluon_fp8(dim: int) -> Any:
     """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon_fp8_forward import forward_kernel
-    from saccade.ops.attend.gluon_fp8_launch import CONSTANTS, OPTIONS
+    from saccade.ops.attend.gluon.fp8_forward import forward_kernel
+    from saccade.ops.attend.gluon.fp8_launch import CONSTANTS, OPTIONS
 
     def plane(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Plane:
         x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")

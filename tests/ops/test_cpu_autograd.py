@@ -5,7 +5,8 @@ import torch
 
 from saccade.core import Unsupported
 from saccade.ops import attention
-from saccade.ops.attend import cpu, cpu_autograd
+from saccade.ops.attend import cpu
+from saccade.ops.attend.cpu import autograd as cpu_autograd
 
 _cpu = cpu.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")

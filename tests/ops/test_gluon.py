@@ -256,8 +256,8 @@ class TestOnTheCard:
 
 
 def test_documents_become_tiles_with_the_longest_last():
-    from saccade.ops.attend.gluon_extents import documents_of
-    from saccade.ops.attend.triton_problem import dense_problem
+    from saccade.ops.attend.gluon.extents import documents_of
+    from saccade.ops.attend.triton.problem import dense_problem
 
     q_lens, k_lens = [200, 0, 1, 77], [300, 5, 70, 0]
     cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
@@ -272,8 +272,8 @@ def test_documents_become_tiles_with_the_longest_last():
 
 
 def test_the_table_of_documents_is_made_once_for_all_layers():
-    from saccade.ops.attend.gluon_extents import documents_of
-    from saccade.ops.attend.triton_problem import dense_problem
+    from saccade.ops.attend.gluon.extents import documents_of
+    from saccade.ops.attend.triton.problem import dense_problem
 
     q, cu = torch.empty(1, 2, 278, 64), torch.tensor([0, 200, 278])
     problem = dense_problem(make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=cu))

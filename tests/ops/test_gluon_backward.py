@@ -14,9 +14,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention, order
-from saccade.ops.attend import gluon_training
 from saccade.ops.attend.api import make_call
-from saccade.ops.attend.triton_problem import dense_problem
+from saccade.ops.attend.gluon import training as gluon_training
+from saccade.ops.attend.triton.problem import dense_problem
 from saccade.ops.order import Rule
 from saccade.ops.tiles import Rules
 from tests.ops.cases import Case, on
@@ -34,7 +34,7 @@ LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 @pytest.fixture
 def at_any_size(monkeypatch):
     """Small problems go to the Gluon kernels too; says how often their gradients ran."""
-    from saccade.ops.attend import gluon_backward_launch
+    from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
 
     for name in ("wins_forward", "wins_gradients"):
         monkeypatch.setattr(gluon_training, name, lambda _: True)
@@ -89,7 +89,7 @@ class TestOnTheCard:
     @pytest.mark.parametrize("splits", [1, 2, 4])
     @pytest.mark.parametrize("dim", gluon_training.GRADIENT_DIMS)
     def test_programs_that_share_a_group(self, at_any_size, monkeypatch, dim, splits):
-        from saccade.ops.attend import gluon_backward_launch
+        from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
 
         monkeypatch.setattr(gluon_backward_launch, "splits_of", lambda _: splits)
         check(Case((8, 2), (700, 900), {"window": 300}, "plain", head_dim=dim), torch.bfloat16)
@@ -137,7 +137,7 @@ class TestOnTheCard:
         assert all(map(torch.equal, first, second))
 
     def test_registered_operator(self, at_any_size):
-        from saccade.ops.attend.triton_autograd import flatten, operator
+        from saccade.ops.attend.triton.autograd import flatten, operator
 
         q, k, v = (
             torch.randn(1, h, 200, 128, device="cuda").bfloat16().requires_grad_()
@@ -188,7 +188,9 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
 
     As an operator of torch.library, and as eager runs have it.
     """
-    from saccade.ops.attend import gluon_backward_launch, gluon_launch, triton_autograd
+    from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
+    from saccade.ops.attend.gluon import launch as gluon_launch
+    from saccade.ops.attend.triton import autograd as triton_autograd
 
     q, k, v = (torch.randn(2, h, n, 128).bfloat16() for h, n in ((4, 30), (2, 50), (2, 50)))
     sink, weights = torch.randn(4), (torch.randn(2, 4, 30, 128), torch.randn(2, 4, 30))
@@ -237,7 +239,7 @@ def test_who_has_to_see_an_operator():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from saccade.ops.attend.triton_autograd import is_watched
+    from saccade.ops.attend.triton.autograd import is_watched
 
     x = torch.empty(2)
     assert not is_watched((x, torch.nn.Parameter(x), None, 3))

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from saccade.ops.attend.gluon_backward_rows import convert_kernel, prepare_kernel, sum_kernel
-from saccade.ops.attend.triton_launch import plane
+from saccade.ops.attend.gluon.backward_rows import convert_kernel, prepare_kernel, sum_kernel
+from saccade.ops.attend.triton.launch import plane
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
 
 __all__ = ["pytestmark"]  # on a card these are GPU tests too

@@ -14,8 +14,9 @@ from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, choose
-from saccade.ops.attend import gluon, gluon_codes
+from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend.gluon import codes as gluon_codes
 from tests.ops.hopper import on_the_card
 
 KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}

@@ -13,8 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
 from saccade.ops import attend, choose
-from saccade.ops.attend import gluon, gluon_decode
+from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend.gluon import decode as gluon_decode
 from tests.ops.hopper import BOUND, on_the_card
 
 TYPES = [torch.float16, torch.bfloat16]

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.core import Scaled, Unsupported, quantize_heads
 from saccade.core.formats import FP8
 from saccade.ops import attention, explain
-from saccade.ops.attend import gluon_fp8
+from saccade.ops.attend.gluon import fp8 as gluon_fp8
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import on_the_card
 

@@ -7,8 +7,9 @@ import torch
 
 from saccade.core import BadInput, DenseKV, Mask, PagedKV
 from saccade.ops import choose, explain, order
-from saccade.ops.attend import gluon, gluon_training, sdpa, triton
+from saccade.ops.attend import gluon, sdpa, triton
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend.gluon import training as gluon_training
 from saccade.ops.order import Rule
 
 WINS = {"why": "twice the speed", "source": "some_record"}

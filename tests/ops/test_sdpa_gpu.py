@@ -5,8 +5,9 @@ import torch
 
 from saccade.core import BlockSelection, DenseKV, Mask, Unsupported
 from saccade.ops import attend, attention, explain
-from saccade.ops.attend import sdpa, sdpa_gpu
+from saccade.ops.attend import sdpa
 from saccade.ops.attend.api import make_call
+from saccade.ops.attend.sdpa import gpu as sdpa_gpu
 from tests.ops.cases import Case, on
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

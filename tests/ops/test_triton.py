@@ -292,9 +292,9 @@ def test_selection_of_pages_while_decoding():
 @runs_kernels
 def test_blocks_that_are_tiles_need_no_table(monkeypatch):
     """The same lists, though blocks are then looked up instead of being summed."""
-    from saccade.ops.attend import triton_visits
     from saccade.ops.attend.api import make_call
-    from saccade.ops.attend.triton_problem import dense_problem
+    from saccade.ops.attend.triton import visits as triton_visits
+    from saccade.ops.attend.triton.problem import dense_problem
 
     q, k = on(DEVICE, torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16))
     coverage = triton_visits._coverage
@@ -318,8 +318,8 @@ def test_blocks_that_are_tiles_need_no_table(monkeypatch):
 def test_registered_operator():
     """torch.library's own checks: schema, fake tensors, autograd registration."""
     from saccade.ops.attend.api import make_call
-    from saccade.ops.attend.triton_autograd import flatten, operator
-    from saccade.ops.attend.triton_problem import dense_problem
+    from saccade.ops.attend.triton.autograd import flatten, operator
+    from saccade.ops.attend.triton.problem import dense_problem
 
     q, k, v = (
         torch.randn(1, h, 20, 16, device=DEVICE, requires_grad=True) for h in (2, 1, 1)

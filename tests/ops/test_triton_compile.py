@@ -11,11 +11,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
 from saccade.ops import tuning
-from saccade.ops.attend.triton_append import append_kernel
-from saccade.ops.attend.triton_backward import keys_kernel, queries_kernel
-from saccade.ops.attend.triton_decode import Pages, decode_kernel
-from saccade.ops.attend.triton_forward import forward_kernel
-from saccade.ops.attend.triton_quantized import Coded, quantized_kernel
+from saccade.ops.attend.triton.append import append_kernel
+from saccade.ops.attend.triton.backward import keys_kernel, queries_kernel
+from saccade.ops.attend.triton.decode import Pages, decode_kernel
+from saccade.ops.attend.triton.forward import forward_kernel
+from saccade.ops.attend.triton.quantized import Coded, quantized_kernel
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms, Visits
 from tests.ops.compiled import compile_for
 
@@ -123,7 +123,7 @@ def test_appending_compiles(hadamard):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
 def test_packing_compiles(dtype):
     """A group is read once and its codes are stored as they come, fp8 by conversion."""
-    from saccade.ops.attend.triton_pack import keys_kernel, values_kernel, write_kernel
+    from saccade.ops.attend.triton.pack import keys_kernel, values_kernel, write_kernel
 
     codes = plane(meta(1, KV_HEADS, LENGTH, DIM, dtype=dtype))
     k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))

@@ -67,7 +67,7 @@ def pairs(masks):
 @runs_kernels
 @pytest.mark.parametrize(("mask", "extra"), pairs(MASKS), ids=str)
 def test_codes_are_written_out_by_pieces(monkeypatch, mask, extra):
-    from saccade.ops.attend import triton_pieces
+    from saccade.ops.attend.triton import pieces as triton_pieces
 
     monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
     k, v, recent = torch.randn(2, 2, 80, 16), torch.randn(2, 2, 80, 16), torch.randn(2, 2, 23, 16)
@@ -94,7 +94,7 @@ def test_spans_of_a_ring_are_pieces(mask, extra):
 @runs_kernels
 def test_a_window_leaves_pieces_alone(monkeypatch):
     """Of a long history under a window only what it reaches is written out."""
-    from saccade.ops.attend import triton_pieces
+    from saccade.ops.attend.triton import pieces as triton_pieces
 
     monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
     written = []

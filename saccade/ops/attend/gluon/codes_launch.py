@@ -1,0 +1,125 @@
+"""Launcher of the Gluon kernel for codes: how many programs share the keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from saccade.core import QuantizedKV
+from saccade.core.formats import FP8, Codes
+from saccade.ops import tuning
+from saccade.ops.attend.gluon.codes_kernel import codes_kernel
+from saccade.ops.attend.triton.launch import bounds_of, plane, rules_of
+from saccade.ops.attend.triton.problem import Problem, float32
+from saccade.ops.attend.triton.views import Parts, Reader, coded
+from saccade.ops.whole import cdiv
+
+TILE = 64  # keys of a warp's tile, which lie in one group of tokens
+ROWS = 8  # query rows (heads of a group times queries) of a program
+FEWEST = 2  # tiles of a program: to join one more costs as much as to read one more
+
+
+@dataclass(frozen=True, slots=True)
+class CodesLaunch:
+    """How the kernel is cut.
+
+    Attributes:
+        per_sm: programs, of one warp each, to aim for per multiprocessor.
+        registers: most registers a thread may take.
+    """
+
+    per_sm: int
+    registers: int = 240
+
+
+# By the wider of the two kinds, measured on an H200 (lab/LOG_gpu_codes.md): eight-bit tiles keep
+# memory busy with fewer programs, and each one less is a part less to join.
+LAUNCHES: dict[str, CodesLaunch] = {
+    "int4": CodesLaunch(8),
+    "int8": CodesLaunch(6),
+    "fp8": CodesLaunch(6),
+}
+
+
+def kind_of(codes: Codes, bits: int) -> str:
+    """int4, int8 or fp8."""
+    return "fp8" if codes.codes.dtype == FP8 else f"int{bits}"
+
+
+def launch_of(kv: QuantizedKV) -> CodesLaunch:
+    """The configuration for a view."""
+    kinds = kind_of(kv.k, kv.bits_k), kind_of(kv.v, kv.bits_v)
+    return LAUNCHES[max(kinds, key=lambda kind: kind != "int4")]
+
+
+def row_tiles_of(problem: Problem, heads: int) -> int:
+    """Tiles of eight rows: queries times heads of a group."""
+    return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], ROWS)
+
+
+def splits_of(problem: Problem, kv: QuantizedKV) -> int:
+    """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
+    launch, heads = launch_of(kv), kv.recent_k.shape[1]
+    reach = kv.num_packed
+    if problem.window is not None:
+        reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    room = launch.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
+    return max(1, min(room, cdiv(cdiv(reach, TILE), FEWEST)))
+
+
+def scan_codes(
+    problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
+) -> None:
+    """Fill the first splits of `parts` from codes."""
+    launch, heads = launch_of(kv), kv.recent_k.shape[1]
+    row_tiles = row_tiles_of(problem, heads)
+    bounds, _ = bounds_of(problem, ROWS, by_keys=False)
+    codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
+        plane(aligned(problem.q)),
+        coded(kv.k),
+        coded(kv.v),
+        plane(parts.out[0]),
+        parts.lse,
+        bounds,
+        rules_of(problem),
+        float32(problem.sink_logits) if with_sinks else None,
+        float(problem.scale),
+        problem.q.shape[2],
+        kv.num_packed,
+        problem.q_offset,
+        parts.out.stride(0),
+        parts.lse.stride(0),
+        KV_HEADS=heads,
+        GROUPS=problem.q.shape[1] // heads,
+        CAUSAL=problem.causal,
+        EARLY=True,
+        **constants(kv, launch),
+        **options(launch),
+    )
+
+
+def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
+    """Compile-time arguments of the kernel that storage and launch decide."""
+    return {
+        "D": kv.recent_k.shape[3],
+        "K_FORMAT": kind_of(kv.k, kv.bits_k),
+        "V_FORMAT": kind_of(kv.v, kv.bits_v),
+        "K_GROUP": kv.k_group,
+        "V_GROUPS": kv.v.scale.shape[3],
+    }
+
+
+def options(launch: CodesLaunch) -> dict[str, int | bool]:
+    """How the kernel is compiled and launched."""
+    return {"num_warps": 1, "maxnreg": launch.registers, "launch_pdl": True}
+
+
+def aligned(q: Tensor) -> Tensor:
+    """Queries whose rows begin at multiples of 16 bytes."""
+    steps = (q.stride(i) * q.element_size() for i in (0, 1, 2))
+    return q if not q.data_ptr() % 16 and not any(s % 16 for s in steps) else q.contiguous()
+
+
+READER = Reader(splits_of, scan_codes)

@@ -1,0 +1,322 @@
+"""Decoding over dense or paged keys of 16 bits on Hopper: each warp has keys of its own.
+
+A program is a few warps that take sixteen keys at a time in turn.  A warp fills a ring in its part
+of shared memory by asynchronous copies, several tiles ahead, and meets the others only at the end,
+so nothing stands between memory and the copies.  Page numbers are read two tiles before the copies
+that need them.  Keys and values are the left sides of both products,
+
+    scores [keys, rows]      = keys @ q
+    output [channels, rows] += values @ p
+
+whose eight columns are query rows (heads of a group times queries): nothing is computed for rows
+that are not.  Which thread holds what: see registers.py; weights change sides by transpositions
+of 8 x 8 in registers.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from saccade.ops.attend.gluon.decode_memory import (
+    ask_for_rows,
+    dynamic_memory,
+    get_at,
+    get_four,
+    get_number,
+    left_sides,
+    multiply_16,
+    pair,
+    put_at,
+    put_number,
+)
+from saccade.ops.attend.gluon.registers import (
+    close_copies,
+    load_words,
+    max_over_rows,
+    meet,
+    sum_over_rows,
+    transposed,
+    wait_copies,
+)
+from saccade.ops.attend.triton.decode import begin_early, share_of
+from saccade.ops.tiles import LN2, LOG2E, LOWEST, key_tiles
+
+ROWS = gl.constexpr(8)  # query rows of a program
+KEYS = gl.constexpr(16)  # of a warp's tile
+
+
+@gluon.jit
+def load_queries(address, D: gl.constexpr):
+    """Right sides of the first product: a query row's channels 2t, 2t + 1 of every eight."""
+    found = load_words(address, 0, 1)
+    for i in gl.static_range(1, D // 8):
+        found = found + load_words(address, 16 * i, 1)
+    return found
+
+
+@gluon.jit
+def length_of(bounds, b, kv_head, k_len):
+    """How many keys a row has."""
+    if bounds.lengths is not None:
+        at = b * bounds.lengths_batch + kv_head * bounds.lengths_head
+        k_len = gl.minimum(k_len, gl.load(bounds.lengths + at).to(gl.int32))
+    return k_len
+
+
+@gluon.jit
+def first_key(i, num_sinks, first, own, BLOCK: gl.constexpr):
+    """Position of the first key that a thread's warp takes in step i."""
+    return gl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK + own
+
+
+@gluon.jit
+def page_of(pages, row, at, stop, PAGE: gl.constexpr):
+    """Number of the page of the keys from `at` on; 0 where there are none."""
+    found = at
+    if PAGE != 0:
+        found = gl.load(row + at // PAGE, mask=at < stop, other=0)
+    return found
+
+
+@gluon.jit
+def ask(place, k_from, v_from, pages, page, at, row, stop, D: gl.constexpr, PAGE: gl.constexpr,
+        K_STEP: gl.constexpr, V_STEP: gl.constexpr):  # fmt: skip
+    """One group of copies: keys and values from position `at` on, 0 from `stop` on."""
+    if PAGE == 0:
+        k_at = k_from + at.to(gl.int64) * K_STEP
+        v_at = v_from + at.to(gl.int64) * V_STEP
+    else:
+        inside = (at % PAGE).to(gl.int64)
+        k_at = k_from + page.to(gl.int64) * pages.k_page * 2 + inside * K_STEP
+        v_at = v_from + page.to(gl.int64) * pages.v_page * 2 + inside * V_STEP
+    there = stop - at - row
+    ask_for_rows(place, k_at, there, D, K_STEP)
+    ask_for_rows(place + KEYS * (2 * D), v_at, there, D, V_STEP)
+    close_copies(place)
+
+
+@gluon.jit
+def scores_of_keys(keys, q, D: gl.constexpr, KIND: gl.constexpr):
+    """Keys @ q: keys g (two numbers) and g + 8 of query rows 2t and 2t + 1."""
+    zero = gl.full(q[0].shape, 0.0, gl.float32, q[0].type.layout)
+    even = (zero, zero, zero, zero)
+    odd = even
+    for j in gl.static_range(D // 32):
+        even = multiply_16(keys[2 * j], (q[4 * j], q[4 * j + 1]), even, KIND)
+        odd = multiply_16(keys[2 * j + 1], (q[4 * j + 2], q[4 * j + 3]), odd, KIND)
+    return even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]
+
+
+@gluon.jit
+def see(s, k_pos, q_pos, k_len, rules, CAUSAL: gl.constexpr):
+    """A score, -inf where its row does not see its key."""
+    seen = k_pos < k_len
+    if CAUSAL:
+        seen = seen & (k_pos <= q_pos)
+    if rules.window is not None:
+        near = q_pos - k_pos < rules.window
+        if rules.sinks is not None:
+            near = near | (k_pos < rules.sinks)
+        seen = seen & near
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def weigh(low, high, top, unit):
+    """(new maximum, what the old sums shrink by, weights of two keys) of a query row."""
+    most = gl.maximum(top, max_over_rows(gl.maximum(low, high)))
+    base = most * unit
+    return (
+        most,
+        gl.exp2((top - most) * unit),
+        gl.exp2(low * unit - base),
+        gl.exp2(high * unit - base),
+    )
+
+
+@gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
+def decode_kernel(
+    q, k, v, out, lse, pages, bounds, rules, sink_logits, scale,
+    q_len, k_len, q_offset, out_split, lse_split,
+    KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, K_STEP: gl.constexpr,
+    V_STEP: gl.constexpr, PAGE: gl.constexpr, LONGEST: gl.constexpr, CAUSAL: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """(out, lse) of one split; K_STEP and V_STEP are bytes from row to row, PAGE is 0 if dense."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    KIND: gl.constexpr = "bf16" if q.ptr.dtype.element_ty == gl.bfloat16 else "f16"
+    BLOCK: gl.constexpr = KEYS * WARPS
+    STAGE: gl.constexpr = KEYS * D * 4
+    # The host knows which keys there are: those of all rows, or (pages) of the longest.
+    KNOWN: gl.constexpr = (bounds.offsets is None) and (
+        (bounds.lengths is None) or ((PAGE != 0) and (rules.window is None) and LONGEST)
+    )
+    thread = gl.arange(0, 32 * WARPS, layout=L)
+    lane, own = thread % 32, thread // 32 * KEYS
+    g, t = lane // 4, lane % 4
+    split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(2)
+    b = (gl.program_id(1) // KV_HEADS).to(gl.int64)
+    kv_head = gl.program_id(1) % KV_HEADS
+    if not KNOWN:
+        begin_early(True)
+        if bounds.offsets is not None:
+            q_offset = gl.load(bounds.offsets + b).to(gl.int32)
+        k_len = length_of(bounds, b, kv_head, k_len)
+
+    first_q = q_offset + tile * ROWS // GROUPS
+    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
+    num_sinks, first, full_from, full_to, last = key_tiles(
+        first_q, last_q, k_len, rules, CAUSAL, BLOCK
+    )
+    begin, end = share_of(split, splits, first, last, num_sinks)
+
+    memory = dynamic_memory(thread, q_len < 0, STAGE * STAGES // 128)
+    row, piece, put = put_at(lane, D)
+    put_place = memory + own // KEYS * (STAGE * STAGES) + put
+    get_keys, get_values = get_at(lane, D)
+    k_place = memory + own // KEYS * (STAGE * STAGES) + get_keys
+    v_place = memory + own // KEYS * (STAGE * STAGES) + STAGE // 2 + get_values
+    k_from = k.ptr.to(gl.int64) + (b * k.batch + kv_head.to(gl.int64) * k.head) * 2
+    v_from = v.ptr.to(gl.int64) + (b * v.batch + kv_head.to(gl.int64) * v.head) * 2
+    k_from += row * K_STEP + piece
+    v_from += row * V_STEP + piece
+    numbers = pages.table
+    if PAGE != 0:
+        numbers += b * pages.batch + kv_head * pages.head
+    if KNOWN:  # what comes before overlaps with the end of the kernel before
+        begin_early(True)
+
+    coming = ()
+    for i in gl.static_range(STAGES + 2):
+        at = first_key(begin + i, num_sinks, first, own, BLOCK)
+        stop = gl.where(begin + i < end, k_len, 0)
+        coming += (page_of(pages, numbers, at, stop, PAGE),)
+    meet(thread)  # keeps all these loads before the copies, or each would wait for its own
+    if KNOWN and bounds.lengths is not None:  # shared by the longest row, so that pages come early
+        k_len = length_of(bounds, b, kv_head, k_len)
+        end, full_to = gl.minimum(end, gl.cdiv(k_len, BLOCK)), gl.minimum(full_to, k_len // BLOCK)
+    for i in gl.static_range(STAGES):
+        at = first_key(begin + i, num_sinks, first, own, BLOCK)
+        stop = gl.where(begin + i < end, k_len, 0)
+        ask(put_place + i * STAGE, k_from, v_from, pages, coming[i], at, row, stop, D, PAGE,
+            K_STEP, V_STEP)  # fmt: skip
+    page, then = coming[STAGES], coming[STAGES + 1]
+
+    q_row = gl.minimum(tile * ROWS + g, q_len * GROUPS - 1)
+    q_at = (q_row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
+    q_at += (q_row // GROUPS).to(gl.int64) * q.row + b * q.batch
+    q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * 4, D)
+    q_first = (tile * ROWS + 2 * t) // GROUPS + q_offset
+    q_second = (tile * ROWS + 2 * t + 1) // GROUPS + q_offset
+
+    unit = scale * LOG2E
+    zero = gl.full([32 * WARPS], 0.0, gl.float32, L)
+    m0, m1 = zero + LOWEST, zero + LOWEST
+    l0, l1 = zero, zero
+    acc = ((zero, zero, zero, zero),) * (D // 16)
+    stage = 0
+    for i in range(begin, end):
+        wait_copies(thread, STAGES - 1)
+        keys = left_sides(k_place + stage, D, False)
+        values = left_sides(v_place + stage, D, True)
+        meet(thread)
+        later = i + STAGES
+        at = first_key(later, num_sinks, first, own, BLOCK)
+        stop = gl.where(later < end, k_len, 0)
+        ask(put_place + stage, k_from, v_from, pages, page, at, row, stop, D, PAGE, K_STEP,
+            V_STEP)  # fmt: skip
+        at = first_key(later + 2, num_sinks, first, own, BLOCK)
+        page, then = then, page_of(pages, numbers, at, gl.where(later + 2 < end, k_len, 0), PAGE)
+
+        s0, s1, s2, s3 = scores_of_keys(keys, q_pairs, D, KIND)
+        visited = i - num_sinks + first
+        if not ((i >= num_sinks) & (visited >= full_from) & (visited < full_to)):
+            at = first_key(i, num_sinks, first, own, BLOCK) + g
+            s0 = see(s0, at, q_first, k_len, rules, CAUSAL)
+            s1 = see(s1, at, q_second, k_len, rules, CAUSAL)
+            s2 = see(s2, at + 8, q_first, k_len, rules, CAUSAL)
+            s3 = see(s3, at + 8, q_second, k_len, rules, CAUSAL)
+        m0, shrink0, s0, s2 = weigh(s0, s2, m0, unit)
+        m1, shrink1, s1, s3 = weigh(s1, s3, m1, unit)
+        l0, l1 = l0 * shrink0 + s0 + s2, l1 * shrink1 + s1 + s3
+        p = (transposed(pair(s0, s1, KIND)), transposed(pair(s2, s3, KIND)))
+        taken = ()
+        for j in gl.static_range(D // 16):
+            c0, c1, c2, c3 = acc[j]
+            kept = (c0 * shrink0, c1 * shrink1, c2 * shrink0, c3 * shrink1)
+            taken += (multiply_16(values[j], p, kept, KIND),)
+        acc = taken
+        stage = gl.where(stage == (STAGES - 1) * STAGE, 0, stage + STAGE)
+    wait_copies(thread, 0)
+    put_parts(memory, acc, (m0, m1), (sum_over_rows(l0), sum_over_rows(l1)), thread, D)
+    gl.thread_barrier()
+    store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
+          q_len, thread, KV_HEADS, GROUPS, D, WARPS)  # fmt: skip
+
+
+@gluon.jit
+def put_parts(memory, acc, tops, sums, thread, D: gl.constexpr):
+    """Lay what each warp found into shared memory: rows of D numbers, maxima, sums."""
+    LINE: gl.constexpr = (D + 4) * 4
+    PART: gl.constexpr = (LINE + 8) * ROWS
+    gl.thread_barrier()  # no warp reads its ring any more
+    lane = thread % 32
+    g, t = lane // 4, lane % 4
+    part = memory + thread // 32 * PART
+    place = part + 2 * t * LINE + g * 4
+    for j in gl.static_range(D // 16):
+        for e in gl.static_range(4):
+            put_number(place, acc[j][e], (16 * j + e // 2 * 8) * 4 + e % 2 * LINE)
+    for c in gl.static_range(2):
+        put_number(part + t * 8, tops[c], ROWS * LINE + 4 * c)
+        put_number(part + t * 8, sums[c], ROWS * LINE + 4 * ROWS + 4 * c)
+
+
+@gluon.jit
+def store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
+          q_len, thread, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+          WARPS: gl.constexpr):  # fmt: skip
+    """Join the warps' parts and write output and lse, four channels of a row a thread."""
+    LINE: gl.constexpr = (D + 4) * 4
+    PART: gl.constexpr = (LINE + 8) * ROWS
+    FOURS: gl.constexpr = D // 4
+    TURNS: gl.constexpr = (ROWS * FOURS + 32 * WARPS - 1) // (32 * WARPS)
+    for turn in gl.static_range(TURNS):
+        item = thread + turn * (32 * WARPS)
+        row, channel = item // FOURS, item % FOURS * 4
+        real = row < ROWS
+        row = gl.minimum(row, ROWS - 1)
+        most = get_number(memory + row * 4, ROWS * LINE)
+        for w in gl.static_range(1, WARPS):
+            most = gl.maximum(most, get_number(memory + row * 4, w * PART + ROWS * LINE))
+        l = most * 0.0
+        sums = (l, l, l, l)
+        for w in gl.static_range(WARPS):
+            top = get_number(memory + row * 4, w * PART + ROWS * LINE)
+            part = get_number(memory + row * 4, w * PART + ROWS * LINE + 4 * ROWS)
+            shrink = gl.exp2((top - most) * unit)
+            l += part * shrink
+            found = get_four(memory + row * LINE + channel * 4, w * PART)
+            sums = (sums[0] + found[0] * shrink, sums[1] + found[1] * shrink,
+                    sums[2] + found[2] * shrink, sums[3] + found[3] * shrink)  # fmt: skip
+        index = (tile * ROWS + row) // GROUPS
+        h = kv_head * GROUPS + (tile * ROWS + row) % GROUPS
+        keep = real & (index < q_len)
+        # Where nothing was seen, most * unit is huge; two roundings must never be subtracted.
+        top = gl.where(l == 0, LOWEST, most * unit)
+        shrink = l * 0.0 + 1.0
+        if sink_logits is not None:
+            sink = gl.load(sink_logits + h, mask=keep & (split == 0), other=float("-inf")) * LOG2E
+            raised = gl.maximum(top, sink)
+            shrink = gl.exp2(top - raised)
+            l = l * shrink + gl.exp2(sink - raised)
+            top = raised
+        safe = gl.where(l == 0, 1.0, l)
+        found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
+        at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
+        gl.store(at, found, mask=keep & (channel == 0))
+        at = out.ptr + split.to(gl.int64) * out_split + b * out.batch + channel
+        at += h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
+        for c in gl.static_range(4):
+            gl.store(at + c, (sums[c] * (shrink / safe)).to(out.ptr.dtype.element_ty), mask=keep)

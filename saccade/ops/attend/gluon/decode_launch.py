@@ -1,0 +1,130 @@
+"""Launcher of the Gluon kernel for few queries over dense or paged keys: how the card is shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from saccade.core import AttentionOutput, DenseKV, PagedKV
+from saccade.ops import tuning
+from saccade.ops.attend.gluon.decode_kernel import decode_kernel
+from saccade.ops.attend.triton.decode import Pages
+from saccade.ops.attend.triton.launch import bounds_of, plane, rules_of
+from saccade.ops.attend.triton.problem import Problem, float32, on, problem_of, unit_rows
+from saccade.ops.attend.triton.views import Parts, stored
+from saccade.ops.call import AttentionCall
+from saccade.ops.whole import cdiv
+
+ROWS, KEYS = 8, 16  # query rows of a program, keys of a warp's tile
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeLaunch:
+    """How the kernel is cut.
+
+    Attributes:
+        warps: of a program, each with keys of its own.
+        per_sm: programs of a multiprocessor.
+        stages: tiles in a warp's ring, all but one of them on their way.
+    """
+
+    warps: int
+    per_sm: int
+    stages: int
+
+
+# By head dimension: where programs share the keys of a row, and where rows alone fill the card.
+FEW = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 2, 3)}
+MANY = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(8, 1, 2)}
+
+
+def run(call: AttentionCall) -> AttentionOutput:
+    """Attention of a call that `decode.refusal` accepts."""
+    kv = call.kv
+    assert isinstance(kv, (DenseKV, PagedKV))
+    problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), lengths_of(call))
+    pages, slots = Pages(), kv.shape[2]
+    if isinstance(kv, PagedKV):
+        pages = Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
+    heads = kv.shape[1]
+    launch = launch_of(problem, heads)
+    splits = splits_of(problem, heads, slots, launch)
+    parts = Parts(problem, splits)
+    with on(problem.q.device):
+        scan(problem, pages, heads, parts, launch, longest=call.lengths is None)
+        return parts.joined(problem.q.dtype)
+
+
+def lengths_of(call: AttentionCall) -> Tensor | None:
+    """Keys of each row, where the view or the call knows less than all."""
+    if not isinstance(call.kv, PagedKV):
+        return call.lengths
+    if call.lengths is None:
+        return call.kv.lengths
+    return call.lengths.minimum(call.kv.lengths)
+
+
+def launch_of(problem: Problem, heads: int) -> DecodeLaunch:
+    """The configuration for a problem."""
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    alone = 2 * programs > tuning.multiprocessors(problem.q.device)
+    return (MANY if alone else FEW)[problem.q.shape[3]]
+
+
+def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) -> int:
+    """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
+    block, reach = KEYS * launch.warps, slots
+    if problem.window is not None:
+        reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + block)
+    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
+    return max(1, min(wanted // programs, cdiv(reach, block)))
+
+
+def row_tiles_of(problem: Problem, heads: int) -> int:
+    """Tiles of eight rows: queries times heads of a group."""
+    return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], ROWS)
+
+
+def scan(
+    problem: Problem,
+    pages: Pages,
+    heads: int,
+    parts: Parts,
+    launch: DecodeLaunch,
+    *,
+    longest: bool,
+) -> None:
+    """Fill all splits of `parts`; `longest`: a row has as many keys as the host says."""
+    q, k, v = problem.q, problem.k, problem.v
+    bounds, _ = bounds_of(problem, ROWS, by_keys=False)
+    decode_kernel[(parts.splits, q.shape[0] * heads, row_tiles_of(problem, heads))](
+        plane(q),
+        stored(k, pages),
+        stored(v, pages),
+        plane(parts.out[0]),
+        parts.lse,
+        pages,
+        bounds,
+        rules_of(problem),
+        float32(problem.sink_logits),
+        float(problem.scale),
+        q.shape[2],
+        problem.num_keys,
+        problem.q_offset,
+        parts.out.stride(0),
+        parts.lse.stride(0),
+        KV_HEADS=heads,
+        GROUPS=q.shape[1] // heads,
+        D=q.shape[3],
+        K_STEP=k.stride(2) * 2,
+        V_STEP=v.stride(2) * 2,
+        PAGE=0 if pages.table is None else k.shape[2],
+        LONGEST=longest,
+        CAUSAL=problem.causal,
+        WARPS=launch.warps,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+        launch_pdl=True,
+    )

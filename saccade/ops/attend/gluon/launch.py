@@ -1,0 +1,178 @@
+"""Launcher of the Gluon forward kernel: which tiles, how many programs, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from saccade.core import AttentionOutput
+from saccade.ops import tuning
+from saccade.ops.attend.gluon.extents import Extents, documents_of
+from saccade.ops.attend.gluon.forward import forward_kernel
+from saccade.ops.attend.triton.launch import allow_scratch, rules_of
+from saccade.ops.attend.triton.problem import Problem, float32, on
+from saccade.ops.attend.triton.visits import visits_of
+from saccade.ops.tiles import Plane
+
+REGISTERS_PER_THREAD_SUM = 512  # over the warpgroups of a program that has a multiprocessor alone
+L2_SHARE = 32 * 2**20  # bytes of keys and values that neighbouring programs may read together
+
+
+@dataclass(frozen=True, slots=True)
+class GluonLaunch:
+    """How the kernel is cut.
+
+    Attributes:
+        consumers: warpgroups that compute, each 64 queries.
+        block_n: keys of a tile.
+        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight or in use.
+        registers: per thread of a consumer.
+        turns: consumers ask the matrix units in turns.
+        shared_out: results leave through the memory of the queries (no room for their own).
+    """
+
+    consumers: int
+    block_n: int
+    q_stages: int
+    k_stages: int
+    v_stages: int
+    registers: int
+    turns: bool = True
+    shared_out: bool = False
+
+    @property
+    def block_m(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.consumers
+
+
+LAUNCHES: dict[int, GluonLaunch] = {
+    64: GluonLaunch(3, 128, 2, 3, 3, 160),
+    128: GluonLaunch(2, 128, 2, 2, 2, 240),
+    256: GluonLaunch(2, 64, 1, 2, 2, 240, shared_out=True),
+}
+# Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
+TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
+# Rows of different lengths and pages keep more numbers in the warp that fetches.
+OWN_ROWS = {dim: replace(launch, registers=232) for dim, launch in TWO_CONSUMERS.items()}
+
+
+def launch_of(problem: Problem) -> GluonLaunch:
+    """How a problem is cut."""
+    dim = problem.q.shape[3]
+    if any(part is not None for part in (problem.cu_q, problem.lengths, problem.offsets)):
+        return OWN_ROWS[dim]
+    whole = problem.allowed is None and problem.window is None
+    return (LAUNCHES if whole else TWO_CONSUMERS)[dim]
+
+
+def forward(
+    problem: Problem,
+    launch: GluonLaunch | None = None,
+    *,
+    table: Tensor | None = None,
+    out: Tensor | None = None,
+) -> AttentionOutput:
+    """Output and lse of a problem that the backend has accepted.
+
+    Args:
+        table: the pages of each row, where k and v of the problem are a pool of pages.
+        out: where the output goes; default a contiguous tensor.
+    """
+    q, k, v = problem.q, problem.k, problem.v
+    batch, heads, q_len, dim = q.shape
+    launch = launch or launch_of(problem)
+    if out is None:
+        out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    extents, tiles = extents_of(problem, launch, table)
+    work = tiles * batch * heads
+    # A tile lies in one block of a selection, so lists of tiles say everything about it.
+    beside_lists = problem if problem.allowed is None else replace(problem, allowed=None)
+    allow_scratch()
+    with on(q.device):
+        forward_kernel[(min(work, tuning.multiprocessors(q.device)),)](
+            *(plane(x) for x in (q, k, v, out)),
+            lse,
+            float32(problem.sink_logits),
+            rules_of(beside_lists),
+            visits_of(problem, tiles, launch.block_m, launch.block_n),
+            extents,
+            float(problem.scale),
+            q_len,
+            problem.num_keys,
+            problem.q_offset,
+            batch,
+            heads,
+            heads // k.shape[1],
+            tiles,
+            section(problem),
+            work,
+            k.shape[0],
+            CAUSAL=problem.causal,
+            D=dim,
+            TAILS=extents.documents is not None or extents.lengths is not None,
+            PAGE=None if table is None else k.shape[2],
+            **constants(launch),
+            **options(launch),
+        )
+    return AttentionOutput(out, lse)
+
+
+def extents_of(problem: Problem, launch: GluonLaunch, table: Tensor | None) -> tuple[Extents, int]:
+    """Where rows begin and end, where that differs, and how many tiles of queries a row has."""
+    lengths, tiles = problem.lengths, triton.cdiv(problem.q.shape[2], launch.block_m)
+    documents = None
+    if problem.cu_q is not None:
+        documents = documents_of(problem, launch.block_m)
+        tiles = len(documents)
+    extents = Extents(
+        problem.offsets,
+        lengths,
+        None if lengths is None else lengths.stride(0),
+        documents,
+        table,
+        None if table is None else table.stride(0),
+    )
+    return extents, tiles
+
+
+def constants(launch: GluonLaunch) -> dict[str, int | bool]:
+    """Compile-time arguments of the kernel that a launch decides."""
+    return {
+        "M": launch.block_m,
+        "N": launch.block_n,
+        "CONSUMERS": launch.consumers,
+        "Q_STAGES": launch.q_stages,
+        "K_STAGES": launch.k_stages,
+        "V_STAGES": launch.v_stages,
+        "TURNS": launch.turns,
+        "SHARED_OUT": launch.shared_out,
+        "REGISTERS": launch.registers,
+    }
+
+
+def options(launch: GluonLaunch) -> dict[str, int]:
+    """How the kernel is compiled: warps of a warpgroup, registers a thread starts with."""
+    warpgroups = launch.consumers + 1
+    return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // warpgroups // 8 * 8}
+
+
+def section(problem: Problem) -> int:
+    """Query heads that are worked on together: as many as have their keys in the L2 cache."""
+    batch, kv_heads, dim = problem.q.shape[0], problem.k.shape[1], problem.k.shape[3]
+    k_len = problem.num_keys
+    reach = k_len if problem.window is None else min(k_len, problem.window + 4096)
+    fitting = max(1, L2_SHARE // (2 * reach * dim * problem.k.element_size()))
+    rows = batch * kv_heads
+    together = next(n for n in range(min(fitting, rows), 0, -1) if rows % n == 0)
+    return together * (problem.q.shape[1] // kv_heads)
+
+
+def plane(x: Tensor) -> Plane:
+    """Pointer and strides as the copy engine takes them: multiples of 16 bytes."""
+    steps = (x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in (0, 1, 2))
+    return Plane(x, *steps)
