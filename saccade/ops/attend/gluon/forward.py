@@ -41,11 +41,12 @@ LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
 def _mask(s, q_pos, start, k_len, rules, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
     """Scores of an edge tile, -inf where a query does not see a key."""
     k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    see = k_pos < k_len
+    last = k_len - 1
     if CAUSAL:
-        see = see & (k_pos <= q_pos[:, None])
+        last = gl.minimum(q_pos, last)[:, None]
+    see = k_pos <= last
     if rules.window is not None:
-        near = q_pos[:, None] - k_pos < rules.window
+        near = k_pos > (q_pos - rules.window)[:, None]
         if rules.sinks is not None:
             near = near | (k_pos < rules.sinks)
         see = see & near
@@ -77,9 +78,9 @@ def _operand(weights, DTYPE: gl.constexpr, O: gl.constexpr):
 
 @gluon.jit
 def _steps(
-    state, begin, end, total, where, q_tile, q_pos, k_mem, v_mem, bars, unit, num_keys, rules,
-    visits, EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr, CONSUMERS: gl.constexpr,
-    WHO: gl.constexpr,
+    state, begin, end, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit, num_keys,
+    rules, visits, EDGE: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr,
+    CONSUMERS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Key tiles begin .. end-1: scores of tile j, then values of tile j-1, then softmax of j."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = bars
@@ -107,7 +108,11 @@ def _steps(
             turn ^= 1
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
-        if EDGE:
+        # Windows have edges on both sides and few whole tiles between: one loop for all of them.
+        hidden = EDGE
+        if rules.window is not None:
+            hidden = (j < edges[0]) | (j >= edges[1])
+        if hidden:
             s = _mask(s, q_pos, key_tile(j, where, visits) * N, num_keys, rules, CAUSAL, S)
         weights, m, l, shrink = _softmax(s, m, l, unit)
         # This wait keeps the compiler from asking for the product before the softmax is done.
@@ -179,16 +184,17 @@ def _finish(acc, m, l, unit, sink_logits, h):
 
 
 @gluon.jit
-def _store(o_desc, memory, acc, b, h, row):
+def _store(o_desc, memory, acc, place):
     """Hand a whole tile of results to the copy engine, which leaves out rows past the end."""
     memory.reshape([acc.shape[0], acc.shape[1]]).store(acc.to(o_desc.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [b, h, row, 0], memory)
+    tma.async_copy_shared_to_global(o_desc, [place[0], place[1], place[2], 0], memory)
 
 
 @gluon.jit
-def _store_part(out, acc, b, h, row, count):
-    """The first `count` rows of a tile: the others belong to another document."""
+def _store_part(out, acc, place, count):
+    """The first `count` rows of a tile, straight from registers."""
+    b, h, row = place
     O: gl.constexpr = acc.type.layout
     rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, O))[:, None]
     dims = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, O))[None, :]
@@ -200,7 +206,7 @@ def _store_part(out, acc, b, h, row, count):
 @gluon.jit
 def _consume(
     given, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, CONSUMERS: gl.constexpr, TAILS: gl.constexpr,
+    TURNS: gl.constexpr, DIRECT_OUT: gl.constexpr, CONSUMERS: gl.constexpr, TAILS: gl.constexpr,
     WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of every tile."""
@@ -241,38 +247,34 @@ def _consume(
         if TAILS:
             clear_tail(v_mem, v_at, v_full, num_keys - start)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
-        if CAUSAL or visits.tiles is not None:
+        edges = right, full
+        middle = gl.maximum(right, 1)
+        if rules.window is not None:
+            middle = 1
+        elif CAUSAL or visits.tiles is not None:
             state = _steps(
-                state, 1, right, total, where, q_tile, q_pos, k_mem, v_mem, bars, unit, num_keys,
-                rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
+                state, 1, right, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
+                num_keys, rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
             )  # fmt: skip
         state = _steps(
-            state, gl.maximum(right, 1), full, total, where, q_tile, q_pos, k_mem, v_mem, bars,
-            unit, num_keys, rules, visits, False, CAUSAL, TURNS, CONSUMERS, WHO,
+            state, middle, total, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
+            num_keys, rules, visits, False, CAUSAL, TURNS, CONSUMERS, WHO,
         )  # fmt: skip
-        if rules.window is not None:
-            state = _steps(
-                state, gl.maximum(full, 1), total, total, where, q_tile, q_pos, k_mem, v_mem,
-                bars, unit, num_keys, rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
-            )  # fmt: skip
         acc, m, l, shrink, weights, k_at, v_at, turn = state
-        if not SHARED_OUT:
-            mbarrier.arrive(q_empty.index(q_stage))
+        mbarrier.arrive(q_empty.index(q_stage))
         acc, v_at = _last(acc, shrink, weights, v_mem, v_at, bars)
         acc, row_lse = _finish(acc, m, l, unit, sink_logits, at % heads)
         lse_at = lse + at.to(gl.int64) * all_q + q_first + row + index
         gl.store(lse_at, row_lse, mask=row + index < q_len)
-        if not SHARED_OUT:
-            tma.store_wait(0)  # of the tile before
-        if extents.documents is None:
-            _store(o_desc, o_mem.index(WHO), acc, at // heads, at % heads, row)
-        elif row + ROWS <= q_len:
-            _store(o_desc, o_mem.index(WHO), acc, at // heads, at % heads, q_first + row)
+        place = at // heads, at % heads, q_first + row
+        if DIRECT_OUT:
+            _store_part(out, acc, place, q_len - row)
         else:
-            _store_part(out, acc, at // heads, at % heads, q_first + row, q_len - row)
-        if SHARED_OUT:
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(q_stage))
+            tma.store_wait(0)  # of the tile before
+            if extents.documents is None or row + ROWS <= q_len:
+                _store(o_desc, o_mem.index(WHO), acc, place)
+            else:
+                _store_part(out, acc, place, q_len - row)
         q_at = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)
 
@@ -296,7 +298,7 @@ def forward_kernel(
     heads, groups, tiles, section, num_work, pages,
     CAUSAL: gl.constexpr, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    TURNS: gl.constexpr, SHARED_OUT: gl.constexpr, REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, DIRECT_OUT: gl.constexpr, REGISTERS: gl.constexpr,
     TAILS: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are Planes, lse `[B, H, Lq]`.
@@ -319,8 +321,8 @@ def forward_kernel(
     q_mem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, N, D], v_desc.layout)
-    if SHARED_OUT:
-        o_mem = q_mem
+    if DIRECT_OUT:
+        o_mem = q_mem  # stands for nothing
     else:
         o_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
@@ -352,14 +354,14 @@ def forward_kernel(
     given = (out, o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, extents, unit)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 0)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 1)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 1)),
             (produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS, PAGE)),
         ], [4, 1], [REGISTERS, FETCH])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 0)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 1)),
-            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, SHARED_OUT, CONSUMERS, TAILS, 2)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 0)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 1)),
+            (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 2)),
             (produce, (asked, CAUSAL, M, N, ROWS, CONSUMERS, PAGE)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, FETCH])  # fmt: skip

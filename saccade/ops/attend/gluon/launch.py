@@ -31,7 +31,7 @@ class GluonLaunch:
         q_stages, k_stages, v_stages: tiles of queries, keys and values in flight or in use.
         registers: per thread of a consumer.
         turns: consumers ask the matrix units in turns.
-        shared_out: results leave through the memory of the queries (no room for their own).
+        direct_out: results leave from registers (there is no room for them in shared memory).
     """
 
     consumers: int
@@ -41,7 +41,7 @@ class GluonLaunch:
     v_stages: int
     registers: int
     turns: bool = True
-    shared_out: bool = False
+    direct_out: bool = False
 
     @property
     def block_m(self) -> int:
@@ -52,7 +52,7 @@ class GluonLaunch:
 LAUNCHES: dict[int, GluonLaunch] = {
     64: GluonLaunch(3, 128, 2, 3, 3, 160),
     128: GluonLaunch(2, 128, 2, 2, 2, 240),
-    256: GluonLaunch(2, 64, 1, 2, 2, 240, shared_out=True),
+    256: GluonLaunch(2, 64, 1, 2, 2, 240, direct_out=True),
 }
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
 TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
@@ -150,7 +150,7 @@ def constants(launch: GluonLaunch) -> dict[str, int | bool]:
         "K_STAGES": launch.k_stages,
         "V_STAGES": launch.v_stages,
         "TURNS": launch.turns,
-        "SHARED_OUT": launch.shared_out,
+        "DIRECT_OUT": launch.direct_out,
         "REGISTERS": launch.registers,
     }
 
