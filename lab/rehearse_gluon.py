@@ -181,7 +181,7 @@ def forward(problem: Problem, table: Tensor | None, tile_keys: int, consumers: i
         gluon_fetch.produce(asked, problem.causal, block, tile_keys, 64, consumers, page)
         read = 0
         for w in range(gluon_schedule.amount_of_work(sizes[-1])):
-            at, tile = gluon_schedule.piece_of_work(Number(w), sizes[5], sizes[6])
+            at, tile = gluon_schedule.piece_of_work(Number(w), *sizes[5:])
             b, h = at // heads, at % heads
             first, _, rows, keys, offset, tile = gluon_extents.rows_of_tile(
                 extents, b, tile, *sizes[:3]

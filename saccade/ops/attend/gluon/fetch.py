@@ -72,7 +72,7 @@ def produce(
     Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     k_stage, k_phase, v_stage, v_phase, q_stage, q_phase = 0, 1, 0, 1, 0, 1
     for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section)
+        at, tile = piece_of_work(w, tiles, section, num_work)
         b = at // heads
         h = at % heads
         q_first, k_first, q_len, k_len, q_offset, tile = rows_of_tile(

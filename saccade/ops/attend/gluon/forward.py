@@ -225,7 +225,7 @@ def _consume(
     v_at = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(1 if WHO == 0 else 0)
     for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section)
+        at, tile = piece_of_work(w, tiles, section, num_work)
         q_first, _k_first, q_len, k_len, q_offset, tile = rows_of_tile(
             extents, at // heads, tile, all_q, all_k, offset
         )

@@ -46,7 +46,7 @@ def _produce(asked, CAUSAL: gl.constexpr):
     Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
     n = gl.to_tensor(0)
     for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section)
+        at, tile = piece_of_work(w, tiles, section, num_work)
         b = at // heads
         h = at % heads
         stage, phase = _stage(w, Q_STAGES)
@@ -205,7 +205,7 @@ def _consume(given, CAUSAL: gl.constexpr, WHO: gl.constexpr):
     nothing = k_len >> 31
     n = gl.to_tensor(0)
     for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section)
+        at, tile = piece_of_work(w, tiles, section, num_work)
         b = at // heads
         h = at % heads
         unit = _unit(scales, scale, b, h, heads, groups)

@@ -9,11 +9,12 @@ from saccade.ops.tiles import key_tiles, visit_list
 
 
 @gluon.jit
-def piece_of_work(k, tiles, section):
+def piece_of_work(k, tiles, section, num_work):
     """The k-th piece of work of this program: (batch * heads + head, tile of queries).
 
-    Work is sorted by length, longest first, within sections of heads whose keys fit the L2 cache
-    together; programs take it in snakes, so that every program gets about the same.
+    Work is sorted by length within sections of heads whose keys fit the L2 cache together: longest
+    first in the last section, shortest first in the one before, and so on in turn.  Lengths then
+    never jump, and programs, which take work in snakes, all get about the same.
     """
     programs = gl.num_programs(0)
     place = gl.program_id(0)
@@ -21,8 +22,10 @@ def piece_of_work(k, tiles, section):
     work = k * programs + place
     per_section = tiles * section
     inside = work % per_section
-    head = (work // per_section) * section + inside % section
-    return head, tiles - 1 - inside // section
+    number = work // per_section
+    tile = inside // section
+    falling = ((num_work - 1) // per_section - number) % 2 == 0
+    return number * section + inside % section, gl.where(falling, tiles - 1 - tile, tile)
 
 
 @gluon.jit
