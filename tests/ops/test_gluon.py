@@ -5,6 +5,7 @@ import re
 import subprocess
 import warnings
 from dataclasses import replace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -281,6 +282,36 @@ def test_the_table_of_documents_is_made_once_for_all_layers():
     assert documents_of(problem, 128) is once and documents_of(problem, 64) is not once
     cu[1] = 100
     assert not torch.equal(documents_of(problem, 128), once)
+
+
+def amounts(programs, heads, tiles, section, keys_of):
+    """Keys that each program visits, as the kernel hands out its work."""
+    from saccade.ops.attend.gluon import schedule
+
+    found = [0] * programs
+    for program in range(programs):
+        numbers = SimpleNamespace(
+            num_programs=lambda axis: programs,
+            program_id=lambda axis, program=program: program,
+            where=lambda condition, a, b: a if condition else b,
+        )
+        amount, piece = (
+            FunctionType(function.fn.__code__, {"gl": numbers})
+            for function in (schedule.amount_of_work, schedule.piece_of_work)
+        )
+        for k in range(amount(heads * tiles)):
+            _, tile = piece(k, tiles, section, heads * tiles)
+            found[program] += keys_of(tile)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tiles", "section"), [(32, 32), (64, 16), (128, 32), (128, 16), (128, 8), (128, 4), (256, 8)]
+)
+def test_programs_get_the_same_amount_of_causal_work(tiles, section):
+    """While all sections ran from long to short, some programs got a tenth more than others."""
+    found = amounts(132, 32, tiles, section, lambda tile: tile + 3)
+    assert max(found) < 1.005 * sum(found) / len(found)
 
 
 def test_refuses_cpu_tensors_in_a_sentence():

@@ -38,19 +38,35 @@ LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
 
 
 @gluon.jit
-def _mask(s, q_pos, start, k_len, rules, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of an edge tile, -inf where a query does not see a key."""
+def _hide_right(s, q_pos, start, k_len, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of a tile on the right edge, -inf past the last key that a query sees."""
     k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
     last = k_len - 1
     if CAUSAL:
         last = gl.minimum(q_pos, last)[:, None]
-    see = k_pos <= last
+    return gl.where(k_pos <= last, s, float("-inf"))
+
+
+@gluon.jit
+def _hide_left(s, q_pos, start, rules, LAYOUT: gl.constexpr):
+    """Scores of a tile on the left edge of the window, -inf where a query looks past it."""
+    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    near = k_pos > (q_pos - rules.window)[:, None]
+    if rules.sinks is not None:
+        near = near | (k_pos < rules.sinks)
+    return gl.where(near, s, float("-inf"))
+
+
+@gluon.jit
+def edges_of(row, num_keys, q_offset, rules, CAUSAL: gl.constexpr, ROWS: gl.constexpr):
+    """Keys from the first to the second number are seen by all rows row .. row + ROWS - 1: (end, start)."""
+    end = num_keys
+    if CAUSAL:
+        end = gl.minimum(end, q_offset + row + 1)
+    start = 0
     if rules.window is not None:
-        near = k_pos > (q_pos - rules.window)[:, None]
-        if rules.sinks is not None:
-            near = near | (k_pos < rules.sinks)
-        see = see & near
-    return gl.where(see, s, float("-inf"))
+        start = q_offset + row + ROWS - rules.window
+    return end, start
 
 
 @gluon.jit
@@ -108,12 +124,15 @@ def _steps(
             turn ^= 1
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
+        start = key_tile(j, where, visits) * N
         # Windows have edges on both sides and few whole tiles between: one loop for all of them.
-        hidden = EDGE
+        right = EDGE
         if rules.window is not None:
-            hidden = (j < edges[0]) | (j >= edges[1])
-        if hidden:
-            s = _mask(s, q_pos, key_tile(j, where, visits) * N, num_keys, rules, CAUSAL, S)
+            right = start + N > edges[0]
+            if start < edges[1]:
+                s = _hide_left(s, q_pos, start, rules, S)
+        if right:
+            s = _hide_right(s, q_pos, start, num_keys, CAUSAL, S)
         weights, m, l, shrink = _softmax(s, m, l, unit)
         # This wait keeps the compiler from asking for the product before the softmax is done.
         k_at = next_stage(k_stage, k_phase, K_STAGES)
@@ -127,7 +146,7 @@ def _steps(
 
 @gluon.jit
 def _first(
-    q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, more,
+    q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, more, left,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """The first tile of keys: maximum, sum, shrink, weights, next stage."""
@@ -142,7 +161,10 @@ def _first(
     scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(k_stage))
-    s = _mask(s, q_pos, start, num_keys, rules, CAUSAL, S)
+    s = _hide_right(s, q_pos, start, num_keys, CAUSAL, S)
+    if rules.window is not None:
+        if left:
+            s = _hide_left(s, q_pos, start, rules, S)
     weights, m, l, shrink = _softmax(s, m, l, unit)
     k_at = next_stage(k_stage, k_phase, k_mem.shape[0])
     mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=more)
@@ -231,7 +253,7 @@ def _consume(
         )
         row = tile * M + WHO * ROWS
         q_pos = q_offset + row + index
-        where, right, full, total, num_keys = plan(
+        where, right, within, total, num_keys = plan(
             tile, q_len, k_len, q_offset, rules, visits, at // heads, at % heads // groups,
             CAUSAL, M, N,
         )  # fmt: skip
@@ -239,25 +261,27 @@ def _consume(
         q_stage, q_phase = q_at
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
+        edges = edges_of(row, num_keys, q_offset, rules, CAUSAL, ROWS)
         start = key_tile(0, where, visits) * N
         m, l, shrink, weights, k_at = _first(
             q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, total > 1,
-            CAUSAL,
+            start < edges[1], CAUSAL,
         )  # fmt: skip
         if TAILS:
             clear_tail(v_mem, v_at, v_full, num_keys - start)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
-        edges = right, full
-        middle = gl.maximum(right, 1)
+        begin = gl.maximum(right, 1)
+        end = within
         if rules.window is not None:
-            middle = 1
+            begin = 1
+            end = total
         elif CAUSAL or visits.tiles is not None:
             state = _steps(
                 state, 1, right, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
                 num_keys, rules, visits, True, CAUSAL, TURNS, CONSUMERS, WHO,
             )  # fmt: skip
         state = _steps(
-            state, middle, total, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
+            state, begin, end, total, edges, where, q_tile, q_pos, k_mem, v_mem, bars, unit,
             num_keys, rules, visits, False, CAUSAL, TURNS, CONSUMERS, WHO,
         )  # fmt: skip
         acc, m, l, shrink, weights, k_at, v_at, turn = state

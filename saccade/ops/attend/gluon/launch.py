@@ -52,7 +52,7 @@ class GluonLaunch:
 LAUNCHES: dict[int, GluonLaunch] = {
     64: GluonLaunch(3, 128, 2, 3, 3, 160),
     128: GluonLaunch(2, 128, 2, 2, 2, 240),
-    256: GluonLaunch(2, 64, 1, 2, 2, 240, direct_out=True),
+    256: GluonLaunch(2, 64, 1, 2, 3, 240, direct_out=True),
 }
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
 TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}

@@ -13,19 +13,19 @@ def piece_of_work(k, tiles, section, num_work):
     """The k-th piece of work of this program: (batch * heads + head, tile of queries).
 
     Work is sorted by length within sections of heads whose keys fit the L2 cache together: longest
-    first in the last section, shortest first in the one before, and so on in turn.  Lengths then
-    never jump, and programs, which take work in snakes, all get about the same.
+    first in the section that comes last, shortest first in the one before it, and so on in turn.
+    Lengths then never jump, and programs, which take work in snakes, all get about the same.
     """
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     place = gl.where(k % 2 == 0, place, programs - 1 - place)
-    work = k * programs + place
+    still = num_work - 1 - (k * programs + place)  # pieces that come after it
     per_section = tiles * section
-    inside = work % per_section
-    number = work // per_section
+    number = still // per_section
+    inside = still % per_section
     tile = inside // section
-    falling = ((num_work - 1) // per_section - number) % 2 == 0
-    return number * section + inside % section, gl.where(falling, tiles - 1 - tile, tile)
+    tile = gl.where(number % 2 == 0, tile, tiles - 1 - tile)
+    return number * section + inside % section, tile
 
 
 @gluon.jit
