@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from saccade.ops.attend.gluon.edges import hide_left, hide_right, seen_by_all
 from saccade.ops.attend.gluon.extents import clear_tail, rows_of_tile
 from saccade.ops.attend.gluon.fetch import describe, produce
 from saccade.ops.attend.gluon.schedule import (
@@ -35,38 +36,6 @@ from saccade.ops.attend.gluon.schedule import (
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
-
-
-@gluon.jit
-def _hide_right(s, q_pos, start, k_len, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of a tile on the right edge, -inf past the last key that a query sees."""
-    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    last = k_len - 1
-    if CAUSAL:
-        last = gl.minimum(q_pos, last)[:, None]
-    return gl.where(k_pos <= last, s, float("-inf"))
-
-
-@gluon.jit
-def _hide_left(s, q_pos, start, rules, LAYOUT: gl.constexpr):
-    """Scores of a tile on the left edge of the window, -inf where a query looks past it."""
-    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = k_pos > (q_pos - rules.window)[:, None]
-    if rules.sinks is not None:
-        near = near | (k_pos < rules.sinks)
-    return gl.where(near, s, float("-inf"))
-
-
-@gluon.jit
-def edges_of(row, num_keys, q_offset, rules, CAUSAL: gl.constexpr, ROWS: gl.constexpr):
-    """Keys from the first to the second number are seen by all rows row .. row + ROWS - 1: (end, start)."""
-    end = num_keys
-    if CAUSAL:
-        end = gl.minimum(end, q_offset + row + 1)
-    start = 0
-    if rules.window is not None:
-        start = q_offset + row + ROWS - rules.window
-    return end, start
 
 
 @gluon.jit
@@ -128,11 +97,11 @@ def _steps(
         # Windows have edges on both sides and few whole tiles between: one loop for all of them.
         right = EDGE
         if rules.window is not None:
-            right = start + N > edges[0]
-            if start < edges[1]:
-                s = _hide_left(s, q_pos, start, rules, S)
+            right = start + N > edges[1]
+            if start < edges[0]:
+                s = hide_left(s, q_pos, start, rules, S)
         if right:
-            s = _hide_right(s, q_pos, start, num_keys, CAUSAL, S)
+            s = hide_right(s, q_pos, start, num_keys, CAUSAL, S)
         weights, m, l, shrink = _softmax(s, m, l, unit)
         # This wait keeps the compiler from asking for the product before the softmax is done.
         k_at = next_stage(k_stage, k_phase, K_STAGES)
@@ -161,10 +130,10 @@ def _first(
     scores = warpgroup_mma(q_tile, keys.permute((1, 0)), weights, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(k_stage))
-    s = _hide_right(s, q_pos, start, num_keys, CAUSAL, S)
+    s = hide_right(s, q_pos, start, num_keys, CAUSAL, S)
     if rules.window is not None:
         if left:
-            s = _hide_left(s, q_pos, start, rules, S)
+            s = hide_left(s, q_pos, start, rules, S)
     weights, m, l, shrink = _softmax(s, m, l, unit)
     k_at = next_stage(k_stage, k_phase, k_mem.shape[0])
     mbarrier.wait(k_full.index(k_at[0]), k_at[1], pred=more)
@@ -261,11 +230,11 @@ def _consume(
         q_stage, q_phase = q_at
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_mem.index(q_stage * CONSUMERS + WHO).reshape([ROWS, D])
-        edges = edges_of(row, num_keys, q_offset, rules, CAUSAL, ROWS)
+        edges = seen_by_all(q_offset + row, num_keys, rules, CAUSAL, ROWS)
         start = key_tile(0, where, visits) * N
         m, l, shrink, weights, k_at = _first(
             q_tile, q_pos, start, weights, k_mem, k_at, bars, unit, num_keys, rules, total > 1,
-            start < edges[1], CAUSAL,
+            start < edges[0], CAUSAL,
         )  # fmt: skip
         if TAILS:
             clear_tail(v_mem, v_at, v_full, num_keys - start)

@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from saccade.ops.attend.gluon.forward import LN2, LOG2E, LOWEST, _mask
+from saccade.ops.attend.gluon.edges import hide
+from saccade.ops.attend.gluon.forward import LN2, LOG2E, LOWEST
 from saccade.ops.attend.gluon.fp8_weights import OFFSET, operand, weigh
 from saccade.ops.attend.gluon.schedule import amount_of_work, key_tile, piece_of_work, plan
 
@@ -105,7 +106,7 @@ def _steps(
         s = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(k_stage))
         if EDGE:
-            s = _mask(s, q_pos, key_tile(j, where, visits) * N, k_len, rules, CAUSAL, S)
+            s = hide(s, q_pos, key_tile(j, where, visits) * N, k_len, rules, CAUSAL, S)
         words, sums, m, shrink = weigh(s, m, unit)
         l = l * gl.convert_layout(shrink, gl.SliceLayout(1, l.type.layout))[:, None] + sums
         # This wait keeps the compiler from asking for the product before the softmax is done.
@@ -135,7 +136,7 @@ def _first(
     scores = warpgroup_mma(q_tile, keys, scores, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(stage))
-    s = _mask(s, q_pos, start, k_len, rules, CAUSAL, S)
+    s = hide(s, q_pos, start, k_len, rules, CAUSAL, S)
     m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
     words, l, m, shrink = weigh(s, m, unit)
     stage, phase = _stage(n + 1, STAGES)
