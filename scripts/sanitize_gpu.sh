@@ -32,7 +32,7 @@ for group in $groups; do
     done
 done
 wait
-dispatch='Read access at [a-z_]*kernel+0x[1-3][0-9a-f][0-9a-f] in '
+dispatch='Read access at [a-z_]*kernel+0x[1-3]\{0,1\}[0-9a-f][0-9a-f] in '
 failed=0
 for check in memcheck racecheck; do
     for group in $groups; do
