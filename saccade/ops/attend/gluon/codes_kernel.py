@@ -250,22 +250,15 @@ def codes_kernel(
         size = gl.where(thread < (count - i - splits) * 32, 16, 0)
         ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, size, K_ROW, K_GROUP, D)
         wait_copies(thread, 1)
-        key = here * KEYS
-        edge = (here < full_from) | (here >= full_to)
-        if V_FORMAT == "fp8":
-            if edge:
-                clear_values(place + V_PLACE, thread, k_len - key, V_ROW)
         v_scale = read_tokens(place + V_NUMBERS + t * (32 * V_GROUPS), V_GROUPS)
         v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + t * 32) * V_GROUPS, V_GROUPS)
-        v_words = read_values(place + v_read, V_ROW, D)
-        meet(thread)
-        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
-                       V_GROUPS)  # fmt: skip
-        here = after
-        if edge:
+        if (here < full_from) | (here >= full_to):
+            key = here * KEYS
             s = see_edges(s, key + g * 8, q_first, q_second, k_len, rules, CAUSAL)
             v_scale = real_numbers(v_scale, key + t * 16, k_len, V_GROUPS)
             v_offset = real_numbers(v_offset, key + t * 16, k_len, V_GROUPS)
+            if V_FORMAT == "fp8":
+                clear_values(place + V_PLACE, thread, k_len - key, V_ROW)
         most0, most1 = most_of(s, 0) + more0, most_of(s, 1) + more1
         rises = (most0 > m[0] + room) | (most1 > m[1] + room)
         if gl.max(rises.to(gl.int32), axis=0) > 0:
@@ -280,6 +273,7 @@ def codes_kernel(
             pairs += (transposed(halves(p0[key], p1[key])),)
         sums = add_offsets(sums, pairs, v_offset, V_GROUPS)
         weights = scaled_weights(pairs, v_scale, V_GROUPS, 0)
+        v_words = read_values(place + v_read, V_ROW, D)
         taken = ()
         for j in gl.static_range(D // 16):
             if j == D // 32 and V_GROUPS == 2:
@@ -289,6 +283,10 @@ def codes_kernel(
                            V_FORMAT),
             )  # fmt: skip
         acc = taken
+        meet(thread)
+        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
+                       V_GROUPS)  # fmt: skip
+        here = after
     total = (sum_over_rows(l[0]), sum_over_rows(l[1]))
     store(acc, sums, m, total, unit, out, lse, sink_logits, tile, split, out_split,
           lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D, V_FORMAT)  # fmt: skip
