@@ -138,7 +138,7 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
         "bounds": Bounds(), "rules": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
         "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
         "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
-        "V_GROUPS": dim // 64, "CAUSAL": True, "EARLY": True,
+        "V_GROUPS": dim // 64, "RESERVED": launch.reserved, "CAUSAL": True, "EARLY": True,
     }  # fmt: skip
     how = {name: value for name, value in options(launch).items() if name != "launch_pdl"}
     return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)

@@ -26,19 +26,23 @@ class CodesLaunch:
 
     Attributes:
         per_sm: programs, of one warp each, to aim for per multiprocessor.
-        registers: most registers a thread may take.
+        reserved: bytes of shared memory that a program takes at least, so that no more of them
+            than per_sm share a multiprocessor; where eight do, registers see to that.
+        registers: most registers a thread may take; two warps of a quarter of a multiprocessor
+            leave room for a warp of the kernel that joins their parts.
     """
 
     per_sm: int
-    registers: int = 240
+    reserved: int = 0
+    registers: int = 192
 
 
 # By the wider of the two kinds, measured on an H200 (lab/LOG_gpu_codes.md): eight-bit tiles keep
 # memory busy with fewer programs, and each one less is a part less to join.
 LAUNCHES: dict[str, CodesLaunch] = {
     "int4": CodesLaunch(8),
-    "int8": CodesLaunch(6),
-    "fp8": CodesLaunch(6),
+    "int8": CodesLaunch(6, 34 * 1024),
+    "fp8": CodesLaunch(6, 34 * 1024),
 }
 
 
@@ -108,6 +112,7 @@ def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
         "V_FORMAT": kind_of(kv.v, kv.bits_v),
         "K_GROUP": kv.k_group,
         "V_GROUPS": kv.v.scale.shape[3],
+        "RESERVED": launch.reserved,
     }
 
 
