@@ -180,13 +180,11 @@ def codes_kernel(
     q, k, v, out, lse, bounds, rules, sink_logits, scale, q_len, k_len, q_offset, out_split,
     lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
     K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr,
-    CAUSAL: gl.constexpr, RESERVED: gl.constexpr, EARLY: gl.constexpr,
+    CAUSAL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split: 64 keys a warp and round, the next ones always on their way.
 
     The programs of a head take its tiles in turn, so what they read at a time lies together.
-    RESERVED bytes of shared memory are taken at least, so that no more programs share a
-    multiprocessor than it was divided among.
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     TOLD: gl.constexpr = bounds.offsets is not None or bounds.lengths is not None
@@ -218,7 +216,7 @@ def codes_kernel(
     K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
     V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
     SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile
-    place = own_memory(thread, SIZE if SIZE > RESERVED else RESERVED)
+    place = own_memory(thread, SIZE)
     here = tile_of(split, num_sinks, first)
     if not TOLD:
         expect_tile(k_from, v_from, here, thread, split < count, K_ROW, V_ROW, K_GROUP, V_GROUPS, D)
