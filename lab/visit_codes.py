@@ -140,9 +140,7 @@ def measure(batch, length, plans, queries=1, loops=None):
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
         line = f"  {kind}"
         for per_sm in programs:
-            gluon_codes_launch.LAUNCHES = dict.fromkeys(
-                ("int4", "int8", "fp8"), CodesLaunch(per_sm)
-            )
+            gluon_codes_launch.LAUNCH = CodesLaunch(per_sm, 192)
             took = graph_seconds(
                 [lambda q=q, view=view: attend(q, view, mask=Mask(), backend="gluon").out
                  for q, view in zip(qs, views, strict=True)], loops,
@@ -152,7 +150,7 @@ def measure(batch, length, plans, queries=1, loops=None):
         del views
 
 
-PLANS = {"int4": [8, 6], "int8": [6, 8], "fp8": [6], "k8v4": [6]}
+PLANS = {"int4": [8, 6], "int8": [8, 4], "fp8": [8], "k8v4": [8]}
 
 
 def warm():
@@ -199,7 +197,7 @@ def timing():
     for batch, length in ((1, 131072), (16, 8192), (1, 8192), (1, 32768)):
         measure(batch, length, PLANS)
         torch.cuda.empty_cache()
-    gluon_codes_launch.LAUNCHES = dict.fromkeys(("int4", "int8", "fp8"), CodesLaunch(8))
+    gluon_codes_launch.LAUNCH = CodesLaunch(8, 192)
     for batch, length in ((1, 131072), (16, 8192), (1, 8192)):
         profile(batch, length, "int4")
 

@@ -117,7 +117,7 @@ def compile_gluon(
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon.codes_kernel import codes_kernel
-    from saccade.ops.attend.gluon.codes_launch import LAUNCHES, options
+    from saccade.ops.attend.gluon.codes_launch import LAUNCH, options
     from saccade.ops.attend.triton.quantized import Coded
     from saccade.ops.tiles import Bounds
 
@@ -129,7 +129,6 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
         width = dim // 2 if kind == "int4" else dim
         return Coded(plane(8, 8192, width, torch.uint8), numbers, numbers)
 
-    launch = LAUNCHES[max((kind_k, kind_v), key=lambda kind: kind != "int4")]
     arguments: dict[str, Any] = {
         "q": plane(32, 1, dim, torch.bfloat16),
         "k": codes(kind_k, plane(8, 128, dim, torch.float16)),
@@ -140,7 +139,7 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
         "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
         "V_GROUPS": dim // 64, "CAUSAL": True, "EARLY": True,
     }  # fmt: skip
-    how = {name: value for name, value in options(launch).items() if name != "launch_pdl"}
+    how = {name: value for name, value in options(LAUNCH).items() if name != "launch_pdl"}
     return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
 
 

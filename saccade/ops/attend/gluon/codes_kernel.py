@@ -27,6 +27,7 @@ from saccade.ops.attend.gluon.codes_memory import (
     ask_for_keys,
     ask_for_values,
     clear_values,
+    expect_tile,
     load_queries,
     read_channels,
     read_keys,
@@ -186,7 +187,9 @@ def codes_kernel(
     The programs of a head take its tiles in turn, so what they read at a time lies together.
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    begin_early(EARLY)
+    TOLD: gl.constexpr = bounds.offsets is not None or bounds.lengths is not None
+    if TOLD:
+        begin_early(EARLY)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
     thread = gl.arange(0, 32, layout=L)
@@ -215,6 +218,9 @@ def codes_kernel(
     SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile
     place = own_memory(thread, SIZE)
     here = tile_of(split, num_sinks, first)
+    if not TOLD:
+        expect_tile(k_from, v_from, here, thread, split < count, K_ROW, V_ROW, K_GROUP, V_GROUPS, D)
+        begin_early(EARLY)
     size = gl.where(thread < (count - split) * 32, 16, 0)
     ask_for_keys(place, place + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
     ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)

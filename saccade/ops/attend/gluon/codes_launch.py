@@ -30,27 +30,17 @@ class CodesLaunch:
     """
 
     per_sm: int
-    registers: int = 240
+    registers: int
 
 
-# By the wider of the two kinds, measured on an H200 (lab/LOG_gpu_codes.md): eight-bit tiles keep
-# memory busy with fewer programs, and each one less is a part less to join.
-LAUNCHES: dict[str, CodesLaunch] = {
-    "int4": CodesLaunch(8),
-    "int8": CodesLaunch(6),
-    "fp8": CodesLaunch(6),
-}
+# Measured on an H200 (lab/LOG_gpu_codes.md).  A quarter of a multiprocessor has registers for two
+# warps of 256; two of 192 leave room for a warp of the kernel that joins the parts to wait there.
+LAUNCH = CodesLaunch(8, 192)
 
 
 def kind_of(codes: Codes, bits: int) -> str:
     """int4, int8 or fp8."""
     return "fp8" if codes.codes.dtype == FP8 else f"int{bits}"
-
-
-def launch_of(kv: QuantizedKV) -> CodesLaunch:
-    """The configuration for a view."""
-    kinds = kind_of(kv.k, kv.bits_k), kind_of(kv.v, kv.bits_v)
-    return LAUNCHES[max(kinds, key=lambda kind: kind != "int4")]
 
 
 def row_tiles_of(problem: Problem, heads: int) -> int:
@@ -60,12 +50,12 @@ def row_tiles_of(problem: Problem, heads: int) -> int:
 
 def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
-    launch, heads = launch_of(kv), kv.recent_k.shape[1]
+    heads = kv.recent_k.shape[1]
     reach = kv.num_packed
     if problem.window is not None:
         reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
-    room = launch.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
+    room = LAUNCH.per_sm * tuning.multiprocessors(problem.q.device) // max(programs, 1)
     return max(1, min(room, cdiv(cdiv(reach, TILE), FEWEST)))
 
 
@@ -73,7 +63,7 @@ def scan_codes(
     problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
 ) -> None:
     """Fill the first splits of `parts` from codes."""
-    launch, heads = launch_of(kv), kv.recent_k.shape[1]
+    heads = kv.recent_k.shape[1]
     row_tiles = row_tiles_of(problem, heads)
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
     codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
@@ -95,13 +85,13 @@ def scan_codes(
         GROUPS=problem.q.shape[1] // heads,
         CAUSAL=problem.causal,
         EARLY=True,
-        **constants(kv, launch),
-        **options(launch),
+        **constants(kv),
+        **options(LAUNCH),
     )
 
 
-def constants(kv: QuantizedKV, launch: CodesLaunch) -> dict[str, int | str]:
-    """Compile-time arguments of the kernel that storage and launch decide."""
+def constants(kv: QuantizedKV) -> dict[str, int | str]:
+    """Compile-time arguments of the kernel that storage decides."""
     return {
         "D": kv.recent_k.shape[3],
         "K_FORMAT": kind_of(kv.k, kv.bits_k),

@@ -15,6 +15,7 @@ from saccade.ops.attend.gluon.registers import (
     clear_line,
     close_copies,
     copy_line,
+    expect,
     from_bfloat16,
     load_words,
     meet,
@@ -125,6 +126,24 @@ def ask_for_values(place, numbers, source, tile, thread, size, ROW: gl.constexpr
     at = tile * (2 * KEYS * V_GROUPS)
     copy_numbers(numbers, scale + at, offset + at, thread, size, 2 * KEYS * V_GROUPS)
     close_copies(thread)
+
+
+@gluon.jit
+def expect_tile(k_from, v_from, tile, thread, there, K_ROW: gl.constexpr, V_ROW: gl.constexpr,
+                K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr, D: gl.constexpr):  # fmt: skip
+    """Have a tile that is `there` brought into the L2 cache, before it is certain what it holds.
+
+    Kernels that still write reach memory through the same cache, so nothing old is ever read.
+    """
+    where = gl.where((thread == 0) & there, 1, 0)
+    tile = tile.to(gl.int64)
+    group = tile * KEYS // K_GROUP * (2 * D)
+    at = tile * (2 * KEYS * V_GROUPS)
+    expect(k_from[0] + tile * (KEYS * K_ROW), where, KEYS * K_ROW)
+    expect(v_from[0] + tile * (KEYS * V_ROW), where, KEYS * V_ROW)
+    for i in gl.static_range(1, 3):
+        expect(k_from[i] + group, where, 2 * D)
+        expect(v_from[i] + at, where, 2 * KEYS * V_GROUPS)
 
 
 @gluon.jit

@@ -176,6 +176,22 @@ def copy_line(place, address, size, TO: gl.constexpr, FROM: gl.constexpr):
     gl.inline_asm_elementwise(text, "=r,r,l,r", [place, address, size], gl.int32, False, 1)
 
 
+@triton.constexpr_function
+def _expect_text(size):
+    return (
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        f" @p cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.jit
+def expect(address, where, SIZE: gl.constexpr):
+    """Have SIZE bytes at `address` brought into the L2 cache by threads whose `where` is not 0."""
+    text: gl.constexpr = _expect_text(SIZE)
+    args = [address + where.to(gl.int64) * 0, where]
+    gl.inline_asm_elementwise(text, "=r,l,r", args, gl.int32, False, 1)
+
+
 @gluon.jit
 def close_copies(thread):
     """What was asked for since the last call is one group."""
