@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 
 from saccade.ops.attend.gluon.codes_memory import (
     KEYS,
+    NUMBERS,
     addresses,
     ask_for_keys,
     ask_for_values,
@@ -214,8 +215,8 @@ def codes_kernel(
     k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
     V_PLACE: gl.constexpr = KEYS * K_ROW
     K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
-    V_NUMBERS: gl.constexpr = K_NUMBERS + 4 * D
-    SIZE: gl.constexpr = V_NUMBERS + 4 * KEYS * V_GROUPS  # of a tile
+    V_NUMBERS: gl.constexpr = K_NUMBERS + NUMBERS
+    SIZE: gl.constexpr = V_NUMBERS + NUMBERS  # of a tile
     place = own_memory(thread, SIZE)
     here = tile_of(split, num_sinks, first)
     if not TOLD:

@@ -24,6 +24,7 @@ from saccade.ops.attend.gluon.registers import (
 )
 
 KEYS = gl.constexpr(64)  # of a tile
+NUMBERS = gl.constexpr(512)  # bytes of scales and offsets: a line of each thread
 
 
 @gluon.jit
@@ -97,11 +98,14 @@ def copy_values(place, address, thread, size, ROW: gl.constexpr):
 
 @gluon.jit
 def copy_numbers(place, scale, offset, thread, size, SIZE: gl.constexpr):
-    """Ask for SIZE bytes of scales and as many of offsets, which lie behind them."""
+    """Ask for SIZE bytes of scales and as many of offsets, which lie behind them.
+
+    Threads that are left over bring the same lines to places of their own, which nobody reads.
+    """
     EACH: gl.constexpr = SIZE // 16  # threads for each
     who = thread % EACH
     address = gl.where(thread % (2 * EACH) < EACH, scale, offset) + who * 16
-    copy_line(place + (thread % (2 * EACH)) * 16, address, size, 0, 0)
+    copy_line(place + thread * 16, address, size, 0, 0)
 
 
 @gluon.jit

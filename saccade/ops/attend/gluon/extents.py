@@ -64,23 +64,30 @@ def rows_of_tile(extents, b, tile, q_len, k_len, q_offset):
 
 
 @gluon.jit
-def clear_tail(v_mem, v_at, v_full, real):
+def clear_tail(v_mem, v_at, v_full, cleared, done, real, WHO: gl.constexpr):
     """Zeros for values past the first `real` of the stage that is read next.
 
-    Every consumer does it for itself: what the others write is the same.
+    The first consumer writes them; the others wait for `cleared`, a barrier of each stage.  Bit s
+    of `done` is the phase of the barrier of stage s: there are tails in some tiles only.
     """
     N: gl.constexpr = v_mem.shape[3]
     D: gl.constexpr = v_mem.shape[4]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
     if real < N:
         stage, phase = v_at
-        mbarrier.wait(v_full.index(stage), phase)
-        values = v_mem.index(stage).reshape([N, D])
-        row = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-        held = values.load(LAYOUT)
-        values.store(gl.where(row < real, held, gl.zeros_like(held)))
-        fence_async_shared()
-        gl.thread_barrier()
+        if WHO == 0:
+            mbarrier.wait(v_full.index(stage), phase)
+            values = v_mem.index(stage).reshape([N, D])
+            row = gl.arange(0, N, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+            held = values.load(LAYOUT)
+            values.store(gl.where(row < real, held, gl.zeros_like(held)))
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(cleared.index(stage))
+        else:
+            mbarrier.wait(cleared.index(stage), (done >> stage) & 1)
+        done ^= 1 << stage
+    return done
 
 
 def documents_of(problem: Problem, block: int) -> Tensor:

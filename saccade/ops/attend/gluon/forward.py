@@ -201,7 +201,8 @@ def _consume(
     WHO: gl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS queries of every tile."""
-    out, o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, extents, unit = given
+    out, o_desc, lse, sink_logits, own, memory, sizes, rules, visits, extents, unit = given
+    o_mem, cleared = own
     q_mem, k_mem, v_mem, bars = memory
     D: gl.constexpr = v_mem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
@@ -215,6 +216,7 @@ def _consume(
     k_at = gl.to_tensor(0), gl.to_tensor(0)
     v_at = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(1 if WHO == 0 else 0)
+    done = gl.to_tensor(0)  # which tails are cleared
     for w in range(amount_of_work(num_work)):
         at, tile = piece_of_work(w, tiles, section, num_work)
         q_first, _k_first, q_len, k_len, q_offset, tile = rows_of_tile(
@@ -237,7 +239,7 @@ def _consume(
             start < edges[0], CAUSAL,
         )  # fmt: skip
         if TAILS:
-            clear_tail(v_mem, v_at, v_full, num_keys - start)
+            done = clear_tail(v_mem, v_at, v_full, cleared, done, num_keys - start, WHO)
         state = acc, m, l, shrink, weights, k_at, v_at, turn
         begin = gl.maximum(right, 1)
         end = within
@@ -325,6 +327,7 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)
+    cleared = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BAR)  # where TAILS
     turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
     for i in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(i), count=1)
@@ -335,6 +338,7 @@ def forward_kernel(
     for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
+        mbarrier.init(cleared.index(i), count=1)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
@@ -344,7 +348,8 @@ def forward_kernel(
     unit = scale * LOG2E
     memory = (q_mem, k_mem, v_mem, bars)
     asked = (q_desc, k_desc, v_desc, memory, sizes, rules, visits, extents)
-    given = (out, o_desc, lse, sink_logits, o_mem, memory, sizes, rules, visits, extents, unit)
+    own = (o_mem, cleared)  # of the consumers
+    given = (out, o_desc, lse, sink_logits, own, memory, sizes, rules, visits, extents, unit)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (_consume, (given, CAUSAL, M, N, ROWS, TURNS, DIRECT_OUT, CONSUMERS, TAILS, 0)),
