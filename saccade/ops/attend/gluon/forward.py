@@ -317,7 +317,7 @@ def forward_kernel(
     k_mem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, N, D], v_desc.layout)
     if DIRECT_OUT:
-        o_mem = q_mem  # stands for nothing
+        o_mem = q_mem  # never written
     else:
         o_mem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
