@@ -192,6 +192,8 @@ def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
     assert "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
     assert "cp.async.cg.shared.global" in ptx and "ldmatrix" not in ptx
     assert "bar.sync" not in ptx and "cvt.rn.f16.u" not in ptx
+    wait = ptx.index("griddepcontrol.wait")  # hints may come before it, reading may not
+    assert ptx.index("cp.async.bulk.prefetch.L2") < wait < ptx.index("cp.async.cg.shared.global")
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
     command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
@@ -199,3 +201,4 @@ def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
     )
     assert "0 bytes spill stores" in done.stderr
+    assert ".maxnreg 192" in ptx  # two warps a quarter of a multiprocessor, and room for one more
