@@ -124,11 +124,11 @@ def test_appending_compiles(hadamard):
 
 @pytest.mark.parametrize(("rows", "splits"), [(32, 33), (32, 200), (1000, 3)])
 def test_joining_compiles(rows, splits):
-    """By warps alone, in registers, without a division."""
-    block_v, block_s = merge_blocks(splits, DIM)
+    """In registers, without a division."""
+    block_v, block_s, warps = merge_blocks(splits, DIM)
     parts = meta(splits, 1, rows, 1, DIM, dtype=torch.float32)
     found = compile_for(
-        merge_kernel, options={"num_warps": 1}, parts=parts, part_lse=parts, out=parts,
+        merge_kernel, options={"num_warps": warps}, parts=parts, part_lse=parts, out=parts,
         lse=parts, splits=splits, part_split=rows * DIM, lse_split=rows, VALUE_DIM=DIM,
         BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, EARLY=True,
     )  # fmt: skip

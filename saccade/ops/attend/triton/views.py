@@ -48,7 +48,7 @@ class Parts:
         out = torch.empty(self.shape, dtype=dtype, device=self.out.device)
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
-        block_v, block_s = merge_blocks(self.splits, value_dim)
+        block_v, block_s, warps = merge_blocks(self.splits, value_dim)
         merge_kernel[(lse.numel(), cdiv(value_dim, block_v))](
             self.out,
             self.lse,
@@ -61,21 +61,23 @@ class Parts:
             BLOCK_V=block_v,
             BLOCK_S=block_s,
             ONCE=self.splits <= block_s,
-            num_warps=1,
+            num_warps=warps,
             **early(self.out.device),
         )
         return AttentionOutput(out, lse)
 
 
-def merge_blocks(splits: int, value_dim: int) -> tuple[int, int]:
-    """(channels, splits) of a program of one warp that joins parts.
+def merge_blocks(splits: int, value_dim: int) -> tuple[int, int, int]:
+    """(channels, splits, warps) of a program that joins parts.
 
-    A warp needs no barrier and has all of its parts on their way at once, in at most 128 registers
-    of a thread (measured on an H200, lab/LOG_gpu_decode.md).
+    One warp needs no barrier and has all of its parts on their way at once, in at most 128
+    registers of a thread; beyond 64 parts four share them (measured on an H200,
+    lab/LOG_gpu_decode.md and lab/LOG_gpu_codes.md).
     """
-    most = 128 if splits <= 16 else 64 if splits <= 64 else 32
-    block_v = min(most, power_of_two(value_dim))
-    return block_v, max(1, min(power_of_two(splits), 4096 // block_v))
+    most = 128 if splits <= 16 else 64 if splits <= 32 else 32
+    block_v, warps = min(most, power_of_two(value_dim)), 4 if splits > 64 else 1
+    room = 8192 if warps == 4 else 4096
+    return block_v, max(1, min(power_of_two(splits), room // block_v)), warps
 
 
 def run_view(call: AttentionCall) -> AttentionOutput:
