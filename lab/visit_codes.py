@@ -12,25 +12,13 @@ import time
 import torch
 
 from benchmarks.gpu_attention import ceilings, graph_seconds, random
+from saccade.bench.inputs import KINDS, coded
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import Codes
 from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attend.gluon import codes_launch as gluon_codes_launch
 from saccade.ops.attend.gluon.codes_launch import CodesLaunch
-
-KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
-
-
-def view_of(k, v, kind, recent=0, v_group=64):
-    """A view over codes of the first keys, the last `recent` in full precision."""
-    bits_k, bits_v, fp8 = KINDS[kind]
-    n = k.shape[2] - recent
-    return QuantizedKV(
-        quantize_keys(k[:, :, :n], bits=bits_k, group=64, fp8=fp8),
-        quantize_values(v[:, :, :n], bits=bits_v, group=v_group, fp8=fp8),
-        k[:, :, n:], v[:, :, n:], bits_k, bits_v, 64,
-    )  # fmt: skip
 
 
 def check_one(kind, dtype, dim, v_group, heads, batch, keys, recent, queries, window, backend):
@@ -41,7 +29,7 @@ def check_one(kind, dtype, dim, v_group, heads, batch, keys, recent, queries, wi
     )
     k += 3 * torch.randn(1, heads[1], 1, dim, device="cuda", dtype=dtype)
     q = torch.randn(batch, heads[0], queries, dim, device="cuda", dtype=dtype)
-    view = view_of(k, v, kind, recent, v_group)
+    view = coded(k, v, kind, recent, v_group)
     wide = QuantizedKV(view.k, view.v, view.recent_k.double(), view.recent_v.double(),
                        view.bits_k, view.bits_v, 64)  # fmt: skip
     whole, low = dense(wide), dense(view)
@@ -98,7 +86,7 @@ def growing():
     q = torch.randn(2, 8, 2, 128, device="cuda", dtype=torch.float16)
     for kind in KINDS:
         for packed in (0, 64, 320, 448):
-            view = view_of(k, v, kind, 64)
+            view = coded(k, v, kind, 64)
             truth = attend(q, first_of(view, packed, 33), mask=Mask(), backend="tiled")
             for x in view.v[1:]:
                 x[:, :, packed:] = torch.nan
@@ -110,7 +98,7 @@ def growing():
             error = (ours.out - truth.out).abs().max().item()
             print("ok  " if error < 4e-3 else "BAD ", "growing", kind, packed, error, flush=True)
     for kind in KINDS:
-        view = view_of(k, v, kind)
+        view = coded(k, v, kind)
         lengths = torch.tensor([300, 77], device="cuda")
         where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
         truth = attend(q, view, **where, backend="tiled")
@@ -136,7 +124,7 @@ def measure(batch, length, plans, queries=1, loops=None):
     )  # fmt: skip
     print(f"B{batch} {length} bf16 {base * 1e6:.1f} us {size / base / 1e9:.0f} GB/s", flush=True)
     for kind, programs in plans.items():
-        views = [view_of(k, v, kind) for k, v in stores]
+        views = [coded(k, v, kind) for k, v in stores]
         held = sum(x.numel() * x.element_size() for part in (views[0].k, views[0].v) for x in part)
         line = f"  {kind}"
         for per_sm in programs:
@@ -164,7 +152,7 @@ def rows():
         for batch, length in ((1, 32768), (16, 8192)):
             k, v = (random(batch, 8, length, dim) for _ in range(2))
             qs = [random(batch, 32, queries, dim) for _ in range(2)]
-            views = {kind: view_of(k, v, kind) for kind in ("int4", "int8")}
+            views = {kind: coded(k, v, kind) for kind in ("int4", "int8")}
             pairs = [("bf16", DenseKV(k, v), "triton")]
             pairs += [(kind, view, b) for kind, view in views.items() for b in ("gluon", "triton")]
             line = f"rows {4 * queries} D{dim} B{batch} {length}"
@@ -180,7 +168,7 @@ def rows():
 def profile(batch, length, kind):
     """Microseconds of each kernel of one call, caches cold."""
     k, v = (random(batch, 8, length, 128) for _ in range(2))
-    q, view = random(batch, 32, 1, 128), view_of(k, v, kind)
+    q, view = random(batch, 32, 1, 128), coded(k, v, kind)
     flush = torch.empty(2**27, device="cuda")
     for _ in range(2):
         attend(q, view, mask=Mask(), backend="gluon")

@@ -3,7 +3,6 @@
 python lab/visit_rows.py time      # also: compile, doors, power
 """
 
-import statistics
 import subprocess
 import sys
 import time as clock
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, "lab")
 from visit_forward import view_of
 
+from saccade.bench.gpu import seconds
 from saccade.core import DenseKV, Mask
 from saccade.ops import attend, attention
 from saccade.ops.attend.api import make_call
@@ -30,38 +30,13 @@ def rand(*shape):
     return torch.randn(*shape, device="cuda", dtype=BF16)
 
 
-def seconds(run, repeats=7, ahead=4_000_000):
-    """Median of one call each, the host two milliseconds ahead of the card."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(ahead)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
 def cudnn(q, k, v, causal=True):
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
 
 
-def warm(run, least=0.06):
-    """A card that idled is slow to reach its clocks."""
-    begin = clock.time()
-    while clock.time() - begin < least:
-        run()
-        torch.cuda.synchronize()
-
-
 def line(name, flops, runs, repeats=7):
     row = []
-    warm(next(iter(runs.values())))
     for who, run in runs.items():
         try:
             row.append(f"{who} {flops / seconds(run, repeats) / 1e12:.0f}")

@@ -14,6 +14,8 @@ from saccade.ops.hadamard import rotate
 
 COLD_BYTES = 256 << 20  # more than the caches of a CPU hold
 SEED = 2205
+# Bits of keys and of values, and whether they are fp8.
+KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +85,12 @@ def _view(case: Case, k: Tensor, v: Tensor) -> DenseKV | QuantizedKV:
         k_group=GROUP,
         rotated=case.rotated,
     )
+
+
+def coded(k: Tensor, v: Tensor, kind: str, recent: int = 0, v_group: int = GROUP) -> QuantizedKV:
+    """Codes of KINDS[kind] of all keys and values `[B, H, L, D]` but the last `recent`."""
+    bits_k, bits_v, fp8 = KINDS[kind]
+    n = k.shape[2] - recent
+    keys = quantize_keys(k[:, :, :n], bits=bits_k, group=GROUP, fp8=fp8)
+    values = quantize_values(v[:, :, :n], bits=bits_v, group=v_group, fp8=fp8)
+    return QuantizedKV(keys, values, k[:, :, n:], v[:, :, n:], bits_k, bits_v, GROUP)

@@ -34,6 +34,14 @@ class Backend(Protocol):
         ...
 
 
+class Measurer(Protocol):
+    """What a module offers whose kernel was measured on calls that no rule describes."""
+
+    def unmeasured(self, call: AttentionCall) -> str | None:
+        """Why `auto` leaves a call to others, or None."""
+        ...
+
+
 BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "tiled": tiled,
@@ -95,20 +103,24 @@ def _passed_over(name: str, rule: order.Rule | None, call: AttentionCall) -> boo
     """Whether `auto` leaves out a backend that could run the call."""
     if name not in ONLY_MEASURED:
         return False
-    if gluon_codes.reads(call.kv):  # rules are about many queries over plain keys
-        return gluon_codes.unmeasured(call) is not None
-    if gluon_decode.reads(call):
-        return gluon_decode.unmeasured(call) is not None
+    measurer = _measurer(call)
+    if measurer is not None:
+        return measurer.unmeasured(call) is not None
     return rule is None or name not in rule.order
 
 
 def _unmeasured(name: str, call: AttentionCall) -> str:
-    reason = None
-    if gluon_codes.reads(call.kv):
-        reason = gluon_codes.unmeasured(call)
-    elif gluon_decode.reads(call):
-        reason = gluon_decode.unmeasured(call)
+    """Why `_passed_over` says so."""
+    measurer = _measurer(call)
+    reason = None if measurer is None else measurer.unmeasured(call)
     return reason or order.unmeasured(name, call)
+
+
+def _measurer(call: AttentionCall) -> Measurer | None:
+    """Who measured calls like this one; rules are about many queries over plain keys alone."""
+    if gluon_codes.reads(call.kv):
+        return gluon_codes
+    return gluon_decode if gluon_decode.reads(call) else None
 
 
 def _chosen(name: str, rule: order.Rule | None) -> str:

@@ -143,10 +143,10 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
 
 
-def compile_decode(dim: int, page: int) -> Any:
+def compile_decode(dim: int, page: int, held: int = 4) -> Any:
     """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attend.gluon.decode_kernel import decode_kernel
-    from saccade.ops.attend.gluon.decode_launch import FEW
+    from saccade.ops.attend.gluon.decode_launch import SHARED, options
     from saccade.ops.attend.triton.decode import Pages
     from saccade.ops.tiles import Bounds
 
@@ -154,7 +154,7 @@ def compile_decode(dim: int, page: int) -> Any:
         x = torch.empty(*shape, dtype=dtype, device="meta")
         return Plane(x, *x.stride()[:3])
 
-    launch, keys, pages = FEW[dim], plane(1, 8, 8192, dim), Pages()
+    launch, keys, pages = SHARED[dim], plane(1, 8, 8192, dim), Pages()
     if page:
         keys = plane(512, 8, page, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")
@@ -166,10 +166,9 @@ def compile_decode(dim: int, page: int) -> Any:
         "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
         "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
         "CAUSAL": True,
-        "WARPS": launch.warps, "STAGES": launch.stages,
+        "WARPS": launch.warps, "STAGES": launch.stages, "HELD": held,
     }  # fmt: skip
-    options = {"num_warps": launch.warps}
-    return compile_for(decode_kernel, options=options, source=GluonASTSource, **arguments)
+    return compile_for(decode_kernel, options=options(launch), source=GluonASTSource, **arguments)
 
 
 def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = True) -> Any:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from saccade.ops.attend import gluon
+from saccade.ops.attend.gluon import refusals
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon.HOPPER
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == refusals.HOPPER
 on_the_card = [
     pytest.mark.gpu,
     pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),

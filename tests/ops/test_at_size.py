@@ -14,11 +14,11 @@ from saccade.core.formats import Codes, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
 from saccade.ops.append import Slots, append
-from saccade.ops.attend import gluon
+from saccade.ops.attend.gluon import refusals
 
 CARD = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 ROOM = torch.cuda.get_device_properties(0).total_memory if CARD else 0
-HOPPER = CARD and torch.cuda.get_device_capability() == gluon.HOPPER
+HOPPER = CARD and torch.cuda.get_device_capability() == refusals.HOPPER
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(ROOM < 70 * 2**30, reason="needs an NVIDIA GPU with 70 GiB"),

@@ -10,27 +10,15 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
+from saccade.bench.inputs import KINDS, coded
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import Codes
 from saccade.core.kv import dense
 from saccade.ops import attend, choose
 from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.gluon import codes as gluon_codes
 from tests.ops.hopper import on_the_card
-
-KINDS = {"int8": (8, 8, False), "int4": (4, 4, False), "fp8": (8, 8, True), "k8v4": (8, 4, False)}
-
-
-def view_of(k, v, kind, recent=0, v_group=64):
-    """A view over codes of the first keys, the last `recent` in full precision."""
-    bits_k, bits_v, fp8 = KINDS[kind]
-    n = k.shape[2] - recent
-    return QuantizedKV(
-        quantize_keys(k[:, :, :n], bits=bits_k, group=64, fp8=fp8),
-        quantize_values(v[:, :, :n], bits=bits_v, group=v_group, fp8=fp8),
-        k[:, :, n:], v[:, :, n:], bits_k, bits_v, 64,
-    )  # fmt: skip
 
 
 def random(*shape, dtype=torch.float16, device="cuda"):
@@ -61,7 +49,7 @@ class TestOnTheCard:
         k, v = (random(batch, heads[1], keys + recent, dim, dtype=dtype) for _ in range(2))
         k += 3 * random(1, heads[1], 1, dim, dtype=dtype)  # channels have offsets of their own
         q = random(batch, heads[0], queries, dim, dtype=dtype)
-        view = view_of(k, v, kind, recent, v_group)
+        view = coded(k, v, kind, recent, v_group)
         wide = QuantizedKV(
             view.k, view.v, view.recent_k.double(), view.recent_v.double(), view.bits_k,
             view.bits_v, 64,
@@ -80,7 +68,7 @@ class TestOnTheCard:
     def test_learned_sinks(self, recent):
         """They count once, whoever reads the first keys."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 1, 128)
-        view, sinks = view_of(k, v, "int8", recent), torch.randn(8).cuda()
+        view, sinks = coded(k, v, "int8", recent), torch.randn(8).cuda()
         truth = attend(q, view, mask=Mask(), sink_logits=sinks, backend="tiled")
         ours = attend(q, view, mask=Mask(), sink_logits=sinks, backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
@@ -91,7 +79,7 @@ class TestOnTheCard:
     def test_growing_views(self, kind, packed):
         """Counts that only the device knows; what lies behind them is poison."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
-        view = view_of(k, v, kind, 64)
+        view = coded(k, v, kind, 64)
         alone = QuantizedKV(
             Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
             Codes(*(x[:, :, :packed] for x in view.v)),
@@ -112,7 +100,7 @@ class TestOnTheCard:
     @pytest.mark.parametrize("kind", KINDS)
     def test_rows_of_different_length(self, kind):
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
-        view, lengths = view_of(k, v, kind), torch.tensor([300, 77], device="cuda")
+        view, lengths = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
         where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
         truth = attend(q, view, **where, backend="tiled")
         for row, length in enumerate(lengths.tolist()):
@@ -124,7 +112,7 @@ class TestOnTheCard:
 
     def test_inside_a_cuda_graph(self):
         k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
-        view = view_of(k, v, "int4")
+        view = coded(k, v, "int4")
         attend(q, view, mask=Mask(), backend="gluon")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -150,7 +138,7 @@ def test_refuses_in_a_sentence(options, how, reason):
     dim, dtype = how.get("dim", 64), how.get("dtype", torch.float16)
     k = random(1, 2, 64, dim, dtype=dtype, device="cpu")
     q = random(1, 4, how.get("queries", 1), dim, dtype=dtype, device="cpu")
-    view = view_of(k, k, "int8", v_group=how.get("v_group", 32))
+    view = coded(k, k, "int8", v_group=how.get("v_group", 32))
     call = make_call(q, view, **({"mask": Mask()} | options))
     assert reason in str(gluon_codes.refusal(call))
 
@@ -158,7 +146,7 @@ def test_refuses_in_a_sentence(options, how, reason):
 def test_accepts_codes_and_nothing_runs_without_a_card():
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     for kind in KINDS:
-        view = view_of(k, k, kind, 64)
+        view = coded(k, k, kind, 64)
         assert gluon_codes.refusal(make_call(q, view, mask=Mask())) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(q, view, mask=Mask(), backend="gluon")
@@ -171,7 +159,7 @@ def test_auto_takes_what_was_measured(monkeypatch):
     verdicts = {}
     for queries, dim in ((1, 128), (8, 128), (9, 128), (1, 64), (2, 64)):
         q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
-        call = make_call(q, view_of(keys, keys, "int4"), mask=Mask())
+        call = make_call(q, coded(keys, keys, "int4"), mask=Mask())
         verdicts[queries, dim] = dict(choose.explain(call))["gluon"]
     assert verdicts[1, 128] == verdicts[8, 128] == verdicts[1, 64] == "chosen"
     assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
@@ -192,6 +180,8 @@ def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
     assert "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
     assert "cp.async.cg.shared.global" in ptx and "ldmatrix" not in ptx
     assert "bar.sync" not in ptx and "cvt.rn.f16.u" not in ptx
+    wait = ptx.index("griddepcontrol.wait")  # hints may come before it, reading may not
+    assert ptx.index("cp.async.bulk.prefetch.L2") < wait < ptx.index("cp.async.cg.shared.global")
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
     command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
@@ -199,3 +189,4 @@ def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
     )
     assert "0 bytes spill stores" in done.stderr
+    assert ".maxnreg 192" in ptx  # two warps a quarter of a multiprocessor, and room for one more

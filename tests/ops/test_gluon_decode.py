@@ -50,11 +50,11 @@ def random(*shape, dtype=torch.bfloat16, device="cuda"):
 SHAPES = [
     ((32, 8), 1, 8192, 1, 128, Mask()),
     ((8, 2), 2, 1, 1, 128, Mask()),
-    ((8, 2), 3, 1077, 2, 128, Mask()),
+    ((8, 2), 3, 1077, 4, 128, Mask()),
     ((3, 3), 2, 4099, 8, 64, Mask()),
     ((8, 1), 2, 77, 1, 64, Mask()),
-    ((6, 2), 2, 2050, 2, 128, Mask(window=300)),
-    ((6, 2), 1, 3000, 2, 64, Mask(window=77, sinks=5)),
+    ((6, 2), 2, 2050, 3, 128, Mask(window=300)),
+    ((6, 2), 1, 3000, 4, 64, Mask(window=77, sinks=5)),
     ((5, 1), 1, 700, 1, 128, Mask(causal=False)),
 ]
 
@@ -167,33 +167,79 @@ def test_reads_few_queries_and_nothing_runs_without_a_card():
         assert gluon_decode.reads(call) and gluon_decode.refusal(call) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(q, view, mask=Mask(), backend="gluon")
-    assert not gluon_decode.reads(make_call(q.expand(1, 8, 128, 128), DenseKV(k, k), mask=Mask()))
+    assert not gluon_decode.reads(make_call(q.expand(1, 8, 5, 128), DenseKV(k, k), mask=Mask()))
+    packed = torch.tensor([0, 1])
+    assert not gluon_decode.reads(replace(call, cu_seqlens=(packed, packed)))
     ring = replace(DenseKV(k, k), spans=(Span(0, 64, 64), Span(64, 0, 64)))
     assert not gluon_decode.reads(replace(call, kv=ring))
 
 
 def test_auto_takes_what_was_measured(monkeypatch):
     monkeypatch.setattr(gluon, "missing", lambda device: None)
-    k, q = random(1, 2, 8192, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+    k, q = random(1, 2, 1024, 128, device="cpu"), random(1, 8, 4, 128, device="cpu")
 
-    def verdict(q, k):
-        return dict(choose.explain(make_call(q, DenseKV(k, k), mask=Mask())))["gluon"]
+    def verdict(q, view, **mask):
+        return dict(choose.explain(make_call(q, view, mask=Mask(**mask))))["gluon"]
 
-    assert verdict(q, k) == "chosen"
-    assert verdict(q, k[:, :, :77]).endswith("keys are 77 and the window is None")
-    assert verdict(q[..., :64].contiguous(), k[..., :64].contiguous()).startswith("able, but for")
+    assert verdict(q[:, :, :2], DenseKV(k, k)) == "chosen"
+    assert verdict(q[:, :, :2], DenseKV(k, k), window=600) == "chosen"
+    assert verdict(q, paged(k, k, 16), window=600).endswith("dense keys of head_dim 128 alone")
+    assert verdict(q, paged(k, k, 16)) == "chosen"
+    said = verdict(q[:, :, :1], DenseKV(k[:, :, :33], k[:, :, :33]))
+    assert said.startswith("able, but for few") and said.endswith("here 33 and 4")
+    assert verdict(q, DenseKV(k, k)).endswith(
+        "up to 8 queries x heads of a group, here 1024 and 16"
+    )
 
 
-@pytest.mark.parametrize(("dim", "page"), [(128, 0), (128, 16), (64, 16)])
-def test_nothing_stands_between_memory_and_the_copies(dim, page):
+@pytest.mark.parametrize(
+    ("batch", "keys", "queries", "mask", "lengths", "launch", "splits"),
+    [
+        (1, 8192, 1, Mask(), False, "SHARED", 33),
+        (1, 2048, 1, Mask(), False, "SHORT", 16),
+        (1, 8192, 4, Mask(), False, "SHORT", 16),  # each part has twice the rows
+        (1, 32768, 1, Mask(window=1024), False, "SHORT", 16),
+        (16, 8192, 1, Mask(), False, "ALONE", 1),
+        (16, 8192, 1, Mask(), True, "SHARED", 2),  # rows of other lengths leave gaps
+        (64, 8192, 1, Mask(), False, "SHARED", 1),
+        (1, 64, 1, Mask(), False, "SHORT", 1),
+    ],
+)
+def test_how_programs_share_the_card(
+    monkeypatch, batch, keys, queries, mask, lengths, launch, splits
+):
+    from saccade.ops.attend.gluon import decode_launch
+    from saccade.ops.attend.triton.problem import dense_problem
+
+    monkeypatch.setattr(decode_launch.tuning, "multiprocessors", lambda device: 132)
+    k = torch.empty(1, 8, 1, 128, device="meta").expand(batch, 8, keys, 128)
+    q = torch.empty(batch, 32, queries, 128, device="meta")
+    rows = torch.empty(batch, dtype=torch.int64, device="meta") if lengths else None
+    problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, lengths=rows))
+    found = decode_launch.launch_of(problem, 8, keys)
+    assert found == getattr(decode_launch, launch)[128]
+    assert decode_launch.splits_of(problem, 8, keys, found) == splits
+
+
+@pytest.mark.parametrize(("dim", "page", "held"), [(128, 0, 4), (128, 16, 16), (64, 16, 1)])
+def test_nothing_stands_between_memory_and_the_copies(dim, page, held):
     """Copies by 16 bytes, whole matrices from shared memory, and barriers only at the end."""
     from tests.ops.compiled import compile_decode
 
-    found = compile_decode(dim, page)
+    found = compile_decode(dim, page, held)
     ptx = found.asm["ptx"]
     loop = ptx[: ptx.rindex("cp.async.wait_group 0")]
     assert "cp.async.cg.shared.global" in loop and not re.search(r"^\s*bar\.sync", loop, re.M)
     assert len(re.findall(r"^\s*ldmatrix", ptx, re.M)) == dim // 8
-    assert len(re.findall(r"^\s*mma\.sync", ptx, re.M)) == dim // 8
+    assert len(re.findall(r"^\s*mma\.sync", ptx, re.M)) == dim // 8 * -(-held // 8)
     assert not re.search(r"(ld|st)\.local", ptx)
     assert found.metadata.shared <= 227 * 1024
+
+
+def test_a_compiler_is_refused_before_anything_cached_is_asked(monkeypatch):
+    """Dynamo warns whoever compiles a model of every cache that it meets."""
+    k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
+    call = make_call(q, DenseKV(k, k), mask=Mask())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(gluon, "missing", lambda device: pytest.fail("it asks a cache"))
+    assert gluon.refusal(call) == "it has no torch.compile registration"

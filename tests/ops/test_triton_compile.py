@@ -13,9 +13,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.ops import tuning
 from saccade.ops.attend.triton.append import append_kernel
 from saccade.ops.attend.triton.backward import keys_kernel, queries_kernel
-from saccade.ops.attend.triton.decode import Pages, decode_kernel
+from saccade.ops.attend.triton.decode import Pages, decode_kernel, merge_kernel
 from saccade.ops.attend.triton.forward import forward_kernel
 from saccade.ops.attend.triton.quantized import Coded, quantized_kernel
+from saccade.ops.attend.triton.views import merge_blocks
 from saccade.ops.tiles import Bounds, Plane, Rules, Terms, Visits
 from tests.ops.compiled import compile_for
 
@@ -116,8 +117,25 @@ def test_appending_compiles(hadamard):
         q=Q, k=K, v=K, q_out=Q, k_store=K, v_store=K, cos=table, sin=table, table_batch=0,
         table_row=DIM, at=at, origin=meta(1, dtype=torch.int64), heads=HEADS, kv_heads=KV_HEADS,
         DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, TURN=True, MIX=hadamard,
+        EARLY=True,
     )  # fmt: skip
     assert len(re.findall(r"st\.global", found.asm["ptx"])) <= 3 * (2 + 2 * hadamard)
+
+
+@pytest.mark.parametrize(("rows", "splits"), [(32, 33), (32, 200), (1000, 3)])
+def test_joining_compiles(rows, splits):
+    """In registers, without a division."""
+    block_v, block_s, warps = merge_blocks(splits, DIM)
+    parts = meta(splits, 1, rows, 1, DIM, dtype=torch.float32)
+    found = compile_for(
+        merge_kernel, options={"num_warps": warps}, parts=parts, part_lse=parts, out=parts,
+        lse=parts, splits=splits, part_split=rows * DIM, lse_split=rows, VALUE_DIM=DIM,
+        BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, EARLY=True,
+    )  # fmt: skip
+    ptx = found.asm["ptx"]
+    first, last = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
+    assert first < last < ptx.index("ld.global")
+    assert not re.search(r"(ld|st)\.local|(div|rem)\.[su]64", ptx)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)

@@ -3,6 +3,8 @@
 As test_triton.py: on a card, or in the interpreter that it starts.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -109,6 +111,28 @@ def test_a_window_leaves_pieces_alone(monkeypatch):
     attend(on(DEVICE, torch.randn(1, 2, 20, 16)), kv, mask=Mask(window=30, sinks=2),
            backend="triton")  # fmt: skip
     assert [cut[0] for cut in written] == [0, 128, 144]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("splits", "dim"), [(2, 48), (17, 128), (33, 64), (70, 16), (300, 128)])
+def test_splits_are_joined(splits, dim):
+    """One program may hold all splits of a row or take them in turn; some saw nothing."""
+    from saccade.ops.attend.triton.views import Parts
+
+    x = torch.empty(2, 3, 2, dim, device=DEVICE)
+    parts = Parts(SimpleNamespace(q=x, v=x), splits)
+    torch.manual_seed(0)
+    out, lse = torch.randn(parts.out.shape), torch.randn(parts.lse.shape) * 3
+    lse[1], lse[:, 1, 2, 0] = -torch.inf, -torch.inf
+    out[lse == -torch.inf] = 0
+    parts.out.copy_(out)
+    parts.lse.copy_(lse)
+    found = parts.joined(torch.float32)
+    total = lse.double().logsumexp(0)
+    weights = (lse.double() - total).exp().nan_to_num(0)
+    assert torch.allclose(found.lse.cpu().double(), total, atol=1e-5)
+    truth = (weights[..., None] * out.double()).sum(0)
+    assert torch.allclose(found.out.cpu().double(), truth, atol=1e-5)
 
 
 def places(shape, bits, fp8, rows, groups):

@@ -5,34 +5,23 @@ This module is what the chooser loads, on any machine, so it imports Triton only
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import metadata
-
 import torch
-from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.attend.gluon import codes as gluon_codes
 from saccade.ops.attend.gluon import decode as gluon_decode
+from saccade.ops.attend.gluon.refusals import layout_refusal, missing, score_refusal
 from saccade.ops.call import AttentionCall
 
 KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by head dimension
 DIMS = tuple(KEYS)
 SHORTEST_PAGE = 16
-HOPPER = (9, 0)
-TRITON = "3.6"  # Gluon is experimental: the kernel is tested with this release only
-
-
-@cache
-def _triton_version() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call, or None."""
+    if torch.compiler.is_compiling():  # before what is cached: Dynamo warns users of a cache
+        return "it has no torch.compile registration"
     reason = missing(call.q.device)
     if reason is not None:
         return reason
@@ -43,17 +32,6 @@ def refusal(call: AttentionCall) -> str | None:
     return _problem_refusal(call) or _layout_refusal(call)
 
 
-def missing(device: torch.device) -> str | None:
-    """Why Gluon kernels for Hopper cannot run on a device, or None."""
-    if device.type != "cuda":
-        return f"tensors are on {device.type}, not on an NVIDIA GPU"
-    if torch.cuda.get_device_capability(device) != HOPPER:
-        return "the GPU is not a Hopper (compute capability 9.0)"
-    if not _triton_version().startswith(TRITON + "."):
-        return f"it needs triton {TRITON}, found {_triton_version()}"
-    return None
-
-
 def _problem_refusal(call: AttentionCall) -> str | None:
     """What the kernel does not compute."""
     kv = call.kv
@@ -62,17 +40,6 @@ def _problem_refusal(call: AttentionCall) -> str | None:
     if call.key_padding is not None or call.attn_mask is not None:
         return "it knows no key_padding and no attn_mask"
     return score_refusal(call) or _page_refusal(call) or _blocks_refusal(call)
-
-
-def score_refusal(call: AttentionCall) -> str | None:
-    """What none of the Gluon kernels computes, whatever its keys are."""
-    if call.softcap is not None or call.alibi_slopes is not None:
-        return "it knows no softcap and no alibi_slopes"
-    if not call.scale > 0:
-        return f"scale must be positive, got {call.scale}"
-    if call.needs_grad or torch.compiler.is_compiling():
-        return "it has no gradient and no torch.compile registration"
-    return None
 
 
 def _page_refusal(call: AttentionCall) -> str | None:
@@ -116,28 +83,6 @@ def _layout_refusal(call: AttentionCall) -> str | None:
     if call.kv.shape[2] == 0:
         return "there are no keys"
     return layout_refusal(tensors, DIMS)
-
-
-def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]) -> str | None:
-    """Why queries, keys and values `[B, H, L, D]` cannot be fetched by tiles, or None."""
-    for x in tensors:
-        if x.shape[3] not in dims or x.shape[3] != tensors[0].shape[3]:
-            return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, dims))}"
-        if not copyable(x):
-            return "the copy engine needs rows at distinct multiples of 16 bytes"
-    if any(x.numel() == 0 for x in tensors):
-        return "there are no queries or no keys"
-    return None
-
-
-def copyable(x: Tensor) -> bool:
-    """Unit last stride, and every other step a positive multiple of 16 bytes."""
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(step > 0 and step % 16 == 0 for step in steps)
-    )
 
 
 def run(call: AttentionCall) -> AttentionOutput:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from saccade.ops import tuning
-from saccade.ops.attend.gluon import copyable
 from saccade.ops.attend.gluon.backward import backward_kernel
 from saccade.ops.attend.gluon.backward_rows import convert_kernel, prepare_kernel, sum_kernel
 from saccade.ops.attend.gluon.launch import REGISTERS_PER_THREAD_SUM, plane
+from saccade.ops.attend.gluon.refusals import copyable
 from saccade.ops.attend.triton.launch import allow_scratch, rules_of
 from saccade.ops.attend.triton.launch import plane as any_plane
 from saccade.ops.attend.triton.problem import Problem, on

@@ -44,6 +44,7 @@ from saccade.ops.attend.gluon.codes_products import (
 from saccade.ops.attend.gluon.registers import (
     as_word,
     bfloat_halves,
+    ended,
     halves,
     max_over_rows,
     meet,
@@ -60,7 +61,7 @@ from saccade.ops.attend.triton.decode import begin_early
 from saccade.ops.tiles import key_tiles
 
 ROWS = gl.constexpr(8)  # query rows of a program
-LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 LOWEST = gl.constexpr(-1e24)  # below every score, and finite after the factor 2^24
 RAISED = gl.constexpr(6.0)  # weights are enlarged by 2^6, clear of float16's denormal numbers
 ROOM = gl.constexpr(3.0)  # and may grow by 2^3 before all that was summed up is made smaller
@@ -311,15 +312,7 @@ def store(acc, offsets, tops, sums, unit, out, lse, sink_logits, tile, split, ou
         keep = index < q_len
         l = sums[c]
         top = gl.where(l == 0, LOWEST, tops[c] * unit - RAISED)
-        shrink = l * 0.0 + 1.0
-        if sink_logits is not None:
-            sink = gl.load(sink_logits + h, mask=keep & (split == 0), other=float("-inf")) * LOG2E
-            raised = gl.maximum(top, sink)
-            shrink = gl.exp2(top - raised)
-            l = l * shrink + gl.exp2(sink - raised)
-            top = raised
-        safe = gl.where(l == 0, 1.0, l)
-        found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
+        found, shrink, safe = ended(top, l, sink_logits, h, keep & (split == 0))
         at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
         gl.store(at, found, mask=keep & (g == 0))
         at = split.to(gl.int64) * out_split + b * out.batch

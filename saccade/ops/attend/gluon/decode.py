@@ -6,15 +6,18 @@ This module is what the backend loads, on any machine, so it imports Triton only
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
+from saccade.ops.attend.gluon.refusals import in_steps, score_refusal
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
-MOST_ROWS = 8  # query heads of a group times queries
+MOST_ROWS = 16  # query heads of a group times queries
 PAGE = 16  # a tile of keys lies in one page
-MEASURED_DIM, MEASURED_KEYS = 128, 8192
+# What it was measured to win with (NVIDIA H200, lab/LOG_gpu_decode.md); rows by head_dim and
+# whether keys lie in pages, where more than eight of them pay.
+MEASURED_KEYS, MEASURED_WINDOW_DIM = 64, 128
+MEASURED_ROWS = {(64, False): 8, (64, True): 8, (128, False): 8, (128, True): 16}
 
 
 def reads(call: AttentionCall) -> bool:
@@ -22,7 +25,7 @@ def reads(call: AttentionCall) -> bool:
     kv = call.kv
     few = 0 < rows_of(call) <= MOST_ROWS and call.q.shape[3] in DIMS
     plain = isinstance(kv, PagedKV) or (isinstance(kv, DenseKV) and kv.is_plain)
-    return plain and few and call.blocks is None
+    return plain and few and call.blocks is None and call.cu_seqlens is None
 
 
 def rows_of(call: AttentionCall) -> int:
@@ -32,13 +35,19 @@ def rows_of(call: AttentionCall) -> int:
 
 def unmeasured(call: AttentionCall) -> str | None:
     """Why `auto` leaves a call of few queries to others, or None."""
-    dim, keys = call.q.shape[3], call.kv.shape[2]
-    if dim == MEASURED_DIM and keys >= MEASURED_KEYS and call.mask.window is None:
+    rows, keys, dim = rows_of(call), call.kv.shape[2], call.q.shape[3]
+    paged = isinstance(call.kv, PagedKV)
+    most = MEASURED_ROWS[dim, paged]
+    if call.mask.window is not None and (paged or dim != MEASURED_WINDOW_DIM):
+        return (
+            "for few queries windows were measured over dense keys of head_dim "
+            f"{MEASURED_WINDOW_DIM} alone"
+        )
+    if keys >= MEASURED_KEYS and rows <= most:
         return None
     return (
-        f"for few queries it was measured to win with head_dim {MEASURED_DIM}, from "
-        f"{MEASURED_KEYS} keys on and without a window; here head_dim is {dim}, keys are {keys} "
-        f"and the window is {call.mask.window}"
+        f"for few queries over such keys it was measured to win from {MEASURED_KEYS} of them on "
+        f"and with up to {most} queries x heads of a group, here {keys} and {rows}"
     )
 
 
@@ -48,16 +57,9 @@ def refusal(call: AttentionCall) -> str | None:
 
 
 def _meaning(call: AttentionCall) -> str | None:
-    if call.softcap is not None or call.alibi_slopes is not None:
-        return "for few queries it knows no softcap and no alibi_slopes"
-    extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
-    if any(extra is not None for extra in extras):
-        return "for few queries it knows no key_padding, blocks, attn_mask or cu_seqlens"
-    if not call.scale > 0:
-        return f"scale must be positive, got {call.scale}"
-    if call.needs_grad or torch.compiler.is_compiling():
-        return "it has no gradient and no torch.compile registration"
-    return None
+    if call.key_padding is not None or call.attn_mask is not None:
+        return "for few queries it knows no key_padding and no attn_mask"
+    return score_refusal(call)
 
 
 def _layout(call: AttentionCall) -> str | None:
@@ -72,17 +74,11 @@ def _layout(call: AttentionCall) -> str | None:
             return f"head_dim {dim} is not one of {', '.join(map(str, DIMS))} for few queries"
     if isinstance(kv, PagedKV) and kv.page_size % PAGE:
         return f"pages have to hold {PAGE} n keys, got {kv.page_size}"
-    if not _in_steps(call.q, 4) or not all(_in_steps(x, 16) for x in (kv.k, kv.v)):
+    if not in_steps(call.q, 4) or not all(in_steps(x, 16) for x in (kv.k, kv.v)):
         return "rows of keys have to begin at multiples of 16 bytes, of queries at multiples of 4"
     if call.q.numel() == 0 or kv.k.numel() == 0:
         return "there are no queries or no keys"
     return None
-
-
-def _in_steps(x: Tensor, step: int) -> bool:
-    """Unit last stride, and all others multiples of `step` bytes."""
-    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
-    return x.stride(3) == 1 and x.data_ptr() % step == 0 and all(s % step == 0 for s in steps)
 
 
 def run(call: AttentionCall) -> AttentionOutput:

@@ -8,9 +8,9 @@ that need them.  Keys and values are the left sides of both products,
     scores [keys, rows]      = keys @ q
     output [channels, rows] += values @ p
 
-whose eight columns are query rows (heads of a group times queries): nothing is computed for rows
-that are not.  Which thread holds what: see registers.py; weights change sides by transpositions
-of 8 x 8 in registers.
+whose eight columns are a tile of query rows (heads of a group times queries); two tiles share the
+keys that a warp has read.  Which thread holds what: see registers.py; weights change sides by
+transpositions of 8 x 8 in registers.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from saccade.ops.attend.gluon.decode_memory import (
     ask_for_rows,
     dynamic_memory,
     get_at,
-    get_four,
     get_number,
     left_sides,
-    multiply_16,
-    pair,
     put_at,
     put_number,
 )
 from saccade.ops.attend.gluon.registers import (
     close_copies,
+    ended,
     load_words,
     max_over_rows,
     meet,
+    multiply,
+    pair,
     sum_over_rows,
     transposed,
     wait_copies,
 )
 from saccade.ops.attend.triton.decode import begin_early, share_of
-from saccade.ops.tiles import LN2, LOG2E, LOWEST, key_tiles
+from saccade.ops.tiles import LOG2E, LOWEST, key_tiles
 
-ROWS = gl.constexpr(8)  # query rows of a program
+ROWS = gl.constexpr(8)  # query rows of a tile: the columns of a product
 KEYS = gl.constexpr(16)  # of a warp's tile
 
 
@@ -103,8 +103,8 @@ def scores_of_keys(keys, q, D: gl.constexpr, KIND: gl.constexpr):
     even = (zero, zero, zero, zero)
     odd = even
     for j in gl.static_range(D // 32):
-        even = multiply_16(keys[2 * j], (q[4 * j], q[4 * j + 1]), even, KIND)
-        odd = multiply_16(keys[2 * j + 1], (q[4 * j + 2], q[4 * j + 3]), odd, KIND)
+        even = multiply(keys[2 * j], (q[4 * j], q[4 * j + 1]), even, KIND)
+        odd = multiply(keys[2 * j + 1], (q[4 * j + 2], q[4 * j + 3]), odd, KIND)
     return even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]
 
 
@@ -135,19 +135,49 @@ def weigh(low, high, top, unit):
     )
 
 
+@gluon.jit
+def take(state, keys, values, q, k_pos, places, full, k_len, unit, rules, D: gl.constexpr,
+         KIND: gl.constexpr, CAUSAL: gl.constexpr):  # fmt: skip
+    """A tile's (maxima, sums of weights, output) of rows 2t, 2t + 1 with sixteen more keys."""
+    m0, m1, l0, l1, acc = state
+    s0, s1, s2, s3 = scores_of_keys(keys, q, D, KIND)
+    if not full:
+        s0 = see(s0, k_pos, places[0], k_len, rules, CAUSAL)
+        s1 = see(s1, k_pos, places[1], k_len, rules, CAUSAL)
+        s2 = see(s2, k_pos + 8, places[0], k_len, rules, CAUSAL)
+        s3 = see(s3, k_pos + 8, places[1], k_len, rules, CAUSAL)
+    m0, shrink0, s0, s2 = weigh(s0, s2, m0, unit)
+    m1, shrink1, s1, s3 = weigh(s1, s3, m1, unit)
+    l0, l1 = l0 * shrink0 + s0 + s2, l1 * shrink1 + s1 + s3
+    p = (transposed(pair(s0, s1, KIND)), transposed(pair(s2, s3, KIND)))
+    taken = ()
+    for j in gl.static_range(D // 16):
+        c0, c1, c2, c3 = acc[j]
+        kept = (c0 * shrink0, c1 * shrink1, c2 * shrink0, c3 * shrink1)
+        taken += (multiply(values[j], p, kept, KIND),)
+    return m0, m1, l0, l1, taken
+
+
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def decode_kernel(
     q, k, v, out, lse, pages, bounds, rules, sink_logits, scale,
     q_len, k_len, q_offset, out_split, lse_split,
     KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, K_STEP: gl.constexpr,
     V_STEP: gl.constexpr, PAGE: gl.constexpr, LONGEST: gl.constexpr, CAUSAL: gl.constexpr,
-    WARPS: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr, STAGES: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
-    """(out, lse) of one split; K_STEP and V_STEP are bytes from row to row, PAGE is 0 if dense."""
+    """(out, lse) of one split.
+
+    Args:
+        K_STEP, V_STEP: bytes from row to row.  PAGE: 0 if keys are dense.
+        LONGEST: one row has as many keys as the host says.
+        HELD: a power of two of query rows, at least those that are.
+    """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     KIND: gl.constexpr = "bf16" if q.ptr.dtype.element_ty == gl.bfloat16 else "f16"
     BLOCK: gl.constexpr = KEYS * WARPS
     STAGE: gl.constexpr = KEYS * D * 4
+    TILES: gl.constexpr = (HELD + ROWS - 1) // ROWS
     # The host knows which keys there are: those of all rows, or (pages) of the longest.
     KNOWN: gl.constexpr = (bounds.offsets is None) and (
         (bounds.lengths is None) or ((PAGE != 0) and (rules.window is None) and LONGEST)
@@ -155,7 +185,7 @@ def decode_kernel(
     thread = gl.arange(0, 32 * WARPS, layout=L)
     lane, own = thread % 32, thread // 32 * KEYS
     g, t = lane // 4, lane % 4
-    split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(2)
+    split, splits = gl.program_id(0), gl.num_programs(0)
     b = (gl.program_id(1) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(1) % KV_HEADS
     if not KNOWN:
@@ -164,8 +194,7 @@ def decode_kernel(
             q_offset = gl.load(bounds.offsets + b).to(gl.int32)
         k_len = length_of(bounds, b, kv_head, k_len)
 
-    first_q = q_offset + tile * ROWS // GROUPS
-    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
+    first_q, last_q = q_offset, q_offset + q_len - 1
     num_sinks, first, full_from, full_to, last = key_tiles(
         first_q, last_q, k_len, rules, CAUSAL, BLOCK
     )
@@ -203,18 +232,18 @@ def decode_kernel(
             K_STEP, V_STEP)  # fmt: skip
     page, then = coming[STAGES], coming[STAGES + 1]
 
-    q_row = gl.minimum(tile * ROWS + g, q_len * GROUPS - 1)
-    q_at = (q_row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
-    q_at += (q_row // GROUPS).to(gl.int64) * q.row + b * q.batch
-    q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * 4, D)
-    q_first = (tile * ROWS + 2 * t) // GROUPS + q_offset
-    q_second = (tile * ROWS + 2 * t + 1) // GROUPS + q_offset
-
     unit = scale * LOG2E
     zero = gl.full([32 * WARPS], 0.0, gl.float32, L)
-    m0, m1 = zero + LOWEST, zero + LOWEST
-    l0, l1 = zero, zero
-    acc = ((zero, zero, zero, zero),) * (D // 16)
+    nothing = ((zero, zero, zero, zero),) * (D // 16)
+    queries, places, states = (), (), ()
+    for c in gl.static_range(TILES):
+        q_row = gl.minimum(c * ROWS + g, q_len * GROUPS - 1)
+        q_at = (q_row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
+        q_at += (q_row // GROUPS).to(gl.int64) * q.row + b * q.batch
+        queries += (load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * 4, D),)
+        q_row = c * ROWS + 2 * t
+        places += ((q_row // GROUPS + q_offset, (q_row + 1) // GROUPS + q_offset),)
+        states += ((zero + LOWEST, zero + LOWEST, zero, zero, nothing),)
     stage = 0
     for i in range(begin, end):
         wait_copies(thread, STAGES - 1)
@@ -229,94 +258,89 @@ def decode_kernel(
         at = first_key(later + 2, num_sinks, first, own, BLOCK)
         page, then = then, page_of(pages, numbers, at, gl.where(later + 2 < end, k_len, 0), PAGE)
 
-        s0, s1, s2, s3 = scores_of_keys(keys, q_pairs, D, KIND)
         visited = i - num_sinks + first
-        if not ((i >= num_sinks) & (visited >= full_from) & (visited < full_to)):
-            at = first_key(i, num_sinks, first, own, BLOCK) + g
-            s0 = see(s0, at, q_first, k_len, rules, CAUSAL)
-            s1 = see(s1, at, q_second, k_len, rules, CAUSAL)
-            s2 = see(s2, at + 8, q_first, k_len, rules, CAUSAL)
-            s3 = see(s3, at + 8, q_second, k_len, rules, CAUSAL)
-        m0, shrink0, s0, s2 = weigh(s0, s2, m0, unit)
-        m1, shrink1, s1, s3 = weigh(s1, s3, m1, unit)
-        l0, l1 = l0 * shrink0 + s0 + s2, l1 * shrink1 + s1 + s3
-        p = (transposed(pair(s0, s1, KIND)), transposed(pair(s2, s3, KIND)))
+        full = (i >= num_sinks) & (visited >= full_from) & (visited < full_to)
+        at = first_key(i, num_sinks, first, own, BLOCK) + g
         taken = ()
-        for j in gl.static_range(D // 16):
-            c0, c1, c2, c3 = acc[j]
-            kept = (c0 * shrink0, c1 * shrink1, c2 * shrink0, c3 * shrink1)
-            taken += (multiply_16(values[j], p, kept, KIND),)
-        acc = taken
+        for c in gl.static_range(TILES):
+            taken += (take(states[c], keys, values, queries[c], at, places[c], full, k_len, unit,
+                           rules, D, KIND, CAUSAL),)  # fmt: skip
+        states = taken
         stage = gl.where(stage == (STAGES - 1) * STAGE, 0, stage + STAGE)
     wait_copies(thread, 0)
-    put_parts(memory, acc, (m0, m1), (sum_over_rows(l0), sum_over_rows(l1)), thread, D)
+    gl.thread_barrier()  # no warp reads its ring any more
+    for c in gl.static_range(TILES):
+        put_tile(memory, states[c], thread, c, D, TILES)
     gl.thread_barrier()
-    store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
-          q_len, thread, KV_HEADS, GROUPS, D, WARPS)  # fmt: skip
+    store(memory, out, lse, sink_logits, unit, split, out_split, lse_split, b, kv_head,
+          q_len, thread, KV_HEADS, GROUPS, D, WARPS, HELD)  # fmt: skip
 
 
 @gluon.jit
-def put_parts(memory, acc, tops, sums, thread, D: gl.constexpr):
-    """Lay what each warp found into shared memory: rows of D numbers, maxima, sums."""
+def put_tile(memory, state, thread, TILE: gl.constexpr, D: gl.constexpr, TILES: gl.constexpr):
+    """Lay a warp's tile into its part of shared memory: rows of D numbers, maxima, sums."""
     LINE: gl.constexpr = (D + 4) * 4
-    PART: gl.constexpr = (LINE + 8) * ROWS
-    gl.thread_barrier()  # no warp reads its ring any more
+    TOPS: gl.constexpr = ROWS * TILES * LINE
+    m0, m1, l0, l1, acc = state
     lane = thread % 32
     g, t = lane // 4, lane % 4
-    part = memory + thread // 32 * PART
-    place = part + 2 * t * LINE + g * 4
+    part = memory + thread // 32 * ((LINE + 8) * ROWS * TILES)
+    place = part + (TILE * ROWS + 2 * t) * LINE + g * 4
     for j in gl.static_range(D // 16):
         for e in gl.static_range(4):
             put_number(place, acc[j][e], (16 * j + e // 2 * 8) * 4 + e % 2 * LINE)
-    for c in gl.static_range(2):
-        put_number(part + t * 8, tops[c], ROWS * LINE + 4 * c)
-        put_number(part + t * 8, sums[c], ROWS * LINE + 4 * ROWS + 4 * c)
+    place = part + (TILE * ROWS + 2 * t) * 4
+    put_number(place, m0, TOPS)
+    put_number(place, m1, TOPS + 4)
+    put_number(place, sum_over_rows(l0), TOPS + 4 * ROWS * TILES)
+    put_number(place, sum_over_rows(l1), TOPS + 4 * ROWS * TILES + 4)
 
 
 @gluon.jit
-def store(memory, out, lse, sink_logits, unit, tile, split, out_split, lse_split, b, kv_head,
-          q_len, thread, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
-          WARPS: gl.constexpr):  # fmt: skip
-    """Join the warps' parts and write output and lse, four channels of a row a thread."""
+def joined(memory, row, channel, unit, D: gl.constexpr, WARPS: gl.constexpr,
+           TILES: gl.constexpr):  # fmt: skip
+    """(maximum, sum of weights, output in four quarters of a row) of all warps together."""
     LINE: gl.constexpr = (D + 4) * 4
-    PART: gl.constexpr = (LINE + 8) * ROWS
-    FOURS: gl.constexpr = D // 4
-    TURNS: gl.constexpr = (ROWS * FOURS + 32 * WARPS - 1) // (32 * WARPS)
+    TOPS: gl.constexpr = ROWS * TILES * LINE
+    PART: gl.constexpr = (LINE + 8) * ROWS * TILES
+    most = get_number(memory + row * 4, TOPS)
+    for w in gl.static_range(1, WARPS):
+        most = gl.maximum(most, get_number(memory + row * 4, w * PART + TOPS))
+    l = most * 0.0
+    sums = (l, l, l, l)
+    for w in gl.static_range(WARPS):
+        shrink = gl.exp2((get_number(memory + row * 4, w * PART + TOPS) - most) * unit)
+        l += get_number(memory + row * 4, w * PART + TOPS + 4 * ROWS * TILES) * shrink
+        more = ()
+        for c in gl.static_range(4):
+            found = get_number(memory + row * LINE + channel * 4, w * PART + c * D)
+            more += (sums[c] + found * shrink,)
+        sums = more
+    return most, l, sums
+
+
+@gluon.jit
+def store(memory, out, lse, sink_logits, unit, split, out_split, lse_split, b, kv_head,
+          q_len, thread, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+          WARPS: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+    """Join the warps and write output and lse, every fourth of a row's channels a thread."""
+    EACH: gl.constexpr = D // 4
+    TILES: gl.constexpr = (HELD + ROWS - 1) // ROWS
+    TURNS: gl.constexpr = (HELD * EACH + 32 * WARPS - 1) // (32 * WARPS)
     for turn in gl.static_range(TURNS):
         item = thread + turn * (32 * WARPS)
-        row, channel = item // FOURS, item % FOURS * 4
-        real = row < ROWS
-        row = gl.minimum(row, ROWS - 1)
-        most = get_number(memory + row * 4, ROWS * LINE)
-        for w in gl.static_range(1, WARPS):
-            most = gl.maximum(most, get_number(memory + row * 4, w * PART + ROWS * LINE))
-        l = most * 0.0
-        sums = (l, l, l, l)
-        for w in gl.static_range(WARPS):
-            top = get_number(memory + row * 4, w * PART + ROWS * LINE)
-            part = get_number(memory + row * 4, w * PART + ROWS * LINE + 4 * ROWS)
-            shrink = gl.exp2((top - most) * unit)
-            l += part * shrink
-            found = get_four(memory + row * LINE + channel * 4, w * PART)
-            sums = (sums[0] + found[0] * shrink, sums[1] + found[1] * shrink,
-                    sums[2] + found[2] * shrink, sums[3] + found[3] * shrink)  # fmt: skip
-        index = (tile * ROWS + row) // GROUPS
-        h = kv_head * GROUPS + (tile * ROWS + row) % GROUPS
-        keep = real & (index < q_len)
+        row, channel = gl.minimum(item // EACH, HELD - 1), item % EACH
+        most, l, sums = joined(memory, row, channel, unit, D, WARPS, TILES)
+        index = row // GROUPS
+        h = kv_head * GROUPS + row % GROUPS
+        keep = (item < HELD * EACH) & (index < q_len)
         # Where nothing was seen, most * unit is huge; two roundings must never be subtracted.
         top = gl.where(l == 0, LOWEST, most * unit)
-        shrink = l * 0.0 + 1.0
-        if sink_logits is not None:
-            sink = gl.load(sink_logits + h, mask=keep & (split == 0), other=float("-inf")) * LOG2E
-            raised = gl.maximum(top, sink)
-            shrink = gl.exp2(top - raised)
-            l = l * shrink + gl.exp2(sink - raised)
-            top = raised
-        safe = gl.where(l == 0, 1.0, l)
-        found = gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2)
+        found, shrink, safe = ended(top, l, sink_logits, h, keep & (split == 0))
         at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
         gl.store(at, found, mask=keep & (channel == 0))
         at = out.ptr + split.to(gl.int64) * out_split + b * out.batch + channel
         at += h.to(gl.int64) * out.head + index.to(gl.int64) * out.row
         for c in gl.static_range(4):
-            gl.store(at + c, (sums[c] * (shrink / safe)).to(out.ptr.dtype.element_ty), mask=keep)
+            number = (sums[c] * (shrink / safe)).to(out.ptr.dtype.element_ty)
+            gl.store(at + c * EACH, number, mask=keep)

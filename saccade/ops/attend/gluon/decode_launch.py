@@ -14,9 +14,9 @@ from saccade.ops.attend.triton.launch import bounds_of, plane, rules_of
 from saccade.ops.attend.triton.problem import Problem, float32, on, problem_of, unit_rows
 from saccade.ops.attend.triton.views import Parts, stored
 from saccade.ops.call import AttentionCall
-from saccade.ops.whole import cdiv
+from saccade.ops.whole import cdiv, power_of_two
 
-ROWS, KEYS = 8, 16  # query rows of a program, keys of a warp's tile
+ROWS, KEYS = 8, 16  # query rows of a tile, keys of a warp's tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,11 @@ class DecodeLaunch:
     stages: int
 
 
-# By head dimension: where programs share the keys of a row, and where rows alone fill the card.
-FEW = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 2, 3)}
-MANY = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(8, 1, 2)}
+# By head dimension, measured on an H200 (lab/LOG_gpu_decode.md).
+SHORT = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 1, 6)}  # few parts to join
+SHARED = {64: DecodeLaunch(4, 2, 6), 128: DecodeLaunch(4, 2, 3)}
+ALONE = {64: DecodeLaunch(8, 1, 4), 128: DecodeLaunch(8, 1, 2)}
+SHORT_REACH = 4096  # keys that programs share, up to which parts cost more than they gain
 
 
 def run(call: AttentionCall) -> AttentionOutput:
@@ -48,7 +50,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     if isinstance(kv, PagedKV):
         pages = Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
     heads = kv.shape[1]
-    launch = launch_of(problem, heads)
+    launch = launch_of(problem, heads, slots)
     splits = splits_of(problem, heads, slots, launch)
     parts = Parts(problem, splits)
     with on(problem.q.device):
@@ -65,26 +67,36 @@ def lengths_of(call: AttentionCall) -> Tensor | None:
     return call.lengths.minimum(call.kv.lengths)
 
 
-def launch_of(problem: Problem, heads: int) -> DecodeLaunch:
-    """The configuration for a problem."""
-    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
-    alone = 2 * programs > tuning.multiprocessors(problem.q.device)
-    return (MANY if alone else FEW)[problem.q.shape[3]]
+def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
+    """The configuration for a problem: what matters is how many programs share a row's keys."""
+    programs, room = problem.q.shape[0] * heads, tuning.multiprocessors(problem.q.device)
+    reach, dim = reach_of(problem, slots), problem.q.shape[3]
+    ragged = problem.lengths is not None and problem.q.shape[0] > 1 and reach > SHORT_REACH
+    if room < 2 * programs <= 2 * room and not ragged:
+        return ALONE[dim]
+    if 2 * programs <= room and (reach <= SHORT_REACH or rows_of(problem, heads) > ROWS):
+        return SHORT[dim]
+    return SHARED[dim]
 
 
 def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) -> int:
-    """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
-    block, reach = KEYS * launch.warps, slots
-    if problem.window is not None:
-        reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + block)
-    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    """How many programs share the keys of a KV head: enough to fill the card, never idle ones."""
+    block, reach = KEYS * launch.warps, reach_of(problem, slots)
+    tiles = cdiv(reach, block) if problem.window is None else cdiv(min(slots, reach + block), block)
     wanted = launch.per_sm * tuning.multiprocessors(problem.q.device)
-    return max(1, min(wanted // programs, cdiv(reach, block)))
+    return max(1, min(wanted // (problem.q.shape[0] * heads), tiles))
 
 
-def row_tiles_of(problem: Problem, heads: int) -> int:
-    """Tiles of eight rows: queries times heads of a group."""
-    return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], ROWS)
+def reach_of(problem: Problem, slots: int) -> int:
+    """How many keys the queries of a row see at most."""
+    if problem.window is None:
+        return slots
+    return min(slots, problem.window + problem.q.shape[2] + problem.sinks)
+
+
+def rows_of(problem: Problem, heads: int) -> int:
+    """Rows that share their keys: query heads of a group times queries."""
+    return problem.q.shape[1] // heads * problem.q.shape[2]
 
 
 def scan(
@@ -99,7 +111,7 @@ def scan(
     """Fill all splits of `parts`; `longest`: a row has as many keys as the host says."""
     q, k, v = problem.q, problem.k, problem.v
     bounds, _ = bounds_of(problem, ROWS, by_keys=False)
-    decode_kernel[(parts.splits, q.shape[0] * heads, row_tiles_of(problem, heads))](
+    decode_kernel[(parts.splits, q.shape[0] * heads)](
         plane(q),
         stored(k, pages),
         stored(v, pages),
@@ -125,6 +137,13 @@ def scan(
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        num_warps=launch.warps,
+        HELD=power_of_two(rows_of(problem, heads)),
         launch_pdl=True,
+        **options(launch),
     )
+
+
+def options(launch: DecodeLaunch) -> dict[str, int]:
+    """How the kernel is compiled: left alone, ptxas spills to stay within 128 registers."""
+    room = 65536 // (32 * launch.warps * launch.per_sm) // 8 * 8
+    return {"num_warps": launch.warps, "maxnreg": min(240, room)}

@@ -11,6 +11,8 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from saccade.ops.attend.gluon.registers import copy_line
+
 
 @gluon.jit
 def dynamic_memory(thread, never, UNITS: gl.constexpr):
@@ -26,18 +28,6 @@ def dynamic_memory(thread, never, UNITS: gl.constexpr):
         "{ .reg .b32 at; mov.u32 at, global_smem; add.u32 at, at, 127; and.b32 $0, at, -128; }",
         "=r,r", [thread], gl.int32, False, 1,
     )  # fmt: skip
-
-
-@triton.constexpr_function
-def _copy_text(to, source):
-    return f"cp.async.cg.shared.global [$1 + {to}], [$2 + {source}], 16, $3; mov.u32 $0, 0;"
-
-
-@gluon.jit
-def copy_line_or_zero(place, address, size, TO: gl.constexpr, FROM: gl.constexpr):
-    """Ask for 16 bytes of each thread where size is 16; where it is 0 nothing is read, all is 0."""
-    text: gl.constexpr = _copy_text(TO, FROM)
-    gl.inline_asm_elementwise(text, "=r,r,l,r", [place, address, size], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -59,7 +49,7 @@ def ask_for_rows(place, address, there, D: gl.constexpr, STEP: gl.constexpr):
     for n in gl.static_range(16 // ROWS):
         size = gl.where(there > n * ROWS, 16, 0)
         turned = place ^ (n * ROWS % 8 * 16)
-        copy_line_or_zero(turned, address, size, n * 512, n * ROWS * STEP)
+        copy_line(turned, address, size, n * 512, n * ROWS * STEP)
 
 
 @gluon.jit
@@ -101,39 +91,6 @@ def left_sides(place, D: gl.constexpr, TURNED: gl.constexpr):
     return found
 
 
-@triton.constexpr_function
-def _product_text(kind):
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}},"
-        " {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-
-
-@gluon.jit
-def multiply_16(left, right, c, KIND: gl.constexpr):
-    """c + left @ right for four, two and four registers; KIND bf16 or f16, float32 out."""
-    a0, a1, a2, a3 = left
-    b0, b1 = right
-    c0, c1, c2, c3 = c
-    text: gl.constexpr = _product_text(KIND)
-    return gl.inline_asm_elementwise(
-        text, "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-        (gl.float32, gl.float32, gl.float32, gl.float32), True, 1,
-    )  # fmt: skip
-
-
-@triton.constexpr_function
-def _pair_text(kind):
-    return f"cvt.rn.{kind}x2.f32 $0, $2, $1;"
-
-
-@gluon.jit
-def pair(low, high, KIND: gl.constexpr):
-    """Two float32 numbers as a pair of KIND."""
-    text: gl.constexpr = _pair_text(KIND)
-    return gl.inline_asm_elementwise(text, "=r,f,f", [low, high], gl.int32, True, 1)
-
-
 @gluon.jit
 def put_number(place, x, OFFSET: gl.constexpr):
     """A float32 of each thread into shared memory."""
@@ -146,28 +103,13 @@ def _put_text(offset):
     return f"st.shared.f32 [$1 + {offset}], $2; mov.u32 $0, 0;"
 
 
-@triton.constexpr_function
-def _get_text(count, offset):
-    found = ", ".join(f"${i}" for i in range(count))
-    return f"ld.shared.v4.f32 {{{found}}}, [${count} + {offset}];"
-
-
-@gluon.jit
-def get_four(place, OFFSET: gl.constexpr):
-    """Four float32 of each thread from shared memory."""
-    text: gl.constexpr = _get_text(4, OFFSET)
-    return gl.inline_asm_elementwise(
-        text, "=f,=f,=f,=f,r", [place], (gl.float32, gl.float32, gl.float32, gl.float32), False, 1
-    )
-
-
 @gluon.jit
 def get_number(place, OFFSET: gl.constexpr):
     """One float32 of each thread from shared memory."""
-    text: gl.constexpr = _get_one_text(OFFSET)
+    text: gl.constexpr = _get_text(OFFSET)
     return gl.inline_asm_elementwise(text, "=f,r", [place], gl.float32, False, 1)
 
 
 @triton.constexpr_function
-def _get_one_text(offset):
+def _get_text(offset):
     return f"ld.shared.f32 $0, [$1 + {offset}];"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from saccade.core import AttentionOutput, DenseKV, ScaledKV
 from saccade.core.formats import FP8
 from saccade.core.scaled import scale_of
-from saccade.ops.attend.gluon import layout_refusal, missing, score_refusal
+from saccade.ops.attend.gluon.refusals import layout_refusal, missing, score_refusal
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)

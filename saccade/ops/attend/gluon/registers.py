@@ -18,6 +18,10 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from saccade.ops.tiles import LN2, LOG2E
+
+HALF = gl.constexpr("f16")
+
 
 @triton.constexpr_function
 def _load_text(words, offset):
@@ -56,20 +60,24 @@ def pick_bytes(x, y, SELECTOR: gl.constexpr):
     return gl.inline_asm_elementwise(text, "=r,r,r", [x, y], gl.int32, True, 1)
 
 
+@triton.constexpr_function
+def _product_text(kind):
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}},"
+        " {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+
 @gluon.jit
-def multiply(left, right, c):
-    """c + left @ right for four, two and four registers; halves in, float32 out."""
+def multiply(left, right, c, KIND: gl.constexpr = HALF):
+    """c + left @ right for four, two and four registers; KIND f16 or bf16, float32 out."""
     a0, a1, a2, a3 = left
     b0, b1 = right
     c0, c1, c2, c3 = c
+    text: gl.constexpr = _product_text(KIND)
     return gl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7},"
-        " {$8, $9}, {$10, $11, $12, $13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
-        [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-        (gl.float32, gl.float32, gl.float32, gl.float32),
-        True,
-        1,
+        text, "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3", [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+        (gl.float32, gl.float32, gl.float32, gl.float32), True, 1,
     )  # fmt: skip
 
 
@@ -109,12 +117,22 @@ def sum_over_rows(x):
     return x + from_partner(x, 16)
 
 
+@triton.constexpr_function
+def _pair_text(kind):
+    return f"cvt.rn.{kind}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def pair(low, high, KIND: gl.constexpr):
+    """Two float32 numbers as a pair of KIND, f16 or bf16."""
+    text: gl.constexpr = _pair_text(KIND)
+    return gl.inline_asm_elementwise(text, "=r,f,f", [low, high], gl.int32, True, 1)
+
+
 @gluon.jit
 def halves(low, high):
     """Two float32 numbers as a pair of float16."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
-    )
+    return pair(low, high, "f16")
 
 
 @gluon.jit
@@ -287,6 +305,23 @@ def as_word(x):
 @gluon.jit
 def bfloat_halves(low, high):
     """Two float32 numbers as a pair of bfloat16."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], gl.int32, True, 1
-    )
+    return pair(low, high, "bf16")
+
+
+@gluon.jit
+def ended(top, l, sink_logits, h, own):
+    """(lse, what an output has still to shrink by, the sum it is divided by) of query rows.
+
+    Args:
+        top, l: largest score, in powers of two, and sum of weights; LOWEST and 0 if none is seen.
+        h: query heads; their learned sinks count where `own`, in one split of all.
+    """
+    shrink = l * 0.0 + 1.0
+    if sink_logits is not None:
+        sink = gl.load(sink_logits + h, mask=own, other=float("-inf")) * LOG2E
+        raised = gl.maximum(top, sink)
+        shrink = gl.exp2(top - raised)
+        l = l * shrink + gl.exp2(sink - raised)
+        top = raised
+    safe = gl.where(l == 0, 1.0, l)
+    return gl.where(l == 0, float("-inf"), (top + gl.log2(safe)) * LN2), shrink, safe

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput
 from saccade.ops import order
-from saccade.ops.attend.gluon import DIMS, layout_refusal, missing
+from saccade.ops.attend.gluon import DIMS
+from saccade.ops.attend.gluon.refusals import layout_refusal, missing
 from saccade.ops.attend.triton import launch as triton_launch
 from saccade.ops.attend.triton.problem import Problem
 

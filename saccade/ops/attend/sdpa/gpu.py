@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
-from saccade.ops.attend.gluon import copyable
+from saccade.ops.attend.gluon.refusals import copyable
 
 Kind = Literal["all", "square", "end"]
 """Who sees whom without a mask in memory: everybody everything; causal with as many queries as

@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops.append import Slots, Turn
 from saccade.ops.attend.triton.launch import plane
 from saccade.ops.attend.triton.problem import on, unit_rows
+from saccade.ops.attend.triton.views import early
 from saccade.ops.whole import power_of_two
 
 
@@ -67,8 +69,12 @@ def append_kernel(
     VALUE_HALF: tl.constexpr,
     TURN: tl.constexpr,
     MIX: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (token, head, row): heads of q first (none where not TURN), then of k, then of v."""
+    if EARLY:  # attention may start at once: it waits for this kernel, which waits itself
+        gdc_launch_dependents()
+        gdc_wait()
     t = tl.program_id(0).to(tl.int64)  # the only axis of a grid that may exceed 65535
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -126,6 +132,7 @@ def launch(slots: Slots, k: Tensor, v: Tensor | None, turn: Turn | None) -> Tens
             TURN=turn is not None,
             MIX=slots.hadamard,
             num_warps=4 if slots.hadamard else 1,
+            **early(k.device),
         )
     return None if turn is None else out
 

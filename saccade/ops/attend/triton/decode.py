@@ -233,7 +233,18 @@ def store_split(
     tl.store(lse_at, row_lse, mask=q_real)
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit
+def weighed(found, part, m, total, acc):
+    """(largest lse, sum of weights, weighted sum of outputs) with the splits of a block more."""
+    found = found * LOG2E
+    m_new = tl.maximum(m, tl.max(found, 0))
+    weight = tl.exp2(found - m_new)
+    shrink = tl.exp2(m - m_new)
+    total = total * shrink + tl.sum(weight, 0)
+    return m_new, total, acc * shrink + tl.sum(part * weight[:, None], 0)
+
+
+@triton.jit
 def merge_kernel(
     parts,
     part_lse,
@@ -242,39 +253,41 @@ def merge_kernel(
     splits,
     part_split,
     lse_split,
-    heads,
-    q_len,
     VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    ONCE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """out = sum over splits of exp(lse_s - lse) out_s; one program a row and BLOCK_V channels."""
-    begin_early(EARLY)
+    """out = sum over splits of exp(lse_s - lse) out_s; one program a row and BLOCK_V channels.
+
+    Addresses are ready before the kernel before has ended; ONCE: BLOCK_S splits are all.
+    """
     row = tl.program_id(0).to(tl.int64)
     value_dims = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     held = value_dims < VALUE_DIM
+    split = tl.arange(0, BLOCK_S)
+    there = split < splits
+    lse_at = part_lse + split.to(tl.int64) * lse_split + row
+    at = parts + split.to(tl.int64)[:, None] * part_split + row * VALUE_DIM + value_dims[None, :]
+    out_at, to = out + row * VALUE_DIM + value_dims, lse + row + tl.arange(0, 1)
     m = tl.full([1], LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        there = split < splits
-        found = tl.load(part_lse + split.to(tl.int64) * lse_split + row, mask=there,
-                        other=float("-inf"))  # fmt: skip
-        found = found * LOG2E
-        at = parts + split.to(tl.int64)[:, None] * part_split + row * VALUE_DIM
-        part = tl.load(at + value_dims[None, :], mask=there[:, None] & held[None, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(found, 0))
-        weight = tl.exp2(found - m_new)
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(weight, 0)
-        acc = acc * shrink + tl.sum(part * weight[:, None], 0)
-        m = m_new
+    if EARLY:  # the kernel behind may start at once: it waits for this one, which waits itself
+        gdc_launch_dependents()
+        gdc_wait()
+    found = tl.load(lse_at, mask=there, other=float("-inf"))
+    part = tl.load(at, mask=there[:, None] & held[None, :], other=0.0)
+    m, total, acc = weighed(found, part, m, total, acc)
+    if not ONCE:
+        for start in range(BLOCK_S, splits, BLOCK_S):
+            there = split < splits - start
+            far = tl.cast(start, tl.int64)
+            found = tl.load(lse_at + far * lse_split, mask=there, other=float("-inf"))
+            part = tl.load(at + far * part_split, mask=there[:, None] & held[None, :], other=0.0)
+            m, total, acc = weighed(found, part, m, total, acc)
     empty = total == 0
     safe = tl.where(empty, 1.0, total)
-    joined = tl.where(empty, float("-inf"), (m + tl.log2(safe)) * LN2)
-    b, h, i = row // (heads * q_len), (row // q_len) % heads, row % q_len
-    at = out.ptr + b * out.batch + h * out.head + i * out.row + value_dims
-    tl.store(at, (acc / safe).to(out.ptr.dtype.element_ty), mask=held)
-    tl.store(lse + row + tl.arange(0, 1), joined)
+    tl.store(out_at, (acc / safe).to(out.dtype.element_ty), mask=held)
+    tl.store(to, tl.where(empty, float("-inf"), (m + tl.log2(safe)) * LN2))

@@ -29,9 +29,6 @@ from saccade.ops.call import AttentionCall
 from saccade.ops.tiles import Plane
 from saccade.ops.whole import cdiv, power_of_two
 
-MANY_SPLITS = 64  # more of them are joined by several programs a row, FEW channels each
-FEW = 32
-
 
 class Parts:
     """Output and lse of every split: the final tensors where there is one split alone."""
@@ -51,26 +48,36 @@ class Parts:
         out = torch.empty(self.shape, dtype=dtype, device=self.out.device)
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
-        block_v = power_of_two(value_dim)
-        if self.splits > MANY_SPLITS:
-            block_v = min(block_v, FEW)
+        block_v, block_s, warps = merge_blocks(self.splits, value_dim)
         merge_kernel[(lse.numel(), cdiv(value_dim, block_v))](
             self.out,
             self.lse,
-            plane(out),
+            out,
             lse,
             self.splits,
             self.out.stride(0),
             self.lse.stride(0),
-            self.shape[1],
-            self.shape[2],
             VALUE_DIM=value_dim,
             BLOCK_V=block_v,
-            BLOCK_S=max(1, min(power_of_two(self.splits), 8192 // block_v)),
-            num_warps=4,
+            BLOCK_S=block_s,
+            ONCE=self.splits <= block_s,
+            num_warps=warps,
             **early(self.out.device),
         )
         return AttentionOutput(out, lse)
+
+
+def merge_blocks(splits: int, value_dim: int) -> tuple[int, int, int]:
+    """(channels, splits, warps) of a program that joins parts.
+
+    One warp needs no barrier and has all of its parts on their way at once, in at most 128
+    registers of a thread; beyond 64 parts four share them (measured on an H200,
+    lab/LOG_gpu_decode.md and lab/LOG_gpu_codes.md).
+    """
+    most = 128 if splits <= 16 else 64 if splits <= 32 else 32
+    block_v, warps = min(most, power_of_two(value_dim)), 4 if splits > 64 else 1
+    room = 8192 if warps == 4 else 4096
+    return block_v, max(1, min(power_of_two(splits), room // block_v)), warps
 
 
 def run_view(call: AttentionCall) -> AttentionOutput:
