@@ -1,6 +1,6 @@
 """Attention on one GPU: ours against PyTorch's kernels, with the card's ceilings in the same run.
 
-    python benchmarks/gpu_attention.py --out benchmarks/results/h200_triton_attention.json
+    python benchmarks/gpu_attention.py --out benchmarks/results/h200_attention.json
 
 Random data; the median over CUDA events; for decoding, one CUDA graph over several caches that
 together exceed the L2 cache.  A result that is wrong is not timed: it raises.  FlexAttention is a
@@ -28,9 +28,9 @@ from benchmarks import gpu_flex, gpu_fp8
 from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import quantize_keys, quantize_values
-from saccade.ops import attend, attention
+from saccade.ops import attention
 from saccade.ops.attend.api import make_call
-from saccade.ops.choose import load
+from saccade.ops.choose import choose, load
 
 KERNELS = ("triton", "gluon")
 FLEX = "--no-flex" not in sys.argv
@@ -159,7 +159,10 @@ def blocks_case(length: int, density: float) -> dict:
 
 
 def backward_case(length: int, dim: int) -> dict:
-    """TFLOP/s of the backward pass, counted as 2.5 forwards as everybody does."""
+    """TFLOP/s of the backward pass, counted as 2.5 forwards as everybody does.
+
+    "triton" are the gradients under PyTorch's switch for determinism, "auto" those without it.
+    """
     heads, kv_heads = 32, 8
     q, k, v = (
         random(1, h, length, dim).requires_grad_() for h in (heads, kv_heads, kv_heads)
@@ -175,10 +178,17 @@ def backward_case(length: int, dim: int) -> dict:
         grads.append([x.grad for x in leaves])
     error = max(demand(a, b, 2e-2, "backward") for a, b in zip(*grads, strict=True))
     row = {"case": "backward", "length": length, "dim": dim, "error": error}
-    out = attention(q, k, v, backend="triton")
-    row["triton"] = work / seconds(
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-    )
+    out = attention(q, k, v)
+
+    def gradients(deterministic: bool = False) -> tuple[Tensor, ...]:
+        torch.use_deterministic_algorithms(deterministic)
+        found = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        torch.use_deterministic_algorithms(False)
+        return found
+
+    for ours, truth in zip(gradients(), gradients(True), strict=True):
+        demand(ours, truth, 2e-2, "backward, auto against triton")
+    row |= {"auto": work / seconds(gradients), "triton": work / seconds(lambda: gradients(True))}
     for name, kernel in PEERS.items():
         with sdpa_kernel(kernel):
             peer = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -189,7 +199,10 @@ def backward_case(length: int, dim: int) -> dict:
 
 
 def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | None = None) -> dict:
-    """GB/s (of the bytes that storage really holds) and microseconds of one decoding step."""
+    """GB/s (of the bytes that storage really holds) and microseconds of one decoding step.
+
+    Every kernel of ours that can, and by "us" and "gbs" the one that `auto` takes.
+    """
     heads, kv_heads, dim = 32, 8, 128
     size = batch * kv_heads * length * dim * 2 * 2
     sets = max(2, min(8, 400_000_000 // size + 1))
@@ -197,23 +210,29 @@ def decode_case(batch: int, length: int, kind: str = "dense", *, window: int | N
     queries = [random(batch, heads, 1, dim) for _ in range(sets)]
     stores = [[random(batch, kv_heads, length, dim) for _ in range(2)] for _ in range(sets)]
     views = [_view(kind, k, v) for k, v in stores]
-    backend = "gluon" if kind in ("int8", "int4", "fp8") else "triton"
-    steps = [
-        lambda q=q, view=view: attend(q, view, mask=mask, backend=backend).out
-        for q, (view, _) in zip(queries, views, strict=True)
-    ]
-    k, v = stores[0]
-    first = [x[:1].double() for x in (queries[0], k, v)]
+    calls = [
+        make_call(q, view, mask=mask) for q, (view, _) in zip(queries, views, strict=True)
+    ]  # fmt: skip
+    first = [x[:1].double() for x in (queries[0], *stores[0])]
     truth = attention(*first, window=window, backend="reference")
     limit = {"int4": 0.2, "int8": 2e-2, "fp8": 6e-2}.get(kind, 1e-2)
-    error = demand(steps[0]()[:1], truth, limit, f"decode {kind}")
     loops = 4 if size < 2**28 else 1
     bytes_read = views[0][1] if window is None else size * min(1, window / length)
-    took = graph_seconds(steps, loops)
-    row = {
-        "case": "decode", "backend": backend, "kind": kind, "batch": batch, "length": length,
-        "window": window, "error": error, "us": took * 1e6, "gbs": bytes_read / took / 1e9,
+    row: dict[str, Any] = {
+        "case": "decode", "kind": kind, "batch": batch, "length": length, "window": window,
+        "error": 0.0,
     }  # fmt: skip
+    for backend in KERNELS:
+        kernel = load(backend)
+        if kernel.refusal(calls[0]) is not None:
+            continue
+        steps = [lambda call=call, kernel=kernel: kernel.run(call).out for call in calls]
+        error = demand(steps[0]()[:1], truth, limit, f"decode {backend} {kind}")
+        row["error"] = max(row["error"], error)
+        took = graph_seconds(steps, loops)
+        row |= {f"{backend}_us": took * 1e6, f"{backend}_gbs": bytes_read / took / 1e9}
+        if choose(calls[0], "auto") is kernel:
+            row |= {"auto": backend, "us": took * 1e6, "gbs": bytes_read / took / 1e9}
     if kind == "dense" and window is None:
         for name in PEERS:
             peer = _peer_decode(name, queries, stores, loops)
@@ -269,7 +288,10 @@ def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:
         *(("forward", forward_case, where, options) for where, options in forward),
         ("blocks", blocks_case, (32768, 0.25), {}),
         *(("fp8", gpu_fp8.fp8_case, where, options) for where, options in eight),
-        *(("backward", backward_case, (8192, dim), {}) for dim in (128, 64)),
+        *(
+            ("backward", backward_case, where, {})
+            for where in ((8192, 128), (8192, 64), (32768, 128))
+        ),
         *(("decode", decode_case, shape, {}) for shape in dense),
         *(("decode", decode_case, (*shape, kind), {}) for kind in kinds for shape in dense[1:4]),
         ("decode", decode_case, (16, 32768), {"window": 4096}),
@@ -295,8 +317,8 @@ def main() -> None:
     }
     q, k, v = (random(1, h, 32, 128) for h in (32, 8, 8))
     record["host_us"] = {
-        "prefill": host_seconds(lambda: attention(q, k, v, backend="triton")) * 1e6,
-        "decode": host_seconds(lambda: attention(q[:, :, :1], k, v, backend="triton")) * 1e6,
+        "prefill": host_seconds(lambda: attention(q, k, v)) * 1e6,
+        "decode": host_seconds(lambda: attention(q[:, :, :1], k, v)) * 1e6,
         "sdpa": host_seconds(
             lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         ) * 1e6,

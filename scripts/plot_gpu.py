@@ -29,7 +29,7 @@ def read(name: str) -> dict:
 
 def prefill() -> tuple[Series, float]:
     """Causal D 128, TFLOP/s by length, and the rate of a large matrix product."""
-    record = read("h100_attention")
+    record = read("h200_attention")
     names = {"gluon": "saccade, Gluon", "triton": "saccade, Triton", "cudnn": "cuDNN"}
     names["flash2"] = "FlashAttention-2"
     rows = [r for r in record["rows"] if r["case"] == "forward" and r["dim"] == 128]
@@ -40,13 +40,14 @@ def prefill() -> tuple[Series, float]:
 
 def decode() -> tuple[Series, float]:
     """Batch 1, bfloat16, GB/s by number of keys, and the read ceiling."""
-    record = read("h100_attention")
+    record = read("h200_attention")
     rows = [
         r
         for r in record["rows"]
         if r["case"] == "decode" and r["kind"] == "dense" and r["batch"] == 1 and not r["window"]
     ]
-    keys = {"gbs": "saccade, Triton", "cudnn_gbs": "cuDNN", "flash2_gbs": "FlashAttention-2"}
+    keys = {"gluon_gbs": "saccade, Gluon", "triton_gbs": "saccade, Triton"}
+    keys |= {"cudnn_gbs": "cuDNN", "flash2_gbs": "FlashAttention-2"}
     series = {title: {r["length"]: r[key] for r in rows} for key, title in keys.items()}
     return series, record["ceilings"]["read_gbs"]
 

@@ -6,6 +6,7 @@ Small, because every access is watched: a few tiles, odd lengths, several progra
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -13,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from saccade.bench.tune_work import paged
-from saccade.core import BlockSelection, DenseKV, Mask, QuantizedKV
+from saccade.core import BlockSelection, DenseKV, Mask, QuantizedKV, quantize_heads
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.ops import attend, attention
 from saccade.ops.append import Slots, Turn, append
+from saccade.ops.attend.api import make_call
+from saccade.ops.attend.triton.problem import dense_problem
+from saccade.ops.pack import pack_keys, pack_values, write_out
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -29,18 +33,30 @@ def qkv(queries: int, keys: int, dim: int) -> list[torch.Tensor]:
     return [normal(1, 2, queries, dim), normal(1, 1, keys, dim), normal(1, 1, keys, dim)]
 
 
-def forward(backend: str = "triton", dims: tuple[int, ...] = (64, 128)) -> None:
+def forward(backend: str, dims: tuple[int, ...]) -> None:
     """Prefill: causal with an offset, all keys, window with sinks, by the given kernels."""
     for dim in dims:
         for options in ({}, {"causal": False}, {"window": 100, "sinks": 3}):
             attention(*qkv(150, 290, dim), **options, return_lse=True, backend=backend)
 
 
-def listed() -> None:
+def listed(backend: str, dims: tuple[int, ...] = (128,)) -> None:
     """Prefill over selected blocks."""
     allowed = (torch.rand(1, 1, 2, 3) < 0.6).cuda()
     blocks = BlockSelection(allowed=allowed, q_block=128, k_block=128)
-    attention(*qkv(150, 290, 128), blocks=blocks, backend="triton")
+    for dim in dims:
+        attention(*qkv(150, 290, dim), blocks=blocks, backend=backend)
+
+
+def rows(backend: str) -> None:
+    """Prefill over packed documents, rows of their own lengths and pages."""
+    ends = torch.tensor([0, 70, 150], dtype=torch.int32).cuda()
+    attention(*qkv(150, 150, 128), cu_seqlens=(ends, ends), backend=backend)
+    lengths = torch.tensor([200]).cuda()
+    attention(*qkv(150, 290, 128), lengths=lengths, backend=backend)
+    q, k, v = qkv(150, 290, 128)
+    for page in (16, 128):
+        attend(q, paged(k, v, page), mask=Mask(), backend=backend)
 
 
 def backward() -> None:
@@ -51,42 +67,90 @@ def backward() -> None:
         torch.autograd.grad(out, leaves, normal(*out.shape))
 
 
-def decode() -> None:
-    """One token over dense keys and pages, with a merge of the splits."""
-    q, k, v = qkv(1, 700, 128)
-    for view in (DenseKV(k, v), paged(k, v, 16)):
-        attend(q, view, mask=Mask(), backend="triton")
+def gluon_backward() -> None:
+    """Gradients by the kernel that `auto` takes from 512 keys on; groups shared by programs too."""
+    from saccade.ops.attend.gluon import backward_launch, launch
+
+    shared = backward_launch.splits_of
+    for dim in (64, 128):
+        for options in ({"causal": True}, {"causal": False}, {"window": 100, "sinks": 3}):
+            q, k, v = qkv(150, 290, dim)
+            problem = dense_problem(make_call(q, DenseKV(k, v), mask=Mask(**options)))
+            out, lse = launch.forward(problem)
+            dout, dlse = normal(*out.shape), torch.zeros_like(lse)
+            for splits in (1, 2):
+                backward_launch.splits_of = lambda _, splits=splits: splits
+                backward_launch.backward(problem, out, lse, dout, dlse)
+    backward_launch.splits_of = shared
 
 
-def codes() -> None:
-    """One token over int8 and int4 codes and a recent part."""
-    q, k, v = qkv(1, 700, 128)
-    for bits in (8, 4):
-        coded = [make(x[:, :, :640].float(), bits=bits, group=64)
-                 for make, x in ((quantize_keys, k), (quantize_values, v))]  # fmt: skip
-        recent = (k[:, :, 640:].contiguous(), v[:, :, 640:].contiguous())
-        view = QuantizedKV(*coded, *recent, bits, bits, 64)
-        attend(q, view, mask=Mask(), backend="triton")
+def decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
+    """A few tokens over dense keys and pages, with a merge of the splits."""
+    for dim in dims:
+        for queries in (1, 3):
+            q, k, v = qkv(queries, 700, dim)
+            for view in (DenseKV(k, v), paged(k, v, 16)):
+                for mask in (Mask(), Mask(window=100, sinks=3)):
+                    attend(q, view, mask=mask, backend=backend)
+
+
+def codes(backend: str, dims: tuple[int, ...] = (128,)) -> None:
+    """A few tokens over int8, fp8 and int4 codes and a recent part."""
+    for dim in dims:
+        for kind in ("int8", "fp8", "int4"):
+            for queries in (1, 3):
+                q, k, v = qkv(queries, 700, dim)
+                attend(q, coded(k, v, kind), mask=Mask(), backend=backend)
+
+
+def coded(k: torch.Tensor, v: torch.Tensor, kind: str) -> QuantizedKV:
+    """The same keys as codes, the last 60 as they are."""
+    form = {"bits": 4 if kind == "int4" else 8, "group": 64, "fp8": kind == "fp8"}
+    packed = [make(x[:, :, :640].float(), **form)
+              for make, x in ((quantize_keys, k), (quantize_values, v))]  # fmt: skip
+    recent = (x[:, :, 640:].contiguous() for x in (k, v))
+    return QuantizedKV(*packed, *recent, form["bits"], form["bits"], form["group"])
+
+
+def fp8() -> None:
+    """Prefill over queries, keys and values that are fp8 codes themselves."""
+    for dim in (64, 128):
+        scaled = [quantize_heads(x) for x in qkv(150, 290, dim)]
+        for options in ({}, {"causal": False}, {"window": 100, "sinks": 3}):
+            attention(*scaled, **options, return_lse=True, backend="gluon_fp8")
 
 
 def storing() -> None:
-    """Turn, rotate and store a token."""
+    """Turn, rotate and store a token; quantise groups of tokens and write them out again."""
     q, k, v = qkv(1, 1, 128)
     cos, sin = torch.rand(1, 1, 128).cuda(), torch.rand(1, 1, 128).cuda()
     for hadamard in (False, True):
         store = [torch.zeros(1, 1, 64, 128, dtype=torch.bfloat16).cuda() for _ in range(2)]
         at = torch.tensor([5]).cuda()
         append(Slots(*store, at, hadamard=hadamard), k, v, Turn(q, cos, sin))
+    _, k, v = qkv(1, 700, 128)
+    for kind in ("int8", "fp8", "int4"):
+        view = coded(k, v, kind)
+        pack_keys(k[:, :, :640], view.k, bits=view.bits_k, group=64)
+        pack_values(v[:, :, :640], view.v, bits=view.bits_v, group=64)
+        write_out(view, 64, 320)
 
 
-GROUPS = {
-    "forward": forward,
-    "listed": listed,
+GROUPS: dict[str, Callable[[], None]] = {
+    "forward": lambda: forward("triton", (64, 128)),
+    "listed": lambda: listed("triton"),
+    "rows": lambda: rows("triton"),
     "backward": backward,
-    "decode": decode,
-    "codes": codes,
+    "decode": lambda: decode("triton"),
+    "codes": lambda: codes("triton"),
     "storing": storing,
-    "gluon": lambda: forward("gluon", (64, 128, 256)),
+    "gluon_forward": lambda: forward("gluon", (64, 128, 256)),
+    "gluon_listed": lambda: listed("gluon"),
+    "gluon_rows": lambda: rows("gluon"),
+    "gluon_backward": gluon_backward,
+    "gluon_decode": lambda: decode("gluon", (64, 128)),
+    "gluon_codes": lambda: codes("gluon", (64, 128)),
+    "gluon_fp8": fp8,
 }
 
 if __name__ == "__main__":
