@@ -60,3 +60,10 @@ def sum_and_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
     found = one_row.sum_and_norm(a.reshape(-1), b.reshape(-1), weight, eps)
     return found[0].view(a.shape), found[1].view(a.shape)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of a row `[.., K]`."""
+    from saccade.ops.attend.triton import one_row
+
+    return one_row.sum_and_norm(x.reshape(-1), None, weight, eps)[1].view(x.shape)

@@ -31,19 +31,24 @@ def calls(monkeypatch):
         return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
     def sum_and_norm(a, b, weight, eps):
-        asked.append("norm")
+        asked.append("sum and norm")
         return a + b, F.rms_norm(a + b, weight.shape, weight, eps)
+
+    def norm(x, weight, eps):
+        asked.append("norm")
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def serves(x, *weights):
         return x.numel() == x.shape[-1] and all(w.shape[1] == x.shape[-1] for w in weights)
 
-    for function in (products, gated, sum_and_norm, serves):
+    for function in (products, gated, sum_and_norm, norm, serves):
         monkeypatch.setattr(one_row, function.__name__, function)
     return asked
 
 
 def replaced(model):
-    return one_row_forwards(model, [norm for norm, _ in plain_norms(model)])
+    norms = list(plain_norms(model))
+    return norms + one_row_forwards(model, [norm for norm, _ in norms])
 
 
 def stepped(model, params, replacing):
@@ -67,11 +72,11 @@ def test_steps_stay_what_they_were(family, calls):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_layer_is_five_launches(family, calls):
+def test_a_layer_is_six_launches(family, calls):
     model = tiny_model(tiny_config(family))
     stepped(model, ContextParams(), True)
-    layer = [3, 1, "norm", "gated", 1]  # q k v, what follows attention, down
-    assert calls == (layer * model.config.num_hidden_layers + [1]) * len(TOKENS)
+    layer = ["norm", 3, 1, "sum and norm", "gated", 1]  # q k v | attention | the rest
+    assert calls == (layer * model.config.num_hidden_layers + ["norm", 1]) * len(TOKENS)
 
 
 def test_prompts_and_batches_are_left_alone(calls):

@@ -76,7 +76,9 @@ def test_sum_and_norm(size, dtype):
     total, normed = one_row.sum_and_norm(a, b, weight, 1e-5)
     assert torch.equal(total, a + b)
     truth = F.rms_norm(total.double(), (size,), weight.double(), 1e-5)
-    check(normed, F.rms_norm(total, (size,), weight, 1e-5), truth, dtype)
+    eager = F.rms_norm(total, (size,), weight, 1e-5)
+    check(normed, eager, truth, dtype)
+    check(one_row.norm(total, weight, 1e-5), eager, truth, dtype)
 
 
 @runs_kernels
@@ -92,6 +94,7 @@ def test_each_launch_waits_for_the_one_before():
         for i in range(20 if CARD else 2):
             y = one_row.products(x, [weights[i % 4]], [x.view(-1)])[0]
             x, y = one_row.sum_and_norm(x, y, norm, 1e-5)
+            y = one_row.norm(y, norm, 1e-5)
             x = one_row.gated(y, weights[(i + 1) % 4], weights[i % 4])
             if ends and CARD:
                 torch.cuda.synchronize()

@@ -130,7 +130,10 @@ def gated_kernel(x, gate, up, out, count, COLUMNS: tl.constexpr, ROWS: tl.conste
 @triton.jit
 def sum_and_norm_kernel(a, b, weight, total, normed, eps, SIZE: tl.constexpr,
                         BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """total = a + b; normed = total / sqrt(mean(total^2) + eps) * weight: one program, one row."""
+    """total = a + b; normed = total / sqrt(mean(total^2) + eps) * weight: one program, one row.
+
+    Without b it is the norm of a.
+    """
     if EARLY:
         gdc_launch_dependents()
     at = tl.arange(0, BLOCK)
@@ -139,10 +142,11 @@ def sum_and_norm_kernel(a, b, weight, total, normed, eps, SIZE: tl.constexpr,
     if EARLY:
         gdc_wait()
     x = tl.load(a + at, mask=held, other=0.0).to(tl.float32)
-    x += tl.load(b + at, mask=held, other=0.0).to(tl.float32)
-    x = x.to(total.dtype.element_ty)
-    tl.store(total + at, x, mask=held)
-    x = x.to(tl.float32)
+    if b is not None:
+        x += tl.load(b + at, mask=held, other=0.0).to(tl.float32)
+        x = x.to(total.dtype.element_ty)
+        tl.store(total + at, x, mask=held)
+        x = x.to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x) / SIZE + eps) * factor
     tl.store(normed + at, x.to(normed.dtype.element_ty), mask=held)
 
@@ -185,9 +189,9 @@ def _options(x: Tensor, cut: Cut) -> dict[str, Any]:
     return meaning | {"num_warps": cut.warps} | early(x.device)
 
 
-def sum_and_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """a + b `[K]`, and its RMS norm."""
-    total, normed = torch.empty_like(a), torch.empty_like(a)
+def sum_and_norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """a + b `[K]`, or a without b, and its RMS norm."""
+    total, normed = a if b is None else torch.empty_like(a), torch.empty_like(a)
     size = a.shape[0]
     with on(a.device):
         sum_and_norm_kernel[(1,)](
