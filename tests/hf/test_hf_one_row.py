@@ -118,3 +118,27 @@ def test_hooks_and_other_forwards_are_respected():
     found = dict(replaced(model))
     assert first not in found and first.mlp not in found and first.mlp.up_proj not in found
     assert second in found and second.self_attn.q_proj not in found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_captured_steps_err_no_more_than_eager_ones(family, monkeypatch):
+    """bf16 on a card against float32: at most twice the error of transformers' own sdpa."""
+    truth_of = tiny_model(tiny_config(family)).cuda()
+    model = tiny_model(tiny_config(family)).to("cuda", torch.bfloat16)
+    truth_of.load_state_dict(model.state_dict())
+    tokens = [(7 * i) % 120 + 3 for i in range(12)]
+    whole = torch.cat((PROMPT, torch.tensor(tokens))).cuda()[None]
+    with torch.inference_mode():
+        truth = truth_of(whole).logits[0, len(PROMPT) :]
+        eager = model(whole).logits[0, len(PROMPT) :].float()
+    launches, products = [], one_row.products
+    monkeypatch.setattr(one_row, "products", lambda *a: launches.append(1) or products(*a))
+    with saccade.Context(model) as ctx:
+        ctx.append(PROMPT)
+        step = DecodeStep(ctx.model, ctx.cache)
+        found = torch.cat([step(token).clone() for token in tokens])
+    served = torch.cuda.get_device_capability()[0] == 9
+    assert bool(launches) == served
+    assert (found - truth).norm() <= 2 * (eager - truth).norm()
