@@ -40,7 +40,7 @@ class DecodeStep:
     """Reads one token in every row and says what may follow.
 
     The cache may be used in other ways between two steps: the step notices, and captures anew
-    where storage has moved.
+    where storage has moved.  With one row on Hopper, models of transformers run by `ops.one_row`.
 
     Args:
         model: attached already, and as it will be for all steps.
