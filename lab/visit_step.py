@@ -1,6 +1,6 @@
 """What replacing pieces of a decoding step is worth: 8 layers of the 8B shape, and products alone.
 
-python lab/visit_step.py steps products lengths rings
+python lab/visit_step.py steps products lengths rings families
 """
 
 import sys
@@ -16,7 +16,7 @@ from gpu_end_to_end import over_codes
 from gpu_subjects import LONG, SHAPE, Ours, rate, relative, tokens
 from gpu_windows import SHAPE as WINDOWED
 from profile_step import table
-from transformers import LlamaConfig, MistralConfig
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from saccade.ops import one_row
 from saccade.ops.attend.triton import one_row as kernels
@@ -33,7 +33,7 @@ def steps() -> None:
     config = LlamaConfig(**(SHAPE | {"num_hidden_layers": 8}))
     ours = Ours(config, 8192)
     ours.read(tokens(4096, config.vocab_size), 4096)
-    never = patch.object(one_row, "serves", lambda *_: False)
+    never = patch.object(one_row, "_measured_on", lambda _: False)
     cases = {"library": never, "one row": patch.object(kernels, "GATED", kernels.GATED)}
     for cut in (Cut(1, 1024, 4), Cut(2, 2048, 4)):
         cases[f"gate {tuple(cut)}"] = patch.object(kernels, "GATED", cut)
@@ -133,6 +133,32 @@ def rings() -> None:
         print(f"rings {length}: {rate(ours)['ms_per_token']:.3f} ms", flush=True)
 
 
+def families() -> None:
+    """8 layers of other shapes behind 4k tokens, without and with the kernels of one row."""
+    common = {"num_hidden_layers": 8, "max_position_embeddings": 8192}
+    shapes = {
+        "Qwen3-8B": Qwen3Config(
+            **common, vocab_size=151936, hidden_size=4096, intermediate_size=12288,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        ),
+        "Gemma-2-9B": Gemma2Config(
+            **common, vocab_size=256000, hidden_size=3584, intermediate_size=14336,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=4096,
+        ),
+    }  # fmt: skip
+    for name, config in shapes.items():
+        ours = Ours(config, 8192)
+        ours.read(tokens(3000, config.vocab_size), 4096)
+        times = []
+        for measured in (False, True):
+            ours.decode = None
+            with patch.object(one_row, "_measured_on", lambda _, measured=measured: measured):
+                times.append(rate(ours)["ms_per_token"])
+        print(f"{name}: library {times[0]:.3f}, one row {times[1]:.3f} ms", flush=True)
+        ours.ctx.close()
+
+
 if __name__ == "__main__":
     for part in sys.argv[1:]:
-        {"steps": steps, "products": products, "lengths": lengths, "rings": rings}[part]()
+        {"steps": steps, "products": products, "lengths": lengths, "rings": rings,
+         "families": families}[part]()  # fmt: skip

@@ -13,7 +13,7 @@ from saccade.cache import LayerCache, Staging
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
-from saccade.hf.norms import plain_norms
+from saccade.hf.norms import plain_norms, shifted_norms
 from saccade.hf.one_row import one_row_forwards
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
@@ -88,7 +88,7 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
         if model.device.type == "cuda":
             norms = list(plain_norms(model))
             rows = one_row_forwards(model, [module for module, _ in norms])
-            for module, forward in norms + rows:
+            for module, forward in [*norms, *shifted_norms(model), *rows]:
                 _set(undo, module, "forward", forward)
         attached = Attached(model, params)
         _set(undo, model, "generate", _generate_with_cache(attached))

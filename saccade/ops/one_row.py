@@ -13,6 +13,8 @@ from torch import Tensor
 
 from saccade.ops.attend.triton import INTERPRETED, able_on
 
+FEW = 256  # rows of a norm: heads of a token
+
 
 def serves(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernels take a row `x` `[1, .., 1, K]` and matrices `[N, K]`, without gradient.
@@ -58,12 +60,18 @@ def sum_and_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tens
     """a + b and its RMS norm, rows `[.., K]`; the norm is of the rounded sum."""
     from saccade.ops.attend.triton import one_row
 
-    found = one_row.sum_and_norm(a.reshape(-1), b.reshape(-1), weight, eps)
-    return found[0].view(a.shape), found[1].view(a.shape)
+    return one_row.sum_and_norm(a.contiguous(), b.contiguous(), weight, eps, 0.0)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm of a row `[.., K]`."""
+def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """RMS norm of rows `[.., K]`, times weight + offset."""
     from saccade.ops.attend.triton import one_row
 
-    return one_row.sum_and_norm(x.reshape(-1), None, weight, eps)[1].view(x.shape)
+    return one_row.sum_and_norm(x.contiguous(), None, weight, eps, offset)[1]
+
+
+def norm_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether `norm` takes rows `[.., K]`, as many as a step has heads, without gradient."""
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    plain = weight.dtype == x.dtype and not torch.is_grad_enabled()
+    return few and plain and not torch.compiler.is_compiling() and _measured_on(x.device)

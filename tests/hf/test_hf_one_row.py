@@ -7,14 +7,14 @@ from torch import nn
 
 import saccade
 from saccade.hf.attach import _set
-from saccade.hf.norms import plain_norms
+from saccade.hf.norms import plain_norms, shifted_norms
 from saccade.hf.one_row import is_decoder_layer, is_gated, one_row_forwards
 from saccade.ops import one_row
 from saccade.runtime import ContextParams, DecodeStep
 from tests.tiny_models import tiny_config, tiny_model
 
 PROMPT, TOKENS = torch.arange(3, 40), [5, 9, 17]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_oss"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss"]
 
 
 @pytest.fixture
@@ -34,21 +34,25 @@ def calls(monkeypatch):
         asked.append("sum and norm")
         return a + b, F.rms_norm(a + b, weight.shape, weight, eps)
 
-    def norm(x, weight, eps):
-        asked.append("norm")
-        return F.rms_norm(x, weight.shape, weight, eps)
+    def norm(x, weight, eps, offset=0.0):
+        asked.append("norm" if x.ndim == 3 else "norm of heads")
+        return F.rms_norm(x, weight.shape, weight + offset, eps)
+
+    def norm_served(x, weight):
+        return True
 
     def serves(x, *weights):
         return x.numel() == x.shape[-1] and all(w.shape[1] == x.shape[-1] for w in weights)
 
-    for function in (products, gated, sum_and_norm, norm, serves):
+    for function in (products, gated, sum_and_norm, norm, norm_served, serves):
         monkeypatch.setattr(one_row, function.__name__, function)
     return asked
 
 
 def replaced(model):
     norms = list(plain_norms(model))
-    return norms + one_row_forwards(model, [norm for norm, _ in norms])
+    rows = one_row_forwards(model, [norm for norm, _ in norms])
+    return [*norms, *shifted_norms(model), *rows]
 
 
 def stepped(model, params, replacing):
@@ -75,7 +79,8 @@ def test_steps_stay_what_they_were(family, calls):
 def test_a_layer_is_six_launches(family, calls):
     model = tiny_model(tiny_config(family))
     stepped(model, ContextParams(), True)
-    layer = ["norm", 3, 1, "sum and norm", "gated", 1]  # q k v | attention | the rest
+    heads = ["norm of heads"] * 2 if family == "qwen3" else []
+    layer = ["norm", 3, *heads, 1, "sum and norm", "gated", 1]
     assert calls == (layer * model.config.num_hidden_layers + ["norm", 1]) * len(TOKENS)
 
 
@@ -110,6 +115,17 @@ def test_what_differs_from_the_formula_is_not_replaced():
     assert not is_decoder_layer(gemma, {id(gemma.post_attention_layernorm)})
 
 
+def test_norms_of_one_plus_weight():
+    """Gemma's, four a layer and one behind the last."""
+    for family, count in (("llama", 0), ("gemma2", 17)):
+        model = tiny_model(tiny_config(family))
+        found = list(shifted_norms(model))
+        assert len(found) == count
+        for module, forward in found:
+            x = torch.randn(2, 3, len(module.weight))
+            assert torch.equal(forward(x), module(x))  # but in steps
+
+
 def test_hooks_and_other_forwards_are_respected():
     model = tiny_model(tiny_config("llama"))
     first, second = model.model.layers[:2]
@@ -122,7 +138,9 @@ def test_hooks_and_other_forwards_are_respected():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
+)
 def test_captured_steps_err_no_more_than_eager_ones(family, monkeypatch):
     """bf16 on a card against float32: at most twice the error of transformers' own sdpa."""
     truth_of = tiny_model(tiny_config(family)).cuda()

@@ -82,6 +82,18 @@ def test_sum_and_norm(size, dtype):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@torch.no_grad()
+def test_norms_of_heads(offset, dtype):
+    x, weight = random(1, 1, 12, 80, dtype=dtype), random(80, dtype=dtype)
+    assert one_row.norm_served(x, weight) and not one_row.norm_served(x, weight.double())
+    truth = F.rms_norm(x.double(), (80,), weight.double() + offset, 1e-6)
+    eager = F.rms_norm(x.float(), (80,), weight.float() + offset, 1e-6).to(dtype)
+    check(one_row.norm(x, weight, 1e-6, offset), eager, truth, dtype)
+
+
+@runs_kernels
 @torch.no_grad()
 def test_each_launch_waits_for_the_one_before():
     """Each output is the next input: a launch that began too early would read what was there."""

@@ -128,17 +128,18 @@ def gated_kernel(x, gate, up, out, count, COLUMNS: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def sum_and_norm_kernel(a, b, weight, total, normed, eps, SIZE: tl.constexpr,
+def sum_and_norm_kernel(a, b, weight, total, normed, offset, eps, SIZE: tl.constexpr,
                         BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """total = a + b; normed = total / sqrt(mean(total^2) + eps) * weight: one program, one row.
+    """total = a + b; normed = total / sqrt(mean(total^2) + eps) * (weight + offset).
 
-    Without b it is the norm of a.
+    A program has one row; without b it is the norm of a.
     """
     if EARLY:
         gdc_launch_dependents()
-    at = tl.arange(0, BLOCK)
-    held = at < SIZE
-    factor = tl.load(weight + at, mask=held, other=0.0).to(tl.float32)
+    dims = tl.arange(0, BLOCK)
+    held = dims < SIZE
+    at = tl.program_id(0).to(tl.int64) * SIZE + dims
+    factor = tl.load(weight + dims, mask=held, other=0.0).to(tl.float32) + offset
     if EARLY:
         gdc_wait()
     x = tl.load(a + at, mask=held, other=0.0).to(tl.float32)
@@ -189,21 +190,24 @@ def _options(x: Tensor, cut: Cut) -> dict[str, Any]:
     return meaning | {"num_warps": cut.warps} | early(x.device)
 
 
-def sum_and_norm(a: Tensor, b: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """a + b `[K]`, or a without b, and its RMS norm."""
+def sum_and_norm(
+    a: Tensor, b: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """a + b `[.., K]`, or a without b, and its RMS norm times weight + offset; contiguous rows."""
     total, normed = a if b is None else torch.empty_like(a), torch.empty_like(a)
-    size = a.shape[0]
+    size = a.shape[-1]
     with on(a.device):
-        sum_and_norm_kernel[(1,)](
+        sum_and_norm_kernel[(a.numel() // size,)](
             a,
             b,
             weight,
             total,
             normed,
+            offset,
             eps,
             SIZE=size,
             BLOCK=power_of_two(size),
-            num_warps=8,
+            num_warps=8 if size > 1024 else 1,
             **early(a.device),
         )
     return total, normed
