@@ -16,7 +16,7 @@ from gpu_end_to_end import over_codes
 from gpu_subjects import LONG, SHAPE, Ours, rate, relative, tokens
 from gpu_windows import SHAPE as WINDOWED
 from profile_step import table
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from saccade.ops import one_row
 from saccade.ops.attend.triton import one_row as kernels
@@ -141,13 +141,16 @@ def families() -> None:
             **common, vocab_size=151936, hidden_size=4096, intermediate_size=12288,
             num_attention_heads=32, num_key_value_heads=8, head_dim=128,
         ),
-        "Gemma-2-9B": Gemma2Config(
-            **common, vocab_size=256000, hidden_size=3584, intermediate_size=14336,
-            num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=4096,
+        "Gemma-3-12B": Gemma3TextConfig(
+            **common, vocab_size=262208, hidden_size=3840, intermediate_size=15360,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=256, sliding_window=1024,
         ),
     }  # fmt: skip
     for name, config in shapes.items():
         ours = Ours(config, 8192)
+        scale = getattr(ours.model.model.embed_tokens, "embed_scale", None)
+        if scale is not None:  # a buffer, which random weights leave out
+            scale.fill_(config.hidden_size**0.5)
         ours.read(tokens(3000, config.vocab_size), 4096)
         times = []
         for measured in (False, True):
