@@ -18,155 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_subjects import (
+    CHUNK,
+    DEVICE,
+    LONG,
+    SHAPE,
+    STEPS,
+    TINY,
+    Ours,
+    Sdpa,
+    peak,
+    random_model,
+    rate,
+    relative,
+    synchronize,
+    timed,
+    tokens,
+)
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import LlamaConfig, StaticCache
 
 import saccade
-from saccade.runtime import DecodeStep
 
-LONG, CHUNK, STEPS = 131072, 8192, 64
 LENGTHS = (4096, 32768, LONG - 256)
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": LONG,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def random_model(config: LlamaConfig, how: str) -> Any:
-    """Random bf16 weights, made on the card; norms 1, rotary tables as the config says."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=how
-        )
-    model.to_empty(device=DEVICE)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(DEVICE)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1) if "norm" in name else weight.normal_(0, 0.02)
-    return model.eval().requires_grad_(False)
-
-
-def tokens(count: int, vocab: int) -> Tensor:
-    """Random tokens, the same in every process."""
-    return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(1))
-
-
-def synchronize() -> None:
-    """Wait for the card."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Seconds of wall time until the card is done."""
-    synchronize()
-    begin = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - begin
-
-
-def peak() -> float:
-    """Most GiB allocated since the last call."""
-    if DEVICE != "cuda":
-        return 0.0
-    gib = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return gib
-
-
-class Sdpa:
-    """transformers' own way: sdpa and a cache that grows by concatenation."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        self.config, self.model = config, random_model(config, "sdpa")
-        self.cache = DynamicCache(config=config)
-
-    @torch.inference_mode()
-    def read(self, ids: Tensor, batch: int) -> Tensor:
-        """Logits behind the last token."""
-        for part in ids.split(batch):
-            logits = self.model(
-                part[None].to(DEVICE), past_key_values=self.cache, logits_to_keep=1
-            ).logits
-        return logits[0, -1]
-
-    def step(self, token: int) -> Tensor:
-        """Logits behind one token more."""
-        return self.read(torch.tensor([token]), 1)
-
-    def forget(self) -> None:
-        """Start anew, memory freed."""
-        self.cache = DynamicCache(config=self.config)
-
-
-class Ours:
-    """saccade.Context: chunks into reserved caches, decoding by DecodeStep."""
-
-    def __init__(self, config: LlamaConfig, room: int, **params: Any) -> None:
-        self.model, self.room = random_model(config, "sdpa"), room
-        self.params = params
-        self.context(CHUNK)
-
-    def context(self, batch: int) -> None:
-        """A fresh context with that n_batch."""
-        self.ctx: Any = None
-        params = saccade.ContextParams(n_ctx=self.room, n_batch=batch, **self.params)
-        self.ctx = saccade.Context(self.model, params, reserve=self.room)
-        self.decode: Any = None
-
-    def read(self, ids: Tensor, batch: int) -> Tensor:
-        """Logits behind the last token."""
-        if batch != self.ctx.params.n_batch:
-            self.ctx.close()
-            self.context(batch)
-        return self.ctx.logits(self.ctx.append(ids)[-1])
-
-    def step(self, token: int) -> Tensor:
-        """Logits behind one token more."""
-        if self.decode is None:
-            self.decode = DecodeStep(self.ctx.model, self.ctx.cache)
-        return self.decode(token)[0]
-
-    def forget(self) -> None:
-        """Start anew in the same memory."""
-        for layer in self.ctx.cache.layers:
-            layer.reset()
-
-
-def rate(subject: Any, steps: int = STEPS) -> dict[str, float]:
-    """Tokens/s and milliseconds of greedy steps, each waiting for its token as a user would."""
-    token = 5
-    for _ in range(4):
-        token = int(subject.step(token).argmax())
-
-    def go() -> None:
-        nonlocal token
-        for _ in range(steps):
-            token = int(subject.step(token).argmax())
-
-    ms = timed(go) / steps * 1e3
-    return {"ms_per_token": ms, "tokens_per_s": 1e3 / ms, "peak_gib": peak()}
 
 
 def floor_ms(config: LlamaConfig, length: int, kv_bytes: float, read_gbs: float) -> float:
@@ -176,11 +50,6 @@ def floor_ms(config: LlamaConfig, length: int, kv_bytes: float, read_gbs: float)
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
     weights = 2 * (config.num_hidden_layers * layer + config.vocab_size * hidden)
     return (weights + config.num_hidden_layers * 2 * kv * length * kv_bytes) / read_gbs / 1e6
-
-
-def relative(ours: Tensor, truth: Tensor) -> float:
-    """||ours - truth|| / ||truth||."""
-    return ((ours.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
 def part_check(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
@@ -305,15 +174,22 @@ def part_sdpa(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
 
 @torch.inference_mode()
 def part_compiled(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """torch.compile'd sdpa over a static cache of each length, as transformers recommends."""
+    """torch.compile'd sdpa over a static cache, as transformers recommends; one length a process.
+
+    Compiling takes most of a minute; every length has shapes of its own and would compile anew.
+    Only steps are timed, so the cache is filled with random numbers instead of a text.
+    """
     model = random_model(config, "sdpa")
-    ids = tokens(lengths[-1], config.vocab_size)
+    ids = tokens(16, config.vocab_size)
     step = torch.compile(model.forward, mode="reduce-overhead", dynamic=False)
     found: dict[Any, Any] = {}
-    for length in (lengths[1], lengths[2], lengths[0]):
+    for length in lengths:
         cache = StaticCache(config=config, max_cache_len=length + 128)
-        for part in ids[:length].split(CHUNK):
-            model(part[None].to(DEVICE), past_key_values=cache, logits_to_keep=1)
+        model(ids[None].to(DEVICE), past_key_values=cache, logits_to_keep=1)
+        for layer in cache.layers:
+            for stored in (layer.keys, layer.values):
+                stored.normal_()
+            layer.cumulative_length.fill_(length)
         token = torch.tensor([[5]], device=DEVICE)
         position = torch.tensor([[length]], device=DEVICE)
         compiling, begin = 0.0, time.perf_counter()
@@ -341,16 +217,38 @@ def read_gbs() -> float:
 PARTS: dict[str, Callable[..., dict]] = {
     "check": part_check, "ours": part_ours, "sdpa": part_sdpa, "compiled": part_compiled,
 }  # fmt: skip
-LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "compiled": 110}
+LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "compiled": 240}
 
 
-def run_part(name: str, tiny: bool) -> None:
+def run_part(name: str, tiny: bool, lengths: tuple[int, ...]) -> None:
     """One part in this process; its record is the last line."""
     config = LlamaConfig(**(SHAPE | (TINY if tiny else {})))
-    lengths = (96, 160, 300) if tiny else LENGTHS
     begin = time.perf_counter()
     record = PARTS[name](config, lengths)
     print(json.dumps(record | {"part_s": time.perf_counter() - begin}), flush=True)
+
+
+def process_of(name: str, tiny: bool, lengths: tuple[int, ...]) -> dict:
+    """The record of a part that ran in a process of its own, or what became of it."""
+    command = [sys.executable, __file__, "--part", name, *(["--tiny"] * tiny)]
+    command += ["--lengths", *map(str, lengths)]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=LIMITS[name]
+        )
+        text, failed = done.stdout, {"failed": done.stderr[-1500:]} if done.returncode else {}
+    except subprocess.TimeoutExpired as error:
+        text, failed = (error.stdout or b"").decode(), {"failed": f"more than {LIMITS[name]} s"}
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return (json.loads(lines[-1]) if lines else {}) | failed
+
+
+def record_of(name: str, tiny: bool, lengths: tuple[int, ...]) -> dict:
+    """The record of a part; compiled sdpa has one process a length."""
+    if name != "compiled":
+        return process_of(name, tiny, lengths)
+    found = {n: process_of(name, tiny, (n,)) for n in lengths}
+    return {str(n): record.pop(str(n), {}) | record for n, record in found.items()}
 
 
 def main() -> None:
@@ -360,9 +258,13 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="a toy, to try the script on a CPU")
     parser.add_argument("--part", help="run one part in this process")
+    parser.add_argument(
+        "--lengths", nargs="*", type=int, help="of the part compiled; others need all three"
+    )
     arguments = parser.parse_args()
+    lengths = tuple(arguments.lengths or ((96, 160, 300) if arguments.tiny else LENGTHS))
     if arguments.part:
-        run_part(arguments.part, arguments.tiny)
+        run_part(arguments.part, arguments.tiny, lengths)
         return
     record: dict[str, Any] = {
         "what": "Llama-3.1-8B's shape, random bf16 weights, batch 1; seconds, ms, GiB",
@@ -379,18 +281,7 @@ def main() -> None:
             for name, size in (("bf16", 2), ("int8", 1.0625), ("fp8", 1.0625), ("int4", 0.5625))
         }
     for name in arguments.parts:
-        command = [sys.executable, __file__, "--part", name, *(["--tiny"] * arguments.tiny)]
-        try:
-            done = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=LIMITS[name]
-            )
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            failed = {"failed": done.stderr[-1500:]} if done.returncode else {}
-        except subprocess.TimeoutExpired as error:
-            text = (error.stdout or b"").decode()
-            lines = [line for line in text.splitlines() if line.startswith("{")]
-            failed = {"failed": f"more than {LIMITS[name]} s"}
-        record[name] = (json.loads(lines[-1]) if lines else {}) | failed
+        record[name] = record_of(name, arguments.tiny, lengths)
         print(name, json.dumps(record[name], indent=1), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(record, indent=1))

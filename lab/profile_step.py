@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
-from gpu_end_to_end import CHUNK, SHAPE, Ours, tokens
+from gpu_subjects import CHUNK, SHAPE, Ours, tokens
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 

@@ -13,7 +13,8 @@ from saccade.cache import LayerCache, Staging
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import attention_modules, layer_windows
-from saccade.hf.norms import plain_norms
+from saccade.hf.norms import plain_norms, shifted_norms
+from saccade.hf.one_row import one_row_forwards
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
@@ -85,8 +86,10 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
         for code, usual in rotary_places([module for _, module in modules]):
             _set(undo, code, NAME, deferring(usual))
         if model.device.type == "cuda":
-            for module, fused in plain_norms(model):
-                _set(undo, module, "forward", fused)
+            norms = list(plain_norms(model))
+            rows = one_row_forwards(model, [module for module, _ in norms])
+            for module, forward in [*norms, *shifted_norms(model), *rows]:
+                _set(undo, module, "forward", forward)
         attached = Attached(model, params)
         _set(undo, model, "generate", _generate_with_cache(attached))
         yield attached

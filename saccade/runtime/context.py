@@ -286,8 +286,9 @@ class Context:
         """Whether a captured step could serve here: a GPU, and what its kernels run over."""
         params = self.params
         plain = params.sparse is None and params.flash_attn != "disabled"
-        stored = params.type_k in (None, "int8", "int4") and params.backend in (None, "triton")
-        return self.model.device.type == "cuda" and plain and stored
+        stored = params.type_k in (None, "int8", "int4", "fp8")
+        served = stored and params.backend in (None, "triton")
+        return self.model.device.type == "cuda" and plain and served
 
     def _watch(self) -> None:
         """Under a kv_policy: remember the queries from here on."""

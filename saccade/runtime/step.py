@@ -9,12 +9,21 @@ eagerly.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from saccade.cache import Cursor, SteppingCache
 from saccade.core import Unsupported
 from saccade.runtime.model import Model, ModelCache
+
+_stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
+
+
+def in_step() -> bool:
+    """Whether what runs now is a step: captured where there is a GPU, so that launches are free."""
+    return _stepping.get()
 
 
 def refusal(cache: ModelCache) -> str | None:
@@ -31,7 +40,7 @@ class DecodeStep:
     """Reads one token in every row and says what may follow.
 
     The cache may be used in other ways between two steps: the step notices, and captures anew
-    where storage has moved.
+    where storage has moved.  With one row on Hopper, models of transformers run by `ops.one_row`.
 
     Args:
         model: attached already, and as it will be for all steps.
@@ -88,11 +97,13 @@ class DecodeStep:
     def _run(self) -> Tensor:
         """The step itself: work for the device alone, ending with the cursor one further on."""
         self._cache.cursor = self._cursor
+        token = _stepping.set(True)
         try:
             hidden = self._model.hidden(self._tokens, self._cache)
             logits = self._model.logits(hidden[:, -1]).float()
         finally:
             self._cache.cursor = None
+            _stepping.reset(token)
         for place in self._cursor:
             place.add_(1)
         return logits
