@@ -14,7 +14,7 @@
 cd "$(dirname "$0")/.." || exit 2
 PATH=$PATH:/usr/local/cuda/bin
 tool=$(command -v compute-sanitizer) || { echo "compute-sanitizer is not installed (CUDA toolkit)." >&2; exit 2; }
-groups=${*:-forward listed rows backward decode codes storing gluon_forward gluon_listed gluon_rows \
+groups=${*:-forward listed rows backward decode codes storing one_row gluon_forward gluon_listed gluon_rows \
     gluon_backward gluon_decode gluon_codes gluon_fp8}
 logs=${LOGS:-$(mktemp -d)}
 limit=${SECONDS_EACH:-100}

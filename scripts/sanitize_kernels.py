@@ -16,7 +16,7 @@ import torch
 from saccade.bench.tune_work import paged
 from saccade.core import BlockSelection, DenseKV, Mask, QuantizedKV, quantize_heads
 from saccade.core.formats import quantize_keys, quantize_values
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, one_row
 from saccade.ops.append import Slots, Turn, append
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton.problem import dense_problem
@@ -136,6 +136,16 @@ def storing() -> None:
         write_out(view, 64, 320)
 
 
+def rows_of_weights() -> None:
+    """What a step of one row computes beside attention, with and without biases."""
+    x, weights = normal(1, 1, 320), [normal(n, 320) for n in (96, 33, 40)]
+    one_row.products(x, weights, [None, normal(33), None])
+    one_row.products(x, weights[:1], [normal(96)])
+    one_row.gated(x, weights[0], normal(96, 320))
+    one_row.sum_and_norm(x, normal(1, 1, 320), normal(320), 1e-6)
+    one_row.norm(x, normal(320), 1e-6)
+
+
 GROUPS: dict[str, Callable[[], None]] = {
     "forward": lambda: forward("triton", (64, 128)),
     "listed": lambda: listed("triton"),
@@ -144,6 +154,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "decode": lambda: decode("triton"),
     "codes": lambda: codes("triton"),
     "storing": storing,
+    "one_row": rows_of_weights,
     "gluon_forward": lambda: forward("gluon", (64, 128, 256)),
     "gluon_listed": lambda: listed("gluon"),
     "gluon_rows": lambda: rows("gluon"),
