@@ -281,6 +281,7 @@ def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:
     forward = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
     forward += [((16384, 128), {"causal": False}), ((16384, 64), {}), ((16384, 256), {})]
     forward += [((n, 128), {"window": w}) for n, w in ((16384, 1024), (32768, 1024), (32768, 4096))]
+    forward += [((16384, dim), {"window": 1024}) for dim in (64, 256)]
     eight = [((n, 128), {}) for n in (4096, 8192, 16384, 32768)]
     eight += [((16384, 128), {"causal": False}), ((16384, 64), {})]
     dense = [(1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]

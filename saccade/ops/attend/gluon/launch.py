@@ -51,11 +51,14 @@ class GluonLaunch:
 
 LAUNCHES: dict[int, GluonLaunch] = {
     64: GluonLaunch(3, 128, 2, 3, 3, 160),
-    128: GluonLaunch(2, 128, 2, 2, 2, 240),
+    128: GluonLaunch(2, 128, 2, 2, 2, 240, turns=False),
     256: GluonLaunch(2, 64, 1, 2, 3, 240, direct_out=True),
 }
 # Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
-TWO_CONSUMERS = LAUNCHES | {64: GluonLaunch(2, 128, 2, 3, 3, 240)}
+TWO_CONSUMERS = LAUNCHES | {
+    64: GluonLaunch(2, 128, 2, 3, 3, 240),
+    128: replace(LAUNCHES[128], turns=True),
+}
 # Rows of different lengths and pages keep more numbers in the warp that fetches.
 OWN_ROWS = {dim: replace(launch, registers=232) for dim, launch in TWO_CONSUMERS.items()}
 
