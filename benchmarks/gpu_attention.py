@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import saccade
 from benchmarks import gpu_flex, gpu_fp8
 from saccade.bench.gpu import ceilings, graph_seconds, random, seconds
-from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.bench.inputs import coded
+from saccade.bench.tune_work import paged
+from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.ops import attention
 from saccade.ops.attend.api import make_call
 from saccade.ops.choose import choose, load
@@ -252,28 +253,12 @@ def _peer_decode(name: str, queries: list[Tensor], stores: list, loops: int) -> 
 
 def _view(kind: str, k: Tensor, v: Tensor) -> tuple[Any, int]:
     """A view of that kind over the same keys and values, and the bytes a step has to read."""
-    batch, kv_heads, length, dim = k.shape
     if kind == "dense":
         return DenseKV(k, v), 2 * k.numel() * 2
     if kind.startswith("page"):
-        page = int(kind.removeprefix("page"))
-        count = length // page
-        order = torch.randperm(batch * count, device="cuda")
-        pools = []
-        for x in (k, v):
-            pages = x.reshape(batch, kv_heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-            pool = torch.empty_like(pages)
-            pool[order] = pages
-            pools.append(pool)
-        table = order.view(batch, count).to(torch.int32)
-        lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
-        return PagedKV(*pools, table, lengths, length), 2 * k.numel() * 2
-    bits, fp8 = {"int8": (8, False), "int4": (4, False), "fp8": (8, True)}[kind]
-    form = {"bits": bits, "group": 64, "fp8": fp8}
-    coded = quantize_keys(k, **form), quantize_values(v, **form)
-    empty = k[:, :, :0]
-    size = sum(part.numel() * part.element_size() for x in coded for part in x)
-    return QuantizedKV(*coded, empty, empty, bits, bits, 64), size
+        return paged(k, v, int(kind.removeprefix("page"))), 2 * k.numel() * 2
+    view = coded(k, v, kind)
+    return view, sum(part.nbytes for codes in (view.k, view.v) for part in codes)
 
 
 def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:

@@ -13,14 +13,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from saccade.bench.inputs import coded
 from saccade.bench.tune_work import paged
-from saccade.core import BlockSelection, DenseKV, Mask, QuantizedKV, quantize_heads
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core import BlockSelection, DenseKV, Mask, quantize_heads
 from saccade.ops import attend, attention, one_row
 from saccade.ops.append import Slots, Turn, append
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.triton.problem import dense_problem
 from saccade.ops.pack import pack_keys, pack_values, write_out
+
+RECENT = 60  # keys behind the codes
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -100,16 +102,7 @@ def codes(backend: str, dims: tuple[int, ...] = (128,)) -> None:
         for kind in ("int8", "fp8", "int4"):
             for queries in (1, 3):
                 q, k, v = qkv(queries, 700, dim)
-                attend(q, coded(k, v, kind), mask=Mask(), backend=backend)
-
-
-def coded(k: torch.Tensor, v: torch.Tensor, kind: str) -> QuantizedKV:
-    """The same keys as codes, the last 60 as they are."""
-    form = {"bits": 4 if kind == "int4" else 8, "group": 64, "fp8": kind == "fp8"}
-    packed = [make(x[:, :, :640].float(), **form)
-              for make, x in ((quantize_keys, k), (quantize_values, v))]  # fmt: skip
-    recent = (x[:, :, 640:].contiguous() for x in (k, v))
-    return QuantizedKV(*packed, *recent, form["bits"], form["bits"], form["group"])
+                attend(q, coded(k, v, kind, RECENT), mask=Mask(), backend=backend)
 
 
 def fp8() -> None:
@@ -130,7 +123,7 @@ def storing() -> None:
         append(Slots(*store, at, hadamard=hadamard), k, v, Turn(q, cos, sin))
     _, k, v = qkv(1, 700, 128)
     for kind in ("int8", "fp8", "int4"):
-        view = coded(k, v, kind)
+        view = coded(k, v, kind, RECENT)
         pack_keys(k[:, :, :640], view.k, bits=view.bits_k, group=64)
         pack_values(v[:, :, :640], view.v, bits=view.bits_v, group=64)
         write_out(view, 64, 320)

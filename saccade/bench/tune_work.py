@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saccade.bench.gate import Expected, limits, stored
-from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV, QuantizedKV
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.bench.inputs import coded
+from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV
 from saccade.ops.attend.api import attend
 
 GROUP, PAGE, BLOCK = 64, 16, 128
@@ -247,15 +247,7 @@ def _view(kind: str, k: Tensor, v: Tensor) -> KVView:
         return DenseKV(k, v)
     if kind == "pages":
         return paged(k, v, PAGE)
-    bits = 8 if kind == "int8" else 4
-    packed = k.shape[2] // GROUP * GROUP
-    coded = (
-        quantize_keys(k[:, :, :packed], bits=bits, group=GROUP),
-        quantize_values(v[:, :, :packed], bits=bits, group=min(GROUP, k.shape[3])),
-    )
-    return QuantizedKV(
-        *coded, k[:, :, packed:].contiguous(), v[:, :, packed:].contiguous(), bits, bits, GROUP
-    )
+    return coded(k, v, kind, k.shape[2] % GROUP, min(GROUP, k.shape[3]))
 
 
 def paged(k: Tensor, v: Tensor, page: int) -> PagedKV:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from saccade.core import Mask
+from saccade.ops import attend
 from saccade.ops.attend.gluon import refusals
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == refusals.HOPPER
@@ -12,3 +14,14 @@ on_the_card = [
 ]
 # What 16-bit numbers may be off beyond twice the error of an eager run.
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def assert_a_graph_replays(q, view):
+    """A captured step gives what an eager one gives, after the queries have changed in place."""
+    attend(q, view, mask=Mask(), backend="gluon")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, view, mask=Mask(), backend="gluon").out
+    q.copy_(q.flip(1))
+    graph.replay()
+    assert torch.equal(out, attend(q, view, mask=Mask(), backend="gluon").out)

@@ -16,7 +16,8 @@ from saccade.ops import attend, choose
 from saccade.ops.attend import gluon
 from saccade.ops.attend.api import make_call
 from saccade.ops.attend.gluon import decode as gluon_decode
-from tests.ops.hopper import BOUND, on_the_card
+from saccade.ops.attend.gluon import refusals
+from tests.ops.hopper import BOUND, assert_a_graph_replays, on_the_card
 
 TYPES = [torch.float16, torch.bfloat16]
 
@@ -132,14 +133,7 @@ class TestOnTheCard:
 
     def test_inside_a_cuda_graph(self):
         k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
-        view = paged(k, v, 16)
-        attend(q, view, mask=Mask(), backend="gluon")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = attend(q, view, mask=Mask(), backend="gluon").out
-        q.copy_(q.flip(1))
-        graph.replay()
-        assert torch.equal(out, attend(q, view, mask=Mask(), backend="gluon").out)
+        assert_a_graph_replays(q, paged(k, v, 16))
 
 
 REFUSALS = [
@@ -241,5 +235,6 @@ def test_a_compiler_is_refused_before_anything_cached_is_asked(monkeypatch):
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     call = make_call(q, DenseKV(k, k), mask=Mask())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(gluon, "missing", lambda device: pytest.fail("it asks a cache"))
+    monkeypatch.setattr(refusals, "_triton_version", lambda: pytest.fail("it asks a cache"))
     assert gluon.refusal(call) == "it has no torch.compile registration"
+    assert refusals.missing(torch.device("cuda")) == "it has no torch.compile registration"

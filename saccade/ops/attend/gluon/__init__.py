@@ -20,8 +20,6 @@ SHORTEST_PAGE = 16
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call, or None."""
-    if torch.compiler.is_compiling():  # before what is cached: Dynamo warns users of a cache
-        return "it has no torch.compile registration"
     reason = missing(call.q.device)
     if reason is not None:
         return reason
@@ -92,12 +90,11 @@ def run(call: AttentionCall) -> AttentionOutput:
     if gluon_decode.reads(call):
         return gluon_decode.run(call)
     from saccade.ops.attend.gluon.launch import forward
-    from saccade.ops.attend.triton.problem import dense_problem, problem_of
+    from saccade.ops.attend.triton.problem import dense_problem, paged_lengths, problem_of
 
     kv = call.kv
     # Laid out as the queries are, which models turn into rows of tokens without a copy.
     out = torch.empty_like(call.q)
     if not isinstance(kv, PagedKV):
         return forward(dense_problem(call), out=out)
-    lengths = kv.lengths if call.lengths is None else torch.minimum(kv.lengths, call.lengths)
-    return forward(problem_of(call, kv.k, kv.v, lengths), table=kv.table, out=out)
+    return forward(problem_of(call, kv.k, kv.v, paged_lengths(call)), table=kv.table, out=out)

@@ -1,4 +1,4 @@
-"""Which calls over quantised keys the Gluon kernel for codes takes; see gluon_codes_kernel.
+"""Which calls over quantised keys the Gluon kernel for codes takes; see codes_kernel.py.
 
 This module is what the backend loads, on any machine, so it imports Triton only to run.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput, GrowingKV, QuantizedKV
 from saccade.core.kv import KVView
+from saccade.ops.attend.gluon.refusals import score_refusal
 from saccade.ops.call import AttentionCall
 
 DIMS = (64, 128)
@@ -54,17 +55,14 @@ def stored(call: AttentionCall) -> QuantizedKV:
 
 
 def _meaning(call: AttentionCall) -> str | None:
-    if call.softcap is not None or call.alibi_slopes is not None:
-        return "over codes it knows no softcap and no alibi_slopes"
     extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
     if any(extra is not None for extra in extras):
         return "over codes it knows no key_padding, blocks, attn_mask or cu_seqlens"
     if isinstance(call.kv, GrowingKV) and call.lengths is None:
         return "a growing view takes lengths"
-    if not call.scale > 0:
-        return f"scale must be positive, got {call.scale}"
-    if call.needs_grad or torch.compiler.is_compiling():
-        return "it has no gradient and no torch.compile registration"
+    reason = score_refusal(call)
+    if reason is not None:
+        return reason
     rows = _rows(call)
     if not 0 < rows <= MOST_ROWS:
         return f"over codes it takes 1 to {MOST_ROWS} queries x heads of a group, got {rows}"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops import tuning
 from saccade.ops.attend.gluon.decode_kernel import decode_kernel
 from saccade.ops.attend.triton.decode import Pages
 from saccade.ops.attend.triton.launch import bounds_of, plane, rules_of
-from saccade.ops.attend.triton.problem import Problem, float32, on, problem_of, unit_rows
-from saccade.ops.attend.triton.views import Parts, stored
+from saccade.ops.attend.triton.problem import (
+    Problem,
+    float32,
+    on,
+    paged_lengths,
+    problem_of,
+    unit_rows,
+)
+from saccade.ops.attend.triton.views import Parts, pages_of, stored
 from saccade.ops.call import AttentionCall
 from saccade.ops.whole import cdiv, power_of_two
 
@@ -45,26 +50,17 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `decode.refusal` accepts."""
     kv = call.kv
     assert isinstance(kv, (DenseKV, PagedKV))
-    problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), lengths_of(call))
-    pages, slots = Pages(), kv.shape[2]
+    pages, lengths = Pages(), call.lengths
     if isinstance(kv, PagedKV):
-        pages = Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
-    heads = kv.shape[1]
+        pages, lengths = pages_of(kv), paged_lengths(call)
+    problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), lengths)
+    heads, slots = kv.shape[1:3]
     launch = launch_of(problem, heads, slots)
     splits = splits_of(problem, heads, slots, launch)
     parts = Parts(problem, splits)
     with on(problem.q.device):
         scan(problem, pages, heads, parts, launch, longest=call.lengths is None)
         return parts.joined(problem.q.dtype)
-
-
-def lengths_of(call: AttentionCall) -> Tensor | None:
-    """Keys of each row, where the view or the call knows less than all."""
-    if not isinstance(call.kv, PagedKV):
-        return call.lengths
-    if call.lengths is None:
-        return call.kv.lengths
-    return call.lengths.minimum(call.kv.lengths)
 
 
 def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:

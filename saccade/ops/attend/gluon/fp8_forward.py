@@ -1,6 +1,6 @@
 """Forward attention over fp8 queries, keys and values for Hopper, in Gluon.
 
-The building is that of `gluon_forward`: one warp fetches, two consumers of 64 queries compute.
+The building is that of `forward.py`: one warp fetches, two consumers of 64 queries compute.
 What eight bits change is said in `gluon_fp8_weights`, and here:
 
 - The matrix units sum fp8 products in fewer than 14 bits.  Over 65536 values of one sign such a sum

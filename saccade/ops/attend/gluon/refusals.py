@@ -27,6 +27,8 @@ def _triton_version() -> str:
 
 def missing(device: torch.device) -> str | None:
     """Why Gluon kernels for Hopper cannot run on a device, or None."""
+    if torch.compiler.is_compiling():  # before what is cached: Dynamo warns users of a cache
+        return "it has no torch.compile registration"
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on an NVIDIA GPU"
     if torch.cuda.get_device_capability(device) != HOPPER:
@@ -42,8 +44,8 @@ def score_refusal(call: AttentionCall) -> str | None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
-    if call.needs_grad or torch.compiler.is_compiling():
-        return "it has no gradient and no torch.compile registration"
+    if call.needs_grad:
+        return "it has no gradient"
     return None
 
 

@@ -24,28 +24,40 @@ HALF = gl.constexpr("f16")
 
 
 @triton.constexpr_function
-def _load_text(words, offset):
+def _load_text(where, words, offset):
     size = "" if words == 1 else f".v{words}"
     found = ", ".join(f"${i}" for i in range(words))
     found = found if words == 1 else f"{{{found}}}"
-    return f"ld.global.nc{size}.b32 {found}, [${words} + {offset}];"
+    return f"ld.{where}{size}.b32 {found}, [${words} + {offset}];"
+
+
+@triton.constexpr_function
+def _load_registers(words, address):
+    return "=r," * words + address
+
+
+@gluon.jit
+def _loaded(address, TEXT: gl.constexpr, REGISTERS: gl.constexpr, WORDS: gl.constexpr):
+    """The words that an instruction loads, a power of two up to 4."""
+    if WORDS == 4:
+        found = gl.inline_asm_elementwise(
+            TEXT, REGISTERS, [address], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
+        )
+    elif WORDS == 2:
+        found = gl.inline_asm_elementwise(
+            TEXT, REGISTERS, [address], (gl.int32, gl.int32), False, 1
+        )
+    else:
+        found = (gl.inline_asm_elementwise(TEXT, REGISTERS, [address], gl.int32, False, 1),)
+    return found
 
 
 @gluon.jit
 def load_words(address, OFFSET: gl.constexpr, WORDS: gl.constexpr):
     """WORDS words (a power of two up to 4) of each thread from its address plus OFFSET bytes."""
-    text: gl.constexpr = _load_text(WORDS, OFFSET)
-    if WORDS == 4:
-        found = gl.inline_asm_elementwise(
-            text, "=r,=r,=r,=r,l", [address], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
-        )
-    elif WORDS == 2:
-        found = gl.inline_asm_elementwise(
-            text, "=r,=r,l", [address], (gl.int32, gl.int32), False, 1
-        )
-    else:
-        found = (gl.inline_asm_elementwise(text, "=r,l", [address], gl.int32, False, 1),)
-    return found
+    text: gl.constexpr = _load_text("global.nc", WORDS, OFFSET)
+    registers: gl.constexpr = _load_registers(WORDS, "l")
+    return _loaded(address, text, registers, WORDS)
 
 
 @triton.constexpr_function
@@ -238,27 +250,12 @@ def meet(thread):
     )
 
 
-@triton.constexpr_function
-def _read_text(words, offset):
-    size = "" if words == 1 else f".v{words}"
-    found = ", ".join(f"${i}" for i in range(words))
-    found = found if words == 1 else f"{{{found}}}"
-    return f"ld.shared{size}.b32 {found}, [${words} + {offset}];"
-
-
 @gluon.jit
 def read_words(place, OFFSET: gl.constexpr, WORDS: gl.constexpr):
     """WORDS words of each thread from shared memory at its place plus OFFSET bytes."""
-    text: gl.constexpr = _read_text(WORDS, OFFSET)
-    if WORDS == 4:
-        found = gl.inline_asm_elementwise(
-            text, "=r,=r,=r,=r,r", [place], (gl.int32, gl.int32, gl.int32, gl.int32), False, 1
-        )
-    elif WORDS == 2:
-        found = gl.inline_asm_elementwise(text, "=r,=r,r", [place], (gl.int32, gl.int32), False, 1)
-    else:
-        found = (gl.inline_asm_elementwise(text, "=r,r", [place], gl.int32, False, 1),)
-    return found
+    text: gl.constexpr = _load_text("shared", WORDS, OFFSET)
+    registers: gl.constexpr = _load_registers(WORDS, "r")
+    return _loaded(place, text, registers, WORDS)
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core import DenseKV
+from saccade.core import DenseKV, PagedKV
 from saccade.ops.call import AttentionCall
 
 
@@ -42,6 +42,13 @@ class Problem:
     def raw(self) -> bool:
         """Scores are plain products: the kernels fold scale and log2(e) into one multiply-add."""
         return self.softcap is None and self.slopes is None and self.scale > 0
+
+
+def paged_lengths(call: AttentionCall) -> Tensor:
+    """Keys of each row of a call over pages: those that are stored, or fewer."""
+    assert isinstance(call.kv, PagedKV)
+    stored = call.kv.lengths
+    return stored if call.lengths is None else torch.minimum(stored, call.lengths)
 
 
 def problem_of(call: AttentionCall, k: Tensor, v: Tensor, lengths: Tensor | None) -> Problem:

@@ -22,7 +22,7 @@ from saccade.ops.attend.triton.launch import (
     schedule,
     terms_of,
 )
-from saccade.ops.attend.triton.problem import Problem, problem_of, unit_rows
+from saccade.ops.attend.triton.problem import Problem, paged_lengths, problem_of, unit_rows
 from saccade.ops.attend.triton.quantized import Coded, quantized_kernel
 from saccade.ops.attend.triton.visits import visits_of
 from saccade.ops.call import AttentionCall
@@ -90,15 +90,17 @@ def run_view(call: AttentionCall) -> AttentionOutput:
         spans = None if kv.is_plain else flat(kv.spans)
         return _whole(problem, Pages(), spans, kv.k.shape[2])
     assert isinstance(kv, (PagedKV, RaggedKV))
-    lengths = kv.lengths
-    if call.lengths is not None and isinstance(kv, PagedKV):
-        lengths = torch.minimum(lengths, call.lengths)
+    lengths = paged_lengths(call) if isinstance(kv, PagedKV) else kv.lengths
     problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), lengths)
     if isinstance(kv, PagedKV):
-        pages = Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
-        return _whole(problem, pages, None, kv.end)
+        return _whole(problem, pages_of(kv), None, kv.end)
     strides = (kv.table.stride(0), kv.table.stride(1), problem.k.stride(0), problem.v.stride(0))
     return _whole(problem, Pages(kv.table, *strides, kv.positions), None, kv.max_length)
+
+
+def pages_of(kv: PagedKV) -> Pages:
+    """How slots of a row are found in the pages that all KV heads share."""
+    return Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
 
 
 def flat(spans: tuple[Span, ...]) -> tuple[int, ...]:
