@@ -30,7 +30,7 @@ from saccade.evals.needle import hide, make_needles
 from saccade.evals.rows import RowSpec
 from saccade.evals.text import default_text
 from saccade.hf.model import HFModel
-from saccade.ops.attend import cpu
+from saccade.ops.attention.cpu import backend as cpu
 from saccade.report.environment import machine_facts
 from saccade.report.files import write_whole
 from saccade.report.numbers import MISSING, as_bytes, as_share, significant, with_error

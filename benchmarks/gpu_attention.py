@@ -30,8 +30,8 @@ from saccade.bench.inputs import coded
 from saccade.bench.tune_work import paged
 from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.ops import attention
-from saccade.ops.attend.api import make_call
-from saccade.ops.choose import choose, load
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.dispatch import choose, load
 
 KERNELS = ("triton", "gluon")
 CALLS = 12  # of a step in one graph: where a graph starts is no part of a step
@@ -258,7 +258,7 @@ def _view(kind: str, k: Tensor, v: Tensor) -> tuple[Any, int]:
     if kind.startswith("page"):
         return paged(k, v, int(kind.removeprefix("page"))), 2 * k.numel() * 2
     view = coded(k, v, kind)
-    return view, sum(part.nbytes for codes in (view.k, view.v) for part in codes)
+    return view, sum(part.nbytes for qdata in (view.k, view.v) for part in qdata)
 
 
 def cases() -> list[tuple[str, Callable[..., dict], tuple, dict]]:

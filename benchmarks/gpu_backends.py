@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_attention import demand, last_rows
 from saccade.bench.gpu import ceilings, seconds
 from saccade.core import DenseKV, Mask
-from saccade.ops import attention, choose
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.sdpa import gpu as sdpa_gpu
+from saccade.ops import attention
+from saccade.ops.attention import dispatch
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 
 HEADS, KV_HEADS = 32, 8
 DIMS = (64, 96, 128, 192, 256, 80, 112)
@@ -54,7 +55,7 @@ def candidates(tensors: list[Tensor], *, causal: bool) -> dict[str, Callable[[],
     capability = torch.cuda.get_device_capability()
     found: dict[str, Callable[[], Tensor]] = {}
     for name in OURS:
-        if choose.load(name).refusal(call) is None:
+        if dispatch.load(name).refusal(call) is None:
             found[name] = lambda name=name: attention(q, k, v, causal=causal, backend=name)
     for name in PEERS:
         if sdpa_gpu.REFUSALS[name](q, k, v, kind, capability, q.requires_grad) is None:

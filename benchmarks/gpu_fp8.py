@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.bench.gpu import random, seconds
-from saccade.core import Mask, Scaled, quantize_heads
+from saccade.core import Mask, PerHeadFP8, quantize_fp8_per_head
 from saccade.ops import attention
 
 ROWS, HEADS = 64, 4  # last queries and first heads that are compared
 
 
-def numbers(x: Scaled, heads: int, rows: int | None = None) -> Tensor:
+def numbers(x: PerHeadFP8, heads: int, rows: int | None = None) -> Tensor:
     """What some codes stand for, in float64."""
-    codes = x.codes[:, :heads] if rows is None else x.codes[:, :heads, -rows:]
-    return codes.double() * x.scale[:, :heads, None, None].double()
+    qdata = x.qdata[:, :heads] if rows is None else x.qdata[:, :heads, -rows:]
+    return qdata.double() * x.scale[:, :heads, None, None].double()
 
 
 def rounded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -48,7 +48,7 @@ def fp8_case(length: int, dim: int, *, causal: bool = True) -> dict[str, Any]:
     """
     heads, kv_heads = 32, 8
     q, k, v = (random(1, h, length, dim) for h in (heads, kv_heads, kv_heads))
-    scaled = [quantize_heads(x) for x in (q, k, v)]
+    scaled = [quantize_fp8_per_head(x) for x in (q, k, v)]
 
     def ours() -> Tensor:
         return attention(*scaled, causal=causal, backend="gluon_fp8")  # type: ignore[return-value]

@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.core import Mask
 from saccade.ops import attention
-from saccade.ops.attend.gluon import backward_launch as gluon
-from saccade.ops.attend.gluon import launch as gluon_launch
-from saccade.ops.attend.gluon import training as gluon_training
-from saccade.ops.attend.triton import autograd as triton_autograd
-from saccade.ops.attend.triton import launch as triton_launch
-from saccade.ops.attend.triton.problem import Problem
+from saccade.ops.attention.nvidia import autograd as triton_autograd
+from saccade.ops.attention.nvidia import training as gluon_training
+from saccade.ops.attention.nvidia.gluon.backward import launch as gluon
+from saccade.ops.attention.nvidia.gluon.prefill import launch as gluon_launch
+from saccade.ops.attention.nvidia.problem import Problem
+from saccade.ops.attention.nvidia.triton import launch as triton_launch
 
 torch.manual_seed(0)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
@@ -61,9 +61,9 @@ def plain(p, dout, dtype):
     return torch.autograd.grad(out, (q, k, v), dout.to(dtype))
 
 
-def check(heads, lengths, dim=128, dtype=torch.bfloat16, batch=1, splits=None, **mask):
-    q, dout = (random(batch, heads[0], lengths[0], dim, dtype=dtype) for _ in range(2))
-    k, v = (random(batch, heads[1], lengths[1], dim, dtype=dtype) for _ in range(2))
+def check(heads, kv_lens, dim=128, dtype=torch.bfloat16, batch=1, splits=None, **mask):
+    q, dout = (random(batch, heads[0], kv_lens[0], dim, dtype=dtype) for _ in range(2))
+    k, v = (random(batch, heads[1], kv_lens[1], dim, dtype=dtype) for _ in range(2))
     p = problem_of(q, k, v, **mask)
     out, lse = triton_launch.forward(p)
     found = gluon.backward(p, out, lse, dout, torch.zeros_like(lse), splits=splits)
@@ -73,7 +73,7 @@ def check(heads, lengths, dim=128, dtype=torch.bfloat16, batch=1, splits=None, *
         ours, theirs = ((x.double() - b).norm() / b.norm() for x in (a, c))
         verdict = verdict if ours <= 2 * theirs + 1e-4 else "BAD"
         text.append(f"d{name} {ours:.1e}/{theirs:.1e}")
-    print(verdict, heads, lengths, dim, str(dtype)[6:], splits, mask, *text, flush=True)
+    print(verdict, heads, kv_lens, dim, str(dtype)[6:], splits, mask, *text, flush=True)
 
 
 def checks(dim):

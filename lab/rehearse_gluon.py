@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops import attention, tiles
-from saccade.ops.attend.gluon import extents as gluon_extents
-from saccade.ops.attend.gluon import fetch as gluon_fetch
-from saccade.ops.attend.gluon import schedule as gluon_schedule
-from saccade.ops.attend.triton.problem import Problem
+from saccade.ops import attention
+from saccade.ops.attention.nvidia.gluon.prefill import producer as gluon_fetch
+from saccade.ops.attention.nvidia.gluon.prefill import seqlen_info as gluon_extents
+from saccade.ops.attention.nvidia.gluon.prefill import tile_scheduler as gluon_schedule
+from saccade.ops.attention.nvidia.problem import Problem
+from saccade.ops.gpu import triton_lang as tiles
 
 MASKS = ({}, {"causal": False}, {"window": 200, "sinks": 3}, {"window": 40}, {"window": 1})
 RUN = {"program": 0, "programs": 5}
@@ -151,10 +152,10 @@ def scores(problem: Problem, s: Tensor, q_pos: Tensor, k_pos: Tensor, keys: int)
 
 def extents_of(problem: Problem, documents: Tensor | None, table: Tensor | None) -> Any:
     """What the kernel would be given, with places that can be read here."""
-    tensors = (problem.offsets, problem.lengths, documents, table)
-    offsets, lengths, packed, pages = (None if x is None else Pointer(x) for x in tensors)
+    tensors = (problem.offsets, problem.kv_lens, documents, table)
+    offsets, kv_lens, packed, pages = (None if x is None else Pointer(x) for x in tensors)
     row = None if table is None else table.stride(0)
-    return gluon_extents.Extents(offsets, lengths, 1, packed, pages, row)
+    return gluon_extents.RowExtents(offsets, kv_lens, 1, packed, pages, row)
 
 
 def forward(problem: Problem, table: Tensor | None, tile_keys: int, consumers: int = 2) -> Any:
@@ -164,12 +165,15 @@ def forward(problem: Problem, table: Tensor | None, tile_keys: int, consumers: i
     groups, block = heads // k.shape[1], 64 * consumers
     documents = None if problem.cu_q is None else gluon_extents.documents_of(problem, block)
     count = -(-q_len // block) if documents is None else len(documents)
-    extents = extents_of(problem, documents, table)
+    row_extents = extents_of(problem, documents, table)
     page = None if table is None else k.shape[2]
     box = tile_keys if page is None else min(page, tile_keys)
     numbers = (q_len, problem.num_keys, problem.q_offset, heads, groups, count, groups)
     sizes = tuple(Number(n) for n in (*numbers, count * batch * heads))
-    rules, visits = tiles.Rules(problem.window, problem.sinks or None), tiles.Visits()
+    mask_args, block_lists = (
+        tiles.MaskArgs(problem.window, problem.sinks or None),
+        tiles.BlockLists(),
+    )
     out = torch.full(q.shape, torch.nan, dtype=torch.float64)
     lse = out[..., 0].clone()
     RUN["programs"] = min(5, int(sizes[-1]))
@@ -177,17 +181,17 @@ def forward(problem: Problem, table: Tensor | None, tile_keys: int, consumers: i
         RUN["program"] = program
         rings = Stages(400 * consumers, 64, dim), *(Stages(3000, tile_keys, dim) for _ in range(2))
         asked = (_described(q, 64), _described(k, box), _described(v, box),
-                 (*rings, (Barrier(),) * 7), sizes, rules, visits, extents)  # fmt: skip
+                 (*rings, (Barrier(),) * 7), sizes, mask_args, block_lists, row_extents)  # fmt: skip
         gluon_fetch.produce(asked, problem.causal, block, tile_keys, 64, consumers, page)
         read = 0
         for w in range(gluon_schedule.amount_of_work(sizes[-1])):
             at, tile = gluon_schedule.piece_of_work(Number(w), *sizes[5:])
             b, h = at // heads, at % heads
             first, _, rows, keys, offset, tile = gluon_extents.rows_of_tile(
-                extents, b, tile, *sizes[:3]
+                row_extents, b, tile, *sizes[:3]
             )
             where, right, full, total, keys = gluon_schedule.plan(
-                tile, rows, keys, offset, rules, visits, b, h // groups, problem.causal, block,
+                tile, rows, keys, offset, mask_args, block_lists, b, h // groups, problem.causal, block,
                 tile_keys,
             )  # fmt: skip
             for who in range(consumers):
@@ -195,10 +199,10 @@ def forward(problem: Problem, table: Tensor | None, tile_keys: int, consumers: i
                 q_pos = int(offset) + row + torch.arange(64)
                 parts, values = [], []
                 for j in range(total):
-                    start = int(gluon_schedule.key_tile(Number(j), where, visits)) * tile_keys
+                    start = int(gluon_schedule.key_tile(Number(j), where, block_lists)) * tile_keys
                     s = rings[0].data[w * consumers + who] @ rings[1].data[read + j].mT
                     kept = rings[2].data[read + j].clone()
-                    if j == 0 and (documents is not None or problem.lengths is not None):
+                    if j == 0 and (documents is not None or problem.kv_lens is not None):
                         kept[max(int(keys) - start, 0) :] = 0
                     if j == 0 or j < right or j >= full:
                         k_pos = start + torch.arange(tile_keys)
@@ -262,7 +266,7 @@ def main() -> None:
         q, k, v = random(3, 4, 150, 16), random(3, 2, 620, 16), random(3, 2, 620, 16)
         past = torch.arange(620)[None] >= ends[:, None]
         k, v = (x.masked_fill(past[:, None, :, None], torch.nan) for x in (k, v))
-        truth = attention(q, k, v, lengths=ends, **options)
+        truth = attention(q, k, v, kv_lens=ends, **options)
         rows = {"q": q, "lengths": ends, "offsets": ends - 150, "num_keys": 620}
         found = forward(replace(base, **rows | {"k": k, "v": v} | mask), None, 128)
         report(f"lengths, {mask}", found, truth)

@@ -11,12 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_attention import PEERS, _peer_decode, _view, ceilings, demand, graph_seconds, random
 
 from saccade.core import Mask
-from saccade.ops import attend, attention, tuning
-from saccade.ops.attend.triton import views as triton_views
+from saccade.ops import attend, attention
+from saccade.ops.attention.nvidia.triton import split_kv as triton_views
+from saccade.ops.tuning import tables as tuning
 
 DENSE = [(128, 4, 3, 1), (64, 4, 4, 1)]
 PAGED = [(128, 4, 5, 1), (128, 4, 7, 1), (64, 4, 8, 1), (64, 4, 12, 1), (128, 8, 7, 1)]
-EARLY = {"EARLY": True, "launch_pdl": True}
+PDL = {"EARLY": True, "launch_pdl": True}
 CASES = [
     ("dense", 1, 8192),
     ("dense", 1, 32768),
@@ -47,8 +48,10 @@ def main() -> None:
         table = tuning.DECODE if kind == "dense" else tuning.DECODE_PAGES
         for n, warps, stages, per_sm in DENSE if kind == "dense" else PAGED:
             launch = tuning.Launch(64, n, warps, stages, per_sm=per_sm)
-            for early in (True, False):
-                triton_views.early = lambda _, early=early: EARLY if early else {"EARLY": False}
+            for pdl_options in (True, False):
+                triton_views.pdl_options = lambda _, pdl_options=pdl_options: (
+                    PDL if pdl_options else {"EARLY": False}
+                )
                 try:
                     with tuning.trial(table, launch):
                         demand(steps[0]()[:1], truth, 1e-2, "decode")
@@ -56,7 +59,9 @@ def main() -> None:
                     found = f"{took * 1e6:.1f} us {size / took / 1e9:.0f} GB/s"
                 except Exception as error:
                     found = f"{type(error).__name__}: {str(error)[:100]}"
-                print(kind, batch, length, launch, "early" if early else "", found, flush=True)
+                print(
+                    kind, batch, length, launch, "early" if pdl_options else "", found, flush=True
+                )
 
 
 main()

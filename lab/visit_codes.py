@@ -14,11 +14,11 @@ import torch
 from benchmarks.gpu_attention import ceilings, graph_seconds, random
 from saccade.bench.inputs import KINDS, coded
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV
-from saccade.core.formats import Codes
+from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
 from saccade.ops import attend
-from saccade.ops.attend.gluon import codes_launch as gluon_codes_launch
-from saccade.ops.attend.gluon.codes_launch import CodesLaunch
+from saccade.ops.attention.nvidia.gluon.quantized_decode import launch as gluon_codes_launch
+from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import CodesLaunch
 
 
 def check_one(kind, dtype, dim, v_group, heads, batch, keys, recent, queries, window, backend):
@@ -74,8 +74,8 @@ def check():
 def first_of(view, packed, recent):
     """The first keys of a view alone."""
     return QuantizedKV(
-        Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
-        Codes(*(x[:, :, :packed] for x in view.v)),
+        QuantizedTensor(view.k.qdata[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+        QuantizedTensor(*(x[:, :, :packed] for x in view.v)),
         view.recent_k[:, :, :recent], view.recent_v[:, :, :recent], view.bits_k, view.bits_v, 64,
     )  # fmt: skip
 
@@ -94,18 +94,18 @@ def growing():
                 x[:, :, packed // 64 :] = torch.nan
             grown = GrowingKV(view, torch.tensor([packed], device="cuda"))
             stop = torch.tensor([packed + 33] * 2, device="cuda")
-            ours = attend(q, grown, mask=Mask(), lengths=stop, q_offset=stop - 2, backend="gluon")
+            ours = attend(q, grown, mask=Mask(), kv_lens=stop, q_offset=stop - 2, backend="gluon")
             error = (ours.out - truth.out).abs().max().item()
             print("ok  " if error < 4e-3 else "BAD ", "growing", kind, packed, error, flush=True)
     for kind in KINDS:
         view = coded(k, v, kind)
-        lengths = torch.tensor([300, 77], device="cuda")
-        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
+        kv_lens = torch.tensor([300, 77], device="cuda")
+        where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": Mask()}
         truth = attend(q, view, **where, backend="tiled")
         for x in view.v[1:]:
             x[0, :, 300:], x[1, :, 77:] = torch.nan, torch.nan
         if kind == "fp8":
-            view.v.codes.view(torch.uint8)[0, :, 300:] = 0x7F
+            view.v.qdata.view(torch.uint8)[0, :, 300:] = 0x7F
         error = (attend(q, view, **where, backend="gluon").out - truth.out).abs().max().item()
         print("ok  " if error < 4e-3 else "BAD ", "lengths", kind, error, flush=True)
 

@@ -23,10 +23,10 @@ from saccade.bench import gpu
 from saccade.bench.gpu import random
 from saccade.core import DenseKV, Mask, PagedKV
 from saccade.ops import attend, attention
-from saccade.ops.append import Slots, append
-from saccade.ops.attend.gluon import decode_launch as launcher
-from saccade.ops.attend.gluon.decode_launch import DecodeLaunch
-from saccade.ops.attend.triton import views as triton_views
+from saccade.ops.attention.nvidia.gluon.decode import launch as launcher
+from saccade.ops.attention.nvidia.gluon.decode.launch import DecodeLaunch
+from saccade.ops.attention.nvidia.triton import split_kv as triton_views
+from saccade.ops.kv_write.append import KVSlots, append
 
 TOUCH = sys.argv[1] == "touch"
 PART, PARTS = (int(x) for x in sys.argv[2:4]) if TOUCH else (0, 1)
@@ -54,24 +54,24 @@ def calls(kind, batch, keys, heads, queries, dim, window, most=64, ragged=False,
         k, v = (random(batch, 8, whole or keys, dim) for _ in range(2))
         q, more = random(batch, heads, queries, dim), {}
         view = _view(kind, k, v)[0]
-        lengths = torch.full((batch,), keys, device="cuda")
+        kv_lens = torch.full((batch,), keys, device="cuda")
         if ragged:
-            lengths = torch.linspace(keys // 8, keys, batch, device="cuda").long()
+            kv_lens = torch.linspace(keys // 8, keys, batch, device="cuda").long()
         if whole:
-            more = {"lengths": lengths, "q_offset": lengths - queries}
+            more = {"lengths": kv_lens, "q_offset": kv_lens - queries}
         elif ragged and kind == "dense":
-            more = {"lengths": lengths}
+            more = {"lengths": kv_lens}
         elif ragged:
-            view = PagedKV(view.k, view.v, view.table, lengths.int(), keys)
+            view = PagedKV(view.k, view.v, view.table, kv_lens.int(), keys)
         found.append((q, view, {"mask": mask} | more))
-        keep.append((k, v, lengths))
+        keep.append((k, v, kv_lens))
     return found, keep[0]
 
 
 def check(name, run, case, first):
     q, _, options = case
-    k, v, lengths = first
-    n, groups = int(lengths[0]), q.shape[1] // 8
+    k, v, kv_lens = first
+    n, groups = int(kv_lens[0]), q.shape[1] // 8
     wide = [x.double() for x in (q[:1, :groups], k[:1, :1, :n], v[:1, :1, :n])]
     truth = attention(*wide, window=options["mask"].window, backend="reference")
     error = relative(run(*case)[:1, :groups], truth)
@@ -175,7 +175,7 @@ def layer():
         (into, back), (k, v) = weights[i], stores[i]
         found = torch.nn.functional.linear(x, into).view(1, 1, 48, 128).transpose(1, 2)
         out = q = found[:, :32]
-        append(Slots(k, v, start), found[:, 32:40], found[:, 40:], None)
+        append(KVSlots(k, v, start), found[:, 32:40], found[:, 40:], None)
         if backend:
             options = {"mask": Mask(), "lengths": stop, "q_offset": start}
             out = attend(q, DenseKV(k, v), **options, backend=backend, wants_lse=False).out
@@ -214,7 +214,7 @@ def windows():
         line(f"D{dim} window {kind}:", *rows)
 
 
-def lengths():
+def kv_lens():
     """Rows of one length and of lengths from an eighth of it on; other launches for them."""
     shapes = [(8, 1, 2), (4, 2, 3), (4, 4, 3), (4, 6, 3), (8, 2, 2), (8, 3, 2)]
     for ragged, kind, batch in product((False, True), ("dense", "page16"), (4, 16, 64)):
@@ -237,7 +237,7 @@ def rows():
 
 print(torch.cuda.get_device_name(), sys.argv[1:], flush=True)
 torch.manual_seed(0)
-for part in (headline, layer, joins, rule, windows, lengths, rows):
+for part in (headline, layer, joins, rule, windows, kv_lens, rows):
     if NAMES and part.__name__ not in NAMES:
         continue
     try:

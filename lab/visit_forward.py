@@ -42,7 +42,7 @@ def packed(dim):
         compare(f"packed {dim} {mask}", ours.out, truth.out, ours.lse, truth.lse)
 
 
-def lengths(dim):
+def kv_lens(dim):
     ends = torch.tensor([700, 200, 333], device="cuda")
     q, k, v = (rand(3, h, n, dim) for h, n in ((6, 200), (2, 720), (2, 720)))
     past = torch.arange(720, device="cuda")[None] >= ends[:, None]
@@ -82,7 +82,7 @@ def pages(dim):
         for mask in (Mask(), Mask(window=200, sinks=3)) if page != 64 else (Mask(causal=False),):
             view = view_of(k, v, ends, page)
             truth = attention(
-                q.double(), k.nan_to_num().double(), v.nan_to_num().double(), lengths=ends,
+                q.double(), k.nan_to_num().double(), v.nan_to_num().double(), kv_lens=ends,
                 causal=mask.causal, window=mask.window, sinks=mask.sinks, return_lse=True,
                 backend="reference",
             )  # fmt: skip

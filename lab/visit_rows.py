@@ -18,8 +18,8 @@ from visit_forward import view_of
 from saccade.bench.gpu import seconds
 from saccade.core import DenseKV, Mask
 from saccade.ops import attend, attention
-from saccade.ops.attend.api import make_call
-from saccade.ops.choose import explain
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.dispatch import explain
 
 BF16 = torch.bfloat16
 torch.manual_seed(0)
@@ -104,11 +104,11 @@ def chunks(dim, rows, total, pages, whos=("gluon", "triton"), repeats=5):
         line(f"D{dim} chunk {count} of {total}", work, runs, repeats)
 
 
-def lengths(dim):
+def kv_lens(dim):
     ends = torch.tensor([8192, 6000, 4096, 7777], device="cuda")
     q, k, v = (rand(4, h, n, dim) for h, n in ((32, 2048), (8, 8192), (8, 8192)))
     work = 4 * 32 * dim * sum(2048 * (n - 2048) + pairs_of(2048) for n in ends.tolist())
-    run = partial(attention, q, k, v, lengths=ends)
+    run = partial(attention, q, k, v, kv_lens=ends)
     runs = {who: partial(run, backend=who) for who in ("gluon", "triton")}
     line(f"D{dim} 4 rows of own lengths", work, runs)
 
@@ -148,7 +148,7 @@ def doors():
 
 def power():
     """Whether 32k is slow because the card is hot: alone after a pause, and many in a row."""
-    from saccade.ops.attend.gluon import launch as gluon_launch
+    from saccade.ops.attention.nvidia.gluon.prefill import launch as gluon_launch
 
     watch = subprocess.Popen(
         ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits",
@@ -220,7 +220,7 @@ def time():
     dense()
     for dim in (128, 64, 256):
         packed(dim, PACKED if dim == 128 else PACKED[:3])
-        lengths(dim)
+        kv_lens(dim)
     chunks(128, (32, 64, 128, 256, 512, 2048), 8192, (16,))
     chunks(128, (64, 512, 2048), 32768, (16, 128), repeats=3)
     chunks(64, (128, 512, 2048), 8192, (16, 128))
@@ -233,7 +233,7 @@ def compile():
     """What time() runs, small."""
     dense(compile_only=True)
     for dim in (64, 128, 256):
-        lengths(dim)
+        kv_lens(dim)
         packed(dim, PACKED[:1], 8)
         for page in (16, 64, 128):
             chunks(dim, (32, 128), 2048, (page,), repeats=1)

@@ -18,9 +18,9 @@ from gpu_windows import SHAPE as WINDOWED
 from profile_step import table
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
-from saccade.ops import one_row
-from saccade.ops.attend.triton import one_row as kernels
-from saccade.ops.attend.triton.one_row import Cut
+from saccade.ops.gemv import api as one_row
+from saccade.ops.gemv import kernel as kernels
+from saccade.ops.gemv.kernel import Cut
 
 CUTS = [Cut(1, 1024, 4), Cut(1, 2048, 4), Cut(2, 1024, 4), Cut(2, 2048, 4), Cut(2, 512, 2),
         Cut(4, 512, 2), Cut(4, 1024, 4), Cut(8, 512, 4), Cut(1, 4096, 8)]  # fmt: skip
@@ -110,7 +110,7 @@ def fill(ours: Ours, length: int) -> None:
         layer.append(*torch.randn(2, 1, heads, length, 128, device="cuda", dtype=torch.bfloat16))
 
 
-def lengths(layers: int = 32, texts: tuple[int, ...] = (4096, 32768, LONG - 256)) -> None:
+def kv_lens(layers: int = 32, texts: tuple[int, ...] = (4096, 32768, LONG - 256)) -> None:
     """The whole shape behind each length, then over codes behind the last."""
     ours = Ours(LlamaConfig(**(SHAPE | {"num_hidden_layers": layers})), LONG)
     for length in texts:
@@ -126,7 +126,7 @@ def lengths(layers: int = 32, texts: tuple[int, ...] = (4096, 32768, LONG - 256)
 
 def compiling() -> None:
     """Every kernel of `lengths`, in little memory."""
-    lengths(2, (4096, 32768))
+    kv_lens(2, (4096, 32768))
 
 
 def rings() -> None:
@@ -167,5 +167,5 @@ def families() -> None:
 
 if __name__ == "__main__":
     for part in sys.argv[1:]:
-        {"steps": steps, "products": products, "lengths": lengths, "rings": rings,
+        {"steps": steps, "products": products, "lengths": kv_lens, "rings": rings,
          "families": families, "compiling": compiling}[part]()  # fmt: skip

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
         BadInput,
         BlockSelection,
         Mask,
-        Scaled,
+        PerHeadFP8,
         Unsupported,
-        quantize_heads,
+        quantize_fp8_per_head,
     )
     from saccade.hf import Context, attach, load_model, plan
-    from saccade.ops import attend, attention, decode, explain
+    from saccade.ops import attend, attention, explain
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
 
 __version__ = "0.1.0"
@@ -34,18 +34,17 @@ _HOME = {
     "ContextParams": "saccade.runtime",
     "Mask": "saccade.core",
     "Sampler": "saccade.runtime",
-    "Scaled": "saccade.core",
+    "PerHeadFP8": "saccade.core",
     "Unsupported": "saccade.core",
     "attach": "saccade.hf",
     "attend": "saccade.ops",
     "attention": "saccade.ops",
     "compress_context": "saccade.compress",
-    "decode": "saccade.ops",
     "explain": "saccade.ops",
     "load_model": "saccade.hf",
     "load_session": "saccade.runtime",
     "plan": "saccade.hf",
-    "quantize_heads": "saccade.core",
+    "quantize_fp8_per_head": "saccade.core",
     "save_session": "saccade.runtime",
 }
 

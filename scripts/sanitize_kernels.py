@@ -15,12 +15,12 @@ import torch
 
 from saccade.bench.inputs import coded
 from saccade.bench.tune_work import paged
-from saccade.core import BlockSelection, DenseKV, Mask, quantize_heads
-from saccade.ops import attend, attention, one_row
-from saccade.ops.append import Slots, Turn, append
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.triton.problem import dense_problem
-from saccade.ops.pack import pack_keys, pack_values, write_out
+from saccade.core import BlockSelection, DenseKV, Mask, quantize_fp8_per_head
+from saccade.ops import attend, attention, gemv
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia.problem import dense_problem
+from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.quantize import pack_keys, pack_values, write_out
 
 RECENT = 60  # keys behind the codes
 
@@ -54,8 +54,8 @@ def rows(backend: str) -> None:
     """Prefill over packed documents, rows of their own lengths and pages."""
     ends = torch.tensor([0, 70, 150], dtype=torch.int32).cuda()
     attention(*qkv(150, 150, 128), cu_seqlens=(ends, ends), backend=backend)
-    lengths = torch.tensor([200]).cuda()
-    attention(*qkv(150, 290, 128), lengths=lengths, backend=backend)
+    kv_lens = torch.tensor([200]).cuda()
+    attention(*qkv(150, 290, 128), kv_lens=kv_lens, backend=backend)
     q, k, v = qkv(150, 290, 128)
     for page in (16, 128):
         attend(q, paged(k, v, page), mask=Mask(), backend=backend)
@@ -71,7 +71,8 @@ def backward() -> None:
 
 def gluon_backward() -> None:
     """Gradients by the kernel that `auto` takes from 512 keys on; groups shared by programs too."""
-    from saccade.ops.attend.gluon import backward_launch, launch
+    from saccade.ops.attention.nvidia.gluon.backward import launch as backward_launch
+    from saccade.ops.attention.nvidia.gluon.prefill import launch
 
     shared = backward_launch.splits_of
     for dim in (64, 128):
@@ -96,7 +97,7 @@ def decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
                     attend(q, view, mask=mask, backend=backend)
 
 
-def codes(backend: str, dims: tuple[int, ...] = (128,)) -> None:
+def quantized_decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
     """A few tokens over int8, fp8 and int4 codes and a recent part."""
     for dim in dims:
         for kind in ("int8", "fp8", "int4"):
@@ -108,7 +109,7 @@ def codes(backend: str, dims: tuple[int, ...] = (128,)) -> None:
 def fp8() -> None:
     """Prefill over queries, keys and values that are fp8 codes themselves."""
     for dim in (64, 128):
-        scaled = [quantize_heads(x) for x in qkv(150, 290, dim)]
+        scaled = [quantize_fp8_per_head(x) for x in qkv(150, 290, dim)]
         for options in ({}, {"causal": False}, {"window": 100, "sinks": 3}):
             attention(*scaled, **options, return_lse=True, backend="gluon_fp8")
 
@@ -120,7 +121,7 @@ def storing() -> None:
     for hadamard in (False, True):
         store = [torch.zeros(1, 1, 64, 128, dtype=torch.bfloat16).cuda() for _ in range(2)]
         at = torch.tensor([5]).cuda()
-        append(Slots(*store, at, hadamard=hadamard), k, v, Turn(q, cos, sin))
+        append(KVSlots(*store, at, hadamard=hadamard), k, v, PendingRope(q, cos, sin))
     _, k, v = qkv(1, 700, 128)
     for kind in ("int8", "fp8", "int4"):
         view = coded(k, v, kind, RECENT)
@@ -132,11 +133,11 @@ def storing() -> None:
 def rows_of_weights() -> None:
     """What a step of one row computes beside attention, with and without biases."""
     x, weights = normal(1, 1, 320), [normal(n, 320) for n in (96, 33, 40)]
-    one_row.products(x, weights, [None, normal(33), None])
-    one_row.products(x, weights[:1], [normal(96)])
-    one_row.gated(x, weights[0], normal(96, 320))
-    one_row.sum_and_norm(x, normal(1, 1, 320), normal(320), 1e-6)
-    one_row.norm(x, normal(320), 1e-6)
+    gemv.products(x, weights, [None, normal(33), None])
+    gemv.products(x, weights[:1], [normal(96)])
+    gemv.gated(x, weights[0], normal(96, 320))
+    gemv.sum_and_norm(x, normal(1, 1, 320), normal(320), 1e-6)
+    gemv.norm(x, normal(320), 1e-6)
 
 
 GROUPS: dict[str, Callable[[], None]] = {
@@ -145,7 +146,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "rows": lambda: rows("triton"),
     "backward": backward,
     "decode": lambda: decode("triton"),
-    "codes": lambda: codes("triton"),
+    "codes": lambda: quantized_decode("triton"),
     "storing": storing,
     "one_row": rows_of_weights,
     "gluon_forward": lambda: forward("gluon", (64, 128, 256)),
@@ -153,7 +154,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "gluon_rows": lambda: rows("gluon"),
     "gluon_backward": gluon_backward,
     "gluon_decode": lambda: decode("gluon", (64, 128)),
-    "gluon_codes": lambda: codes("gluon", (64, 128)),
+    "gluon_codes": lambda: quantized_decode("gluon", (64, 128)),
     "gluon_fp8": fp8,
 }
 

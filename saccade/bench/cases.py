@@ -73,7 +73,7 @@ class Case:
     storage: str
     window: int | None = None
     q_type: str = "fp32"
-    rotated: bool = False
+    hadamard: bool = False
     bars: tuple[Bar, ...] = ()
     peers: tuple[str, ...] = ()
     quick: bool = False
@@ -86,7 +86,7 @@ class Case:
     @property
     def label(self) -> str:
         """What tells the case from others of its group."""
-        return f"{self.storage} rotated" if self.rotated else self.storage
+        return f"{self.storage} rotated" if self.hadamard else self.storage
 
     @property
     def mask(self) -> Mask:
@@ -121,10 +121,10 @@ class Case:
         plain = 2 * size * (self.kv_len - self.num_packed) * self.head_dim
         if not self.num_packed:
             return self.kv_heads * plain
-        codes = 2 * self.num_packed * self.head_dim * BITS[self.storage] // 8
+        qdata = 2 * self.num_packed * self.head_dim * BITS[self.storage] // 8
         k_scales = 4 * self.num_packed // GROUP * self.head_dim  # float16 scale and offset
         v_scales = 4 * self.num_packed * (self.head_dim // value_group(self.head_dim))
-        return self.kv_heads * (plain + codes + k_scales + v_scales)
+        return self.kv_heads * (plain + qdata + k_scales + v_scales)
 
     @property
     def nbytes(self) -> int:
@@ -151,13 +151,13 @@ def prefill(heads: int, kv_heads: int, head_dim: int, length: int, *, quick: boo
         bars=(Bar(measure="peak", limit=0.75), Bar(measure="torch", limit=3.0)),
     )  # fmt: skip
     half = (Bar(measure="time", limit=1.15, against=base),)
-    codes = (Bar(measure="time", limit=1.2, against=base),)
+    qdata = (Bar(measure="time", limit=1.2, against=base),)
     return [
         plain,
         replace(plain, storage="bf16", bars=half, peers=everyone),
         replace(plain, storage="fp16", bars=half, peers=everyone, quick=False),
-        replace(plain, storage="int8", bars=codes, peers=()),
-        replace(plain, storage="int4", bars=codes, peers=()),
+        replace(plain, storage="int8", bars=qdata, peers=()),
+        replace(plain, storage="int4", bars=qdata, peers=()),
     ]
 
 
@@ -177,7 +177,7 @@ def decode(length: int, *, quick: bool) -> list[Case]:
         replace(plain, storage="fp16", quick=False),
         replace(plain, storage="int8", bars=(int8,), peers=()),
         replace(plain, storage="int4", bars=(int4,), peers=()),
-        replace(plain, storage="int4", bars=(), peers=(), rotated=True, quick=False),
+        replace(plain, storage="int4", bars=(), peers=(), hadamard=True, quick=False),
     ]
 
 

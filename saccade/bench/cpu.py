@@ -21,8 +21,8 @@ from saccade.bench.peers import PEERS, Call, backward, forget_compiled
 from saccade.bench.reads import reading
 from saccade.bench.record import Record, Row
 from saccade.core import Unsupported
-from saccade.ops import choose
-from saccade.ops.attend.api import attend, make_call
+from saccade.ops.attention import dispatch
+from saccade.ops.attention.api import attend, make_call
 from saccade.report.environment import machine_facts
 
 BUDGET, QUICK_BUDGET = 2.0, 0.6  # seconds of samples for each candidate
@@ -48,7 +48,7 @@ def run(
     """Measure the cases; Ctrl-C ends the run early and keeps the finished batches.
 
     Args:
-        backends: names of this package's backends; "auto" is the one it would choose.
+        backends: names of this package's backends; "auto" is the one it would dispatch.
         with_flex: also time compiled FlexAttention.
         quick: fewer samples.
     """
@@ -113,12 +113,12 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> tuple[Row, Callable[[], C
     """The row of one of this package's backends and what makes its call."""
     description = make_call(inputs.q, inputs.views[0], mask=case.mask, wants_lse=False)
     if backend == "auto":
-        verdicts = choose.explain(description)
+        verdicts = dispatch.explain(description)
         backend = next(name for name, verdict in verdicts if verdict.startswith("chosen"))
     row = _row(case, backend, ours=True)
 
     def construct() -> Call:
-        choose.choose(description, backend)  # raises Unsupported with the reason
+        dispatch.choose(description, backend)  # raises Unsupported with the reason
         views = cycle(inputs.views)
 
         def forward() -> Tensor:

@@ -23,7 +23,7 @@ from saccade.bench.cases import Case
 from saccade.bench.inputs import Inputs
 from saccade.core import KVView, Mask, QuantizedKV
 from saccade.core.kv import dense
-from saccade.ops.hadamard import rotate
+from saccade.ops.kv_write.hadamard import hadamard_transform
 
 ALL_ROWS = 1.5e10  # floating-point operations up to which every row is checked
 NUM_ROWS = 96
@@ -125,11 +125,11 @@ def _expected_out(case: Case, inputs: Inputs, seed: int) -> tuple[Expected, ...]
     offset = case.kv_len - case.q_len
     q, view = inputs.q[:, :, rows], inputs.views[0]
     k, v = stored(view)
-    exact = _attend(q.double(), k, v, case.mask, rows + offset, view.rotated, torch.float64)
-    eager = _attend(q.float(), k, v, case.mask, rows + offset, view.rotated, case.q_dtype)
+    exact = _attend(q.double(), k, v, case.mask, rows + offset, view.hadamard, torch.float64)
+    eager = _attend(q.float(), k, v, case.mask, rows + offset, view.hadamard, case.q_dtype)
     margin = 1.0 + 2.0**-6  # rounding to the storage type, of values and of the output
     low, high = (float(limit) for limit in v.aminmax())
-    bounds = None if view.rotated else (min(low * margin, 0.0), max(high * margin, 0.0))
+    bounds = None if view.hadamard else (min(low * margin, 0.0), max(high * margin, 0.0))
     return (limits("out", rows, exact, eager, case.q_dtype, bounds=bounds),)
 
 
@@ -148,17 +148,17 @@ def _attend(
     v: Tensor,
     mask: Mask,
     positions: Tensor,
-    rotated: bool,
+    hadamard: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Attention of rows at `positions` in the type of q; weights and output rounded to `dtype`."""
     outs = []
-    q = rotate(q) if rotated else q
+    q = hadamard_transform(q) if hadamard else q
     for queries, keys, values in _heads(q, k, v):
         weights = _weights(queries, keys, mask, positions)
         outs.append(weights.to(dtype).to(q.dtype) @ values.to(dtype).to(q.dtype))
     out = torch.cat(outs)[None].to(dtype).to(q.dtype)
-    return rotate(out) if rotated else out
+    return hadamard_transform(out) if hadamard else out
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from saccade.bench.cases import BITS, GROUP, Case, value_group
 from saccade.core import DenseKV, KVView, QuantizedKV
-from saccade.core.formats import Codes, quantize_keys, quantize_values
-from saccade.ops.hadamard import rotate
+from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
+from saccade.ops.kv_write.hadamard import hadamard_transform
 
 COLD_BYTES = 256 << 20  # more than the caches of a CPU hold
 SEED = 2205
@@ -59,8 +59,8 @@ def _copy(view: DenseKV | QuantizedKV) -> KVView:
         return DenseKV(view.k.clone(), view.v.clone())
     return replace(
         view,
-        k=Codes(*(part.clone() for part in view.k)),
-        v=Codes(*(part.clone() for part in view.v)),
+        k=QuantizedTensor(*(part.clone() for part in view.k)),
+        v=QuantizedTensor(*(part.clone() for part in view.v)),
         recent_k=view.recent_k.clone(),
         recent_v=view.recent_v.clone(),
     )
@@ -69,21 +69,21 @@ def _copy(view: DenseKV | QuantizedKV) -> KVView:
 def _view(case: Case, k: Tensor, v: Tensor) -> DenseKV | QuantizedKV:
     if case.storage not in BITS:
         return DenseKV(k, v)
-    if case.rotated:
-        k, v = rotate(k), rotate(v)
+    if case.hadamard:
+        k, v = hadamard_transform(k), hadamard_transform(v)
     bits, packed = BITS[case.storage], case.num_packed
     group = value_group(case.head_dim)
     keys = quantize_keys(k[:, :, :packed], bits=bits, group=GROUP)
     values = quantize_values(v[:, :, :packed], bits=bits, group=group)
     return QuantizedKV(
-        k=Codes(*(part.contiguous() for part in keys)),
-        v=Codes(*(part.contiguous() for part in values)),
+        k=QuantizedTensor(*(part.contiguous() for part in keys)),
+        v=QuantizedTensor(*(part.contiguous() for part in values)),
         recent_k=k[:, :, packed:].contiguous(),
         recent_v=v[:, :, packed:].contiguous(),
         bits_k=bits,
         bits_v=bits,
         k_group=GROUP,
-        rotated=case.rotated,
+        hadamard=case.hadamard,
     )
 
 

@@ -79,11 +79,11 @@ def _stored(name: str) -> Record:
 def _measured(args: Namespace, on_progress: OnProgress) -> Record:
     from saccade.bench.cases import CASES, selected
     from saccade.bench.cpu import run
-    from saccade.ops import choose
+    from saccade.ops.attention import dispatch
 
     for name in args.backends:
         if name != "auto":
-            choose.load(name)  # an unknown name is told before minutes are spent
+            dispatch.load(name)  # an unknown name is told before minutes are spent
     cases = selected(CASES, words=args.cases, quick=args.quick)
     with _threads(args.threads):
         return run(

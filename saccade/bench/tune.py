@@ -18,8 +18,9 @@ import torch
 
 from saccade.bench.tune_work import Problem, Result, Run, Work
 from saccade.core import BadInput
-from saccade.ops import launches, tuning
-from saccade.ops.launches import Launch, LaunchFile
+from saccade.ops.tuning import files as launches
+from saccade.ops.tuning import tables as tuning
+from saccade.ops.tuning.files import Launch, LaunchFile
 
 CANDIDATES = tuning.FOLDER.parent / "candidates.json"
 SCHEMA = "saccade.candidates/1"

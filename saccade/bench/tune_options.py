@@ -15,8 +15,10 @@ import torch
 from saccade.bench import tune as tuner
 from saccade.bench import tune_work
 from saccade.core import BadInput
-from saccade.ops import launches, tuning
-from saccade.ops.launches import LaunchFile
+from saccade.ops.gpu.support import architecture
+from saccade.ops.tuning import files as launches
+from saccade.ops.tuning import tables as tuning
+from saccade.ops.tuning.files import LaunchFile
 
 if TYPE_CHECKING:
     from saccade.bench.tune_work import Sizes
@@ -75,7 +77,7 @@ def execute(args: Namespace, bench: Bench | None = None) -> int:
         0; 1 where a row has no right launch; 130 after Ctrl-C.
     """
     bench = bench or on_the_card()
-    arch = tuning.architecture(torch.device(bench.device))
+    arch = architecture(torch.device(bench.device))
     path = Path(args.out or f"tuning-{arch}.json").expanduser()
     file = _file(path, arch)
     found: list[tuner.Found] = []
@@ -103,9 +105,9 @@ def on_the_card() -> Bench:
         BadInput: there is none.
     """
     from saccade.bench import gpu
-    from saccade.ops.attend.triton import able_on
+    from saccade.ops.gpu.support import has_triton
 
-    if not torch.cuda.is_available() or not able_on(torch.device("cuda")):
+    if not torch.cuda.is_available() or not has_triton(torch.device("cuda")):
         raise BadInput(NO_GPU)
 
     def timer(runs: Sequence[tune_work.Run]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.bench.gate import Expected, limits, stored
 from saccade.bench.inputs import coded
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV
-from saccade.ops.attend.api import attend
+from saccade.ops.attention.api import attend
 
 GROUP, PAGE, BLOCK = 64, 16, 128
 DENSITY = 0.25
@@ -263,5 +263,5 @@ def paged(k: Tensor, v: Tensor, page: int) -> PagedKV:
         pool[order] = pages
         pools.append(pool)
     table = order.view(batch, count).to(torch.int32)
-    lengths = torch.full((batch,), length, dtype=torch.int32, device=k.device)
-    return PagedKV(*pools, table, lengths, length)
+    kv_lens = torch.full((batch,), length, dtype=torch.int32, device=k.device)
+    return PagedKV(*pools, table, kv_lens, length)

@@ -9,10 +9,9 @@ from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
-from saccade.cache.step import Appended, Cursor, SteppingCache
+from saccade.cache.step import Cursor, SteppingCache, StepWrite
 
 __all__ = [
-    "Appended",
     "Cursor",
     "DenseCache",
     "LayerCache",
@@ -25,6 +24,7 @@ __all__ = [
     "RingCache",
     "ShiftKeys",
     "Staging",
+    "StepWrite",
     "SteppingCache",
     "make_layer_cache",
 ]

@@ -65,11 +65,11 @@ class LayerCache(Protocol):
         """
         ...
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """The largest position up to `length` that `truncate` can go back to; 0 needs a reset."""
         ...
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Context shift: forget positions start .. stop-1 and move the later ones down.
 
         Raises:

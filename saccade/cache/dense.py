@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.step import Appended, Cursor
+from saccade.cache.step import Cursor, StepWrite
 from saccade.core import DenseKV, Unsupported
-from saccade.ops.append import Slots, Turn, append
+from saccade.ops.kv_write.append import KVSlots, PendingRope, append
 
 GROWTH_STEP = 64
 GROWTH_SHARE = 16
@@ -71,26 +71,26 @@ class DenseCache:
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
 
-    def claim(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """See SteppingCache."""
         if self._k is None or self._v is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         self._make_room(self._slots + count, self._k, self._v)
 
-    def place(self) -> tuple[int, ...]:
+    def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         assert self._k is not None and self._v is not None
         gap = self._seen - self._slots
         return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], gap
 
-    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
         """See SteppingCache."""
         assert self._k is not None and self._v is not None, "claim comes first"
         cursor = cursor.back(self._seen - self._slots)
-        q = append(Slots(self._k, self._v, cursor.start), k, v, turn)
-        return Appended(DenseKV(self._k, self._v), cursor, q)
+        q = append(KVSlots(self._k, self._v, cursor.start), k, v, rope)
+        return StepWrite(DenseKV(self._k, self._v), cursor, q)
 
-    def advance(self, count: int) -> None:
+    def commit(self, count: int) -> None:
         """See SteppingCache."""
         self._slots += count
         self._seen += count
@@ -120,11 +120,11 @@ class DenseCache:
             raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
         self._seen = self._slots = min(length, self._slots)
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """Any position, until `keep` has removed keys."""
         return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
         if self.is_compressed:
             raise Unsupported("a compressed cache cannot be shifted: its positions have gaps.")

@@ -51,7 +51,7 @@ class HeadPages:
     @property
     def nbytes(self) -> int:
         """Bytes of all pages, of the positions in them, and of the tables."""
-        parts = (self._k, self._v, self._positions, self._table, self._lengths)
+        parts = (self._k, self._v, self._positions, self._table, self._kv_lens)
         return sum(part.nbytes for part in parts)
 
     @property
@@ -59,9 +59,9 @@ class HeadPages:
         return self._pages.num_pages
 
     @property
-    def lengths(self) -> Tensor:
+    def kv_lens(self) -> Tensor:
         """Keys of each row and head, int32 `[B, Hkv]`."""
-        return self._lengths
+        return self._kv_lens
 
     @property
     def num_keys(self) -> int:
@@ -91,14 +91,14 @@ class HeadPages:
     def view(self, end: int) -> RaggedKV:
         """Everything held, without a copy; `end` is one past the last position seen."""
         longest = max(map(self._pages.length, self._rows))
-        storage = (self._k, self._v, self._positions, self._table, self._lengths)
+        storage = (self._k, self._v, self._positions, self._table, self._kv_lens)
         return RaggedKV(*storage, end, longest)
 
     def held(self) -> Held:
         """A copy of everything held, heads side by side."""
         size = self._pages.page_size
         longest = max(map(self._pages.length, self._rows))
-        rank = torch.arange(longest, device=self._k.device) - longest + self._lengths[..., None]
+        rank = torch.arange(longest, device=self._k.device) - longest + self._kv_lens[..., None]
         real = rank >= 0  # [B, Hkv, n]
         rank = rank.clamp_min(0).long()
         slots = self._table.gather(2, rank // size).long() * size + rank % size
@@ -153,7 +153,7 @@ class HeadPages:
         if self._pages.num_available != before:
             self._describe()
         else:  # most steps: the last pages had room
-            self._describe_lengths()
+            self._describe_kv_lens()
 
     def _copy(self, copies: list[Copy]) -> None:
         for source, target in copies:
@@ -167,12 +167,12 @@ class HeadPages:
         padded = [pages + [0] * (most - len(pages)) for pages in lists]
         table = torch.tensor(padded, dtype=torch.int32, device=self._k.device)
         self._table = table.view(len(lists) // self._heads, self._heads, most)
-        self._describe_lengths()
+        self._describe_kv_lens()
 
-    def _describe_lengths(self) -> None:
-        lengths = [self._pages.length(row) for row in self._rows]
-        flat = torch.tensor(lengths, dtype=torch.int32, device=self._k.device)
-        self._lengths = flat.view(-1, self._heads)
+    def _describe_kv_lens(self) -> None:
+        kv_lens = [self._pages.length(row) for row in self._rows]
+        flat = torch.tensor(kv_lens, dtype=torch.int32, device=self._k.device)
+        self._kv_lens = flat.view(-1, self._heads)
 
 
 def _grown(x: Tensor, num_pages: int) -> Tensor:

@@ -169,11 +169,11 @@ class OffloadedCache:
         """Forget all tokens from position `length` on; memory stays allocated."""
         self._slots = min(length, self._slots)
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """Any position."""
         return min(length, self._slots)
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated on the device."""
         self._staging.forget(self)
         k, v = self.host

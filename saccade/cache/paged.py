@@ -94,13 +94,13 @@ class PagePool:
             table: their `table`, where the caller still has it.
         """
         assert self._k is not None and self._v is not None
-        lengths = [self.pages.length(row) for row in rows]
+        kv_lens = [self.pages.length(row) for row in rows]
         return PagedKV(
             self._k,
             self._v,
             self.table(rows, self._k.device) if table is None else table,
-            torch.tensor(lengths, dtype=torch.int32, device=self._k.device),
-            max(lengths),
+            torch.tensor(kv_lens, dtype=torch.int32, device=self._k.device),
+            max(kv_lens),
         )
 
     def table(self, rows: Sequence[int], device: torch.device) -> Tensor:
@@ -231,11 +231,11 @@ class PagedCache:
         self._seen = min(self._seen, length)
         del self._expected[length:]
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """Any position."""
         return min(length, self._seen)
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys are written again, re-rotated."""
         held = dense(self.view())
         k, v = shift(held.k[:, :, stop:], start - stop), held.v[:, :, stop:].clone()

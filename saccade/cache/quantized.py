@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
-from saccade.cache.step import Appended, Cursor
+from saccade.cache.step import Cursor, StepWrite
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
-from saccade.core.formats import FP8, Codes
-from saccade.ops.append import Slots, Turn, append
-from saccade.ops.hadamard import rotate
-from saccade.ops.pack import pack_keys, pack_values
+from saccade.core.formats import FP8, QuantizedTensor
+from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.hadamard import hadamard_transform
+from saccade.ops.kv_write.quantize import pack_keys, pack_values
 
 GROWTH_STEP = 1024
 
@@ -55,8 +55,8 @@ class QuantizedCache:
             raise ValueError(f"group must be >= 1 and recent >= 0, got {group} and {recent}.")
         self._bits_k, self._bits_v, self._group, self._fp8 = bits_k, bits_v, group, fp8
         self._recent_kept, self._hadamard, self._reserve = recent, hadamard, reserve
-        self._k: Codes | None = None
-        self._v: Codes | None = None
+        self._k: QuantizedTensor | None = None
+        self._v: QuantizedTensor | None = None
         self._packed = 0
         self._recent_k: Tensor | None = None
         self._recent_v: Tensor | None = None
@@ -78,7 +78,7 @@ class QuantizedCache:
     def append(self, k: Tensor, v: Tensor) -> QuantizedKV:
         """Store a chunk; see LayerCache.  A chunk attends to itself in full precision."""
         if self._hadamard:
-            k, v = rotate(k), rotate(v)
+            k, v = hadamard_transform(k), hadamard_transform(v)
         self._allocate(k, v)
         assert self._recent_k is not None and self._recent_v is not None
         self._pack(self._fresh - self._recent_kept)
@@ -90,7 +90,7 @@ class QuantizedCache:
             return self._view(self._recent_k[:, :, :stop], self._recent_v[:, :, :stop])
         return self._append_large(k, v)
 
-    def claim(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """See SteppingCache; whole groups are packed here, between two steps."""
         if self._recent_k is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
@@ -104,25 +104,25 @@ class QuantizedCache:
             self._packed_there.fill_(self._packed)
             self._packed_told = self._packed
 
-    def place(self) -> tuple[int, ...]:
+    def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         tensors = (*(self._k or ()), *(self._v or ()), self._recent_k, self._recent_v)
         assert self._v is not None
-        return *(x.data_ptr() for x in tensors if x is not None), self._v.codes.shape[2]
+        return *(x.data_ptr() for x in tensors if x is not None), self._v.qdata.shape[2]
 
-    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
         """See SteppingCache; new tokens join the recent ones."""
         assert self._k is not None and self._v is not None, "claim comes first"
         assert self._recent_k is not None and self._recent_v is not None
         assert self._packed_there is not None
-        recent = Slots(
+        recent = KVSlots(
             self._recent_k, self._recent_v, cursor.start, self._packed_there, self._hadamard
         )
-        q = append(recent, k, v, turn)
+        q = append(recent, k, v, rope)
         stored = self._viewed(self._k, self._v, self._recent_k, self._recent_v)
-        return Appended(GrowingKV(stored, self._packed_there), cursor, q)
+        return StepWrite(GrowingKV(stored, self._packed_there), cursor, q)
 
-    def advance(self, count: int) -> None:
+    def commit(self, count: int) -> None:
         """See SteppingCache."""
         self._fresh += count
 
@@ -131,8 +131,8 @@ class QuantizedCache:
         if self._k is None or self._v is None:
             return
         assert self._recent_k is not None and self._recent_v is not None
-        self._k = Codes(*(part.index_select(0, rows) for part in self._k))
-        self._v = Codes(*(part.index_select(0, rows) for part in self._v))
+        self._k = QuantizedTensor(*(part.index_select(0, rows) for part in self._k))
+        self._v = QuantizedTensor(*(part.index_select(0, rows) for part in self._v))
         self._recent_k = self._recent_k.index_select(0, rows)
         self._recent_v = self._recent_v.index_select(0, rows)
 
@@ -152,11 +152,11 @@ class QuantizedCache:
         self._recent_k[:, :, : self._fresh] = k
         self._recent_v[:, :, : self._fresh] = v
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """Any position."""
         return min(length, self.seen)
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated and packed again.
 
         Packed keys are quantised once more, which adds about as much error as the first time.
@@ -165,7 +165,7 @@ class QuantizedCache:
         first = min(start, self._packed) // self._group * self._group
         k, v = self._opened(first, self.seen)
         if self._hadamard:
-            k, v = rotate(k), rotate(v)
+            k, v = hadamard_transform(k), hadamard_transform(v)
         kept, later = start - first, stop - first
         k = torch.cat((k[:, :, :kept], shift(k[:, :, later:], start - stop)), dim=2)
         v = torch.cat((v[:, :, :kept], v[:, :, later:]), dim=2)
@@ -189,7 +189,7 @@ class QuantizedCache:
         progress = {"packed": self._packed, "fresh": self._fresh, "capacity": 0}
         if self._v is None or self._recent_k is None or self._recent_v is None:
             return CacheState(settings, progress, {})
-        progress["capacity"] = self._v.codes.shape[2]
+        progress["capacity"] = self._v.qdata.shape[2]
         view = self._view(self._recent_k[:, :, : self._fresh], self._recent_v[:, :, : self._fresh])
         parts = {f"k.{name}": x for name, x in view.k._asdict().items()}
         parts |= {f"v.{name}": x for name, x in view.v._asdict().items()}
@@ -200,21 +200,21 @@ class QuantizedCache:
         """See LayerCache."""
         packed, fresh = state.progress["packed"], state.progress["fresh"]
         groups = packed // self._group
-        lengths = {"k.codes": packed, "k.scale": groups, "k.offset": groups}
-        lengths |= dict.fromkeys(("v.codes", "v.scale", "v.offset"), packed)
+        lengths = {"k.qdata": packed, "k.scale": groups, "k.offset": groups}
+        lengths |= dict.fromkeys(("v.qdata", "v.scale", "v.offset"), packed)
         expect_tensors(state, lengths | {"recent.k": fresh, "recent.v": fresh})
         self._k = self._v = self._recent_k = self._recent_v = None
         self._packed, self._fresh = packed, fresh
         if not state.tensors:
             return
         parts = {name: x.to(device) for name, x in state.tensors.items()}
-        parts |= {name: parts[name].view(torch.uint8) for name in ("k.codes", "v.codes")}
+        parts |= {name: parts[name].view(torch.uint8) for name in ("k.qdata", "v.qdata")}
         capacity = max(packed, state.progress["capacity"])
         rooms = (capacity, capacity // self._group, capacity // self._group)
-        names = ("codes", "scale", "offset")
+        names = ("qdata", "scale", "offset")
         keys = [_extended(parts[f"k.{n}"], room) for n, room in zip(names, rooms, strict=True)]
-        self._k = Codes(*keys)
-        self._v = Codes(*(_extended(parts[f"v.{n}"], capacity) for n in names))
+        self._k = QuantizedTensor(*keys)
+        self._v = QuantizedTensor(*(_extended(parts[f"v.{n}"], capacity) for n in names))
         slots = self._recent_kept + 2 * self._group
         self._recent_k = _extended(parts["recent.k"], slots)
         self._recent_v = _extended(parts["recent.v"], slots)
@@ -253,8 +253,8 @@ class QuantizedCache:
         assert self._k is not None and self._v is not None
         tokens = slice(self._packed, self._packed + count)
         groups = slice(tokens.start // self._group, tokens.stop // self._group)
-        keys = Codes(self._k.codes[:, :, tokens], *(s[:, :, groups] for s in self._k[1:]))
-        values = Codes(*(part[:, :, tokens] for part in self._v))
+        keys = QuantizedTensor(self._k.qdata[:, :, tokens], *(s[:, :, groups] for s in self._k[1:]))
+        values = QuantizedTensor(*(part[:, :, tokens] for part in self._v))
         pack_keys(k, self._typed(keys), bits=self._bits_k, group=self._group)
         v_group = self._v_group(v.shape[3])
         pack_values(v, self._typed(values), bits=self._bits_v, group=v_group)
@@ -263,11 +263,13 @@ class QuantizedCache:
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
         assert self._k is not None and self._v is not None
         groups = self._packed // self._group
-        keys = (self._k.codes[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
+        keys = (self._k.qdata[:, :, : self._packed], *(s[:, :, :groups] for s in self._k[1:]))
         values = (part[:, :, : self._packed] for part in self._v)
-        return self._viewed(Codes(*keys), Codes(*values), recent_k, recent_v)
+        return self._viewed(QuantizedTensor(*keys), QuantizedTensor(*values), recent_k, recent_v)
 
-    def _viewed(self, k: Codes, v: Codes, recent_k: Tensor, recent_v: Tensor) -> QuantizedKV:
+    def _viewed(
+        self, k: QuantizedTensor, v: QuantizedTensor, recent_k: Tensor, recent_v: Tensor
+    ) -> QuantizedKV:
         return QuantizedKV(
             k=self._typed(k),
             v=self._typed(v),
@@ -276,7 +278,7 @@ class QuantizedCache:
             bits_k=self._bits_k,
             bits_v=self._bits_v,
             k_group=self._group,
-            rotated=self._hadamard,
+            hadamard=self._hadamard,
         )
 
     def _opened(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -288,9 +290,9 @@ class QuantizedCache:
         v = [self._recent_v[:, :, :0], *(tile.v for tile in tiles)]
         return torch.cat(k, dim=2), torch.cat(v, dim=2)
 
-    def _typed(self, coded: Codes) -> Codes:
+    def _typed(self, coded: QuantizedTensor) -> QuantizedTensor:
         """Codes are stored as bytes; as fp8 they are only lent."""
-        return coded._replace(codes=coded.codes.view(FP8)) if self._fp8 else coded
+        return coded._replace(qdata=coded.qdata.view(FP8)) if self._fp8 else coded
 
     def _v_group(self, dim: int) -> int:
         return self._group if dim % self._group == 0 else dim
@@ -308,12 +310,12 @@ class QuantizedCache:
         def empty(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(batch, heads, 0, width, dtype=dtype, device=k.device)
 
-        self._k = Codes(
+        self._k = QuantizedTensor(
             empty(dim * self._bits_k // 8, torch.uint8),
             empty(dim, torch.float16),
             empty(dim, torch.float16),
         )
-        self._v = Codes(
+        self._v = QuantizedTensor(
             empty(value_dim * self._bits_v // 8, torch.uint8),
             empty(v_groups, torch.float16),
             empty(v_groups, torch.float16),
@@ -321,15 +323,15 @@ class QuantizedCache:
 
     def _make_room(self, tokens: int) -> None:
         assert self._k is not None and self._v is not None
-        if tokens <= self._v.codes.shape[2]:
+        if tokens <= self._v.qdata.shape[2]:
             return
         step = -(-GROWTH_STEP // self._group) * self._group
         capacity = max(-(-tokens // step) * step, -(-self._reserve // step) * step)
         groups = capacity // self._group
-        self._k = Codes(
-            _extended(self._k.codes, capacity), *(_extended(s, groups) for s in self._k[1:])
+        self._k = QuantizedTensor(
+            _extended(self._k.qdata, capacity), *(_extended(s, groups) for s in self._k[1:])
         )
-        self._v = Codes(*(_extended(part, capacity) for part in self._v))
+        self._v = QuantizedTensor(*(_extended(part, capacity) for part in self._v))
 
 
 def _extended(x: Tensor, length: int) -> Tensor:

@@ -48,10 +48,10 @@ class RaggedCache:
         return self._prompt.nbytes if self._pages is None else self._pages.nbytes
 
     @property
-    def lengths(self) -> Tensor:
+    def kv_lens(self) -> Tensor:
         """Keys held of each row and head, int32 `[B, Hkv]`."""
         if self._pages is not None:
-            return self._pages.lengths
+            return self._pages.kv_lens
         held = self._prompt.view().k
         return torch.full(held.shape[:2], held.shape[2], dtype=torch.int32, device=held.device)
 
@@ -112,15 +112,15 @@ class RaggedCache:
             self._pages.forget_newest(self._seen - length)
         self._seen = length
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """Any position behind the last compression."""
         return min(length, self._seen) if length >= self._kept_at else 0
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated."""
         moved = stop - start
         if self._pages is None:
-            self._prompt.drop(start, stop, shift)
+            self._prompt.context_shift(start, stop, shift)
         else:
             k, v, at = self._pages.held()
             later = at >= stop

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.step import Appended, Cursor
+from saccade.cache.step import Cursor, StepWrite
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
-from saccade.ops.append import Slots, Turn, append
+from saccade.ops.kv_write.append import KVSlots, PendingRope, append
 
 FAR = 2**30  # past every position: how far a ring has come, only the device knows
 
@@ -72,7 +72,7 @@ class RingCache:
             return 0
         kept = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
         view = self._stepped
-        told = () if view is None else (view.positions, view.table, view.lengths)
+        told = () if view is None else (view.positions, view.table, view.kv_lens)
         return self._k.nbytes + self._v.nbytes + kept + sum(x.nbytes for x in told)
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
@@ -84,7 +84,7 @@ class RingCache:
         self._write(k, v, self._seen)
         return self.view()
 
-    def claim(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """See SteppingCache; a step writes one slot."""
         if self._k is None or self._v is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
@@ -96,24 +96,24 @@ class RingCache:
             self._stepped.positions.copy_(self._slot_positions())
             self._told = True
 
-    def place(self) -> tuple[int, ...]:
+    def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         assert self._stepped is not None, "claim comes first"
         view = self._stepped
         return view.k.data_ptr(), view.v.data_ptr(), view.positions.data_ptr()
 
-    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
         """See SteppingCache; the slot follows from the position."""
         assert self._k is not None and self._v is not None and self._stepped is not None
         at = cursor.start
         slot = torch.where(at < self._sinks, at, (at - self._sinks) % self._ring + self._sinks)
-        q = append(Slots(self._k, self._v, slot), k, v, turn)
+        q = append(KVSlots(self._k, self._v, slot), k, v, rope)
         positions = self._stepped.positions
         now = at[:1].to(positions.dtype).expand(len(positions), 1)
         positions.index_copy_(1, slot[:1], now)
-        return Appended(self._stepped, cursor, q)
+        return StepWrite(self._stepped, cursor, q)
 
-    def advance(self, count: int) -> None:
+    def commit(self, count: int) -> None:
         """See SteppingCache."""
         self._seen += count
         self._oldest = max(self._oldest, self._seen - self._ring)
@@ -160,14 +160,14 @@ class RingCache:
             )
         self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= length}
 
-    def reachable(self, length: int) -> int:
+    def max_rollback(self, length: int) -> int:
         """`length` where its window is still there, else the last checkpoint before it, or 0."""
         length = min(length, self._seen)
         if length == self._seen or self._still_holds(length):
             return length
         return max((at for at in self._checkpoints if at <= length), default=0)
 
-    def drop(self, start: int, stop: int, shift: ShiftKeys) -> None:
+    def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Forget positions start .. stop-1; later keys move down, re-rotated.
 
         Exact where `window - 1` tokens follow `stop`; with fewer the window has a gap at `start`,
@@ -341,7 +341,7 @@ def _one_page_a_head(k: Tensor, v: Tensor) -> RaggedKV:
         v=v.flatten(0, 1),
         positions=torch.empty(rows, slots, dtype=torch.int32, device=k.device),
         table=torch.arange(rows, dtype=torch.int32, device=k.device).view(batch, heads, 1),
-        lengths=torch.full((batch, heads), slots, dtype=torch.int32, device=k.device),
+        kv_lens=torch.full((batch, heads), slots, dtype=torch.int32, device=k.device),
         end=FAR,
         max_length=slots,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache.base import LayerCache
 from saccade.core import KVView
-from saccade.ops.append import Turn
+from saccade.ops.kv_write.append import PendingRope
 
 
 class Cursor(NamedTuple):
@@ -32,7 +32,7 @@ class Cursor(NamedTuple):
         return Cursor(self.start - gap, self.stop - gap) if gap else self
 
 
-class Appended(NamedTuple):
+class StepWrite(NamedTuple):
     """What a step may attend to.
 
     Attributes:
@@ -50,7 +50,7 @@ class Appended(NamedTuple):
 class SteppingCache(LayerCache, Protocol):
     """A layer cache whose storage stays where it is from one token to the next."""
 
-    def claim(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """Make room for `count` tokens more; storage may move, and `place` says whether it did.
 
         Raises:
@@ -58,11 +58,11 @@ class SteppingCache(LayerCache, Protocol):
         """
         ...
 
-    def place(self) -> tuple[int, ...]:
+    def graph_key(self) -> tuple[int, ...]:
         """Everything a captured step depends on: addresses, sizes, forgotten tokens."""
         ...
 
-    def append_at(self, k: Tensor, v: Tensor, cursor: Cursor, turn: Turn | None) -> Appended:
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
         """Store keys `[B, Hkv, t, D]` and values at the cursor; the host's count stays.
 
         Args:
@@ -70,6 +70,6 @@ class SteppingCache(LayerCache, Protocol):
         """
         ...
 
-    def advance(self, count: int) -> None:
+    def commit(self, count: int) -> None:
         """Count `count` tokens that steps have stored."""
         ...

@@ -16,7 +16,7 @@ from saccade.report.numbers import as_bytes, significant
 
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
-    from saccade.runtime import Context, Piece, Sampler, Stats
+    from saccade.runtime import Context, GeneratedToken, Sampler, Stats
 
 EXAMPLES = """examples:
   saccade generate --model smollm2 --prompt "Why is the sky blue?"
@@ -103,7 +103,7 @@ def run(args: Namespace) -> int:
 
 
 def _tell(
-    ctx: Context, pieces: Iterator[Piece], sampler: Sampler, loaded: LoadedModel,
+    ctx: Context, pieces: Iterator[GeneratedToken], sampler: Sampler, loaded: LoadedModel,
     session: Session | None,
 ) -> int:  # fmt: skip
     """Print what comes and what it took; with a session, Ctrl-C ends it between two tokens."""

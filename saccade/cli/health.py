@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from saccade.core import BadInput
+from saccade.ops.gpu.support import architecture
 from saccade.report import environment
 from saccade.report.numbers import as_bytes
 
@@ -150,10 +151,10 @@ def _launches() -> list[Check]:
     """Which tables the GPU kernels are launched by: the package's, and one of the user's."""
     import torch
 
-    from saccade.ops import tuning
+    from saccade.ops.tuning import tables as tuning
 
     found: list[Check] = []
-    card = tuning.architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    card = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
     try:
         user = tuning.of_the_user()
     except BadInput as error:

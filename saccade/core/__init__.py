@@ -1,19 +1,19 @@
 """Floor 0: the words everyone uses.  Torch only, no policy."""
 
 from saccade.core.errors import BadInput, Unsupported
+from saccade.core.fp8 import PerHeadFP8, quantize_fp8_per_head
 from saccade.core.kv import (
     DenseKV,
     GrowingKV,
     KVView,
     PagedKV,
+    PerHeadFP8KV,
     QuantizedKV,
     RaggedKV,
-    ScaledKV,
     Span,
 )
 from saccade.core.mask import KeyRange, Mask
 from saccade.core.output import AttentionOutput
-from saccade.core.scaled import Scaled, quantize_heads
 from saccade.core.selection import BlockSelection
 
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
     "KeyRange",
     "Mask",
     "PagedKV",
+    "PerHeadFP8",
+    "PerHeadFP8KV",
     "QuantizedKV",
     "RaggedKV",
-    "Scaled",
-    "ScaledKV",
     "Span",
     "Unsupported",
-    "quantize_heads",
+    "quantize_fp8_per_head",
 ]

@@ -32,7 +32,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(
             "q, k and v must all be float8_e4m3fn or none of them, got "
             f"{', '.join(str(x.dtype).removeprefix('torch.') for x in (q, k, v))}. "
-            "saccade.quantize_heads makes the codes of a tensor."
+            "saccade.quantize_fp8_per_head makes the codes of a tensor."
         )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from saccade.core.formats import Codes, dequantize_keys, dequantize_values
+from saccade.core.formats import QuantizedTensor, dequantize_keys, dequantize_values
 from saccade.core.mask import KeyRange
 
 
@@ -54,7 +54,7 @@ class KVView(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def rotated(self) -> bool:
+    def hadamard(self) -> bool:
         """Keys and values are Hadamard-rotated: queries must be, and the output turned back."""
         ...
 
@@ -108,7 +108,7 @@ class DenseKV:
     k: Tensor
     v: Tensor
     spans: tuple[Span, ...] = ()
-    rotated: bool = False
+    hadamard: bool = False
 
     def __post_init__(self) -> None:
         if not self.spans:
@@ -148,7 +148,7 @@ class DenseKV:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledKV:
+class PerHeadFP8KV:
     """Dense float8_e4m3fn keys and values with one scale a row and KV head: x = code * scale.
 
     Args:
@@ -156,29 +156,29 @@ class ScaledKV:
         k_scale, v_scale: float32 `[B, Hkv]`.
     """
 
-    codes: DenseKV
+    qdata: DenseKV
     k_scale: Tensor
     v_scale: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        return self.codes.shape
+        return self.qdata.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.codes.dtype
+        return self.qdata.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.qdata.device
 
     @property
-    def rotated(self) -> bool:
-        return self.codes.rotated
+    def hadamard(self) -> bool:
+        return self.qdata.hadamard
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         k_scale, v_scale = (x[..., None, None] for x in (self.k_scale, self.v_scale))
-        for tile in self.codes.tiles(ranges, size):
+        for tile in self.qdata.tiles(ranges, size):
             yield tile._replace(k=tile.k.float() * k_scale, v=tile.v.float() * v_scale)
 
 
@@ -194,19 +194,19 @@ class QuantizedKV:
         rotated: keys and values were multiplied by a Hadamard matrix before storing.
     """
 
-    k: Codes
-    v: Codes
+    k: QuantizedTensor
+    v: QuantizedTensor
     recent_k: Tensor
     recent_v: Tensor
     bits_k: int
     bits_v: int
     k_group: int
-    rotated: bool = False
+    hadamard: bool = False
 
     @property
     def num_packed(self) -> int:
         """Number of quantised keys, a multiple of `k_group`."""
-        return self.k.codes.shape[2]
+        return self.k.qdata.shape[2]
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -238,13 +238,13 @@ class QuantizedKV:
     def _packed_tile(self, keys: KeyRange) -> KVTile:
         first, last = keys.start // self.k_group, -(-keys.stop // self.k_group)
         begin, end = first * self.k_group, last * self.k_group
-        grouped = Codes(
-            self.k.codes[:, :, begin:end],
+        grouped = QuantizedTensor(
+            self.k.qdata[:, :, begin:end],
             self.k.scale[:, :, first:last],
             self.k.offset[:, :, first:last],
         )
         k = dequantize_keys(grouped, bits=self.bits_k, group=self.k_group, dtype=self.dtype)
-        values = Codes(*(part[:, :, keys.start : keys.stop] for part in self.v))
+        values = QuantizedTensor(*(part[:, :, keys.start : keys.stop] for part in self.v))
         return KVTile(
             k[:, :, keys.start - begin : keys.stop - begin],
             dequantize_values(values, bits=self.bits_v, dtype=self.dtype),
@@ -257,7 +257,7 @@ class GrowingKV:
     """A quantised view during decoding steps: only the device knows how much of it is filled.
 
     Recent slot i holds position packed + i.  How many recent slots are filled is not said here;
-    the `lengths` of the call say it.
+    the `kv_lens` of the call say it.
 
     Args:
         stored: all storage, filled or not.
@@ -280,8 +280,8 @@ class GrowingKV:
         return self.stored.device
 
     @property
-    def rotated(self) -> bool:
-        return self.stored.rotated
+    def hadamard(self) -> bool:
+        return self.stored.hadamard
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         history = self.stored.num_packed
@@ -302,16 +302,16 @@ class PagedKV:
     Args:
         k: `[num_pages, Hkv, page_size, D]`; v: `[num_pages, Hkv, page_size, Dv]`.
         table: int32 `[B, max_pages]`; entries past a row's length are ignored.
-        lengths: int32 `[B]`, keys of each row.
+        kv_lens: int32 `[B]`, keys of each row.
         end: the largest length (kept on the host so that nobody has to synchronise for it).
     """
 
     k: Tensor
     v: Tensor
     table: Tensor
-    lengths: Tensor
+    kv_lens: Tensor
     end: int
-    rotated: bool = field(default=False)
+    hadamard: bool = field(default=False)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -333,7 +333,7 @@ class PagedKV:
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         for cut in _cut(ranges, size):
             at = torch.arange(cut.start, cut.stop, device=self.device)
-            stored = at[None] < self.lengths[:, None]  # [B, t]
+            stored = at[None] < self.kv_lens[:, None]  # [B, t]
             pages = self.table[:, at // self.page_size].masked_fill(~stored, 0).long()
             k = self.k[pages, :, at % self.page_size]  # [B, t, Hkv, D]
             v = self.v[pages, :, at % self.page_size]
@@ -348,18 +348,18 @@ class RaggedKV:
     Args:
         k: `[num_pages, page_size, D]`; v: `[num_pages, page_size, Dv]`.
         positions: int32 `[num_pages, page_size]`, the absolute position each slot holds.
-        table: int32 `[B, Hkv, max_pages]`; lengths: int32 `[B, Hkv]`.
-        end: one past the last position seen; max_length: the largest of the lengths.
+        table: int32 `[B, Hkv, max_pages]`; kv_lens: int32 `[B, Hkv]`.
+        end: one past the last position seen; max_length: the largest of kv_lens.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
     table: Tensor
-    lengths: Tensor
+    kv_lens: Tensor
     end: int
     max_length: int
-    rotated: bool = False
+    hadamard: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -382,7 +382,7 @@ class RaggedKV:
         # Positions are arbitrary inside a head, so every slot is visited and the mask decides.
         for cut in _cut((KeyRange(0, self.max_length),) if ranges else (), size):
             at = torch.arange(cut.start, cut.stop, device=self.device)
-            stored = at < self.lengths[..., None]  # [B, Hkv, t]
+            stored = at < self.kv_lens[..., None]  # [B, Hkv, t]
             pages = self.table[..., at // self.page_size].masked_fill(~stored, 0).long()
             slot = at % self.page_size
             positions = self.positions[pages, slot].long().masked_fill(~stored, -1)

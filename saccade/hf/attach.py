@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from saccade.cache import LayerCache, Staging
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.deferred_rope import NAME, deferring, rotary_places
+from saccade.hf.fused_layers import one_row_forwards
+from saccade.hf.fused_norms import plain_norms, shifted_norms
 from saccade.hf.layers import attention_modules, layer_windows
-from saccade.hf.norms import plain_norms, shifted_norms
-from saccade.hf.one_row import one_row_forwards
 from saccade.hf.register import KEY, register
 from saccade.hf.rope import scaled_rope
 from saccade.hf.settings import ATTRIBUTE, AttentionSettings
-from saccade.hf.turning import NAME, deferring, rotary_places
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.params import ContextParams
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from saccade.cache import Cursor
 from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
-from saccade.core.read_once import ReadOnce
+from saccade.core.host_memo import HostMemo
+from saccade.hf.deferred_rope import settled
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
-from saccade.hf.turning import settled
 from saccade.ops import attend
 
 _FOREIGN = {
@@ -40,7 +40,7 @@ class Geometry:
     q_offset: int | Tensor
     mask: Mask
     key_padding: Tensor | None = None
-    lengths: Tensor | None = None
+    kv_lens: Tensor | None = None
     attn_mask: Tensor | None = None
     cu_seqlens: tuple[Tensor, Tensor] | None = None
 
@@ -111,7 +111,7 @@ def _attended(
         problem.kv,
         mask=problem.mask,
         key_padding=problem.key_padding,
-        lengths=problem.lengths,
+        kv_lens=problem.kv_lens,
         cu_seqlens=problem.cu_seqlens,
         attn_mask=problem.attn_mask,
         q_offset=None if problem.cu_seqlens is not None else problem.q_offset,
@@ -173,7 +173,7 @@ def _from_step(
         mask = attention_mask.spec.mask
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
-    return Geometry(kv=handle.view, q_offset=cursor.start, mask=mask, lengths=cursor.stop)
+    return Geometry(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
 
 
 def _from_tensors(
@@ -279,7 +279,7 @@ def _read_restarts(positions: Tensor) -> Tensor | None:
     return torch.cat((edge[0], starts, edge[1]))
 
 
-_restarts = ReadOnce(_read_restarts)  # once for all layers
+_restarts = HostMemo(_read_restarts)  # once for all layers
 
 
 def _boolean(attention_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:

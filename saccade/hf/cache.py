@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.cache import Cursor, LayerCache, ShiftKeys, SteppingCache
 from saccade.core import KVView
+from saccade.hf.deferred_rope import Promised, settled
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
-from saccade.hf.turning import Promised, settled
 from saccade.runtime.model import Observer
 
 MakeLayer = Callable[[int, int | None], LayerCache]
@@ -77,9 +77,9 @@ class SaccadeCacheLayer(CacheLayerMixin):
         """`update` at a place that the device knows; keys and queries are turned on the way."""
         assert isinstance(self.store, SteppingCache), "DecodeStep has asked"
         promise = keys.promise if isinstance(keys, Promised) else None
-        k, turn = (keys, None) if promise is None else (promise.k, promise.turn)
+        k, rope = (keys, None) if promise is None else (promise.k, promise.rope)
         assert isinstance(k, Tensor)
-        view, where, q = self.store.append_at(k, v, cursor, turn)
+        view, where, q = self.store.write(k, v, cursor, rope)
         if promise is not None:
             promise.keep(q)
         seen = self.store.seen + k.shape[2]
@@ -191,10 +191,10 @@ class SaccadeCache(Cache):
         for layer in self._ours:
             layer.cursor = cursor
 
-    def drop(self, start: int, stop: int, shift: Callable[[int], ShiftKeys]) -> None:
+    def context_shift(self, start: int, stop: int, shift: Callable[[int], ShiftKeys]) -> None:
         """Context shift in all layers; `shift(i)` re-rotates keys of layer i."""
         for index, store in enumerate(self.stores):
-            store.drop(start, stop, shift(index))
+            store.context_shift(start, stop, shift(index))
 
 
 def _ordered(observer: Observer, layer: int) -> Callable[[KVView, Tensor, Tensor, float], None]:

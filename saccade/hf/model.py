@@ -15,9 +15,9 @@ from saccade.cache import Cursor, LayerCache, ShiftKeys
 from saccade.core import Unsupported
 from saccade.hf.attach import Attached, attach, new_cache
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.deferred_rope import deferred
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import describe_rope, key_shifter
-from saccade.hf.turning import deferred
 from saccade.runtime.model import ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 

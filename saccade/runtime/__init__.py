@@ -1,6 +1,6 @@
 """Floor 4: running a model, whatever it is."""
 
-from saccade.runtime.context import Context, Piece, Stats
+from saccade.runtime.context import Context, GeneratedToken, Stats
 from saccade.runtime.model import Model, ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
@@ -11,11 +11,11 @@ __all__ = [
     "Context",
     "ContextParams",
     "DecodeStep",
+    "GeneratedToken",
     "Model",
     "ModelCache",
     "ModelFacts",
     "Observer",
-    "Piece",
     "Sampler",
     "Stats",
     "load_session",

@@ -101,8 +101,8 @@ def _keep_by_head(
     layer: RaggedCache, policy: Policy, budget: int | float, q: Tensor, scale: float
 ) -> None:
     """The budget is that of a head on average; heads of a layer share it as their scores say."""
-    lengths = layer.lengths
-    mean = int(lengths.sum()) // lengths.numel()
+    kv_lens = layer.kv_lens
+    mean = int(kv_lens.sum()) // kv_lens.numel()
     kept = resolve_budget(budget, mean)
     if kept < mean:
         held = layer.held()

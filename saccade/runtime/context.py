@@ -23,7 +23,7 @@ from saccade.runtime.step import DecodeStep, refusal
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class GeneratedToken:
     """One generated token."""
 
     token: int
@@ -219,7 +219,7 @@ class Context:
         n_predict: int = 128,
         sampler: Sampler | None = None,
         stop: Iterable[int] = (),
-    ) -> Iterator[Piece]:
+    ) -> Iterator[GeneratedToken]:
         """Read the prompt, compress if asked to, then generate up to `n_predict` tokens.
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
@@ -238,7 +238,7 @@ class Context:
             if token in ends:
                 return
             self._next = NextToken(token, shown=True)
-            yield Piece(token)
+            yield GeneratedToken(token)
         if self._next.shown:
             self._step(sampler)
 
@@ -312,7 +312,7 @@ class Context:
         layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
             for i, layer in layers:
-                layer.drop(n_keep, n_keep + n_discard, self.model.shift_keys(i))
+                layer.context_shift(n_keep, n_keep + n_discard, self.model.shift_keys(i))
         del self._tokens[n_keep : n_keep + n_discard]
 
     @property

@@ -2,7 +2,7 @@
 
 There is no second formula for what a cache allocates: the cache itself runs on tensors that have
 shapes and no memory, and says its `nbytes`.  Attention is planned the same way, see
-`saccade.ops.footprint`.
+`saccade.ops.planning`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.cache import LayerCache
 from saccade.core import Mask
 from saccade.ops import attend
-from saccade.ops.footprint import PeakBytes, without_memory
+from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime.compression import shrink_without_numbers
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts

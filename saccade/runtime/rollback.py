@@ -20,7 +20,7 @@ def roll_back(layers: Sequence[LayerCache], length: int) -> int:
     Returns:
         The position that was reached; 0 forgets everything.
     """
-    while (nearest := min(layer.reachable(length) for layer in layers)) < length:
+    while (nearest := min(layer.max_rollback(length) for layer in layers)) < length:
         length = nearest
     for layer in layers:
         if length:

@@ -76,7 +76,7 @@ class DecodeStep:
             Unsupported: a model that asks the host in the middle of a step; nothing was read.
         """
         for layer in self._layers:
-            layer.claim(1)
+            layer.reserve(1)
         if isinstance(tokens, Tensor):
             self._tokens.copy_(tokens.view(-1, 1))
         else:
@@ -85,7 +85,7 @@ class DecodeStep:
             self._move_cursor(self._cache.seen)
         logits = self._replayed() if self._tokens.is_cuda else self._run()
         for layer in self._layers:
-            layer.advance(1)
+            layer.commit(1)
         self._reached += 1
         return logits
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.core import BlockSelection, KVView
 from saccade.core.kv import dense
-from saccade.ops.visibility import shared_positions
+from saccade.ops.attention.masks import shared_positions
 from saccade.sparse.pattern import last_key_block
 
 

@@ -15,7 +15,7 @@ from saccade.bench.inputs import make
 from saccade.bench.record import read
 from saccade.cli import main as cli
 from saccade.core import Mask
-from saccade.ops.attend import tiled
+from saccade.ops.attention import tiled
 
 TINY = Case(
     group="prefill 2/1 D16 N64", work="prefill", heads=2, kv_heads=1, head_dim=16, q_len=64,

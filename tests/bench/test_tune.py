@@ -22,8 +22,9 @@ from saccade.bench.tune_work import Problem, Sizes, Work
 from saccade.cli import main as cli
 from saccade.cli.parser import Parser
 from saccade.core import BadInput
-from saccade.ops import launches, tuning
-from saccade.ops.launches import Launch
+from saccade.ops.tuning import files as launches
+from saccade.ops.tuning import tables as tuning
+from saccade.ops.tuning.files import Launch
 
 NOW, FAST, WRONG, LARGE = Launch(32, 16, 4, 1), Launch(64, 64, 4, 2), Launch(16, 16, 1, 1), "large"
 FORWARD = tuning.FORWARD

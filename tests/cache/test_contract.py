@@ -18,7 +18,7 @@ from saccade.cache import (
 )
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend, attention
-from saccade.ops.hadamard import rotate
+from saccade.ops.kv_write.hadamard import hadamard_transform
 
 EXACT = {
     "dense": (DenseCache, Mask()),
@@ -182,7 +182,7 @@ class TestRing:
         with pytest.raises(ValueError, match="window >= 1, sinks >= 0, chunk >= 1 and .* got 0"):
             RingCache(window=0)
         with pytest.raises(Unsupported, match="keeps its 2 sinks"):
-            RingCache(window=4, sinks=2).drop(1, 3, lambda k, d: k)
+            RingCache(window=4, sinks=2).context_shift(1, 3, lambda k, d: k)
 
 
 class TestDense:
@@ -221,12 +221,12 @@ class TestDense:
         with pytest.raises(Unsupported, match="cannot be truncated"):
             cache.truncate(5)
         with pytest.raises(Unsupported, match="cannot be shifted"):
-            cache.drop(2, 4, lambda k, d: k)
+            cache.context_shift(2, 4, lambda k, d: k)
 
     def test_drop_moves_and_rotates_the_rest(self):
         cache, (_, k, v) = DenseCache(), qkv(20)
         cache.append(k, v)
-        cache.drop(4, 10, lambda keys, delta: keys + delta)
+        cache.context_shift(4, 10, lambda keys, delta: keys + delta)
         view = cache.view()
         assert cache.seen == 14
         assert torch.equal(view.k[:, :, :4], k[:, :, :4])
@@ -266,10 +266,10 @@ class TestQuantized:
         cache.append(k, v)
         cache.append(k[:, :, :1], v[:, :, :1])
         rows = 2 * 2
-        codes = 2 * rows * 2048 * 64
+        qdata = 2 * rows * 2048 * 64
         scales = 2 * rows * 2 * (2048 // 64 * 64 + 2048)
         recent = 2 * rows * (64 + 128) * 64 * 4
-        assert cache.nbytes == codes + scales + recent
+        assert cache.nbytes == qdata + scales + recent
 
     def test_reorder_and_truncate(self):
         q, k, v = qkv(300, dim=64)
@@ -302,14 +302,16 @@ class TestQuantized:
         ours, plain = QuantizedCache(group=32, **kind), DenseCache()
         for cache in (ours, plain):
             run(cache, Mask(), *(x[:, :, :400] for x in (q, k, v)), [100] * 4)
-            cache.drop(10, 150, lambda keys, delta: -keys)
+            cache.context_shift(10, 150, lambda keys, delta: -keys)
         assert ours.seen == plain.seen == 260
         recent = ours.append(*(x[:, :, 400:] for x in (k, v)))
         exact = plain.append(*(x[:, :, 400:] for x in (k, v)))
         step = {"bits_k": 0.12, "fp8": 0.05}.get(next(iter(kind), ""), 0.01)
         out, expected = (attend(q[:, :, 400:], view, mask=Mask()).out for view in (recent, exact))
         assert (out - expected).norm() / expected.norm() < step
-        assert torch.allclose(rotate(recent.recent_k)[:, :, -80:], exact.k[:, :, -80:], atol=1e-5)
+        assert torch.allclose(
+            hadamard_transform(recent.recent_k)[:, :, -80:], exact.k[:, :, -80:], atol=1e-5
+        )
 
     def test_errors(self):
         with pytest.raises(ValueError, match="fp8 codes have 8 bits, got bits_k=4 and bits_v=8"):

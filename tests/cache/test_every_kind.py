@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_tensors_it_holds(kind, chunks):
         assert cache.nbytes == sum(storages(cache, {}).values())
     cache.reorder(torch.tensor([1, 1, 0]))
     assert cache.nbytes == sum(storages(cache, {}).values())
-    reached = cache.reachable(cache.seen - 1)
+    reached = cache.max_rollback(cache.seen - 1)
     cache.truncate(reached) if reached else cache.reset()
     assert cache.nbytes == sum(storages(cache, {}).values())
     cache.reset()

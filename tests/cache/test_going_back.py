@@ -31,7 +31,7 @@ def test_reachable_is_what_truncate_can_do(name, length):
     make, mask = EXACT[name]
     cache, data = make(), qkv()
     run(cache, mask, *(x[:, :, :40] for x in data), [4] * 10)
-    reached = cache.reachable(length)
+    reached = cache.max_rollback(length)
     assert reached <= min(length, 40)
     if length >= 40:
         assert reached == 40
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_as_good_as_never_having_read_on(name, every):
     positions = list(cache._checkpoints)
     assert positions[-1] == 50 and len(positions) == min(8, -(-50 // every))
     for at in reversed(positions):
-        assert cache.reachable(at) == at
+        assert cache.max_rollback(at) == at
         cache.truncate(at)
         assert cache.seen == at
         assert goes_on_from(cache, mask, data, at)
@@ -81,7 +81,7 @@ def test_a_checkpoint_dies_with_the_tokens_before_it():
         run(cache, mask, *(x[:, :, at : at + 10] for x in data), [10])
         cache.checkpoint()
     cache.truncate(20)
-    assert cache.reachable(40) == 20 and cache.reachable(15) == 10
+    assert cache.max_rollback(40) == 20 and cache.max_rollback(15) == 10
     with pytest.raises(Unsupported, match=r"its checkpoints are at \[10, 20\]"):
         cache.truncate(5)
     cache.reorder(torch.tensor([1, 1]))
@@ -89,7 +89,7 @@ def test_a_checkpoint_dies_with_the_tokens_before_it():
     other = tuple(x[[1, 1]] for x in data)
     assert goes_on_from(cache, mask, other, 10)
     cache.reset()
-    assert cache.reachable(40) == 0
+    assert cache.max_rollback(40) == 0
 
 
 def test_compressed_caches_go_back_to_their_compression():
@@ -97,7 +97,11 @@ def test_compressed_caches_go_back_to_their_compression():
     cache.append(k, v)
     cache.keep(torch.rand(2, 2, 60) < 0.5)
     cache.append(k[:, :, :5], v[:, :, :5])
-    assert cache.reachable(62) == 62 and cache.reachable(60) == 60 and cache.reachable(59) == 0
+    assert (
+        cache.max_rollback(62) == 62
+        and cache.max_rollback(60) == 60
+        and cache.max_rollback(59) == 0
+    )
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
@@ -109,7 +113,7 @@ def test_a_ring_drops_what_dense_drops(sinks, case):
     for i in range(0, read, 2):
         cache.append(at[:, :, i : i + 2], at[:, :, i : i + 2])
         cache.checkpoint()
-    cache.drop(start, stop, lambda keys, delta: keys + delta)
+    cache.context_shift(start, stop, lambda keys, delta: keys + delta)
     assert cache.seen == read - (stop - start)
     new = at[:, :, :2] + cache.seen
     view = cache.append(new, new)

@@ -75,11 +75,11 @@ def test_whatever_changes_the_host_is_fetched_again(device):
     step(ours, plain, 4, device, batch=3)
     for both in zip(ours, plain, strict=True):
         for cache in both:
-            cache.truncate(cache.reachable(30))
+            cache.truncate(cache.max_rollback(30))
     step(ours, plain, 4, device, batch=3)
     for both in zip(ours, plain, strict=True):
         for cache in both:
-            cache.drop(5, 20, lambda keys, delta: keys + delta)
+            cache.context_shift(5, 20, lambda keys, delta: keys + delta)
     step(ours, plain, 4, device, batch=3)
     assert {cache.seen for cache in ours} == {23}
     for both in zip(ours, plain, strict=True):

@@ -156,7 +156,7 @@ def test_many_sequences_of_different_lengths_in_one_pool():
         pool.write([row], *parts[row], tokens=list(range(length)))
     view = pool.view(list(parts))
     q = torch.randn(3, 4, 1, 16)
-    ours = attend(q, view, mask=Mask(), lengths=view.lengths.long()).out
+    ours = attend(q, view, mask=Mask(), kv_lens=view.kv_lens.long()).out
     for i, (k, v) in enumerate(parts.values()):
         expected = attention(q[i : i + 1], k, v, backend="reference")
         assert torch.allclose(ours[i : i + 1], expected, atol=1e-5)
@@ -197,7 +197,7 @@ def test_a_fixed_pool_refuses_and_keeps_what_it_has():
 def test_drop_moves_and_rotates_the_rest():
     cache, (k, v) = PagedCache(page_size=4), kv(20)
     cache.append(k, v)
-    cache.drop(5, 10, lambda keys, delta: keys + delta)
+    cache.context_shift(5, 10, lambda keys, delta: keys + delta)
     held = dense(cache.view())
     assert cache.seen == 15
     assert torch.equal(held.k, torch.cat((k[:, :, :5], k[:, :, 10:] - 5), 2))

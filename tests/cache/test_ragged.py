@@ -74,7 +74,7 @@ def test_attention_over_what_is_kept(qkv, kept, backend, page_size, window):
     cache = compressed(qkv, kept, page_size)
     ours = read_on(cache, qkv, PROMPT, [1, 1, 5, 8], Mask(window=window), backend=backend)
     assert torch.allclose(ours, expected(qkv, alive_of(kept), PROMPT, window), atol=1e-5)
-    assert torch.equal(cache.lengths, (kept.sum(-1) + 15).int()) and cache.seen == LENGTH
+    assert torch.equal(cache.kv_lens, (kept.sum(-1) + 15).int()) and cache.seen == LENGTH
 
 
 def test_padding_means_what_it_means_over_all_keys(qkv, kept):
@@ -116,7 +116,7 @@ def test_keeping_again(qkv, kept):
     read_on(cache, qkv, PROMPT, [10])
     held = cache.held()
     assert (held.positions[..., -10:] == torch.arange(PROMPT, PROMPT + 10)).all()
-    assert ((held.positions >= 0).sum(-1) == cache.lengths).all()
+    assert ((held.positions >= 0).sum(-1) == cache.kv_lens).all()
     cache.keep(held.positions % 2 == 0)
     alive = alive_of(kept)
     alive[..., 1 : PROMPT + 10 : 2] = False
@@ -150,7 +150,7 @@ def test_truncate_goes_back_to_the_compression_and_no_further(qkv, kept):
 def test_drop_forgets_positions_and_rotates_later_keys(qkv, kept):
     cache = compressed(qkv, kept)
     before = cache.held()
-    cache.drop(10, 30, lambda keys, delta: keys + delta)
+    cache.context_shift(10, 30, lambda keys, delta: keys + delta)
     after = cache.held()
     assert cache.seen == PROMPT - 20
     for b in range(BATCH):
@@ -221,7 +221,7 @@ def test_hundreds_of_random_operations(seed):
         elif what == "drop" and seen > 6:
             start = draw.randrange(seen - 4)
             stop = start + draw.randrange(1, 4)
-            cache.drop(start, stop, lambda keys, delta: keys + delta)
+            cache.context_shift(start, stop, lambda keys, delta: keys + delta)
             n = stop - start
             rows = [[[moved(i, start, stop) for i in held if not start <= i[0] < stop]
                      for held in heads] for heads in rows]  # fmt: skip

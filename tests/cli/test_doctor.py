@@ -7,8 +7,8 @@ import json
 import torch
 
 from saccade.cli import doctor, health, main
-from saccade.ops import tuning
-from saccade.ops.choose import BACKENDS
+from saccade.ops.attention.dispatch import BACKENDS
+from saccade.ops.tuning import tables as tuning
 from saccade.report import environment
 
 
@@ -55,7 +55,7 @@ def launch_checks(monkeypatch, table=None, card=None):
     if table is not None:
         monkeypatch.setenv(tuning.VARIABLE, str(table))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
-    monkeypatch.setattr(tuning, "architecture", lambda device: card)
+    monkeypatch.setattr(health, "architecture", lambda device: card)
     tuning.forget()
     try:
         return health._launches()

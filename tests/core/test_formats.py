@@ -15,10 +15,10 @@ from saccade.core.formats import (
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pack_round_trip(bits):
-    codes = torch.randint(0, 2**bits, (2, 3, 5, 16), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.nbytes == codes.nbytes * bits // 8
-    assert torch.equal(unpack(packed, bits), codes)
+    qdata = torch.randint(0, 2**bits, (2, 3, 5, 16), dtype=torch.uint8)
+    packed = pack(qdata, bits)
+    assert packed.nbytes == qdata.nbytes * bits // 8
+    assert torch.equal(unpack(packed, bits), qdata)
 
 
 def test_nibbles_are_halves_of_the_head():
@@ -46,7 +46,7 @@ def test_fp8_error_is_relative_to_the_distance_from_the_middle():
     x = torch.randn(2, 2, 64, 32) * 3 + 10
     keys = quantize_keys(x, bits=8, group=32, fp8=True)
     values = quantize_values(x, bits=8, group=16, fp8=True)
-    assert keys.codes.dtype == values.codes.dtype == torch.float8_e4m3fn
+    assert keys.qdata.dtype == values.qdata.dtype == torch.float8_e4m3fn
     slack = x.abs().max() * 2**-10
     ours = dequantize_keys(keys, bits=8, group=32, dtype=torch.float32)
     middle = keys.offset.float().repeat_interleave(32, 2)

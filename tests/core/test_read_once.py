@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from saccade.core.read_once import ReadOnce
+from saccade.core.host_memo import HostMemo
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def counted():
         seen.append(tensor.tolist())
         return tensor.sum()
 
-    return ReadOnce(read), seen
+    return HostMemo(read), seen
 
 
 def test_the_same_tensor_is_read_once(counted):

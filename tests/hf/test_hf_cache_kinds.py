@@ -172,7 +172,7 @@ def test_layers_and_heads_of_different_lengths(models, ids, padded, family):
     mask = torch.cat((padded, torch.ones(2, 3, dtype=padded.dtype)), 1)
     out = model(ids[:, :3], attention_mask=mask, past_key_values=cache).logits
     assert out.isfinite().all() and cache.get_seq_length() == 27
-    assert all(int(store.lengths.max()) < 20 for store in ragged)
+    assert all(int(store.kv_lens.max()) < 20 for store in ragged)
 
 
 def test_sizes_for_masks(models):

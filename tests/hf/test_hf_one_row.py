@@ -7,9 +7,9 @@ from torch import nn
 
 import saccade
 from saccade.hf.attach import _set
-from saccade.hf.norms import plain_norms, shifted_norms
-from saccade.hf.one_row import is_decoder_layer, is_gated, one_row_forwards
-from saccade.ops import one_row
+from saccade.hf.fused_layers import is_decoder_layer, is_gated, one_row_forwards
+from saccade.hf.fused_norms import plain_norms, shifted_norms
+from saccade.ops import gemv
 from saccade.runtime import ContextParams, DecodeStep
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -45,7 +45,7 @@ def calls(monkeypatch):
         return x.numel() == x.shape[-1] and all(w.shape[1] == x.shape[-1] for w in weights)
 
     for function in (products, gated, sum_and_norm, norm, norm_served, serves):
-        monkeypatch.setattr(one_row, function.__name__, function)
+        monkeypatch.setattr(gemv, function.__name__, function)
     return asked
 
 
@@ -151,8 +151,8 @@ def test_captured_steps_err_no_more_than_eager_ones(family, monkeypatch):
     with torch.inference_mode():
         truth = truth_of(whole).logits[0, len(PROMPT) :]
         eager = model(whole).logits[0, len(PROMPT) :].float()
-    launches, products = [], one_row.products
-    monkeypatch.setattr(one_row, "products", lambda *a: launches.append(1) or products(*a))
+    launches, products = [], gemv.products
+    monkeypatch.setattr(gemv, "products", lambda *a: launches.append(1) or products(*a))
     with saccade.Context(model) as ctx:
         ctx.append(PROMPT)
         step = DecodeStep(ctx.model, ctx.cache)

@@ -32,7 +32,7 @@ EXTRAS = ["plain", "padding", "lengths", "softcap", "sink_logits", "alibi", "blo
 @dataclass(frozen=True)
 class Case:
     heads: tuple[int, int]
-    lengths: tuple[int, int]
+    kv_lens: tuple[int, int]
     mask: dict[str, Any]
     extra: str
     dtype: torch.dtype = torch.float32
@@ -44,12 +44,12 @@ class Case:
     def __str__(self) -> str:
         mask = "-".join(f"{k}{v}" for k, v in self.mask.items()) or "causal"
         heads = "x".join(map(str, self.heads))
-        return f"{heads}-{'x'.join(map(str, self.lengths))}-{mask}-{self.extra}"
+        return f"{heads}-{'x'.join(map(str, self.kv_lens))}-{mask}-{self.extra}"
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(q, k, v, options of saccade.attention); padded keys are poisoned with NaN."""
         torch.manual_seed(self.seed)
-        (heads, kv_heads), (q_len, k_len) = self.heads, self.lengths
+        (heads, kv_heads), (q_len, k_len) = self.heads, self.kv_lens
         batch = 1 if self.extra == "packed" else self.batch
         q = torch.randn(batch, heads, q_len, self.head_dim, dtype=torch.float64)
         k = torch.randn(batch, kv_heads, k_len, self.head_dim, dtype=torch.float64)
@@ -59,8 +59,8 @@ class Case:
             options["key_padding"] = torch.rand(batch, k_len) > 0.3
             poison(k, v, ~options["key_padding"])
         elif self.extra == "lengths":
-            options["lengths"] = torch.randint(1, k_len + 1, (batch,))
-            poison(k, v, torch.arange(k_len)[None] >= options["lengths"][:, None])
+            options["kv_lens"] = torch.randint(1, k_len + 1, (batch,))
+            poison(k, v, torch.arange(k_len)[None] >= options["kv_lens"][:, None])
         elif self.extra == "softcap":
             options["softcap"] = 2.0
         elif self.extra == "sink_logits":

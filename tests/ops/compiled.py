@@ -8,9 +8,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from saccade.ops.tiles import Plane, Rules, Visits
+from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs, StridedTensor
 
-RULES = Rules()
+RULES = MaskArgs()
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -68,40 +68,45 @@ def compile_for(
 
 
 def compile_gluon(
-    dim: int, rules: Rules = RULES, *, listed: bool = False, rows: str = "", page: int | None = None
+    dim: int,
+    mask_args: MaskArgs = RULES,
+    *,
+    listed: bool = False,
+    rows: str = "",
+    page: int | None = None,
 ) -> Any:
     """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
     Args:
         rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
     """
-    from saccade.ops.attend.gluon.extents import Extents
-    from saccade.ops.attend.gluon.forward import forward_kernel
-    from saccade.ops.attend.gluon.launch import (
+    from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
+    from saccade.ops.attention.nvidia.gluon.prefill.launch import (
         LAUNCHES,
         OWN_ROWS,
         TWO_CONSUMERS,
         constants,
         options,
     )
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import RowExtents
 
-    def plane(heads: int) -> Plane:
+    def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
-        return Plane(x, *x.stride()[:3])
+        return StridedTensor(x, *x.stride()[:3])
 
-    launch = (TWO_CONSUMERS if listed or rules.window else LAUNCHES)[dim]
+    launch = (TWO_CONSUMERS if listed or mask_args.window else LAUNCHES)[dim]
     launch = OWN_ROWS[dim] if rows else launch
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
-    extents = Extents(documents=numbers) if rows == "packed" else Extents()
+    row_extents = RowExtents(documents=numbers) if rows == "packed" else RowExtents()
     if rows == "lengths":
-        extents = Extents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
-        extents = extents if page else extents._replace(pages=None, pages_row=None)
+        row_extents = RowExtents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
+        row_extents = row_extents if page else row_extents._replace(pages=None, pages_row=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
-    visits = Visits(lists, lists, 0, 64 * 64, 64) if listed else Visits()
+    block_lists = BlockLists(lists, lists, 0, 64 * 64, 64) if listed else BlockLists()
     arguments: dict[str, Any] = {
-        "q": plane(32), "k": plane(8), "v": plane(8), "out": plane(32),
-        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": rules,
-        "visits": visits, "extents": extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
+        "q": strided(32), "k": strided(8), "v": strided(8), "out": strided(32),
+        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
+        "block_lists": block_lists, "row_extents": row_extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
     }  # fmt: skip
@@ -116,28 +121,28 @@ def compile_gluon(
 
 def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
     """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon.codes_kernel import codes_kernel
-    from saccade.ops.attend.gluon.codes_launch import LAUNCH, options
-    from saccade.ops.attend.triton.quantized import Coded
-    from saccade.ops.tiles import Bounds
+    from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import codes_kernel
+    from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCH, options
+    from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
+    from saccade.ops.gpu.kernel_args import SeqlenInfo
 
-    def plane(heads: int, rows: int, width: int, dtype: torch.dtype) -> Plane:
+    def strided(heads: int, rows: int, width: int, dtype: torch.dtype) -> StridedTensor:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
-        return Plane(x, *x.stride()[:3])
+        return StridedTensor(x, *x.stride()[:3])
 
-    def codes(kind: str, numbers: Plane) -> Coded:
+    def quantized(kind: str, numbers: StridedTensor) -> Coded:
         width = dim // 2 if kind == "int4" else dim
-        return Coded(plane(8, 8192, width, torch.uint8), numbers, numbers)
+        return Coded(strided(8, 8192, width, torch.uint8), numbers, numbers)
 
     arguments: dict[str, Any] = {
-        "q": plane(32, 1, dim, torch.bfloat16),
-        "k": codes(kind_k, plane(8, 128, dim, torch.float16)),
-        "v": codes(kind_v, plane(8, 8192, dim // 64, torch.float16)),
-        "out": plane(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
-        "bounds": Bounds(), "rules": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
+        "q": strided(32, 1, dim, torch.bfloat16),
+        "k": quantized(kind_k, strided(8, 128, dim, torch.float16)),
+        "v": quantized(kind_v, strided(8, 8192, dim // 64, torch.float16)),
+        "out": strided(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
+        "seqlen_info": SeqlenInfo(), "mask_args": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
         "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
         "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
-        "V_GROUPS": dim // 64, "CAUSAL": True, "EARLY": True,
+        "V_GROUPS": dim // 64, "CAUSAL": True, "PDL": True,
     }  # fmt: skip
     how = {name: value for name, value in options(LAUNCH).items() if name != "launch_pdl"}
     return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
@@ -145,23 +150,23 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
 
 def compile_decode(dim: int, page: int, held: int = 4) -> Any:
     """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon.decode_kernel import decode_kernel
-    from saccade.ops.attend.gluon.decode_launch import SHARED, options
-    from saccade.ops.attend.triton.decode import Pages
-    from saccade.ops.tiles import Bounds
+    from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
+    from saccade.ops.attention.nvidia.gluon.decode.launch import SHARED, options
+    from saccade.ops.attention.nvidia.triton.decode import Pages
+    from saccade.ops.gpu.kernel_args import SeqlenInfo
 
-    def plane(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Plane:
+    def strided(*shape: int, dtype: torch.dtype = torch.bfloat16) -> StridedTensor:
         x = torch.empty(*shape, dtype=dtype, device="meta")
-        return Plane(x, *x.stride()[:3])
+        return StridedTensor(x, *x.stride()[:3])
 
-    launch, keys, pages = SHARED[dim], plane(1, 8, 8192, dim), Pages()
+    launch, keys, pages = SHARED[dim], strided(1, 8, 8192, dim), Pages()
     if page:
-        keys = plane(512, 8, page, dim)._replace(batch=0)
+        keys = strided(512, 8, page, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")
         pages = Pages(table, 512, 0, 8 * page * dim, 8 * page * dim)
     arguments: dict[str, Any] = {
-        "q": plane(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages, "bounds": Bounds(),
-        "out": plane(16, 32, 1, dim, dtype=torch.float32), "rules": RULES, "sink_logits": None,
+        "q": strided(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages, "seqlen_info": SeqlenInfo(),
+        "out": strided(16, 32, 1, dim, dtype=torch.float32), "mask_args": RULES, "sink_logits": None,
         "lse": torch.empty(16, 1, 32, device="meta"), "scale": 0.1, "q_len": 1, "k_len": 8192,
         "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
         "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
@@ -171,22 +176,28 @@ def compile_decode(dim: int, page: int, held: int = 4) -> Any:
     return compile_for(decode_kernel, options=options(launch), source=GluonASTSource, **arguments)
 
 
-def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = True) -> Any:
+def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: bool = True) -> Any:
     """The Gluon gradients for bfloat16 heads of `dim`, as the launcher cuts them."""
-    from saccade.ops.attend.gluon.backward import backward_kernel
-    from saccade.ops.attend.gluon.backward_launch import LAUNCHES, constants, options
+    from saccade.ops.attention.nvidia.gluon.backward.kernel import backward_kernel
+    from saccade.ops.attention.nvidia.gluon.backward.launch import LAUNCHES, constants, options
 
-    def plane(heads: int) -> Plane:
+    def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
-        return Plane(x, *x.stride()[:3])
+        return StridedTensor(x, *x.stride()[:3])
 
     numbers = torch.empty(32 * 256, 64, device="meta")
     return compile_for(
         backward_kernel,
         options=options(),
         source=GluonASTSource,
-        **{"q": plane(32), "dout": plane(32), "stats": numbers, "dq": numbers, "rules": rules},
-        **{name: plane(8) for name in ("k", "v", "dk", "dv")},
+        **{
+            "q": strided(32),
+            "dout": strided(32),
+            "stats": numbers,
+            "dq": numbers,
+            "mask_args": mask_args,
+        },
+        **{name: strided(8) for name in ("k", "v", "dk", "dv")},
         **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "shares": 8},
         **{"groups": 4, "splits": 1, "section": 2, "CAUSAL": causal, "D": dim},
         **constants(LAUNCHES[dim]),
@@ -195,18 +206,18 @@ def compile_gluon_backward(dim: int, rules: Rules = RULES, *, causal: bool = Tru
 
 def compile_gluon_fp8(dim: int) -> Any:
     """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
-    from saccade.ops.attend.gluon.fp8_forward import forward_kernel
-    from saccade.ops.attend.gluon.fp8_launch import CONSTANTS, OPTIONS
+    from saccade.ops.attention.nvidia.gluon.fp8.kernel import forward_kernel
+    from saccade.ops.attention.nvidia.gluon.fp8.launch import CONSTANTS, OPTIONS
 
-    def plane(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Plane:
+    def strided(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> StridedTensor:
         x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")
-        return Plane(x, *x.stride()[:3])
+        return StridedTensor(x, *x.stride()[:3])
 
     arguments: dict[str, Any] = {
-        "q": plane(32, 8192, dim), "k": plane(8, 8192, dim), "v": plane(8, dim, 8192),
-        "out": plane(32, 8192, dim, dtype=torch.bfloat16),
-        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "rules": RULES,
-        "visits": Visits(),
+        "q": strided(32, 8192, dim), "k": strided(8, 8192, dim), "v": strided(8, dim, 8192),
+        "out": strided(32, 8192, dim, dtype=torch.bfloat16),
+        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": RULES,
+        "block_lists": BlockLists(),
         "scales": tuple(torch.empty(1, heads, device="meta") for heads in (32, 8, 8)),
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "k_padded": 8192, "q_offset": 0, "batch": 1,
         "heads": 32, "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True,

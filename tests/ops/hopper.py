@@ -5,9 +5,9 @@ import torch
 
 from saccade.core import Mask
 from saccade.ops import attend
-from saccade.ops.attend.gluon import refusals
+from saccade.ops.gpu import support
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == refusals.HOPPER
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == support.HOPPER
 on_the_card = [
     pytest.mark.gpu,
     pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU"),

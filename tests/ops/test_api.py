@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import saccade
-from saccade.core import DenseKV, Mask, PagedKV, Unsupported
-from saccade.ops.attend.api import make_call
+from saccade.core import Mask, PagedKV, Unsupported
+from saccade.ops.attention.api import make_call
 
 
 def qkv(heads=4, kv_heads=2, q_len=6, k_len=6, dim=16):
@@ -57,14 +57,6 @@ def test_explain_names_every_backend_once():
     assert len(lines) == len(dict(lines))
 
 
-def test_decode_is_attend_for_few_queries():
-    q, k, v = qkv(q_len=3, k_len=9)
-    expected = saccade.attention(q, k, v)
-    assert torch.allclose(saccade.decode(q, DenseKV(k, v)).out, expected, atol=1e-5)
-    with pytest.raises(ValueError, match="decode takes at most 16 queries, got 17"):
-        saccade.decode(torch.randn(2, 4, 17, 16), DenseKV(k, v))
-
-
 def call(**changes):
     q, k, v = qkv()
     given = {"q": q, "k": k, "v": v} | changes
@@ -90,7 +82,7 @@ def call(**changes):
         ({"sink_logits": torch.zeros(3)}, ValueError, r"sink_logits must have shape \[4\]"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes must have shape \[4\]"),
         ({"key_padding": torch.ones(2, 5) > 0}, ValueError, r"key_padding must be bool \[2, 6\]"),
-        ({"lengths": torch.ones(2)}, ValueError, r"lengths must be int64 \[2\], got float32"),
+        ({"kv_lens": torch.ones(2)}, ValueError, r"kv_lens must be int64 \[2\], got float32"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of auto, "),
         ({"backend": "sdpa", "softcap": 1.0}, Unsupported, "cannot run this call: PyTorch's"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "needs one packed row"),

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.append import Slots, append
-from saccade.ops.attend.gluon import refusals
+from saccade.ops.gpu import support
+from saccade.ops.kv_write.append import KVSlots, append
 
 CARD = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 ROOM = torch.cuda.get_device_properties(0).total_memory if CARD else 0
-HOPPER = CARD and torch.cuda.get_device_capability() == refusals.HOPPER
+HOPPER = CARD and torch.cuda.get_device_capability() == support.HOPPER
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(ROOM < 70 * 2**30, reason="needs an NVIDIA GPU with 70 GiB"),
@@ -99,8 +99,8 @@ def test_a_token_over_a_million_keys(kind, window):
         pools = [torch.empty(MILLION // 16, 1, 16, 128, dtype=k.dtype, device="cuda") for _ in "kv"]
         for pool, x in zip(pools, (k, v), strict=True):
             pool[order] = x.view(-1, 1, 16, 128)
-        lengths = torch.tensor([MILLION], dtype=torch.int32, device="cuda")
-        view = PagedKV(*pools, order[None].to(torch.int32), lengths, MILLION)
+        kv_lens = torch.tensor([MILLION], dtype=torch.int32, device="cuda")
+        view = PagedKV(*pools, order[None].to(torch.int32), kv_lens, MILLION)
     elif kind != "dense":
         bits, packed = int(kind[3:]), MILLION - 64
         coded = (
@@ -138,8 +138,8 @@ def test_a_token_over_more_than_two_to_the_31_elements(kind):
     if kind == "pages":
         pool = normal(batch * length // 16, heads, 16, 128)
         table = torch.randperm(len(pool), device="cuda").view(batch, -1).to(torch.int32)
-        lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
-        view = PagedKV(pool, pool, table, lengths, length)
+        kv_lens = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        view = PagedKV(pool, pool, table, kv_lens, length)
         last = pool[table[-1].long()].transpose(0, 1).reshape(1, heads, length, 128)
         k, v = last, last
     elif kind == "int8":
@@ -147,15 +147,15 @@ def test_a_token_over_more_than_two_to_the_31_elements(kind):
         coded = (quantize_keys(x, bits=8, group=64), quantize_values(x, bits=8, group=64))
         # Rows of the batch differ: each is rolled by so many groups of tokens.
         rolled = [
-            Codes(*(
+            QuantizedTensor(*(
                 torch.cat([part.roll(b * (part.shape[2] // 32), 2) for b in range(batch)])
-                for part in codes
+                for part in qdata
             ))
-            for codes in coded
+            for qdata in coded
         ]  # fmt: skip
         empty = normal(batch, heads, 0, 128)
         view = QuantizedKV(*rolled, empty, empty, 8, 8, 64)
-        alone = [Codes(*(part[-1:] for part in codes)) for codes in rolled]
+        alone = [QuantizedTensor(*(part[-1:] for part in qdata)) for qdata in rolled]
         tile = dense(QuantizedKV(*alone, empty[-1:], empty[-1:], 8, 8, 64))
         k, v = tile.k, tile.v
     else:
@@ -172,6 +172,6 @@ def test_storing_behind_two_to_the_31_elements():
     store = torch.zeros(batch, heads, slots, 128, dtype=torch.bfloat16, device="cuda")
     new = normal(batch, heads, 2, 128)
     at = torch.full((batch,), slots - 3, device="cuda")
-    append(Slots(store, store, at), new, new)
+    append(KVSlots(store, store, at), new, new)
     assert torch.equal(store[:, :, slots - 3 : slots - 1], new)
     assert not store[:, :, slots - 1].any() and not store[:, :, : slots - 3].any()

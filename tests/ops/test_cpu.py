@@ -13,7 +13,7 @@ from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV, Ra
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.attend import cpu
+from saccade.ops.attention.cpu import backend as cpu
 
 _cpu = cpu.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -116,7 +116,7 @@ def test_extras(target, q_len):
     options = [
         {"softcap": 2.0, "alibi_slopes": torch.rand(2, 6)},
         {"softcap": 30.0, "sink_logits": random(6, dtype=torch.bfloat16)},
-        {"key_padding": padding, "lengths": torch.tensor([150, 9])},
+        {"key_padding": padding, "kv_lens": torch.tensor([150, 9])},
         {"blocks": BlockSelection(allowed=grid, q_block=4, k_block=16)},
         {"attn_mask": torch.rand(1, 6, q_len, 150) > 0.5},
         {"attn_mask": torch.rand(2, 1, q_len, 150) > 0.5, "q_offset": torch.tensor([3, -1])},
@@ -276,14 +276,14 @@ def paged():
 
 def ragged():
     table = torch.arange(8, dtype=torch.int32).view(2, 2, 2)
-    lengths = torch.tensor([[16, 3], [0, 9]], dtype=torch.int32)
+    kv_lens = torch.tensor([[16, 3], [0, 9]], dtype=torch.int32)
     at = torch.randint(0, 20, (8, 8), dtype=torch.int32)
-    return RaggedKV(random(8, 8, 16), random(8, 8, 16), at, table, lengths, 20, 16)
+    return RaggedKV(random(8, 8, 16), random(8, 8, 16), at, table, kv_lens, 20, 16)
 
 
 def views():
-    codes = quantized(2, 2, 32, 5, 16, 8, group=16, v_group=16, dtype=torch.float32)
-    return [None, paged(), ragged(), codes]
+    qdata = quantized(2, 2, 32, 5, 16, 8, group=16, v_group=16, dtype=torch.float32)
+    return [None, paged(), ragged(), qdata]
 
 
 def test_raw_calls_are_valid_before_they_are_spoilt():
@@ -380,12 +380,12 @@ def test_bad_block_table(entry):
 def test_bad_lengths():
     kv = paged()
     for length in (-1, 25):
-        kv.lengths[0] = length
+        kv.kv_lens[0] = length
         with pytest.raises(ValueError, match="length"):
             attend(random(2, 4, 3, 16), kv, mask=Mask(), q_offset=3, backend="cpu")
     with pytest.raises(ValueError, match="lengths must not be negative"):
         q = random(2, 4, 3, 16)
-        attention(q, q, q, lengths=torch.tensor([3, -1]), backend="cpu")
+        attention(q, q, q, kv_lens=torch.tensor([3, -1]), backend="cpu")
 
 
 def test_overlapping_memory():

@@ -5,8 +5,8 @@ import torch
 
 from saccade.core import Unsupported
 from saccade.ops import attention
-from saccade.ops.attend import cpu
-from saccade.ops.attend.cpu import autograd as cpu_autograd
+from saccade.ops.attention.cpu import autograd as cpu_autograd
+from saccade.ops.attention.cpu import backend as cpu
 
 _cpu = cpu.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -26,7 +26,7 @@ OPTIONS = {
     "softcap": lambda *_: {"softcap": 2.0},
     "alibi": lambda b, h, *_: {"alibi_slopes": torch.rand(h)},
     "sink_logits": lambda b, h, *_: {"sink_logits": torch.randn(h)},
-    "lengths": lambda b, h, q, k: {"lengths": torch.randint(1, k + 1, (b,))},
+    "lengths": lambda b, h, q, k: {"kv_lens": torch.randint(1, k + 1, (b,))},
     "padding": lambda b, h, q, k: {"key_padding": torch.rand(b, k) > 0.3},
     "packed": lambda b, h, q, k: packed(q, k),
 }
@@ -123,7 +123,7 @@ def operator_inputs(**changes):
     (q, k, v), _, _ = problem((1, 4, 2, 9, 12, 16, 16), "causal")
     values = {"causal": True, "window": None, "sinks": 0, "scale": 0.25, "softcap": None}
     values |= {"q_offset": 3, "q_offsets": None, "sink_logits": None, "alibi_slopes": None}
-    values |= {"key_padding": None, "lengths": None, "cu_q": None, "cu_k": None}
+    values |= {"key_padding": None, "kv_lens": None, "cu_q": None, "cu_k": None}
     return q.requires_grad_(), k.requires_grad_(), v, *(values | changes).values()
 
 

@@ -16,9 +16,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
-from saccade.ops.attend import gluon
-from saccade.ops.attend.api import make_call
-from saccade.ops.tiles import Rules
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia import gluon_backend as gluon
+from saccade.ops.gpu.kernel_args import MaskArgs
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import BOUND, on_the_card
 
@@ -257,8 +257,8 @@ class TestOnTheCard:
 
 
 def test_documents_become_tiles_with_the_longest_last():
-    from saccade.ops.attend.gluon.extents import documents_of
-    from saccade.ops.attend.triton.problem import dense_problem
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import documents_of
+    from saccade.ops.attention.nvidia.problem import dense_problem
 
     q_lens, k_lens = [200, 0, 1, 77], [300, 5, 70, 0]
     cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
@@ -273,8 +273,8 @@ def test_documents_become_tiles_with_the_longest_last():
 
 
 def test_the_table_of_documents_is_made_once_for_all_layers():
-    from saccade.ops.attend.gluon.extents import documents_of
-    from saccade.ops.attend.triton.problem import dense_problem
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import documents_of
+    from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, cu = torch.empty(1, 2, 278, 64), torch.tensor([0, 200, 278])
     problem = dense_problem(make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=cu))
@@ -286,7 +286,7 @@ def test_the_table_of_documents_is_made_once_for_all_layers():
 
 def amounts(programs, heads, tiles, section, keys_of):
     """Keys that each program visits, as the kernel hands out its work."""
-    from saccade.ops.attend.gluon import schedule
+    from saccade.ops.attention.nvidia.gluon.prefill import tile_scheduler as schedule
 
     found = [0] * programs
     for program in range(programs):
@@ -340,7 +340,7 @@ def test_compiles_for_hopper_without_waiting_products(dim):
     [
         (128, {}),
         (256, {}),
-        (128, {"rules": Rules(window=1024)}),
+        (128, {"mask_args": MaskArgs(window=1024)}),
         (128, {"listed": True}),
         (128, {"rows": "packed"}),
         (128, {"rows": "lengths", "page": 16}),

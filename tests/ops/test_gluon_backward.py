@@ -13,12 +13,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import DenseKV, Mask
-from saccade.ops import attention, order
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.gluon import training as gluon_training
-from saccade.ops.attend.triton.problem import dense_problem
-from saccade.ops.order import Rule
-from saccade.ops.tiles import Rules
+from saccade.ops import attention
+from saccade.ops.attention import rules
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia import training as gluon_training
+from saccade.ops.attention.nvidia.problem import dense_problem
+from saccade.ops.attention.rules import Rule
+from saccade.ops.gpu.kernel_args import MaskArgs
 from tests.ops.cases import Case, on
 from tests.ops.hopper import BOUND, on_the_card
 
@@ -34,7 +35,7 @@ LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 @pytest.fixture
 def at_any_size(monkeypatch):
     """Small problems go to the Gluon kernels too; says how often their gradients ran."""
-    from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
+    from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
     for name in ("wins_forward", "wins_gradients"):
         monkeypatch.setattr(gluon_training, name, lambda _: True)
@@ -89,7 +90,7 @@ class TestOnTheCard:
     @pytest.mark.parametrize("splits", [1, 2, 4])
     @pytest.mark.parametrize("dim", gluon_training.GRADIENT_DIMS)
     def test_programs_that_share_a_group(self, at_any_size, monkeypatch, dim, splits):
-        from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
+        from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
         monkeypatch.setattr(gluon_backward_launch, "splits_of", lambda _: splits)
         check(Case((8, 2), (700, 900), {"window": 300}, "plain", head_dim=dim), torch.bfloat16)
@@ -137,7 +138,7 @@ class TestOnTheCard:
         assert all(map(torch.equal, first, second))
 
     def test_registered_operator(self, at_any_size):
-        from saccade.ops.attend.triton.autograd import flatten, operator
+        from saccade.ops.attention.nvidia.autograd import flatten, operator
 
         q, k, v = (
             torch.randn(1, h, 200, 128, device="cuda").bfloat16().requires_grad_()
@@ -178,7 +179,7 @@ def problem(dim=128, dtype=torch.bfloat16, offset=0, **options):
 )
 def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
     assert "not on an NVIDIA GPU" in gluon_training.gradient_refusal(problem())
-    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    monkeypatch.setattr(gluon_training, "gluon_refusal", lambda device: None)
     assert gluon_training.gradient_refusal(problem()) is None
     assert reason in gluon_training.gradient_refusal(problem(**wrong))
 
@@ -188,9 +189,9 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
 
     As an operator of torch.library, and as eager runs have it.
     """
-    from saccade.ops.attend.gluon import backward_launch as gluon_backward_launch
-    from saccade.ops.attend.gluon import launch as gluon_launch
-    from saccade.ops.attend.triton import autograd as triton_autograd
+    from saccade.ops.attention.nvidia import autograd as triton_autograd
+    from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
+    from saccade.ops.attention.nvidia.gluon.prefill import launch as gluon_launch
 
     q, k, v = (torch.randn(2, h, n, 128).bfloat16() for h, n in ((4, 30), (2, 50), (2, 50)))
     sink, weights = torch.randn(4), (torch.randn(2, 4, 30, 128), torch.randn(2, 4, 30))
@@ -213,7 +214,7 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
         dk, dv = (x.unflatten(1, (2, 2)).sum(2) for x in (ds.mT @ q, p.mT @ dout))
         return *(x.bfloat16() for x in (ds @ k, dk, dv)), delta.float()
 
-    monkeypatch.setattr(gluon_training, "missing", lambda _: None)
+    monkeypatch.setattr(gluon_training, "gluon_refusal", lambda _: None)
     for name in ("wins_forward", "wins_gradients"):
         monkeypatch.setattr(gluon_training, name, lambda _: True)
     monkeypatch.setattr(gluon_launch, "forward", by_definition)
@@ -239,7 +240,7 @@ def test_who_has_to_see_an_operator():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from saccade.ops.attend.triton.autograd import is_watched
+    from saccade.ops.attention.nvidia.autograd import is_watched
 
     x = torch.empty(2)
     assert not is_watched((x, torch.nn.Parameter(x), None, 3))
@@ -251,7 +252,7 @@ def test_who_has_to_see_an_operator():
 
 
 def test_refuses_where_determinism_is_asked_for(monkeypatch):
-    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    monkeypatch.setattr(gluon_training, "gluon_refusal", lambda device: None)
     torch.use_deterministic_algorithms(True)
     try:
         assert "no fixed order" in gluon_training.gradient_refusal(problem())
@@ -262,26 +263,26 @@ def test_refuses_where_determinism_is_asked_for(monkeypatch):
 def test_they_run_where_a_rule_says_that_they_win(monkeypatch):
     rule = Rule(order=("triton",), kernel="gluon", training=True, min_keys=256, min_rows=1024,
                 why="", source="")  # fmt: skip
-    monkeypatch.setattr(order, "rules_for", lambda device: (rule,))
+    monkeypatch.setattr(rules, "rules_for", lambda device: (rule,))
     assert gluon_training.wins_gradients(problem())
     assert not gluon_training.wins_forward(problem())
-    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, min_keys=257),))
+    monkeypatch.setattr(rules, "rules_for", lambda device: (replace(rule, min_keys=257),))
     assert not gluon_training.wins_gradients(problem())
-    monkeypatch.setattr(order, "rules_for", lambda device: (replace(rule, kernel=""),))
+    monkeypatch.setattr(rules, "rules_for", lambda device: (replace(rule, kernel=""),))
     assert not gluon_training.wins_gradients(problem())
 
 
 @pytest.mark.parametrize(
-    ("dim", "rules", "causal"),
+    ("dim", "mask_args", "causal"),
     [
-        (128, Rules(), True),
-        (128, Rules(), False),
-        (128, Rules(window=1024, sinks=4), True),
-        (64, Rules(), True),
-        (64, Rules(window=1024, sinks=4), True),
+        (128, MaskArgs(), True),
+        (128, MaskArgs(), False),
+        (128, MaskArgs(window=1024, sinks=4), True),
+        (64, MaskArgs(), True),
+        (64, MaskArgs(window=1024, sinks=4), True),
     ],
 )
-def test_products_are_not_serialised(tmp_path, dim, rules, causal):
+def test_products_are_not_serialised(tmp_path, dim, mask_args, causal):
     """What ptxas says about the kernel; with another order of issue it says the contrary.
 
     At D 128 ptxas keeps a few numbers in memory, never an accumulator; at D 64 nothing.
@@ -290,7 +291,7 @@ def test_products_are_not_serialised(tmp_path, dim, rules, causal):
 
     from tests.ops.compiled import compile_gluon_backward
 
-    found = compile_gluon_backward(dim, rules, causal=causal)
+    found = compile_gluon_backward(dim, mask_args, causal=causal)
     assert found.metadata.shared <= 227 * 1024
     ptx = found.asm["ptx"]
     assert "setmaxnreg" in ptx and "red.relaxed.gpu.global.add.v4.f32" in ptx

@@ -8,8 +8,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from saccade.ops.attend.gluon.backward_rows import convert_kernel, prepare_kernel, sum_kernel
-from saccade.ops.attend.triton.launch import plane
+from saccade.ops.attention.nvidia.gluon.backward.rowwise import (
+    convert_kernel,
+    prepare_kernel,
+    sum_kernel,
+)
+from saccade.ops.gpu.launching import strided
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
 
 __all__ = ["pytestmark"]  # on a card these are GPU tests too
@@ -28,7 +32,7 @@ def test_what_rows_contribute(dim):
     lse[:, 1, 7] = float("-inf")
     delta, stats, dq = torch.empty_like(lse), random(6, 2, 2, 64), random(6, 2, 64 * dim)
     prepare_kernel[(6, 2)](
-        plane(out), plane(dout), lse, dlse, delta, stats, dq, 100, 3, D=dim, ROWS=64
+        strided(out), strided(dout), lse, dlse, delta, stats, dq, 100, 3, D=dim, ROWS=64
     )
     expected = (out * dout).sum(-1) - dlse
     assert torch.allclose(delta, expected, atol=1e-4)
@@ -54,7 +58,7 @@ def test_registers_become_rows(dim):
     padded = torch.nn.functional.pad(dq[0], (0, 0, 0, 28)).reshape(2, 2, 64, dim)
     summed[:, :, place.flatten().to(DEVICE)] = padded.flatten(2)
     out = torch.empty_like(dq)
-    convert_kernel[(2, 2)](summed, plane(out), 0.5, 100, 2, D=dim, ROWS=64)
+    convert_kernel[(2, 2)](summed, strided(out), 0.5, 100, 2, D=dim, ROWS=64)
     assert torch.equal(out, dq * 0.5)
 
 

@@ -12,12 +12,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.bench.inputs import KINDS, coded
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
-from saccade.core.formats import Codes
+from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
-from saccade.ops import attend, choose
-from saccade.ops.attend import gluon
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.gluon import codes as gluon_codes
+from saccade.ops import attend
+from saccade.ops.attention import dispatch
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia import gluon_backend as gluon
+from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_codes
 from tests.ops.hopper import assert_a_graph_replays, on_the_card
 
 
@@ -81,8 +82,8 @@ class TestOnTheCard:
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
         view = coded(k, v, kind, 64)
         alone = QuantizedKV(
-            Codes(view.k.codes[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
-            Codes(*(x[:, :, :packed] for x in view.v)),
+            QuantizedTensor(view.k.qdata[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+            QuantizedTensor(*(x[:, :, :packed] for x in view.v)),
             view.recent_k[:, :, :33], view.recent_v[:, :, :33], view.bits_k, view.bits_v, 64,
         )  # fmt: skip
         truth = attend(q, alone, mask=Mask(), backend="tiled")
@@ -92,7 +93,7 @@ class TestOnTheCard:
             x[:, :, packed // 64 :] = torch.nan
         stop = torch.tensor([packed + 33] * 2, device="cuda")
         grown = GrowingKV(view, torch.tensor([packed], device="cuda"))
-        where = {"lengths": stop, "q_offset": stop - 2, "mask": Mask()}
+        where = {"kv_lens": stop, "q_offset": stop - 2, "mask": Mask()}
         ours = attend(q, grown, **where, backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
         assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
@@ -100,13 +101,13 @@ class TestOnTheCard:
     @pytest.mark.parametrize("kind", KINDS)
     def test_rows_of_different_length(self, kind):
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
-        view, lengths = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
-        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": Mask()}
+        view, kv_lens = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
+        where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": Mask()}
         truth = attend(q, view, **where, backend="tiled")
-        for row, length in enumerate(lengths.tolist()):
+        for row, length in enumerate(kv_lens.tolist()):
             for x in view.v[1:]:
                 x[row, :, length:] = torch.nan
-            view.v.codes.view(torch.uint8)[row, :, length:] = 0x7F  # not a number in fp8
+            view.v.qdata.view(torch.uint8)[row, :, length:] = 0x7F  # not a number in fp8
         ours = attend(q, view, **where, backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
 
@@ -153,7 +154,7 @@ def test_auto_takes_what_was_measured(monkeypatch):
     for queries, dim in ((1, 128), (8, 128), (9, 128), (1, 64), (2, 64)):
         q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
         call = make_call(q, coded(keys, keys, "int4"), mask=Mask())
-        verdicts[queries, dim] = dict(choose.explain(call))["gluon"]
+        verdicts[queries, dim] = dict(dispatch.explain(call))["gluon"]
     assert verdicts[1, 128] == verdicts[8, 128] == verdicts[1, 64] == "chosen"
     assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
                                      "here 36")  # fmt: skip

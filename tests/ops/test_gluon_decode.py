@@ -12,17 +12,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
-from saccade.ops import attend, choose
-from saccade.ops.attend import gluon
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.gluon import decode as gluon_decode
-from saccade.ops.attend.gluon import refusals
+from saccade.ops import attend
+from saccade.ops.attention import dispatch
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia import gluon_backend as gluon
+from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
+from saccade.ops.gpu import support
 from tests.ops.hopper import BOUND, assert_a_graph_replays, on_the_card
 
 TYPES = [torch.float16, torch.bfloat16]
 
 
-def paged(k, v, page, lengths=None):
+def paged(k, v, page, kv_lens=None):
     """The same keys in pages in any order; pages and slots that are not used hold nan."""
     batch, heads, length, dim = k.shape
     count = -(-length // page)
@@ -32,15 +33,15 @@ def paged(k, v, page, lengths=None):
     for x in (k, v):
         pool = torch.full((batch * count + 3, heads, page, dim), torch.nan).to(x)
         for row in range(batch):
-            stop = length if lengths is None else int(lengths[row])
+            stop = length if kv_lens is None else int(kv_lens[row])
             for i in range(-(-stop // page)):
                 held = x[row, :, i * page : min((i + 1) * page, stop)]
                 pool[table[row, i], :, : held.shape[1]] = held
             table[row, -(-stop // page) :] = -1
         pools.append(pool)
-    if lengths is None:
-        lengths = torch.full((batch,), length, device=k.device)
-    return PagedKV(*pools, table, lengths.to(torch.int32), int(lengths.max()))
+    if kv_lens is None:
+        kv_lens = torch.full((batch,), length, device=k.device)
+    return PagedKV(*pools, table, kv_lens.to(torch.int32), int(kv_lens.max()))
 
 
 def random(*shape, dtype=torch.bfloat16, device="cuda"):
@@ -71,11 +72,11 @@ class TestOnTheCard:
         heads, batch, keys, queries, dim, mask = shape
         k, v = (random(batch, heads[1], keys, dim, dtype=dtype) for _ in range(2))
         q = random(batch, heads[0], queries, dim, dtype=dtype)
-        rules = {"mask": mask, "sink_logits": random(heads[0]).float() if batch > 1 else None}
+        mask_args = {"mask": mask, "sink_logits": random(heads[0]).float() if batch > 1 else None}
         wide = DenseKV(k.double(), v.double())
-        truth = attend(q.double(), wide, **rules, backend="reference")
-        eager = attend(q, DenseKV(k, v), **rules, backend="reference")
-        ours = attend(q, paged(k, v, page) if page else DenseKV(k, v), **rules, backend="gluon")
+        truth = attend(q.double(), wide, **mask_args, backend="reference")
+        eager = attend(q, DenseKV(k, v), **mask_args, backend="reference")
+        ours = attend(q, paged(k, v, page) if page else DenseKV(k, v), **mask_args, backend="gluon")
         allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
         assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
         assert (ours.out - truth.out).abs().max() <= allowed
@@ -86,13 +87,13 @@ class TestOnTheCard:
     def test_rows_of_different_length(self, page, mask):
         """What lies behind the end of a row never matters, even if it is nan."""
         k, v, q = random(3, 2, 2077, 128), random(3, 2, 2077, 128), random(3, 8, 2, 128)
-        lengths = torch.tensor([2077, 0, 303], device="cuda")
-        where = {"lengths": lengths, "q_offset": lengths - 2, "mask": mask}
+        kv_lens = torch.tensor([2077, 0, 303], device="cuda")
+        where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": mask}
         truth = attend(q.double(), DenseKV(k.double(), v.double()), **where, backend="reference")
         for x in (k, v):
-            for row, length in enumerate(lengths.tolist()):
+            for row, length in enumerate(kv_lens.tolist()):
                 x[row, :, length:] = torch.nan
-        view = paged(k, v, page, lengths) if page else DenseKV(k, v)
+        view = paged(k, v, page, kv_lens) if page else DenseKV(k, v)
         ours = attend(q, view, **where, backend="gluon")
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
         assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
@@ -101,10 +102,10 @@ class TestOnTheCard:
     def test_one_query_needs_no_place(self, page):
         """The host knows the longest row alone; shorter ones end where the device says."""
         k, v, q = random(4, 2, 2077, 128), random(4, 2, 2077, 128), random(4, 8, 1, 128)
-        lengths = torch.tensor([2077, 0, 303, 1], device="cuda")
+        kv_lens = torch.tensor([2077, 0, 303, 1], device="cuda")
         wide = DenseKV(k.double(), v.double())
-        truth = attend(q.double(), wide, mask=Mask(), lengths=lengths, backend="reference")
-        ours = attend(q, paged(k, v, page, lengths), mask=Mask(), backend="gluon")
+        truth = attend(q.double(), wide, mask=Mask(), kv_lens=kv_lens, backend="reference")
+        ours = attend(q, paged(k, v, page, kv_lens), mask=Mask(), backend="gluon")
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
         assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
 
@@ -169,11 +170,11 @@ def test_reads_few_queries_and_nothing_runs_without_a_card():
 
 
 def test_auto_takes_what_was_measured(monkeypatch):
-    monkeypatch.setattr(gluon, "missing", lambda device: None)
+    monkeypatch.setattr(gluon, "gluon_refusal", lambda device: None)
     k, q = random(1, 2, 1024, 128, device="cpu"), random(1, 8, 4, 128, device="cpu")
 
     def verdict(q, view, **mask):
-        return dict(choose.explain(make_call(q, view, mask=Mask(**mask))))["gluon"]
+        return dict(dispatch.explain(make_call(q, view, mask=Mask(**mask))))["gluon"]
 
     assert verdict(q[:, :, :2], DenseKV(k, k)) == "chosen"
     assert verdict(q[:, :, :2], DenseKV(k, k), window=600) == "chosen"
@@ -187,7 +188,7 @@ def test_auto_takes_what_was_measured(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "keys", "queries", "mask", "lengths", "launch", "splits"),
+    ("batch", "keys", "queries", "mask", "kv_lens", "launch", "splits"),
     [
         (1, 8192, 1, Mask(), False, "SHARED", 33),
         (1, 2048, 1, Mask(), False, "SHORT", 16),
@@ -200,16 +201,16 @@ def test_auto_takes_what_was_measured(monkeypatch):
     ],
 )
 def test_how_programs_share_the_card(
-    monkeypatch, batch, keys, queries, mask, lengths, launch, splits
+    monkeypatch, batch, keys, queries, mask, kv_lens, launch, splits
 ):
-    from saccade.ops.attend.gluon import decode_launch
-    from saccade.ops.attend.triton.problem import dense_problem
+    from saccade.ops.attention.nvidia.gluon.decode import launch as decode_launch
+    from saccade.ops.attention.nvidia.problem import dense_problem
 
-    monkeypatch.setattr(decode_launch.tuning, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(decode_launch, "multiprocessors", lambda device: 132)
     k = torch.empty(1, 8, 1, 128, device="meta").expand(batch, 8, keys, 128)
     q = torch.empty(batch, 32, queries, 128, device="meta")
-    rows = torch.empty(batch, dtype=torch.int64, device="meta") if lengths else None
-    problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, lengths=rows))
+    rows = torch.empty(batch, dtype=torch.int64, device="meta") if kv_lens else None
+    problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, kv_lens=rows))
     found = decode_launch.launch_of(problem, 8, keys)
     assert found == getattr(decode_launch, launch)[128]
     assert decode_launch.splits_of(problem, 8, keys, found) == splits
@@ -235,6 +236,6 @@ def test_a_compiler_is_refused_before_anything_cached_is_asked(monkeypatch):
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     call = make_call(q, DenseKV(k, k), mask=Mask())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(refusals, "_triton_version", lambda: pytest.fail("it asks a cache"))
+    monkeypatch.setattr(support, "_triton_version", lambda: pytest.fail("it asks a cache"))
     assert gluon.refusal(call) == "it has no torch.compile registration"
-    assert refusals.missing(torch.device("cuda")) == "it has no torch.compile registration"
+    assert support.gluon_refusal(torch.device("cuda")) == "it has no torch.compile registration"

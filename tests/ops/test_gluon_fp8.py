@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
-from saccade.core import Scaled, Unsupported, quantize_heads
+from saccade.core import PerHeadFP8, Unsupported, quantize_fp8_per_head
 from saccade.core.formats import FP8
 from saccade.ops import attention, explain
-from saccade.ops.attend.gluon import fp8 as gluon_fp8
+from saccade.ops.attention.nvidia import gluon_fp8_backend as gluon_fp8
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import on_the_card
 
@@ -23,13 +23,13 @@ LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 def truth_of(scaled, options):
     """Attention in float64 over what the codes stand for."""
-    wide = [x.codes.double() * x.scale.double()[..., None, None] for x in scaled]
+    wide = [x.qdata.double() * x.scale.double()[..., None, None] for x in scaled]
     return attention(*wide, **options, return_lse=True, backend="reference")
 
 
 def rounded_weights(scaled):
     """The same, causal, with weights of 2^8 at most rounded to fp8: what a kernel cannot beat."""
-    q, k, v = (x.codes.double() * x.scale.double()[..., None, None] for x in scaled)
+    q, k, v = (x.qdata.double() * x.scale.double()[..., None, None] for x in scaled)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * q.shape[3] ** -0.5
     later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
@@ -50,9 +50,9 @@ class TestOnTheCard:
     @pytest.mark.parametrize("mask", [*MASKS, {"window": 130, "sinks": 140}], ids=str)
     def test_equals_the_reference(self, mask, lengths, dim):
         q, k, v, options = Case((6, 2), lengths, mask, "plain", head_dim=dim).inputs()
-        scaled = [quantize_heads(x) for x in (q, k, v)]
+        scaled = [quantize_fp8_per_head(x) for x in (q, k, v)]
         truth = truth_of(scaled, options)
-        on_card = [Scaled(*on("cuda", x.codes, x.scale)) for x in scaled]
+        on_card = [PerHeadFP8(*on("cuda", x.qdata, x.scale)) for x in scaled]
         ours = attention(*on_card, **options, return_lse=True, backend="gluon_fp8")
         assert ours.out.dtype == torch.bfloat16 and ours.lse.dtype == torch.float32
         assert error(ours.out, truth.out) <= 4e-2  # weights of three bits: 2e-2 to 2.6e-2
@@ -60,7 +60,7 @@ class TestOnTheCard:
 
     def test_errs_little_more_than_rounded_weights(self):
         shapes = (1, 4, 256, 128), (1, 1, 8192, 128), (1, 1, 8192, 128)
-        scaled = [quantize_heads(torch.randn(*shape, device="cuda")) for shape in shapes]
+        scaled = [quantize_fp8_per_head(torch.randn(*shape, device="cuda")) for shape in shapes]
         ours = attention(*scaled, backend="gluon_fp8")
         truth = truth_of(scaled, {}).out
         assert error(ours, truth) <= 1.5 * error(rounded_weights(scaled), truth)
@@ -68,14 +68,14 @@ class TestOnTheCard:
     def test_sums_do_not_lose_what_is_small(self):
         """Values of one sign: a sum in the matrix units alone is off by half at this length."""
         q, k, v = (torch.randn(1, 1, n, 128, device="cuda") for n in (128, 65536, 65536))
-        scaled = [quantize_heads(x) for x in (q, k, 1 + 0.1 * v)]
+        scaled = [quantize_fp8_per_head(x) for x in (q, k, 1 + 0.1 * v)]
         assert error(attention(*scaled, backend="gluon_fp8"), truth_of(scaled, {}).out) <= 1e-2
 
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
     def test_learned_sinks_and_scales_of_very_different_heads(self, mask):
         sizes = torch.tensor([1e-3, 1.0, 50.0, 1e3], device="cuda")[:, None, None]
         q, k, v = (torch.randn(2, 4, 300, 64, device="cuda") for _ in range(3))
-        scaled = [quantize_heads(x) for x in (q / sizes, k * sizes, v * sizes)]
+        scaled = [quantize_fp8_per_head(x) for x in (q / sizes, k * sizes, v * sizes)]
         options = {**mask, "sink_logits": torch.randn(4, device="cuda")}
         ours = attention(*scaled, **options, return_lse=True, backend="gluon_fp8")
         truth = truth_of(scaled, options)
@@ -87,13 +87,13 @@ class TestOnTheCard:
         base = torch.randn(2, 301, 8, 128, device="cuda").to(FP8)
         turned = base.transpose(1, 2)
         q, k, v = turned[:, :4], turned[:, 4:6], turned[:, 6:]
-        ones = [Scaled(x, torch.ones(x.shape[:2], device="cuda")) for x in (q, k, v)]
+        ones = [PerHeadFP8(x, torch.ones(x.shape[:2], device="cuda")) for x in (q, k, v)]
         ours = attention(q, k, v, backend="gluon_fp8")
         assert error(ours, truth_of(ones, {}).out) <= 4e-2
 
     def test_same_bits_again_and_inside_a_cuda_graph(self):
         shapes = (1, 16, 1500, 64), (1, 4, 1500, 64), (1, 4, 1500, 64)
-        scaled = [quantize_heads(torch.randn(*shape, device="cuda")) for shape in shapes]
+        scaled = [quantize_fp8_per_head(torch.randn(*shape, device="cuda")) for shape in shapes]
         first = attention(*scaled, backend="gluon_fp8")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -102,28 +102,28 @@ class TestOnTheCard:
         assert torch.equal(first, second)
 
     def test_auto_takes_it(self):
-        scaled = [quantize_heads(torch.randn(1, 2, 40, 64, device="cuda")) for _ in range(3)]
+        scaled = [quantize_fp8_per_head(torch.randn(1, 2, 40, 64, device="cuda")) for _ in range(3)]
         assert dict(explain(*scaled))["gluon_fp8"] == "chosen"
 
     @pytest.mark.parametrize(
         ("dim", "options", "reason"),
         [
             (64, {"softcap": 5.0}, "no softcap"),
-            (64, {"lengths": torch.tensor([40])}, "plain dense keys"),
+            (64, {"kv_lens": torch.tensor([40])}, "plain dense keys"),
             (64, {"scale": -1.0}, "scale must be positive"),
             (96, {}, "head_dim 96 is not one of 64, 128"),
         ],
         ids=["softcap", "lengths", "scale", "dim"],
     )
     def test_refuses_in_a_sentence(self, dim, options, reason):
-        x = quantize_heads(torch.randn(1, 2, 40, dim, device="cuda"))
+        x = quantize_fp8_per_head(torch.randn(1, 2, 40, dim, device="cuda"))
         with pytest.raises(Unsupported, match=reason):
             attention(x, x, x, **on("cuda", options), backend="gluon_fp8")
 
 
 def test_refuses_other_machines_and_other_numbers_in_a_sentence():
     x = torch.randn(1, 1, 4, 64)
-    coded = quantize_heads(x)
+    coded = quantize_fp8_per_head(x)
     with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
         attention(coded, coded, coded, backend="gluon_fp8")
     with pytest.raises(Unsupported, match="float8_e4m3fn queries, keys and values alone"):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from saccade.ops import one_row
+from saccade.ops import gemv
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CARD = torch.cuda.is_available() and not INTERPRETED
@@ -44,8 +44,8 @@ def test_products(columns, rows, dtype):
     weights = [random(n, columns, dtype=dtype) for n in rows]
     for biased in (False, True):
         biases = [random(n, dtype=dtype) if biased else None for n in rows]
-        assert one_row.serves(x, *weights)
-        found = one_row.products(x, weights, biases)
+        assert gemv.serves(x, *weights)
+        found = gemv.products(x, weights, biases)
         for ours, w, b in zip(found, weights, biases, strict=True):
             truth = F.linear(x.double(), w.double(), None if b is None else b.double())
             check(ours, F.linear(x, w, b), truth, dtype)
@@ -63,7 +63,7 @@ def test_gated(columns, rows, dtype):
         return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
     truth = eager(x.double(), gate.double(), up.double())
-    check(one_row.gated(x, gate, up), eager(x, gate, up), truth, dtype)
+    check(gemv.gated(x, gate, up), eager(x, gate, up), truth, dtype)
 
 
 @runs_kernels
@@ -73,12 +73,12 @@ def test_gated(columns, rows, dtype):
 def test_sum_and_norm(size, dtype):
     a, b = random(2, 1, size, dtype=dtype)
     weight = random(size, dtype=dtype)
-    total, normed = one_row.sum_and_norm(a, b, weight, 1e-5)
+    total, normed = gemv.sum_and_norm(a, b, weight, 1e-5)
     assert torch.equal(total, a + b)
     truth = F.rms_norm(total.double(), (size,), weight.double(), 1e-5)
     eager = F.rms_norm(total, (size,), weight, 1e-5)
     check(normed, eager, truth, dtype)
-    check(one_row.norm(total, weight, 1e-5), eager, truth, dtype)
+    check(gemv.norm(total, weight, 1e-5), eager, truth, dtype)
 
 
 @runs_kernels
@@ -87,10 +87,10 @@ def test_sum_and_norm(size, dtype):
 @torch.no_grad()
 def test_norms_of_heads(offset, dtype):
     x, weight = random(1, 1, 12, 80, dtype=dtype), random(80, dtype=dtype)
-    assert one_row.norm_served(x, weight) and not one_row.norm_served(x, weight.double())
+    assert gemv.norm_served(x, weight) and not gemv.norm_served(x, weight.double())
     truth = F.rms_norm(x.double(), (80,), weight.double() + offset, 1e-6)
     eager = F.rms_norm(x.float(), (80,), weight.float() + offset, 1e-6).to(dtype)
-    check(one_row.norm(x, weight, 1e-6, offset), eager, truth, dtype)
+    check(gemv.norm(x, weight, 1e-6, offset), eager, truth, dtype)
 
 
 @runs_kernels
@@ -104,10 +104,10 @@ def test_each_launch_waits_for_the_one_before():
     def chain(ends):
         x = start
         for i in range(20 if CARD else 2):
-            y = one_row.products(x, [weights[i % 4]], [x.view(-1)])[0]
-            x, y = one_row.sum_and_norm(x, y, norm, 1e-5)
-            y = one_row.norm(y, norm, 1e-5)
-            x = one_row.gated(y, weights[(i + 1) % 4], weights[i % 4])
+            y = gemv.products(x, [weights[i % 4]], [x.view(-1)])[0]
+            x, y = gemv.sum_and_norm(x, y, norm, 1e-5)
+            y = gemv.norm(y, norm, 1e-5)
+            x = gemv.gated(y, weights[(i + 1) % 4], weights[i % 4])
             if ends and CARD:
                 torch.cuda.synchronize()
         return x
@@ -117,19 +117,19 @@ def test_each_launch_waits_for_the_one_before():
 
 def test_what_is_not_served():
     x, weight = torch.randn(1, 1, 64), torch.randn(32, 64)
-    assert not one_row.serves(x, weight)  # gradients are wanted
+    assert not gemv.serves(x, weight)  # gradients are wanted
     with torch.no_grad():
-        assert one_row.serves(x, weight) == INTERPRETED
-        assert not one_row.serves(x.expand(2, 1, 64), weight)
-        assert not one_row.serves(x, weight.half())
-        assert not one_row.serves(x, weight.repeat(1, 2)[:, ::2])
+        assert gemv.serves(x, weight) == INTERPRETED
+        assert not gemv.serves(x.expand(2, 1, 64), weight)
+        assert not gemv.serves(x, weight.half())
+        assert not gemv.serves(x, weight.repeat(1, 2)[:, ::2])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("columns", [4096, 14336])
 def test_weights_are_read_in_whole_lines_before_the_wait(columns):
     """16 bytes a thread and load, the first of them before it waits for x."""
-    from saccade.ops.attend.triton.one_row import GATED, PRODUCTS, gated_kernel, products_kernel
+    from saccade.ops.gemv.kernel import GATED, PRODUCTS, gated_kernel, products_kernel
     from tests.ops.compiled import compile_for
 
     def meta(*shape):
@@ -143,7 +143,7 @@ def test_weights_are_read_in_whole_lines_before_the_wait(columns):
         (gated_kernel, GATED, {"gate": w, "up": w, "count": 4096}),
     )  # fmt: skip
     for kernel, cut, arguments in calls:
-        meaning = {"COLUMNS": columns, "ROWS": cut.rows, "STEP": cut.columns, "EARLY": True}
+        meaning = {"COLUMNS": columns, "ROWS": cut.rows, "STEP": cut.columns, "PDL": True}
         options = {"num_warps": cut.warps, "num_stages": 3}
         ptx = compile_for(kernel, options=options, x=x, out=out, **arguments, **meaning).asm["ptx"]
         before, _, behind = ptx.partition("griddepcontrol.wait")

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from saccade.core import BadInput, DenseKV, Mask, PagedKV
-from saccade.ops import choose, explain, order
-from saccade.ops.attend import gluon, sdpa, triton
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.gluon import training as gluon_training
-from saccade.ops.order import Rule
+from saccade.ops import explain
+from saccade.ops.attention import dispatch, rules
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.nvidia import gluon_backend as gluon
+from saccade.ops.attention.nvidia import training as gluon_training
+from saccade.ops.attention.nvidia import triton_backend as triton
+from saccade.ops.attention.rules import Rule
+from saccade.ops.attention.sdpa import backend as sdpa
 
 WINS = {"why": "twice the speed", "source": "some_record"}
 
@@ -19,14 +22,14 @@ WINS = {"why": "twice the speed", "source": "some_record"}
 def a_card(monkeypatch):
     """Tensors on the meta device count as a GPU that has all kernels; rules as given."""
 
-    def rules(*given):
+    def given_rules(*given):
         monkeypatch.setattr(
-            order, "rules_for", lambda device: given if device.type == "meta" else ()
+            rules, "rules_for", lambda device: given if device.type == "meta" else ()
         )
         for module in (gluon, sdpa, triton):
             monkeypatch.setattr(module, "refusal", lambda call: None)
 
-    return rules
+    return given_rules
 
 
 def meta(length=4096, dim=128, queries=None):
@@ -40,9 +43,9 @@ def call_of(length=4096, dim=128, queries=None, **mask):
 
 
 def test_every_rule_of_the_package_can_be_read():
-    for path in order.FOLDER.glob("*.json"):
-        for rule in order.read(path):
-            assert set(rule.order) <= set(choose.AUTO_ORDER)
+    for path in rules.FOLDER.glob("*.json"):
+        for rule in rules.read(path):
+            assert set(rule.order) <= set(dispatch.AUTO_ORDER)
             assert rule.why and rule.source and rule.min_keys and rule.min_rows
 
 
@@ -52,14 +55,14 @@ def test_a_rule_puts_its_backends_first_and_says_why(a_card):
     assert [name for name, _ in lines][:4] == ["sdpa", "gluon", "triton", "cpu"]
     assert lines[0][1] == "chosen: twice the speed (some_record)"
     assert lines[1][1] == lines[2][1] == "able, slower here"
-    assert choose.choose(call_of(), "auto") is sdpa
+    assert dispatch.choose(call_of(), "auto") is sdpa
 
 
 def test_a_rule_whose_backend_cannot_run_the_call(a_card, monkeypatch):
     a_card(Rule(order=("sdpa",), **WINS))
     monkeypatch.setattr(sdpa, "refusal", lambda call: "no")
     assert dict(explain(*meta()))["triton"] == "chosen"
-    assert choose.choose(call_of(), "auto") is triton
+    assert dispatch.choose(call_of(), "auto") is triton
 
 
 def test_gluon_is_taken_only_where_it_was_measured(a_card):
@@ -99,7 +102,7 @@ def test_conditions(conditions, call, fits):
 
 
 def calls_by_rows(length=4096):
-    """A call for each of order.ROWS, and one whose documents are short."""
+    """A call for each of rules.ROWS, and one whose documents are short."""
     q, k, v = meta(length)
     pool = torch.empty(length // 64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
     ends = torch.tensor([length])
@@ -109,13 +112,13 @@ def calls_by_rows(length=4096):
     return {
         "even": make_call(q, dense, mask=mask),
         "packed": make_call(q, dense, mask=mask, cu_seqlens=packed[2]),
-        "lengths": make_call(q, dense, mask=mask, lengths=ends),
+        "lengths": make_call(q, dense, mask=mask, kv_lens=ends),
         "pages": make_call(q, PagedKV(pool, pool, table, ends.int(), length), mask=mask),
         "short": make_call(q, dense, mask=mask, cu_seqlens=packed[256]),
     }
 
 
-@pytest.mark.parametrize("kind", order.ROWS)
+@pytest.mark.parametrize("kind", rules.ROWS)
 def test_a_rule_speaks_of_one_kind_of_rows(kind):
     rule = Rule(order=("gluon",), rows=(kind,), min_keys=1024, **WINS)
     fitting = [name for name, call in calls_by_rows().items() if rule.fits(call)]
@@ -124,7 +127,7 @@ def test_a_rule_speaks_of_one_kind_of_rows(kind):
 
 def test_documents_count_by_their_mean_length(a_card):
     a_card(Rule(order=("gluon",), rows=("packed",), min_keys=1024, **WINS))
-    verdicts = {name: dict(choose.explain(call)) for name, call in calls_by_rows().items()}
+    verdicts = {name: dict(dispatch.explain(call)) for name, call in calls_by_rows().items()}
     assert verdicts["packed"]["gluon"] == "chosen: twice the speed (some_record)"
     assert verdicts["short"]["gluon"].endswith("here 16 and 131072")
     assert verdicts["even"]["triton"] == verdicts["short"]["triton"] == "chosen"
@@ -148,7 +151,7 @@ def test_the_rules_for_hopper(monkeypatch):
     monkeypatch.setattr(sdpa, "kernel_of", lambda call: "cudnn")
 
     def first(*shape, **mask):
-        fitting = (rule for rule in order.rules("sm_90") if rule.fits(call_of(*shape, **mask)))
+        fitting = (rule for rule in rules.rules("sm_90") if rule.fits(call_of(*shape, **mask)))
         return next((rule.order[0] for rule in fitting), None)
 
     assert first(1024, 128) == first(4096, 64) == first(32768, 256, causal=False) == "gluon"
@@ -159,18 +162,18 @@ def test_the_rules_for_hopper(monkeypatch):
     assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
     assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
     found = {
-        name: next((rule.order[0] for rule in order.rules("sm_90") if rule.fits(call)), None)
+        name: next((rule.order[0] for rule in rules.rules("sm_90") if rule.fits(call)), None)
         for name, call in calls_by_rows(32768).items()
     }
-    assert found == dict.fromkeys(order.ROWS, "gluon") | {"short": None}
+    assert found == dict.fromkeys(rules.ROWS, "gluon") | {"short": None}
 
 
 def test_whose_gradients_hopper_gets():
     def gluon(keys, dim=128, **mask):
         q, _, _ = meta(keys, dim)
         mask = Mask(**mask)
-        facts = order.facts_about(q, keys, mask.causal, mask.window, training=True)
-        return any(r.kernel == "gluon" and r.covers(facts) for r in order.rules("sm_90"))
+        facts = rules.facts_about(q, keys, mask.causal, mask.window, training=True)
+        return any(r.kernel == "gluon" and r.covers(facts) for r in rules.rules("sm_90"))
 
     assert gluon(512) and gluon(8192, 64) and gluon(1024, causal=False) and gluon(2048, window=512)
     assert not (gluon(256) or gluon(512, causal=False) or gluon(1024, window=512))
@@ -187,7 +190,7 @@ def test_training_is_a_condition():
 def test_explain_says_whose_gradients_a_call_gets(a_card, monkeypatch):
     rule = {"order": ("triton",), "kernel": "gluon", "training": True}
     a_card(Rule(**rule, why="gradients by the Gluon kernels", source="some_record"))
-    monkeypatch.setattr(gluon_training, "missing", lambda device: None)
+    monkeypatch.setattr(gluon_training, "gluon_refusal", lambda device: None)
     q, k, v = (x.contiguous().requires_grad_() for x in meta())
     verdict = "chosen: gradients by the Gluon kernels (some_record)"
     assert dict(explain(q, k, v))["triton"] == verdict
@@ -201,7 +204,7 @@ def test_explain_says_whose_gradients_a_call_gets(a_card, monkeypatch):
 
 def test_cpu_calls_ask_no_rule():
     x = torch.empty(1, 1, 4, 16)
-    assert order.preferred(make_call(x, DenseKV(x, x), mask=Mask())) is None
+    assert rules.preferred(make_call(x, DenseKV(x, x), mask=Mask())) is None
 
 
 @pytest.mark.parametrize(
@@ -217,9 +220,9 @@ def test_cpu_calls_ask_no_rule():
 )
 def test_wrong_rules_are_named(tmp_path, row, reason):
     path = tmp_path / "sm_1.json"
-    path.write_text(json.dumps({"schema": order.SCHEMA, "rules": [row]}))
+    path.write_text(json.dumps({"schema": rules.SCHEMA, "rules": [row]}))
     with pytest.raises(BadInput, match=reason):
-        order.read(path)
+        rules.read(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "x", "rules": []}'])
@@ -227,4 +230,4 @@ def test_a_file_that_is_none(tmp_path, text):
     path = tmp_path / "sm_1.json"
     path.write_text(text)
     with pytest.raises(BadInput, match="is not a list of rules"):
-        order.read(path)
+        rules.read(path)

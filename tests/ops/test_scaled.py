@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import saccade
-from saccade.core import DenseKV, Scaled, ScaledKV, Span, Unsupported, quantize_heads
+from saccade.core import DenseKV, PerHeadFP8, PerHeadFP8KV, Span, Unsupported, quantize_fp8_per_head
 from saccade.core.formats import FP8
 from saccade.ops import attend
-from saccade.ops.choose import BACKENDS
+from saccade.ops.attention.dispatch import BACKENDS
 from tests.ops.cases import EXTRAS, MASKS, Case
 
 SERVING = ["reference", "tiled"]
@@ -16,7 +16,7 @@ OTHERS = [name for name in BACKENDS if name not in SERVING]
 
 
 def scaled(*shapes):
-    return [quantize_heads(torch.randn(*shape)) for shape in shapes]
+    return [quantize_fp8_per_head(torch.randn(*shape)) for shape in shapes]
 
 
 def qkv():
@@ -25,28 +25,32 @@ def qkv():
 
 def numbers(x):
     """What codes stand for, in float64: the definition."""
-    return x.codes.double() * x.scale.double()[..., None, None]
+    return x.qdata.double() * x.scale.double()[..., None, None]
 
 
 class TestQuantizeHeads:
     def test_one_scale_for_every_row_and_head(self):
         x = torch.randn(2, 3, 50, 16) * torch.tensor([1e-4, 1.0, 300.0])[:, None, None]
-        coded = quantize_heads(x)
-        assert coded.codes.dtype == FP8 and coded.scale.shape == (2, 3)
-        assert (coded.codes.float().abs().amax((2, 3)) == 448).all()
+        coded = quantize_fp8_per_head(x)
+        assert coded.qdata.dtype == FP8 and coded.scale.shape == (2, 3)
+        assert (coded.qdata.float().abs().amax((2, 3)) == 448).all()
         assert torch.allclose(coded.numbers(), x, rtol=1 / 16, atol=x.abs().amax().item() * 2**-18)
 
     def test_zeros_stay_zeros_and_half_precision_is_taken(self):
-        assert (quantize_heads(torch.zeros(1, 1, 4, 16)).numbers() == 0).all()
+        assert (quantize_fp8_per_head(torch.zeros(1, 1, 4, 16)).numbers() == 0).all()
         x = torch.randn(1, 1, 4, 16).bfloat16()
-        assert torch.equal(quantize_heads(x).codes.float(), quantize_heads(x.float()).codes.float())
+        assert torch.equal(
+            quantize_fp8_per_head(x).qdata.float(), quantize_fp8_per_head(x.float()).qdata.float()
+        )
 
     def test_refuses_in_a_sentence(self):
-        codes = torch.zeros(1, 2, 4, 16).to(FP8)
-        with pytest.raises(ValueError, match="must be float8_e4m3fn .*Use saccade.quantize_heads"):
-            Scaled(codes.float(), torch.ones(1, 2))
+        qdata = torch.zeros(1, 2, 4, 16).to(FP8)
+        with pytest.raises(
+            ValueError, match="must be float8_e4m3fn .*Use saccade.quantize_fp8_per_head"
+        ):
+            PerHeadFP8(qdata.float(), torch.ones(1, 2))
         with pytest.raises(ValueError, match=r"scale must be float32 \[1, 2\], .*got .*\[2\]"):
-            Scaled(codes, torch.ones(2))
+            PerHeadFP8(qdata, torch.ones(2))
 
 
 @pytest.mark.parametrize("backend", SERVING)
@@ -54,11 +58,11 @@ class TestQuantizeHeads:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_is_attention_over_what_the_codes_stand_for(mask, extra, backend):
     q, k, v, options = Case((6, 2), (40, 50), mask, extra).inputs()
-    q, k, v = (quantize_heads(x.nan_to_num()) for x in (q, k, v))
+    q, k, v = (quantize_fp8_per_head(x.nan_to_num()) for x in (q, k, v))
     hidden = options.get("key_padding")
     if hidden is not None:  # padding holds NaN codes, which must never matter
         for x in (k, v):
-            x.codes.view(torch.uint8).masked_fill_(~hidden[:, None, :, None], NAN)
+            x.qdata.view(torch.uint8).masked_fill_(~hidden[:, None, :, None], NAN)
     wide = [numbers(x) for x in (q, k, v)]
     truth = saccade.attention(*wide, **options, return_lse=True, backend="reference")
     ours = saccade.attention(q, k, v, **options, return_lse=True, backend=backend)
@@ -68,16 +72,16 @@ def test_is_attention_over_what_the_codes_stand_for(mask, extra, backend):
 
 
 def test_bare_codes_have_a_scale_of_one():
-    bare = [x.codes for x in qkv()]
-    ones = [Scaled(x, torch.ones(x.shape[:2])) for x in bare]
+    bare = [x.qdata for x in qkv()]
+    ones = [PerHeadFP8(x, torch.ones(x.shape[:2])) for x in bare]
     assert torch.equal(saccade.attention(*bare), saccade.attention(*ones))
 
 
 def test_no_queries_and_no_keys():
     q, k, v = qkv()
-    nothing = Scaled(q.codes[:, :, :0], q.scale)
+    nothing = PerHeadFP8(q.qdata[:, :, :0], q.scale)
     assert saccade.attention(nothing, k, v).shape == (2, 4, 0, 16)
-    k, v = (Scaled(x.codes[:, :, :0], x.scale) for x in (k, v))
+    k, v = (PerHeadFP8(x.qdata[:, :, :0], x.scale) for x in (k, v))
     out, lse = saccade.attention(q, k, v, return_lse=True)
     assert out.dtype == torch.bfloat16 and (out == 0).all() and lse.isneginf().all()
 
@@ -85,9 +89,9 @@ def test_no_queries_and_no_keys():
 def test_a_ring_of_codes_is_a_view_too():
     q, k, v = qkv()
     spans = (Span(4, 0, 2), Span(0, 2, 4))  # positions 0 1 in slots 4 5, then 2 .. 5 in 0 .. 3
-    ring = DenseKV(*(x.codes.view(torch.uint8).roll(4, 2).view(FP8) for x in (k, v)), spans)
+    ring = DenseKV(*(x.qdata.view(torch.uint8).roll(4, 2).view(FP8) for x in (k, v)), spans)
     expected = saccade.attention(q, k, v)
-    found = attend(q, ScaledKV(ring, k.scale, v.scale), mask=saccade.Mask()).out
+    found = attend(q, PerHeadFP8KV(ring, k.scale, v.scale), mask=saccade.Mask()).out
     assert torch.allclose(found.float(), expected.float(), atol=1e-2)
 
 

@@ -5,9 +5,9 @@ import torch
 
 from saccade.core import BlockSelection, DenseKV, Mask, Unsupported
 from saccade.ops import attend, attention, explain
-from saccade.ops.attend import sdpa
-from saccade.ops.attend.api import make_call
-from saccade.ops.attend.sdpa import gpu as sdpa_gpu
+from saccade.ops.attention.api import make_call
+from saccade.ops.attention.sdpa import backend as sdpa
+from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 from tests.ops.cases import Case, on
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -109,7 +109,7 @@ class TestOnTheCard:
     @pytest.mark.parametrize("dim", [64, 96, 128, 256])
     @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
     @pytest.mark.parametrize(
-        ("mask", "lengths"),
+        ("mask", "kv_lens"),
         [
             ({}, (130, 130)), ({}, (1, 70)), ({}, (65, 130)), ({"causal": False}, (65, 130)),
             ({"causal": False}, (513, 513)), ({"window": 20, "sinks": 3}, (65, 130)),
@@ -117,9 +117,9 @@ class TestOnTheCard:
         ids=str,
     )  # fmt: skip
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-    def test_equals_the_reference(self, mask, lengths, heads, dim, dtype):
+    def test_equals_the_reference(self, mask, kv_lens, heads, dim, dtype):
         """At most twice the error of an eager run in the same precision, lse included."""
-        q, k, v, options = Case(heads, lengths, mask, "plain", head_dim=dim).inputs()
+        q, k, v, options = Case(heads, kv_lens, mask, "plain", head_dim=dim).inputs()
         q, k, v = (x.to(dtype) for x in (q, k, v))
         wide = [x.double() for x in (q, k, v)]
         truth = attention(*wide, **options, return_lse=True, backend="reference")

@@ -22,11 +22,11 @@ from saccade.core import (
     RaggedKV,
     Span,
 )
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.append import Slots, Turn, append, turn_both, turned
-from saccade.ops.hadamard import rotate
+from saccade.ops.kv_write.append import KVSlots, PendingRope, append, apply_rope_qk, turned
+from saccade.ops.kv_write.hadamard import hadamard_transform
 from tests.ops.cases import Case, all_cases, nothing_matters, on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -208,19 +208,19 @@ def test_ring(mask, queries):
 @pytest.mark.parametrize("page", [1, 6, 16])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_pages(page, queries):
-    lengths = torch.tensor([30, 21], dtype=torch.int32)
+    kv_lens = torch.tensor([30, 21], dtype=torch.int32)
     k, v, q = torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 4, queries, 16)
     count = -(-30 // page)
     table = torch.randperm(2 * count).view(2, count).to(torch.int32)
     pools = [torch.full((2 * count, 2, page, 16), torch.nan) for _ in range(2)]
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(kv_lens.tolist()):
         for p in range(length):
             for pool, x in zip(pools, (k, v), strict=True):
                 pool[table[row, p // page], :, p % page] = x[row, :, p]
     for mask in (Mask(), Mask(window=9, sinks=2)):
-        q2, *parts = on(DEVICE, q, *pools, table, lengths)
+        q2, *parts = on(DEVICE, q, *pools, table, kv_lens)
         ours = attend(q2, PagedKV(*parts, 30), mask=mask, backend="triton")
-        for row, length in enumerate(lengths.tolist()):
+        for row, length in enumerate(kv_lens.tolist()):
             alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
             truth = attend(q[row : row + 1], alone, mask=mask, backend="reference")
             assert torch.allclose(ours.out[row : row + 1].cpu(), truth.out, atol=1e-5)
@@ -228,19 +228,19 @@ def test_pages(page, queries):
 
 @runs_kernels
 def test_ragged():
-    lengths = torch.tensor([[25, 9], [33, 3]], dtype=torch.int32)
+    kv_lens = torch.tensor([[25, 9], [33, 3]], dtype=torch.int32)
     pool_k, pool_v = torch.randn(20, 8, 16), torch.randn(20, 8, 16)
     table = torch.randperm(20).view(2, 2, 5).to(torch.int32)
     positions = torch.full((20, 8), -1, dtype=torch.int32)
     for b in range(2):
         for h in range(2):
-            kept = torch.randperm(40)[: int(lengths[b, h])].sort().values.to(torch.int32)
+            kept = torch.randperm(40)[: int(kv_lens[b, h])].sort().values.to(torch.int32)
             for slot, p in enumerate(kept.tolist()):
                 positions[table[b, h, slot // 8], slot % 8] = p
     pool_k[positions < 0], pool_v[positions < 0] = torch.nan, torch.nan
     q = torch.randn(2, 4, 3, 16)
     for mask in (Mask(), Mask(window=12)):
-        parts = (pool_k, pool_v, positions, table, lengths)
+        parts = (pool_k, pool_v, positions, table, kv_lens)
         truth = attend(q, RaggedKV(*parts, 40, 33), mask=mask, backend="reference")
         q2, *moved = on(DEVICE, q, *parts)
         ours = attend(q2, RaggedKV(*moved, 40, 33), mask=mask, backend="triton")
@@ -268,10 +268,10 @@ def test_quantized(bits, fp8, queries, dim, v_group):
                 q.to(dtype).double(), DenseKV(whole.k.double(), whole.v.double()), mask=mask,
                 backend="reference",
             )  # fmt: skip
-            codes = [type(x)(*on(DEVICE, *x)) for x in coded]
+            qdata = [type(x)(*on(DEVICE, *x)) for x in coded]
             q2, *moved = on(DEVICE, q.to(dtype), *parts)
             ours = attend(
-                q2, QuantizedKV(*codes, *moved, bits, bits, 16), mask=mask, backend="triton"
+                q2, QuantizedKV(*qdata, *moved, bits, bits, 16), mask=mask, backend="triton"
             )
             allowed = 1e-5 if dtype == torch.float32 else 3e-2
             assert (ours.out.cpu() - truth.out).abs().max() < allowed
@@ -292,9 +292,9 @@ def test_selection_of_pages_while_decoding():
 @runs_kernels
 def test_blocks_that_are_tiles_need_no_table(monkeypatch):
     """The same lists, though blocks are then looked up instead of being summed."""
-    from saccade.ops.attend.api import make_call
-    from saccade.ops.attend.triton import visits as triton_visits
-    from saccade.ops.attend.triton.problem import dense_problem
+    from saccade.ops.attention.api import make_call
+    from saccade.ops.attention.nvidia import block_lists as triton_visits
+    from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, k = on(DEVICE, torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16))
     coverage = triton_visits._coverage
@@ -306,10 +306,10 @@ def test_blocks_that_are_tiles_need_no_table(monkeypatch):
     blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)
     for mask in (Mask(), Mask(causal=False), Mask(window=33, sinks=2)):
         problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, blocks=blocks))
-        found = triton_visits.visits_of(problem, 5, 16, 16)
+        found = triton_visits.block_lists_of(problem, 5, 16, 16)
         with monkeypatch.context() as patch:
             patch.setattr(triton_visits, "_coverage", without_looking)
-            summed = triton_visits.visits_of(problem, 5, 16, 16)
+            summed = triton_visits.block_lists_of(problem, 5, 16, 16)
         for ours, truth in zip(found[:2], summed[:2], strict=True):
             assert torch.equal(ours, truth)
 
@@ -317,9 +317,9 @@ def test_blocks_that_are_tiles_need_no_table(monkeypatch):
 @runs_kernels
 def test_registered_operator():
     """torch.library's own checks: schema, fake tensors, autograd registration."""
-    from saccade.ops.attend.api import make_call
-    from saccade.ops.attend.triton.autograd import flatten, operator
-    from saccade.ops.attend.triton.problem import dense_problem
+    from saccade.ops.attention.api import make_call
+    from saccade.ops.attention.nvidia.autograd import flatten, operator
+    from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, k, v = (
         torch.randn(1, h, 20, 16, device=DEVICE, requires_grad=True) for h in (2, 1, 1)
@@ -377,10 +377,10 @@ def test_refuses_cpu_tensors_in_a_sentence():
 
 APPENDS = [
     ({}, False, 1, 128),
-    ({"turn": True}, False, 1, 64),
-    ({"turn": True}, True, 3, 32),
+    ({"rope": True}, False, 1, 64),
+    ({"rope": True}, True, 3, 32),
     ({}, True, 1, 16),
-    ({"turn": True}, False, 2, 24),
+    ({"rope": True}, False, 2, 24),
 ]
 
 
@@ -389,21 +389,21 @@ APPENDS = [
 def test_append(how, hadamard, tokens, dim):
     """Turned, rotated and stored by one kernel as by PyTorch; other slots stay as they are."""
     k, v = torch.randn(2, tokens, 2, dim).transpose(1, 2), torch.randn(2, 2, tokens, dim)
-    turn = None
+    rope = None
     if how:
         angle = torch.rand(1, tokens, dim // 2).repeat(1, 1, 2)
-        turn = Turn(torch.randn(2, 4, tokens, dim), angle.cos(), angle.sin())
+        rope = PendingRope(torch.randn(2, 4, tokens, dim), angle.cos(), angle.sin())
     stores = [torch.randn(2, 2, 20, dim).repeat(1, 1, 1, 1) for _ in range(2)]
     at, origin = torch.tensor([107, 107]), torch.tensor([100])
-    truth = Slots(*(x.clone() for x in stores), at, origin)
-    q_true = None if turn is None else turned(turn.q, turn)
-    k_true = k if turn is None else turned(k, turn)
-    truth.k[:, :, 7 : 7 + tokens] = rotate(k_true) if hadamard else k_true
-    truth.v[:, :, 7 : 7 + tokens] = rotate(v) if hadamard else v
-    ours = Slots(*on(DEVICE, *stores, at, origin), hadamard)
+    truth = KVSlots(*(x.clone() for x in stores), at, origin)
+    q_true = None if rope is None else turned(rope.q, rope)
+    k_true = k if rope is None else turned(k, rope)
+    truth.k[:, :, 7 : 7 + tokens] = hadamard_transform(k_true) if hadamard else k_true
+    truth.v[:, :, 7 : 7 + tokens] = hadamard_transform(v) if hadamard else v
+    ours = KVSlots(*on(DEVICE, *stores, at, origin), hadamard)
     k, v = on(DEVICE, k, v)
-    turn = None if turn is None else Turn(*on(DEVICE, *turn))
-    q = append(ours, k, v, turn)
+    rope = None if rope is None else PendingRope(*on(DEVICE, *rope))
+    q = append(ours, k, v, rope)
     assert torch.allclose(ours.k.cpu(), truth.k, atol=1e-5)
     assert torch.allclose(ours.v.cpu(), truth.v, atol=1e-5)
     assert q_true is None or torch.allclose(q.cpu(), q_true, atol=1e-5)
@@ -424,8 +424,8 @@ def test_growing_views(bits, packed, recent):
     whole = QuantizedKV(*coded, *recents, bits, bits, 32)
     groups = packed // 32
     filled = QuantizedKV(
-        Codes(coded[0].codes[:, :, :packed], *(x[:, :, :groups] for x in coded[0][1:])),
-        Codes(*(x[:, :, :packed] for x in coded[1])),
+        QuantizedTensor(coded[0].qdata[:, :, :packed], *(x[:, :, :groups] for x in coded[0][1:])),
+        QuantizedTensor(*(x[:, :, :packed] for x in coded[1])),
         *(x[:, :, :recent] for x in recents),
         bits,
         bits,
@@ -436,7 +436,7 @@ def test_growing_views(bits, packed, recent):
     for backend in ("tiled", "triton"):
         device = DEVICE if backend == "triton" else "cpu"
         view = GrowingKV(moved(whole, device), torch.tensor([packed], device=device))
-        where = {"lengths": stop.to(device), "q_offset": (stop - 2).to(device)}
+        where = {"kv_lens": stop.to(device), "q_offset": (stop - 2).to(device)}
         ours = attend(q.to(device), view, mask=Mask(), **where, backend=backend)
         assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
         assert torch.allclose(ours.lse.cpu(), truth.lse, atol=2e-5)
@@ -444,7 +444,7 @@ def test_growing_views(bits, packed, recent):
 
 def moved(view, device):
     """A quantised view on a device."""
-    tensors = [Codes(*(x.to(device) for x in part)) for part in (view.k, view.v)]
+    tensors = [QuantizedTensor(*(x.to(device) for x in part)) for part in (view.k, view.v)]
     recents = view.recent_k.to(device), view.recent_v.to(device)
     return QuantizedKV(*tensors, *recents, view.bits_k, view.bits_v, view.k_group)
 
@@ -466,8 +466,10 @@ def test_rotation_of_few_rows(dim):
     x = torch.randn(2, 3, 5, dim)
     signs = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
     truth = x @ (torch.tensor(signs) * dim**-0.5)
-    assert torch.allclose(rotate(x.to(DEVICE)).cpu(), truth, atol=1e-5)
-    assert torch.allclose(rotate(x.mT.contiguous().mT.to(DEVICE)).cpu(), truth, atol=1e-5)
+    assert torch.allclose(hadamard_transform(x.to(DEVICE)).cpu(), truth, atol=1e-5)
+    assert torch.allclose(
+        hadamard_transform(x.mT.contiguous().mT.to(DEVICE)).cpu(), truth, atol=1e-5
+    )
 
 
 @runs_kernels
@@ -476,7 +478,7 @@ def test_turning_without_storing(tokens):
     """Also of more tokens than two of the three axes of a grid can count."""
     angle = torch.rand(2, tokens, 8).repeat(1, 1, 2)
     q, k = torch.randn(2, tokens, 4, 16).transpose(1, 2), torch.randn(2, 2, tokens, 16)
-    turn = Turn(*on(DEVICE, q, angle.cos(), angle.sin()))
-    both = turn_both(k.to(DEVICE), turn)
+    rope = PendingRope(*on(DEVICE, q, angle.cos(), angle.sin()))
+    both = apply_rope_qk(k.to(DEVICE), rope)
     for ours, x in zip(both, (q, k), strict=True):
-        assert torch.allclose(ours.cpu(), turned(x.to(DEVICE), turn).cpu(), atol=1e-5)
+        assert torch.allclose(ours.cpu(), turned(x.to(DEVICE), rope).cpu(), atol=1e-5)

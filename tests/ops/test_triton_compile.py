@@ -10,14 +10,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from saccade.ops import tuning
-from saccade.ops.attend.triton.append import append_kernel
-from saccade.ops.attend.triton.backward import keys_kernel, queries_kernel
-from saccade.ops.attend.triton.decode import Pages, decode_kernel, merge_kernel
-from saccade.ops.attend.triton.forward import forward_kernel
-from saccade.ops.attend.triton.quantized import Coded, quantized_kernel
-from saccade.ops.attend.triton.views import merge_blocks
-from saccade.ops.tiles import Bounds, Plane, Rules, Terms, Visits
+from saccade.ops.attention.nvidia.triton.backward import keys_kernel, queries_kernel
+from saccade.ops.attention.nvidia.triton.decode import Pages, decode_kernel, merge_kernel
+from saccade.ops.attention.nvidia.triton.forward import forward_kernel
+from saccade.ops.attention.nvidia.triton.quantized_decode import Coded, quantized_kernel
+from saccade.ops.attention.nvidia.triton.split_kv import merge_blocks
+from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs, ScoreArgs, SeqlenInfo, StridedTensor
+from saccade.ops.kv_write.append_kernel import append_kernel
+from saccade.ops.tuning import tables as tuning
 from tests.ops.compiled import compile_for
 
 HEADS, KV_HEADS, LENGTH, DIM = 32, 8, 8192, 128
@@ -28,14 +28,14 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def plane(x):
-    return Plane(x, *x.stride()[:3])
+def strided(x):
+    return StridedTensor(x, *x.stride()[:3])
 
 
-Q, K = plane(meta(1, HEADS, LENGTH, DIM)), plane(meta(1, KV_HEADS, LENGTH, DIM))
+Q, K = strided(meta(1, HEADS, LENGTH, DIM)), strided(meta(1, KV_HEADS, LENGTH, DIM))
 ROWS = meta(1, HEADS, LENGTH, dtype=torch.float32)
 SHARED = {
-    "bounds": Bounds(), "rules": Rules(), "terms": Terms(0.1), "visits": Visits(),
+    "seqlen_info": SeqlenInfo(), "mask_args": MaskArgs(), "score_args": ScoreArgs(0.1), "block_lists": BlockLists(),
     "q_len": LENGTH, "k_len": LENGTH, "q_offset": 0, "groups": HEADS // KV_HEADS,
     "HEAD_DIM": DIM, "VALUE_DIM": DIM, "BLOCK_D": DIM, "BLOCK_V": DIM,
     "CAUSAL": True, "RAW": True, "PRECISION": "tf32",
@@ -51,21 +51,23 @@ def compiled(kernel, tables, **arguments):
     return found.asm["ptx"]
 
 
-@pytest.mark.parametrize("bulk", [False, True])
-@pytest.mark.parametrize("rules", [Rules(), Rules(window=1024, sinks=16)], ids=["full", "window"])
-def test_forward_uses_the_warpgroup_matrix_units(bulk, rules):
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    "mask_args", [MaskArgs(), MaskArgs(window=1024, sinks=16)], ids=["full", "window"]
+)
+def test_forward_uses_the_warpgroup_matrix_units(tma, mask_args):
     ptx = compiled(
-        forward_kernel, tuning.FORWARD, q=Q, k=K, v=K, out=Q, lse=ROWS, heads=HEADS, rules=rules,
-        BULK=bulk,
+        forward_kernel, tuning.FORWARD, q=Q, k=K, v=K, out=Q, lse=ROWS, heads=HEADS, mask_args=mask_args,
+        TMA=tma,
     )  # fmt: skip
     assert "wgmma.mma_async" in ptx
-    assert ("cp.async.bulk.tensor" in ptx) == bulk
-    assert ("cp.async.cg" in ptx) != bulk
+    assert ("cp.async.bulk.tensor" in ptx) == tma
+    assert ("cp.async.cg" in ptx) != tma
 
 
 def test_backward_has_no_atomics():
     for kernel, tables, more in (
-        (keys_kernel, tuning.KEYS, {"dk": K, "dv": K, "BULK": False}),
+        (keys_kernel, tuning.KEYS, {"dk": K, "dv": K, "TMA": False}),
         (queries_kernel, tuning.QUERIES, {"dq": Q}),
     ):
         ptx = compiled(
@@ -76,7 +78,7 @@ def test_backward_has_no_atomics():
 
 
 DECODING = {
-    "q": Q, "out": plane(meta(16, HEADS, 1, DIM, dtype=torch.float32)), "lse": ROWS, "splits": 16,
+    "q": Q, "out": strided(meta(16, HEADS, 1, DIM, dtype=torch.float32)), "lse": ROWS, "splits": 16,
     "out_split": HEADS * DIM, "lse_split": HEADS, "kv_heads": KV_HEADS, "q_len": 1,
 }  # fmt: skip
 
@@ -87,7 +89,7 @@ def test_decode_loads_asynchronously(storage):
     pages = Pages(table, 512, 0, 16384, 16384) if storage == "paged" else Pages()
     ptx = compiled(
         decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
-        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, EARLY=True,
+        spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, PDL=True,
     )  # fmt: skip
     assert "cp.async.cg" in ptx and "mma.sync" in ptx
     assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
@@ -95,12 +97,12 @@ def test_decode_loads_asynchronously(storage):
 
 @pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
 def test_quantized_codes_stay_codes_in_memory(bits, fp8):
-    codes = plane(meta(1, KV_HEADS, LENGTH, DIM * bits // 8, dtype=torch.uint8))
-    k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
-    v_scale = plane(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
+    qdata = strided(meta(1, KV_HEADS, LENGTH, DIM * bits // 8, dtype=torch.uint8))
+    k_scale = strided(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
+    v_scale = strided(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
     ptx = compiled(
-        quantized_kernel, tuning.DECODE_CODES, k=Coded(codes, k_scale, k_scale),
-        v=Coded(codes, v_scale, v_scale), BITS_K=bits, BITS_V=bits, FLOAT_K=fp8, FLOAT_V=fp8,
+        quantized_kernel, tuning.DECODE_CODES, k=Coded(qdata, k_scale, k_scale),
+        v=Coded(qdata, v_scale, v_scale), BITS_K=bits, BITS_V=bits, FLOAT_K=fp8, FLOAT_V=fp8,
         K_GROUP=64, V_GROUP=64, FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
@@ -117,7 +119,7 @@ def test_appending_compiles(hadamard):
         q=Q, k=K, v=K, q_out=Q, k_store=K, v_store=K, cos=table, sin=table, table_batch=0,
         table_row=DIM, at=at, origin=meta(1, dtype=torch.int64), heads=HEADS, kv_heads=KV_HEADS,
         DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, TURN=True, MIX=hadamard,
-        EARLY=True,
+        PDL=True,
     )  # fmt: skip
     assert len(re.findall(r"st\.global", found.asm["ptx"])) <= 3 * (2 + 2 * hadamard)
 
@@ -130,7 +132,7 @@ def test_joining_compiles(rows, splits):
     found = compile_for(
         merge_kernel, options={"num_warps": warps}, parts=parts, part_lse=parts, out=parts,
         lse=parts, splits=splits, part_split=rows * DIM, lse_split=rows, VALUE_DIM=DIM,
-        BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, EARLY=True,
+        BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, PDL=True,
     )  # fmt: skip
     ptx = found.asm["ptx"]
     first, last = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
@@ -141,14 +143,14 @@ def test_joining_compiles(rows, splits):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
 def test_packing_compiles(dtype):
     """A group is read once and its codes are stored as they come, fp8 by conversion."""
-    from saccade.ops.attend.triton.pack import keys_kernel, values_kernel, write_kernel
+    from saccade.ops.kv_write.quantize_kernel import keys_kernel, values_kernel, write_kernel
 
-    codes = plane(meta(1, KV_HEADS, LENGTH, DIM, dtype=dtype))
-    k_scale = plane(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
-    v_scale = plane(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
+    qdata = strided(meta(1, KV_HEADS, LENGTH, DIM, dtype=dtype))
+    k_scale = strided(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
+    v_scale = strided(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
     sizes = {"heads": KV_HEADS, "HALF": DIM // 2, "BLOCK_D": DIM // 2, "BITS": 8}
     packing = sizes | {"x": K, "IS_FP8": dtype != torch.uint8, "GROUP": 64}
-    keys, values = Coded(codes, k_scale, k_scale), Coded(codes, v_scale, v_scale)
+    keys, values = Coded(qdata, k_scale, k_scale), Coded(qdata, v_scale, v_scale)
     options = {"num_warps": 4, "num_stages": 1}
     for kernel, arguments in (
         (keys_kernel, packing | {"coded": keys, "BLOCK": 64}),

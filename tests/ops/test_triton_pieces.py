@@ -11,10 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from saccade.core import DenseKV, Mask, QuantizedKV, Span, formats
-from saccade.core.formats import Codes, quantize_keys, quantize_values
+from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend, pack
-from saccade.ops.joining import Joined
+from saccade.ops import attend
+from saccade.ops.attention.combine import Combiner
+from saccade.ops.kv_write import quantize as pack
 from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
 
@@ -26,7 +27,7 @@ FORMATS = [(8, False), (4, False), (8, True)]
 
 def coded(x, quantize, bits, group, fp8):
     found = quantize(x, bits=bits, group=group, fp8=fp8)
-    return Codes(*on(DEVICE, *found))
+    return QuantizedTensor(*on(DEVICE, *found))
 
 
 def options(extra, queries, keys):
@@ -41,7 +42,7 @@ def options(extra, queries, keys):
         "sink": {"sink_logits": torch.randn(4)},
         "alibi": {"alibi_slopes": torch.rand(4)},
         "offsets": {"q_offset": torch.tensor([keys - queries, 30])},
-        "lengths": {"lengths": torch.tensor([keys, 50])},
+        "lengths": {"kv_lens": torch.tensor([keys, 50])},
         "softcap": {"softcap": 3.0},
     }[extra]
 
@@ -69,7 +70,7 @@ def pairs(masks):
 @runs_kernels
 @pytest.mark.parametrize(("mask", "extra"), pairs(MASKS), ids=str)
 def test_codes_are_written_out_by_pieces(monkeypatch, mask, extra):
-    from saccade.ops.attend.triton import pieces as triton_pieces
+    from saccade.ops.attention.nvidia import chunked as triton_pieces
 
     monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
     k, v, recent = torch.randn(2, 2, 80, 16), torch.randn(2, 2, 80, 16), torch.randn(2, 2, 23, 16)
@@ -77,7 +78,13 @@ def test_codes_are_written_out_by_pieces(monkeypatch, mask, extra):
     values = coded(v, quantize_values, 4, 16, False)
     there = QuantizedKV(keys, values, *on(DEVICE, recent, recent / 2), 8, 4, 16)
     here = QuantizedKV(
-        Codes(*on("cpu", *keys)), Codes(*on("cpu", *values)), recent, recent / 2, 8, 4, 16
+        QuantizedTensor(*on("cpu", *keys)),
+        QuantizedTensor(*on("cpu", *values)),
+        recent,
+        recent / 2,
+        8,
+        4,
+        16,
     )
     compare(torch.randn(2, 4, 21, 16), here, there, mask, options(extra, 21, 103))
 
@@ -96,7 +103,7 @@ def test_spans_of_a_ring_are_pieces(mask, extra):
 @runs_kernels
 def test_a_window_leaves_pieces_alone(monkeypatch):
     """Of a long history under a window only what it reaches is written out."""
-    from saccade.ops.attend.triton import pieces as triton_pieces
+    from saccade.ops.attention.nvidia import chunked as triton_pieces
 
     monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
     written = []
@@ -105,9 +112,9 @@ def test_a_window_leaves_pieces_alone(monkeypatch):
         triton_pieces, "write_out", lambda kv, *cut: written.append(cut) or original(kv, *cut)
     )
     x = torch.randn(1, 2, 160, 16)
-    codes = (coded(x, q, 8, 16, False) for q in (quantize_keys, quantize_values))
+    qdata = (coded(x, q, 8, 16, False) for q in (quantize_keys, quantize_values))
     recent = on(DEVICE, torch.randn(1, 2, 20, 16))
-    kv = QuantizedKV(*codes, recent, recent, 8, 8, 16)
+    kv = QuantizedKV(*qdata, recent, recent, 8, 8, 16)
     attend(on(DEVICE, torch.randn(1, 2, 20, 16)), kv, mask=Mask(window=30, sinks=2),
            backend="triton")  # fmt: skip
     assert [cut[0] for cut in written] == [0, 128, 144]
@@ -117,7 +124,7 @@ def test_a_window_leaves_pieces_alone(monkeypatch):
 @pytest.mark.parametrize(("splits", "dim"), [(2, 48), (17, 128), (33, 64), (70, 16), (300, 128)])
 def test_splits_are_joined(splits, dim):
     """One program may hold all splits of a row or take them in turn; some saw nothing."""
-    from saccade.ops.attend.triton.views import Parts
+    from saccade.ops.attention.nvidia.triton.split_kv import Parts
 
     x = torch.empty(2, 3, 2, dim, device=DEVICE)
     parts = Parts(SimpleNamespace(q=x, v=x), splits)
@@ -139,9 +146,11 @@ def places(shape, bits, fp8, rows, groups):
     """Storage larger than what is packed, so that strides matter."""
     batch, heads, length, dim = shape
     kind = formats.FP8 if fp8 else torch.uint8
-    codes = torch.zeros(batch, heads, length + 5, dim * bits // 8, dtype=torch.uint8, device=DEVICE)
+    qdata = torch.zeros(batch, heads, length + 5, dim * bits // 8, dtype=torch.uint8, device=DEVICE)
     parts = (torch.zeros(batch, heads, rows + 3, groups, device=DEVICE).half() for _ in range(2))
-    return Codes(codes.view(kind)[:, :, 2 : 2 + length], *(x[:, :, 1 : 1 + rows] for x in parts))
+    return QuantizedTensor(
+        qdata.view(kind)[:, :, 2 : 2 + length], *(x[:, :, 1 : 1 + rows] for x in parts)
+    )
 
 
 @runs_kernels
@@ -161,7 +170,7 @@ def test_packing_is_the_definition(bits, fp8, dim, group, dtype):
         truth = quantize(x, bits=bits, group=of, fp8=fp8)
         for part, expected in zip(into[1:], truth[1:], strict=True):
             assert torch.equal(part.cpu(), expected)
-        assert torch.equal(into.codes.cpu().view(torch.uint8), truth.codes.view(torch.uint8))
+        assert torch.equal(into.qdata.cpu().view(torch.uint8), truth.qdata.view(torch.uint8))
 
 
 @runs_kernels
@@ -181,7 +190,7 @@ def test_parts_join_into_the_whole():
     q, k, v = (torch.randn(1, h, n, 8).double() for h, n in ((4, 6), (2, 20), (2, 20)))
     call = {"mask": Mask(causal=False), "backend": "reference"}
     truth = attend(q, DenseKV(k, v), **call)
-    joined = Joined((1, 4, 6, 8), q)
+    joined = Combiner((1, 4, 6, 8), q)
     for part in (slice(0, 7), slice(7, 7), slice(7, 20)):
         joined.add(attend(q, DenseKV(k[:, :, part], v[:, :, part]), **call), 0, 6)
     found = joined.result()

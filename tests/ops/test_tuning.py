@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from saccade.core import BadInput
-from saccade.ops import launches, tuning
-from saccade.ops.launches import Launch, LaunchFile
+from saccade.ops.tuning import files as launches
+from saccade.ops.tuning import tables as tuning
+from saccade.ops.tuning.files import Launch, LaunchFile
 
 CARDS = ["default", "sm_90"]
 SHARED_MEMORY = {"default": 99 * 1024, "sm_90": 227 * 1024}
@@ -94,7 +95,7 @@ def test_a_table_of_another_card_changes_nothing(monkeypatch, tmp_path):
         ({"forward": [ROW | {"block_m": 100}]}, "forward, row 1: block_m must be a power of two"),
         ({"forward": [ROW | {"warps": "4"}]}, "warps must be a whole number from 1 to 32, got '4'"),
         ({"forward": [ROW | {"stage": 2}]}, "unknown field 'stage'; did you mean stages?"),
-        ({"forward": [ROW | {"bulk": 1}]}, "bulk must be true or false, got 1"),
+        ({"forward": [ROW | {"tma": 1}]}, "tma must be true or false, got 1"),
         ({"keys": [ROW, ROW]}, "keys, row 2: rows go upwards, but dim 64 follows 64"),
         ({"keys": [{"dim": 64}]}, "keys, row 1: block_m is missing"),
         ({"keys": [3]}, "keys, row 1: "),
@@ -118,8 +119,8 @@ def test_wrong_rows_are_named(monkeypatch, tmp_path, rows, reason):
         (None, "cannot be read: No such file"),
         ("{", "is not JSON: "),
         ("[]", "expected an object"),
-        ("{}", 'expected "schema": "saccade.tuning/1", got None'),
-        ('{"schema": "saccade.tuning/1"}', 'expected "architecture"'),
+        ("{}", 'expected "schema": "saccade.tuning/2", got None'),
+        ('{"schema": "saccade.tuning/2"}', 'expected "architecture"'),
     ],
 )
 def test_a_file_that_is_none(monkeypatch, tmp_path, text, reason):
@@ -145,6 +146,4 @@ def test_a_file_survives_the_way_to_disk(tmp_path):
 
 def test_a_launch_says_what_is_unusual():
     assert str(Launch(128, 64, 8, 3)) == "128x64 8w 3s"
-    assert str(Launch(16, 64, 1, 2, bulk=True, per_sm=6)) == (
-        "16x64 1w 2s, copy engine, 6 a multiprocessor"
-    )
+    assert str(Launch(16, 64, 1, 2, tma=True, per_sm=6)) == ("16x64 1w 2s, TMA, 6 a multiprocessor")

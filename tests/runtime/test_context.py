@@ -7,7 +7,7 @@ import saccade
 from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
 from saccade.core.kv import dense
-from saccade.ops.hadamard import rotate
+from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.runtime import ContextParams, Sampler
 from saccade.runtime.importance import token_importance
 from tests.tiny_models import tiny_config, tiny_model
@@ -109,8 +109,8 @@ class TestPolicy:
                 before = ctx.cache_bytes
                 ctx.compress()
                 sizes[policy] = ctx.cache_bytes
-        lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
-        assert (lengths.sum((1, 2)) == 2 * 150).all() and len(lengths.unique()) > 2
+        kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.layers])
+        assert (kv_lens.sum((1, 2)) == 2 * 150).all() and len(kv_lens.unique()) > 2
         assert before / 3 > sizes["ada_snapkv"] and sizes["ada_snapkv"] < 1.1 * sizes["snapkv"]
 
     def test_a_second_prompt_is_compressed_with_the_first(self, model):
@@ -118,8 +118,8 @@ class TestPolicy:
         with saccade.Context(model, params) as ctx:
             for _ in range(3):
                 assert len(list(ctx.stream(TOKENS, n_predict=5))) == 5
-            lengths = torch.stack([layer.lengths for layer in ctx.cache.layers])
-            assert (lengths.sum((1, 2)) == 2 * (80 + 5)).all() and ctx.seen == 3 * 105
+            kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.layers])
+            assert (kv_lens.sum((1, 2)) == 2 * (80 + 5)).all() and ctx.seen == 3 * 105
 
     def test_a_full_ragged_context_shifts(self, model):
         params = ContextParams(kv_policy="ada_snapkv", kv_budget=80, n_ctx=110, n_keep=4)
@@ -251,7 +251,7 @@ def test_shifted_codes_stay_within_their_error(model, bits, bound):
             with torch.inference_mode():
                 keys.append(dense(ctx.cache.layers[0].append(nothing, nothing)).k)
     assert keys[0].shape == keys[1].shape
-    error = (rotate(keys[0]) - keys[1]).norm() / keys[1].norm()
+    error = (hadamard_transform(keys[0]) - keys[1]).norm() / keys[1].norm()
     assert 0 < error < bound
 
 

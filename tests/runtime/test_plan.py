@@ -13,9 +13,9 @@ import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend
-from saccade.ops.attend import cpu
-from saccade.ops.footprint import PeakBytes, without_memory
-from saccade.ops.hadamard import rotate
+from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.kv_write.hadamard import hadamard_transform
+from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime import ContextParams
 from saccade.runtime.memory import AttentionPeak
 from saccade.units import as_bytes, parse_bytes
@@ -228,8 +228,8 @@ def test_native_attention_within_5_percent(threads):
 def test_nothing_fake_stays_behind():
     """A matrix remembered during a plan would poison every quantised cache after it."""
     AttentionPeak(saccade.plan(tiny_config("llama")).facts, ContextParams(**PARAMS["int8"])).at(99)
-    assert type(rotate(torch.randn(2, 16))) is torch.Tensor
-    assert torch.isfinite(rotate(torch.randn(2, 16))).all()
+    assert type(hadamard_transform(torch.randn(2, 16))) is torch.Tensor
+    assert torch.isfinite(hadamard_transform(torch.randn(2, 16))).all()
 
 
 def test_every_description_gives_the_same_plan(tmp_path):

@@ -5,9 +5,9 @@ import torch
 
 import saccade
 from saccade.core import Unsupported
-from saccade.hf.norms import plain_norms
-from saccade.hf.turning import turns_by_halves
-from saccade.ops import append as appending
+from saccade.hf.deferred_rope import turns_by_halves
+from saccade.hf.fused_norms import plain_norms
+from saccade.ops.kv_write import append as appending
 from saccade.runtime import ContextParams, DecodeStep
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -90,13 +90,13 @@ def test_queries_and_keys_are_turned_by_the_cache(model, monkeypatch):
     turns = []
     original = appending.append
 
-    def watched(slots, k, v, turn=None):
-        turns.append(turn)
-        return original(slots, k, v, turn)
+    def watched(slots, k, v, rope=None):
+        turns.append(rope)
+        return original(slots, k, v, rope)
 
     monkeypatch.setattr("saccade.cache.dense.append", watched)
     stepped(model, ContextParams(), [5])
-    assert len(turns) == 4 and all(turn is not None for turn in turns)
+    assert len(turns) == 4 and all(rope is not None for rope in turns)
 
 
 def test_a_rotary_function_of_another_layout_is_left_alone():
@@ -157,7 +157,7 @@ def test_streams_take_steps_where_they_can(model, monkeypatch, able):
     def call(self, token):
         steps.append(token)
         if not able:
-            self._layers[0].claim(1)
+            self._layers[0].reserve(1)
             raise Unsupported("no")
         return original(self, token)
 

@@ -1,1 +1,0 @@
-"""Attention, full or masked, over any view of keys and values."""

@@ -1,0 +1,288 @@
+"""The public door of attention: check, describe the call, choose a backend, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.core import (
+    AttentionOutput,
+    BlockSelection,
+    DenseKV,
+    KVView,
+    Mask,
+    PagedKV,
+    PerHeadFP8,
+    PerHeadFP8KV,
+    RaggedKV,
+    Unsupported,
+)
+from saccade.core.check import check_heads, check_optional, check_qkv, describe
+from saccade.core.formats import FP8
+from saccade.core.fp8 import qdata_of, scale_of
+from saccade.ops.attention import dispatch
+from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.varlen import check_cu_seqlens
+from saccade.ops.kv_write.hadamard import hadamard_transform
+
+
+def attention(
+    q: Tensor | PerHeadFP8,
+    k: Tensor | PerHeadFP8,
+    v: Tensor | PerHeadFP8,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    blocks: BlockSelection | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | AttentionOutput:
+    """softmax(q k^T * scale) v over the keys each query may see; O(length) memory by default.
+
+    Args:
+        q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16; or, like k
+            and v, float8_e4m3fn codes: a `PerHeadFP8` (see `saccade.quantize_fp8_per_head`), or a bare tensor
+            whose scale is 1.
+        k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA:
+            query head h reads key head h // (heads // kv_heads); nothing is repeated in memory).
+        v: `[batch, kv_heads, kv_len, value_dim]`.
+        causal: no query sees a later key.  With q_len < kv_len queries sit at the end
+            (bottom-right alignment).
+        window: a query sees the last `window` keys, itself counted.
+        sinks: the first `sinks` keys stay visible outside the window (StreamingLLM).
+        scale: default head_dim ** -0.5.
+        softcap: scores become softcap * tanh(scores / softcap), after scale, before mask (Gemma 2).
+        sink_logits: `[heads]` learned logits that join the denominator (gpt-oss).
+        alibi_slopes: `[heads]` or `[batch, heads]`; adds -slope * |q_pos - k_pos|.
+        key_padding: bool `[batch, kv_len]`, True for real keys (any pattern of holes).
+        kv_lens: int64 `[batch]`, keys of each row from the start; queries then sit at the end of
+            their own row.
+        cu_seqlens: int32 or int64 `[documents + 1]` cumulative lengths of documents packed into
+            one row (batch 1), or one such tensor for queries and one for keys.
+        blocks: BlockSelection, which blocks of keys a block of queries may read.
+        return_lse: return AttentionOutput(out, lse) instead of out alone.
+        backend: "auto", or a name that never falls back (see `saccade.explain`).
+
+    Returns:
+        `[batch, heads, q_len, value_dim]` in the dtype of q (bfloat16 for fp8); rows that see
+        nothing are 0.
+
+    Raises:
+        TypeError, ValueError: inputs that do not fit together.
+        Unsupported: the named backend cannot run this call.
+    """
+    check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
+    result = attend(
+        q,
+        _view(k, v),
+        mask=Mask(causal=causal, window=window, sinks=sinks),
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        key_padding=key_padding,
+        kv_lens=kv_lens,
+        cu_seqlens=cu_seqlens,
+        blocks=blocks,
+        wants_lse=return_lse,
+        backend=backend,
+    )
+    return result if return_lse else result.out
+
+
+def _view(k: Tensor | PerHeadFP8, v: Tensor | PerHeadFP8) -> DenseKV | PerHeadFP8KV:
+    """Plain keys and values as a view."""
+    qdata = DenseKV(qdata_of(k), qdata_of(v))
+    return PerHeadFP8KV(qdata, scale_of(k), scale_of(v)) if qdata.dtype == FP8 else qdata
+
+
+def attend(
+    q: Tensor | PerHeadFP8,
+    kv: KVView,
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    blocks: BlockSelection | None = None,
+    attn_mask: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    wants_lse: bool = True,
+    backend: str = "auto",
+) -> AttentionOutput:
+    """`attention` over any view a cache lends: dense, ring, paged, quantised, ragged.
+
+    Args:
+        kv: the view; its keys carry absolute positions.
+        mask: who sees whom by position.
+        q_offset: position of the first query, an int or int64 `[batch]`; default: the queries
+            end where the view (or each row of it) ends.
+        attn_mask: bool `[batch | 1, heads | 1, q_len, kv_len]`, True = may be seen.
+        wants_lse: some kernels save work when nobody reads the lse (it is then undefined).
+
+    The other arguments are those of `attention`.
+    """
+    call = make_call(
+        q,
+        kv,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        key_padding=key_padding,
+        kv_lens=kv_lens,
+        cu_seqlens=cu_seqlens,
+        blocks=blocks,
+        attn_mask=attn_mask,
+        q_offset=q_offset,
+        wants_lse=wants_lse,
+    )
+    result = dispatch.choose(call, backend).run(call)
+    return AttentionOutput(hadamard_transform(result.out), result.lse) if kv.hadamard else result
+
+
+def explain(
+    q: Tensor | PerHeadFP8, k: Tensor | PerHeadFP8, v: Tensor | PerHeadFP8, **options: object
+) -> list[tuple[str, str]]:
+    """One (backend, verdict) pair per backend for the same arguments as `attention`.
+
+    The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
+    "able, slower here", "able, but " or "cannot: " and the reason.
+    """
+    check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
+    names = ("causal", "window", "sinks")
+    mask = Mask(**{name: options.pop(name) for name in names if name in options})  # type: ignore[arg-type]
+    options["wants_lse"] = options.pop("return_lse", False)
+    return dispatch.explain(make_call(q, _view(k, v), mask=mask, **options))  # type: ignore[arg-type]
+
+
+def make_call(
+    q: Tensor | PerHeadFP8,
+    kv: KVView,
+    *,
+    mask: Mask,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    blocks: BlockSelection | None = None,
+    attn_mask: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    wants_lse: bool = True,
+) -> AttentionCall:
+    """The checked AttentionCall of these arguments; queries turned where the view is rotated."""
+    q_scale = q.scale if isinstance(q, PerHeadFP8) else None
+    q = qdata_of(q)
+    _, kv_heads, _, head_dim, _ = kv.shape
+    check_heads(q, kv_heads, head_dim)
+    _check_masks(q, kv, key_padding, kv_lens, blocks, attn_mask)
+    _check_scores(q, softcap, sink_logits, alibi_slopes)
+    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q, kv)
+    if bounds is not None and any(
+        extra is not None for extra in (key_padding, kv_lens, blocks, attn_mask, q_offset)
+    ):
+        raise Unsupported(
+            "cu_seqlens cannot be combined with key_padding, kv_lens, blocks, attn_mask or "
+            "q_offset. Pack only the real tokens, or pass a padded batch."
+        )
+    return AttentionCall(
+        q=hadamard_transform(q) if kv.hadamard else q,
+        kv=kv,
+        mask=mask,
+        scale=head_dim**-0.5 if scale is None else float(scale),
+        q_offset=_default_offset(q, kv, mask, kv_lens, alibi_slopes)
+        if q_offset is None
+        else q_offset,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        key_padding=key_padding,
+        kv_lens=kv_lens,
+        cu_seqlens=bounds,
+        blocks=blocks,
+        attn_mask=attn_mask,
+        wants_lse=wants_lse,
+        q_scale=q_scale,
+    )
+
+
+def _check_masks(
+    q: Tensor,
+    kv: KVView,
+    key_padding: Tensor | None,
+    kv_lens: Tensor | None,
+    blocks: BlockSelection | None,
+    attn_mask: Tensor | None,
+) -> None:
+    """Raise unless everything that says who sees whom fits the queries and the view."""
+    batch, end = kv.shape[0], kv.shape[2]
+    check_optional("key_padding", key_padding, torch.bool, (batch, end))
+    check_optional("kv_lens", kv_lens, torch.int64, (batch,))
+    if blocks is not None:
+        blocks.check_covers(q.shape[2], end)
+    if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
+        raise Unsupported(
+            "blocks and attn_mask speak of positions that all heads share, and a ragged view has "
+            "none. Leave them out, or attend before the cache is compressed."
+        )
+
+
+def _check_scores(
+    q: Tensor, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
+) -> None:
+    """Raise unless everything that changes the scores fits the query heads."""
+    batch, heads = q.shape[:2]
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}. Use None for no cap.")
+    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
+        raise ValueError(f"sink_logits must have shape [{heads}], got {describe(sink_logits)}.")
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
+            f"got {describe(alibi_slopes)}."
+        )
+
+
+def _default_offset(
+    q: Tensor, kv: KVView, mask: Mask, kv_lens: Tensor | None, slopes: Tensor | None
+) -> int | Tensor:
+    """Queries end where their keys end: each row of the batch, or the view as a whole.
+
+    A last query that sees all keys of its row sees them from any position behind, so one token
+    costs no kernels for its place.
+    """
+    ends = kv.kv_lens if isinstance(kv, PagedKV) else kv_lens
+    sees_all = mask.window is None and (q.shape[2] == 1 or not mask.causal)
+    if ends is None or (sees_all and slopes is None):
+        return kv.shape[2] - q.shape[2]
+    return ends.long() - q.shape[2]
+
+
+def _document_bounds(
+    cu_seqlens: Tensor | tuple[Tensor, Tensor], q: Tensor, kv: KVView
+) -> tuple[Tensor, Tensor]:
+    """Cumulative document lengths of queries and keys, checked against the packed tensors."""
+    bounds = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    if q.shape[0] != 1 or not isinstance(kv, DenseKV | PerHeadFP8KV):
+        raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
+    for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
+        check_cu_seqlens(name, cu, total)
+    if bounds[0].shape != bounds[1].shape:
+        raise ValueError("cu_seqlens for queries and keys must name the same number of documents.")
+    return bounds

@@ -1,0 +1,90 @@
+"""AttentionCall: everything one call is about, checked once, the same for every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saccade.core import BlockSelection, KVView, Mask
+from saccade.core.formats import FP8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One attention problem; see `saccade.attention` for the meaning of each field.
+
+    Attributes:
+        q: `[B, H, Lq, D]`; float8_e4m3fn codes of numbers `q * q_scale` too.
+        q_scale: float32 `[B, H]`, None for 1.
+        kv: a view of keys and values with Hkv heads, H a multiple of Hkv.
+        q_offset: position of the first query: an int, or int64 `[B]` where rows differ.
+        attn_mask: bool `[B | 1, H | 1, Lq, Lk]`, True = may be seen (for masks of other
+            libraries that have no structure); intersected with everything else.
+        wants_lse: the caller reads the lse.
+    """
+
+    q: Tensor
+    kv: KVView
+    mask: Mask
+    scale: float
+    q_offset: int | Tensor
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    key_padding: Tensor | None = None
+    kv_lens: Tensor | None = None
+    cu_seqlens: tuple[Tensor, Tensor] | None = None
+    blocks: BlockSelection | None = None
+    attn_mask: Tensor | None = None
+    wants_lse: bool = True
+    q_scale: Tensor | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads that share one KV head."""
+        return self.q.shape[1] // self.kv.shape[1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but the Mask decides who sees whom, the same for every row of the batch."""
+        extras = (self.key_padding, self.kv_lens, self.cu_seqlens, self.blocks, self.attn_mask)
+        return isinstance(self.q_offset, int) and all(extra is None for extra in extras)
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd will ask for gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        parts = (self.q, getattr(self.kv, "k", None), getattr(self.kv, "v", None), self.sink_logits)
+        return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output: that of the queries, bfloat16 where they are codes."""
+        return torch.bfloat16 if self.q.dtype == FP8 else self.q.dtype
+
+    def queries(self, start: int, stop: int) -> Tensor:
+        """Queries start .. stop-1 as numbers `[B, H, stop - start, D]`, float32 at least."""
+        q = self.q[:, :, start:stop]
+        q = q.float() if q.dtype == FP8 else q.to(torch.promote_types(q.dtype, torch.float32))
+        return q if self.q_scale is None else q * self.q_scale[..., None, None]
+
+    def q_bounds(self, start: int, stop: int) -> tuple[int, int]:
+        """Smallest and largest position of the queries start .. stop-1 over the batch."""
+        if isinstance(self.q_offset, int):
+            return self.q_offset + start, self.q_offset + stop - 1
+        low, high = torch.aminmax(self.q_offset)
+        return int(low) + start, int(high) + stop - 1
+
+    def q_positions(self, start: int, stop: int) -> Tensor:
+        """Positions of the queries start .. stop-1, int64 `[B | 1, 1, stop - start]`."""
+        index = torch.arange(start, stop, device=self.q.device)
+        if isinstance(self.q_offset, int):
+            return (index + self.q_offset)[None, None]
+        return (index[None] + self.q_offset[:, None])[:, None]
+
+    def with_(self, **changes: object) -> AttentionCall:
+        """A copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]

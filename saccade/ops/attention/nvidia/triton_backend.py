@@ -1,0 +1,90 @@
+"""Attention by Triton kernels on NVIDIA GPUs: forward, backward and decoding, over every view.
+
+This module is what the chooser loads, on any machine, so it imports Triton only to run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.ops.attention.call import AttentionCall
+from saccade.ops.gpu.support import triton_refusal
+
+MAX_DIM = 512
+MAX_SPANS = 4
+MANY_QUERIES = 16  # more of them than this is prefill
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why the kernels cannot run this call, or None."""
+    missing = triton_refusal(call.q.device)
+    if missing is not None:
+        return missing
+    if call.q.dtype not in _FLOATS:
+        return f"{call.q.dtype} is not one of float32, bfloat16, float16"
+    if call.q.dtype != call.kv.dtype:
+        return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    if max(call.kv.shape[3:]) > MAX_DIM:
+        return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
+    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+        return "alibi_slopes get no gradient"
+    return _view_refusal(call)
+
+
+def kernel_of(call: AttentionCall) -> str:
+    """Whose kernels compute the gradients of a call that `refusal` accepts: "gluon" or "triton"."""
+    from saccade.ops.attention.nvidia import training as gluon_training
+    from saccade.ops.attention.nvidia.problem import dense_problem
+
+    able = gluon_training.gradient_refusal(dense_problem(call)) is None
+    return "gluon" if able else "triton"
+
+
+def _view_refusal(call: AttentionCall) -> str | None:
+    kv = call.kv
+    plain = isinstance(kv, DenseKV) and kv.is_plain
+    if call.needs_grad and not plain:
+        return "only plain dense keys have a gradient"
+    if isinstance(kv, DenseKV) and len(kv.spans) > MAX_SPANS:
+        return f"the view has {len(kv.spans)} spans, more than {MAX_SPANS}"
+    extras = (call.key_padding, call.blocks, call.attn_mask)
+    if isinstance(kv, RaggedKV) and any(extra is not None for extra in extras):
+        return "a ragged view takes no key_padding, blocks or attn_mask"
+    if isinstance(kv, GrowingKV):
+        if any(extra is not None for extra in extras) or call.mask.sinks or call.kv_lens is None:
+            return "a growing view takes kv_lens, and no sinks, key_padding, blocks or attn_mask"
+        kv = kv.stored
+    if isinstance(kv, QuantizedKV):
+        if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
+            return f"quantised keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
+    elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):
+        return f"it does not know views of type {type(kv).__name__}"
+    return None
+
+
+def run(call: AttentionCall) -> AttentionOutput:
+    """Attention by the kernel that suits the call: prefill, decoding, or one with a gradient."""
+    if isinstance(call.kv, DenseKV) and call.kv.is_plain:
+        from saccade.ops.attention.nvidia.problem import dense_problem
+
+        if call.needs_grad or torch.compiler.is_compiling():
+            from saccade.ops.attention.nvidia.autograd import attend
+
+            return attend(dense_problem(call))
+        if call.q.shape[2] > MANY_QUERIES or call.cu_seqlens is not None:
+            from saccade.ops.attention.nvidia.triton.launch import forward
+
+            problem = dense_problem(call)
+            # Laid out as the queries are, which models turn into rows of tokens without a copy.
+            same = problem.q.shape[3] == problem.v.shape[3]
+            return forward(problem, torch.empty_like(problem.q) if same else None)
+    elif call.q.shape[2] > MANY_QUERIES:
+        from saccade.ops.attention.nvidia.chunked import run_pieces, suits
+
+        if suits(call):
+            return run_pieces(call)
+    from saccade.ops.attention.nvidia.triton.split_kv import run_view
+
+    return run_view(call)

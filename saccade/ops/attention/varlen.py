@@ -1,0 +1,68 @@
+"""Packed documents: where they begin and end, and how to run a backend one by one.
+
+Documents are disjoint, so attention inside each is the whole answer; positions restart at every
+document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from saccade.core import AttentionOutput, DenseKV, PerHeadFP8KV
+from saccade.core.host_memo import HostMemo, capturing
+from saccade.ops.attention.call import AttentionCall
+
+
+def _numbers(cu: Tensor) -> tuple[int, ...] | None:
+    return tuple(cu.tolist()) if cu.ndim == 1 else None
+
+
+numbers = HostMemo(_numbers)  # cumulative lengths as the host knows them, None for other shapes
+
+
+def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
+    """Raise ValueError unless cumulative lengths rise from 0 to `total`.
+
+    While a CUDA graph is recorded only those are checked that were read before.
+    """
+    if capturing(cu.device) and not numbers.knows(cu):
+        return
+    steps = numbers(cu)
+    if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
+        found = cu.tolist() if steps is None else list(steps)
+        raise ValueError(
+            f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, got {found}."
+        )
+
+
+def per_sequence(
+    call: AttentionCall, run: Callable[[AttentionCall], AttentionOutput]
+) -> AttentionOutput:
+    """`run` on every document of a packed call (batch 1), joined along the length.
+
+    For backends without kernels of their own for `cu_seqlens`.
+    """
+    assert call.cu_seqlens is not None and isinstance(call.kv, DenseKV | PerHeadFP8KV)
+    q_bounds, k_bounds = (numbers(bounds) for bounds in call.cu_seqlens)
+    assert q_bounds is not None and k_bounds is not None
+    parts = []
+    for i in range(len(q_bounds) - 1):
+        q_len, k_len = q_bounds[i + 1] - q_bounds[i], k_bounds[i + 1] - k_bounds[i]
+        kv = _part(call.kv, k_bounds[i], k_len)
+        q = call.q.narrow(2, q_bounds[i], q_len)
+        parts.append(run(call.with_(q=q, kv=kv, q_offset=k_len - q_len, cu_seqlens=None)))
+    return AttentionOutput(
+        torch.cat([part.out for part in parts], dim=2),
+        torch.cat([part.lse for part in parts], dim=2),
+    )
+
+
+def _part(kv: DenseKV | PerHeadFP8KV, first: int, length: int) -> DenseKV | PerHeadFP8KV:
+    """Keys first .. first + length - 1 of a view, as a view."""
+    if isinstance(kv, PerHeadFP8KV):
+        return replace(kv, qdata=_part(kv.qdata, first, length))
+    return DenseKV(kv.k.narrow(2, first, length), kv.v.narrow(2, first, length))

@@ -1,0 +1,70 @@
+"""What every launcher of a kernel needs: strided tensors, the device, programmatic launches, TMA."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from saccade.ops.gpu.kernel_args import StridedTensor
+
+
+def strided(x: Tensor) -> StridedTensor:
+    """Pointer and strides; a dimension of size 1 is broadcast."""
+    batch, head, row = (0 if x.shape[i] == 1 else x.stride(i) for i in (0, 1, 2))
+    return StridedTensor(x, batch, head, row)
+
+
+def tma_strided(x: Tensor) -> StridedTensor:
+    """Pointer and strides as TMA takes them: multiples of 16 bytes, none of them 0."""
+    steps = (x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in (0, 1, 2))
+    return StridedTensor(x, *steps)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """`x`, copied where its last stride is not 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def float32(x: Tensor | None) -> Tensor | None:
+    """Contiguous float32 without gradient, as kernels read the few numbers per head."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """The device a kernel has to be launched on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel written for programmatic dependent launch (PDL): Hopper and later.
+
+    Such a kernel may start before the one in front of it has ended, and waits by itself.
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+def tma_loadable(*tensors: Tensor) -> bool:
+    """Whether TMA can read rows of all: 16-byte steps, none broadcast or very long."""
+    for x in tensors:
+        size = x.element_size()
+        steps = (x.data_ptr(), *(x.stride(i) * size for i in (0, 1, 2)))
+        aligned = all(step % 16 == 0 for step in steps) and x.stride(2) > 0
+        if size != 2 or not aligned or x.shape[3] > 256 or x.shape[2] == 0:
+            return False
+    return True
+
+
+def set_tma_allocator() -> None:
+    """Give kernels that make TMA descriptors on the device memory for them."""
+    import triton
+
+    triton.set_allocator(_descriptor_memory)
+
+
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
