@@ -15,9 +15,7 @@ from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
 from saccade.ops import attend
-from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
-from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_codes
 from tests.ops.hopper import assert_a_graph_replays, on_the_card
 
@@ -144,21 +142,6 @@ def test_accepts_codes_and_nothing_runs_without_a_card():
         assert gluon_codes.refusal(make_call(q, view, mask=Mask())) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(q, view, mask=Mask(), backend="gluon")
-
-
-def test_auto_takes_what_was_measured(monkeypatch):
-    """Few rows; more of them are left to Triton."""
-    monkeypatch.setattr(gluon, "refusal", gluon_codes.refusal)
-    k = random(1, 2, 128, 128, device="cpu")
-    verdicts = {}
-    for queries, dim in ((1, 128), (8, 128), (9, 128), (1, 64), (2, 64)):
-        q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
-        call = make_call(q, coded(keys, keys, "int4"), mask=Mask())
-        verdicts[queries, dim] = dict(dispatch.explain(call))["gluon"]
-    assert verdicts[1, 128] == verdicts[8, 128] == verdicts[1, 64] == "chosen"
-    assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
-                                     "here 36")  # fmt: skip
-    assert verdicts[2, 64].startswith("able, but over codes it was measured to win")
 
 
 @pytest.mark.parametrize(

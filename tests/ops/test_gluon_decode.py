@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
 from saccade.ops import attend
-from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
@@ -167,24 +166,6 @@ def test_reads_few_queries_and_nothing_runs_without_a_card():
     assert not gluon_decode.reads(replace(call, cu_seqlens=(packed, packed)))
     ring = replace(DenseKV(k, k), spans=(Span(0, 64, 64), Span(64, 0, 64)))
     assert not gluon_decode.reads(replace(call, kv=ring))
-
-
-def test_auto_takes_what_was_measured(monkeypatch):
-    monkeypatch.setattr(gluon, "gluon_refusal", lambda device: None)
-    k, q = random(1, 2, 1024, 128, device="cpu"), random(1, 8, 4, 128, device="cpu")
-
-    def verdict(q, view, **mask):
-        return dict(dispatch.explain(make_call(q, view, mask=Mask(**mask))))["gluon"]
-
-    assert verdict(q[:, :, :2], DenseKV(k, k)) == "chosen"
-    assert verdict(q[:, :, :2], DenseKV(k, k), window=600) == "chosen"
-    assert verdict(q, paged(k, k, 16), window=600).endswith("dense keys of head_dim 128 alone")
-    assert verdict(q, paged(k, k, 16)) == "chosen"
-    said = verdict(q[:, :, :1], DenseKV(k[:, :, :33], k[:, :, :33]))
-    assert said.startswith("able, but for few") and said.endswith("here 33 and 4")
-    assert verdict(q, DenseKV(k, k)).endswith(
-        "up to 8 queries x heads of a group, here 1024 and 16"
-    )
 
 
 @pytest.mark.parametrize(

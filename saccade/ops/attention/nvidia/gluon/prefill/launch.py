@@ -66,9 +66,9 @@ OWN_ROWS = {dim: replace(launch, registers=232) for dim, launch in TWO_CONSUMERS
 def launch_of(problem: Problem) -> GluonLaunch:
     """How a problem is cut."""
     dim = problem.q.shape[3]
-    if any(part is not None for part in (problem.cu_q, problem.kv_lens, problem.offsets)):
+    if any(part is not None for part in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
         return OWN_ROWS[dim]
-    whole = problem.allowed is None and problem.window is None
+    whole = problem.block_mask is None and problem.window is None
     return (LAUNCHES if whole else TWO_CONSUMERS)[dim]
 
 
@@ -94,14 +94,13 @@ def forward(
     row_extents, tiles = extents_of(problem, launch, table)
     work = tiles * batch * heads
     # A tile lies in one block of a selection, so lists of tiles say everything about it.
-    beside_lists = problem if problem.allowed is None else replace(problem, allowed=None)
     set_tma_allocator()
     with on(q.device):
         forward_kernel[(min(work, multiprocessors(q.device)),)](
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
-            mask_args_of(beside_lists),
+            mask_args_of(problem.without_blocks()),
             block_lists_of(problem, tiles, launch.block_m, launch.block_n),
             row_extents,
             float(problem.scale),
@@ -135,7 +134,7 @@ def extents_of(
         documents = documents_of(problem, launch.block_m)
         tiles = len(documents)
     row_extents = RowExtents(
-        problem.offsets,
+        problem.q_offsets,
         kv_lens,
         None if kv_lens is None else kv_lens.stride(0),
         documents,
