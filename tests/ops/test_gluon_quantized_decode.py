@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,28 @@ def test_auto_takes_what_was_measured(monkeypatch):
     assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
                                      "here 36")  # fmt: skip
     assert verdicts[2, 64].startswith("able, but over codes it was measured to win")
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "mask", "splits"),
+    [
+        (1, 8192, Mask(), 64),  # at least two tiles of 64 keys each
+        (1, 32768, Mask(), 132),
+        (1, 32768, Mask(window=1000), 9),
+        (16, 8192, Mask(), 8),
+        (64, 2048, Mask(), 2),
+        (512, 2048, Mask(), 1),
+    ],
+)
+def test_number_of_splits(monkeypatch, batch, keys, mask, splits):
+    from saccade.ops.attention.nvidia.gluon.quantized_decode import launch
+    from saccade.ops.attention.nvidia.problem import dense_problem
+
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    k = torch.empty(1, 8, 1, 128, device="meta").expand(batch, 8, keys, 128)
+    q = torch.empty(batch, 32, 1, 128, device="meta")
+    problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask))
+    assert launch.splits_of(problem, SimpleNamespace(recent_k=k, num_packed=keys)) == splits
 
 
 @pytest.mark.parametrize(

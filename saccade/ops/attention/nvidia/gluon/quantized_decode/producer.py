@@ -2,7 +2,7 @@
 
 A warp copies 64 keys or values, and their scales and offsets (qparams), 16 bytes a lane at a time.
 They lie in shared memory as in global memory, except for an XOR swizzle against bank conflicts: the
-lanes of a warp, which read rows 8 (keys) or 16 (values) apart, never meet in one bank.
+lanes of a warp, which read rows 8 (keys) or 16 (values) apart, access different banks.
 """
 
 from __future__ import annotations
