@@ -41,17 +41,16 @@ def imports(root: Path = ROOT / PACKAGE) -> list[Import]:
     files = modules(root)
     found = []
     for here, path in files.items():
-        for target, line in _named(path, here):
+        for target, line in _named(path, here, files):
             resolved = _resolve(target, files)
             if resolved is not None and resolved != here:
                 found.append(Import(here, resolved, line))
     return found
 
 
-def _named(path: Path, here: str) -> Iterator[tuple[str, int]]:
+def _named(path: Path, here: str, files: dict[str, Path]) -> Iterator[tuple[str, int]]:
     """Dotted names that a file imports or writes in a string, with their lines."""
     package = here if path.stem == "__init__" else here.rpartition(".")[0]
-    root = here.partition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             base = node.module or ""
@@ -65,10 +64,7 @@ def _named(path: Path, here: str) -> Iterator[tuple[str, int]]:
             for alias in node.names:
                 yield alias.name, node.lineno
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            dotted = (
-                node.value.startswith(f"{root}.") and node.value.replace(".", "").isidentifier()
-            )
-            if dotted and node.value in modules(path.parents[here.count(".")]):
+            if node.value in files and "." in node.value:
                 yield node.value, node.lineno
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from tests.architecture.source import ROOT, Import, components, imports, modules
 
-# Lowest first.  A file belongs to the entry with the longest matching name and may import the entries
-# of rows below, and its own entry.
+# Lowest first.  A file belongs to the entry with the longest matching name; it may import its own
+# entry and those of earlier rows.
 FLOORS = [
     ["core"],
     ["rope"],
