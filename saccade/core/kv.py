@@ -1,8 +1,8 @@
-"""Views that a cache lends to an operator: what is stored where, without copying it.
+"""Views of a cache that operators read: what is stored where, without copying it.
 
-An operator never asks a cache for more than this: walk the keys tile by tile (`tiles`), or hand
-raw storage to a kernel that knows the layout.  Keys carry absolute positions; a position of -1
-marks an empty slot, whose contents must never matter.
+A backend either walks the keys tile by tile (`tiles`), or passes the raw storage to a kernel that
+knows the layout.  Keys carry absolute positions; a position of -1 marks an empty slot, whose
+contents must never change a result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 class KVTile(NamedTuple):
-    """Some keys and values, ready for arithmetic.
+    """Some keys and values in a floating-point dtype.
 
     Attributes:
         k: `[B, Hkv, t, D]`; v: `[B, Hkv, t, Dv]`.
@@ -40,7 +40,7 @@ class KVTile(NamedTuple):
 
 
 class KVView(Protocol):
-    """What every view offers.  `end` is one past the last position, counted over the batch."""
+    """What every view offers to backends.  `end` is one past the last position over the batch."""
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -55,16 +55,21 @@ class KVView(Protocol):
 
     @property
     def hadamard(self) -> bool:
-        """Keys and values are Hadamard-rotated: queries must be, and the output turned back."""
+        """Whether k and v were stored after `hadamard_transform`; q and the output need it too."""
         ...
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
-        """Tiles of at most `size` keys that cover the position ranges and little more."""
+        """Tiles of at most `size` keys that cover the position ranges and little more.
+
+        Args:
+            ranges: half-open ranges of absolute positions, ascending and disjoint.
+            size: most keys of a tile.
+        """
         ...
 
 
 def dense(view: KVView) -> KVTile:
-    """The whole view as one tile; copies unless the view is dense and unbroken."""
+    """The whole view as one tile; a copy unless the view is dense with one span."""
     end = view.shape[2]
     tiles = list(view.tiles((KeyRange(0, end),), max(end, 1)))
     if len(tiles) == 1:
@@ -79,13 +84,12 @@ def dense(view: KVView) -> KVTile:
 
 
 def _empty_tile(view: KVView) -> KVTile:
-    batch, heads, _, dim, value_dim = view.shape
-    k = torch.empty(batch, heads, 0, dim, dtype=view.dtype, device=view.device)
-    v = torch.empty(batch, heads, 0, value_dim, dtype=view.dtype, device=view.device)
-    return KVTile(k, v, torch.empty(1, 1, 0, dtype=torch.int64, device=view.device))
+    batch, heads, _, *dims = view.shape
+    k, v = (torch.empty(batch, heads, 0, n, dtype=view.dtype, device=view.device) for n in dims)
+    return KVTile(k, v, _positions(0, 0, view.device))
 
 
-def _cut(ranges: Sequence[KeyRange], size: int) -> Iterator[KeyRange]:
+def _chunks_of(ranges: Sequence[KeyRange], size: int) -> Iterator[KeyRange]:
     for start, stop in ranges:
         for begin in range(start, stop, size):
             yield KeyRange(begin, min(begin + size, stop))
@@ -138,21 +142,21 @@ class DenseKV:
             for span in self.spans:
                 first = max(start, span.position)
                 last = min(stop, span.position + span.length)
-                for cut in _cut((KeyRange(first, last),), size):
-                    at, count = span.slot + cut.start - span.position, cut.stop - cut.start
+                for keys in _chunks_of((KeyRange(first, last),), size):
+                    at, count = span.slot + keys.start - span.position, keys.stop - keys.start
                     yield KVTile(
                         self.k.narrow(2, at, count),
                         self.v.narrow(2, at, count),
-                        _positions(cut.start, cut.stop, self.device),
+                        _positions(keys.start, keys.stop, self.device),
                     )
 
 
 @dataclass(frozen=True, slots=True)
 class PerHeadFP8KV:
-    """Dense float8_e4m3fn keys and values with one scale a row and KV head: x = code * scale.
+    """Dense float8_e4m3fn keys and values with one scale a row and KV head: x = qdata * scale.
 
     Args:
-        codes: the view of the codes.
+        qdata: dense view of the float8_e4m3fn storage.
         k_scale, v_scale: float32 `[B, Hkv]`.
     """
 
@@ -187,11 +191,12 @@ class QuantizedKV:
     """A quantised history (positions 0 .. N-1) and a full-precision recent part behind it.
 
     Args:
-        k: Codes of `formats.quantize_keys`, scales per channel and `k_group` tokens.
-        v: Codes of `formats.quantize_values`, scales per token.
-        recent: newest keys and values `[B, Hkv, R, D]`, positions N .. N+R-1.
-        bits_k, bits_v: 4 or 8 (whole numbers, or fp8 where the dtype of the codes says so).
-        rotated: keys and values were multiplied by a Hadamard matrix before storing.
+        k: of `formats.quantize_keys`, scales per channel and `k_group` tokens.
+        v: of `formats.quantize_values`, scales per token.
+        recent_k, recent_v: newest keys and values `[B, Hkv, R, D]`, positions N .. N+R-1.
+        bits_k, bits_v: 4 or 8 (integers, or fp8 where `qdata` is float8_e4m3fn).
+        k_group: tokens that share a key scale.
+        hadamard: keys and values were stored after `hadamard_transform`.
     """
 
     k: QuantizedTensor
@@ -204,14 +209,14 @@ class QuantizedKV:
     hadamard: bool = False
 
     @property
-    def num_packed(self) -> int:
+    def num_quantized(self) -> int:
         """Number of quantised keys, a multiple of `k_group`."""
         return self.k.qdata.shape[2]
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         batch, heads, recent, dim = self.recent_k.shape
-        return batch, heads, self.num_packed + recent, dim, self.recent_v.shape[3]
+        return batch, heads, self.num_quantized + recent, dim, self.recent_v.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,20 +227,20 @@ class QuantizedKV:
         return self.recent_k.device
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
-        for cut in _cut(ranges, size):
-            packed = KeyRange(cut.start, min(cut.stop, self.num_packed))
-            if packed.start < packed.stop:
-                yield self._packed_tile(packed)
-            recent = KeyRange(max(cut.start, self.num_packed), cut.stop)
+        for keys in _chunks_of(ranges, size):
+            quantized = KeyRange(keys.start, min(keys.stop, self.num_quantized))
+            if quantized.start < quantized.stop:
+                yield self._quantized_tile(quantized)
+            recent = KeyRange(max(keys.start, self.num_quantized), keys.stop)
             if recent.start < recent.stop:
-                at, count = recent.start - self.num_packed, recent.stop - recent.start
+                at, count = recent.start - self.num_quantized, recent.stop - recent.start
                 yield KVTile(
                     self.recent_k.narrow(2, at, count),
                     self.recent_v.narrow(2, at, count),
                     _positions(*recent, self.device),
                 )
 
-    def _packed_tile(self, keys: KeyRange) -> KVTile:
+    def _quantized_tile(self, keys: KeyRange) -> KVTile:
         first, last = keys.start // self.k_group, -(-keys.stop // self.k_group)
         begin, end = first * self.k_group, last * self.k_group
         grouped = QuantizedTensor(
@@ -254,18 +259,18 @@ class QuantizedKV:
 
 @dataclass(frozen=True, slots=True)
 class GrowingKV:
-    """A quantised view during decoding steps: only the device knows how much of it is filled.
+    """A quantised view in a captured decoding step, where how much is filled is a device tensor.
 
-    Recent slot i holds position packed + i.  How many recent slots are filled is not said here;
-    the `kv_lens` of the call say it.
+    Recent slot i holds position num_quantized + i.  How many recent slots are filled is in the
+    `kv_lens` of the call.
 
     Args:
         stored: all storage, filled or not.
-        packed: int64 `[1]`, keys the codes hold now.
+        num_quantized: int64 `[1]`, quantised keys that are filled.
     """
 
     stored: QuantizedKV
-    packed: Tensor
+    num_quantized: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -284,31 +289,34 @@ class GrowingKV:
         return self.stored.hadamard
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
-        history = self.stored.num_packed
+        history = self.stored.num_quantized
         within = [KeyRange(first, min(last, history)) for first, last in ranges]
         for tile in self.stored.tiles(within, size):
-            filled = tile.positions < self.packed
+            filled = tile.positions < self.num_quantized
             yield tile._replace(positions=tile.positions.where(filled, -1))
-        # Their positions are known to the device alone, so recent keys are visited always.
+        # The host does not know the positions of recent keys, so all of them are read.
         end = self.stored.shape[2]
         for tile in self.stored.tiles((KeyRange(history, end),) if ranges else (), size):
-            yield tile._replace(positions=tile.positions - history + self.packed)
+            yield tile._replace(positions=tile.positions - history + self.num_quantized)
 
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """Pages of a shared pool, one table a row; position p of row b is in page table[b, p // size].
+    """Pages of a shared pool (PagedAttention, arXiv 2309.06180).
+
+    Position p of row b lies in page `page_table[b, p // page_size]`, slot `p % page_size`.
 
     Args:
         k: `[num_pages, Hkv, page_size, D]`; v: `[num_pages, Hkv, page_size, Dv]`.
-        table: int32 `[B, max_pages]`; entries past a row's length are ignored.
+        page_table: int32 `[B, max_pages]`; entries past a row's length are ignored.
         kv_lens: int32 `[B]`, keys of each row.
-        end: the largest length (kept on the host so that nobody has to synchronise for it).
+        end: the largest of kv_lens, on the host, so that reading it needs no synchronisation.
+        hadamard: see KVView.
     """
 
     k: Tensor
     v: Tensor
-    table: Tensor
+    page_table: Tensor
     kv_lens: Tensor
     end: int
     hadamard: bool = field(default=False)
@@ -316,7 +324,7 @@ class PagedKV:
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
         _, heads, _, dim = self.k.shape
-        return self.table.shape[0], heads, self.end, dim, self.v.shape[3]
+        return self.page_table.shape[0], heads, self.end, dim, self.v.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -331,10 +339,10 @@ class PagedKV:
         return self.k.shape[2]
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
-        for cut in _cut(ranges, size):
-            at = torch.arange(cut.start, cut.stop, device=self.device)
+        for keys in _chunks_of(ranges, size):
+            at = torch.arange(keys.start, keys.stop, device=self.device)
             stored = at[None] < self.kv_lens[:, None]  # [B, t]
-            pages = self.table[:, at // self.page_size].masked_fill(~stored, 0).long()
+            pages = self.page_table[:, at // self.page_size].masked_fill(~stored, 0).long()
             k = self.k[pages, :, at % self.page_size]  # [B, t, Hkv, D]
             v = self.v[pages, :, at % self.page_size]
             positions = at[None].masked_fill(~stored, -1)[:, None]  # [B, 1, t]
@@ -348,14 +356,15 @@ class RaggedKV:
     Args:
         k: `[num_pages, page_size, D]`; v: `[num_pages, page_size, Dv]`.
         positions: int32 `[num_pages, page_size]`, the absolute position each slot holds.
-        table: int32 `[B, Hkv, max_pages]`; kv_lens: int32 `[B, Hkv]`.
-        end: one past the last position seen; max_length: the largest of kv_lens.
+        page_table: int32 `[B, Hkv, max_pages]`; kv_lens: int32 `[B, Hkv]`, keys of each head.
+        end: one past the last position seen; max_length: the largest of kv_lens; both on the host.
+        hadamard: see KVView.
     """
 
     k: Tensor
     v: Tensor
     positions: Tensor
-    table: Tensor
+    page_table: Tensor
     kv_lens: Tensor
     end: int
     max_length: int
@@ -363,7 +372,7 @@ class RaggedKV:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        batch, heads, _ = self.table.shape
+        batch, heads, _ = self.page_table.shape
         return batch, heads, self.end, self.k.shape[2], self.v.shape[2]
 
     @property
@@ -379,11 +388,11 @@ class RaggedKV:
         return self.k.shape[1]
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
-        # Positions are arbitrary inside a head, so every slot is visited and the mask decides.
-        for cut in _cut((KeyRange(0, self.max_length),) if ranges else (), size):
-            at = torch.arange(cut.start, cut.stop, device=self.device)
+        # Slots of a head hold arbitrary positions, so every slot is read and the mask decides.
+        for keys in _chunks_of((KeyRange(0, self.max_length),) if ranges else (), size):
+            at = torch.arange(keys.start, keys.stop, device=self.device)
             stored = at < self.kv_lens[..., None]  # [B, Hkv, t]
-            pages = self.table[..., at // self.page_size].masked_fill(~stored, 0).long()
+            pages = self.page_table[..., at // self.page_size].masked_fill(~stored, 0).long()
             slot = at % self.page_size
             positions = self.positions[pages, slot].long().masked_fill(~stored, -1)
             yield KVTile(self.k[pages, slot], self.v[pages, slot], positions)

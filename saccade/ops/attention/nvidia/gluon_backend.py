@@ -98,4 +98,4 @@ def run(call: AttentionCall) -> AttentionOutput:
     out = torch.empty_like(call.q)
     if not isinstance(kv, PagedKV):
         return forward(dense_problem(call), out=out)
-    return forward(problem_of(call, kv.k, kv.v, paged_kv_lens(call)), table=kv.table, out=out)
+    return forward(problem_of(call, kv.k, kv.v, paged_kv_lens(call)), table=kv.page_table, out=out)

@@ -52,7 +52,7 @@ def row_tiles_of(problem: Problem, heads: int) -> int:
 def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
     heads = kv.recent_k.shape[1]
-    reach = kv.num_packed
+    reach = kv.num_quantized
     if problem.window is not None:
         reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
     programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
@@ -78,7 +78,7 @@ def scan_codes(
         float32(problem.sink_logits) if with_sinks else None,
         float(problem.scale),
         problem.q.shape[2],
-        kv.num_packed,
+        kv.num_quantized,
         problem.q_offset,
         parts.out.stride(0),
         parts.lse.stride(0),
