@@ -34,16 +34,18 @@ class CacheState(NamedTuple):
 class LayerCache(Protocol):
     """Keys and values of one attention layer, appended in chunks.
 
-    Attributes:
-        seen: tokens appended so far, which is the position of the next one.
-        nbytes: bytes allocated for keys, values and what describes them.
+    Every append has the same batch, heads and head dimensions; positions count from 0.
     """
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens appended so far, which is the position of the next one."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes allocated for keys, values, scales, positions and page tables."""
+        ...
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Store keys `[B, Hkv, t, D]` and values `[B, Hkv, t, Dv]`; the view their queries read.

@@ -29,19 +29,21 @@ class LayerObservation:
 
 
 class Policy(Protocol):
-    """Scores every key of every KV head; the cache keeps those with the highest scores.
-
-    Attributes:
-        num_queries: queries of the observation window that the policy needs.
-        floor: share of the budget that every head keeps, where the heads of a layer compete for
-            the rest (`select_across_heads`, a ragged cache); None: all heads keep equally many.
-    """
+    """Scores every key of every KV head; the cache keeps those with the highest scores."""
 
     @property
-    def num_queries(self) -> int: ...
+    def num_queries(self) -> int:
+        """Queries of the observation window that the policy needs."""
+        ...
 
     @property
-    def floor(self) -> float | None: ...
+    def floor(self) -> float | None:
+        """Share of the budget that every head keeps, None where all heads keep equally many.
+
+        Under a share, the heads of a layer compete for the rest (`select_across_heads`), which
+        needs a ragged cache.
+        """
+        ...
 
     def scores(self, observation: LayerObservation) -> Tensor:
         """Importance of each key, `[B, Hkv, L]`; +inf for keys that must stay, -inf for no key."""

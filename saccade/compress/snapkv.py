@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,13 @@ class SnapKV:
         kernel: width of the average pooling, which keeps neighbours of important keys.
     """
 
-    floor: ClassVar[None] = None
     window: int = 64
     kernel: int = 5
+
+    @property
+    def floor(self) -> None:
+        """None: all heads keep equally many keys."""
+        return
 
     @property
     def num_queries(self) -> int:

@@ -2,18 +2,11 @@
 
 from saccade.core.errors import BadInput, Unsupported
 from saccade.core.fp8 import PerHeadFP8, quantize_fp8_per_head
-from saccade.core.kv import (
-    DenseKV,
-    GrowingKV,
-    KVView,
-    PagedKV,
-    PerHeadFP8KV,
-    QuantizedKV,
-    RaggedKV,
-    Span,
-)
+from saccade.core.kv import DenseKV, KVView, PerHeadFP8KV, Span
 from saccade.core.mask import KeyRange, Mask
 from saccade.core.output import AttentionOutput
+from saccade.core.paged_kv import PagedKV, RaggedKV
+from saccade.core.quantized_kv import GrowingKV, QuantizedKV
 from saccade.core.selection import BlockSelection
 
 __all__ = [

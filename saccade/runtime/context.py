@@ -166,8 +166,12 @@ class Context:
     def append(self, tokens: Sequence[int] | Tensor, *, wanted: int = 1) -> Tensor:
         """Read tokens after those already seen, at most `n_batch` at a time.
 
+        Args:
+            tokens: ids `[n]`.
+            wanted: how many of the last hidden states to return.
+
         Returns:
-            Hidden states `[min(wanted, len(tokens)), hidden]` of the last tokens.
+            Hidden states `[min(wanted, n), hidden]` of the last tokens.
 
         Raises:
             BadInput: no tokens, or more than fit into n_ctx.
@@ -194,6 +198,9 @@ class Context:
 
         Sliding layers can roll back within their ring or to a checkpoint (`ctx_checkpoints`), a
         compressed cache not before its compression.  At least the last token is left to read.
+
+        Args:
+            tokens: ids `[n]` of the new prompt.
 
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
@@ -237,22 +244,34 @@ class Context:
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
         None; with n_keep tokens in the middle of the context are removed instead (context shift).
 
-        Without a prompt it goes on where the last stream (or a restored session) stopped.
+        Args:
+            prompt: token ids `[n]`; without any, generation continues where the last stream (or a
+                restored session) stopped.
+            n_predict: most tokens to generate.
+            sampler: chooses tokens; default greedy.
+            stop: token ids that end the generation.
+
+        Raises:
+            BadInput: neither prompt nor a token to continue from, or a prompt longer than n_ctx.
         """
         sampler, ends = sampler or Sampler(), set(stop)
         if len(prompt) or self._next is None:
             self._read(prompt, sampler)
         for _ in range(n_predict):
             self.stats.cache_bytes = self.cache_bytes
-            if self._next.shown and not self._step(sampler):
-                return
-            token = self._next.token
-            if token in ends:
+            token = self._unshown_token(sampler)
+            if token is None or token in ends:
                 return
             self._next = NextToken(token, shown=True)
             yield GeneratedToken(token)
-        if self._next.shown:
-            self._step(sampler)
+        self._unshown_token(sampler)
+
+    def _unshown_token(self, sampler: Sampler) -> int | None:
+        """The next token to yield, chosen by a step where none is left; None: no room for it."""
+        assert self._next is not None
+        if self._next.shown and not self._step(sampler):
+            return None
+        return self._next.token
 
     def _read(self, prompt: Sequence[int] | Tensor, sampler: Sampler) -> None:
         """Read a prompt, after the last token of the stream before it if that is still unread."""

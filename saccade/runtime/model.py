@@ -49,26 +49,27 @@ class ModelFacts:
 
 
 class ModelCache(Protocol):
-    """The caches of all layers of a running model.
-
-    Attributes:
-        layers: one cache a layer, in order.
-        seen: tokens appended so far, the same in every layer.
-        nbytes: bytes of all caches.
-        observer: called after the attention of each layer, or None.
-    """
+    """The caches of all layers of a running model."""
 
     @property
-    def layers(self) -> Sequence[LayerCache]: ...
+    def layers(self) -> Sequence[LayerCache]:
+        """One cache a layer, in order."""
+        ...
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens appended so far, the same in every layer."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        ...
 
     @property
-    def observer(self) -> Observer | None: ...
+    def observer(self) -> Observer | None:
+        """Called after the attention of each layer, or None."""
+        ...
 
     @observer.setter
     def observer(self, observer: Observer | None) -> None: ...
@@ -86,7 +87,9 @@ class Model(Protocol):
     """A causal language model that can be run under ContextParams."""
 
     @property
-    def facts(self) -> ModelFacts: ...
+    def facts(self) -> ModelFacts:
+        """Sizes and options of the model."""
+        ...
 
     @property
     def device(self) -> torch.device:
