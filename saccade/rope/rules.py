@@ -353,7 +353,7 @@ def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
 
 
 def _frozen(divisors: Any) -> Any:
-    """A JSON list as a tuple; anything else stays, for the rule to refuse in its own words."""
+    """A JSON list as a tuple; anything else as it is, which the check of the rule refuses."""
     return tuple(divisors) if isinstance(divisors, list) else divisors
 
 
