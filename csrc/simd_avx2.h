@@ -69,8 +69,8 @@ SACCADE_INLINE void store(Bf16* p, F x) {  // round to nearest even; NaN stays N
   __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   rounded = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan));
   __m256i high = _mm256_srli_epi32(rounded, 16);
-  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  __m256i quantized = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(quantized));
 }
 SACCADE_INLINE void store(F16* p, F x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -106,7 +106,7 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   return add(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// QuantizedTensor of four bits: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   low = _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)));

@@ -105,7 +105,7 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   return add(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// QuantizedTensor of four bits: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   low = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));
