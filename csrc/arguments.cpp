@@ -28,7 +28,8 @@ char* address(nb::handle x) {
 }
 
 nb::tuple tuple_of(nb::handle x, size_t size, const char* what) {
-  if (!PyTuple_Check(x.ptr()) || (size_t)PyTuple_GET_SIZE(x.ptr()) != size) throw nb::type_error(what);
+  if (!PyTuple_Check(x.ptr()) || (size_t)PyTuple_GET_SIZE(x.ptr()) != size)
+    throw nb::type_error(what);
   return nb::borrow<nb::tuple>(x);
 }
 
@@ -42,7 +43,7 @@ TensorArg tensor(nb::handle x) {
   const int64_t code = integer(fields[1]);
   if (code < 0 || code > (int64_t)Dtype::boolean) throw std::invalid_argument("unknown dtype code");
   if (shape.size() != stride.size() || shape.size() > TensorArg::kMaxDims)
-    throw std::invalid_argument("shape and strides must have the same number of dimensions, up to 5");
+    throw std::invalid_argument("shape and strides must have equally many dimensions, up to 5");
   TensorArg arg{address(fields[0]), (Dtype)code, (int)shape.size(), {}, {}, integer(fields[4])};
   for (int i = 0; i < arg.ndim; ++i) {
     arg.shape[i] = integer(shape[i]);

@@ -40,7 +40,8 @@ static int64_t workspace_bytes(const Problem& p) {
                                              : Prefill::workspace_bytes(p, item);
     largest = max(largest, bytes);
   });
-  return workspace_size(call_bytes(p, sizes)) + min(p.threads, sizes.items) * workspace_size(largest);
+  const int64_t threads = min(p.threads, sizes.items);
+  return workspace_size(call_bytes(p, sizes)) + threads * workspace_size(largest);
 }
 
 static void run_item(void* context, int64_t i) {

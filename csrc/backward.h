@@ -42,7 +42,7 @@ class Backward {
     TileWalk walk(p_, *sequence_, item.head, keys, 1, 0, item.keys.stop - item.keys.start);
     while (walk.next(tile_)) {
       pack_tile();
-      visit_rows();
+      process_rows();
       write_tile();
     }
   }
@@ -79,7 +79,7 @@ class Backward {
   }
 
   // The rows that attend to a key of the tile, block by block.
-  void visit_rows() {
+  void process_rows() {
     const Sequence& s = *sequence_;
     int64_t first = 0, last = s.q_len;  // queries
     if (p_.causal) first = max(0, tile_.low - s.q_offset);
@@ -123,7 +123,8 @@ class Backward {
     float* strip = strips + (int64_t)(i / kRows) * kRows * dim + i % kRows;
     for (int d = 0; d < dim; ++d) strip[(int64_t)d * kRows] = x[d] * a;
     for (int d = 0; d < dim; d += W)
-      store(panels + (int64_t)(d / kColumns) * kColumns * kBackwardRows + i * kColumns + d % kColumns,
+      store(panels + (int64_t)(d / kColumns) * kColumns * kBackwardRows + i * kColumns +
+                d % kColumns,
             mul(load(x + d), set1(b)));
   }
 
@@ -225,7 +226,8 @@ class Backward {
   }
 
   // out[key] += sum over rows of x[row][key] * panel[row], kRows keys at a time.
-  SACCADE_NOINLINE void add_to_keys(const float* x, const float* panel, float* out, int64_t stride) {
+  SACCADE_NOINLINE void add_to_keys(const float* x, const float* panel, float* out,
+                                    int64_t stride) {
     const int rows = padded_rows();
     for (int j = 0; j < tile_.count; j += kRows) {
       int32_t low = kNoKey;  // holes may lie anywhere in the tile

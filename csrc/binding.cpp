@@ -76,7 +76,8 @@ int64_t workspace_bytes(nb::handle q_shape, nb::handle kv_shape, bool ragged, bo
                         int64_t threads, const std::string& target) {
   const Kernels& kernels = kernels_named(target);
   ShapedProblem shaped;
-  make_problem(read_shape(q_shape, kv_shape, ragged, causal, window, sinks, q_offset, blocks, threads),
+  make_problem(read_shape(q_shape, kv_shape, ragged, causal, window, sinks, q_offset, blocks,
+                          threads),
                shaped);
   return kernels.workspace_bytes(shaped.problem);
 }

@@ -7,7 +7,8 @@ namespace saccade {
 
 void Checker::check_mask() {
   p_.causal = c_.causal;
-  require(c_.window == -1 || (c_.window >= 1 && c_.causal), "window must be at least 1, and causal.");
+  require(c_.window == -1 || (c_.window >= 1 && c_.causal),
+          "window must be at least 1, and causal.");
   require(c_.sinks >= 0, "sinks must not be negative.");
   p_.window = c_.window == -1 || c_.window > 2 * kMaxPosition ? kUnlimited : c_.window;
   p_.sinks = std::min(c_.sinks, kMaxPosition);

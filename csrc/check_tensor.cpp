@@ -119,7 +119,8 @@ void check_integers(const TensorArg& x, const char* name, int64_t size) {
 }
 
 void check_broadcast(const TensorArg& x, const char* name, int64_t batch, int64_t heads) {
-  const bool ok = (x.shape[0] == 1 || x.shape[0] == batch) && (x.shape[1] == 1 || x.shape[1] == heads);
+  const bool ok =
+      (x.shape[0] == 1 || x.shape[0] == batch) && (x.shape[1] == 1 || x.shape[1] == heads);
   if (!ok) fail(std::string(name) + " must have batch and heads of the call, or 1.");
 }
 

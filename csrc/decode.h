@@ -97,7 +97,8 @@ class Decode : DecodeQuantized {
     F nan_probe = zero();
     for (int j = 0; j < tile_->count; ++j) {
       widen_value(j);
-      for (int d = 0; d < (int)p_.value_dim; d += W) nan_probe = fma(load(value_ + d), zero(), nan_probe);
+      for (int d = 0; d < (int)p_.value_dim; d += W)
+        nan_probe = fma(load(value_ + d), zero(), nan_probe);
     }
     return hsum(nan_probe) == 0.f;
   }

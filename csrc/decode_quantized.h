@@ -90,7 +90,7 @@ class DecodeQuantized : protected DecodePlain {
     const QuantizedTensor& c = p_.kv.quantized_v;
     num_groups_ = (int)(p_.value_dim / c.group);
     values_by_group_ = num_groups_ <= kMaxGroups && c.group % W == 0 && values_finite &&
-                    (c.bits == 8 || (p_.value_dim / 2) % W == 0);
+                       (c.bits == 8 || (p_.value_dim / 2) % W == 0);
     if (!values_by_group_) return;
     read_value_scales(c.scale, v_scale_);
     read_value_scales(c.offset, v_offset_);
@@ -223,7 +223,8 @@ class DecodeQuantized : protected DecodePlain {
     const int dim = (int)p_.value_dim, group = (int)p_.kv.quantized_v.group;
     const int half = Bits == 4 ? dim / 2 : dim;
     for (int g = 0; g < num_groups_; ++g)
-      for (int r = 0; r < R; ++r) weights_to_integers(scaled_weights_[g][r], padded_count(), int_p_[g][r]);
+      for (int r = 0; r < R; ++r)
+        weights_to_integers(scaled_weights_[g][r], padded_count(), int_p_[g][r]);
     for (int d = 0; d < dim;) {
       const bool high = d >= half;
       const int half_end = high ? dim : half, group_end = (d / group + 1) * group;
@@ -232,10 +233,10 @@ class DecodeQuantized : protected DecodePlain {
       float* o[R];
       for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
       const PrefetchRows prefetch{row == 0 ? next_->k : nullptr, next_->count,
-                        d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
+                                  d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
       auto weigh = [&]<Nibble nibble, bool Whole>() {
         weigh_channels<R, nibble, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
-                                    int_p_[d / group], alpha_ + row, o, prefetch);
+                                         int_p_[d / group], alpha_ + row, o, prefetch);
       };
       const bool whole = stop - d == 64;
       if constexpr (Bits == 8) {

@@ -1,6 +1,6 @@
-// Products with quantized keys and values in integers, for 16-bit queries: four byte products or two
-// 16-bit products a lane and instruction, where converting them to float would cost as much as the
-// arithmetic.
+// Products with quantized keys and values in integers, for 16-bit queries: four byte products or
+// two 16-bit products a lane and instruction, where converting them to float would cost as much as
+// the arithmetic.
 //
 // Queries (times the scales of a key group) become integers of 15 bits, written as hi * 128 + lo in
 // two signed bytes; weights (times the scale of a value) become integers of 16 bits.  Their error,
@@ -18,11 +18,12 @@ struct IntegerQuery {
 };
 
 // Queries times the scales of a key group as integers, and bias = q . offset.  What rounding leaves
-// over joins the bias times the middle of the range, which halves the error.  Rows advance side by side, so
-// that none waits for its own sums.  Everything is padded with zeros to whole registers.
+// over joins the bias times the middle of the range, which halves the error.  Rows advance side by
+// side, so that none waits for its own sums.  Everything is padded with zeros to whole registers.
 template <int R>
-SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scale, const float* offset,
-                                     int dim, float middle, IntegerQuery* out, float* bias) {
+SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scale,
+                                        const float* offset, int dim, float middle,
+                                        IntegerQuery* out, float* bias) {
   F top[R], offset_sum[R], residue[R], inverse[R], step[R];
   SACCADE_UNROLL for (int r = 0; r < R; ++r) top[r] = offset_sum[r] = residue[r] = zero();
   for (int d = 0; d < dim; d += W)
@@ -105,7 +106,8 @@ struct IntegerWeights {
   float step;
 };
 
-SACCADE_INLINE void weights_to_integers(const float* p, int n, IntegerWeights& out) {  // n: multiple of W
+// `n` is a multiple of W.
+SACCADE_INLINE void weights_to_integers(const float* p, int n, IntegerWeights& out) {
   F top = zero();
   for (int j = 0; j < n; j += W) top = max(abs(load(p + j)), top);
   const float largest = hmax(top);
@@ -130,8 +132,8 @@ enum class Nibble { none, low, high };
 // the first channel.
 template <int R, Nibble nibble, bool Whole>
 SACCADE_NOINLINE void weigh_channels(const char* const* values, int count, int first, int width,
-                                  const IntegerWeights* p, const float* alpha, float* const* o,
-                                  const PrefetchRows& prefetch) {
+                                     const IntegerWeights* p, const float* alpha, float* const* o,
+                                     const PrefetchRows& prefetch) {
   __m512i acc[R][4];
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
     SACCADE_UNROLL for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_setzero_si512();

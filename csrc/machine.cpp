@@ -64,7 +64,8 @@ double measure_fma_peak(const Kernels& kernels, int64_t threads) {
 
 double measure_read_bandwidth(const Kernels& kernels, int64_t threads, int64_t megabytes) {
   check_threads(threads);
-  if (megabytes < 1 || megabytes > 1 << 16) throw std::invalid_argument("megabytes must be 1 to 65536");
+  if (megabytes < 1 || megabytes > 1 << 16)
+    throw std::invalid_argument("megabytes must be 1 to 65536");
   const int64_t items = threads * 16, size = (megabytes << 20) / 4 / items / 1024 * 1024;
   const std::unique_ptr<float[]> memory(new float[items * size]);
   std::fill(memory.get(), memory.get() + items * size, 1.f);

@@ -55,7 +55,7 @@ SACCADE_INLINE F pack_value_row(const Source& source, int i, int dim, float* pan
   return nan_probe;
 }
 
-// QuantizedTensor of one token as bytes, whatever their width: low nibbles are the first half of the head.
+// The quantized channels of one token as bytes; low nibbles hold the first half of the head.
 SACCADE_INLINE void unpack_bits(const uint8_t* qdata, int dim, int bits, uint8_t* bytes) {
   if (bits == 8) {
     std::memcpy(bytes, qdata, dim);
@@ -237,7 +237,8 @@ class Packer {
   F values_from(const Source& source, const Tile& tile, float* panels) {
     F nan_probe = zero();
     for (int i = 0; i < tile.count; ++i)
-      nan_probe = pack_value_row<Source, NR>(source, i, (int)p_.value_dim, panels, kTile * NR, nan_probe);
+      nan_probe = pack_value_row<Source, NR>(source, i, (int)p_.value_dim, panels, kTile * NR,
+                                             nan_probe);
     return nan_probe;
   }
 

@@ -80,7 +80,9 @@ class Prefill {
     rows_ = arena.take<Row>(rows);
     q_ = arena.take<float>(rows * dim);
     o_ = arena.take<float>(rows * o_stride_);
-    state_ = {arena.take<float>(rows + W), arena.take<float>(rows + W), arena.take<float>(rows * W)};
+    state_.m = arena.take<float>(rows + W);
+    state_.alpha = arena.take<float>(rows + W);
+    state_.l = arena.take<float>(rows * W);
     k_panels_ = arena.take<float>(kTile * dim);
     v_panels_ = arena.take<float>(kTile * o_stride_);
     scores_ = arena.take<float>(kRows * kScoreStride);
@@ -94,7 +96,8 @@ class Prefill {
     std::memset(state_.l, 0, (num_rows_ + kRows) * W * sizeof(float));
     const bool sinks = p_.sink_logits && item_->split == 0;
     for (int i = 0; i < num_rows_ + kRows; ++i) {  // rows past the end repeat the last one
-      rows_[i] = make_row(p_, *sequence_, item_->head, min(item_->row_begin + i, item_->row_end - 1));
+      const int64_t row = min(item_->row_begin + i, item_->row_end - 1);
+      rows_[i] = make_row(p_, *sequence_, item_->head, row);
       // A learned sink is a first score without a value.
       state_.m[i] = sinks ? p_.sink_logits[rows_[i].head] * kLog2e : -kInf;
       if (sinks && state_.m[i] != -kInf) state_.l[i * W] = 1.f;

@@ -48,15 +48,16 @@ struct View {
   int64_t num_quantized;  // tokens; the recent ones follow
 };
 
-// One run of queries with its own keys: a row of the batch, or a sequence packed into a row (varlen).
+// Queries with keys of their own: a row of the batch, or a sequence packed into a row (varlen).
 struct Sequence {
   int64_t batch;
   int64_t q_begin, q_len;  // in the q tensor
-  int64_t k_begin, k_len;  // in view positions; position p of the mask is view position k_begin + p
+  int64_t k_begin, k_len;  // in view positions; mask position p is view position k_begin + p
   int64_t q_offset;        // mask position of the first query
 };
 
-struct ByteGrid {  // boolean tensor [batch | 1, heads | 1, rows, columns], strides 0 where broadcast
+// A boolean tensor [batch | 1, heads | 1, rows, columns], strides 0 where broadcast.
+struct ByteGrid {
   const uint8_t* data;
   int64_t batch, head, row, column;
 };
@@ -92,7 +93,7 @@ struct Gradients {
   Strided d_out, dk, dv;
   const float *lse, *delta;     // contiguous [batch, heads, q_len]
   int64_t row_batch, row_head;  // their strides
-  float* dq;                    // [kv_chunks][batch][heads][q_len][head_dim padded to whole columns]
+  float* dq;                    // [kv_chunks][batch][heads][q_len][head_dim padded to kDqPad]
   int64_t dq_chunk, num_chunks;
 };
 

@@ -143,7 +143,8 @@ class TileWalk {
   void put_run(Tile& tile, int64_t position, int64_t count, const char* k, int64_t k_stride,
                const char* v, int64_t v_stride) {
     if (p_.key_padding.data) {
-      for (int64_t i = 0; i < count; ++i) put(tile, position + i, k + i * k_stride, v + i * v_stride);
+      for (int64_t i = 0; i < count; ++i)
+        put(tile, position + i, k + i * k_stride, v + i * v_stride);
       return;
     }
     int32_t* positions = tile.positions + tile.count;
