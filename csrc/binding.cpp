@@ -126,7 +126,8 @@ NB_MODULE(_cpu, m) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg());
   m.def("workspace_bytes", &saccade::workspace_bytes);
-  m.def("workspace_bytes_held", &saccade::workspace_bytes_held);
+  m.def("workspace_bytes_of_thread", &saccade::workspace_bytes_of_thread);
+  m.def("workspace_bytes_of_all", &saccade::workspace_bytes_of_all);
   m.def("targets", &saccade::targets);
   m.def("fma_peak", &saccade::fma_peak, nb::arg("threads"), nb::arg("target") = "");
   m.def("read_bandwidth", &saccade::read_bandwidth, nb::arg("threads"), nb::arg("megabytes") = 512,

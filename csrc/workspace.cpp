@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 
-std::atomic<int64_t> held{0};
+std::atomic<int64_t> total{0};
 
 struct Buffer {
   void* data = nullptr;
@@ -19,20 +19,23 @@ struct Buffer {
 
   void release() {
     std::free(data);
-    held.fetch_sub(size, std::memory_order_relaxed);
+    total.fetch_sub(size, std::memory_order_relaxed);
     data = nullptr;
     size = 0;
   }
 };
 
+thread_local Buffer buffers[2];
+
 }  // namespace
 
 int64_t workspace_size(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
-int64_t workspace_bytes_held() { return held.load(std::memory_order_relaxed); }
+int64_t workspace_bytes_of_thread() { return buffers[0].size + buffers[1].size; }
+
+int64_t workspace_bytes_of_all() { return total.load(std::memory_order_relaxed); }
 
 void* workspace(WorkspaceSlot slot, size_t bytes) {
-  thread_local Buffer buffers[2];
   Buffer& buffer = buffers[(int)slot];
   const int64_t size = workspace_size((int64_t)bytes);
   if (buffer.size < size) {
@@ -40,7 +43,7 @@ void* workspace(WorkspaceSlot slot, size_t bytes) {
     buffer.data = std::aligned_alloc(kPage, (size_t)size);
     if (!buffer.data) throw std::bad_alloc();
     buffer.size = size;
-    held.fetch_add(size, std::memory_order_relaxed);
+    total.fetch_add(size, std::memory_order_relaxed);
   }
   return buffer.data;
 }

@@ -16,7 +16,8 @@ void* workspace(WorkspaceSlot slot, size_t bytes);
 // What a request of `bytes` allocates.
 int64_t workspace_size(int64_t bytes);
 
-// What the workspaces of all threads take at the moment.
-int64_t workspace_bytes_held();
+// What workspaces take at the moment: those of the calling thread, those of all threads.
+int64_t workspace_bytes_of_thread();
+int64_t workspace_bytes_of_all();
 
 }  // namespace saccade

@@ -265,13 +265,12 @@ def test_works_in_a_forked_child(threads):
 
 
 def new_workspace(call):
-    """(planned, allocated) bytes of one call by a new Python thread, which has none from before."""
+    """(planned, allocated) bytes of one call by a new thread, which has no workspace from before."""
 
     def compute():
         torch.set_num_threads(1)
-        before = _cpu.workspace_bytes_held()
         cpu.compute(call)
-        return cpu.workspace_bytes(call), _cpu.workspace_bytes_held() - before
+        return cpu.workspace_bytes(call), _cpu.workspace_bytes_of_thread()
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(compute).result()
@@ -329,9 +328,9 @@ call = call_of(torch.randn(1, 8, int(sys.argv[1]), 64), DenseKV(k, k))
 planned = cpu.workspace_bytes(call)
 for _ in range(500):  # until each thread has had a work item
     cpu.compute(call)
-    if _cpu.workspace_bytes_held() >= planned:
+    if _cpu.workspace_bytes_of_all() >= planned:
         break
-print(planned, _cpu.workspace_bytes_held())
+print(planned, _cpu.workspace_bytes_of_all())
 """
 
 
