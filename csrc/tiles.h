@@ -1,44 +1,41 @@
 // Walks the keys of a view tile by tile, in the order of their positions, without copying them.
 //
-// A Tile is a list of pointers: where each key and value lies and which position it holds.  A key
-// that must not be read (padding, an empty slot, one past the end) points at zeros and holds
-// `kNowhere`, a position that no query sees.
+// A Tile is a list of pointers: where each key and value lies and which position it has.  A slot
+// that must not be read (padding, an empty slot, one past the end) points at zeros and has the
+// position `kNoKey`, which no query attends to.
 #pragma once
 #include <cstdint>
 
+#include "key_ranges.h"
 #include "problem.h"
 #include "simd.h"
 
 namespace saccade::SACCADE_TARGET {
 
-constexpr int kTile = 128;                // keys of a tile
-constexpr int kTilePad = 32;              // kernels may look this far past the end
-constexpr int32_t kNowhere = INT32_MAX;  // the position of a key that nobody sees
-constexpr int32_t kEverywhere = INT32_MAX - 1;  // the last position a non-causal query sees
+constexpr int kTile = 128;    // keys of a tile
+constexpr int kTilePad = 32;  // kernels may read this far past the end
+constexpr int32_t kNoKey = INT32_MAX;            // position of a slot without a key
+constexpr int32_t kAnyPosition = INT32_MAX - 1;  // last position that a non-causal query attends to
 
-constexpr int kDimPad = kMaxDim + 32;  // rows in scratch are padded to whole registers
-
-struct Range {
-  int64_t start, stop;
-};
+constexpr int kDimPad = kMaxDim + 32;  // rows in a workspace are padded to whole registers
 
 struct Tile {
-  int count;    // keys; the next kTilePad entries are nowhere
-  bool packed;  // quantised codes
-  bool holes;   // some entry below `count` is nowhere
-  int32_t low, high;  // smallest and largest position of the keys that are somewhere
+  int count;          // slots; the next kTilePad entries are kNoKey
+  bool quantized;
+  bool holes;         // some slot below `count` is kNoKey
+  int32_t low, high;  // smallest and largest position of the others
   alignas(64) int32_t positions[kTile + kTilePad];
   const char* k[kTile + kTilePad];
   const char* v[kTile + kTilePad];
-  int64_t index[kTile + kTilePad];  // packed: token number, for the scales
+  int64_t token[kTile + kTilePad];  // quantized: index of the token, for its scales
 };
 
 alignas(64) inline constexpr char kZeros[4096] = {};
 
-class KeyWalk {
+class TileWalk {
  public:
   // Visits the positions of `ranges` from the `skip`-th on, `take` of them.
-  KeyWalk(const Problem& problem, const Sequence& sequence, int64_t kv_head, const Range* ranges,
+  TileWalk(const Problem& problem, const Sequence& sequence, int64_t kv_head, const Range* ranges,
           int64_t num_ranges, int64_t skip, int64_t take)
       : p_(problem), s_(sequence), head_(kv_head), range_(ranges), end_(ranges + num_ranges),
         left_(take) {
@@ -53,15 +50,15 @@ class KeyWalk {
   bool next(Tile& tile) {
     tile.count = 0;
     tile.holes = false;
-    tile.packed = false;
-    tile.low = kNowhere;
+    tile.quantized = false;
+    tile.low = kNoKey;
     tile.high = -1;
     while (tile.count < kTile && left_ > 0 && range_ != end_) {
       int64_t stop = range_->stop < at_ + left_ ? range_->stop : at_ + left_;
       int64_t room = kTile - tile.count;
       if (stop > at_ + room) stop = at_ + room;
       int64_t done = append(tile, at_, stop);
-      if (done == 0) break;  // the other storage of a quantised view starts a new tile
+      if (done == 0) break;  // the recent tokens of a quantized view start a new tile
       at_ += done;
       left_ -= done;
       if (at_ == range_->stop && ++range_ != end_) at_ = range_->start;
@@ -71,7 +68,7 @@ class KeyWalk {
   }
 
  private:
-  // Appends view positions from `start`, returns how many were dealt with.
+  // Appends view positions from `start`, returns how many of them are done.
   int64_t append(Tile& tile, int64_t start, int64_t stop) {
     switch (p_.kv.kind) {
       case ViewKind::dense: return append_dense(tile, start, stop);
@@ -128,16 +125,16 @@ class KeyWalk {
 
   int64_t append_quantized(Tile& tile, int64_t start, int64_t stop) {
     const View& kv = p_.kv;
-    const bool packed = start < kv.num_packed;
-    if (tile.count > 0 && packed != tile.packed) return 0;
-    tile.packed = packed;
-    const Strided& k = packed ? kv.k_codes.codes : kv.k;
-    const Strided& v = packed ? kv.v_codes.codes : kv.v;
-    if (packed && stop > kv.num_packed) stop = kv.num_packed;
-    const int64_t base = packed ? 0 : kv.num_packed;
+    const bool quantized = start < kv.num_quantized;
+    if (tile.count > 0 && quantized != tile.quantized) return 0;
+    tile.quantized = quantized;
+    const Strided& k = quantized ? kv.quantized_k.qdata : kv.k;
+    const Strided& v = quantized ? kv.quantized_v.qdata : kv.v;
+    if (quantized && stop > kv.num_quantized) stop = kv.num_quantized;
+    const int64_t base = quantized ? 0 : kv.num_quantized;
     const char* first_k = k.data + s_.batch * k.batch + head_ * k.head + (start - base) * k.row;
     const char* first_v = v.data + s_.batch * v.batch + head_ * v.head + (start - base) * v.row;
-    for (int64_t at = start; at < stop; ++at) tile.index[tile.count + at - start] = at;
+    for (int64_t at = start; at < stop; ++at) tile.token[tile.count + at - start] = at;
     put_run(tile, start, stop - start, first_k, k.row, first_v, v.row);
     return stop - start;
   }
@@ -146,7 +143,8 @@ class KeyWalk {
   void put_run(Tile& tile, int64_t position, int64_t count, const char* k, int64_t k_stride,
                const char* v, int64_t v_stride) {
     if (p_.key_padding.data) {
-      for (int64_t i = 0; i < count; ++i) put(tile, position + i, k + i * k_stride, v + i * v_stride);
+      for (int64_t i = 0; i < count; ++i)
+        put(tile, position + i, k + i * k_stride, v + i * v_stride);
       return;
     }
     int32_t* positions = tile.positions + tile.count;
@@ -170,7 +168,7 @@ class KeyWalk {
     bool real = position >= 0;
     if (real && padding.data)
       real = padding.data[s_.batch * padding.batch + position * padding.column];
-    tile.positions[i] = real ? (int32_t)position : kNowhere;
+    tile.positions[i] = real ? (int32_t)position : kNoKey;
     tile.k[i] = real ? k : kZeros;
     tile.v[i] = real ? v : kZeros;
     tile.holes |= !real;
@@ -179,7 +177,7 @@ class KeyWalk {
 
   void finish(Tile& tile) {
     for (int i = tile.count; i < tile.count + kTilePad; ++i) {
-      tile.positions[i] = kNowhere;
+      tile.positions[i] = kNoKey;
       tile.k[i] = tile.v[i] = kZeros;
     }
   }

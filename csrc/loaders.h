@@ -1,8 +1,9 @@
-// How stored rows turn into registers, for kernels that read each of them once.
+// How stored elements are loaded into registers, for kernels that read each of them once.
 //
-// A chunk of kSpan stored elements becomes kParts registers.  Which channels those hold differs:
-// pairs of bfloat16 come apart as even and odd channels, nibbles as the two halves of the head.
-// Queries are laid out to match (`arrange`), outputs are put back at the end (`place`, `restore`).
+// A chunk of kSpan stored elements fills kParts registers.  Which channels those hold differs:
+// bfloat16 pairs are split into even and odd channels, bytes of two nibbles into the two halves of
+// the head.  `place` says where the channels of a register lie in the output; `split_pairs` lays
+// out queries and values to match Pairs, `join_pairs` undoes it.
 #pragma once
 #include "simd.h"
 
