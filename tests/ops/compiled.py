@@ -71,48 +71,48 @@ def compile_gluon(
     dim: int,
     mask_args: MaskArgs = RULES,
     *,
-    listed: bool = False,
-    rows: str = "",
-    page: int | None = None,
+    blocks: bool = False,
+    varlen: str = "",
+    page_size: int | None = None,
 ) -> Any:
-    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
+    """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
     Args:
-        rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
+        blocks: with block lists.
+        varlen: "packed" sequences, or "kv_lens"; page_size: slots of a page, with kv_lens.
     """
     from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
     from saccade.ops.attention.nvidia.gluon.prefill.launch import (
-        LAUNCHES,
-        OWN_ROWS,
-        TWO_CONSUMERS,
         constants,
+        measured_launch,
         options,
     )
-    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import RowExtents
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo
 
     def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    launch = (TWO_CONSUMERS if listed or mask_args.window else LAUNCHES)[dim]
-    launch = OWN_ROWS[dim] if rows else launch
+    variant = "varlen" if varlen else "masked" if blocks or mask_args.window else ""
+    launch = measured_launch(dim, variant)
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
-    row_extents = RowExtents(documents=numbers) if rows == "packed" else RowExtents()
-    if rows == "lengths":
-        row_extents = RowExtents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
-        row_extents = row_extents if page else row_extents._replace(pages=None, pages_row=None)
+    info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()
+    if varlen == "kv_lens":
+        info = VarlenInfo(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
+        info = info if page_size else info._replace(page_table=None, page_table_stride=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
-    block_lists = BlockLists(lists, lists, 0, 64 * 64, 64) if listed else BlockLists()
     arguments: dict[str, Any] = {
         "q": strided(32), "k": strided(8), "v": strided(8), "out": strided(32),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
-        "block_lists": block_lists, "row_extents": row_extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
+        "block_lists": BlockLists(lists, lists, 0, 64 * 64, 64) if blocks else BlockLists(),
+        "varlen": info, "num_pages": 64, "ZERO_V_TAIL": bool(varlen), "PAGE_SIZE": page_size,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
-        "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
+        "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
+        "CAUSAL": True, "D": dim,
     }  # fmt: skip
     return compile_for(
         forward_kernel,
-        options=options(launch),
+        options=options(launch.consumers),
         source=GluonASTSource,
         **arguments,
         **constants(launch),

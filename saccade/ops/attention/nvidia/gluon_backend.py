@@ -98,4 +98,5 @@ def run(call: AttentionCall) -> AttentionOutput:
     out = torch.empty_like(call.q)
     if not isinstance(kv, PagedKV):
         return forward(dense_problem(call), out=out)
-    return forward(problem_of(call, kv.k, kv.v, paged_kv_lens(call)), table=kv.table, out=out)
+    problem = problem_of(call, kv.k, kv.v, paged_kv_lens(call))
+    return forward(problem, page_table=kv.table, out=out)
