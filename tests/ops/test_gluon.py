@@ -102,7 +102,7 @@ class TestOnGPU:
             for x in pools
         )
         truth = attend(
-            q.double(), DenseKV(k, v), mask=mask, lengths=ends, backend="reference"
+            q.double(), DenseKV(k, v), mask=mask, kv_lens=ends, backend="reference"
         )  # fmt: skip
         slot = torch.arange(count * page, device="cuda").view(count, page)
         for x in pools:
@@ -140,7 +140,7 @@ class TestOnGPU:
         pools = [x.view(2, 2, 44, 16, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)]
         table = torch.arange(88, device="cuda", dtype=torch.int32).view(2, 44)
         truth = attend(
-            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), lengths=ends, q_offset=500,
+            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), kv_lens=ends, q_offset=500,
             backend="reference",
         )  # fmt: skip
         view = PagedKV(*pools, table, ends.int(), 700)
