@@ -207,7 +207,7 @@ def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: boo
 def compile_gluon_fp8(dim: int) -> Any:
     """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.fp8.kernel import forward_kernel
-    from saccade.ops.attention.nvidia.gluon.fp8.launch import CONSTANTS, OPTIONS
+    from saccade.ops.attention.nvidia.gluon.fp8.launch import constants, measured_launch, options
 
     def strided(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> StridedTensor:
         x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")
@@ -220,9 +220,13 @@ def compile_gluon_fp8(dim: int) -> Any:
         "block_lists": BlockLists(),
         "scales": tuple(torch.empty(1, heads, device="meta") for heads in (32, 8, 8)),
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "k_padded": 8192, "q_offset": 0, "batch": 1,
-        "heads": 32, "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True,
-        "D": dim,
+        "heads": 32, "groups": 4, "num_q_tiles": 64, "heads_per_section": 32,
+        "num_work_tiles": 2048, "CAUSAL": True, "D": dim,
     }  # fmt: skip
     return compile_for(
-        forward_kernel, options=OPTIONS, source=GluonASTSource, **arguments, **CONSTANTS
+        forward_kernel,
+        options=options(2),
+        source=GluonASTSource,
+        **arguments,
+        **constants(measured_launch(dim)),
     )
