@@ -179,7 +179,11 @@ def compile_decode(dim: int, page: int, held: int = 4) -> Any:
 def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: bool = True) -> Any:
     """The Gluon gradients for bfloat16 heads of `dim`, as the launcher cuts them."""
     from saccade.ops.attention.nvidia.gluon.backward.kernel import backward_kernel
-    from saccade.ops.attention.nvidia.gluon.backward.launch import LAUNCHES, constants, options
+    from saccade.ops.attention.nvidia.gluon.backward.launch import (
+        constants,
+        measured_launch,
+        options,
+    )
 
     def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
@@ -188,19 +192,20 @@ def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: boo
     numbers = torch.empty(32 * 256, 64, device="meta")
     return compile_for(
         backward_kernel,
-        options=options(),
+        options=options(2),
         source=GluonASTSource,
         **{
             "q": strided(32),
             "dout": strided(32),
-            "stats": numbers,
-            "dq": numbers,
+            "lse_delta": numbers,
+            "dq_accum": numbers,
             "mask_args": mask_args,
         },
         **{name: strided(8) for name in ("k", "v", "dk", "dv")},
-        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "shares": 8},
-        **{"groups": 4, "splits": 1, "section": 2, "CAUSAL": causal, "D": dim},
-        **constants(LAUNCHES[dim]),
+        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1},
+        **{"num_splits": 8, "groups": 4, "gqa_splits": 1, "splits_per_section": 2},
+        **{"CAUSAL": causal, "D": dim},
+        **constants(measured_launch(dim)),
     )
 
 

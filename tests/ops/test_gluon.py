@@ -53,7 +53,7 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("heads", [(4, 4), (5, 1), (8, 2)], ids=str)
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
-    def test_learned_sinks_in_float16(self, heads, mask):
+    def test_sink_logits_in_float16(self, heads, mask):
         check(Case(heads, (300, 400), mask, "sink_logits", head_dim=64), torch.float16)
 
     @pytest.mark.parametrize("dim", gluon.DIMS)
@@ -184,7 +184,7 @@ class TestOnGPU:
         assert (ours.out.cpu() - truth.out).abs().max() < 3e-2
         assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
 
-    def test_tensors_of_other_layouts(self):
+    def test_strided_tensors(self):
         base = torch.randn(2, 300, 8, 128, device="cuda", dtype=torch.bfloat16)
         q, k, v = (base.transpose(1, 2)[:, part] for part in (slice(0, 4), [4, 5], slice(6, 8)))
         truth = attention(*(x.double() for x in (q, k, v)), backend="reference")

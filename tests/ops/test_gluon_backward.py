@@ -1,4 +1,4 @@
-"""Gluon gradients: on a Hopper card; elsewhere who gets them, and that they compile."""
+"""Gluon gradients: on a Hopper GPU; elsewhere when they are chosen, and that they compile."""
 
 import os
 import re
@@ -34,7 +34,7 @@ LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 
 @pytest.fixture
 def at_any_size(monkeypatch):
-    """Small problems go to the Gluon kernels too; says how often their gradients ran."""
+    """Small problems go to the Gluon kernels too; returns the calls of their gradients."""
     from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
     for name in ("wins_forward", "wins_gradients"):
@@ -76,7 +76,7 @@ def check(case, dtype):
         assert (found - true).abs().max() <= allowed
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_the_card
 
     @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
@@ -89,15 +89,15 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("splits", [1, 2, 4])
     @pytest.mark.parametrize("dim", gluon_training.GRADIENT_DIMS)
-    def test_programs_that_share_a_group(self, at_any_size, monkeypatch, dim, splits):
+    def test_ctas_that_share_a_gqa_group(self, at_any_size, monkeypatch, dim, splits):
         from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
-        monkeypatch.setattr(gluon_backward_launch, "splits_of", lambda _: splits)
+        monkeypatch.setattr(gluon_backward_launch, "gqa_splits_of", lambda *_: splits)
         check(Case((8, 2), (700, 900), {"window": 300}, "plain", head_dim=dim), torch.bfloat16)
         check(Case((16, 4), (2500, 2500), {}, "plain", head_dim=dim), torch.bfloat16)
         assert len(at_any_size) == 2
 
-    def test_keys_that_no_query_sees_get_no_gradient(self, at_any_size):
+    def test_keys_visible_to_no_query_get_no_gradient(self, at_any_size):
         q, k, v = (torch.randn(1, 2, n, 128, device="cuda").bfloat16() for n in (100, 900, 900))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, window=50, backend="triton")
@@ -106,12 +106,12 @@ class TestOnTheCard:
         assert not dk[:, :, :700].any() and not dv[:, :, :700].any()
         assert dv[:, :, 800:].any()
 
-    def test_learned_sinks_in_float16(self, at_any_size):
+    def test_sink_logits_in_float16(self, at_any_size):
         check(Case((5, 1), (300, 400), {}, "sink_logits", head_dim=128), torch.float16)
         assert len(at_any_size) == 1
 
-    def test_gradients_of_other_layouts(self, at_any_size):
-        """Rows of tokens, and a gradient that is one number in every place."""
+    def test_strided_tensors(self, at_any_size):
+        """Token-major rows, and an output gradient that is an expanded scalar."""
         base = torch.randn(2, 300, 6, 128, device="cuda").bfloat16().requires_grad_()
         wide = base.detach().double().requires_grad_()
         for x, backend in ((base, "triton"), (wide, "reference")):
@@ -184,7 +184,7 @@ def test_refuses_in_a_sentence(monkeypatch, wrong, reason):
     assert reason in gluon_training.gradient_refusal(problem(**wrong))
 
 
-def test_the_way_from_autograd_to_the_launchers(monkeypatch):
+def test_autograd_calls_the_launchers(monkeypatch):
     """With launchers that compute by definition: every argument and gradient is in its place.
 
     As an operator of torch.library, and as eager runs have it.
@@ -236,7 +236,7 @@ def test_the_way_from_autograd_to_the_launchers(monkeypatch):
         assert (ours - truth).abs().max() <= 2e-2 * truth.abs().max()
 
 
-def test_who_has_to_see_an_operator():
+def test_operators_are_used_where_a_mode_watches():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,7 +260,7 @@ def test_refuses_where_determinism_is_asked_for(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_they_run_where_a_rule_says_that_they_win(monkeypatch):
+def test_they_run_where_a_rule_prefers_them(monkeypatch):
     rule = Rule(order=("triton",), kernel="gluon", training=True, min_keys=256, min_rows=1024,
                 why="", source="")  # fmt: skip
     monkeypatch.setattr(rules, "rules_for", lambda device: (rule,))
@@ -283,9 +283,9 @@ def test_they_run_where_a_rule_says_that_they_win(monkeypatch):
     ],
 )
 def test_products_are_not_serialised(tmp_path, dim, mask_args, causal):
-    """What ptxas says about the kernel; with another order of issue it says the contrary.
+    """ptxas reports it, and serialises the products when they are issued in another order.
 
-    At D 128 ptxas keeps a few numbers in memory, never an accumulator; at D 64 nothing.
+    At D 128 it spills a few registers, never an accumulator; at D 64 none.
     """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
