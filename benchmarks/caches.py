@@ -30,7 +30,7 @@ from saccade.evals.needle import hide, make_needles
 from saccade.evals.rows import RowSpec
 from saccade.evals.text import default_text
 from saccade.hf.model import HFModel
-from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.attention.cpu import binding
 from saccade.report.environment import machine_facts
 from saccade.report.files import write_whole
 from saccade.report.numbers import MISSING, as_bytes, as_share, significant, with_error
@@ -110,7 +110,7 @@ def facts(runner: HFModel) -> dict[str, Any]:
     return {
         "model": runner.facts.name,
         "threads": torch.get_num_threads(),
-        "kernels": "C++" if cpu.extension() is not None else "torch",
+        "kernels": "C++" if binding.extension() is not None else "torch",
         "machine": machine_facts(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": saccade.__version__,

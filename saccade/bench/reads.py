@@ -16,7 +16,7 @@ from saccade.bench import ceilings
 from saccade.bench.inputs import COLD_BYTES
 from saccade.bench.peers import Call
 from saccade.bench.record import Row
-from saccade.ops.attention.cpu.backend import record as tensor_record
+from saccade.ops.attention.cpu.binding import record as tensor_record
 
 READS = "reads"
 TITLE = "reading alone"

@@ -119,10 +119,10 @@ def compile_gluon(
     )
 
 
-def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
-    """The Gluon kernel for codes, one bfloat16 query, causal, as the launcher cuts it."""
-    from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import codes_kernel
-    from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCH, options
+def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
+    """The Gluon quantized decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
+    from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
+    from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCHES, options
     from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
@@ -130,28 +130,28 @@ def compile_codes(kind_k: str, kind_v: str, dim: int) -> Any:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    def quantized(kind: str, numbers: StridedTensor) -> Coded:
-        width = dim // 2 if kind == "int4" else dim
-        return Coded(strided(8, 8192, width, torch.uint8), numbers, numbers)
+    def quantized(form: str, qparams: StridedTensor) -> Coded:
+        width = dim // 2 if form == "int4" else dim
+        return Coded(strided(8, 8192, width, torch.uint8), qparams, qparams)
 
     arguments: dict[str, Any] = {
         "q": strided(32, 1, dim, torch.bfloat16),
-        "k": quantized(kind_k, strided(8, 128, dim, torch.float16)),
-        "v": quantized(kind_v, strided(8, 8192, dim // 64, torch.float16)),
+        "k": quantized(format_k, strided(8, 128, dim, torch.float16)),
+        "v": quantized(format_v, strided(8, 8192, dim // 64, torch.float16)),
         "out": strided(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
-        "seqlen_info": SeqlenInfo(), "mask_args": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1,
-        "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
-        "GROUPS": 4, "D": dim, "K_FORMAT": kind_k, "V_FORMAT": kind_v, "K_GROUP": 64,
+        "seqlen_info": SeqlenInfo(), "mask_args": RULES, "sink_logits": None, "scale": 0.1,
+        "q_len": 1, "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32,
+        "KV_HEADS": 8, "GROUPS": 4, "D": dim, "K_FORMAT": format_k, "V_FORMAT": format_v, "K_GROUP": 64,
         "V_GROUPS": dim // 64, "CAUSAL": True, "PDL": True,
     }  # fmt: skip
-    how = {name: value for name, value in options(LAUNCH).items() if name != "launch_pdl"}
-    return compile_for(codes_kernel, options=how, source=GluonASTSource, **arguments)
+    how = {k: x for k, x in options(LAUNCHES[str(dim)]).items() if k != "launch_pdl"}
+    return compile_for(quantized_decode_kernel, options=how, source=GluonASTSource, **arguments)
 
 
-def compile_decode(dim: int, page: int, held: int = 4) -> Any:
-    """The Gluon kernel for few queries, one bfloat16 query, causal, as the launcher cuts it."""
+def compile_decode(dim: int, page_size: int, rows: int = 4) -> Any:
+    """The Gluon decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
-    from saccade.ops.attention.nvidia.gluon.decode.launch import SHARED, options
+    from saccade.ops.attention.nvidia.gluon.decode.launch import LAUNCHES, options
     from saccade.ops.attention.nvidia.triton.decode import Pages
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
@@ -159,19 +159,19 @@ def compile_decode(dim: int, page: int, held: int = 4) -> Any:
         x = torch.empty(*shape, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    launch, keys, pages = SHARED[dim], strided(1, 8, 8192, dim), Pages()
-    if page:
-        keys = strided(512, 8, page, dim)._replace(batch=0)
+    launch, keys, pages = LAUNCHES[f"{dim}/split_kv"], strided(1, 8, 8192, dim), Pages()
+    if page_size:
+        keys = strided(512, 8, page_size, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")
-        pages = Pages(table, 512, 0, 8 * page * dim, 8 * page * dim)
+        pages = Pages(table, 512, 0, 8 * page_size * dim, 8 * page_size * dim)
     arguments: dict[str, Any] = {
-        "q": strided(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages, "seqlen_info": SeqlenInfo(),
-        "out": strided(16, 32, 1, dim, dtype=torch.float32), "mask_args": RULES, "sink_logits": None,
-        "lse": torch.empty(16, 1, 32, device="meta"), "scale": 0.1, "q_len": 1, "k_len": 8192,
-        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8,
-        "GROUPS": 4, "D": dim, "K_STEP": 2 * dim, "V_STEP": 2 * dim, "PAGE": page, "LONGEST": True,
-        "CAUSAL": True,
-        "WARPS": launch.warps, "STAGES": launch.stages, "HELD": held,
+        "q": strided(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages,
+        "out": strided(16, 32, 1, dim, dtype=torch.float32),
+        "lse": torch.empty(16, 1, 32, device="meta"), "seqlen_info": SeqlenInfo(),
+        "mask_args": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1, "k_len": 8192,
+        "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8, "GROUPS": 4,
+        "D": dim, "K_STRIDE": 2 * dim, "V_STRIDE": 2 * dim, "PAGE_SIZE": page_size, "K_LEN_IS_MAX": True,
+        "CAUSAL": True, "WARPS": launch.warps, "STAGES": launch.stages, "ROWS": rows,
     }  # fmt: skip
     return compile_for(decode_kernel, options=options(launch), source=GluonASTSource, **arguments)
 

@@ -13,9 +13,9 @@ from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, QuantizedKV, Ra
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.attention.cpu import backend, binding
 
-_cpu = cpu.extension()
+_cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
 TARGETS = [] if _cpu is None else _cpu.targets()
 HALVES = [torch.bfloat16, torch.float16]
@@ -26,7 +26,7 @@ MASKS = [Mask(), Mask(causal=False), Mask(window=40), Mask(window=33, sinks=5)]
 @pytest.fixture(params=TARGETS)
 def target(request, monkeypatch):
     """Each SIMD target that this machine can run."""
-    monkeypatch.setattr(cpu, "_target", lambda: request.param)
+    monkeypatch.setattr(binding, "target", lambda: request.param)
     return request.param
 
 
@@ -191,7 +191,7 @@ def test_refusals_say_why():
 
 def test_without_the_extension(monkeypatch):
     """`auto` goes on with torch, and the named backend says what to install."""
-    monkeypatch.setattr(cpu, "BUILT", False)
+    monkeypatch.setattr(backend, "BUILT", False)
     q = random(1, 2, 4, 16)
     assert attention(q, q, q).shape == q.shape
     with pytest.raises(Unsupported, match="install a C"):
@@ -264,8 +264,8 @@ def raw_call(kv=None):
     q = random(2, 4, 3, 16)
     kv = kv or DenseKV(random(2, 2, 20, 16), random(2, 2, 20, 16))
     out, lse = torch.empty(2, 4, 3, 16), torch.empty(2, 4, 3)
-    records = [cpu.record(x) for x in (q, out, lse)]
-    view = cpu._VIEWS[type(kv)](kv)
+    records = [binding.record(x) for x in (q, out, lse)]
+    view = binding.VIEWS[type(kv)](kv)
     return [*records, view, True, -1, 0, 0.25, 0.0, 17, None, 2, ""], (q, kv, out, lse)
 
 
@@ -392,14 +392,14 @@ def test_overlapping_memory():
     args, (q, _, out, _) = raw_call()
     for victim in (q, out[:, :, :1].expand(2, 4, 3, 16)):
         spoilt = list(args)
-        spoilt[1] = cpu.record(victim)
+        spoilt[1] = binding.record(victim)
         with pytest.raises(ValueError, match="overlaps"):
             _cpu.attend(*spoilt)
 
 
 def test_reading_alone_checks_its_memory():
     memory = torch.ones(1 << 16)
-    good = cpu.record(memory)
+    good = binding.record(memory)
     _cpu.read_through(good, 2)
     spoilt = {
         "dtype": (good[0], 1, *good[2:]),

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
-from saccade.ops.attention.nvidia import gluon_backend as gluon
+from saccade.ops.attention.nvidia.gluon.prefill import support as prefill_support
 from saccade.ops.gpu.kernel_args import MaskArgs
 from tests.ops.cases import MASKS, Case, on
 from tests.ops.hopper import BOUND, on_the_card
@@ -45,7 +45,7 @@ def check(case, dtype):
 class TestOnGPU:
     pytestmark = on_the_card
 
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
     @pytest.mark.parametrize("mask", [*MASKS, {"window": 130, "sinks": 140}], ids=str)
     def test_equals_the_reference(self, mask, lengths, dim):
@@ -56,7 +56,7 @@ class TestOnGPU:
     def test_sink_logits_in_float16(self, heads, mask):
         check(Case(heads, (300, 400), mask, "sink_logits", head_dim=64), torch.float16)
 
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("lengths", [(300, 300), (513, 700), (128, 1024)], ids=str)
     @pytest.mark.parametrize(
         "mask", [{}, {"causal": False}, {"window": 300}, {"window": 300, "sinks": 5}], ids=str
@@ -69,7 +69,7 @@ class TestOnGPU:
         case = Case((6, 2), lengths, mask, "plain", head_dim=dim, options={"blocks": blocks})
         check(case, torch.bfloat16)
 
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_packed_sequences(self, mask, dim):
         """Sequences without queries, without keys, with fewer keys than queries, of many tiles."""
@@ -80,14 +80,14 @@ class TestOnGPU:
         case = replace(case, options={"cu_seqlens": cu})
         check(case, torch.bfloat16)
 
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_key_lengths_per_row(self, mask, dim):
         """Keys past the end of a row are NaN."""
         check(Case((6, 2), (200, 720), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
 
     @pytest.mark.parametrize("page", [16, 64, 128, 256])
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=200, sinks=3)], ids=str)
     def test_pages_in_any_order(self, mask, dim, page):
         """Slots past the end of a row hold NaN, and its page table invalid page numbers."""
@@ -116,7 +116,7 @@ class TestOnGPU:
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
-    @pytest.mark.parametrize("dim", gluon.DIMS)
+    @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_many_work_tiles_per_cta(self, mask, dim):
         """Six work tiles per CTA: the state of one must not leak into the next."""
@@ -292,7 +292,7 @@ def test_refuses_cpu_tensors_in_a_sentence():
     assert dict(explain(x, x, x))["gluon"].startswith("cannot: tensors are on cpu")
 
 
-@pytest.mark.parametrize("dim", gluon.DIMS)
+@pytest.mark.parametrize("dim", prefill_support.DIMS)
 def test_compiles_for_hopper_with_overlapped_products(dim):
     from tests.ops.compiled import compile_gluon
 

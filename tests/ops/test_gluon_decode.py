@@ -1,4 +1,4 @@
-"""The Gluon kernel for few queries: right on a Hopper card; elsewhere that it compiles as meant."""
+"""The Gluon decode kernel: results on a Hopper GPU; elsewhere its PTX, launches and refusals."""
 
 import os
 import re
@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from saccade.core import DenseKV, Mask, PagedKV, Span, Unsupported
 from saccade.ops import attend
-from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
@@ -24,7 +23,7 @@ TYPES = [torch.float16, torch.bfloat16]
 
 
 def paged(k, v, page, kv_lens=None):
-    """The same keys in pages in any order; pages and slots that are not used hold nan."""
+    """The same keys in pages in random order; unused pages and slots hold nan."""
     batch, heads, length, dim = k.shape
     count = -(-length // page)
     order = torch.randperm(batch * count + 3, device=k.device)[: batch * count]
@@ -35,8 +34,8 @@ def paged(k, v, page, kv_lens=None):
         for row in range(batch):
             stop = length if kv_lens is None else int(kv_lens[row])
             for i in range(-(-stop // page)):
-                held = x[row, :, i * page : min((i + 1) * page, stop)]
-                pool[table[row, i], :, : held.shape[1]] = held
+                part = x[row, :, i * page : min((i + 1) * page, stop)]
+                pool[table[row, i], :, : part.shape[1]] = part
             table[row, -(-stop // page) :] = -1
         pools.append(pool)
     if kv_lens is None:
@@ -61,7 +60,7 @@ SHAPES = [
 ]
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_the_card
 
     @pytest.mark.parametrize("page", [0, 16, 64])
@@ -84,8 +83,8 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("page", [0, 16, 64])
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=100, sinks=3)], ids=str)
-    def test_rows_of_different_length(self, page, mask):
-        """What lies behind the end of a row never matters, even if it is nan."""
+    def test_sequences_of_different_length(self, page, mask):
+        """Keys behind the end of a sequence never matter, even if they are nan."""
         k, v, q = random(3, 2, 2077, 128), random(3, 2, 2077, 128), random(3, 8, 2, 128)
         kv_lens = torch.tensor([2077, 0, 303], device="cuda")
         where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": mask}
@@ -99,8 +98,8 @@ class TestOnTheCard:
         assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
 
     @pytest.mark.parametrize("page", [16, 64])
-    def test_one_query_needs_no_place(self, page):
-        """The host knows the longest row alone; shorter ones end where the device says."""
+    def test_one_query_without_q_offset(self, page):
+        """The host knows the longest sequence only; kv_lens on the device end the shorter ones."""
         k, v, q = random(4, 2, 2077, 128), random(4, 2, 2077, 128), random(4, 8, 1, 128)
         kv_lens = torch.tensor([2077, 0, 303, 1], device="cuda")
         wide = DenseKV(k.double(), v.double())
@@ -118,7 +117,7 @@ class TestOnTheCard:
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
 
     def test_a_step_reads_what_the_step_before_wrote(self):
-        """Launches begin early: each output is the next query, and is written into the keys."""
+        """PDL starts kernels early: each output is the next query, and is written into the keys."""
         q, k, v = random(2, 8, 1, 64), random(2, 2, 9000, 64), random(2, 2, 9000, 64)
 
         def chain(ends):
@@ -155,7 +154,7 @@ def test_refuses_in_a_sentence(options, how, reason):
     assert reason in str(gluon_decode.refusal(call))
 
 
-def test_reads_few_queries_and_nothing_runs_without_a_card():
+def test_reads_few_queries_and_nothing_runs_without_a_gpu():
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     for view in (DenseKV(k, k), paged(k, k, 64)):
         call = make_call(q, view, mask=Mask(window=9, sinks=2))
@@ -169,38 +168,20 @@ def test_reads_few_queries_and_nothing_runs_without_a_card():
     assert not gluon_decode.reads(replace(call, kv=ring))
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    monkeypatch.setattr(gluon, "gluon_refusal", lambda device: None)
-    k, q = random(1, 2, 1024, 128, device="cpu"), random(1, 8, 4, 128, device="cpu")
-
-    def verdict(q, view, **mask):
-        return dict(dispatch.explain(make_call(q, view, mask=Mask(**mask))))["gluon"]
-
-    assert verdict(q[:, :, :2], DenseKV(k, k)) == "chosen"
-    assert verdict(q[:, :, :2], DenseKV(k, k), window=600) == "chosen"
-    assert verdict(q, paged(k, k, 16), window=600).endswith("dense keys of head_dim 128 alone")
-    assert verdict(q, paged(k, k, 16)) == "chosen"
-    said = verdict(q[:, :, :1], DenseKV(k[:, :, :33], k[:, :, :33]))
-    assert said.startswith("able, but for few") and said.endswith("here 33 and 4")
-    assert verdict(q, DenseKV(k, k)).endswith(
-        "up to 8 queries x heads of a group, here 1024 and 16"
-    )
-
-
 @pytest.mark.parametrize(
     ("batch", "keys", "queries", "mask", "kv_lens", "launch", "splits"),
     [
-        (1, 8192, 1, Mask(), False, "SHARED", 33),
-        (1, 2048, 1, Mask(), False, "SHORT", 16),
-        (1, 8192, 4, Mask(), False, "SHORT", 16),  # each part has twice the rows
-        (1, 32768, 1, Mask(window=1024), False, "SHORT", 16),
-        (16, 8192, 1, Mask(), False, "ALONE", 1),
-        (16, 8192, 1, Mask(), True, "SHARED", 2),  # rows of other lengths leave gaps
-        (64, 8192, 1, Mask(), False, "SHARED", 1),
-        (1, 64, 1, Mask(), False, "SHORT", 1),
+        (1, 8192, 1, Mask(), False, "split_kv", 33),
+        (1, 2048, 1, Mask(), False, "short_context", 16),
+        (1, 8192, 4, Mask(), False, "short_context", 16),  # each partial has twice the rows
+        (1, 32768, 1, Mask(window=1024), False, "short_context", 16),
+        (16, 8192, 1, Mask(), False, "single_cta", 1),
+        (16, 8192, 1, Mask(), True, "split_kv", 2),  # sequences of unequal lengths leave CTAs idle
+        (64, 8192, 1, Mask(), False, "split_kv", 1),
+        (1, 64, 1, Mask(), False, "short_context", 1),
     ],
 )
-def test_how_programs_share_the_card(
+def test_launch_and_number_of_splits(
     monkeypatch, batch, keys, queries, mask, kv_lens, launch, splits
 ):
     from saccade.ops.attention.nvidia.gluon.decode import launch as decode_launch
@@ -212,30 +193,32 @@ def test_how_programs_share_the_card(
     rows = torch.empty(batch, dtype=torch.int64, device="meta") if kv_lens else None
     problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, kv_lens=rows))
     found = decode_launch.launch_of(problem, 8, keys)
-    assert found == getattr(decode_launch, launch)[128]
+    assert found == decode_launch.LAUNCHES[f"128/{launch}"]
     assert decode_launch.splits_of(problem, 8, keys, found) == splits
 
 
-@pytest.mark.parametrize(("dim", "page", "held"), [(128, 0, 4), (128, 16, 16), (64, 16, 1)])
-def test_nothing_stands_between_memory_and_the_copies(dim, page, held):
-    """Copies by 16 bytes, whole matrices from shared memory, and barriers only at the end."""
+@pytest.mark.parametrize(("dim", "page_size", "rows"), [(128, 0, 4), (128, 16, 16), (64, 16, 1)])
+def test_no_barrier_of_the_cta_in_the_main_loop(dim, page_size, rows):
+    """cp.async of 16 bytes, ldmatrix for every fragment, and CTA barriers only at the end."""
     from tests.ops.compiled import compile_decode
 
-    found = compile_decode(dim, page, held)
+    found = compile_decode(dim, page_size, rows)
     ptx = found.asm["ptx"]
     loop = ptx[: ptx.rindex("cp.async.wait_group 0")]
     assert "cp.async.cg.shared.global" in loop and not re.search(r"^\s*bar\.sync", loop, re.M)
     assert len(re.findall(r"^\s*ldmatrix", ptx, re.M)) == dim // 8
-    assert len(re.findall(r"^\s*mma\.sync", ptx, re.M)) == dim // 8 * -(-held // 8)
+    assert len(re.findall(r"^\s*mma\.sync", ptx, re.M)) == dim // 8 * -(-rows // 8)
     assert not re.search(r"(ld|st)\.local", ptx)
     assert found.metadata.shared <= 227 * 1024
 
 
-def test_a_compiler_is_refused_before_anything_cached_is_asked(monkeypatch):
-    """Dynamo warns whoever compiles a model of every cache that it meets."""
+def test_torch_compile_is_refused_before_a_cached_function_is_called(monkeypatch):
+    """Dynamo warns about every functools.cache that it traces."""
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     call = make_call(q, DenseKV(k, k), mask=Mask())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(support, "_triton_version", lambda: pytest.fail("it asks a cache"))
+    monkeypatch.setattr(
+        support, "_triton_version", lambda: pytest.fail("a cached function was called")
+    )
     assert gluon.refusal(call) == "it has no torch.compile registration"
     assert support.gluon_refusal(torch.device("cuda")) == "it has no torch.compile registration"

@@ -317,16 +317,15 @@ def test_blocks_that_are_tiles_need_no_table(monkeypatch):
 @runs_kernels
 def test_registered_operator():
     """torch.library's own checks: schema, fake tensors, autograd registration."""
+    from saccade.ops.attention import operator
     from saccade.ops.attention.api import make_call
-    from saccade.ops.attention.nvidia.autograd import flatten, operator
-    from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, k, v = (
         torch.randn(1, h, 20, 16, device=DEVICE, requires_grad=True) for h in (2, 1, 1)
     )  # fmt: skip
-    problem = dense_problem(make_call(q, DenseKV(k, v), mask=Mask(window=9)))
+    call = make_call(q, DenseKV(k, v), mask=Mask(window=9))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operator(), flatten(problem), test_utils=tests)
+    torch.library.opcheck(operator.attention, operator.flatten(call, "triton"), test_utils=tests)
 
 
 @runs_kernels

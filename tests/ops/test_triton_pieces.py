@@ -72,7 +72,7 @@ def pairs(masks):
 def test_codes_are_written_out_by_pieces(monkeypatch, mask, extra):
     from saccade.ops.attention.nvidia import chunked as triton_pieces
 
-    monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
+    monkeypatch.setattr(triton_pieces, "CHUNK_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
     k, v, recent = torch.randn(2, 2, 80, 16), torch.randn(2, 2, 80, 16), torch.randn(2, 2, 23, 16)
     keys = coded(k, quantize_keys, 8, 16, False)
     values = coded(v, quantize_values, 4, 16, False)
@@ -105,7 +105,7 @@ def test_a_window_leaves_pieces_alone(monkeypatch):
     """Of a long history under a window only what it reaches is written out."""
     from saccade.ops.attention.nvidia import chunked as triton_pieces
 
-    monkeypatch.setattr(triton_pieces, "PIECE_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
+    monkeypatch.setattr(triton_pieces, "CHUNK_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
     written = []
     original = triton_pieces.write_out
     monkeypatch.setattr(

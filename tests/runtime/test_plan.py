@@ -13,7 +13,7 @@ import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend
-from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.attention.cpu import binding
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime import ContextParams
@@ -204,7 +204,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(not cpu.BUILT, reason="built without the C++ kernels")
+@pytest.mark.skipif(not binding.BUILT, reason="built without the C++ kernels")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_native_attention_within_5_percent(threads):
     """Of the high-water mark of a fresh process, whose kernels have allocated nothing yet."""

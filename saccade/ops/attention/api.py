@@ -20,7 +20,7 @@ from saccade.core import (
 from saccade.core.check import check_heads, check_optional, check_qkv, describe
 from saccade.core.formats import FP8
 from saccade.core.fp8 import qdata_of, scale_of
-from saccade.ops.attention import dispatch
+from saccade.ops.attention import dispatch, operator
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.varlen import check_cu_seqlens
 from saccade.ops.kv_write.hadamard import hadamard_transform
@@ -150,7 +150,11 @@ def attend(
         q_offset=q_offset,
         wants_lse=wants_lse,
     )
-    result = dispatch.choose(call, backend).run(call)
+    chosen = dispatch.choose(call, backend)
+    if operator.needed(call, chosen):
+        result = operator.run(call, backend)
+    else:
+        result = chosen.run(call)
     return AttentionOutput(hadamard_transform(result.out), result.lse) if kv.hadamard else result
 
 

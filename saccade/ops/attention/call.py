@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saccade.core import BlockSelection, KVView, Mask
+from saccade.core import BlockSelection, DenseKV, KVView, Mask
 from saccade.core.formats import FP8
+
+MANY_QUERIES = 16  # more of them than this is prefill, up to it decoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class AttentionCall:
         attn_mask: bool `[B | 1, H | 1, Lq, Lk]`, True = may be seen (for masks of other
             libraries that have no structure); intersected with everything else.
         wants_lse: the caller reads the lse.
+        training: whether gradients are needed; None: what autograd says of the tensors.
     """
 
     q: Tensor
@@ -40,6 +43,12 @@ class AttentionCall:
     attn_mask: Tensor | None = None
     wants_lse: bool = True
     q_scale: Tensor | None = None
+    training: bool | None = None
+
+    @property
+    def group_rows(self) -> int:
+        """Rows that share a KV head's keys: query heads of a group times queries."""
+        return self.num_groups * self.q.shape[2]
 
     @property
     def num_groups(self) -> int:
@@ -47,14 +56,21 @@ class AttentionCall:
         return self.q.shape[1] // self.kv.shape[1]
 
     @property
+    def is_plain_storage(self) -> bool:
+        """Whether slot i of dense storage holds position i."""
+        return isinstance(self.kv, DenseKV) and self.kv.is_plain
+
+    @property
     def is_plain(self) -> bool:
-        """Nothing but the Mask decides who sees whom, the same for every row of the batch."""
+        """Whether the Mask alone decides which pairs are visible, alike in all rows of a batch."""
         extras = (self.key_padding, self.kv_lens, self.cu_seqlens, self.blocks, self.attn_mask)
         return isinstance(self.q_offset, int) and all(extra is None for extra in extras)
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd will ask for gradients."""
+        """Whether gradients will be asked for."""
+        if self.training is not None:
+            return self.training
         if not torch.is_grad_enabled():
             return False
         parts = (self.q, getattr(self.kv, "k", None), getattr(self.kv, "v", None), self.sink_logits)

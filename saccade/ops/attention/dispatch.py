@@ -1,28 +1,37 @@
-"""Which backend computes a call: an explicit one never falls back, `auto` takes the first able.
+"""Who computes a call: an explicit backend never falls back, `auto` takes the first that can.
 
-The order is AUTO_ORDER, behind what a measured rule puts first on this kind of GPU (rules.py).
+`auto` asks in AUTO_ORDER, behind what a measured rule puts first on this GPU (rules.py).  This is
+the only place where that is decided; the backend that is chosen runs its own kernels and no other's.
 
-Adding a backend is one file with `refusal(call)` and `run(call)` and one line in BACKENDS.  A
-backend's module is imported here, so it imports what is heavy (Triton) only to run.
+Adding a backend is one module with `refusal(call)` and `run(call)` and one line in BACKENDS; with
+`forward` and `backward` it is differentiable too.  A backend's module is imported here, so it
+imports what is heavy (Triton) only to run.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from saccade.core import AttentionOutput, Unsupported
 from saccade.ops.attention import reference, rules, tiled
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend as cpu
-from saccade.ops.attention.nvidia import gluon_backend as gluon
-from saccade.ops.attention.nvidia import gluon_fp8_backend as gluon_fp8
-from saccade.ops.attention.nvidia import triton_backend as triton
-from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
-from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_codes
+from saccade.ops.attention.nvidia import (
+    gluon_backend,
+    gluon_fp8_backend,
+    gluon_triton_backend,
+    triton_backend,
+)
 from saccade.ops.attention.sdpa import backend as sdpa
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("gluon", "triton", "cpu", "sdpa", "gluon_fp8", "tiled")
+AUTO_ORDER = ("gluon", "gluon_triton", "triton", "cpu", "sdpa", "gluon_fp8", "tiled")
+
+# Backends that `auto` takes only where a rule names them, though they can do more.
+ONLY_MEASURED = ("gluon", "gluon_triton")
 
 
 class Backend(Protocol):
@@ -33,31 +42,35 @@ class Backend(Protocol):
         ...
 
     def run(self, call: AttentionCall) -> AttentionOutput:
-        """Compute the call."""
+        """Compute a call that `refusal` accepts."""
         ...
 
 
-class Measurer(Protocol):
-    """What a module offers whose kernel was measured on calls that no rule describes."""
+@runtime_checkable
+class Differentiable(Protocol):
+    """What a backend offers whose gradients are kernels of its own, over plain dense keys."""
 
-    def unmeasured(self, call: AttentionCall) -> str | None:
-        """Why `auto` leaves a call to others, or None."""
+    def forward(self, call: AttentionCall) -> AttentionOutput:
+        """Output and lse of a call, both always filled."""
+        ...
+
+    def backward(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dq, dk, dv, delta), delta being rowsum(dout * out) - dlse, float32 `[B, H, Lq]`."""
         ...
 
 
 BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "tiled": tiled,
-    "triton": triton,
-    "gluon": gluon,
-    "gluon_fp8": gluon_fp8,
+    "triton": triton_backend,
+    "gluon": gluon_backend,
+    "gluon_triton": gluon_triton_backend,
+    "gluon_fp8": gluon_fp8_backend,
     "cpu": cpu,
     "sdpa": sdpa,
 }
-
-
-# Backends that `auto` takes only where a rule names them, though they can do more.
-ONLY_MEASURED = ("gluon",)
 
 
 def load(name: str) -> Backend:
@@ -72,28 +85,56 @@ def load(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def choose(call: AttentionCall, backend: str) -> Backend:
+def choose(call: AttentionCall, name: str) -> Backend:
     """The backend that will run the call.
 
     Raises:
         ValueError: no such backend.
         Unsupported: the named backend cannot run this call.
     """
-    if backend != "auto":
-        chosen = load(backend)
-        reason = chosen.refusal(call)
-        if reason is not None:
-            raise Unsupported(
-                f'attention(backend="{backend}") cannot run this call: {reason}. '
-                'Use backend="auto" or "tiled".'
-            )
-        return chosen
-    rule = rules.preferred(call)
+    return load(_auto(call) if name == "auto" else _named(call, name))
+
+
+def differentiable(call: AttentionCall, name: str) -> Differentiable:
+    """The backend for a call inside an operator; "auto" means the first that has gradients."""
+    chosen = load(_auto(call, tuple(_DIFFERENTIABLE)) if name == "auto" else name)
+    assert isinstance(chosen, Differentiable), "the call was checked before it became an operator"
+    return chosen
+
+
+_DIFFERENTIABLE = [
+    name for name, backend in BACKENDS.items() if isinstance(backend, Differentiable)
+]
+
+
+def _named(call: AttentionCall, name: str) -> str:
+    reason = load(name).refusal(call)
+    if reason is not None:
+        raise Unsupported(
+            f'attention(backend="{name}") cannot run this call: {reason}. '
+            'Use backend="auto" or "tiled".'
+        )
+    return name
+
+
+def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
+    rule = preferred(call)
     for name in _asked(rule):
-        candidate = load(name)
-        if candidate.refusal(call) is None and not _passed_over(name, rule, call):
-            return candidate
+        taken = name in among and not _passed_over(name, rule)
+        if taken and load(name).refusal(call) is None:
+            return name
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
+
+
+def preferred(call: AttentionCall) -> rules.Rule | None:
+    """The first rule that fits the call; inside torch.compile none, which would add guards."""
+    if call.q.device.type == "cpu" or torch.compiler.is_compiling():
+        return None
+    found = rules.rules_for(call.q.device)
+    for rule in found.fitting(rules.facts_of(call)) if found.rules else ():
+        if not rule.kernel or sdpa.kernel_of(call) == rule.kernel:
+            return rule
+    return None
 
 
 def _asked(rule: rules.Rule | None) -> tuple[str, ...]:
@@ -102,41 +143,15 @@ def _asked(rule: rules.Rule | None) -> tuple[str, ...]:
     return (*first, *(name for name in AUTO_ORDER if name not in first))
 
 
-def _passed_over(name: str, rule: rules.Rule | None, call: AttentionCall) -> bool:
+def _passed_over(name: str, rule: rules.Rule | None) -> bool:
     """Whether `auto` leaves out a backend that could run the call."""
-    if name not in ONLY_MEASURED:
-        return False
-    measurer = _measurer(call)
-    if measurer is not None:
-        return measurer.unmeasured(call) is not None
-    return rule is None or name not in rule.order
-
-
-def _unmeasured(name: str, call: AttentionCall) -> str:
-    """Why `_passed_over` says so."""
-    measurer = _measurer(call)
-    reason = None if measurer is None else measurer.unmeasured(call)
-    return reason or rules.unmeasured(name, call)
-
-
-def _measurer(call: AttentionCall) -> Measurer | None:
-    """Who measured calls like this one; rules are about many queries over plain keys alone."""
-    if gluon_codes.reads(call.kv):
-        return gluon_codes
-    return gluon_decode if gluon_decode.reads(call) else None
-
-
-def _chosen(name: str, rule: rules.Rule | None) -> str:
-    """The verdict for the backend that `auto` takes, with the measurement where one decided."""
-    if rule is None or name not in rule.order:
-        return "chosen"
-    return f"chosen: {rule.why} ({rule.source})"
+    return name in ONLY_MEASURED and (rule is None or name not in rule.order)
 
 
 def explain(call: AttentionCall) -> list[tuple[str, str]]:
-    """(backend, verdict) for each backend, in the order `auto` asks them."""
+    """(backend, verdict) for each backend, in the order in which `auto` asks them."""
     lines: list[tuple[str, str]] = []
-    rule = rules.preferred(call)
+    rule = preferred(call)
     asked, taken = _asked(rule), False
     for name in (*asked, *(n for n in BACKENDS if n not in asked)):
         reason = load(name).refusal(call)
@@ -144,11 +159,19 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
             verdict = f"cannot: {reason}"
         elif name not in asked:
             verdict = "able, but only by name: it materialises the scores"
-        elif _passed_over(name, rule, call):
-            verdict = f"able, but {_unmeasured(name, call)}"
+        elif _passed_over(name, rule):
+            found = rules.rules_for(call.q.device)
+            verdict = f"able, but {found.unmeasured(name, rules.facts_of(call))}"
         elif taken:
             verdict = "able, slower here"
         else:
             verdict, taken = _chosen(name, rule), True
         lines.append((name, verdict))
     return lines
+
+
+def _chosen(name: str, rule: rules.Rule | None) -> str:
+    """The verdict for the backend that `auto` takes, with the measurement where one decided."""
+    if rule is None or name not in rule.order:
+        return "chosen"
+    return f"chosen: {rule.why} ({rule.source})"

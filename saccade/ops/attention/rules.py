@@ -1,43 +1,37 @@
-"""Which backend is asked first, by measurement: rules per architecture, as data.
+"""Which backend is fastest for which calls: measured rules per GPU architecture, pure data.
 
-`measured/backends/ARCHITECTURE.json` lists rules; the first one that fits a call says which
-backends stand before the usual order.  A rule is one line: conditions, the order, why, and the
-record that shows it.  Architectures without a file, and calls that no rule fits, have the usual
-order.
+`ops/tuning/measured/backends/ARCHITECTURE.json` lists rules; the first one that fits a call says
+which backends `dispatch` puts before its usual order.  A rule is one line: conditions, the order,
+why, and the record that shows it.  Architectures without a file, and calls that no rule fits, have
+the usual order.  Nothing here asks a backend: what a rule needs to know of a call are its `Facts`.
 
 cuDNN is a special case.  It builds a plan for every new shape, 50 to 70 milliseconds of the host's
 time, while a call saves microseconds to a few milliseconds.  Where lengths change from call to
 call that never pays, and `auto` cannot know.  So a rule prefers it only where the plan is paid
 back within 16 calls of one shape (one pass over the layers of a small model), or within 64 for
-training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always to be had.
-
-The Triton backend asks the same rules which of its kernels compute what a call that trains needs
-(`attend/gluon/training.py`), since what was measured about a kernel is a fact wherever it runs.
+training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always available.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from saccade.core import BadInput, DenseKV, PagedKV
+from saccade.core import BadInput, DenseKV, GrowingKV, PagedKV, QuantizedKV
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.nvidia import triton_backend as triton
-from saccade.ops.attention.sdpa import backend as sdpa
 from saccade.ops.gpu.support import architecture
 
-SCHEMA = "saccade.order/1"
+SCHEMA = "saccade.rules/2"
 FOLDER = Path(__file__).parents[1] / "tuning" / "measured" / "backends"
 PATTERNS = ("causal", "all", "window")
-ROWS = ("even", "packed", "lengths", "pages")
-WIDEST = 4096
-KERNELS_OF = {"sdpa": sdpa, "triton": triton}  # backends that say which kernels a call would get
+STORAGE = ("dense", "packed", "kv_lens", "pages", "ring", "quantized")
+LARGEST = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,150 +39,162 @@ class Facts:
     """What rules ask of a call.
 
     Attributes:
-        pattern: of PATTERNS.
+        head_dim: of queries and keys.
+        pattern: of PATTERNS; a window that holds every key is none.
         training: whether gradients will be asked for.
-        queries, keys: of a row; rows: batch x heads x queries.
-        kind: of ROWS, or another view's name, for which nothing was measured.
+        storage: of STORAGE, how keys are stored: rows of one length, sequences packed by
+            cu_seqlens, rows with kv_lens of their own, pages, a ring's spans, quantized; or the
+            name of another view, for which nothing was measured.
+        queries, keys: of a row, or of a packed sequence on average.
+        rows: batch x heads x queries.
+        group_rows: rows that share a KV head's keys: query heads of a group x queries.
     """
 
     head_dim: int
     pattern: str
     training: bool
+    storage: str
     queries: int
     keys: int
     rows: int
-    kind: str = "even"
+    group_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A measured fact: calls like this, and who computes them fastest.
+    """A measured fact: calls like this, and which backends compute them fastest.
 
     Attributes:
         order: backends, fastest first.
         why: what was measured, as a clause; source: the record under benchmarks/results.
-        kernel: what was measured as the first backend of the order, and the rule needs it to be
-            had: which of PyTorch's kernels as "sdpa", whose gradients as "triton".
-        head_dim: smallest and largest head dimension; pattern: of PATTERNS.
-        training: whether gradients will be asked for.
+        kernel: which of PyTorch's kernels `sdpa` has to get (only for an order that begins with
+            it).
+        head_dim: smallest and largest head dimension.
+        pattern, storage, training: as in Facts.
         square: as many queries as keys.
-        rows: of ROWS, how keys are stored: rows of one length, packed documents, rows of their
-            own lengths, pages.
-        min_keys, max_keys: of a row, or of a document on average; min_rows: batch x heads x
-            queries; min_queries: of a row, fewer being steps of decoding.
+        queries, keys, rows, group_rows: smallest and largest number, both included.
     """
 
     order: tuple[str, ...]
     why: str
     source: str
     kernel: str = ""
-    head_dim: tuple[int, int] = (1, WIDEST)
+    head_dim: tuple[int, int] = (1, LARGEST)
     pattern: tuple[str, ...] = PATTERNS
+    storage: tuple[str, ...] = ("dense",)
     training: bool = False
     square: bool = False
-    rows: tuple[str, ...] = ("even",)
-    min_keys: int = 0
-    max_keys: int | None = None
-    min_rows: int = 0
-    min_queries: int = triton.MANY_QUERIES + 1
+    queries: tuple[int, int] = (1, LARGEST)
+    keys: tuple[int, int] = (1, LARGEST)
+    rows: tuple[int, int] = (1, LARGEST)
+    group_rows: tuple[int, int] = (1, LARGEST)
 
-    def fits(self, call: AttentionCall) -> bool:
-        """Whether the call is one of those that were measured."""
-        if not self.covers(facts_of(call)):
-            return False
-        return not self.kernel or KERNELS_OF[self.order[0]].kernel_of(call) == self.kernel
+    def fits(self, facts: Facts) -> bool:
+        """Whether a call is one of those that were measured, its kernel apart."""
+        return self.fits_kind(facts) and not any(self.misses(facts))
 
-    def covers(self, facts: Facts) -> bool:
-        """Whether pattern and size are those of what was measured."""
-        return self.fits_shape(facts) and self.fits_size(facts)
-
-    def fits_shape(self, facts: Facts) -> bool:
+    def fits_kind(self, facts: Facts) -> bool:
         """Whether everything but the size fits."""
         return (
             self.head_dim[0] <= facts.head_dim <= self.head_dim[1]
             and facts.pattern in self.pattern
             and facts.training == self.training
             and (not self.square or facts.queries == facts.keys)
-            and facts.kind in self.rows
+            and facts.storage in self.storage
         )
 
-    def fits_size(self, facts: Facts) -> bool:
-        """Whether it is as long, and fills a card as much, as what was measured."""
-        longest = self.max_keys is None or facts.keys <= self.max_keys
-        enough = self.min_rows <= facts.rows and self.min_queries <= facts.queries
-        return self.min_keys <= facts.keys and longest and enough
+    def misses(self, facts: Facts) -> Iterator[str]:
+        """What of a call's size lies outside of what was measured, each as a clause."""
+        for name in ("queries", "keys", "rows", "group_rows"):
+            low, high = getattr(self, name)
+            value = getattr(facts, name)
+            if value < low:
+                yield f"from {low} {_UNITS[name]} on, here {value}"
+            elif value > high:
+                yield f"up to {high} {_UNITS[name]}, here {value}"
 
 
-def rules_for(device: torch.device) -> tuple[Rule, ...]:
-    """The rules of a device, () where nothing was measured."""
-    return () if device.type != "cuda" else rules(architecture(device))
+_UNITS = {
+    "queries": "queries a row",
+    "keys": "keys",
+    "rows": "rows (batch x heads x queries)",
+    "group_rows": "rows of a group (query heads of a KV head x queries)",
+}
 
 
-def preferred(call: AttentionCall) -> Rule | None:
-    """The first rule that fits the call; inside torch.compile none, which would add guards."""
-    if call.q.device.type == "cpu" or torch.compiler.is_compiling():
-        return None
-    # Rows are asked first: steps of decoding, most calls and in a hurry, end there.
-    rows = call.q.shape[0] * call.q.shape[1] * call.q.shape[2]
-    found = rules_for(call.q.device)
-    return next((rule for rule in found if rule.min_rows <= rows and rule.fits(call)), None)
+class RuleSet:
+    """The rules of one architecture, in their order; which ones fit is remembered per Facts."""
+
+    def __init__(self, rules: Iterable[Rule] = ()) -> None:
+        self.rules = tuple(rules)
+        self._fitting: dict[Facts, tuple[Rule, ...]] = {}
+
+    def fitting(self, facts: Facts) -> tuple[Rule, ...]:
+        """Those rules that fit a call."""
+        found = self._fitting.get(facts)
+        if found is None:
+            found = tuple(rule for rule in self.rules if rule.fits(facts))
+            self._fitting[facts] = found
+        return found
+
+    def unmeasured(self, name: str, facts: Facts) -> str:
+        """Why `auto` passes over a backend that it takes only where it was measured to win."""
+        near = [rule for rule in self.rules if name in rule.order and rule.fits_kind(facts)]
+        if not near:
+            return "it was measured to win only for other calls"
+        fewest = min((list(rule.misses(facts)) for rule in near), key=len)
+        return f"it was measured to win only {'; '.join(fewest)}"
 
 
-def unmeasured(name: str, call: AttentionCall) -> str:
-    """Why a backend that runs only where it was measured is passed over."""
-    facts = facts_of(call)
-    near = [r for r in rules_for(call.q.device) if name in r.order and r.fits_shape(facts)]
-    if not near:
-        return "it was measured to win only for other calls"
-    if facts.queries < near[0].min_queries:
-        return f"it was measured to win only from {near[0].min_queries} queries a row"
-    return (
-        f"it was measured to win only from {near[0].min_keys} keys and {near[0].min_rows} rows "
-        f"(batch x heads x queries), here {facts.keys} and {facts.rows}"
-    )
+NO_RULES = RuleSet()
+
+
+def rules_for(device: torch.device) -> RuleSet:
+    """The rules of a device, NO_RULES where nothing was measured."""
+    return NO_RULES if device.type != "cuda" else rules(architecture(device))
 
 
 def facts_of(call: AttentionCall) -> Facts:
     """What rules ask of a call."""
-    mask = call.mask
-    facts = facts_about(
-        call.q, call.kv.shape[2], mask.causal, mask.window, training=call.needs_grad
+    batch, heads, queries, dim = call.q.shape
+    sequences = 1 if call.cu_seqlens is None else max(1, len(call.cu_seqlens[1]) - 1)
+    keys, mask = call.kv.shape[2], call.mask
+    pattern = "all"
+    if mask.causal:
+        pattern = "causal" if mask.window is None or mask.window >= keys else "window"
+    return Facts(
+        head_dim=dim,
+        pattern=pattern,
+        training=call.needs_grad,
+        storage=storage_of(call),
+        queries=queries,
+        keys=keys // sequences,
+        rows=batch * heads * queries,
+        group_rows=call.group_rows,
     )
-    return replace(facts, kind=kind_of_rows(call), keys=keys_of(call))
 
 
-def kind_of_rows(call: AttentionCall) -> str:
-    """One of ROWS, or another view's name, for which nothing was measured."""
+def storage_of(call: AttentionCall) -> str:
+    """One of STORAGE, or another view's name, for which nothing was measured."""
     if call.cu_seqlens is not None:
         return "packed"
     if isinstance(call.kv, PagedKV):
         return "pages"
+    if isinstance(call.kv, QuantizedKV | GrowingKV):
+        return "quantized"
     if not isinstance(call.kv, DenseKV):
         return type(call.kv).__name__
+    if not call.kv.is_plain:
+        return "ring"
     even = call.kv_lens is None and isinstance(call.q_offset, int)
-    return "even" if even else "lengths"
-
-
-def keys_of(call: AttentionCall) -> int:
-    """Keys of a row; of packed documents on average, which the host knows without asking."""
-    documents = 1 if call.cu_seqlens is None else max(1, len(call.cu_seqlens[1]) - 1)
-    return call.kv.shape[2] // documents
-
-
-def facts_about(q: Tensor, keys: int, causal: bool, window: int | None, *, training: bool) -> Facts:
-    """What rules ask, of queries `[B, H, Lq, D]`; a window that holds every key is none."""
-    batch, heads, queries, dim = q.shape
-    pattern = "all"
-    if causal:
-        pattern = "causal" if window is None or window >= keys else "window"
-    return Facts(dim, pattern, training, queries, keys, batch * heads * queries)
+    return "dense" if even else "kv_lens"
 
 
 @cache
-def rules(arch: str) -> tuple[Rule, ...]:
-    """The rules in the package's file of an architecture, () where there is none."""
+def rules(arch: str) -> RuleSet:
+    """The rules in the package's file of an architecture, none where it has no file."""
     path = FOLDER / f"{arch}.json"
-    return read(path) if path.exists() else ()
+    return RuleSet(read(path)) if path.exists() else NO_RULES
 
 
 def read(path: Path) -> tuple[Rule, ...]:
@@ -219,14 +225,25 @@ def _rule(row: dict[str, Any]) -> Rule:
         if name not in known:
             raise ValueError(f"unknown condition {name!r}; there are {', '.join(known)}")
     parts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    for name in ("head_dim", "queries", "keys", "rows", "group_rows"):
+        if name in parts:
+            parts[name] = _range(name, parts[name])
     made = Rule(**parts)
-    if made.kernel and made.order[:1] not in {(name,) for name in KERNELS_OF}:
-        raise ValueError(f"kernel needs an order that begins with {' or '.join(KERNELS_OF)}")
+    if made.kernel and made.order[:1] != ("sdpa",):
+        raise ValueError("kernel needs an order that begins with sdpa")
     strange = [name for name in made.pattern if name not in PATTERNS]
-    strange += [name for name in made.rows if name not in ROWS]
-    if strange or not made.order or len(made.head_dim) != 2:
+    strange += [name for name in made.storage if name not in STORAGE]
+    if strange or not made.order:
         raise ValueError(
-            f"pattern takes {', '.join(PATTERNS)}, rows {', '.join(ROWS)}; order needs a backend "
-            "and head_dim two numbers"
+            f"pattern takes {', '.join(PATTERNS)}, storage {', '.join(STORAGE)}; order needs a "
+            "backend"
         )
     return made
+
+
+def _range(name: str, given: object) -> tuple[int, int]:
+    """[smallest, largest] with null for no limit."""
+    if not isinstance(given, tuple) or len(given) != 2:
+        raise ValueError(f"{name} must be [smallest, largest], null for no limit, got {given!r}")
+    low, high = given
+    return 1 if low is None else int(low), LARGEST if high is None else int(high)

@@ -33,7 +33,7 @@ def block_lists_of(
             r // groups.
         k_block: keys of a key tile.
     """
-    if problem.allowed is None:
+    if problem.block_mask is None:
         return BlockLists()
     first = torch.arange(0, tiles * block_m, block_m, device=problem.q.device)
     same = groups == 1 and (block_m, k_block) == (problem.q_block, problem.k_block)
@@ -94,15 +94,15 @@ def _classes(
         whole = whole & ((k0 > last - problem.window) | (k1 <= problem.sinks))
     if problem.kv_lens is not None:
         whole = whole & (k0 + k_block <= problem.kv_lens.view(-1, 1, 1, 1))
-    if problem.padding is not None or problem.foreign is not None:
+    if problem.key_padding is not None or problem.attn_mask is not None:
         whole = torch.zeros_like(whole)
     return touched.to(torch.uint8) + (touched & filled & whole)
 
 
 def _positions(problem: Problem, index: Tensor) -> Tensor:
     """Positions of queries, `[1 | B, 1, q tiles, 1]`."""
-    if problem.offsets is not None:
-        return index[None, None] + problem.offsets.view(-1, 1, 1, 1)
+    if problem.q_offsets is not None:
+        return index[None, None] + problem.q_offsets.view(-1, 1, 1, 1)
     return (index + problem.q_offset)[None, None]
 
 
@@ -114,7 +114,7 @@ def _coverage(
     Args:
         same_tiles: blocks are tiles.
     """
-    allowed = problem.allowed
+    allowed = problem.block_mask
     assert allowed is not None
     rows, columns = len(q0), k0.shape[1]
     if same_tiles:

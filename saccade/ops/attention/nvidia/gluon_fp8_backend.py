@@ -37,6 +37,8 @@ def _problem_refusal(call: AttentionCall, qdata: DenseKV) -> str | None:
     reason = score_refusal(call)
     if reason is not None:
         return reason
+    if call.needs_grad:
+        return "it has no gradient"
     assert isinstance(call.q_offset, int)
     if call.q_offset < 0 or call.q_offset + call.q.shape[2] > call.kv.shape[2]:
         return f"queries at {call.q_offset} onwards do not all have a key of their own"

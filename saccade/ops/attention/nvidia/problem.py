@@ -1,8 +1,8 @@
-"""Problem: an attention call over dense keys, flat, as an operator of torch.library takes it."""
+"""Problem: an attention call as the launchers of GPU kernels read it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,34 +14,96 @@ from saccade.ops.gpu.launching import unit_rows
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Tensors, optional tensors and plain numbers; see AttentionCall for their meaning."""
+    """A call with its storage: unit last strides, one kv_lens for all ways to say it.
 
+    Attributes:
+        call: what is computed; the properties below read from it.
+        q: `[B, H, Lq, D]`; k, v: storage in the layout of the call's view.
+        kv_lens: int32 or int64 `[B]` or `[B, Hkv]`, keys of each row, None where all have
+            `num_keys`.
+        q_offsets: int64 `[B]`, position of each row's first query; None: `q_offset` for all.
+        block_mask: bool `[B | 1, Hkv | 1, q blocks, k blocks]` of `q_block` x `k_block`, the
+            blocks that are computed; None for all.
+    """
+
+    call: AttentionCall
     q: Tensor
     k: Tensor
     v: Tensor
-    sink_logits: Tensor | None
-    slopes: Tensor | None
-    padding: Tensor | None
     kv_lens: Tensor | None
-    offsets: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
-    allowed: Tensor | None
-    foreign: Tensor | None
-    causal: bool
-    window: int | None
-    sinks: int
-    scale: float
-    softcap: float | None
-    q_offset: int
-    q_block: int
-    k_block: int
-    num_keys: int
+    q_offsets: Tensor | None
+    block_mask: Tensor | None
+
+    @property
+    def sink_logits(self) -> Tensor | None:
+        return self.call.sink_logits
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        return self.call.alibi_slopes
+
+    @property
+    def key_padding(self) -> Tensor | None:
+        return self.call.key_padding
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        return self.call.attn_mask
+
+    @property
+    def cu_q(self) -> Tensor | None:
+        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[0]
+
+    @property
+    def cu_k(self) -> Tensor | None:
+        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[1]
+
+    @property
+    def causal(self) -> bool:
+        return self.call.mask.causal
+
+    @property
+    def window(self) -> int | None:
+        return self.call.mask.window
+
+    @property
+    def sinks(self) -> int:
+        return self.call.mask.sinks
+
+    @property
+    def scale(self) -> float:
+        return self.call.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.call.softcap
+
+    @property
+    def q_offset(self) -> int:
+        """Position of the first query; 0 where `q_offsets` says it."""
+        return self.call.q_offset if isinstance(self.call.q_offset, int) else 0
+
+    @property
+    def q_block(self) -> int:
+        return 1 if self.call.blocks is None else self.call.blocks.q_block
+
+    @property
+    def k_block(self) -> int:
+        return 1 if self.call.blocks is None else self.call.blocks.k_block
+
+    @property
+    def num_keys(self) -> int:
+        """Positions of the view: the last key of the longest row, plus one."""
+        return self.call.kv.shape[2]
 
     @property
     def raw(self) -> bool:
         """Scores are plain products: the kernels fold scale and log2(e) into one multiply-add."""
-        return self.softcap is None and self.slopes is None and self.scale > 0
+        return self.softcap is None and self.alibi_slopes is None and self.scale > 0
+
+    def without_blocks(self) -> Problem:
+        """The same problem over all blocks, for kernels whose block lists already say which."""
+        return self if self.block_mask is None else replace(self, block_mask=None)
 
 
 def paged_kv_lens(call: AttentionCall) -> Tensor:
@@ -53,31 +115,15 @@ def paged_kv_lens(call: AttentionCall) -> Tensor:
 
 def problem_of(call: AttentionCall, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Problem:
     """The Problem of a call whose keys and values are stored in `k` and `v`, whatever the view."""
-    whole = isinstance(call.q_offset, int)
-    blocks = call.blocks
-    cu_q, cu_k = (None, None) if call.cu_seqlens is None else call.cu_seqlens
+    offset = call.q_offset
     return Problem(
+        call=call,
         q=unit_rows(call.q),
         k=k,
         v=v,
-        sink_logits=call.sink_logits,
-        slopes=call.alibi_slopes,
-        padding=call.key_padding,
         kv_lens=kv_lens,
-        offsets=None if whole else call.q_offset.contiguous(),  # type: ignore[union-attr]
-        cu_q=cu_q,
-        cu_k=cu_k,
-        allowed=None if blocks is None else blocks.allowed,
-        foreign=call.attn_mask,
-        causal=call.mask.causal,
-        window=call.mask.window,
-        sinks=call.mask.sinks,
-        scale=call.scale,
-        softcap=call.softcap,
-        q_offset=call.q_offset if whole else 0,  # type: ignore[arg-type]
-        q_block=1 if blocks is None else blocks.q_block,
-        k_block=1 if blocks is None else blocks.k_block,
-        num_keys=call.kv.shape[2],
+        q_offsets=None if isinstance(offset, int) else offset.contiguous(),
+        block_mask=None if call.blocks is None else call.blocks.allowed,
     )
 
 

@@ -1,19 +1,22 @@
-"""Attention by Triton kernels on NVIDIA GPUs: forward, backward and decoding, over every view.
+"""Backend `triton`: Triton kernels on NVIDIA GPUs from Ampere on, over every view.
 
-This module is what the chooser loads, on any machine, so it imports Triton only to run.
+Prefill, decoding (split-KV), gradients, quantized keys.  This module is loaded on any machine, so it
+imports Triton only to run.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
-from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
+from saccade.ops.attention.nvidia import chunked
+from saccade.ops.attention.nvidia.problem import dense_problem
 from saccade.ops.gpu.support import triton_refusal
 
 MAX_DIM = 512
 MAX_SPANS = 4
-MANY_QUERIES = 16  # more of them than this is prefill
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,15 +36,6 @@ def refusal(call: AttentionCall) -> str | None:
     return _view_refusal(call)
 
 
-def kernel_of(call: AttentionCall) -> str:
-    """Whose kernels compute the gradients of a call that `refusal` accepts: "gluon" or "triton"."""
-    from saccade.ops.attention.nvidia import training as gluon_training
-    from saccade.ops.attention.nvidia.problem import dense_problem
-
-    able = gluon_training.gradient_refusal(dense_problem(call)) is None
-    return "gluon" if able else "triton"
-
-
 def _view_refusal(call: AttentionCall) -> str | None:
     kv = call.kv
     plain = isinstance(kv, DenseKV) and kv.is_plain
@@ -58,33 +52,45 @@ def _view_refusal(call: AttentionCall) -> str | None:
         kv = kv.stored
     if isinstance(kv, QuantizedKV):
         if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
-            return f"quantised keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
+            return f"quantized keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):
         return f"it does not know views of type {type(kv).__name__}"
     return None
 
 
 def run(call: AttentionCall) -> AttentionOutput:
-    """Attention by the kernel that suits the call: prefill, decoding, or one with a gradient."""
+    """Attention by the kernel that suits the call: prefill, decoding, or prefill by chunks."""
+    many = call.q.shape[2] > MANY_QUERIES
     if isinstance(call.kv, DenseKV) and call.kv.is_plain:
-        from saccade.ops.attention.nvidia.problem import dense_problem
-
-        if call.needs_grad or torch.compiler.is_compiling():
-            from saccade.ops.attention.nvidia.autograd import attend
-
-            return attend(dense_problem(call))
-        if call.q.shape[2] > MANY_QUERIES or call.cu_seqlens is not None:
-            from saccade.ops.attention.nvidia.triton.launch import forward
-
-            problem = dense_problem(call)
-            # Laid out as the queries are, which models turn into rows of tokens without a copy.
-            same = problem.q.shape[3] == problem.v.shape[3]
-            return forward(problem, torch.empty_like(problem.q) if same else None)
-    elif call.q.shape[2] > MANY_QUERIES:
-        from saccade.ops.attention.nvidia.chunked import run_pieces, suits
-
-        if suits(call):
-            return run_pieces(call)
+        if many or call.cu_seqlens is not None:
+            return _prefill(call)
+    elif many and chunked.suits(call):
+        return chunked.run(call, _prefill)
     from saccade.ops.attention.nvidia.triton.split_kv import run_view
 
     return run_view(call)
+
+
+def forward(call: AttentionCall) -> AttentionOutput:
+    """Output and lse of a call over plain dense keys, as `backward` needs them."""
+    from saccade.ops.attention.nvidia.triton import launch
+
+    return launch.forward(dense_problem(call))
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv, delta): the same bits every time."""
+    from saccade.ops.attention.nvidia.triton import launch
+
+    return launch.backward(dense_problem(call), out, lse, dout, dlse)
+
+
+def _prefill(call: AttentionCall) -> AttentionOutput:
+    from saccade.ops.attention.nvidia.triton import launch
+
+    problem = dense_problem(call)
+    # Laid out as the queries are, which models transpose into rows of tokens without a copy.
+    same = problem.q.shape[3] == problem.v.shape[3]
+    return launch.forward(problem, torch.empty_like(problem.q) if same else None)

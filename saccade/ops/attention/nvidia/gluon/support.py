@@ -16,8 +16,6 @@ def score_refusal(call: AttentionCall) -> str | None:
         return "it knows no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
-    if call.needs_grad:
-        return "it has no gradient"
     return None
 
 
@@ -27,7 +25,7 @@ def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]
         if x.shape[3] not in dims or x.shape[3] != tensors[0].shape[3]:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, dims))}"
         if not copyable(x):
-            return "the copy engine needs rows at distinct multiples of 16 bytes"
+            return "TMA needs rows at distinct multiples of 16 bytes"
     if any(x.numel() == 0 for x in tensors):
         return "there are no queries or no keys"
     return None

@@ -34,7 +34,7 @@ def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
     if out.numel() == 0:
         return AttentionOutput(out, lse)
     table = tuning.FORWARD if problem.window is None else tuning.FORWARD_SHORT
-    table = table if problem.allowed is None else tuning.FORWARD_LISTED
+    table = table if problem.block_mask is None else tuning.FORWARD_LISTED
     launch = tuning.pick(table, q, max(dim, value_dim))
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_m, by_keys=False)
     tma = _use_tma(launch, k, v)
@@ -168,7 +168,7 @@ def seqlen_info_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Seql
         strides = (0, 0)
         if kv_lens is not None:
             strides = (kv_lens.stride(0), kv_lens.stride(1) if kv_lens.ndim == 2 else 0)
-        return SeqlenInfo(problem.offsets, kv_lens, *strides), cdiv(length, block)
+        return SeqlenInfo(problem.q_offsets, kv_lens, *strides), cdiv(length, block)
     cu = problem.cu_k if by_keys else problem.cu_q
     last = (cu[1:] - cu[:-1] + block - 1).div(block, rounding_mode="floor").cumsum(0)
     total = problem.num_keys if by_keys else problem.q.shape[2]
@@ -184,16 +184,16 @@ def seqlen_info_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Seql
 
 def mask_args_of(problem: Problem) -> MaskArgs:
     """Everything but causality that decides who sees whom."""
-    padding = None if problem.padding is None else problem.padding.contiguous()
+    padding = None if problem.key_padding is None else problem.key_padding.contiguous()
     return MaskArgs(
         problem.window,
         problem.sinks or None,
         padding,
         None if padding is None else padding.stride(0),
-        *_grid(problem.foreign),
-        *_grid(problem.allowed),
-        None if problem.allowed is None else problem.q_block,
-        None if problem.allowed is None else problem.k_block,
+        *_grid(problem.attn_mask),
+        *_grid(problem.block_mask),
+        None if problem.block_mask is None else problem.q_block,
+        None if problem.block_mask is None else problem.k_block,
     )
 
 
@@ -204,7 +204,7 @@ def _grid(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
 
 def score_args_of(problem: Problem) -> ScoreArgs:
     """What turns a product into a score."""
-    slopes = float32(problem.slopes)
+    slopes = float32(problem.alibi_slopes)
     by_row = slopes is not None and slopes.ndim == 2
     return ScoreArgs(
         scale=float(problem.scale),

@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for few queries over dense or paged keys: how the card is shared."""
+"""Launcher of the Gluon decode kernel: how many CTAs share a sequence's keys, and which launch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
+from saccade.ops.attention.nvidia.gluon.decode.epilogue import BLOCK_M
+from saccade.ops.attention.nvidia.gluon.decode.kernel import WARP_N, decode_kernel
 from saccade.ops.attention.nvidia.problem import Problem, paged_kv_lens, problem_of
 from saccade.ops.attention.nvidia.triton.decode import Pages
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of, seqlen_info_of
@@ -14,8 +15,7 @@ from saccade.ops.attention.nvidia.triton.split_kv import Parts, pages_of, stored
 from saccade.ops.gpu.intmath import cdiv, power_of_two
 from saccade.ops.gpu.launching import float32, on, strided, unit_rows
 from saccade.ops.gpu.support import multiprocessors
-
-ROWS, KEYS = 8, 16  # query rows of a tile, keys of a warp's tile
+from saccade.ops.tuning import gluon as tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +23,21 @@ class DecodeLaunch:
     """How the kernel is cut.
 
     Attributes:
-        warps: of a program, each with keys of its own.
-        per_sm: programs of a multiprocessor.
-        stages: tiles in a warp's ring, all but one of them on their way.
+        warps: of a CTA, each with keys of its own.
+        per_sm: CTAs of a multiprocessor.
+        stages: tiles in a warp's ring, all but one of them in flight.
+        max_keys: visible keys up to which the launch is for short contexts.
     """
 
     warps: int
     per_sm: int
     stages: int
+    max_keys: int = 0
 
 
-# By head dimension, measured on an H200 (lab/LOG_gpu_decode.md).
-SHORT = {64: DecodeLaunch(4, 1, 12), 128: DecodeLaunch(4, 1, 6)}  # few parts to join
-SHARED = {64: DecodeLaunch(4, 2, 6), 128: DecodeLaunch(4, 2, 3)}
-ALONE = {64: DecodeLaunch(8, 1, 4), 128: DecodeLaunch(8, 1, 2)}
-SHORT_REACH = 4096  # keys that programs share, up to which parts cost more than they gain
+# "HEADDIM/short_context" (combining more partials would cost more than they gain),
+# "HEADDIM/split_kv" and "HEADDIM/single_cta" (one CTA reads all keys of a KV head).
+LAUNCHES = {name: DecodeLaunch(**row) for name, row in tuning.rows("decode").items()}
 
 
 def run(call: AttentionCall) -> AttentionOutput:
@@ -53,54 +53,57 @@ def run(call: AttentionCall) -> AttentionOutput:
     splits = splits_of(problem, heads, slots, launch)
     parts = Parts(problem, splits)
     with on(problem.q.device):
-        scan(problem, pages, heads, parts, launch, longest=call.kv_lens is None)
+        launch_partials(problem, pages, heads, parts, launch, k_len_is_max=call.kv_lens is None)
         return parts.joined(problem.q.dtype)
 
 
 def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
-    """The configuration for a problem: what matters is how many programs share a row's keys."""
-    programs, room = problem.q.shape[0] * heads, multiprocessors(problem.q.device)
-    reach, dim = reach_of(problem, slots), problem.q.shape[3]
-    ragged = problem.kv_lens is not None and problem.q.shape[0] > 1 and reach > SHORT_REACH
-    if room < 2 * programs <= 2 * room and not ragged:
-        return ALONE[dim]
-    if 2 * programs <= room and (reach <= SHORT_REACH or rows_of(problem, heads) > ROWS):
-        return SHORT[dim]
-    return SHARED[dim]
+    """The launch for a problem; it depends on how many CTAs share a sequence's keys."""
+    num_ctas, num_sms = problem.q.shape[0] * heads, multiprocessors(problem.q.device)
+    dim, visible = problem.q.shape[3], max_visible_keys(problem, slots)
+    short = LAUNCHES[f"{dim}/short_context"]
+    is_long = visible > short.max_keys
+    ragged = problem.kv_lens is not None and problem.q.shape[0] > 1 and is_long
+    if num_sms < 2 * num_ctas <= 2 * num_sms and not ragged:
+        return LAUNCHES[f"{dim}/single_cta"]
+    if 2 * num_ctas <= num_sms and (not is_long or rows_of(problem, heads) > BLOCK_M.value):
+        return short
+    return LAUNCHES[f"{dim}/split_kv"]
 
 
 def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) -> int:
-    """How many programs share the keys of a KV head: enough to fill the card, never idle ones."""
-    block, reach = KEYS * launch.warps, reach_of(problem, slots)
-    tiles = cdiv(reach, block) if problem.window is None else cdiv(min(slots, reach + block), block)
-    wanted = launch.per_sm * multiprocessors(problem.q.device)
-    return max(1, min(wanted // (problem.q.shape[0] * heads), tiles))
+    """How many CTAs share the keys of a KV head: enough to fill the GPU, none without keys."""
+    block_n, visible = WARP_N.value * launch.warps, max_visible_keys(problem, slots)
+    if problem.window is not None:
+        visible = min(slots, visible + block_n)  # a window may begin inside a tile
+    num_ctas = launch.per_sm * multiprocessors(problem.q.device)
+    return max(1, min(num_ctas // (problem.q.shape[0] * heads), cdiv(visible, block_n)))
 
 
-def reach_of(problem: Problem, slots: int) -> int:
-    """How many keys the queries of a row see at most."""
+def max_visible_keys(problem: Problem, slots: int) -> int:
+    """How many keys the queries of a sequence attend to at most."""
     if problem.window is None:
         return slots
     return min(slots, problem.window + problem.q.shape[2] + problem.sinks)
 
 
 def rows_of(problem: Problem, heads: int) -> int:
-    """Rows that share their keys: query heads of a group times queries."""
+    """Query rows that share their keys: query heads of a group times queries."""
     return problem.q.shape[1] // heads * problem.q.shape[2]
 
 
-def scan(
+def launch_partials(
     problem: Problem,
     pages: Pages,
     heads: int,
     parts: Parts,
     launch: DecodeLaunch,
     *,
-    longest: bool,
+    k_len_is_max: bool,
 ) -> None:
-    """Fill all splits of `parts`; `longest`: a row has as many keys as the host says."""
+    """Fill all splits of `parts`; `k_len_is_max`: the longest sequence has `num_keys` keys."""
     q, k, v = problem.q, problem.k, problem.v
-    seqlen_info, _ = seqlen_info_of(problem, ROWS, by_keys=False)
+    seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
     decode_kernel[(parts.splits, q.shape[0] * heads)](
         strided(q),
         stored(k, pages),
@@ -120,14 +123,14 @@ def scan(
         KV_HEADS=heads,
         GROUPS=q.shape[1] // heads,
         D=q.shape[3],
-        K_STEP=k.stride(2) * 2,
-        V_STEP=v.stride(2) * 2,
-        PAGE=0 if pages.table is None else k.shape[2],
-        LONGEST=longest,
+        K_STRIDE=k.stride(2) * 2,
+        V_STRIDE=v.stride(2) * 2,
+        PAGE_SIZE=0 if pages.table is None else k.shape[2],
+        K_LEN_IS_MAX=k_len_is_max,
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        HELD=power_of_two(rows_of(problem, heads)),
+        ROWS=power_of_two(rows_of(problem, heads)),
         launch_pdl=True,
         **options(launch),
     )
@@ -135,5 +138,5 @@ def scan(
 
 def options(launch: DecodeLaunch) -> dict[str, int]:
     """How the kernel is compiled: left alone, ptxas spills to stay within 128 registers."""
-    room = 65536 // (32 * launch.warps * launch.per_sm) // 8 * 8
-    return {"num_warps": launch.warps, "maxnreg": min(240, room)}
+    registers = 65536 // (32 * launch.warps * launch.per_sm) // 8 * 8
+    return {"num_warps": launch.warps, "maxnreg": min(240, registers)}

@@ -1,8 +1,8 @@
-"""How sixteen rows of keys or values get into a warp's shared memory, and from there to products.
+"""How sixteen rows of keys or values get into a warp's shared memory, and from there to fragments.
 
-Rows are asked for 16 bytes a thread (cp.async) and lie as in global memory, except that the pieces
-of 16 bytes of row r change places by r % 8: then the eight rows of a matrix that `ldmatrix` reads
-lie in different banks, and so do the rows that a copy writes.
+Rows are copied 16 bytes a thread (cp.async) and lie as in global memory, except for an XOR swizzle
+against bank conflicts: 16-byte chunk c of row r is stored at chunk c ^ (r % 8).  Then the eight
+rows of a matrix that `ldmatrix` reads lie in different banks, and so do rows that a copy writes.
 """
 
 from __future__ import annotations
@@ -11,50 +11,34 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from saccade.ops.attention.nvidia.gluon.ptx import copy_line
+from saccade.ops.attention.nvidia.gluon.ptx.async_copy import cp_async_16
 
 
 @gluon.jit
-def dynamic_memory(thread, never, UNITS: gl.constexpr):
-    """Address (a multiple of 128) of UNITS x 4 bytes a thread that the warps of a program share.
-
-    The store never happens; without one the compiler would drop the name of the memory.
-    """
-    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    memory = gl.allocate_shared_memory(gl.int32, [UNITS + 1, thread.shape[0]], LAYOUT)
-    if never:
-        memory.index(0).store(thread)
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 at; mov.u32 at, global_smem; add.u32 at, at, 127; and.b32 $0, at, -128; }",
-        "=r,r", [thread], gl.int32, False, 1,
-    )  # fmt: skip
+def copy_offsets(lane, D: gl.constexpr):
+    """(row among those of one copy, byte in that row, swizzled byte in shared memory) of a lane."""
+    row, chunk = lane // (D // 8), lane % (D // 8)
+    return row, chunk * 16, row * (2 * D) + (chunk ^ row) * 16
 
 
 @gluon.jit
-def put_at(lane, D: gl.constexpr):
-    """(row among those of one copy, where a thread's 16 bytes lie in it, where they are put)."""
-    row, piece = lane // (D // 8), lane % (D // 8)
-    return row, piece * 16, row * (2 * D) + (piece ^ row) * 16
-
-
-@gluon.jit
-def ask_for_rows(place, address, there, D: gl.constexpr, STEP: gl.constexpr):
-    """Ask for sixteen rows STEP bytes apart.
+def cp_async_rows(smem, gmem, num_valid, D: gl.constexpr, STRIDE: gl.constexpr):
+    """Issue copies of sixteen rows, STRIDE bytes apart in global memory.
 
     Args:
-        place, address: of the thread's share of row 0, as `put_at` says.
-        there: how many rows exist from the thread's first one on; the others become 0.
+        smem, gmem: of the lane's chunk of row 0, as `copy_offsets` says.
+        num_valid: how many rows exist from the lane's first one on; zeros stand for the others.
     """
     ROWS: gl.constexpr = 256 // D  # of one copy
     for n in gl.static_range(16 // ROWS):
-        size = gl.where(there > n * ROWS, 16, 0)
-        turned = place ^ (n * ROWS % 8 * 16)
-        copy_line(turned, address, size, n * 512, n * ROWS * STEP)
+        size = gl.where(num_valid > n * ROWS, 16, 0)
+        swizzled = smem ^ (n * ROWS % 8 * 16)
+        cp_async_16(swizzled, gmem, size, n * 512, n * ROWS * STRIDE)
 
 
 @gluon.jit
-def get_at(lane, D: gl.constexpr):
-    """Where a thread's row of the left side begins: (of keys by channels, of channels by keys)."""
+def ldmatrix_offsets(lane, D: gl.constexpr):
+    """The swizzled byte of a lane's row for `ldmatrix_x4`: (of keys, of values, transposed)."""
     row, high, low = lane % 8, lane // 16, lane // 8 % 2
     keys = (row + 8 * low) * (2 * D) + (row ^ high) * 16
     values = (row + 8 * high) * (2 * D) + (row ^ low) * 16
@@ -62,54 +46,30 @@ def get_at(lane, D: gl.constexpr):
 
 
 @triton.constexpr_function
-def _matrix_text(offset, turned):
-    turn = ".trans" if turned else ""
-    return f"ldmatrix.sync.aligned.m8n8.x4{turn}.shared.b16 {{$0, $1, $2, $3}}, [$4 + {offset}];"
+def _ldmatrix_asm(offset, transpose):
+    trans = ".trans" if transpose else ""
+    return f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4 + {offset}];"
 
 
 @gluon.jit
-def left_side(place, COLUMN: gl.constexpr, TURNED: gl.constexpr):
-    """The left side of a product from sixteen rows: channels 16 COLUMN .. 16 COLUMN + 15.
+def ldmatrix_x4(smem, COLUMN: gl.constexpr, TRANSPOSE: gl.constexpr):
+    """The A fragment of sixteen rows at channels 16 COLUMN .. 16 COLUMN + 15.
 
     Args:
-        place: of the sixteen rows, plus what `get_at` says.
-        TURNED: rows of the left side are channels (values), not keys.
+        smem: of the sixteen rows, plus what `ldmatrix_offsets` says.
+        TRANSPOSE: rows of A are channels (values), not keys.
     """
-    text: gl.constexpr = _matrix_text(COLUMN // 4 * 128, TURNED)
+    asm: gl.constexpr = _ldmatrix_asm(COLUMN // 4 * 128, TRANSPOSE)
     return gl.inline_asm_elementwise(
-        text, "=r,=r,=r,=r,r", [place ^ (COLUMN % 4 * 32)],
+        asm, "=r,=r,=r,=r,r", [smem ^ (COLUMN % 4 * 32)],
         (gl.int32, gl.int32, gl.int32, gl.int32), False, 1,
     )  # fmt: skip
 
 
 @gluon.jit
-def left_sides(place, D: gl.constexpr, TURNED: gl.constexpr):
-    """All left sides from sixteen rows of D channels."""
-    found = (left_side(place, 0, TURNED),)
+def load_a_fragments(smem, D: gl.constexpr, TRANSPOSE: gl.constexpr):
+    """All A fragments of sixteen rows of D channels."""
+    found = (ldmatrix_x4(smem, 0, TRANSPOSE),)
     for j in gl.static_range(1, D // 16):
-        found += (left_side(place, j, TURNED),)
+        found += (ldmatrix_x4(smem, j, TRANSPOSE),)
     return found
-
-
-@gluon.jit
-def put_number(place, x, OFFSET: gl.constexpr):
-    """A float32 of each thread into shared memory."""
-    text: gl.constexpr = _put_text(OFFSET)
-    gl.inline_asm_elementwise(text, "=r,r,f", [place, x], gl.int32, False, 1)
-
-
-@triton.constexpr_function
-def _put_text(offset):
-    return f"st.shared.f32 [$1 + {offset}], $2; mov.u32 $0, 0;"
-
-
-@gluon.jit
-def get_number(place, OFFSET: gl.constexpr):
-    """One float32 of each thread from shared memory."""
-    text: gl.constexpr = _get_text(OFFSET)
-    return gl.inline_asm_elementwise(text, "=f,r", [place], gl.float32, False, 1)
-
-
-@triton.constexpr_function
-def _get_text(offset):
-    return f"ld.shared.f32 $0, [$1 + {offset}];"

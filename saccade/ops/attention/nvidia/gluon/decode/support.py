@@ -1,6 +1,6 @@
-"""Which calls over plain dense or paged keys the Gluon kernel for few queries takes.
+"""Which calls over plain dense keys or pages the Gluon decoding kernel takes.
 
-This module is what the backend loads, on any machine, so it imports Triton only to run.
+Loaded on any machine, so it imports Triton only to run.
 """
 
 from __future__ import annotations
@@ -14,41 +14,14 @@ from saccade.ops.attention.nvidia.gluon.support import in_steps, score_refusal
 DIMS = (64, 128)
 MOST_ROWS = 16  # query heads of a group times queries
 PAGE = 16  # a tile of keys lies in one page
-# What it was measured to win with (NVIDIA H200, lab/LOG_gpu_decode.md); rows by head_dim and
-# whether keys lie in pages, where more than eight of them pay.
-MEASURED_KEYS, MEASURED_WINDOW_DIM = 64, 128
-MEASURED_ROWS = {(64, False): 8, (64, True): 8, (128, False): 8, (128, True): 16}
 
 
 def reads(call: AttentionCall) -> bool:
-    """Whether the kernel for few queries is the one for a call, over dense keys or pages."""
+    """Whether a call has few enough rows for the decoding kernel, over dense keys or pages."""
     kv = call.kv
-    few = 0 < rows_of(call) <= MOST_ROWS and call.q.shape[3] in DIMS
+    few = 0 < call.group_rows <= MOST_ROWS and call.q.shape[3] in DIMS
     plain = isinstance(kv, PagedKV) or (isinstance(kv, DenseKV) and kv.is_plain)
     return plain and few and call.blocks is None and call.cu_seqlens is None
-
-
-def rows_of(call: AttentionCall) -> int:
-    """Rows that share their keys: query heads of a group times queries."""
-    return call.num_groups * call.q.shape[2]
-
-
-def unmeasured(call: AttentionCall) -> str | None:
-    """Why `auto` leaves a call of few queries to others, or None."""
-    rows, keys, dim = rows_of(call), call.kv.shape[2], call.q.shape[3]
-    paged = isinstance(call.kv, PagedKV)
-    most = MEASURED_ROWS[dim, paged]
-    if call.mask.window is not None and (paged or dim != MEASURED_WINDOW_DIM):
-        return (
-            "for few queries windows were measured over dense keys of head_dim "
-            f"{MEASURED_WINDOW_DIM} alone"
-        )
-    if keys >= MEASURED_KEYS and rows <= most:
-        return None
-    return (
-        f"for few queries over such keys it was measured to win from {MEASURED_KEYS} of them on "
-        f"and with up to {most} queries x heads of a group, here {keys} and {rows}"
-    )
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -58,7 +31,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 def _meaning(call: AttentionCall) -> str | None:
     if call.key_padding is not None or call.attn_mask is not None:
-        return "for few queries it knows no key_padding and no attn_mask"
+        return "with few queries it knows no key_padding and no attn_mask"
     return score_refusal(call)
 
 

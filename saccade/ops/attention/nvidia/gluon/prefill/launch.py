@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -66,9 +66,9 @@ def launch_of(problem: Problem) -> PrefillLaunch:
     selected blocks are multiples; varlen sequences and pages need registers in the producer.
     """
     dim = problem.q.shape[3]
-    if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.offsets)):
+    if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
         return measured_launch(dim, "varlen")
-    if problem.allowed is not None or problem.window is not None:
+    if problem.block_mask is not None or problem.window is not None:
         return measured_launch(dim, "masked")
     return measured_launch(dim)
 
@@ -94,15 +94,14 @@ def forward(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
     num_work_tiles = num_q_tiles * batch * heads
-    # A tile lies in one block of a selection, so block lists replace its element-wise mask.
-    unselected = problem if problem.allowed is None else replace(problem, allowed=None)
     set_tma_allocator()
     with on(q.device):
         forward_kernel[(min(num_work_tiles, multiprocessors(q.device)),)](
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
-            mask_args_of(unselected),
+            # A tile lies in one block of a selection: block lists replace its element-wise mask.
+            mask_args_of(problem.without_blocks()),
             block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n),
             varlen,
             float(problem.scale),
@@ -136,7 +135,7 @@ def varlen_info(
         q_tiles = varlen_q_tiles(problem, launch.block_m)
         num_q_tiles = len(q_tiles)
     varlen = VarlenInfo(
-        problem.offsets,
+        problem.q_offsets,
         kv_lens,
         None if kv_lens is None else kv_lens.stride(0),
         q_tiles,

@@ -1,19 +1,13 @@
-"""Decoding over quantised keys and values on Hopper: codes go from memory straight into products.
+"""Split-KV decoding over quantized keys and values on Hopper, without converting integers.
 
-A warp takes 64 keys at a time.  Eight query rows (heads of a group times queries) are the columns
-of both products, so that codes are their left sides and no thread works for rows that are not:
+A CTA is one warp, which takes 64 keys at a time.  Eight query rows (heads of a group times queries)
+are the columns of both products, so quantized tensors are their A operands (mma.py) and no lane
+works for rows that do not exist.  Scales are folded into queries and weights; what belongs to all
+keys of a tile (q @ k_offset) is added where scores become exponents.
 
-    scores  [keys, rows]      = codes of keys @ (q * scale) + offset @ q
-    output  [channels, rows] += codes of values @ (p * scale) + offsets of values @ p
-
-The scales of 64 keys belong to channels and go into the queries once; those of values belong to
-tokens and go into the weights; codes themselves are never converted (codes_products.py).  What
-belongs to all keys of a tile (offset @ q) is added where scores become exponents.
-
-Which thread holds what is written out by hand (saccade.ops.attention.nvidia.gluon.ptx): thread t of a
-row of four reads neighbouring channels of keys, 8 g .. 8 g + 7 are the keys of row g; for values
-row g reads neighbouring channels and thread t the keys 16 t .. 16 t + 15.  Weights change sides by
-one 8 x 8 transposition in registers.
+Which lane holds what (ptx/mma.py): lane t of a row of four reads neighbouring channels of keys, and
+8 g .. 8 g + 7 are the keys of row g; for values row g reads neighbouring channels, and lane t the
+keys 16 t .. 16 t + 15.  P becomes a B operand by one 8 x 8 transposition in registers (movmatrix).
 """
 
 from __future__ import annotations
@@ -21,182 +15,80 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from saccade.ops.attention.nvidia.gluon.ptx import (
-    as_word,
-    bfloat_halves,
-    ended,
-    halves,
-    max_over_rows,
-    meet,
-    multiply,
-    own_memory,
-    pick_bytes,
-    store_words,
-    sum_over_rows,
-    times,
-    transposed,
-    wait_copies,
+from saccade.ops.attention.nvidia.gluon.ptx.async_copy import cp_async_wait, warp_sync
+from saccade.ops.attention.nvidia.gluon.ptx.convert import pack_f16x2
+from saccade.ops.attention.nvidia.gluon.ptx.memory import static_shared_memory
+from saccade.ops.attention.nvidia.gluon.ptx.mma import (
+    column_allreduce_max,
+    column_allreduce_sum,
+    movmatrix_trans,
 )
-from saccade.ops.attention.nvidia.gluon.quantized_decode.dequantize import (
-    TINY,
-    add_values,
-    factor_of,
-    scores_of_keys,
+from saccade.ops.attention.nvidia.gluon.quantized_decode.dequantize import F16_DENORM_MIN
+from saccade.ops.attention.nvidia.gluon.quantized_decode.epilogue import BLOCK_M, store_output
+from saccade.ops.attention.nvidia.gluon.quantized_decode.mma import (
+    fold_v_scale,
+    mma_pv,
+    mma_qk,
+    mma_v_offsets,
+)
+from saccade.ops.attention.nvidia.gluon.quantized_decode.producer import (
+    BLOCK_N,
+    QPARAM_BYTES,
+    issue_k_copies,
+    issue_v_copies,
+    prefetch_tile,
+    quantized_gmem,
 )
 from saccade.ops.attention.nvidia.gluon.quantized_decode.smem import (
-    KEYS,
-    NUMBERS,
-    addresses,
-    ask_for_keys,
-    ask_for_values,
-    clear_values,
-    expect_tile,
-    load_queries,
-    read_channels,
-    read_keys,
-    read_tokens,
-    read_values,
+    load_k,
+    load_k_qparams,
+    load_q_fragments,
+    load_v,
+    load_v_qparams,
+    zero_past_end,
+    zero_v_rows,
+)
+from saccade.ops.attention.nvidia.gluon.quantized_decode.softmax import (
+    INITIAL_MAX,
+    P_SHIFT,
+    RESCALE_THRESHOLD,
+    exp2_scores,
+    lane_max,
+    mask_scores,
+    rescale,
 )
 from saccade.ops.attention.nvidia.triton.decode import pdl_begin
-from saccade.ops.gpu.triton_lang import key_tiles
-
-ROWS = gl.constexpr(8)  # query rows of a program
-LOG2E = gl.constexpr(1.4426950408889634)
-LOWEST = gl.constexpr(-1e24)  # below every score, and finite after the factor 2^24
-RAISED = gl.constexpr(6.0)  # weights are enlarged by 2^6, clear of float16's denormal numbers
-ROOM = gl.constexpr(3.0)  # and may grow by 2^3 before all that was summed up is made smaller
+from saccade.ops.gpu.triton_lang import LOG2E, key_tiles
 
 
 @gluon.jit
-def see_edges(s, at, q_first, q_second, k_len, mask_args, CAUSAL: gl.constexpr):
-    """Scores of keys at .. at + 7 that are -inf where a row does not see a key."""
-    seen = ()
-    for key in gl.static_range(8):
-        k_pos = at + key
-        for column in gl.static_range(2):
-            q_pos = q_first if column == 0 else q_second
-            see = k_pos < k_len
-            if CAUSAL:
-                see = see & (k_pos <= q_pos)
-            if mask_args.window is not None:
-                near = q_pos - k_pos < mask_args.window
-                if mask_args.sinks is not None:
-                    near = near | (k_pos < mask_args.sinks)
-                see = see & near
-            seen += (gl.where(see, s[2 * key + column], float("-inf")),)
-    return seen
-
-
-@gluon.jit
-def real_numbers(numbers, at, k_len, V_GROUPS: gl.constexpr):
-    """Scales or offsets of values at .. at + 15, 0 for those that are not."""
-    kept = ()
-    for i in gl.static_range(8 * V_GROUPS):
-        if V_GROUPS == 2:
-            keep = gl.where(at + i < k_len, -1, 0)
-        else:
-            keep = gl.where(at + 2 * i < k_len, 0xFFFF, 0)
-            keep = keep | gl.where(at + 2 * i + 1 < k_len, -65536, 0)
-        kept += (numbers[i] & keep,)
-    return kept
-
-
-@gluon.jit
-def most_of(s, COLUMN: gl.constexpr):
-    """The largest score of a thread's eight keys."""
-    most = s[COLUMN]
-    for key in gl.static_range(1, 8):
-        most = gl.maximum(most, s[2 * key + COLUMN])
-    return most
-
-
-@gluon.jit
-def weights_of(s, base, unit, COLUMN: gl.constexpr):
-    """(weights of eight keys, their sum) of a row: exp2(score * unit - base)."""
-    p = (gl.exp2(s[COLUMN] * unit - base),)
-    total = p[0]
-    for key in gl.static_range(1, 8):
-        p += (gl.exp2(s[2 * key + COLUMN] * unit - base),)
-        total += p[key]
-    return p, total
-
-
-@gluon.jit
-def pair_of(numbers, KEY: gl.constexpr, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
-    """Float16 numbers of a thread's values KEY and KEY + 8 as a pair."""
-    if V_GROUPS == 2:
-        x, y = numbers[KEY], numbers[KEY + 8]
-        pair = pick_bytes(x, y, 0x5410 if GROUP == 0 else 0x7632)
-    else:
-        x, y = numbers[KEY // 2], numbers[KEY // 2 + 4]
-        pair = pick_bytes(x, y, 0x5410 if KEY % 2 == 0 else 0x7632)
-    return pair
-
-
-@gluon.jit
-def add_offsets(sums, weights, offset, V_GROUPS: gl.constexpr):
-    """sums + weights @ offsets of both halves of a head: rows 0 to 7 and 8 to 15 of a product."""
-    for i in gl.static_range(0, 8, 2):
-        low, next_low = pair_of(offset, i, V_GROUPS, 0), pair_of(offset, i + 1, V_GROUPS, 0)
-        high, next_high = low, next_low
-        if V_GROUPS == 2:
-            high, next_high = pair_of(offset, i, V_GROUPS, 1), pair_of(offset, i + 1, V_GROUPS, 1)
-        sums = multiply((low, high, next_low, next_high), (weights[i], weights[i + 1]), sums)
-    return sums
-
-
-@gluon.jit
-def scaled_weights(weights, scale, V_GROUPS: gl.constexpr, GROUP: gl.constexpr):
-    """Weights, pairs over keys KEY and KEY + 8 of a thread, times the scales of their values."""
-    found = ()
-    for key in gl.static_range(8):
-        found += (times(weights[key], pair_of(scale, key, V_GROUPS, GROUP)),)
-    return found
-
-
-@gluon.jit
-def shrunk(acc, first, second):
-    """Four registers of a result times the factors of their rows."""
-    return acc[0] * first, acc[1] * second, acc[2] * first, acc[3] * second
-
-
-@gluon.jit
-def raised(acc, sums, top, new_top, total, unit):
-    """All sums so far in terms of a new maximum: (acc, sums, total), each of two rows."""
-    first = gl.exp2((top[0] - new_top[0]) * unit)
-    second = gl.exp2((top[1] - new_top[1]) * unit)
-    taken = ()
-    for j in gl.static_range(len(acc)):
-        taken += (shrunk(acc[j], first, second),)
-    return taken, shrunk(sums, first, second), (total[0] * first, total[1] * second)
-
-
-@gluon.jit
-def tile_of(i, num_sinks, first):
-    """Which of the stored tiles is the i-th to visit."""
+def tile_index(i, num_sinks, first):
+    """The i-th tile to visit: sink tiles come first, then those of the window."""
     return gl.where(i < num_sinks, i, i - num_sinks + first)
 
 
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
-def codes_kernel(
-    q, k, v, out, lse, seqlen_info, mask_args, sink_logits, scale, q_len, k_len, q_offset, out_split,
-    lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+def quantized_decode_kernel(
+    q, k, v, out, lse, seqlen_info, mask_args, sink_logits, scale, q_len, k_len, q_offset,
+    out_split, lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
     K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """(out, lse) of one split: 64 keys a warp and round, the next ones always on their way.
+    """(out, lse) of one split: 64 keys a step, the copies of the next ones in flight.
 
-    The programs of a head take its tiles in turn, so what they read at a time lies together.
+    The splits of a head take its tiles round-robin, so what they read at a time lies together.
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    TOLD: gl.constexpr = seqlen_info.offsets is not None or seqlen_info.kv_lens is not None
-    if TOLD:
+    LENS_ON_DEVICE: gl.constexpr = (
+        seqlen_info.offsets is not None or seqlen_info.kv_lens is not None
+    )
+    if LENS_ON_DEVICE:
         pdl_begin(PDL)
-    K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
+    K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D  # bytes
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
-    thread = gl.arange(0, 32, layout=L)
-    g, t = thread // 4, thread % 4
-    split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
+    lane = gl.arange(0, 32, layout=L)
+    g, t = lane // 4, lane % 4
+    split, splits, m_tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
     b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(2) % KV_HEADS
     if seqlen_info.offsets is not None:
@@ -206,142 +98,103 @@ def codes_kernel(
         k_len = gl.minimum(k_len, gl.load(seqlen_info.kv_lens + at).to(gl.int32))
 
     rows = q_len * GROUPS
-    first_q = q_offset + tile * ROWS // GROUPS
-    last_q = q_offset + gl.minimum((tile * ROWS + ROWS - 1) // GROUPS, q_len - 1)
+    first_q = q_offset + m_tile * BLOCK_M // GROUPS
+    last_q = q_offset + gl.minimum((m_tile * BLOCK_M + BLOCK_M - 1) // GROUPS, q_len - 1)
     num_sinks, first, full_from, full_to, last = key_tiles(
-        first_q, last_q, k_len, mask_args, CAUSAL, KEYS
+        first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
     )
-    count = num_sinks + last - first
+    num_tiles = num_sinks + last - first
 
-    k_from, v_from = addresses(k, b, kv_head), addresses(v, b, kv_head)
-    V_PLACE: gl.constexpr = KEYS * K_ROW
-    K_NUMBERS: gl.constexpr = V_PLACE + KEYS * V_ROW
-    V_NUMBERS: gl.constexpr = K_NUMBERS + NUMBERS
-    SIZE: gl.constexpr = V_NUMBERS + NUMBERS  # of a tile
-    place = own_memory(thread, SIZE)
-    here = tile_of(split, num_sinks, first)
-    if not TOLD:
-        expect_tile(k_from, v_from, here, thread, split < count, K_ROW, V_ROW, K_GROUP, V_GROUPS, D)
+    k_gmem, v_gmem = quantized_gmem(k, b, kv_head), quantized_gmem(v, b, kv_head)
+    # Shared memory: keys, values, scales and offsets of keys, scales and offsets of values.
+    V_SMEM: gl.constexpr = BLOCK_N * K_ROW
+    K_QPARAMS: gl.constexpr = V_SMEM + BLOCK_N * V_ROW
+    V_QPARAMS: gl.constexpr = K_QPARAMS + QPARAM_BYTES
+    SIZE: gl.constexpr = V_QPARAMS + QPARAM_BYTES
+    smem = static_shared_memory(lane, SIZE)
+    tile = tile_index(split, num_sinks, first)
+    if not LENS_ON_DEVICE:
+        prefetch_tile(
+            k_gmem, v_gmem, tile, lane, split < num_tiles, K_ROW, V_ROW, K_GROUP, V_GROUPS, D
+        )
         pdl_begin(PDL)
-    size = gl.where(thread < (count - split) * 32, 16, 0)
-    ask_for_keys(place, place + K_NUMBERS, k_from, here, thread, size, K_ROW, K_GROUP, D)
-    ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, here, thread, size, V_ROW, V_GROUPS)
-    k_read = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
-    v_read = V_PLACE + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
+    size = gl.where(lane < (num_tiles - split) * 32, 16, 0)
+    issue_k_copies(smem, smem + K_QPARAMS, k_gmem, tile, lane, size, K_ROW, K_GROUP, D)
+    issue_v_copies(smem + V_SMEM, smem + V_QPARAMS, v_gmem, tile, lane, size, V_ROW, V_GROUPS)
+    k_lane = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
+    v_lane = V_SMEM + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
 
-    row = gl.minimum(tile * ROWS + g, rows - 1)
+    row = gl.minimum(m_tile * BLOCK_M + g, rows - 1)
     q_at = (row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
     q_at += (row // GROUPS).to(gl.int64) * q.row + b * q.batch
-    q_pairs = load_queries(q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, K_FORMAT,
-                           q.ptr.dtype.element_ty)  # fmt: skip
-    q_first = (tile * ROWS + 2 * t) // GROUPS + q_offset
-    q_second = (tile * ROWS + 2 * t + 1) // GROUPS + q_offset
+    q_frags = load_q_fragments(q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, K_FORMAT,
+                               q.ptr.dtype.element_ty)  # fmt: skip
+    q_pos0 = (m_tile * BLOCK_M + 2 * t) // GROUPS + q_offset
+    q_pos1 = (m_tile * BLOCK_M + 2 * t + 1) // GROUPS + q_offset
 
-    unit = scale * LOG2E
+    scale_log2 = scale * LOG2E
     if K_FORMAT != "fp8":
-        unit = unit / TINY
-    room = ROOM / unit
+        scale_log2 = scale_log2 / F16_DENORM_MIN
+    threshold = RESCALE_THRESHOLD / scale_log2
     zero = gl.full([32], 0.0, gl.float32, L)
-    nothing = (zero, zero, zero, zero)
-    m = (zero + LOWEST, zero + LOWEST)
-    l = (zero, zero)
-    sums = nothing
-    acc = (nothing,) * (D // 16)
-    for i in range(split, count, splits):
-        wait_copies(thread, 1)
-        k_scale = read_channels(place + K_NUMBERS + t * (D // 4), D)
-        k_offset = read_channels(place + K_NUMBERS + 2 * D + t * (D // 4), D)
-        k_words = read_keys(place + k_read, K_ROW, D)
-        s, more0, more1 = scores_of_keys(q_pairs, k_words, k_scale, k_offset, D, K_FORMAT)
-        meet(thread)
-        after = tile_of(i + splits, num_sinks, first)
-        size = gl.where(thread < (count - i - splits) * 32, 16, 0)
-        ask_for_keys(place, place + K_NUMBERS, k_from, after, thread, size, K_ROW, K_GROUP, D)
-        wait_copies(thread, 1)
-        v_scale = read_tokens(place + V_NUMBERS + t * (32 * V_GROUPS), V_GROUPS)
-        v_offset = read_tokens(place + V_NUMBERS + (2 * KEYS + t * 32) * V_GROUPS, V_GROUPS)
-        if (here < full_from) | (here >= full_to):
-            key = here * KEYS
-            s = see_edges(s, key + g * 8, q_first, q_second, k_len, mask_args, CAUSAL)
-            v_scale = real_numbers(v_scale, key + t * 16, k_len, V_GROUPS)
-            v_offset = real_numbers(v_offset, key + t * 16, k_len, V_GROUPS)
+    zeros = (zero, zero, zero, zero)
+    row_max = (zero + INITIAL_MAX, zero + INITIAL_MAX)
+    row_sum = (zero, zero)
+    offset_acc = zeros
+    acc = (zeros,) * (D // 16)
+    for i in range(split, num_tiles, splits):
+        cp_async_wait(lane, 1)
+        k_scale = load_k_qparams(smem + K_QPARAMS + t * (D // 4), D)
+        k_offset = load_k_qparams(smem + K_QPARAMS + 2 * D + t * (D // 4), D)
+        k_regs = load_k(smem + k_lane, K_ROW, D)
+        s, bias0, bias1 = mma_qk(q_frags, k_regs, k_scale, k_offset, D, K_FORMAT)
+        warp_sync(lane)
+        next_tile = tile_index(i + splits, num_sinks, first)
+        size = gl.where(lane < (num_tiles - i - splits) * 32, 16, 0)
+        issue_k_copies(smem, smem + K_QPARAMS, k_gmem, next_tile, lane, size, K_ROW, K_GROUP, D)
+        cp_async_wait(lane, 1)
+        v_scale = load_v_qparams(smem + V_QPARAMS + t * (32 * V_GROUPS), V_GROUPS)
+        v_offset = load_v_qparams(smem + V_QPARAMS + (2 * BLOCK_N + t * 32) * V_GROUPS, V_GROUPS)
+        if (tile < full_from) | (tile >= full_to):
+            k_pos = tile * BLOCK_N
+            s = mask_scores(s, k_pos + g * 8, q_pos0, q_pos1, k_len, mask_args, CAUSAL)
+            v_scale = zero_past_end(v_scale, k_pos + t * 16, k_len, V_GROUPS)
+            v_offset = zero_past_end(v_offset, k_pos + t * 16, k_len, V_GROUPS)
             if V_FORMAT == "fp8":
-                clear_values(place + V_PLACE, thread, k_len - key, V_ROW)
-        most0, most1 = most_of(s, 0) + more0, most_of(s, 1) + more1
-        rises = (most0 > m[0] + room) | (most1 > m[1] + room)
+                zero_v_rows(smem + V_SMEM, lane, k_len - k_pos, V_ROW)
+        max0, max1 = lane_max(s, 0) + bias0, lane_max(s, 1) + bias1
+        rises = (max0 > row_max[0] + threshold) | (max1 > row_max[1] + threshold)
         if gl.max(rises.to(gl.int32), axis=0) > 0:
-            top = (gl.maximum(m[0], max_over_rows(most0)), gl.maximum(m[1], max_over_rows(most1)))
-            acc, sums, l = raised(acc, sums, m, top, l, unit)
-            m = top
-        p0, sum0 = weights_of(s, (m[0] - more0) * unit - RAISED, unit, 0)
-        p1, sum1 = weights_of(s, (m[1] - more1) * unit - RAISED, unit, 1)
-        l = (l[0] + sum0, l[1] + sum1)
-        pairs = ()
+            new_max = (
+                gl.maximum(row_max[0], column_allreduce_max(max0)),
+                gl.maximum(row_max[1], column_allreduce_max(max1)),
+            )
+            acc, offset_acc, row_sum = rescale(
+                acc, offset_acc, row_max, new_max, row_sum, scale_log2
+            )
+            row_max = new_max
+        p0, sum0 = exp2_scores(s, (row_max[0] - bias0) * scale_log2 - P_SHIFT, scale_log2, 0)
+        p1, sum1 = exp2_scores(s, (row_max[1] - bias1) * scale_log2 - P_SHIFT, scale_log2, 1)
+        row_sum = (row_sum[0] + sum0, row_sum[1] + sum1)
+        p = ()
         for key in gl.static_range(8):
-            pairs += (transposed(halves(p0[key], p1[key])),)
-        sums = add_offsets(sums, pairs, v_offset, V_GROUPS)
-        weights = scaled_weights(pairs, v_scale, V_GROUPS, 0)
-        v_words = read_values(place + v_read, V_ROW, D)
-        taken = ()
+            p += (movmatrix_trans(pack_f16x2(p0[key], p1[key])),)
+        offset_acc = mma_v_offsets(offset_acc, p, v_offset, V_GROUPS)
+        scaled_p = fold_v_scale(p, v_scale, V_GROUPS, 0)
+        v_regs = load_v(smem + v_lane, V_ROW, D)
+        new_acc = ()
         for j in gl.static_range(D // 16):
             if j == D // 32 and V_GROUPS == 2:
-                weights = scaled_weights(pairs, v_scale, V_GROUPS, 1)
-            taken += (
-                add_values(acc[j], v_words, weights, j // (D // 32), j % (D // 32), D // 64,
-                           V_FORMAT),
-            )  # fmt: skip
-        acc = taken
-        meet(thread)
-        ask_for_values(place + V_PLACE, place + V_NUMBERS, v_from, after, thread, size, V_ROW,
+                scaled_p = fold_v_scale(p, v_scale, V_GROUPS, 1)
+            new_acc += (
+                mma_pv(acc[j], v_regs, scaled_p, j // (D // 32), j % (D // 32), D // 64, V_FORMAT),
+            )
+        acc = new_acc
+        warp_sync(lane)
+        issue_v_copies(smem + V_SMEM, smem + V_QPARAMS, v_gmem, next_tile, lane, size, V_ROW,
                        V_GROUPS)  # fmt: skip
-        here = after
-    total = (sum_over_rows(l[0]), sum_over_rows(l[1]))
-    store(acc, sums, m, total, unit, out, lse, sink_logits, tile, split, out_split,
-          lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D, V_FORMAT)  # fmt: skip
-
-
-@gluon.jit
-def store(acc, offsets, tops, sums, unit, out, lse, sink_logits, tile, split, out_split, lse_split,
-          b, kv_head, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, q_len, g, t, D: gl.constexpr,
-          V_FORMAT: gl.constexpr):  # fmt: skip
-    """Write the output and lse of the two rows of a thread."""
-    for c in gl.static_range(2):
-        row = tile * ROWS + 2 * t + c
-        index = row // GROUPS
-        h = kv_head * GROUPS + row % GROUPS
-        keep = index < q_len
-        l = sums[c]
-        top = gl.where(l == 0, LOWEST, tops[c] * unit - RAISED)
-        found, shrink, safe = ended(top, l, sink_logits, h, keep & (split == 0))
-        at = lse + split.to(gl.int64) * lse_split + (b * KV_HEADS * GROUPS + h) * q_len + index
-        gl.store(at, found, mask=keep & (g == 0))
-        at = split.to(gl.int64) * out_split + b * out.batch
-        at = at + h.to(gl.int64) * out.head + index.to(gl.int64) * out.row + g * (D // 16)
-        numbers = ()
-        for j in gl.static_range(D // 16):
-            for odd in gl.static_range(2):
-                number = acc[j][2 * odd + c] * factor_of(V_FORMAT, j // (D // 32))
-                numbers += ((number + offsets[2 * (j // (D // 32)) + c]) * (shrink / safe),)
-        store_row(out.ptr, at, numbers, keep.to(gl.int32), D)
-
-
-@gluon.jit
-def store_row(ptr, at, numbers, keep, D: gl.constexpr):
-    """D / 16 numbers at element `at`, and as many half a head further on."""
-    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    words = ()
-    for i in gl.static_range(0, D // 8, 4 // SIZE):
-        if SIZE == 4:
-            words += (as_word(numbers[i]),)
-        elif ptr.dtype.element_ty == gl.bfloat16:
-            words += (bfloat_halves(numbers[i], numbers[i + 1]),)
-        else:
-            words += (halves(numbers[i], numbers[i + 1]),)
-    address = ptr.to(gl.int64) + at * SIZE
-    SIDE: gl.constexpr = D // 16 * SIZE // 4  # words
-    for i in gl.static_range(0, 2 * SIDE, 2 if SIDE == 2 else 4):
-        here = address + (i // SIDE * (D // 2 * SIZE) + i % SIDE * 4)
-        if SIDE == 2:
-            store_words(here, (words[i], words[i + 1]), keep)
-        else:
-            store_words(here, (words[i], words[i + 1], words[i + 2], words[i + 3]), keep)
+        tile = next_tile
+    row_sum = (column_allreduce_sum(row_sum[0]), column_allreduce_sum(row_sum[1]))
+    store_output(acc, offset_acc, row_max, row_sum, scale_log2, out, lse, sink_logits, m_tile,
+                 split, out_split, lse_split, b, kv_head, KV_HEADS, GROUPS, q_len, g, t, D,
+                 V_FORMAT)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for codes: how many programs share the keys."""
+"""Launcher of the Gluon kernel for quantized keys: how many CTAs share the keys."""
 
 from __future__ import annotations
 
@@ -8,66 +8,76 @@ from torch import Tensor
 
 from saccade.core import QuantizedKV
 from saccade.core.formats import FP8, QuantizedTensor
-from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import codes_kernel
+from saccade.ops.attention.nvidia.gluon.quantized_decode.epilogue import BLOCK_M
+from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
+from saccade.ops.attention.nvidia.gluon.quantized_decode.producer import BLOCK_N
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of, seqlen_info_of
 from saccade.ops.attention.nvidia.triton.split_kv import Parts, Reader, coded
 from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.launching import float32, strided
 from saccade.ops.gpu.support import multiprocessors
-
-TILE = 64  # keys of a warp's tile, which lie in one group of tokens
-ROWS = 8  # query rows (heads of a group times queries) of a program
-FEWEST = 2  # tiles of a program: to join one more costs as much as to read one more
+from saccade.ops.tuning import gluon as tuning
 
 
 @dataclass(frozen=True, slots=True)
-class CodesLaunch:
+class QuantizedDecodeLaunch:
     """How the kernel is cut.
 
     Attributes:
-        per_sm: programs, of one warp each, to aim for per multiprocessor.
-        registers: most registers a thread may take.
+        per_sm: CTAs, of one warp each, to aim for per multiprocessor.
+        registers: most registers a thread may take.  A quarter of a multiprocessor has registers
+            for two warps of 256; two of 192 leave room for a warp of the kernel that combines the
+            partials to wait there (PDL).
+        min_tiles: fewest tiles of a CTA: combining one more partial costs as much as reading them.
     """
 
     per_sm: int
     registers: int
+    min_tiles: int
 
 
-# Measured on an H200 (lab/LOG_gpu_codes.md).  A quarter of a multiprocessor has registers for two
-# warps of 256; two of 192 leave room for a warp of the kernel that joins the parts to wait there.
-LAUNCH = CodesLaunch(8, 192)
+LAUNCHES = {
+    name: QuantizedDecodeLaunch(**row) for name, row in tuning.rows("quantized_decode").items()
+}
 
 
-def kind_of(qdata: QuantizedTensor, bits: int) -> str:
+def launch_of(problem: Problem) -> QuantizedDecodeLaunch:
+    """The launch for a problem's head dimension."""
+    return LAUNCHES[str(problem.q.shape[3])]
+
+
+def format_of(stored: QuantizedTensor, bits: int) -> str:
     """int4, int8 or fp8."""
-    return "fp8" if qdata.qdata.dtype == FP8 else f"int{bits}"
+    return "fp8" if stored.qdata.dtype == FP8 else f"int{bits}"
 
 
 def row_tiles_of(problem: Problem, heads: int) -> int:
-    """Tiles of eight rows: queries times heads of a group."""
-    return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], ROWS)
+    """Tiles of eight query rows: queries times heads of a group."""
+    return cdiv(problem.q.shape[1] // heads * problem.q.shape[2], BLOCK_M.value)
 
 
 def splits_of(problem: Problem, kv: QuantizedKV) -> int:
-    """How many programs share the keys of a row tile: enough to fill the card, never idle ones."""
-    heads = kv.recent_k.shape[1]
-    reach = kv.num_packed
+    """How many CTAs share the keys of a row tile: enough to fill the GPU, none without keys."""
+    launch, heads = launch_of(problem), kv.recent_k.shape[1]
+    visible = kv.num_packed
     if problem.window is not None:
-        reach = min(reach, problem.window + problem.q.shape[2] + problem.sinks + TILE)
-    programs = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
-    room = LAUNCH.per_sm * multiprocessors(problem.q.device) // max(programs, 1)
-    return max(1, min(room, cdiv(cdiv(reach, TILE), FEWEST)))
+        reach = problem.window + problem.q.shape[2] + problem.sinks
+        visible = min(visible, reach + BLOCK_N.value)
+    row_tiles = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
+    num_ctas = launch.per_sm * multiprocessors(problem.q.device)
+    tiles = cdiv(visible, BLOCK_N.value)
+    return max(1, min(num_ctas // max(row_tiles, 1), cdiv(tiles, launch.min_tiles)))
 
 
-def scan_codes(
+def launch_partials(
     problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
 ) -> None:
-    """Fill the first splits of `parts` from codes."""
+    """Fill the first splits of `parts` from quantized keys."""
     heads = kv.recent_k.shape[1]
     row_tiles = row_tiles_of(problem, heads)
-    seqlen_info, _ = seqlen_info_of(problem, ROWS, by_keys=False)
-    codes_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
+    seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
+    quantized_decode_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
         strided(aligned(problem.q)),
         coded(kv.k),
         coded(kv.v),
@@ -87,7 +97,7 @@ def scan_codes(
         CAUSAL=problem.causal,
         PDL=True,
         **constants(kv),
-        **options(LAUNCH),
+        **options(launch_of(problem)),
     )
 
 
@@ -95,14 +105,14 @@ def constants(kv: QuantizedKV) -> dict[str, int | str]:
     """Compile-time arguments of the kernel that storage decides."""
     return {
         "D": kv.recent_k.shape[3],
-        "K_FORMAT": kind_of(kv.k, kv.bits_k),
-        "V_FORMAT": kind_of(kv.v, kv.bits_v),
+        "K_FORMAT": format_of(kv.k, kv.bits_k),
+        "V_FORMAT": format_of(kv.v, kv.bits_v),
         "K_GROUP": kv.k_group,
         "V_GROUPS": kv.v.scale.shape[3],
     }
 
 
-def options(launch: CodesLaunch) -> dict[str, int | bool]:
+def options(launch: QuantizedDecodeLaunch) -> dict[str, int | bool]:
     """How the kernel is compiled and launched."""
     return {"num_warps": 1, "maxnreg": launch.registers, "launch_pdl": True}
 
@@ -113,4 +123,4 @@ def aligned(q: Tensor) -> Tensor:
     return q if not q.data_ptr() % 16 and not any(s % 16 for s in steps) else q.contiguous()
 
 
-READER = Reader(splits_of, scan_codes)
+READER = Reader(splits_of, launch_partials)

@@ -1,6 +1,6 @@
-"""Which calls over quantised keys the Gluon kernel for codes takes; see codes_kernel.py.
+"""Which calls over quantized keys the Gluon decoding kernel takes.
 
-This module is what the backend loads, on any machine, so it imports Triton only to run.
+Loaded on any machine, so it imports Triton only to run.
 """
 
 from __future__ import annotations
@@ -16,33 +16,15 @@ from saccade.ops.attention.nvidia.gluon.support import score_refusal
 DIMS = (64, 128)
 KEY_GROUP = 64
 MOST_ROWS = 128  # query heads of a group times queries; more of them is prefill
-# Rows up to which it was measured to win, by head_dim (NVIDIA H200, lab/LOG_gpu_codes.md).
-MEASURED_ROWS = {64: 4, 128: 32}
 
 
 def reads(kv: KVView) -> bool:
-    """Whether a view holds codes."""
+    """Whether a view holds quantized keys."""
     return isinstance(kv, (QuantizedKV, GrowingKV))
 
 
-def unmeasured(call: AttentionCall) -> str | None:
-    """Why `auto` leaves a call over codes to others, or None."""
-    rows, dim = _rows(call), call.q.shape[3]
-    most = MEASURED_ROWS.get(dim, 0)
-    if rows <= most:
-        return None
-    return (
-        f"over codes it was measured to win with up to {most} queries x heads of a group at "
-        f"head_dim {dim}, here {rows}"
-    )
-
-
-def _rows(call: AttentionCall) -> int:
-    return call.num_groups * call.q.shape[2]
-
-
 def refusal(call: AttentionCall) -> str | None:
-    """Why the kernel cannot run this call over codes, or None."""
+    """Why the kernel cannot run this call over quantized keys, or None."""
     return _meaning(call) or _layout(call, stored(call))
 
 
@@ -57,15 +39,17 @@ def stored(call: AttentionCall) -> QuantizedKV:
 def _meaning(call: AttentionCall) -> str | None:
     extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
     if any(extra is not None for extra in extras):
-        return "over codes it knows no key_padding, blocks, attn_mask or cu_seqlens"
+        return "over quantized keys it knows no key_padding, blocks, attn_mask or cu_seqlens"
     if isinstance(call.kv, GrowingKV) and call.kv_lens is None:
         return "a growing view takes kv_lens"
     reason = score_refusal(call)
     if reason is not None:
         return reason
-    rows = _rows(call)
+    rows = call.group_rows
     if not 0 < rows <= MOST_ROWS:
-        return f"over codes it takes 1 to {MOST_ROWS} queries x heads of a group, got {rows}"
+        return (
+            f"over quantized keys it takes 1 to {MOST_ROWS} queries x heads of a group, got {rows}"
+        )
     return None
 
 
@@ -74,14 +58,16 @@ def _layout(call: AttentionCall, kv: QuantizedKV) -> str | None:
         return f"{call.q.dtype} is not one of bfloat16, float16, or not the dtype of recent keys"
     for dim in (call.q.shape[3], kv.shape[4]):
         if dim not in DIMS or dim != call.q.shape[3]:
-            return f"head_dim {dim} is not one of {', '.join(map(str, DIMS))} over codes"
+            return f"head_dim {dim} is not one of {', '.join(map(str, DIMS))} over quantized keys"
     if kv.k_group % KEY_GROUP or kv.v.scale.shape[3] not in (1, 2):
         return (
             f"keys need groups of {KEY_GROUP} n tokens and values one or two groups, "
             f"got {kv.k_group} and {kv.v.scale.shape[3]}"
         )
     if not all(_in_rows(x) for x in (*kv.k, *kv.v)):
-        return "codes and scales have to lie row after row, heads at multiples of 16 bytes"
+        return (
+            "quantized numbers and scales have to lie row after row, heads at multiples of 16 bytes"
+        )
     return None
 
 
@@ -97,7 +83,7 @@ def _in_rows(x: Tensor) -> bool:
 
 
 def run(call: AttentionCall) -> AttentionOutput:
-    """Attention of a call that `refusal` accepts: codes here, recent keys by Triton's kernel."""
+    """Attention of a call that `refusal` accepts: quantized keys here, recent keys by the split-KV kernel."""
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import READER
     from saccade.ops.attention.nvidia.triton.split_kv import run_codes
 

@@ -1,7 +1,8 @@
-"""The Gluon kernel for codes: right on a Hopper card; elsewhere that it compiles as meant."""
+"""The Gluon quantized decode kernel: results on a Hopper GPU; elsewhere its PTX and refusals."""
 
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,8 @@ from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
 from saccade.ops import attend
-from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
-from saccade.ops.attention.nvidia import gluon_backend as gluon
-from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_codes
+from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_quantized
 from tests.ops.hopper import assert_a_graph_replays, on_the_card
 
 
@@ -38,7 +37,7 @@ SHAPES = [
 ]
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_the_card
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +66,7 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("recent", [0, 64])
     def test_learned_sinks(self, recent):
-        """They count once, whoever reads the first keys."""
+        """They count once, whichever kernel reads the first keys."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 1, 128)
         view, sinks = coded(k, v, "int8", recent), torch.randn(8).cuda()
         truth = attend(q, view, mask=Mask(), sink_logits=sinks, backend="tiled")
@@ -78,11 +77,13 @@ class TestOnTheCard:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("packed", [0, 64, 320, 448])
     def test_growing_views(self, kind, packed):
-        """Counts that only the device knows; what lies behind them is poison."""
+        """Counts that only the device knows; behind them lies nan."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
         view = coded(k, v, kind, 64)
         alone = QuantizedKV(
-            QuantizedTensor(view.k.qdata[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])),
+            QuantizedTensor(
+                view.k.qdata[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])
+            ),
             QuantizedTensor(*(x[:, :, :packed] for x in view.v)),
             view.recent_k[:, :, :33], view.recent_v[:, :, :33], view.bits_k, view.bits_v, 64,
         )  # fmt: skip
@@ -99,7 +100,7 @@ class TestOnTheCard:
         assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_rows_of_different_length(self, kind):
+    def test_sequences_of_different_length(self, kind):
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
         view, kv_lens = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
         where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": Mask()}
@@ -107,7 +108,7 @@ class TestOnTheCard:
         for row, length in enumerate(kv_lens.tolist()):
             for x in view.v[1:]:
                 x[row, :, length:] = torch.nan
-            view.v.qdata.view(torch.uint8)[row, :, length:] = 0x7F  # not a number in fp8
+            view.v.qdata.view(torch.uint8)[row, :, length:] = 0x7F  # nan in fp8
         ours = attend(q, view, **where, backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
 
@@ -134,47 +135,54 @@ def test_refuses_in_a_sentence(options, how, reason):
     q = random(1, 4, how.get("queries", 1), dim, dtype=dtype, device="cpu")
     view = coded(k, k, "int8", v_group=how.get("v_group", 32))
     call = make_call(q, view, **({"mask": Mask()} | options))
-    assert reason in str(gluon_codes.refusal(call))
+    assert reason in str(gluon_quantized.refusal(call))
 
 
-def test_accepts_codes_and_nothing_runs_without_a_card():
+def test_accepts_quantized_keys_and_nothing_runs_without_a_gpu():
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     for kind in KINDS:
         view = coded(k, k, kind, 64)
-        assert gluon_codes.refusal(make_call(q, view, mask=Mask())) is None
+        assert gluon_quantized.refusal(make_call(q, view, mask=Mask())) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(q, view, mask=Mask(), backend="gluon")
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    """Few rows; more of them are left to Triton."""
-    monkeypatch.setattr(gluon, "refusal", gluon_codes.refusal)
-    k = random(1, 2, 128, 128, device="cpu")
-    verdicts = {}
-    for queries, dim in ((1, 128), (8, 128), (9, 128), (1, 64), (2, 64)):
-        q, keys = random(1, 8, queries, dim, device="cpu"), k[..., :dim].contiguous()
-        call = make_call(q, coded(keys, keys, "int4"), mask=Mask())
-        verdicts[queries, dim] = dict(dispatch.explain(call))["gluon"]
-    assert verdicts[1, 128] == verdicts[8, 128] == verdicts[1, 64] == "chosen"
-    assert verdicts[9, 128].endswith("with up to 32 queries x heads of a group at head_dim 128, "
-                                     "here 36")  # fmt: skip
-    assert verdicts[2, 64].startswith("able, but over codes it was measured to win")
+@pytest.mark.parametrize(
+    ("batch", "keys", "mask", "splits"),
+    [
+        (1, 8192, Mask(), 64),  # at least two tiles of 64 keys each
+        (1, 32768, Mask(), 132),
+        (1, 32768, Mask(window=1000), 9),
+        (16, 8192, Mask(), 8),
+        (64, 2048, Mask(), 2),
+        (512, 2048, Mask(), 1),
+    ],
+)
+def test_number_of_splits(monkeypatch, batch, keys, mask, splits):
+    from saccade.ops.attention.nvidia.gluon.quantized_decode import launch
+    from saccade.ops.attention.nvidia.problem import dense_problem
+
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    k = torch.empty(1, 8, 1, 128, device="meta").expand(batch, 8, keys, 128)
+    q = torch.empty(batch, 32, 1, 128, device="meta")
+    problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask))
+    assert launch.splits_of(problem, SimpleNamespace(recent_k=k, num_packed=keys)) == splits
 
 
 @pytest.mark.parametrize(
     ("kinds", "dim"), [(("int4", "int4"), 128), (("fp8", "fp8"), 128), (("int8", "int4"), 64)]
 )
-def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
-    """Copied asynchronously, exchanged by no threads, awaited by one warp; nothing spills."""
+def test_quantized_keys_reach_tensor_cores_without_shuffles(kinds, dim, tmp_path):
+    """Copied by cp.async, synchronised within one warp, no ldmatrix; nothing spills."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    from tests.ops.compiled import compile_codes
+    from tests.ops.compiled import compile_quantized_decode
 
-    ptx = compile_codes(*kinds, dim).asm["ptx"]
+    ptx = compile_quantized_decode(*kinds, dim).asm["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
     assert "cp.async.cg.shared.global" in ptx and "ldmatrix" not in ptx
     assert "bar.sync" not in ptx and "cvt.rn.f16.u" not in ptx
-    wait = ptx.index("griddepcontrol.wait")  # hints may come before it, reading may not
+    wait = ptx.index("griddepcontrol.wait")  # prefetches may come before it, loads may not
     assert ptx.index("cp.async.bulk.prefetch.L2") < wait < ptx.index("cp.async.cg.shared.global")
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
@@ -183,4 +191,4 @@ def test_codes_meet_the_matrix_units_as_they_are(kinds, dim, tmp_path):
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
     )
     assert "0 bytes spill stores" in done.stderr
-    assert ".maxnreg 192" in ptx  # two warps a quarter of a multiprocessor, and room for one more
+    assert ".maxnreg 192" in ptx  # two warps on a quarter of an SM, and room for one more

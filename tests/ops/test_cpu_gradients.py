@@ -1,14 +1,13 @@
-"""Gradients of the C++ kernels, and their life inside torch.library and torch.compile."""
+"""Gradients of the C++ kernels."""
 
 import pytest
 import torch
 
 from saccade.core import Unsupported
 from saccade.ops import attention
-from saccade.ops.attention.cpu import autograd as cpu_autograd
-from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.attention.cpu import binding
 
-_cpu = cpu.extension()
+_cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
 TARGETS = [] if _cpu is None else _cpu.targets()
 
@@ -65,7 +64,7 @@ def problem(shape, name):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_gradients(monkeypatch, target, name, shape):
-    monkeypatch.setattr(cpu, "_target", lambda: target)
+    monkeypatch.setattr(binding, "target", lambda: target)
     case = problem(shape, name)
     truth = gradients("reference", torch.float64, *case)
     eager = gradients("reference", torch.float32, *case)
@@ -117,34 +116,3 @@ def test_what_has_no_gradient_says_so():
     slopes = torch.rand(4, requires_grad=True)
     with pytest.raises(Unsupported, match="gradients need plain keys"):
         attention(q.requires_grad_(), k, v, alibi_slopes=slopes, backend="cpu")
-
-
-def operator_inputs(**changes):
-    (q, k, v), _, _ = problem((1, 4, 2, 9, 12, 16, 16), "causal")
-    values = {"causal": True, "window": None, "sinks": 0, "scale": 0.25, "softcap": None}
-    values |= {"q_offset": 3, "q_offsets": None, "sink_logits": None, "alibi_slopes": None}
-    values |= {"key_padding": None, "kv_lens": None, "cu_q": None, "cu_k": None}
-    return q.requires_grad_(), k.requires_grad_(), v, *(values | changes).values()
-
-
-@pytest.mark.parametrize("changes", [{}, {"window": 4, "sinks": 1, "softcap": 5.0}])
-def test_opcheck(changes):
-    torch.library.opcheck(cpu_autograd.attention, operator_inputs(**changes))
-    with_sinks = operator_inputs(**changes, sink_logits=torch.randn(4, requires_grad=True))
-    torch.library.opcheck(cpu_autograd.attention, with_sinks)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_compiles_without_graph_breaks(grad):
-    (q, k, v), _, _ = problem(SHAPES[0], "causal")
-    q.requires_grad_(grad)
-
-    def f(q, k, v):
-        return attention(q * 2, k, v, window=40, sinks=2, backend="cpu").sin()
-
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, k, v), f(q, k, v))
-    if grad:
-        (ours,) = torch.autograd.grad(compiled(q, k, v).sum(), q)
-        (truth,) = torch.autograd.grad(f(q, k, v).sum(), q)
-        assert torch.allclose(ours, truth, atol=1e-6)

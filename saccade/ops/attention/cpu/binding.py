@@ -1,0 +1,155 @@
+"""Describing a call to the C++ kernels: an address, dtype, shape, strides and reach of each tensor.
+
+Everything is checked again on the C++ side (csrc/checks.cpp) before a kernel runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from saccade.core import DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.ops.attention.call import AttentionCall
+
+_DTYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,
+    torch.int32: 4,
+    torch.int64: 5,
+    torch.bool: 6,
+}
+
+_EXTRAS = (
+    "sink_logits",
+    "alibi_slopes",
+    "key_padding",
+    "kv_lens",
+    "cu_seqlens",
+    "blocks",
+    "attn_mask",
+)
+
+# A plain constant, which torch.compile takes as it is; the extension is loaded when it first runs.
+BUILT = find_spec("saccade._cpu") is not None
+
+_Record: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
+
+
+@cache
+def extension() -> ModuleType | None:
+    """The compiled kernels, or None where the package was built without them."""
+    try:
+        return import_module("saccade._cpu")
+    except ImportError:
+        return None
+
+
+@cache
+def target() -> str:
+    """SIMD target to run, "" for the best; the variable exists for tests alone."""
+    return os.environ.get("SACCADE_CPU_TARGET", "")
+
+
+def is_strided(x: Tensor) -> bool:
+    return x.stride(-1) != 1 and x.shape[-1] > 1
+
+
+def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ...]:
+    """The call as the binding reads it; the tensors have to stay alive meanwhile."""
+    mask = call.mask
+    return (
+        record(call.q),
+        record(out),
+        record(lse),
+        VIEWS[type(call.kv)](call.kv),
+        mask.causal,
+        -1 if mask.window is None else min(mask.window, 2**62),
+        min(mask.sinks, 2**62),
+        call.scale,
+        call.softcap or 0.0,
+        call.q_offset if isinstance(call.q_offset, int) else record(call.q_offset),
+        _extras(call),
+        torch.get_num_threads(),
+        target(),
+    )
+
+
+def in_kernel_form(call: AttentionCall) -> AttentionCall:
+    """The call with a unit stride in q and its few numbers per head in float32."""
+    if is_strided(call.q):
+        call = call.with_(q=call.q.contiguous())
+    sinks, slopes = call.sink_logits, call.alibi_slopes
+    if sinks is not None:
+        call = call.with_(sink_logits=sinks.detach().float().contiguous())
+    if slopes is not None:
+        slopes = slopes.detach().float().contiguous()
+        call = call.with_(alibi_slopes=slopes[None] if slopes.ndim == 1 else slopes)
+    return call
+
+
+def record(x: Tensor) -> _Record:
+    """What the kernels have to know of a tensor; strides in elements, the reach in bytes."""
+    size = x.element_size()
+    reach = int(x.untyped_storage().nbytes() - x.storage_offset() * size)
+    return x.data_ptr(), _DTYPE_CODES[x.dtype], tuple(x.shape), x.stride(), reach
+
+
+def _dense(kv: DenseKV) -> tuple[object, ...]:
+    spans = () if kv.is_plain else tuple(tuple(span) for span in kv.spans)
+    return "dense", record(kv.k), record(kv.v), spans
+
+
+def _paged(kv: PagedKV) -> tuple[object, ...]:
+    return "paged", record(kv.k), record(kv.v), record(kv.table), record(kv.kv_lens)
+
+
+def _ragged(kv: RaggedKV) -> tuple[object, ...]:
+    indices = (record(kv.table), record(kv.kv_lens), record(kv.positions))
+    return "ragged", record(kv.k), record(kv.v), *indices
+
+
+def _quantized(kv: QuantizedKV) -> tuple[object, ...]:
+    recent = (record(kv.recent_k), record(kv.recent_v))
+    qdata = tuple(record(part) for part in (*kv.k, *kv.v))
+    return "quantized", *recent, *qdata, kv.bits_k, kv.bits_v, kv.k_group
+
+
+# How each view is described to the binding (csrc/binding.cpp names the fields).
+VIEWS: dict[type, Callable[[Any], tuple[object, ...]]] = {
+    DenseKV: _dense,
+    PagedKV: _paged,
+    RaggedKV: _ragged,
+    QuantizedKV: _quantized,
+}
+
+
+def _extras(call: AttentionCall) -> tuple[object, ...] | None:
+    """Everything beyond the mask, or None for a call without any of it."""
+    if all(getattr(call, name) is None for name in _EXTRAS):
+        return None
+    blocks = call.blocks
+    return (
+        _maybe(call.sink_logits),
+        _maybe(call.alibi_slopes),
+        _maybe(call.key_padding),
+        _maybe(call.kv_lens),
+        *(map(record, call.cu_seqlens) if call.cu_seqlens is not None else (None, None)),
+        None if blocks is None else record(blocks.allowed),
+        0 if blocks is None else blocks.q_block,
+        0 if blocks is None else blocks.k_block,
+        _maybe(call.attn_mask),
+    )
+
+
+def _maybe(x: Tensor | None) -> _Record | None:
+    return None if x is None else record(x)

@@ -1,0 +1,99 @@
+"""Which calls the Gluon prefill kernel takes: dense keys, pages, and chunks of other storage.
+
+Loaded on any machine, so nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.core import DenseKV, PagedKV, QuantizedKV
+from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.nvidia.gluon.support import layout_refusal, score_refusal
+
+KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by head_dim
+DIMS = tuple(KEYS)
+SHORTEST_PAGE = 16
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Why the kernel cannot run a call over dense keys or pages, or None."""
+    kv = call.kv
+    if not isinstance(kv, PagedKV) and not (isinstance(kv, DenseKV) and kv.is_plain):
+        return "it knows plain dense keys and pages, and no other view"
+    return (
+        _mask_refusal(call)
+        or score_refusal(call)
+        or _page_refusal(call)
+        or _blocks_refusal(call)
+        or _storage_refusal(call, kv.k, kv.v)
+    )
+
+
+def chunked_refusal(call: AttentionCall) -> str | None:
+    """Why the kernel cannot run a prompt over a ring or quantized keys by chunks, or None."""
+    reason = _mask_refusal(call) or score_refusal(call)
+    if reason is not None:
+        return reason
+    if not call.is_plain:
+        return "over rings and quantized keys it takes one q_offset and no kv_lens or blocks"
+    kv = call.kv
+    if isinstance(kv, QuantizedKV):
+        # What is dequantized is contiguous; where no recent keys follow, queries alone matter.
+        k, v = (kv.recent_k, kv.recent_v) if kv.recent_k.numel() else (call.q, call.q)
+        return _storage_refusal(call, k, v) or _dims_refusal(kv)
+    assert isinstance(kv, DenseKV)
+    return _storage_refusal(call, kv.k, kv.v)
+
+
+def _dims_refusal(kv: QuantizedKV) -> str | None:
+    dim, value_dim = kv.shape[3:]
+    return None if dim == value_dim else f"head_dim is {dim} but value_dim {value_dim}"
+
+
+def _mask_refusal(call: AttentionCall) -> str | None:
+    if call.key_padding is not None or call.attn_mask is not None:
+        return "it knows no key_padding and no attn_mask"
+    return None
+
+
+def _page_refusal(call: AttentionCall) -> str | None:
+    """A tile of keys has to be whole pages, or to lie in one."""
+    dim = call.q.shape[3]
+    if not isinstance(call.kv, PagedKV) or dim not in DIMS:
+        return None
+    keys, size = KEYS[dim], call.kv.page_size
+    if (keys % size and size % keys) or size < SHORTEST_PAGE:
+        return (
+            f"pages of {size} keys are shorter than {SHORTEST_PAGE}, or neither divide its "
+            f"tiles of {keys} nor are multiples of them"
+        )
+    return None
+
+
+def _blocks_refusal(call: AttentionCall) -> str | None:
+    """A tile has to lie in one block of a selection."""
+    blocks, dim = call.blocks, call.q.shape[3]
+    if blocks is None or dim not in DIMS:
+        return None
+    if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
+        return "it selects blocks of plain dense keys only, the same number for every row"
+    keys = KEYS[dim]
+    if blocks.q_block % 128 or blocks.k_block % keys:
+        return (
+            f"blocks of {blocks.q_block} queries x {blocks.k_block} keys are no multiples of "
+            f"its tiles of 128 x {keys}"
+        )
+    return None
+
+
+def _storage_refusal(call: AttentionCall, k: Tensor, v: Tensor) -> str | None:
+    """What TMA and the tensor cores do not take."""
+    if call.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{call.q.dtype} is not one of bfloat16, float16"
+    if k.dtype != call.q.dtype or v.dtype != call.q.dtype:
+        return f"q is {call.q.dtype} but keys are {k.dtype}"
+    if call.kv.shape[2] == 0:
+        return "there are no keys"
+    return layout_refusal((call.q, k, v), DIMS)
