@@ -30,22 +30,8 @@ from saccade.ops.attention.nvidia.gluon.backward.tile_scheduler import (
     kv_work_tile,
     next_q_tile,
 )
+from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E, to_16_bits
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import next_stage
-
-LOG2E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _to_16_bits(x, DTYPE: gl.constexpr):
-    """float32 in 16 bits, packed in pairs."""
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2
-        )
 
 
 @gluon.jit
@@ -140,7 +126,7 @@ def consume(
         _h, tile, next_row = next_q_tile(0, tile, row, first, count, skipped, 1)
         q_tile = q_smem.index(stage).reshape([BLOCK_M, D])
         do_tile = do_smem.index(stage).reshape([BLOCK_M, D])
-        p16 = _to_16_bits(p, DTYPE)
+        p16 = to_16_bits(p, DTYPE)
         # Unknown to the compiler, which would otherwise keep descriptors of K and V in registers.
         zero = i >> 30
         v_tile = v_smem.index(CONSUMER + zero).reshape([KEYS, D])
@@ -171,7 +157,7 @@ def consume(
         ds = _to_float32(p16) * (dp - delta[None, :])
         this_buffer, _phase = ds_buffer(i)
         ds_tile = ds_smem.index(this_buffer * CONSUMERS + CONSUMER)
-        ds_tile.store(_to_16_bits(ds, DTYPE))
+        ds_tile.store(to_16_bits(ds, DTYPE))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(this_buffer))
         dq_async = _issue_dq(ds_smem, buffer, k_smem, dq, zero, CONSUMER)

@@ -18,9 +18,9 @@ from saccade.ops.attention.nvidia.gluon.fp8.producer import (
     ROWS,
     pipeline_barriers,
     produce,
-    tensor_descriptor,
 )
 from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E
+from saccade.ops.attention.nvidia.gluon.prefill.producer import tensor_descriptor
 
 
 @gluon.jit(

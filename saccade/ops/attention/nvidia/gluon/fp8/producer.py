@@ -1,4 +1,4 @@
-"""The producer warp of the fp8 kernel, its tiles, descriptors and pipeline stages."""
+"""The producer warp of the fp8 kernel, its tiles and pipeline stages."""
 
 from __future__ import annotations
 
@@ -32,20 +32,6 @@ def pipeline_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=READERS)
     return full, empty
-
-
-@gluon.jit
-def tensor_descriptor(
-    x, batch, heads, rows, width, BOX_ROWS: gl.constexpr, BOX_WIDTH: gl.constexpr
-):
-    """TMA descriptor of `[batch, heads, rows, width]` in boxes of BOX_ROWS x BOX_WIDTH."""
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, BOX_ROWS, BOX_WIDTH], x.ptr.dtype.element_ty
-    )
-    return tma.make_tensor_descriptor(
-        x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1],
-        [1, 1, BOX_ROWS, BOX_WIDTH], LAYOUT,
-    )  # fmt: skip
 
 
 @gluon.jit

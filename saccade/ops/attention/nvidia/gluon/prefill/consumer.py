@@ -42,17 +42,22 @@ def _online_softmax(s, row_max, row_sum, scale_log2):
 
 
 @gluon.jit
-def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
-    """P in 16 bits, packed in pairs, as the register operand of wgmma."""
+def to_16_bits(x, DTYPE: gl.constexpr):
+    """float32 in 16 bits, packed in pairs."""
     if DTYPE == gl.bfloat16:
-        packed = gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.bfloat16, True, 2
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2
         )
     else:
-        packed = gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], gl.float16, True, 2
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2
         )
-    return gl.convert_layout(packed, gl.DotOperandLayout(0, O, 2))
+
+
+@gluon.jit
+def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
+    """P in 16 bits as the register operand of wgmma."""
+    return gl.convert_layout(to_16_bits(p, DTYPE), gl.DotOperandLayout(0, O, 2))
 
 
 @gluon.jit

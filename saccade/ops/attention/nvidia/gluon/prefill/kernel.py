@@ -50,15 +50,15 @@ def forward_kernel(
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     PRODUCER_REGISTERS: gl.constexpr = 504 - CONSUMERS * REGISTERS
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    q_desc = tensor_descriptor(q, batch, heads, q_len, ROWS, D)
+    q_desc = tensor_descriptor(q, batch, heads, q_len, D, ROWS, D)
     if PAGE_SIZE is None:
-        k_desc = tensor_descriptor(k, batch, heads // groups, k_len, BLOCK_N, D)
-        v_desc = tensor_descriptor(v, batch, heads // groups, k_len, BLOCK_N, D)
+        k_desc = tensor_descriptor(k, batch, heads // groups, k_len, D, BLOCK_N, D)
+        v_desc = tensor_descriptor(v, batch, heads // groups, k_len, D, BLOCK_N, D)
     else:
         BOX: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
-        k_desc = tensor_descriptor(k, num_pages, heads // groups, PAGE_SIZE, BOX, D)
-        v_desc = tensor_descriptor(v, num_pages, heads // groups, PAGE_SIZE, BOX, D)
-    o_desc = tensor_descriptor(out, batch, heads, q_len, ROWS, D)
+        k_desc = tensor_descriptor(k, num_pages, heads // groups, PAGE_SIZE, D, BOX, D)
+        v_desc = tensor_descriptor(v, num_pages, heads // groups, PAGE_SIZE, D, BOX, D)
+    o_desc = tensor_descriptor(out, batch, heads, q_len, D, ROWS, D)
     q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, BLOCK_N, D], v_desc.layout)

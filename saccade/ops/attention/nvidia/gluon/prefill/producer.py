@@ -17,14 +17,17 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
 
 
 @gluon.jit
-def tensor_descriptor(x, batch, heads, length, ROWS: gl.constexpr, D: gl.constexpr):
-    """TMA descriptor of a StridedTensor `[batch, heads, length, D]`, in boxes of ROWS x D."""
+def tensor_descriptor(
+    x, batch, heads, rows, width, BOX_ROWS: gl.constexpr, BOX_WIDTH: gl.constexpr
+):
+    """TMA descriptor of a StridedTensor `[batch, heads, rows, width]`, in boxes of its last two."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, ROWS, D], x.ptr.dtype.element_ty
+        [1, 1, BOX_ROWS, BOX_WIDTH], x.ptr.dtype.element_ty
     )
     return tma.make_tensor_descriptor(
-        x.ptr, [batch, heads, length, D], [x.batch, x.head, x.row, 1], [1, 1, ROWS, D], LAYOUT
-    )
+        x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1],
+        [1, 1, BOX_ROWS, BOX_WIDTH], LAYOUT,
+    )  # fmt: skip
 
 
 @gluon.jit
