@@ -70,11 +70,10 @@ def backward() -> None:
 
 
 def gluon_backward() -> None:
-    """Gradients by the kernel that `auto` takes from 512 keys on; groups shared by programs too."""
+    """Gradients by the kernel that `auto` takes from 512 keys on; with GQA groups split too."""
     from saccade.ops.attention.nvidia.gluon.backward import launch as backward_launch
     from saccade.ops.attention.nvidia.gluon.prefill import launch
 
-    shared = backward_launch.splits_of
     for dim in (64, 128):
         for options in ({"causal": True}, {"causal": False}, {"window": 100, "sinks": 3}):
             q, k, v = qkv(150, 290, dim)
@@ -82,9 +81,7 @@ def gluon_backward() -> None:
             out, lse = launch.forward(problem)
             dout, dlse = normal(*out.shape), torch.zeros_like(lse)
             for splits in (1, 2):
-                backward_launch.splits_of = lambda _, splits=splits: splits
-                backward_launch.backward(problem, out, lse, dout, dlse)
-    backward_launch.splits_of = shared
+                backward_launch.backward(problem, out, lse, dout, dlse, gqa_splits=splits)
 
 
 def decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
