@@ -19,8 +19,9 @@ from saccade.core import BlockSelection, DenseKV, Mask, quantize_fp8_per_head
 from saccade.ops import attend, attention, gemv
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.problem import dense_problem
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
-from saccade.ops.kv_write.quantize import pack_keys, pack_values, write_out
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.quantize import dequantize_range, quantize_keys_into, quantize_values_into
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 RECENT = 60  # keys behind the codes
 
@@ -125,19 +126,19 @@ def storing() -> None:
     _, k, v = qkv(1, 700, 128)
     for kind in ("int8", "fp8", "int4"):
         view = coded(k, v, kind, RECENT)
-        pack_keys(k[:, :, :640], view.k, bits=view.bits_k, group=64)
-        pack_values(v[:, :, :640], view.v, bits=view.bits_v, group=64)
-        write_out(view, 64, 320)
+        quantize_keys_into(k[:, :, :640], view.k, bits=view.bits_k, group=64)
+        quantize_values_into(v[:, :, :640], view.v, bits=view.bits_v, group=64)
+        dequantize_range(view, 64, 320)
 
 
 def rows_of_weights() -> None:
     """What a step of one row computes beside attention, with and without biases."""
     x, weights = normal(1, 1, 320), [normal(n, 320) for n in (96, 33, 40)]
-    gemv.products(x, weights, [None, normal(33), None])
-    gemv.products(x, weights[:1], [normal(96)])
-    gemv.gated(x, weights[0], normal(96, 320))
-    gemv.sum_and_norm(x, normal(1, 1, 320), normal(320), 1e-6)
-    gemv.norm(x, normal(320), 1e-6)
+    gemv.linears(x, weights, [None, normal(33), None])
+    gemv.linears(x, weights[:1], [normal(96)])
+    gemv.gated_mlp(x, weights[0], normal(96, 320))
+    gemv.add_rms_norm(x, normal(1, 1, 320), normal(320), 1e-6)
+    gemv.rms_norm(x, normal(320), 1e-6)
 
 
 GROUPS: dict[str, Callable[[], None]] = {

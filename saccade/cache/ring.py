@@ -20,7 +20,8 @@ from torch import Tensor
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.step import Cursor, StepWrite
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 FAR = 2**30  # past every position: how far a ring has come, only the device knows
 

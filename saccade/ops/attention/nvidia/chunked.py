@@ -22,7 +22,7 @@ from saccade.ops.attention.combine import Combiner, with_sink_logits
 from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.problem import dense_problem
 from saccade.ops.attention.nvidia.triton.launch import forward
-from saccade.ops.kv_write.quantize import write_out
+from saccade.ops.kv_write.quantize import dequantize_range
 
 PIECE_BYTES = 128 * 2**20
 
@@ -61,7 +61,7 @@ def pieces_of(kv: KVView, ranges: tuple[KeyRange, ...]) -> Iterator[Piece]:
         cuts = [KeyRange(start, min(start + size, kv.num_packed)) for start in starts]
         for cut in cuts:
             if _overlap(cut, ranges):
-                yield Piece(*write_out(kv, *cut), cut.start)
+                yield Piece(*dequantize_range(kv, *cut), cut.start)
         if kv.recent_k.shape[2]:
             yield Piece(kv.recent_k, kv.recent_v, kv.num_packed)
         return

@@ -9,10 +9,10 @@ import torch
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
 from saccade.ops.attention.call import AttentionCall
+from saccade.ops.gpu.kernel_args import MAX_SPANS
 from saccade.ops.gpu.support import triton_refusal
 
 MAX_DIM = 512
-MAX_SPANS = 4
 MANY_QUERIES = 16  # more of them than this is prefill
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,6 +85,6 @@ def run(call: AttentionCall) -> AttentionOutput:
 
         if suits(call):
             return run_pieces(call)
-    from saccade.ops.attention.nvidia.triton.split_kv import run_view
+    from saccade.ops.attention.nvidia.triton.views import attend_view
 
-    return run_view(call)
+    return attend_view(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.attention.nvidia.triton.backward import row_sums
+from saccade.ops.attention.nvidia.triton.backward import row_stats
 from saccade.ops.gpu.triton_lang import addresses
 
 
@@ -23,7 +23,7 @@ def prepare_kernel(
     tile = tl.program_id(1)
     columns = tl.arange(0, ROWS)
     rows = tile * ROWS + columns
-    found, top = row_sums(out, dout, lse, dlse, b, h, rows, q_len, heads, D, D)
+    found, top = row_stats(out, dout, lse, dlse, b, h, rows, q_len, heads, D, D)
     tl.store(delta + (b * heads + h) * q_len + rows, found, mask=rows < q_len)
     whole = (b * heads + h) * tl.num_programs(1) + tile
     tl.store(stats + whole * 2 * ROWS + columns, top)

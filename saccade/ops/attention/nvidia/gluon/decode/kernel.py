@@ -39,8 +39,7 @@ from saccade.ops.attention.nvidia.gluon.ptx import (
     transposed,
     wait_copies,
 )
-from saccade.ops.attention.nvidia.triton.decode import pdl_begin, share_of
-from saccade.ops.gpu.triton_lang import LOG2E, LOWEST, key_tiles
+from saccade.ops.gpu.triton_lang import LOG2E, LOWEST, key_tiles, pdl_begin, split_range
 
 ROWS = gl.constexpr(8)  # query rows of a tile: the columns of a product
 KEYS = gl.constexpr(16)  # of a warp's tile
@@ -179,7 +178,7 @@ def decode_kernel(
     STAGE: gl.constexpr = KEYS * D * 4
     TILES: gl.constexpr = (HELD + ROWS - 1) // ROWS
     # The host knows which keys there are: those of all rows, or (pages) of the longest.
-    KNOWN: gl.constexpr = (seqlen_info.offsets is None) and (
+    KNOWN: gl.constexpr = (seqlen_info.q_offsets is None) and (
         (seqlen_info.kv_lens is None) or ((PAGE != 0) and (mask_args.window is None) and LONGEST)
     )
     thread = gl.arange(0, 32 * WARPS, layout=L)
@@ -190,15 +189,15 @@ def decode_kernel(
     kv_head = gl.program_id(1) % KV_HEADS
     if not KNOWN:
         pdl_begin(True)
-        if seqlen_info.offsets is not None:
-            q_offset = gl.load(seqlen_info.offsets + b).to(gl.int32)
+        if seqlen_info.q_offsets is not None:
+            q_offset = gl.load(seqlen_info.q_offsets + b).to(gl.int32)
         k_len = length_of(seqlen_info, b, kv_head, k_len)
 
     first_q, last_q = q_offset, q_offset + q_len - 1
     num_sinks, first, full_from, full_to, last = key_tiles(
         first_q, last_q, k_len, mask_args, CAUSAL, BLOCK
     )
-    begin, end = share_of(split, splits, first, last, num_sinks)
+    begin, end = split_range(split, splits, first, last, num_sinks)
 
     memory = dynamic_memory(thread, q_len < 0, STAGE * STAGES // 128)
     row, piece, put = put_at(lane, D)

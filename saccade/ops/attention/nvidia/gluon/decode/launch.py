@@ -8,10 +8,11 @@ from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
 from saccade.ops.attention.nvidia.problem import Problem, paged_kv_lens, problem_of
-from saccade.ops.attention.nvidia.triton.decode import Pages
+from saccade.ops.attention.nvidia.triton.decode_launch import page_table_of, strided_storage
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of, seqlen_info_of
-from saccade.ops.attention.nvidia.triton.split_kv import Parts, pages_of, stored
-from saccade.ops.gpu.intmath import cdiv, power_of_two
+from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.kernel_args import PageTable
 from saccade.ops.gpu.launching import float32, on, strided, unit_rows
 from saccade.ops.gpu.support import multiprocessors
 
@@ -44,17 +45,17 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `decode.refusal` accepts."""
     kv = call.kv
     assert isinstance(kv, (DenseKV, PagedKV))
-    pages, kv_lens = Pages(), call.kv_lens
+    pages, kv_lens = PageTable(), call.kv_lens
     if isinstance(kv, PagedKV):
-        pages, kv_lens = pages_of(kv), paged_kv_lens(call)
+        pages, kv_lens = page_table_of(kv), paged_kv_lens(call)
     problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), kv_lens)
     heads, slots = kv.shape[1:3]
     launch = launch_of(problem, heads, slots)
     splits = splits_of(problem, heads, slots, launch)
-    parts = Parts(problem, splits)
+    parts = SplitKVPartials(problem, splits)
     with on(problem.q.device):
         scan(problem, pages, heads, parts, launch, longest=call.kv_lens is None)
-        return parts.joined(problem.q.dtype)
+        return parts.combine(problem.q.dtype)
 
 
 def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
@@ -91,9 +92,9 @@ def rows_of(problem: Problem, heads: int) -> int:
 
 def scan(
     problem: Problem,
-    pages: Pages,
+    pages: PageTable,
     heads: int,
-    parts: Parts,
+    parts: SplitKVPartials,
     launch: DecodeLaunch,
     *,
     longest: bool,
@@ -103,8 +104,8 @@ def scan(
     seqlen_info, _ = seqlen_info_of(problem, ROWS, by_keys=False)
     decode_kernel[(parts.splits, q.shape[0] * heads)](
         strided(q),
-        stored(k, pages),
-        stored(v, pages),
+        strided_storage(k, pages),
+        strided_storage(v, pages),
         strided(parts.out[0]),
         parts.lse,
         pages,
@@ -127,7 +128,7 @@ def scan(
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        HELD=power_of_two(rows_of(problem, heads)),
+        HELD=next_power_of_two(rows_of(problem, heads)),
         launch_pdl=True,
         **options(launch),
     )

@@ -57,8 +57,7 @@ from saccade.ops.attention.nvidia.gluon.quantized_decode.smem import (
     read_tokens,
     read_values,
 )
-from saccade.ops.attention.nvidia.triton.decode import pdl_begin
-from saccade.ops.gpu.triton_lang import key_tiles
+from saccade.ops.gpu.triton_lang import key_tiles, pdl_begin
 
 ROWS = gl.constexpr(8)  # query rows of a program
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -189,7 +188,7 @@ def codes_kernel(
     The programs of a head take its tiles in turn, so what they read at a time lies together.
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    TOLD: gl.constexpr = seqlen_info.offsets is not None or seqlen_info.kv_lens is not None
+    TOLD: gl.constexpr = seqlen_info.q_offsets is not None or seqlen_info.kv_lens is not None
     if TOLD:
         pdl_begin(PDL)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D
@@ -199,8 +198,8 @@ def codes_kernel(
     split, splits, tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
     b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(2) % KV_HEADS
-    if seqlen_info.offsets is not None:
-        q_offset = gl.load(seqlen_info.offsets + b).to(gl.int32)
+    if seqlen_info.q_offsets is not None:
+        q_offset = gl.load(seqlen_info.q_offsets + b).to(gl.int32)
     if seqlen_info.kv_lens is not None:
         at = b * seqlen_info.kv_lens_batch + kv_head * seqlen_info.kv_lens_head
         k_len = gl.minimum(k_len, gl.load(seqlen_info.kv_lens + at).to(gl.int32))

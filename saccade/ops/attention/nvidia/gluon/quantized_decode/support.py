@@ -99,6 +99,6 @@ def _in_rows(x: Tensor) -> bool:
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts: codes here, recent keys by Triton's kernel."""
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import READER
-    from saccade.ops.attention.nvidia.triton.split_kv import run_codes
+    from saccade.ops.attention.nvidia.triton.quantized_decode_launch import attend_quantized
 
-    return run_codes(call, READER)
+    return attend_quantized(call, READER)
