@@ -8,6 +8,9 @@ Without softcap and bias (RAW) a score is the product q.k and `unit` is scale * 
 scores are multiplied by scale * log2(e) already and `unit` is 1.
 """
 
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -263,25 +266,9 @@ def split_range(split, splits, first, last, num_sinks):
 
 @triton.jit
 def store_split(
-    m,
-    l,
-    acc,
-    unit,
-    out,
-    lse,
-    score_args,
-    split,
-    out_split,
-    lse_split,
-    b,
-    h,
-    index,
-    q_len,
-    q_real,
-    heads,
-    value_dims,
-    VALUE_DIM: tl.constexpr,
-):
+    m, l, acc, unit, out, lse, score_args, split, out_split, lse_split, b, h, index, q_len, q_real,
+    heads, value_dims, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
     """Store the output and lse of a split; only the first split adds the learned sink."""
     if score_args.sink_logits is not None:
         sink = tl.load(score_args.sink_logits + h, mask=q_real & (split == 0), other=float("-inf"))

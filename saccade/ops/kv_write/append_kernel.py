@@ -1,5 +1,8 @@
 """The kernel behind `append`: a program does RoPE, Hadamard and store for one head of a token."""
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

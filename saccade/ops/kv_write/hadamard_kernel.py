@@ -1,5 +1,8 @@
 """The Walsh-Hadamard transform as a Triton kernel, one row per program."""
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

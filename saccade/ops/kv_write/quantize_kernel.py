@@ -1,11 +1,14 @@
-"""Kernels behind `quantize`: codes, scale and offset of a group, its values loaded once.
+"""Kernels behind `quantize`: a group is loaded once for its offset, scale and quantised values.
 
-    offset = min        scale = (max - min) / (2^bits - 1)       code = round((x - offset) / scale)
-    fp8:  offset = middle    scale = max |x - offset| / 448      code = (x - offset) / scale
+    offset = min        scale = (max - min) / (2^bits - 1)       q = round((x - offset) / scale)
+    fp8:  offset = middle    scale = max |x - offset| / 448      q = (x - offset) / scale
 
-with offset and scale rounded to float16 before codes are computed, as `core.formats` defines it.
-A head is processed in two halves, because that is how four-bit codes share bytes.
+with offset and scale rounded to float16 first, as `core.formats` defines it.
+A head is processed in two halves, because that is how 4-bit values share bytes.
 """
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -40,16 +43,16 @@ def offset_and_scale(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
 
 @triton.jit
 def quantize(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """Codes of values, as float32."""
-    code = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
+    """Quantised values, as float32."""
+    q = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
     if IS_FP8:
-        return tl.minimum(tl.maximum(code, -FP8_LARGEST), FP8_LARGEST)
-    return tl.minimum(tl.maximum((code + ROUND) - ROUND, 0.0), LEVELS)
+        return tl.minimum(tl.maximum(q, -FP8_LARGEST), FP8_LARGEST)
+    return tl.minimum(tl.maximum((q + ROUND) - ROUND, 0.0), LEVELS)
 
 
 @triton.jit
 def store_quantized(at, low, high, keep, HALF: tl.constexpr, BITS: tl.constexpr):
-    """Store the codes of both halves of a head from `at` on."""
+    """Store the quantised values of both halves of a head from `at` on."""
     dtype: tl.constexpr = at.dtype.element_ty
     if BITS == 4:
         tl.store(at, (low.to(tl.int32) | (high.to(tl.int32) << 4)).to(dtype), mask=keep)
@@ -87,8 +90,8 @@ def quantize_keys_kernel(x, storage, heads, GROUP: tl.constexpr, BLOCK: tl.const
     )  # fmt: skip
     low = quantize(low, low_offset[None, :], low_scale[None, :], LEVELS, IS_FP8)
     high = quantize(high, high_offset[None, :], high_scale[None, :], LEVELS, IS_FP8)
-    code_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
-    store_quantized(code_at, low, high, keep, HALF, BITS)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    store_quantized(qdata_at, low, high, keep, HALF, BITS)
     keep = dims < HALF
     tl.store(scale_at, low_scale, mask=keep)
     tl.store(scale_at + HALF, high_scale, mask=keep)
@@ -133,8 +136,8 @@ def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF
     high = quantize(
         high.reshape(shape), high_offset[:, :, None], high_scale[:, :, None], LEVELS, IS_FP8
     ).reshape((TOKENS, BLOCK_D))
-    code_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
-    store_quantized(code_at, low, high, keep, HALF, BITS)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    store_quantized(qdata_at, low, high, keep, HALF, BITS)
     scale_at = (
         head_pointer(storage.scale, b, h) + rows[:, None] * storage.scale.row + index[None, :]
     )
@@ -150,13 +153,13 @@ def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF
 
 
 @triton.jit
-def dequantize(storage, code, b, h, rows, dims, keep, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Values of codes; a scale is shared by TOKENS tokens and CHANNELS channels."""
+def dequantize(storage, q, b, h, rows, dims, keep, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Dequantised values; a scale is shared by TOKENS tokens and CHANNELS channels."""
     row, channel = (rows // TOKENS)[:, None], (dims // CHANNELS)[None, :]
     scale_at = head_pointer(storage.scale, b, h) + row * storage.scale.row + channel
     offset_at = head_pointer(storage.offset, b, h) + row * storage.offset.row + channel
     scale = tl.load(scale_at, mask=keep, other=0.0).to(tl.float32)
-    return code.to(tl.float32) * scale + tl.load(offset_at, mask=keep, other=0.0).to(tl.float32)
+    return q.to(tl.float32) * scale + tl.load(offset_at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -168,12 +171,12 @@ def dequantize_kernel(storage, out, heads, length, ROWS: tl.constexpr, HALF: tl.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     keep = (rows < length)[:, None] & (dims < HALF)[None, :]
-    code_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
-    low = tl.load(code_at, mask=keep)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    low = tl.load(qdata_at, mask=keep)
     if BITS == 4:
         low, high = low & 15, low >> 4
     else:
-        high = tl.load(code_at + HALF, mask=keep)
+        high = tl.load(qdata_at + HALF, mask=keep)
     low = dequantize(storage, low, b, h, rows, dims, keep, TOKENS, CHANNELS)
     high = dequantize(storage, high, b, h, rows, dims + HALF, keep, TOKENS, CHANNELS)
     at = head_pointer(out, b, h) + rows[:, None] * out.row + dims[None, :]

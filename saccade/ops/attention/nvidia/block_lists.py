@@ -5,6 +5,9 @@ A tile without any is skipped; one whose blocks are all selected and which the M
 full and needs no mask.
 """
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

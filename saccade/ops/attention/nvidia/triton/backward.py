@@ -10,6 +10,9 @@ One kernel with atomic additions to dQ would save two matrix products, but would
 deterministic.
 """
 
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -102,35 +105,12 @@ def load_stats(lse2, delta, at, keep, MASKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def backward_kv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    dk,
-    dv,
-    lse2,
-    delta,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    q, k, v, dout, dk, dv, lse2, delta, seqlen_info, mask_args, score_args, block_lists, q_len,
+    k_len, q_offset, heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """(dK, dV) of one tile of keys of one KV head, summed over its group of query heads."""
     kv_heads = heads // groups
     b = (tl.program_id(0) // kv_heads).to(tl.int64)
@@ -209,15 +189,9 @@ def backward_kv_kernel(
                 row_lse, row_delta = load_stats(lse2, delta, stats + rows, q_real, partial)
                 qk = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [N, M]
                 p = weights_of(
-                    qk,
-                    score_args,
-                    slope,
-                    q_pos[None, :],
-                    k_pos[:, None],
-                    row_lse[None, :],
-                    unit,
+                    qk, score_args, slope, q_pos[None, :], k_pos[:, None], row_lse[None, :], unit,
                     RAW,
-                )
+                )  # fmt: skip
                 if partial:
                     mask = tile_mask(
                         mask_args, b, h, kv_head, rows[None, :], q_pos[None, :], k_pos[:, None],
@@ -244,33 +218,12 @@ def backward_kv_kernel(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def backward_q_kernel(
-    q,
-    k,
-    v,
-    dout,
-    dq,
-    lse2,
-    delta,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, dout, dq, lse2, delta, seqlen_info, mask_args, score_args, block_lists, q_len,
+    k_len, q_offset, heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dQ of one tile of queries of one head."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)

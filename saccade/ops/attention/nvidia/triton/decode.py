@@ -7,6 +7,9 @@ their results.  With more tiles of rows the same kernel computes prefill over st
 dense.
 """
 
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -43,39 +46,13 @@ def slot_positions(slots, spans):
 
 @triton.jit(do_not_specialize=["spans", "q_len", "k_len", "num_slots", "q_offset"])
 def decode_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    pages,
-    spans,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    num_slots,
-    q_offset,
-    splits,
-    out_split,
-    lse_split,
-    kv_heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, out, lse, pages, spans, seqlen_info, mask_args, score_args, block_lists, q_len,
+    k_len, num_slots, q_offset, splits, out_split, lse_split, kv_heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    STAGES: tl.constexpr, CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """(out, lse) of one split; out_split and lse_split are the strides between splits."""
     pdl_begin(PDL)
     tile = tl.program_id(0) // splits
@@ -97,9 +74,8 @@ def decode_kernel(
     v_ptr = v.ptr + b * v.batch + kv_head.to(tl.int64) * v.head
     slope = 0.0
     if score_args.alibi_slopes is not None:
-        slope = tl.load(
-            score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h, mask=q_real, other=0.0
-        )[:, None]
+        slope_at = score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h
+        slope = tl.load(slope_at, mask=q_real, other=0.0)[:, None]
     unit = unit_of(score_args, RAW)
 
     first_q = q_offset + tile * BLOCK_M // groups

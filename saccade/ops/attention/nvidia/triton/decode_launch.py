@@ -1,5 +1,8 @@
 """Launcher of the split-KV kernel over full-precision keys: contiguous, in a ring or in pages."""
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -84,11 +87,11 @@ def decode_into(
     origin: Tensor | None = None,
 ) -> None:
     """Compute the splits first .. first + splits - 1 of `partials` over full-precision keys."""
-    heads = kv_heads(problem, pages)
+    (batch, q_heads, q_len), heads = problem.q.shape[:3], kv_heads(problem, pages)
     launch, block_m, row_tiles = row_tiling(problem, heads, tuning_table(pages))
-    groups = problem.q.shape[1] // heads
+    groups = q_heads // heads
     seqlen_info = seqlen_info_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
-    decode_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
+    decode_kernel[(splits * row_tiles, batch * heads)](
         strided(problem.q),
         strided_storage(problem.k, pages),
         strided_storage(problem.v, pages),
@@ -100,7 +103,7 @@ def decode_into(
         mask_args_of(problem),
         score_args_of(problem),
         block_lists_of(problem, row_tiles, block_m, launch.block_n, groups=groups),
-        problem.q.shape[2],
+        q_len,
         slots if pages.positions is not None else problem.num_keys,
         slots,
         problem.q_offset,

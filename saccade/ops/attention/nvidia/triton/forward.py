@@ -5,6 +5,9 @@ then the partial ones: sinks, the left end of a window, the diagonal, the end of
 Programs with the longest loops start first.
 """
 
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -29,32 +32,12 @@ from saccade.ops.gpu.triton_lang import (
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-):
+    q, k, v, out, lse, seqlen_info, mask_args, score_args, block_lists, q_len, k_len, q_offset,
+    heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """out = softmax(q k^T) v; q, k, v, out are StridedTensors, lse `[B, H, Lq]`."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)

@@ -1,5 +1,8 @@
 """Launchers of the Triton kernels for plain dense keys: forward and backward of one Problem."""
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -1,15 +1,18 @@
 """Attention over quantised keys and values on GPUs, without ever writing them back in full.
 
 A tile of keys lies in one group of tokens, so its scales and offsets are one row; those of values
-are one column.  Codes become numbers by bit operations alone: 0x6400 | code is 1024 + code in
+are one column.  Integers become float16 by bit operations alone: 0x6400 | n is 1024 + n in
 float16, so for 16-bit queries products are computed in float16 (finer than bfloat16) and sums in
-float32.  A head is processed in two halves, because that is how four-bit codes share bytes
+float32.  A head is processed in two halves, because that is how 4-bit integers share bytes
 (saccade.core.formats).
 
-Four codes are loaded as one 32-bit integer and converted in registers, between two layouts in
+Four bytes are loaded as one 32-bit integer and converted in registers, between two layouts in
 shared memory: loaded as bytes, the layout of tensor-core operands would make the compiler gather
 every byte by itself.
 """
+
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ V_FACTOR = tl.constexpr(256.0)
 
 @triton.constexpr_function
 def unpack_ptx(bits, side, start):
-    """PTX that converts the four 8-bit codes of a 32-bit integer, minus `start`, to float16.
+    """PTX that converts the four bytes of a 32-bit integer, minus `start`, to float16.
 
-    0x6400 | code is 1024 + code, so a byte permutation converts.  Of 4-bit codes, each byte holds
-    one of each half of the head; `side` says which half.
+    0x6400 | n is 1024 + n, so a byte permutation converts.  With 4 bits, each byte holds a value of
+    either half of the head; `side` says of which.
     """
     narrow = f"shr.b32 t, t, {4 * side}; and.b32 t, t, 0x0f0f0f0f;" if bits == 4 else ""
     return (
@@ -55,7 +58,7 @@ def unpack_ptx(bits, side, start):
 
 @triton.constexpr_function
 def unpack_fp8_ptx():
-    """The same for four e4m3 codes, on any GPU: the bits of 1/256 of the number, times 256."""
+    """The same for four e4m3 numbers, on any GPU: the bits of 1/256 of the number, times 256."""
     half = (
         "and.b32 s, {0}, 0x80008000; shr.b32 {0}, {0}, 1;"
         " lop3.b32 {0}, {0}, 0x3f803f80, s, 0xea; mul.rn.f16x2 {0}, {0}, m;"
@@ -71,16 +74,16 @@ def unpack_fp8_ptx():
 @triton.jit
 def unpack_nth(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
               FLOAT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The n-th code of each 32-bit integer as a number, minus FROM."""
-    code = nth_code(packed, n, BITS, SIDE)
+    """The n-th quantised value of each 32-bit integer as a float, minus FROM."""
+    value = nth_value(packed, n, BITS, SIDE)
     if FLOAT:
-        bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        bits = ((value & 0x80) << 8) | ((value & 0x7F) << 7)
         return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE) * 256
-    return code.to(DTYPE) - FROM
+    return value.to(DTYPE) - FROM
 
 
 @triton.jit
-def nth_code(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
+def nth_value(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
     """The n-th byte of each 32-bit integer, or its nibble for one half of the head."""
     if BITS == 4:
         return (packed >> (8 * n + 4 * SIDE)) & 15
@@ -89,8 +92,8 @@ def nth_code(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def unpack(packed, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
-               FLOAT: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Convert the codes of one half of a head, minus FROM; 4-bit `packed` holds both halves."""
+           FLOAT: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Quantised values of one half of a head as floats, minus FROM; 4-bit `packed` has both."""
     if FAST and DTYPE == tl.float16:
         text: tl.constexpr = unpack_fp8_ptx() if FLOAT else unpack_ptx(BITS, SIDE, FROM)
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
@@ -107,7 +110,7 @@ def unpack(packed, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
 
 @triton.jit
 def load_packed(strided, b, kv_head, at, real, index, HALF: tl.constexpr, SIDE: tl.constexpr):
-    """Codes of one half of a head for tokens `at`, four bytes per 32-bit integer."""
+    """Quantised values of one half of a head for tokens `at`, four bytes per 32-bit integer."""
     where = (head_pointer(strided, b, kv_head) + at * strided.row + SIDE * HALF).to(
         tl.pointer_type(tl.int32)
     )
@@ -133,7 +136,7 @@ def load_tokens(strided, b, kv_head, at, real, group):
 def load_quantized(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF: tl.constexpr,
           V_HALF: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
           K_GROUP: tl.constexpr, V_GROUP: tl.constexpr):  # fmt: skip
-    """Codes, scales and offsets of the tokens from `start`: (lower half, upper half) of each."""
+    """Quantised K and V, scales and offsets of a tile of tokens: (lower, upper half) of each."""
     at = (start + columns).to(tl.int64)
     group = (start // K_GROUP).to(tl.int64)
     other: tl.constexpr = V_HALF // V_GROUP  # channel group of the upper half, where a half has one
@@ -169,13 +172,13 @@ def load_quantized(k, v, b, kv_head, start, real, columns, dims, value_dims, HAL
 
 @triton.jit
 def dequantize_keys(qdata, scale, offset):
-    """One half of a tile of keys from its codes and the scales of its group of tokens."""
+    """One half of a tile of keys: qdata * scale + offset, both of its group of tokens."""
     return qdata * scale.to(qdata.dtype)[None, :] + offset.to(qdata.dtype)[None, :]
 
 
 @triton.jit
 def centred(scale, offset, MIDDLE: tl.constexpr):
-    """(scale, value of the middle code) of each token, both times V_FACTOR."""
+    """(scale, offset of the middle of the range) of each token, both times V_FACTOR."""
     scale = scale.to(tl.float32) * V_FACTOR
     return scale, offset.to(tl.float32) * V_FACTOR + MIDDLE * scale
 
@@ -189,7 +192,7 @@ def token_scales(v, b, kv_head, at, real, group, MIDDLE: tl.constexpr):
 
 @triton.jit
 def accumulate_values(p, acc, qdata, scale, offset, PRECISION: tl.constexpr):
-    """acc + p @ (codes * scale + offset), scale and offset of each token multiplied into p."""
+    """acc + p @ (qdata * scale + offset), scale and offset of each token multiplied into p."""
     acc += tl.sum(p * offset[None, :], 1)[:, None]
     weights = (p * scale[None, :]).to(qdata.dtype)
     return tl.dot(weights, qdata, acc, input_precision=PRECISION)
@@ -218,41 +221,14 @@ def first_key(i, block_lists, block_list, num_sinks, first, BLOCK: tl.constexpr)
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def quantized_decode_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    splits,
-    out_split,
-    lse_split,
-    kv_heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BITS_K: tl.constexpr,
-    BITS_V: tl.constexpr,
-    FLOAT_K: tl.constexpr,
-    FLOAT_V: tl.constexpr,
-    K_GROUP: tl.constexpr,
-    V_GROUP: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    q, k, v, out, lse, seqlen_info, mask_args, score_args, block_lists, q_len, k_len, q_offset,
+    splits, out_split, lse_split, kv_heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BITS_K: tl.constexpr,
+    BITS_V: tl.constexpr, FLOAT_K: tl.constexpr, FLOAT_V: tl.constexpr, K_GROUP: tl.constexpr,
+    V_GROUP: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, RAW: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """(out, lse) of one split, as decode_kernel; BLOCK_D and BLOCK_V cover half a head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     V_HALF: tl.constexpr = VALUE_DIM // 2
@@ -278,9 +254,8 @@ def quantized_decode_kernel(
         q_low, q_high = q_low.to(tl.float16), q_high.to(tl.float16)
     slope = 0.0
     if score_args.alibi_slopes is not None:
-        slope = tl.load(
-            score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h, mask=q_real, other=0.0
-        )[:, None]
+        slope_at = score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h
+        slope = tl.load(slope_at, mask=q_real, other=0.0)[:, None]
     unit = unit_of(score_args, RAW)
     first_q = q_offset + tile * BLOCK_M // groups
     last_q = q_offset + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, q_len - 1)
@@ -299,12 +274,12 @@ def quantized_decode_kernel(
         start = first_key(i, block_lists, block_list, num_sinks, first, BLOCK_N)
         k_pos = start + columns
         real = real_keys(mask_args, b, k_pos, k_len)
-        k_codes, v_codes, k_scales, k_offsets, v_scales, v_offsets = load_quantized(
+        k_packed, v_packed, k_scales, k_offsets, v_scales, v_offsets = load_quantized(
             k, v, b, kv_head, start, real, columns, dims, value_dims, HALF, V_HALF, BITS_K, BITS_V,
             K_GROUP, V_GROUP,
         )  # fmt: skip
-        k_low = unpack(k_codes[0], BITS_K, 0, 0, FLOAT_K, q_low.dtype, FAST)
-        k_high = unpack(k_codes[1], BITS_K, 1, 0, FLOAT_K, q_low.dtype, FAST)
+        k_low = unpack(k_packed[0], BITS_K, 0, 0, FLOAT_K, q_low.dtype, FAST)
+        k_high = unpack(k_packed[1], BITS_K, 1, 0, FLOAT_K, q_low.dtype, FAST)
         k_low = dequantize_keys(k_low, k_scales[0], k_offsets[0])
         k_high = dequantize_keys(k_high, k_scales[1], k_offsets[1])
         qk = tl.dot(q_low, k_low.T, input_precision=PRECISION)
@@ -316,8 +291,8 @@ def quantized_decode_kernel(
         )  # fmt: skip
         s = tl.where(mask, s, float("-inf"))
         m, l, p, rescale = online_softmax(m, l, s, unit)
-        v_low = unpack(v_codes[0], BITS_V, 0, MIDDLE, FLOAT_V, q_low.dtype, FAST)
-        v_high = unpack(v_codes[1], BITS_V, 1, MIDDLE, FLOAT_V, q_low.dtype, FAST)
+        v_low = unpack(v_packed[0], BITS_V, 0, MIDDLE, FLOAT_V, q_low.dtype, FAST)
+        v_high = unpack(v_packed[1], BITS_V, 1, MIDDLE, FLOAT_V, q_low.dtype, FAST)
         low *= rescale[:, None]
         high *= rescale[:, None]
         if ONE_SCALE:

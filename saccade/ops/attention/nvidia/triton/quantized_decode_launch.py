@@ -1,5 +1,8 @@
 """Attention over quantised storage: splits over the quantised keys, more over the recent ones."""
 
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
