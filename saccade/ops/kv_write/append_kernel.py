@@ -43,28 +43,11 @@ def write_head(at, to, cos, sin, DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl
 
 @triton.jit
 def append_kernel(
-    q,
-    k,
-    v,
-    q_out,
-    k_store,
-    v_store,
-    cos,
-    sin,
-    table_batch,
-    table_row,
-    at,
-    origin,
-    heads,
+    q, k, v, q_out, k_store, v_store, cos, sin, table_batch, table_row, at, origin, heads,
     kv_heads,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_HALF: tl.constexpr,
-    ROPE: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    DIM: tl.constexpr, HALF: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_HALF: tl.constexpr,
+    ROPE: tl.constexpr, HADAMARD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Program (token, head, row): heads of q first (none without ROPE), then of k, then of v."""
     if PDL:  # the next kernel may start now: it waits until this one, which waits too, has ended
         gdc_launch_dependents()

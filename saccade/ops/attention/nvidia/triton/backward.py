@@ -58,18 +58,9 @@ def row_stats(
 
 @triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
-    out,
-    dout,
-    lse,
-    dlse,
-    delta,
-    lse2,
-    q_len,
-    heads,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    out, dout, lse, dlse, delta, lse2, q_len, heads,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """The statistics of every row (`row_stats`): delta and lse2 `[B, H, Lq]`."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)

@@ -84,19 +84,10 @@ def combine_step(split_lse, split_out, m, total, acc):
 
 @triton.jit
 def combine_kernel(
-    split_out,
-    split_lse,
-    out,
-    lse,
-    splits,
-    out_stride,
-    lse_stride,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    ONCE: tl.constexpr,
+    split_out, split_lse, out, lse, splits, out_stride, lse_stride,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, ONCE: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """out = sum over splits of exp(lse_s - lse) out_s; one program per row and BLOCK_V channels.
 
     Addresses are computed before the wait for the preceding kernel.  ONCE: there are at most
