@@ -8,7 +8,8 @@ from torch import Tensor
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, Unsupported
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 GROWTH_STEP = 64
 GROWTH_SHARE = 16

@@ -15,9 +15,10 @@ from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
 from saccade.core.formats import FP8, QuantizedTensor
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.hadamard import hadamard_transform
-from saccade.ops.kv_write.quantize import pack_keys, pack_values
+from saccade.ops.kv_write.quantize import quantize_keys_into, quantize_values_into
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 GROWTH_STEP = 1024
 
@@ -267,9 +268,9 @@ class QuantizedCache:
         groups = slice(tokens.start // self._group, tokens.stop // self._group)
         keys = QuantizedTensor(self._k.qdata[:, :, tokens], *(s[:, :, groups] for s in self._k[1:]))
         values = QuantizedTensor(*(part[:, :, tokens] for part in self._v))
-        pack_keys(k, self._with_dtype(keys), bits=self._bits_k, group=self._group)
+        quantize_keys_into(k, self._with_dtype(keys), bits=self._bits_k, group=self._group)
         v_group = self._v_group(v.shape[3])
-        pack_values(v, self._with_dtype(values), bits=self._bits_v, group=v_group)
+        quantize_values_into(v, self._with_dtype(values), bits=self._bits_v, group=v_group)
         self._num_quantized += count
 
     def _stored_view(self) -> QuantizedKV:

@@ -21,7 +21,8 @@ from torch import Tensor
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 UNBOUNDED = 2**30
 """`end` of the view of a captured step: past every position, as the host does not know the last."""

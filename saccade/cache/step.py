@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.cache.base import LayerCache
 from saccade.core import KVView
-from saccade.ops.kv_write.append import PendingRope
+from saccade.ops.kv_write.records import PendingRope
 
 
 class Cursor(NamedTuple):

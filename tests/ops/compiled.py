@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there."""
+"""Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
 from typing import Any
 
@@ -8,7 +8,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs, StridedTensor
+from saccade.ops.gpu.kernel_args import (
+    BlockLists,
+    MaskArgs,
+    PageTable,
+    QuantizedStrided,
+    StridedTensor,
+)
 
 RULES = MaskArgs()
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -21,7 +27,6 @@ TYPES = {
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.bool: "*i1",
-    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -123,16 +128,15 @@ def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
     """The Gluon quantized decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCHES, options
-    from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
     def strided(heads: int, rows: int, width: int, dtype: torch.dtype) -> StridedTensor:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    def quantized(form: str, qparams: StridedTensor) -> Coded:
+    def quantized(form: str, qparams: StridedTensor) -> QuantizedStrided:
         width = dim // 2 if form == "int4" else dim
-        return Coded(strided(8, 8192, width, torch.uint8), qparams, qparams)
+        return QuantizedStrided(strided(8, 8192, width, torch.uint8), qparams, qparams)
 
     arguments: dict[str, Any] = {
         "q": strided(32, 1, dim, torch.bfloat16),
@@ -152,18 +156,17 @@ def compile_decode(dim: int, page_size: int, rows: int = 4) -> Any:
     """The Gluon decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
     from saccade.ops.attention.nvidia.gluon.decode.launch import LAUNCHES, options
-    from saccade.ops.attention.nvidia.triton.decode import Pages
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
     def strided(*shape: int, dtype: torch.dtype = torch.bfloat16) -> StridedTensor:
         x = torch.empty(*shape, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    launch, keys, pages = LAUNCHES[f"{dim}/split_kv"], strided(1, 8, 8192, dim), Pages()
+    launch, keys, pages = LAUNCHES[f"{dim}/split_kv"], strided(1, 8, 8192, dim), PageTable()
     if page_size:
         keys = strided(512, 8, page_size, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")
-        pages = Pages(table, 512, 0, 8 * page_size * dim, 8 * page_size * dim)
+        pages = PageTable(table, 512, 0, 8 * page_size * dim, 8 * page_size * dim)
     arguments: dict[str, Any] = {
         "q": strided(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages,
         "out": strided(16, 32, 1, dim, dtype=torch.float32),

@@ -14,7 +14,8 @@ from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
 from saccade.ops.gpu import support
-from saccade.ops.kv_write.append import KVSlots, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots
 
 CARD = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 ROOM = torch.cuda.get_device_properties(0).total_memory if CARD else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from saccade.ops.attention.nvidia.triton.backward import row_sums
+from saccade.ops.attention.nvidia.triton.backward import row_stats
 
 
 @triton.jit(do_not_specialize=["q_len"])
@@ -13,7 +13,7 @@ def preprocess_kernel(
     out, dout, lse, dlse, delta, lse_delta, dq_accum, q_len, heads,
     D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta and lse of a tile of queries (`row_sums`), and its dq_accum set to 0.
+    """delta and lse of a tile of queries (`row_stats`), and its dq_accum set to 0.
 
     Args:
         delta: `[B, H, Lq]`.
@@ -26,7 +26,7 @@ def preprocess_kernel(
     tile = tl.program_id(1)
     columns = tl.arange(0, BLOCK_M)
     rows = tile * BLOCK_M + columns
-    sums, lse_log2 = row_sums(out, dout, lse, dlse, b, h, rows, q_len, heads, D, D)
+    sums, lse_log2 = row_stats(out, dout, lse, dlse, b, h, rows, q_len, heads, D, D)
     tl.store(delta + (b * heads + h) * q_len + rows, sums, mask=rows < q_len)
     index = (b * heads + h) * tl.num_programs(1) + tile
     tl.store(lse_delta + index * 2 * BLOCK_M + columns, lse_log2)
