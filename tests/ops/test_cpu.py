@@ -369,11 +369,11 @@ def test_spoilt_numbers(field, value):
 @pytest.mark.parametrize("entry", [-1, 6, 2**31 - 1])
 def test_bad_block_table(entry):
     kv = paged()
-    kv.table[1, 1] = entry
+    kv.page_table[1, 1] = entry
     with pytest.raises(ValueError, match="table entry"):
         attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
-    kv.table[1, 1] = 4
-    kv.table[1, 2] = entry  # behind the length of its row: never read
+    kv.page_table[1, 1] = 4
+    kv.page_table[1, 2] = entry  # behind the length of its row: never read
     attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
 
 

@@ -50,7 +50,7 @@ def write_out(kv: QuantizedKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Packed keys and values start .. stop-1 in full precision, `[B, Hkv, n, D]` each.
 
     Args:
-        start, stop: multiples of `kv.k_group` below `kv.num_packed`.
+        start, stop: multiples of `kv.k_group` below `kv.num_quantized`.
     """
     groups = slice(start // kv.k_group, stop // kv.k_group)
     k = QuantizedTensor(kv.k.qdata[:, :, start:stop], *(x[:, :, groups] for x in kv.k[1:]))

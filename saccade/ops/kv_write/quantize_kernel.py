@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.core.formats import FP8, LARGEST, QuantizedTensor
+from saccade.core.formats import FP8, FP8_MAX, QuantizedTensor
 from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
 from saccade.ops.gpu.intmath import cdiv, power_of_two
 from saccade.ops.gpu.launching import on, strided, unit_rows
 
 TOKENS = 32  # of a program that packs or writes out values
 TINY = tl.constexpr(2.0**-24)  # the smallest scale float16 holds
-FP8_LARGEST = tl.constexpr(LARGEST)
+FP8_LARGEST = tl.constexpr(FP8_MAX)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to whole numbers, halves to even
 
 

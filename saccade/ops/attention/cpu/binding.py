@@ -110,11 +110,11 @@ def _dense(kv: DenseKV) -> tuple[object, ...]:
 
 
 def _paged(kv: PagedKV) -> tuple[object, ...]:
-    return "paged", record(kv.k), record(kv.v), record(kv.table), record(kv.kv_lens)
+    return "paged", record(kv.k), record(kv.v), record(kv.page_table), record(kv.kv_lens)
 
 
 def _ragged(kv: RaggedKV) -> tuple[object, ...]:
-    indices = (record(kv.table), record(kv.kv_lens), record(kv.positions))
+    indices = (record(kv.page_table), record(kv.kv_lens), record(kv.positions))
     return "ragged", record(kv.k), record(kv.v), *indices
 
 

@@ -53,13 +53,13 @@ def chunks_of(kv: KVView, ranges: tuple[KeyRange, ...]) -> Iterator[KVChunk]:
     size = CHUNK_BYTES // (batch * heads * (dim + value_dim) * kv.dtype.itemsize)
     if isinstance(kv, QuantizedKV):
         size = max(1, size // kv.k_group) * kv.k_group
-        starts = range(0, kv.num_packed, size)
-        cuts = [KeyRange(start, min(start + size, kv.num_packed)) for start in starts]
+        starts = range(0, kv.num_quantized, size)
+        cuts = [KeyRange(start, min(start + size, kv.num_quantized)) for start in starts]
         for cut in cuts:
             if _overlap(cut, ranges):
                 yield KVChunk(*write_out(kv, *cut), cut.start)
         if kv.recent_k.shape[2]:
-            yield KVChunk(kv.recent_k, kv.recent_v, kv.num_packed)
+            yield KVChunk(kv.recent_k, kv.recent_v, kv.num_quantized)
         return
     assert isinstance(kv, DenseKV)
     for slot, position, length in kv.spans:

@@ -94,13 +94,18 @@ def run_view(call: AttentionCall) -> AttentionOutput:
     problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), kv_lens)
     if isinstance(kv, PagedKV):
         return _whole(problem, pages_of(kv), None, kv.end)
-    strides = (kv.table.stride(0), kv.table.stride(1), problem.k.stride(0), problem.v.stride(0))
-    return _whole(problem, Pages(kv.table, *strides, kv.positions), None, kv.max_length)
+    strides = (
+        kv.page_table.stride(0),
+        kv.page_table.stride(1),
+        problem.k.stride(0),
+        problem.v.stride(0),
+    )
+    return _whole(problem, Pages(kv.page_table, *strides, kv.positions), None, kv.max_length)
 
 
 def pages_of(kv: PagedKV) -> Pages:
     """How slots of a row are found in the pages that all KV heads share."""
-    return Pages(kv.table, kv.table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
+    return Pages(kv.page_table, kv.page_table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
 
 
 def flat(spans: tuple[Span, ...]) -> tuple[int, ...]:
@@ -226,7 +231,7 @@ class Reader(NamedTuple):
 def run_codes(call: AttentionCall, reader: Reader) -> AttentionOutput:
     """Attention of a call over quantised storage, its codes read by `reader`."""
     if isinstance(call.kv, GrowingKV):
-        return _quantized(call, call.kv.stored, reader, call.kv.packed)
+        return _quantized(call, call.kv.stored, reader, call.kv.num_quantized)
     assert isinstance(call.kv, QuantizedKV)
     return _quantized(call, call.kv, reader)
 
@@ -242,13 +247,13 @@ def _quantized(
     """
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.kv_lens)
     heads, recent = kv.recent_k.shape[1], kv.recent_k.shape[2]
-    splits = reader.splits(problem, kv) if kv.num_packed else 0
+    splits = reader.splits(problem, kv) if kv.num_quantized else 0
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE)
     more = splits_of(problem, heads, recent, row_tiles, launch) if recent or not splits else 0
     parts = Parts(problem, splits + more)
     if not parts.lse.numel():
         return _nothing(problem)
-    spans = flat((Span(0, kv.num_packed, recent),)) if packed is None else None
+    spans = flat((Span(0, kv.num_quantized, recent),)) if packed is None else None
     history = problem
     if packed is not None:
         history = replace(problem, kv_lens=packed.expand(problem.q.shape[0]))
@@ -263,7 +268,7 @@ def _quantized(
 def _code_splits(problem: Problem, kv: QuantizedKV) -> int:
     heads = kv.recent_k.shape[1]
     launch, _, row_tiles = rows_of(problem, heads, tuning.DECODE_CODES)
-    return splits_of(problem, heads, kv.num_packed, row_tiles, launch)
+    return splits_of(problem, heads, kv.num_quantized, row_tiles, launch)
 
 
 def _scan_codes(
@@ -288,7 +293,7 @@ def _scan_codes(
         score_args if with_sinks else score_args._replace(sinks=None),
         block_lists_of(problem, row_tiles, block_m, block_n, groups=groups),
         problem.q.shape[2],
-        kv.num_packed,
+        kv.num_quantized,
         problem.q_offset,
         splits,
         parts.out.stride(0),

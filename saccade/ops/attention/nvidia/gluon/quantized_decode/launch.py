@@ -60,7 +60,7 @@ def row_tiles_of(problem: Problem, heads: int) -> int:
 def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     """How many CTAs share the keys of a row tile: enough to fill the GPU, none without keys."""
     launch, heads = launch_of(problem), kv.recent_k.shape[1]
-    visible = kv.num_packed
+    visible = kv.num_quantized
     if problem.window is not None:
         reach = problem.window + problem.q.shape[2] + problem.sinks
         visible = min(visible, reach + BLOCK_N.value)
@@ -88,7 +88,7 @@ def launch_partials(
         float32(problem.sink_logits) if with_sinks else None,
         float(problem.scale),
         problem.q.shape[2],
-        kv.num_packed,
+        kv.num_quantized,
         problem.q_offset,
         parts.out.stride(0),
         parts.lse.stride(0),

@@ -1,4 +1,4 @@
-"""Going back: truncate, checkpoints of rings, and a dropped middle, against never having read."""
+"""Rollback: truncate, checkpoints of rings and context shift, against a run that never read on."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def ring(name, checkpoints):
     return RingCache(**window, chunk=4, checkpoints=checkpoints), EXACT[name][1]
 
 
-def goes_on_from(cache, mask, data, length):
-    """Reading on from `length` gives what reading everything at once gives."""
+def continues_exactly_from(cache, mask, data, length):
+    """Whether reading on from `length` gives what reading everything at once gives."""
     q, k, v = data
     rest = slice(length, None)
     ours = run(cache, mask, q[:, :, rest], k[:, :, rest], v[:, :, rest], [2] * 40)
@@ -27,7 +27,7 @@ def goes_on_from(cache, mask, data, length):
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("length", [0, 1, 20, 39, 40, 50])
-def test_reachable_is_what_truncate_can_do(name, length):
+def test_max_rollback_is_what_truncate_accepts(name, length):
     make, mask = EXACT[name]
     cache, data = make(), qkv()
     run(cache, mask, *(x[:, :, :40] for x in data), [4] * 10)
@@ -38,12 +38,12 @@ def test_reachable_is_what_truncate_can_do(name, length):
     if "ring" not in name or "long" in name:
         assert reached == min(length, 40)
     cache.truncate(reached) if reached else cache.reset()
-    assert cache.seen == reached and goes_on_from(cache, mask, data, reached)
+    assert cache.seen == reached and continues_exactly_from(cache, mask, data, reached)
 
 
 @pytest.mark.parametrize("name", RINGS)
 @pytest.mark.parametrize("every", [1, 5, 7, 30])
-def test_a_checkpoint_is_as_good_as_never_having_read_on(name, every):
+def test_rollback_to_a_checkpoint_is_exact(name, every):
     cache, mask = ring(name, 8)
     data = qkv()
     for part in cuts([every], 50):
@@ -55,10 +55,10 @@ def test_a_checkpoint_is_as_good_as_never_having_read_on(name, every):
         assert cache.max_rollback(at) == at
         cache.truncate(at)
         assert cache.seen == at
-        assert goes_on_from(cache, mask, data, at)
+        assert continues_exactly_from(cache, mask, data, at)
 
 
-def test_checkpoints_cost_a_window_each_and_are_thinned_out():
+def test_checkpoints_take_a_window_each_and_are_thinned_out():
     cache, data = RingCache(window=9, chunk=4, checkpoints=3), qkv()
     sizes, kept = [], []
     for at in range(0, 48, 4):
@@ -74,7 +74,7 @@ def test_checkpoints_cost_a_window_each_and_are_thinned_out():
     assert gaps.max() <= 2 * 48 / 3  # spread out, not all at the end
 
 
-def test_a_checkpoint_dies_with_the_tokens_before_it():
+def test_rollback_removes_later_checkpoints():
     cache, mask = ring("ring", 4)
     data = qkv()
     for at in range(0, 40, 10):
@@ -87,12 +87,12 @@ def test_a_checkpoint_dies_with_the_tokens_before_it():
     cache.reorder(torch.tensor([1, 1]))
     cache.truncate(10)
     other = tuple(x[[1, 1]] for x in data)
-    assert goes_on_from(cache, mask, other, 10)
+    assert continues_exactly_from(cache, mask, other, 10)
     cache.reset()
     assert cache.max_rollback(40) == 0
 
 
-def test_compressed_caches_go_back_to_their_compression():
+def test_compressed_caches_roll_back_to_their_compression():
     cache, (_, k, v) = RaggedCache(), qkv()
     cache.append(k, v)
     cache.keep(torch.rand(2, 2, 60) < 0.5)
@@ -106,8 +106,8 @@ def test_compressed_caches_go_back_to_their_compression():
 
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("case", [(50, 4, 20), (50, 4, 40), (30, 3, 28), (12, 5, 7)])
-def test_a_ring_drops_what_dense_drops(sinks, case):
-    """Keys that remember their position: whatever is still in the window moved along."""
+def test_context_shift_of_a_ring(sinks, case):
+    """Keys hold their own position: those still in the window moved down."""
     cache, (read, start, stop) = RingCache(window=9, sinks=sinks, chunk=4, checkpoints=2), case
     at = torch.arange(60.0).view(1, 1, 60, 1).expand(1, 1, 60, 2)
     for i in range(0, read, 2):
@@ -120,9 +120,9 @@ def test_a_ring_drops_what_dense_drops(sinks, case):
     positions = [
         p for span in view.spans for p in range(span.position, span.position + span.length)
     ]
-    held = torch.cat([view.k[0, 0, s.slot : s.slot + s.length, 0] for s in view.spans])
+    keys = torch.cat([view.k[0, 0, s.slot : s.slot + s.length, 0] for s in view.spans])
     values = torch.cat([view.v[0, 0, s.slot : s.slot + s.length, 0] for s in view.spans])
-    assert held.tolist() == positions  # keys were re-rotated to where they now are
+    assert keys.tolist() == positions  # re-rotated to their new positions
     before = [p if p < start or p >= cache.seen - 2 else p + stop - start for p in positions]
     assert values.tolist() == before
     needed = range(max(0, cache.seen - 10), cache.seen)
