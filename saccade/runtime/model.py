@@ -82,12 +82,15 @@ class Model(Protocol):
     def identity(self) -> Mapping[str, str]:
         """What makes cached keys of one model useless to another: weights, rotary positions.
 
-        Asked while the model is attached, so that the positions are those in force.
+        The positions are those under the params it is `attached` with.
         """
         ...
 
-    def attached(self, params: ContextParams) -> AbstractContextManager[object]:
-        """Run the model under these params inside the `with`; the model is restored on exit."""
+    def attached(self, params: ContextParams) -> AbstractContextManager[Model]:
+        """The model that computes under these params inside the `with`.
+
+        Several may be open for one model, and be closed in any order.
+        """
         ...
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> ModelCache:

@@ -25,7 +25,7 @@ from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.session_file import SessionFile, write
 
-_FREE: Final = ("n_batch", "flash_attn", "backend", "n_keep", "ctx_checkpoints")
+_FREE: Final = ("n_batch", "flash_attn", "backend", "fused_layers", "n_keep", "ctx_checkpoints")
 """Options that say how to compute, not what cached keys mean: they may change between runs."""
 
 
