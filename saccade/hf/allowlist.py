@@ -93,11 +93,10 @@ def _without_checkpointing(forward: Any) -> Any:
 
     It calls what it wraps, except in training with gradient checkpointing.
     """
-    code = getattr(forward, "__code__", None)
-    if getattr(code, "co_qualname", "").startswith("GradientCheckpointingLayer.__init_subclass__"):
-        if Path(code.co_filename) == Path(modeling_layers.__file__):
-            return forward.__wrapped__
-    return forward
+    code: Any = getattr(forward, "__code__", None)
+    name, file = getattr(code, "co_qualname", ""), getattr(code, "co_filename", "")
+    wraps = name.startswith("GradientCheckpointingLayer.__init_subclass__.")
+    return forward.__wrapped__ if wraps and file == modeling_layers.__file__ else forward
 
 
 def _qualified(thing: Any) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, update_wrapper, wraps
 from types import FunctionType, MethodType
 from typing import Any, Final
 
@@ -127,7 +127,8 @@ def _with_deferring(forward: FunctionType, rotary: RotaryFunction) -> FunctionTy
     names = forward.__globals__ | {NAME: deferring(rotary)}
     copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
     copied.__kwdefaults__ = forward.__kwdefaults__
-    return wraps(forward)(copied)
+    update_wrapper(copied, forward)
+    return copied
 
 
 def deferring(original: RotaryFunction) -> RotaryFunction:

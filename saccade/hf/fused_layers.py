@@ -44,7 +44,7 @@ def _of_module(module: Any, enabled: Enabled) -> dict[nn.Module, Forward]:
     """What replaces the forward of a module, and of linear layers in it that go together."""
     kind = kind_of(type(module))
     found: dict[nn.Module, Forward] = {}
-    projections = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+    projections: list[Any] = [getattr(module, n, None) for n in ("q_proj", "k_proj", "v_proj")]
     if all(is_linear(linear) for linear in projections):
         found |= FusedQKV(projections, enabled).forwards()
     if is_linear(module):
@@ -89,7 +89,7 @@ def is_decoder_layer(module: Any) -> bool:
     return plain and is_gated(module.mlp) and module.mlp.down_proj.bias is None
 
 
-def _one_row(enabled: Enabled, x: Tensor, *linears: nn.Module) -> bool:
+def _one_row(enabled: Enabled, x: Tensor, *linears: nn.Linear) -> bool:
     return in_step() and enabled() and gemv.serves(x, *(linear.weight for linear in linears))
 
 
@@ -110,7 +110,7 @@ class FusedQKV:
     The products wait as an attribute of the input, so they live no longer than it does.
     """
 
-    def __init__(self, linears: list[Any], enabled: Enabled) -> None:
+    def __init__(self, linears: list[nn.Linear], enabled: Enabled) -> None:
         self._linears, self._enabled = linears, enabled
         self._name = f"_saccade_products_{id(self)}"
 

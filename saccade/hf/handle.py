@@ -80,7 +80,7 @@ class KVHandle:
 
 def _refuse(operation: str) -> NoReturn:
     raise Unsupported(
-        f"only saccade's attention can read the keys of a saccade cache, but other code called "
+        f"a saccade cache hands its keys to saccade's attention alone, but other code called "
         f"{operation} on them. Run the model inside `with attach(model, params)` or with "
         'attn_implementation="saccade"; a model whose own code reads cached keys (DeepSeek and '
         "other latent-attention families) needs a cache of transformers."

@@ -139,8 +139,7 @@ class HFModel:
         decoder = self.model.get_decoder()
         tokens, options = tokens.to(self.model.device), {}
         with ExitStack() as stack:
-            if self.run is not None:
-                stack.enter_context(activated(self.run))
+            stack.enter_context(activated(self.run))
             if cache.cursor is not None:
                 steps = torch.arange(tokens.shape[1], device=tokens.device)
                 options["position_ids"] = cache.cursor.start[:, None] + steps
@@ -162,7 +161,8 @@ class HFModel:
                 f"{type(self.model).__name__} has no output matrix: load a causal language model "
                 "(AutoModelForCausalLM)."
             )
-        return _finished(matrix(hidden), text_config(self.model))
+        with activated(self.run):
+            return _finished(matrix(hidden), text_config(self.model))
 
     def shift_keys(self, layer: int) -> ShiftKeys:
         """The function that re-rotates the cached keys of a layer by a number of positions."""

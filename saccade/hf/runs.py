@@ -56,8 +56,7 @@ class Run:
     @property
     def ropes(self) -> dict[nn.Module, dict[str | None, ParsedRope]]:
         """The scaling of each rotary module; empty for the model's own."""
-        scaled = [item for item in self.rotary.items() if isinstance(item[1], ScaledRotary)]
-        return {module: rotary.ropes for module, rotary in scaled}
+        return {m: r.ropes for m, r in self.rotary.items() if isinstance(r, ScaledRotary)}
 
 
 class ModelRuns:
