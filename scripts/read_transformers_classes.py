@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,17 +54,20 @@ def hash_of(root: Path, name: str, kind: str) -> str | None:
     if not path.is_file():
         return None
     wanted = (own, "rotate_half") if kind == "rotary_function" else (own,)
-    sources = [source_in(path.read_text(), each) for each in wanted]
+    sources = [sources_in(path).get(each) for each in wanted]
     return None if None in sources else source_hash(*map(str, sources))
 
 
-def source_in(text: str, name: str) -> str | None:
-    """Source of a top-level class or function, decorators included, as inspect.getsource says."""
+@cache
+def sources_in(path: Path) -> dict[str, str]:
+    """Name -> source of top-level classes and functions, decorators included, as inspect says."""
+    text = path.read_text()
+    lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
             first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-            return "\n".join(text.splitlines()[first - 1 : node.end_lineno])
-    return None
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
 
 
 def rendered(entries: dict[str, dict[str, list[str]]]) -> str:
