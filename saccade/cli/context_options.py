@@ -102,6 +102,8 @@ OPTIONS = (
            "what it keeps of the prompt: tokens (512) or a share (0.25, 25%%)", None, "N|SHARE"),
     Option(("--backend",), "backend", str,
            "the attention backend by name, which never falls back", None, "NAME"),
+    Option(("--fused-layers",), "fused_layers", _switch,
+           "fused norms, linear layers and MLPs (default: on for a GPU)", None, "on|off"),
 )  # fmt: skip
 
 
