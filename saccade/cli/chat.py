@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from saccade.cli.context_options import add_context_options, context_params, in_flags
+import typer
+
 from saccade.cli.dialogue import Dialogue, Messages, endless
-from saccade.cli.failure import need
-from saccade.cli.generate import add_sampling_options, end_tokens, next_turn, sampler_from
-from saccade.cli.parser import UsageError, whole_number
+from saccade.cli.failure import UsageError, need
+from saccade.cli.generate import end_tokens, next_turn
 from saccade.cli.sessions import DeferredInterrupt
+from saccade.cli.shared_options import (
+    CONTEXT,
+    MODEL,
+    SAMPLING,
+    Values,
+    context_params,
+    model_option,
+    n_predict_option,
+    sampler_of,
+    takes,
+    with_flags,
+)
 from saccade.cli.streaming import TextStream
 from saccade.units import as_bytes, significant
 
@@ -31,33 +42,28 @@ Without options that bound the memory: a window of the last 2,048 tokens and 4 s
 HELP = "/reset forgets the dialogue, /memory tells what is in use, /exit ends (so does Ctrl-D)."
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of `saccade chat`."""
-    parser.add_argument(
-        "--model", "-m", metavar="PATH|NAME", required=True,
-        help="a .gguf file, a folder saved by transformers, or a name (smollm2)",
-    )  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument(
-        "--n-predict", "-n", metavar="N", type=whole_number(1), default=256,
-        help="most tokens of an answer (default: %(default)s)",
-    )  # fmt: skip
-    add_sampling_options(parser)
-    add_context_options(parser)
-
-
-def run(args: Namespace) -> int:
-    """Check, load, talk."""
-    params, sampler = context_params(args), sampler_from(args)
+@takes(sampling=SAMPLING, context=CONTEXT)
+def run(
+    model: Annotated[str, model_option(MODEL)],
+    system: Annotated[str | None, typer.Option(
+        "--system", metavar="TEXT", help="what the model reads before the dialogue"
+    )] = None,
+    n_predict: Annotated[Any, n_predict_option("most tokens of an answer")] = 256,
+    *,
+    sampling: Values,
+    context: Values,
+) -> int:  # fmt: skip
+    """Talk without end in memory that does not grow."""
+    params, sampler = context_params(context), sampler_of(sampling)
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    print(f"Loading {args.model} ...", file=sys.stderr, flush=True)
+    print(f"Loading {model} ...", file=sys.stderr, flush=True)
     from saccade.hf.context import Context
     from saccade.hf.load import load_model
 
-    loaded = load_model(args.model)
+    loaded = load_model(model)
     if loaded.tokenizer is None:
         raise UsageError(
             f"{loaded.name} has no tokenizer that can be read. Give a model that brings one."
@@ -74,12 +80,12 @@ def run(args: Namespace) -> int:
                 lambda text: encode_next(loaded, text),
                 sampler=sampler,
                 stop=end_tokens(loaded),
-                n_predict=args.n_predict,
-                system=args.system,
+                n_predict=n_predict,
+                system=system,
             )
             talk(dialogue, loaded.tokenizer, lines())
     except (BadInput, Unsupported) as error:
-        raise UsageError(in_flags(str(error))) from error
+        raise UsageError(with_flags(str(error))) from error
     return 0
 
 
@@ -129,7 +135,7 @@ def answer(dialogue: Dialogue, tokenizer: Any, text: str) -> None:
         print("(interrupted)", file=sys.stderr)
     except BadInput as error:  # a message that is longer than the context
         dialogue.withdraw()
-        print(in_flags(str(error)), file=sys.stderr)
+        print(with_flags(str(error)), file=sys.stderr)
         return
     dialogue.answered("".join(parts))
 

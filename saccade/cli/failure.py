@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
-from saccade.cli.parser import UsageError
+import typer
+from typer.exceptions import TyperException
 
 _EXTRAS = {
     "hf": ("transformers", "accelerate", "gguf", "safetensors", "tokenizers"),
@@ -13,10 +15,16 @@ _EXTRAS = {
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
+class UsageError(Exception):
+    """A command line that cannot be carried out; the text is the sentence to show."""
+
+
 def sentence(error: Exception) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback."""
     if isinstance(error, UsageError):
         return _one_line(error)
+    if isinstance(error, TyperException):
+        return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
     if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
@@ -33,6 +41,26 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+def _not_understood(error: TyperException) -> str:
+    """What typer found wrong with the command line: the command, what, and what there is."""
+    context: Any = getattr(error, "ctx", None)
+    command = "saccade" if context is None else context.command_path
+    advice = "" if context is None else f" Run {command} --help for the options."
+    if hasattr(error, "possibilities"):  # an unknown option
+        nearest = next(iter(error.possibilities or ()), None)
+        found = f"{command} has no option {error.option_name}."
+        return found + (f" Did you mean {nearest}?" if nearest else advice)
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        said = error.message.removeprefix("Value error, ") or "this option is required."
+        return _one_line(f"{command}: {'/'.join(error.param.opts)}: {said}")
+    found = error.format_message().rstrip(".")
+    known = getattr(context and context.command, "commands", None)
+    if found.endswith("?"):  # it says which command is near
+        return _one_line(f"{command}: {found}")
+    advice = f" There are {', '.join(known)}." if known else advice
+    return _one_line(f"{command}: {found}.{advice}")
+
+
 def need(*packages: str, purpose: str) -> None:
     """Raise UsageError unless the packages are installed; asked before long work begins."""
     for package in packages:
@@ -40,7 +68,7 @@ def need(*packages: str, purpose: str) -> None:
             raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")
 
 
-_INSTALL = 'Run: pip install "saccade[hf,report]"'
+_INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
 
 
 def _missing(name: str) -> str | None:
@@ -52,7 +80,7 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

