@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import typer
-from typer.exceptions import TyperException
 
 _EXTRAS = {
     "hf": ("transformers", "accelerate", "gguf", "safetensors", "tokenizers"),
     "report": ("matplotlib", "rich", "jinja2"),
 }
+_INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -23,7 +23,7 @@ def sentence(error: Exception) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback."""
     if isinstance(error, UsageError):
         return _one_line(error)
-    if isinstance(error, TyperException):
+    if isinstance(error, typer.TyperException):
         return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
@@ -41,24 +41,20 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
-def _not_understood(error: TyperException) -> str:
-    """What typer found wrong with the command line: the command, what, and what there is."""
-    context: Any = getattr(error, "ctx", None)
+def _not_understood(error: Any) -> str:
+    """What typer found wrong with a command line: the command, what is wrong, what to do."""
+    context = getattr(error, "ctx", None)
     command = "saccade" if context is None else context.command_path
-    advice = "" if context is None else f" Run {command} --help for the options."
+    known = getattr(context and context.command, "commands", None)
+    advice = f"There are {', '.join(known)}." if known else f"Run {command} --help for the options."
     if hasattr(error, "possibilities"):  # an unknown option
-        nearest = next(iter(error.possibilities or ()), None)
-        found = f"{command} has no option {error.option_name}."
-        return found + (f" Did you mean {nearest}?" if nearest else advice)
+        advice = f"Did you mean {error.possibilities[0]}?" if error.possibilities else advice
+        return f"{command} has no option {error.option_name}. {advice}"
     if isinstance(error, typer.BadParameter) and error.param is not None:
         said = error.message.removeprefix("Value error, ") or "this option is required."
         return _one_line(f"{command}: {'/'.join(error.param.opts)}: {said}")
-    found = error.format_message().rstrip(".")
-    known = getattr(context and context.command, "commands", None)
-    if found.endswith("?"):  # it says which command is near
-        return _one_line(f"{command}: {found}")
-    advice = f" There are {', '.join(known)}." if known else advice
-    return _one_line(f"{command}: {found}.{advice}")
+    said = error.format_message().rstrip(".")
+    return _one_line(f"{command}: {said}" if said.endswith("?") else f"{command}: {said}. {advice}")
 
 
 def need(*packages: str, purpose: str) -> None:
@@ -66,9 +62,6 @@ def need(*packages: str, purpose: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")
-
-
-_INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
 
 
 def _missing(name: str) -> str | None:

@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,32 +13,16 @@ from saccade.cli.streaming import TextStream
 from saccade.hf.context import Context
 from saccade.hf.load import LoadedModel
 from saccade.runtime import ContextParams, Sampler
+from tests.cli.byte_tokenizer import Bytes
 from tests.tiny_models import tiny_config, tiny_model
 
 TRAINED = 160
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes, with a chat template; 0 is special."""
-
-    chat_template = "..."
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=[byte % 128 for byte in text.encode()])
-
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
-        assert add_generation_prompt and messages[-1]["role"] == "user"
-        return "".join(f"<{m['role'][0]}>{m['content']}\n" for m in messages) + "<a>"
-
-    def decode(self, tokens, skip_special_tokens):
-        return bytes(token for token in tokens if token).decode(errors="replace")
-
-
 @pytest.fixture(scope="module")
 def loaded():
     model = tiny_model(tiny_config("llama"))
-    return LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=TRAINED)
+    return LoadedModel(model=model, tokenizer=Bytes("..."), name="tiny", n_ctx_train=TRAINED)
 
 
 def dialogue(loaded, ctx, n_predict=8, system=None):

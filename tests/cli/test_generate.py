@@ -17,6 +17,7 @@ from saccade.runtime import Stats
 from saccade.runtime import params as runtime_params
 from saccade.runtime.params import ContextParams
 from saccade.sparse import PATTERNS
+from tests.cli.byte_tokenizer import Bytes
 
 
 def params(*words):
@@ -94,41 +95,11 @@ def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
         generate.read_prompt(None, str(path))
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes; 0 is special."""
-
-    chat_template = None
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=list(text.encode()))
-
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
-        return f"<user>{messages[0]['content']}<assistant>"
-
-    def decode(self, tokens, skip_special_tokens):
-        return bytes(token for token in tokens if token).decode(errors="replace")
-
-
-@pytest.mark.parametrize("text", ["plain", "a🌍b", "čeština", "🌍🌍"])
-def test_characters_arrive_whole(text):
-    stream = TextStream(Bytes())
-    pieces = [stream.push(token) for token in text.encode()]
-    assert "".join(pieces) + stream.flush() == text
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_a_character_that_never_ends_is_shown_at_the_end():
-    stream = TextStream(Bytes())
-    assert [stream.push(token) for token in "a🌍".encode()[:3]] == ["a", "", ""]
-    assert stream.flush() == "\ufffd" and stream.flush() == ""
-
-
 def test_chat_template_unless_raw():
     loaded = SimpleNamespace(tokenizer=Bytes(), name="m")
     assert bytes(generate.encode(loaded, "hi", raw=False)) == b"hi"
     loaded.tokenizer.chat_template = "..."
-    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<user>hi<assistant>"
+    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<u>hi\n<a>"
     assert bytes(generate.encode(loaded, "hi", raw=True)) == b"hi"
     loaded.tokenizer = None
     with pytest.raises(UsageError, match="no tokenizer"):
