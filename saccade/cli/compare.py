@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.cli.failure import UsageError, need
+from saccade.cli.failure import need
 from saccade.cli.outputs import check_outputs, file_option
-from saccade.cli.shared_options import MODEL, model_option
+from saccade.cli.shared_options import Model
+from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import list_of, whole_number
 
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
-    from saccade.hf.load import LoadedModel
     from saccade.report.record import Report
 
 DEMO_MODEL = "smollm2"
@@ -29,7 +29,7 @@ EXAMPLES = """examples:
 
 
 def run(
-    model: Annotated[str, model_option(MODEL)] = DEMO_MODEL,
+    model: Model = DEMO_MODEL,
     text: Annotated[
         str | None, file_option("--text", "UTF-8 text to read (default: Python's help topics)")
     ] = None,
@@ -81,7 +81,10 @@ def _measure(name: str, text_file: str | None, **options: Any) -> Report:
     from saccade.hf.load import load_model
 
     print(f"Loading {name} ...", file=sys.stderr, flush=True)
-    model = _with_tokenizer(load_model(name), name)
+    model = load_model(name)
+    for note in model.notes:
+        print(f"Note: {note}", file=sys.stderr)
+    tokenizer_of(model)  # text has to become tokens
     with progress() as show:
 
         def on_progress(state: Progress) -> None:
@@ -91,17 +94,6 @@ def _measure(name: str, text_file: str | None, **options: Any) -> Report:
     if text_file is not None:
         report.text["source"] = Path(text_file).name
     return report
-
-
-def _with_tokenizer(model: LoadedModel, name: str) -> LoadedModel:
-    for note in model.notes:
-        print(f"Note: {note}", file=sys.stderr)
-    if model.tokenizer is None:
-        raise UsageError(
-            f"{name} has no tokenizer that can be read; text has to become tokens. "
-            "Give a model that brings one."
-        )
-    return model
 
 
 def _show(report: Report, files: dict[str, str | None]) -> bool:

@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
 from saccade.cli.outputs import file_option
 from saccade.cli.sessions import DeferredInterrupt, Session
-from saccade.cli.shared_options import (
-    CONTEXT,
-    MODEL,
-    SAMPLING,
-    Values,
-    context_params,
-    model_option,
-    n_predict_option,
-    sampler_of,
-    takes,
-    with_flags,
+from saccade.cli.tokens import (
+    encode_messages,
+    encode_next_message,
+    encode_text,
+    end_tokens,
+    tokenizer_of,
 )
 from saccade.units import as_bytes, significant
 
@@ -39,9 +35,9 @@ EXAMPLES = """examples:
 """
 
 
-@takes(sampling=SAMPLING, context=CONTEXT)
+@shared_options.takes(sampling=shared_options.SAMPLING, context=shared_options.CONTEXT)
 def run(
-    model: Annotated[str, model_option(MODEL)],
+    model: shared_options.Model,
     prompt: Annotated[str | None, typer.Option(
         "--prompt", "-p", metavar="TEXT", help="text to continue"
     )] = None,
@@ -51,31 +47,33 @@ def run(
     session: Annotated[str | None, file_option(
         "--session", "go on from this file where it exists; saved at the end and on Ctrl-C"
     )] = None,
-    n_predict: Annotated[Any, n_predict_option("most tokens to write")] = 128,
+    n_predict: shared_options.NPredict = 128,
     raw: Annotated[
         bool, typer.Option("--raw", help="no chat template around the prompt")
     ] = False,
     *,
-    sampling: Values,
-    context: Values,
+    sampling: shared_options.Values,
+    context: shared_options.Values,
 ) -> int:  # fmt: skip
     """Continue a prompt, with any of the techniques."""
     saved = None if session is None else Session(session)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
-    params = context_params(context)
+    params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")
     from saccade.core import BadInput, Unsupported
 
-    sampler = sampler_of(sampling)
+    sampler = shared_options.sampler_of(sampling)
     print(f"Loading {model} ...", file=sys.stderr, flush=True)
-    from saccade.hf.context import Context  # transformers comes with it and takes seconds
+    from saccade.hf.context import (
+        Context,  # transformers comes with it and shared_options.takes seconds
+    )
     from saccade.hf.load import load_model
 
     loaded = load_model(model)
     try:
         with Context(loaded, params) as ctx:
             if saved is not None and saved.exists:
-                sampler = sampler_of(sampling, saved.load(ctx))
+                sampler = shared_options.sampler_of(sampling, saved.load(ctx))
             follows = saved is not None and saved.exists and ctx.seen > 0
             tokens = encode(loaded, text, raw=raw, follows=follows) if text else []
             generated = ctx.stream(
@@ -83,7 +81,7 @@ def run(
             )
             return _print(ctx, generated, sampler, loaded, saved)
     except (BadInput, Unsupported) as error:  # a prompt too long, say
-        raise UsageError(with_flags(str(error))) from error
+        raise UsageError(shared_options.with_flags(str(error))) from error
 
 
 def _print(
@@ -150,42 +148,14 @@ def encode(loaded: LoadedModel, text: str, *, raw: bool, follows: bool = False) 
     """Tokens of the prompt, inside the model's chat template where it has one.
 
     Args:
-        follows: the text comes after an answer of the model, whose turn is ended first.
+        follows: the text comes after an answer of the model, which is ended first.
     """
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise UsageError(
-            f"{loaded.name} has no tokenizer that can be read. Give a model that brings one."
-        )
+    tokenizer = tokenizer_of(loaded)
     if raw or not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(text, add_special_tokens=not follows).input_ids)
+        return encode_text(tokenizer, text, special=not follows)
     if follows:
-        chat = next_turn(tokenizer, text)
-        return list(tokenizer(chat, add_special_tokens=False).input_ids)
-    message = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(chat, add_special_tokens=False).input_ids)
-
-
-def next_turn(tokenizer: Any, text: str) -> str:
-    """What the chat template puts behind an answer: its end, the new message, the next start."""
-    answer = "\u2060answer\u2060"
-    messages = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": answer},
-        {"role": "user", "content": text},
-    ]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return chat[chat.rindex(answer) + len(answer) :] if answer in chat else text
-
-
-def end_tokens(loaded: LoadedModel) -> set[int]:
-    """Tokens that end an answer, from the generation config and the tokenizer."""
-    config = getattr(loaded.model, "generation_config", None)
-    ends: set[int] = set()
-    for found in (getattr(config, "eos_token_id", None), loaded.tokenizer.eos_token_id):
-        ends.update(found if isinstance(found, (list, tuple)) else [found])
-    return {token for token in ends if token is not None}
+        return encode_next_message(tokenizer, text)
+    return encode_messages(tokenizer, [{"role": "user", "content": text}])
 
 
 def stats_line(stats: Stats) -> str:

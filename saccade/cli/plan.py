@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
-from saccade.cli.shared_options import (
-    CONTEXT,
-    MODEL,
-    Values,
-    context_params,
-    model_option,
-    takes,
-    with_flags,
-)
 from saccade.cli.values import whole_number
 from saccade.units import as_bytes, parse_bytes
 
@@ -34,9 +26,9 @@ NOT_COUNTED = (
 )
 
 
-@takes(context=CONTEXT)
+@shared_options.takes(context=shared_options.CONTEXT)
 def run(
-    model: Annotated[str, model_option(MODEL + "; only its config is read")],
+    model: shared_options.Model,
     length: Annotated[Any, typer.Option(
         "--context", metavar="N", parser=whole_number(1),
         help="tokens in context (default: --ctx-size, or what the model was trained for)",
@@ -46,10 +38,10 @@ def run(
         help="say which settings fit into this (8GiB)",
     )] = None,
     *,
-    context: Values,
+    context: shared_options.Values,
 ) -> int:  # fmt: skip
-    """How much memory a model will need, before it is loaded."""
-    params = context_params(context)
+    """How much memory a model will need, from its config, before it is loaded."""
+    params = shared_options.context_params(context)
     need("transformers", purpose="saccade plan")
     from saccade.core import BadInput, Unsupported
     from saccade.hf.plan import plan
@@ -61,7 +53,7 @@ def run(
             print(f"\nIn {as_bytes(memory)}, {made.n_ctx:,} tokens of context:\n")
             print(fitting_table(made.what_fits(memory)))
     except (BadInput, Unsupported) as error:
-        raise UsageError(with_flags(str(error))) from error
+        raise UsageError(shared_options.with_flags(str(error))) from error
     print(f"\n{NOT_COUNTED}")
     return 0
 

@@ -21,19 +21,14 @@ if TYPE_CHECKING:
     from saccade.runtime import Sampler
     from saccade.runtime.params import ContextParams
 
-MODEL = "a .gguf file, a folder saved by transformers, or a name (smollm2)"
-
-
-def model_option(help: str) -> Any:
-    """The option that names a model."""
-    return typer.Option("--model", "-m", metavar="PATH|NAME", help=help)
-
-
-def n_predict_option(help: str) -> Any:
-    """The option that limits how much is written."""
-    return typer.Option("--n-predict", "-n", metavar="N", parser=whole_number(1), help=help)
-
-
+MODEL_HELP = "a .gguf file, a folder saved by transformers, or a name (smollm2)"
+Model = Annotated[str, typer.Option("--model", "-m", metavar="PATH|NAME", help=MODEL_HELP)]
+NPredict = Annotated[
+    Any,
+    typer.Option(
+        "--n-predict", "-n", metavar="N", parser=whole_number(1), help="most tokens to write"
+    ),
+]
 Values = dict[str, Any]
 """The values of a table of options by field, None where an option was not given."""
 
@@ -44,8 +39,7 @@ class Option:
 
     Attributes:
         field: the name of its value; flags: its spellings, the one to show in messages first.
-        parse: text to value, where `choices` does not list what it may be.
-        aliases: other words for choices.
+        parse: text to value; choices: what the value may be, where it is a word.
     """
 
     field: str
@@ -54,18 +48,12 @@ class Option:
     parse: Callable[[str], Any] = str
     metavar: str = "N"
     choices: tuple[str, ...] = ()
-    aliases: tuple[tuple[str, str], ...] = ()
 
     def parameter(self) -> inspect.Parameter:
         """What typer reads from a function that has this option."""
-        parse = one_of(*self.choices) if self.choices else self.parse
-        names = dict(self.aliases)
-        info = typer.Option(
-            *self.flags,
-            parser=lambda text: parse(names.get(text, text)),
-            metavar="|".join(self.choices) or self.metavar,
-            help=self.help,
-        )
+        check, metavar = one_of(*self.choices), "|".join(self.choices) or self.metavar
+        parse = (lambda text: check(self.parse(text))) if self.choices else self.parse
+        info = typer.Option(*self.flags, parser=parse, metavar=metavar, help=self.help)
         kind = inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(self.field, kind, default=None, annotation=Annotated[Any, info])
 
@@ -78,8 +66,8 @@ CONTEXT = (
            "most tokens read in one step (default: 512)", whole_number(1)),
     Option("flash_attn", ("--flash-attn", "-fa"),
            "auto, enabled (or on), disabled (or off: materialised scores)",
-           choices=("auto", "enabled", "disabled"),
-           aliases=(("on", "enabled"), ("off", "disabled"))),
+           lambda text: {"on": "enabled", "off": "disabled"}.get(text, text),
+           choices=("auto", "enabled", "disabled")),
     Option("type_k", ("--cache-type-k", "-ctk", "--type-k"), "storage of keys", choices=STORAGE),
     Option("type_v", ("--cache-type-v", "-ctv", "--type-v"), "storage of values", choices=STORAGE),
     Option("page_size", ("--page-size",),
@@ -131,20 +119,19 @@ SAMPLING = (
 
 def takes(**tables: tuple[Option, ...]) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Give a command the options of each table; their values come as its argument of that name."""
-    owner = {option.field: name for name, table in tables.items() for option in table}
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
         def run(**given: Any) -> int:
-            values: dict[str, Values] = {name: {} for name in tables}
-            for field, name in owner.items():
-                values[name][field] = given.pop(field)
+            values = {
+                name: {option.field: given.pop(option.field) for option in table}
+                for name, table in tables.items()
+            }
             return command(**given, **values)
 
         signature = inspect.signature(command, eval_str=True)
         own = [p for name, p in signature.parameters.items() if name not in tables]
         shared = [option.parameter() for table in tables.values() for option in table]
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         run.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
         run.__annotations__ = {}  # the signature says everything
         return run

@@ -27,9 +27,7 @@ def loaded():
 
 def dialogue(loaded, ctx, n_predict=8, system=None):
     return Dialogue(
-        ctx,
-        lambda messages: chat.encode(loaded, messages),
-        lambda text: chat.encode_next(loaded, text),
+        ctx=ctx, tokenizer=loaded.tokenizer,
         sampler=Sampler(temperature=1.0, seed=1), stop=set(), n_predict=n_predict, system=system,
     )  # fmt: skip
 
@@ -94,7 +92,7 @@ def test_reset_and_a_message_that_is_too_long(loaded):
         talk = dialogue(loaded, ctx)
         first = say(talk, "hi")
         talk.reset()
-        talk._sampler = Sampler(temperature=1.0, seed=1)
+        talk.sampler = Sampler(temperature=1.0, seed=1)
         assert ctx.seen == 0 and say(talk, "hi") == first
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saccade.cli import generate, main, shared_options
+from saccade.cli import generate, main, shared_options, tokens
 from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
 from saccade.core import BadInput
@@ -111,10 +111,10 @@ def test_end_tokens_come_from_both_places():
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config), tokenizer=SimpleNamespace(eos_token_id=2)
     )
-    assert generate.end_tokens(loaded) == {2, 7, 8}
+    assert tokens.end_tokens(loaded) == {2, 7, 8}
     loaded.model.generation_config = None
     loaded.tokenizer.eos_token_id = None
-    assert generate.end_tokens(loaded) == set()
+    assert tokens.end_tokens(loaded) == set()
 
 
 class Echo:
@@ -249,10 +249,10 @@ class TestSession:
         TestSession.tiny.__wrapped__(self, monkeypatch)
 
 
-def test_the_next_turn_begins_behind_the_answer():
+def test_the_next_message_begins_behind_the_answer():
     tokenizer = SimpleNamespace(
         apply_chat_template=lambda messages, **_: (
             "".join(f"<{m['role']}>{m['content']}<end>" for m in messages) + "<assistant>"
         )
     )
-    assert generate.next_turn(tokenizer, "hi") == "<end><user>hi<end><assistant>"
+    assert tokens.next_message(tokenizer, "hi") == "<end><user>hi<end><assistant>"
