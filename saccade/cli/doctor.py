@@ -55,8 +55,8 @@ def _print_backends(backends: list[Verdicts]) -> None:
         chosen = next(
             (name for name, said in call.backends.items() if said.startswith("chosen")), "none"
         )
-        able = [name for name, said in call.backends.items() if said.startswith("able")]
-        also = f"also able: {', '.join(able)}" if able else ""
+        others = [name for name, said in call.backends.items() if said.startswith("able")]
+        also = f"also possible: {', '.join(others)}" if others else ""
         print(f"  {call.call:{width}}  {chosen:10}  {also}")
         for name, said in call.backends.items():
             if said.startswith("cannot"):

@@ -1,4 +1,4 @@
-"""`--session FILE`: go on from it, save to it, and end between two tokens on Ctrl-C."""
+"""`--session FILE`: continue from it, save to it, and stop between two tokens on Ctrl-C."""
 
 from __future__ import annotations
 
