@@ -46,7 +46,8 @@ def _not_understood(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = "saccade" if context is None else context.command_path
     known = getattr(context and context.command, "commands", None)
-    advice = f"There are {', '.join(known)}." if known else f"Run {command} --help for the options."
+    advice = f"Run {command} --help for the options." if context else ""
+    advice = f"There are {', '.join(known)}." if known else advice
     if hasattr(error, "possibilities"):  # an unknown option
         advice = f"Did you mean {error.possibilities[0]}?" if error.possibilities else advice
         return f"{command} has no option {error.option_name}. {advice}"

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = sentence(error)
         if said is None or traceback:
             raise
-        print(said if said.startswith("saccade ") else f"saccade: {said}", file=sys.stderr)
+        print(said if said.startswith("saccade") else f"saccade: {said}", file=sys.stderr)
         return 2
 
 

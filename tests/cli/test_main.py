@@ -34,7 +34,7 @@ BAD_LINES = [
     (["compare", "--context", "0"], "whole number of at least 1, got '0'"),
     (["compare", "--context", "-5"], "whole number of at least 1, got '-5'"),
     (["compare", "--context", "4k"], "whole number of at least 1, got '4k'"),
-    (["compare", "--context"], "Option '--context' requires an argument. Run saccade --help"),
+    (["compare", "--context"], "saccade: Option '--context' requires an argument."),
     (["compare", "--rows", " , "], "--rows: expected at least one"),
     (["compare", "--text", "no/such/file"], "no/such/file"),
     (["compare", "--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
