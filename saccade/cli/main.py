@@ -1,7 +1,7 @@
 """`saccade`: the commands, and errors as one sentence.
 
 Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 something to change in the call,
-130 stopped by Ctrl-C, 141 nobody reads the output.
+130 stopped by Ctrl-C, 141 the reader of the output is gone.
 """
 
 from __future__ import annotations

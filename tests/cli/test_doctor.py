@@ -19,7 +19,7 @@ def test_doctor_knows_every_backend(capsys):
     assert {"Python", "torch", "CPU", "memory"} <= {check["name"] for check in found["checks"]}
 
 
-def test_doctor_speaks(capsys):
+def test_doctor_in_words(capsys):
     assert main.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "softcap (Gemma 2)" in out and "sdpa cannot: PyTorch's kernels have no softcap" in out

@@ -73,12 +73,12 @@ def test_options_become_params(words, field, value):
     assert found == value and type(found) is type(value)
 
 
-def test_two_ways_to_say_one_thing():
+def test_rope_scale_given_twice():
     with pytest.raises(UsageError, match="say the same thing"):
         params("--rope-scale", "2", "--rope-freq-scale", "0.5")
 
 
-def test_messages_speak_of_options():
+def test_messages_name_options_instead_of_fields():
     said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
     assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
 
@@ -155,7 +155,7 @@ def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
     assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
 
 
-def test_errors_of_the_context_speak_of_options(capsys, echo):
+def test_errors_of_the_context_name_options(capsys, echo):
     assert main.main(["generate", "--model", "m", "--prompt", "hello", "-c", "2"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -195,7 +195,7 @@ class TestSession:
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    def test_in_two_parts_is_in_one(self, capsys, tmp_path, tiny):
+    def test_two_parts_give_what_one_run_gives(self, capsys, tmp_path, tiny):
         options = ["--temp", "1", "--seed", "3"]
         _, whole, _ = self.call(capsys, "-p", "Why?", "-n", "12", *options)
         path = str(tmp_path / "s")

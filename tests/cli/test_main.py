@@ -147,6 +147,17 @@ def test_help_of_a_command_has_examples(capsys, command):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_several_words_of_an_option():
+    words = ["bench", "tune", "--kernels", "forward", "decode", "--quick", "--dims", "64", "128"]
+    for spelling in (
+        words,
+        ["bench", "tune", "--kernels=forward,decode", "--quick", "--dims", "64,128"],
+    ):
+        values = main.parse(spelling).params
+        assert values["kernels"] == ["forward", "decode"] and values["dims"] == [64, 128]
+        assert values["quick"]
+
+
 def test_version(capsys):
     import saccade
 
@@ -169,7 +180,7 @@ def test_help_and_typos_are_answered_without_torch():
     assert done.returncode == 0 and done.stderr.strip().endswith("set()")
 
 
-def test_nobody_reads_the_output():
+def test_the_reader_of_the_output_is_gone():
     """The reading end of the pipe is closed before the first word."""
     code = (
         "import os, sys; r, w = os.pipe(); os.close(r); os.dup2(w, 1);"
