@@ -63,6 +63,8 @@ class Sampler:
             return int(logits.argmax())
         self._processors = self._processors or _processors(self)
         scores = logits.float()[None]
+        if torch.are_deterministic_algorithms_enabled():
+            scores = scores.cpu()  # running sums on a GPU add up in any order
         for process in self._processors:
             scores = process(None, scores)
         return self._draw(scores[0])

@@ -107,6 +107,17 @@ def test_a_session_goes_on_on_another_device():
     assert torch.equal(a.state(), b.state())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_deterministic_algorithms_can_sample():
+    """CUDA's cumsum refuses them, so the host draws."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Sampler(temperature=1.0, top_p=0.5).pick(LOGITS.cuda()) in range(len(LOGITS))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_nan_is_named():
     with pytest.raises(ValueError, match="expected logits that are numbers, got NaN"):
         Sampler(temperature=1.0).pick(torch.full((9,), torch.nan))
