@@ -1,10 +1,9 @@
-"""The options of `saccade bench tune` and what they do."""
+"""What `saccade bench tune` does with its options."""
 
 from __future__ import annotations
 
 import sys
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,30 +46,25 @@ class Bench:
     ceilings: Callable[[], dict[str, float]]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument(
-        "--kernels", metavar="NAME", nargs="+", choices=KERNELS, default=KERNELS,
-        help=f"which kernels (default: all): {', '.join(KERNELS)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dims", metavar="D", nargs="+", type=_dim, default=DIMS,
-        help="head dimensions; a row serves those up to it (default: 64 128 256)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true", help="shorter problems and four candidates a row"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE",
-        help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
-        "kept, so a run that was stopped goes on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--again", action="store_true", help="measure rows that the file already holds"
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to tune and where the table goes.
+
+    Attributes:
+        kernels: which ones; dims: head dimensions, a row serves those up to it.
+        quick: shorter problems and four candidates a row.
+        out: the table; default tuning-ARCHITECTURE.json here.
+        again: also measure rows that the file already holds.
+    """
+
+    kernels: Sequence[str] = KERNELS
+    dims: Sequence[int] = DIMS
+    quick: bool = False
+    out: str | None = None
+    again: bool = False
 
 
-def execute(args: Namespace, bench: Bench | None = None) -> int:
+def execute(options: Options, bench: Bench | None = None) -> int:
     """Measure, write the table after every row, show it, and say how it is used.
 
     Returns:
@@ -78,13 +72,13 @@ def execute(args: Namespace, bench: Bench | None = None) -> int:
     """
     bench = bench or on_the_card()
     arch = architecture(torch.device(bench.device))
-    path = Path(args.out or f"tuning-{arch}.json").expanduser()
+    path = Path(options.out or f"tuning-{arch}.json").expanduser()
     file = _file(path, arch)
     found: list[tuner.Found] = []
     complete = True
     try:
         file.measured = facts(bench)
-        _measure(args, bench, path, file, found)
+        _measure(options, bench, path, file, found)
     except KeyboardInterrupt:
         complete = False
     except tuner.BrokenCard as error:
@@ -137,21 +131,21 @@ def facts(bench: Bench) -> dict[str, Any]:
 
 
 def _measure(
-    args: Namespace, bench: Bench, path: Path, file: LaunchFile, found: list[tuner.Found]
+    options: Options, bench: Bench, path: Path, file: LaunchFile, found: list[tuner.Found]
 ) -> None:
-    jobs = [(kernel, dim) for kernel in args.kernels for dim in sorted(set(args.dims))]
+    jobs = [(kernel, dim) for kernel in options.kernels for dim in sorted(set(options.dims))]
     for at, (kernel, dim) in enumerate(jobs, 1):
-        if tuner.has_row(file, kernel, dim) and not args.again:
+        if tuner.has_row(file, kernel, dim) and not options.again:
             print(f"[{at}/{len(jobs)}] {kernel} {dim}: kept from {path}", file=sys.stderr)
             continue
-        tried = tuner.candidates(kernel, dim, quick=args.quick)
+        tried = tuner.candidates(kernel, dim, quick=options.quick)
         said = f"[{at}/{len(jobs)}] {kernel} {dim}: {len(tried)} candidates"
         print(said, file=sys.stderr, flush=True)
         example = torch.empty(0, dtype=bench.dtype, device=bench.device)
         each = tuner.Found(kernel, dim, tuning.pick(tuning.KERNELS[kernel], example, dim))
 
         def make(kernel: str = kernel, dim: int = dim) -> tune_work.Work:
-            sizes = bench.sizes(args.quick)
+            sizes = bench.sizes(options.quick)
             return tune_work.work(kernel, dim, sizes, bench.device, bench.dtype)
 
         tuner.tune(each, make, tried, bench.timer)
@@ -198,9 +192,3 @@ def _say_what_next(path: Path, *, complete: bool) -> None:
     if not complete:
         print(f"{path} holds the rows measured so far. The same command goes on with the rest.")
     print(f"Wrote {path}. To use it: export {tuning.VARIABLE}={path.resolve()}")
-
-
-def _dim(text: str) -> int:
-    if not text.isdigit() or not 16 <= int(text) <= 512:
-        raise ArgumentTypeError(f"expected a head dimension from 16 to 512, got {text!r}")
-    return int(text)

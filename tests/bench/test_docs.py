@@ -6,8 +6,7 @@ from pathlib import Path
 
 from saccade.bench.markdown import to_markdown
 from saccade.bench.record import read
-from saccade.cli import bench
-from saccade.cli.parser import Parser
+from saccade.cli.main import parse
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/cpu.md").read_text()
@@ -17,9 +16,7 @@ def test_commands_parse():
     lines = re.findall(r"saccade (bench cpu [^|`#\n]*)", TEXT)
     assert len(lines) >= 5
     for line in lines:
-        parser = Parser(prog="saccade bench")
-        bench.add_arguments(parser)
-        parser.parse(shlex.split(line)[1:])
+        assert parse(shlex.split(line)).info_name == "saccade bench cpu"
 
 
 def test_the_table_is_the_stored_record():

@@ -6,8 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from saccade.cli import chat, plan
-from saccade.cli.parser import Parser
+from saccade.cli.main import parse
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/caches.md").read_text()
@@ -26,9 +25,7 @@ def test_commands_parse():
     assert len(lines) >= 2
     for line in lines:
         words = shlex.split(line)
-        parser = Parser(prog=f"saccade {words[0]}")
-        {"plan": plan, "chat": chat}[words[0]].add_arguments(parser)
-        parser.parse(words[1:])
+        assert parse(words).info_name == f"saccade {words[0]}"
 
 
 def test_figures_are_the_stored_records():
