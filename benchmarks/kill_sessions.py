@@ -6,7 +6,7 @@ must load, and hold no less than what the child said.  Two ways to die:
     at a moment   SIGKILL from outside, anywhere in reading, saving or renaming
     at a byte     the kernel ends the child when its file reaches a random length (RLIMIT_FSIZE)
 
-    python benchmarks/kill_sessions.py --kills 500 --cuts 500 --json record.json
+    python benchmarks/kill_sessions.py --kills 500 --cuts 500 --out record.json
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import struct
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import saccade
-from saccade.report.environment import machine_facts
+from saccade.report.files import write_whole
+from saccade.report.record import as_text, origin
 from saccade.runtime.session import load_session, save_session
 
 
@@ -117,7 +117,7 @@ class Trial:
             part.unlink()
 
 
-def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, object]:
+def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, int]:
     """Kill that many times at a moment and cut that many times at a byte; the figures."""
     torch.set_num_threads(1)  # so that a forked child has all the threads it needs
     chance, trial = random.Random(seed), Trial(folder, seed)
@@ -134,9 +134,6 @@ def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, object]:
         "saves": trial.held - trial.first,
         "bytes_per_session": trial.path.stat().st_size,
         "sessions_lost": trial.lost,
-        "machine": machine_facts(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": saccade.__version__,
     }
 
 
@@ -147,14 +144,13 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=300, help="at a random byte of the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--out", type=Path, help="where the record goes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         figures = run(args.kills, args.cuts, args.folder or Path(temporary), args.seed)
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    print(json.dumps(figures))
+    if args.out is not None:
+        write_whole(args.out, as_text({"schema": "saccade.kills/1", **origin(), **figures}))
     return 1 if figures["sessions_lost"] else 0
 
 

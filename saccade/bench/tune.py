@@ -1,8 +1,8 @@
-"""Find the launch of each kernel and head dimension that is fastest on this card.
+"""Find the launch of each kernel and head dimension that is fastest on this GPU.
 
 Each candidate first computes a small odd problem, which is compared with the reference, then the
 problems to time, which have to agree with what the first right candidate made of them; a wrong one
-is refused.  What does not fit the card's shared memory, or does not compile, is passed over.  The
+is refused.  What does not fit the GPU's shared memory, or does not compile, is passed over.  The
 launch in use now stays unless another one wins by more than timings move from run to run.
 """
 
@@ -37,7 +37,7 @@ class Trial:
     """A launch that was tried.
 
     Attributes:
-        status: "ok", "WRONG" (refused), "cannot" (does not fit the card), "slow" or "failed".
+        status: "ok", "WRONG" (refused), "cannot" (does not fit the GPU), "slow" or "failed".
         seconds: geometric mean over the problems, None where it was not timed on all of them.
         note: why, where the status is not "ok".
     """
@@ -149,21 +149,21 @@ def _compare(problem: Problem, standards: list[Result | None], at: int) -> str:
 
 
 def _does_not_fit(error: Exception) -> bool:
-    """Whether Triton says that a launch asks for more than the card has."""
+    """Whether Triton says that a launch asks for more than the GPU has."""
     return type(error).__name__ in ("OutOfResources", "OutOfMemoryError", "PTXASError")
 
 
 def _still_alive(error: Exception) -> None:
-    """Raise where the card can no longer be used by this process, after an illegal access."""
+    """Raise where the GPU can no longer be used by this process, after an illegal access."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError as broken:
-            raise BrokenCard(" ".join(str(error).split())[:200]) from broken
+            raise BrokenGPU(" ".join(str(error).split())[:200]) from broken
 
 
-class BrokenCard(RuntimeError):
-    """A launch left the card in a state that only a new process mends."""
+class BrokenGPU(RuntimeError):
+    """A launch left the GPU in a state that only a new process mends."""
 
 
 @cache

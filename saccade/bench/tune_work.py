@@ -219,7 +219,7 @@ def _expected_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Ex
         wide = torch.promote_types(kind, torch.float32)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(kind)
         out = (weights @ leaves[2][:, :, None]).flatten(1, 2)
-        with warnings.catch_warnings():  # cuBLAS in a thread of autograd that is new to the card
+        with warnings.catch_warnings():  # cuBLAS in a thread of autograd that is new to the GPU
             warnings.simplefilter("ignore", UserWarning)
             return torch.autograd.grad(out, leaves, _gradient_of(q).to(kind))
 

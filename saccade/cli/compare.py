@@ -14,7 +14,7 @@ from saccade.cli.parser import UsageError, whole_number
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
     from saccade.hf.load import LoadedModel
-    from saccade.report.record import Report
+    from saccade.report.comparison import Report
 
 DEMO_MODEL = "smollm2"
 PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded

@@ -163,7 +163,7 @@ def _launches() -> list[Check]:
     if card is not None:
         own = tuning.shipped(card)
         said = (
-            f"{card}, measured on {own.measured.get('card')}" if own else f"{card}: safe, not fast"
+            f"{card}, measured on {own.measured.get('gpu')}" if own else f"{card}: safe, not fast"
         )
         advice = "" if own or user else "Run: saccade bench tune, for a table of this card."
         found.append(Check("launches", "ok", said, advice))

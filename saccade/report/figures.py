@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from saccade.report.columns import COLUMNS, Column, groups, label, summary
+from saccade.report.comparison import Report, Row
 from saccade.report.numbers import as_position
 from saccade.report.positions import trained_length
-from saccade.report.record import Report, Row
-from saccade.report.table import COLUMNS, Cell, Column, groups, label, summary
+from saccade.report.table import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,17 +6,17 @@ import base64
 from importlib import resources
 from typing import Any
 
+from saccade.report.columns import COLUMNS, cells, groups, label, notes, summary
+from saccade.report.comparison import Report
 from saccade.report.figures import to_png
 from saccade.report.numbers import as_fact, fact_name
 from saccade.report.positions import as_perplexity, position_table
-from saccade.report.record import Report
-from saccade.report.table import COLUMNS, cells, groups, label, notes, summary
 
 _FACTS = (
     ("Model", "model"),
     ("Text", "text"),
     ("Settings", "settings"),
-    ("Machine", "machine"),
+    ("Environment", "environment"),
 )
 
 
@@ -42,7 +42,7 @@ def to_html(report: Report, *, picture: bytes | None = None) -> str:
         positions=_positions(report),
         notes=notes(report),
         facts=[(title, _facts(getattr(report, name))) for title, name in _FACTS],
-        record=_embeddable(report.to_json(indent=None)),
+        record=_embeddable(report.to_json()),
     )
 
 

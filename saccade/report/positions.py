@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from saccade.report.comparison import Curve, Report
 from saccade.report.numbers import MISSING, as_position, significant
-from saccade.report.record import Curve, Report
+from saccade.report.table import Cell, Heading, Line, Table
 
 BROKEN = 1.5  # times the best curve at a position: the model has lost the thread there
 
@@ -29,6 +30,14 @@ class PositionTable:
         """The positions as text, those past the trained length marked with an asterisk."""
         marked = zip(self.starts, self.past_training, strict=True)
         return [as_position(start) + ("*" if past else "") for start, past in marked]
+
+    def table(self) -> Table:
+        """The values, those past the trained length judged."""
+        lines = [
+            Line(name, [Cell(as_perplexity(v), "", self.verdict(i, v)) for i, v in enumerate(row)])
+            for name, row in self.lines
+        ]
+        return Table([Heading(text) for text in self.headings()], lines, "from token", True)
 
     def verdict(self, column: int, value: float | None) -> bool | None:
         """True for the best past the trained length, False where it is broken, else None."""
