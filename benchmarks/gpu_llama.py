@@ -228,7 +228,8 @@ LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "reading": 120, "compiled": 240
 
 def run_part(name: str, tiny: bool, lengths: tuple[int, ...]) -> None:
     """One part in this process; its record is the last line."""
-    config = LlamaConfig(**(SHAPE | (TINY if tiny else {})))
+    options: dict[str, Any] = SHAPE | (TINY if tiny else {})
+    config = LlamaConfig(**options)
     begin = time.perf_counter()
     record = PARTS[name](config, lengths)
     print(json.dumps(record | {"part_s": time.perf_counter() - begin}), flush=True)

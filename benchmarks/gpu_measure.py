@@ -24,13 +24,14 @@ from saccade.bench.gpu import graph_seconds, on_gpu, random, seconds, synchroniz
 from saccade.bench.inputs import KINDS
 from saccade.core import DenseKV, Mask
 from saccade.ops import attention
+from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.call import AttentionCall
 
 CALLS = 12  # of a step in one graph: where a graph starts is no part of a step
 LIMIT, GRADIENT_LIMIT = 1e-2, 2e-2  # relative errors in 16 bits
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
-Timed = tuple[float, dict[str, float]]
+Timed = tuple[float, dict[str, Any]]
 
 
 class WrongResult(RuntimeError):
@@ -58,20 +59,33 @@ def measure(problem: Problem, backends: Sequence[str], peers: Sequence[str] = ()
     made = build(problem)
     row: dict[str, Any] = {**problem.facts(), "tflop": made.tflop, "gbytes": made.gbytes}
     row |= {"ms": {}, "error": {}}
-    way = _gradients if problem.training else _forward
-    truth = (
-        _small_gradients(problem, "reference") if problem.training else run(made.probe, "reference")
-    )
+    way: Any = _gradients if problem.training else _forward
+    truth: Any = _truth(problem, made)
     for name in backends:
         reason = refusal(made.calls[0], name)
         if reason is not None:
             row.setdefault("cannot", {})[name] = reason
             continue
         _enter(row, name, lambda name=name: way(problem, made, name, truth))
+        if name == "sdpa":
+            row["sdpa_kernel"] = _sdpa_kernel(made.calls[0])
     for name in peers:
-        timed = _flex if name == "flex" else _peer_gradients if problem.training else _peer
-        _enter(row, name, lambda name=name, timed=timed: timed(problem, made, name, truth))
+        peer: Any = _flex if name == "flex" else _peer_gradients if problem.training else _peer
+        _enter(row, name, lambda name=name, peer=peer: peer(problem, made, name, truth))
     return row
+
+
+def _sdpa_kernel(call: AttentionCall) -> str | None:
+    """Which of PyTorch's kernels the sdpa backend runs, where it says so."""
+    kernel_of = getattr(dispatch.load("sdpa"), "kernel_of", None)
+    return None if kernel_of is None else kernel_of(call)
+
+
+def _truth(problem: Problem, made: Built) -> Tensor | tuple[Tensor, ...]:
+    """What the reference makes of the probe, or of the gradients of a small problem."""
+    if problem.training:
+        return _small_gradients(problem, "reference")
+    return run(made.probe, "reference")
 
 
 def warm(problem: Problem, backends: Sequence[str]) -> None:
@@ -109,7 +123,8 @@ def _limit(problem: Problem, made: Built, truth: Tensor) -> float:
 
 def _with_rounded_weights(call: AttentionCall) -> Tensor:
     """Attention in float64 but for weights of 2^8 at most in fp8: what no kernel can undercut."""
-    q, k, v = call.q, call.kv.k, call.kv.v
+    kv: Any = call.kv
+    q, k, v = call.q, kv.k, kv.v
     scores = q @ k.mT * q.shape[3] ** -0.5
     if call.mask.causal:
         later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + k.shape[2] - q.shape[2])
@@ -142,13 +157,10 @@ def _small_gradients(problem: Problem, name: str) -> tuple[Tensor, ...]:
     )  # fmt: skip
     torch.manual_seed(0)
     made = build(small)
-    leaves = [x.detach() for x in made.leaves]
-    if name == "reference":
-        leaves = [x.double() for x in leaves]
-    leaves = [x.requires_grad_() for x in leaves]
-    call = make_call(leaves[0], DenseKV(*leaves[1:]), mask=small.mask, wants_lse=False)
-    out = run(call, name)
-    return torch.autograd.grad(out, leaves, leaves[0].detach().roll(1, 2))
+    wide = torch.float64 if name == "reference" else made.leaves[0].dtype
+    q, k, v = (x.detach().to(wide).requires_grad_() for x in made.leaves)
+    out = run(make_call(q, DenseKV(k, v), mask=small.mask, wants_lse=False), name)
+    return torch.autograd.grad(out, (q, k, v), q.detach().roll(1, 2))
 
 
 def _gradients(problem: Problem, made: Built, name: str, truth: tuple[Tensor, ...]) -> Timed:
@@ -184,11 +196,8 @@ def _asked_for(name: str) -> Any:
 
 def _peer(problem: Problem, made: Built, name: str, truth: Tensor) -> Timed:
     """PyTorch's kernel on dense bfloat16 tensors of the same shape."""
-    sets = [made.leaves]
-    if len(made.calls) > 1:
-        sets = [(call.q, call.kv.k, call.kv.v) for call in made.calls]
     with _asked_for(name), torch.no_grad():
-        return _seconds(problem, [_peer_call(problem, *tensors) for tensors in sets]), {}
+        return _seconds(problem, [_peer_call(problem, *tensors) for tensors in made.tensors]), {}
 
 
 def _peer_gradients(problem: Problem, made: Built, name: str, truth: Any) -> Timed:

@@ -107,15 +107,21 @@ class Built:
     """A problem with its tensors.
 
     Attributes:
-        calls: equal ones over different memory; probe: what is compared, in float64.
-        leaves: q, k, v to differentiate; tflop: of visible pairs; gbytes: that a step must read.
+        calls: equal ones over different memory; tensors: q, k, v in plain storage behind each.
+        probe: what is compared, in float64.
+        tflop: of visible pairs; gbytes: of keys and values that a step must read.
     """
 
     calls: tuple[AttentionCall, ...]
     probe: AttentionCall
-    leaves: tuple[Tensor, ...]
+    tensors: tuple[tuple[Tensor, Tensor, Tensor], ...]
     tflop: float
     gbytes: float
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the first call, to differentiate."""
+        return self.tensors[0]
 
 
 def run(call: AttentionCall, backend: str) -> Tensor:
@@ -134,7 +140,7 @@ def build(problem: Problem) -> Built:
     """Random tensors and the calls over them."""
     size = 4 * problem.batch * problem.kv_heads * problem.keys * problem.head_dim
     copies = max(2, min(8, COLD // size + 1)) if problem.is_step else 1
-    made = [_tensors(problem) for _ in range(copies)]
+    made = tuple(_tensors(problem) for _ in range(copies))
     blocks = _blocks(problem)
     views = [_view(problem, k, v) for _, k, v in made]
     calls = tuple(
@@ -143,7 +149,7 @@ def build(problem: Problem) -> Built:
     pairs = _pairs(problem, blocks)
     work = 4 * problem.heads * problem.head_dim * pairs * (2.5 if problem.training else 1)
     probe = _probe(problem, *made[0], views[0], blocks)
-    return Built(calls, probe, made[0], work / 1e12, _bytes(problem, views[0]) / 1e9)
+    return Built(calls, probe, made, work / 1e12, _bytes(problem, views[0]) / 1e9)
 
 
 def probed(problem: Problem, out: Tensor) -> Tensor:
@@ -155,8 +161,10 @@ def probed(problem: Problem, out: Tensor) -> Tensor:
 def _tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     dim, dtype = problem.head_dim, DTYPES[problem.dtype]
     q = random(problem.batch, problem.heads, problem.queries, dim, dtype=dtype)
-    kv = (random(problem.batch, problem.kv_heads, problem.keys, dim, dtype=dtype) for _ in "kv")
-    return q.requires_grad_(problem.training), *(x.requires_grad_(problem.training) for x in kv)
+    k, v = (random(problem.batch, problem.kv_heads, problem.keys, dim, dtype=dtype) for _ in "kv")
+    for x in (q, k, v):
+        x.requires_grad_(problem.training)
+    return q, k, v
 
 
 def _view(problem: Problem, k: Tensor, v: Tensor) -> KVView:
@@ -185,8 +193,8 @@ def _ring(problem: Problem, k: Tensor, v: Tensor) -> DenseKV:
     for begin, end in runs:
         spans.append(Span(slot, begin, end - begin))
         slot += end - begin
-    kv = (torch.cat([x[:, :, begin:end] for begin, end in runs], 2) for x in (k, v))
-    return DenseKV(*kv, tuple(spans))
+    k, v = (torch.cat([x[:, :, begin:end] for begin, end in runs], 2) for x in (k, v))
+    return DenseKV(k, v, tuple(spans))
 
 
 def _call(
@@ -226,7 +234,7 @@ def _pairs(problem: Problem, blocks: BlockSelection | None) -> float:
     return sum(problem.mask.num_pairs(problem.queries, n) for n in lengths)
 
 
-def _bytes(problem: Problem, view: KVView) -> float:
+def _bytes(problem: Problem, view: Any) -> float:
     """Bytes of keys and values as they are stored, without those outside a window."""
     share = min(1.0, (problem.window or problem.keys) / problem.keys)
     if problem.storage in KINDS:
@@ -241,7 +249,7 @@ def _probe(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    view: KVView,
+    view: Any,
     blocks: BlockSelection | None,
 ) -> AttentionCall:
     """The last queries of the first key head, over what the storage holds, in float64."""
@@ -259,8 +267,8 @@ def _probe(
         keys, values, spans = view.k, view.v, view.spans
     start = problem.keys - problem.sequences[-1] if problem.sequences else 0
     stop = problem.kv_lens[0] if problem.kv_lens else None
-    one = [x[:1, :1, start:stop].double() for x in (keys, values)]
+    keys, values = (x[:1, :1, start:stop].double() for x in (keys, values))
     if blocks is not None:
         last = blocks.allowed[:, :1, -1:].contiguous()
         blocks = BlockSelection(allowed=last, q_block=BLOCK, k_block=BLOCK)
-    return make_call(rows.double(), DenseKV(*one, spans), mask=problem.mask, blocks=blocks)
+    return make_call(rows.double(), DenseKV(keys, values, spans), mask=problem.mask, blocks=blocks)

@@ -24,7 +24,7 @@ from benchmarks.gpu_run import Row, main
 
 WHAT = "every rule of `auto`: milliseconds of each backend at its smallest and at typical sizes"
 RULES = Path(__file__).parents[1] / "saccade/ops/tuning/measured/backends"
-BACKENDS = ("gluon", "triton", "gluon_triton", "sdpa")
+OURS = ("gluon", "triton")
 HEADS, LONGEST = 32, 32768
 PATTERNS = {"causal": {}, "all": {"causal": False}, "window": {"window": 1024}}
 
@@ -43,7 +43,14 @@ def rule_rows() -> Iterator[Row]:
                     problem = problem_of(rule, dim, pattern, size)
                     notes = (("rule", at), ("size", size))
                     how = partial(measure_rule, rule["order"])
-                    yield Row("rule", problem, BACKENDS, (), notes, how)
+                    yield Row("rule", problem, backends_of(problem), (), notes, how)
+
+
+def backends_of(problem: Problem) -> tuple[str, ...]:
+    """Who could run it: PyTorch's fused kernels have no windows, pages or sequences."""
+    training = ("gluon_triton",) if problem.training else ()
+    special = problem.window or problem.sequences or problem.kv_lens or problem.storage != "dense"
+    return (*OURS, *training, *(() if special else ("sdpa",)))
 
 
 def dims_of(rule: dict[str, Any]) -> list[int]:
@@ -105,10 +112,10 @@ def chunk_rows() -> Iterator[Row]:
             ring = Problem(
                 queries=queries, keys=16384, head_dim=dim, window=4096, sinks=4, storage="ring"
             )
-            yield Row("chunk", ring, BACKENDS[:2])
+            yield Row("chunk", ring, OURS)
             for kind in ("int8", "int4"):
                 quantized = Problem(queries=queries, keys=16384, head_dim=dim, storage=kind)
-                yield Row("chunk", quantized, BACKENDS[:2])
+                yield Row("chunk", quantized, OURS)
 
 
 def plan_rows() -> Iterator[Row]:
@@ -124,7 +131,8 @@ def plan_rows() -> Iterator[Row]:
 def half_rows() -> Iterator[Row]:
     """float16 beside the bfloat16 of everything else."""
     for dim in (64, 128, 256):
-        yield Row("fp16", Problem(queries=8192, keys=8192, head_dim=dim, dtype="fp16"), BACKENDS)
+        problem = Problem(queries=8192, keys=8192, head_dim=dim, dtype="fp16")
+        yield Row("fp16", problem, backends_of(problem))
 
 
 def rows() -> list[Row]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saccade.bench.record import Benchmark, Row
 from saccade.report.numbers import significant
@@ -25,7 +25,7 @@ COLORS = {
 MARKS = {"prefill": "o", "decode": "s", "window": "D", "backward": "^"}
 WIDTH, HEIGHT, DPI = 9.6, 5.6, 160
 ASIDE = 1.1  # fp16 and bf16 move the same bytes
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -188,4 +188,4 @@ def _legend(axes: Axes, found: list[Point]) -> None:
     )  # fmt: skip
     for text in legend.get_texts():
         if text.get_text() in ("work", "storage", "who"):
-            text.set_weight("bold")
+            text.set_fontweight("bold")

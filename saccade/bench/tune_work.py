@@ -252,16 +252,15 @@ def _view(kind: str, k: Tensor, v: Tensor) -> KVView:
 
 def paged(k: Tensor, v: Tensor, page: int) -> PagedKV:
     """The same keys in shuffled pages; the last one may be part empty."""
-    batch, heads, length, dim = k.shape
+    batch, heads, length, _ = k.shape
     count = -(-length // page)
     order = torch.randperm(batch * count, device=k.device)
-    pools = []
-    for x in (k, v):
+
+    def pool(x: Tensor) -> Tensor:
         full = torch.nn.functional.pad(x, (0, 0, 0, count * page - length))
-        pages = full.reshape(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-        pool = torch.empty_like(pages)
-        pool[order] = pages
-        pools.append(pool)
+        pages = full.reshape(batch, heads, count, page, -1).transpose(1, 2).flatten(0, 1)
+        return torch.empty_like(pages).index_copy_(0, order, pages)
+
     table = order.view(batch, count).to(torch.int32)
     kv_lens = torch.full((batch,), length, dtype=torch.int32, device=k.device)
-    return PagedKV(*pools, table, kv_lens, length)
+    return PagedKV(pool(k), pool(v), table, kv_lens, length)

@@ -139,7 +139,7 @@ def _show(report: Report, args: Namespace) -> bool:
         else:
             print(f"Wrote {target}", file=sys.stderr)
     if args.json == "-":
-        print(report.to_json(indent=None), flush=True)
+        print(report.to_json(), flush=True)
     return failed
 
 

@@ -34,7 +34,7 @@ class Column:
         title: its heading; unit: what the numbers count, "" where the cell says it.
         lower_is_better: the direction of a gain.
         compared: whether the ratio to the baseline says something.
-        show: the text of a row's value, asked for only where the value is not None.
+        show: the text of a row and its value, asked for only where there is a value.
         meaning: how to read it; measured: how it was obtained.
     """
 
@@ -43,7 +43,7 @@ class Column:
     unit: str = ""
     lower_is_better: bool
     compared: bool = True
-    show: Callable[[Row], str]
+    show: Callable[[Row, float], str]
     meaning: str
     measured: str
 
@@ -61,13 +61,13 @@ class Column:
 
     def cell(self, row: Row, baseline: Row | None) -> Cell:
         """The cell of a row."""
-        if self.value(row) is None:
+        value, ratio = self.value(row), self.ratio(row, baseline)
+        if value is None:
             return Cell(MISSING)
-        ratio = self.ratio(row, baseline)
         if ratio is None:
-            return Cell(self.show(row))
+            return Cell(self.show(row, value))
         better = None if abs(ratio - 1) < NOTEWORTHY else (ratio < 1) == self.lower_is_better
-        return Cell(self.show(row), as_ratio(ratio), better)
+        return Cell(self.show(row, value), as_ratio(ratio), better)
 
 
 COLUMNS = (
@@ -75,7 +75,7 @@ COLUMNS = (
         key="peak_bytes",
         title="Peak memory",
         lower_is_better=True,
-        show=lambda row: as_bytes(row.peak_bytes),
+        show=lambda row, value: as_bytes(value),
         meaning="The most memory in use above the loaded model while the context was read. "
         "Less is better.",
         measured="High-water mark of resident memory while the model reads the context, above "
@@ -85,7 +85,7 @@ COLUMNS = (
         key="cache_bytes",
         title="Cache",
         lower_is_better=True,
-        show=lambda row: as_bytes(row.cache_bytes),
+        show=lambda row, value: as_bytes(value),
         meaning="What the key/value caches hold once the context is read. Less is better.",
         measured="Bytes allocated by the caches of all layers, spare slots included.",
     ),
@@ -94,7 +94,7 @@ COLUMNS = (
         title="Prefill",
         unit="tokens/s",
         lower_is_better=False,
-        show=lambda row: significant(row.prefill_tps),
+        show=lambda row, value: significant(value),
         meaning="Speed of reading the context. More is better.",
         measured="Tokens of the context over the wall time of reading them, choosing what to "
         "keep included.",
@@ -104,7 +104,7 @@ COLUMNS = (
         title="Decode",
         unit="tokens/s",
         lower_is_better=False,
-        show=lambda row: significant(row.decode_tps),
+        show=lambda row, value: significant(value),
         meaning="Speed of writing an answer behind the whole context. More is better.",
         measured="Tokens of the answers to the needle questions over the wall time of writing "
         "them one by one.",
@@ -113,7 +113,7 @@ COLUMNS = (
         key="perplexity",
         title="Perplexity",
         lower_is_better=True,
-        show=lambda row: with_error(row.perplexity, row.perplexity_se, most_decimals=2),
+        show=lambda row, value: with_error(value, row.perplexity_se, most_decimals=2),
         meaning="How surprised the model is by the real text: exp of the mean loss. "
         "Less is better; ± is one standard error.",
         measured="Over the scored tokens that continue the context, the same for every row.",
@@ -124,7 +124,7 @@ COLUMNS = (
         unit="nats",
         lower_is_better=True,
         compared=False,
-        show=lambda row: with_error(row.kl, row.kl_se, most_decimals=5),
+        show=lambda row, value: with_error(value, row.kl_se, most_decimals=5),
         meaning="How far the next-token distribution is from the baseline's. "
         "0 is identical; ± is one standard error.",
         measured="Mean KL divergence, baseline to row, over the scored tokens.",
@@ -134,7 +134,7 @@ COLUMNS = (
         title="Same top",
         lower_is_better=False,
         compared=False,
-        show=lambda row: as_share(row.same_top),
+        show=lambda row, value: as_share(value),
         meaning="How often the most likely next token is the one the baseline prefers. "
         "More is better.",
         measured="Share of the scored tokens.",
@@ -144,10 +144,10 @@ COLUMNS = (
         title="Needle",
         lower_is_better=False,
         compared=False,
-        show=lambda row: (
-            f"{round(row.needle * row.needle_trials)}/{row.needle_trials}"
+        show=lambda row, value: (
+            f"{round(value * row.needle_trials)}/{row.needle_trials}"
             if row.needle_trials
-            else as_share(row.needle)
+            else as_share(value)
         ),
         meaning="Facts hidden in the context that the model could repeat. More is better.",
         measured="Sentences spread evenly through the context; the model completes each one "

@@ -41,7 +41,7 @@ class PositionTable:
 
     def verdict(self, column: int, value: float | None) -> bool | None:
         """True for the best past the trained length, False where it is broken, else None."""
-        known = [values[column] for _, values in self.lines if values[column] is not None]
+        known = [x for _, values in self.lines if (x := values[column]) is not None]
         if value is None or len(known) < 2 or not self.past_training[column]:
             return None
         if value <= min(known):
