@@ -47,7 +47,7 @@ def rule_rows() -> Iterator[Row]:
 
 
 def backends_of(problem: Problem) -> tuple[str, ...]:
-    """Who could run it: PyTorch's fused kernels have no windows, pages or sequences."""
+    """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
     training = ("gluon_triton",) if problem.training else ()
     special = problem.window or problem.sequences or problem.kv_lens or problem.storage != "dense"
     return (*OURS, *training, *(() if special else ("sdpa",)))

@@ -1,7 +1,7 @@
 """How many sessions are lost when a process that saves them is killed at random?
 
-A child reads tokens and saves in a loop, telling through a pipe what it has saved.  Then the file
-must load, and hold no less than what the child said.  Two ways to die:
+A child reads tokens and saves in a loop, reporting through a pipe what it has saved.  Then the file
+must load, and hold no less than what the child reported.  Two ways to die:
 
     at a moment   SIGKILL from outside, anywhere in reading, saving or renaming
     at a byte     the kernel ends the child when its file reaches a random length (RLIMIT_FSIZE)
@@ -43,14 +43,14 @@ def tiny_model(seed: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_forever(model: torch.nn.Module, path: Path, told: int) -> None:
+def save_forever(model: torch.nn.Module, path: Path, pipe: int) -> None:
     """Read a token, save, say how many tokens the file now holds; until killed."""
     with saccade.Context(model) as ctx:
         sampler = load_session(path, ctx)
         while True:
             list(ctx.stream(n_predict=1, sampler=sampler))
             save_session(path, ctx, sampler)
-            os.write(told, struct.pack("<q", ctx.seen))
+            os.write(pipe, struct.pack("<q", ctx.seen))
 
 
 def die_at_byte(size: int) -> None:
@@ -63,7 +63,7 @@ def die_at_byte(size: int) -> None:
 def one_death(
     model: torch.nn.Module, path: Path, *, seconds: float | None = None, size: int | None = None
 ) -> int:
-    """End a saving child; the tokens of the last save it told of, 0 for none."""
+    """End a saving child; the tokens of the last save it reported, 0 for none."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

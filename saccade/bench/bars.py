@@ -28,7 +28,9 @@ def value_of(bar: Bar, row: Row, record: Benchmark) -> float | None:
     if bar.measure == "peak":
         return row.flops / row.seconds / record.ceilings.fma_peak
     if bar.measure == "bandwidth":
-        alone = record.find(row.case, READS)  # in the same turns, where it was measured
+        alone = record.find(
+            row.case, READS
+        )  # sampled alternately with the row, where it was measured
         rate = alone.byte_rate if alone is not None else None
         return row.nbytes / row.seconds / (rate or record.ceilings.read_bandwidth)
     peer = bar.measure == "torch"

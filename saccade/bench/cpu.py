@@ -1,4 +1,4 @@
-"""The CPU benchmark: every case through the gate, then timed in turns with its peers."""
+"""The CPU benchmark: every case is checked, then timed alternately with its peers."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _row(case: Case, backend: str, *, ours: bool) -> Row:
 
 
 def _time(candidates: Sequence[Candidate], budget: float) -> None:
-    """Fill in the times of the candidates, measured in turns."""
+    """Fill in the times of the candidates, whose samples alternate."""
     with torch.no_grad():
         times = timing.interleave([candidate.call for candidate in candidates], budget=budget)
     for candidate, taken in zip(candidates, times, strict=True):

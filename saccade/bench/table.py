@@ -1,4 +1,4 @@
-"""The CPU benchmark as people read it: machine, ceilings, one table, what it adds up to."""
+"""The CPU benchmark as text: machine, ceilings, one table, what it adds up to."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def closing(record: Benchmark) -> list[str]:
 
 
 def title(row: Row) -> str:
-    """Who computed a row, as people call it."""
+    """The name of what computed a row."""
     if row.backend == READS:
         return TITLE
     return f"saccade {row.backend}" if row.ours else PEERS[row.backend].title

@@ -188,8 +188,8 @@ def _candidates() -> dict[str, list[tuple[tuple[int, int], Launch]]]:
 
 def candidates(kernel: str, dim: int, *, quick: bool = False) -> list[Launch]:
     """Launches to try for a kernel and a head dimension, the most promising first."""
-    listed = [launch for (low, high), launch in _candidates()[kernel] if low <= dim <= high]
-    return listed[:FEW] if quick else listed
+    found = [launch for (low, high), launch in _candidates()[kernel] if low <= dim <= high]
+    return found[:FEW] if quick else found
 
 
 def enter(file: LaunchFile, found: Found) -> None:
@@ -198,10 +198,10 @@ def enter(file: LaunchFile, found: Found) -> None:
         rows = file.kernels.get(found.kernel, ())
         file.kernels[found.kernel] = launches.joined(rows, ((found.dim, found.best.launch),))
     for trial in found.trials:
-        told = {"kernel": found.kernel, "dim": found.dim, "status": trial.status}
-        told |= {"seconds": trial.seconds} if trial.seconds is not None else {}
-        told |= {"note": trial.note} if trial.note else {}
-        file.trials.append(told | asdict(trial.launch))
+        entry = {"kernel": found.kernel, "dim": found.dim, "status": trial.status}
+        entry |= {"seconds": trial.seconds} if trial.seconds is not None else {}
+        entry |= {"note": trial.note} if trial.note else {}
+        file.trials.append(entry | asdict(trial.launch))
 
 
 def has_row(file: LaunchFile, kernel: str, dim: int) -> bool:

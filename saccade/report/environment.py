@@ -1,4 +1,4 @@
-"""Facts about the machine that a number belongs to: no paths, no names of hosts or people."""
+"""Facts about the machine that a number belongs to: no paths, no host names, no user names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, ratios, rates, values with their standard error."""
+"""Numbers as text: bytes, ratios, rates, values with their standard error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity by position as a small table: which positions to show, and who does well there."""
+"""Perplexity by position as a small table: which positions it shows, which curves are good."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from saccade.report.comparison import Curve, Report
 from saccade.report.numbers import MISSING, as_position, significant
 from saccade.report.table import Cell, Heading, Line, Table
 
-BROKEN = 1.5  # times the best curve at a position: the model has lost the thread there
+BROKEN = 1.5  # times the best curve at a position: the model has broken down there
 
 
 @dataclass(frozen=True, slots=True)

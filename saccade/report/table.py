@@ -37,7 +37,7 @@ class Line:
 
     Attributes:
         kind: "group" is the heading of the rows below it and has no cells, "base" is what others
-            are compared with, "peer" is somebody else's.
+            are compared with, "peer" is an implementation by others.
     """
 
     name: str

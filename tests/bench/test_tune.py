@@ -29,7 +29,7 @@ from saccade.ops.tuning.files import Launch
 NOW, FAST, WRONG, LARGE = Launch(32, 16, 4, 1), Launch(64, 64, 4, 2), Launch(16, 16, 1, 1), "large"
 FORWARD = tuning.FORWARD
 TINY = Sizes(
-    heads=2, kv_heads=1, check=(9, 40), prefill=40, narrow=40, window=12, listed=40, training=24,
+    heads=2, kv_heads=1, check=(9, 40), prefill=40, narrow=40, window=12, blocks=40, training=24,
     decode=((1, 40),), cold=0,
 )  # fmt: skip
 
