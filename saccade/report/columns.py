@@ -15,6 +15,7 @@ from saccade.report.numbers import (
     MISSING,
     as_bytes,
     as_duration,
+    as_fact,
     as_ratio,
     as_share,
     significant,
@@ -181,8 +182,8 @@ def comparison_table(report: Report, columns: Sequence[Column] = COLUMNS) -> Tab
     for name, rows in groups(report):
         lines.append(Line(name, kind="group"))
         for row in rows:
-            kind = "base" if row.name == report.baseline else "row"
-            lines.append(Line(label(row, report), cells(row, baseline, columns), kind))
+            kind, note = "base" if row.name == report.baseline else "row", as_fact("", row.options)
+            lines.append(Line(label(row, report), cells(row, baseline, columns), kind, note))
     return Table([Heading(column.title, column.unit) for column in columns], lines)
 
 

@@ -38,11 +38,13 @@ class Line:
     Attributes:
         kind: "group" is the heading of the rows below it and has no cells, "base" is what others
             are compared with, "peer" is an implementation by others.
+        note: what pages show in small letters below the name.
     """
 
     name: str
     cells: Sequence[Cell | Sequence[Cell]] = ()
     kind: Literal["row", "group", "base", "peer"] = "row"
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
