@@ -61,6 +61,8 @@ def title_of(row: dict[str, Any]) -> str:
         parts.append(f"{len(row['sequences'])} sequences of {_tokens(row['sequences'][0])}")
     elif row["queries"] == row["keys"]:
         parts += ["all keys" if row.get("causal") is False else "causal", _tokens(row["keys"])]
+    elif row["queries"] == 1:
+        parts.append(f"{_tokens(row['keys'])} keys")
     else:
         parts.append(f"{_tokens(row['queries'])} queries, {_tokens(row['keys'])} keys")
     parts += [f"batch {row['batch']}"] if row.get("batch", 1) > 1 else []

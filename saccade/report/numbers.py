@@ -8,8 +8,8 @@ from typing import Any
 from saccade.units import as_bytes, significant
 
 __all__ = [
-    "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_share", "as_time",
-    "fact_name", "significant", "with_error",
+    "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_share",
+    "as_time", "fact_name", "significant", "with_error",
 ]  # fmt: skip
 
 MISSING = "–"
