@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from saccade.bench.cpu import OnProgress
-    from saccade.bench.record import Record
+    from saccade.bench.record import Benchmark
 
     Progress = Callable[[], AbstractContextManager[OnProgress]]
-
-PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ class Options:
 
 
 def execute(options: Options, progress: Progress) -> int:
-    """Measure or read, show the card, write files, and end stdout with one line of JSON.
+    """Measure or read, show the table, write files, and end stdout with one line of JSON.
 
     Args:
         progress: a context that gives something to report progress to.
@@ -70,13 +68,13 @@ def execute(options: Options, progress: Progress) -> int:
     return 0 if record.complete or options.record else 130
 
 
-def _stored(name: str) -> Record:
+def _stored(name: str) -> Benchmark:
     from saccade.bench.record import read
 
     return read(Path(name).expanduser())
 
 
-def _measured(options: Options, on_progress: OnProgress) -> Record:
+def _measured(options: Options, on_progress: OnProgress) -> Benchmark:
     from saccade.bench.cases import CASES, selected
     from saccade.bench.cpu import run
     from saccade.ops.attention import dispatch
@@ -109,23 +107,21 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _show(record: Record) -> None:
-    from rich.console import Console
-
+def _show(record: Benchmark) -> None:
     from saccade.bench.table import print_record
+    from saccade.report.terminal import to_stdout
 
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    print_record(record, Console(file=sys.stdout, width=width))
+    print_record(record, to_stdout())
 
 
-def _write(record: Record, options: Options) -> None:
+def _write(record: Benchmark, options: Options) -> None:
     """The files that were asked for; the record first, since nothing can bring it back."""
     from saccade.report.files import write_whole
 
     if options.json:
         record.write(Path(options.json).expanduser())
     if options.markdown:
-        from saccade.bench.markdown import to_markdown
+        from saccade.bench.table import to_markdown
 
         write_whole(Path(options.markdown).expanduser(), to_markdown(record))
     if options.roofline:

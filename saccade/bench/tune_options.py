@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ DIMS = (64, 128, 256)
 KERNELS = tuple(tune_work.SHAPES)
 NO_GPU = (
     "saccade bench tune needs an NVIDIA GPU, Ampere or newer, and torch finds none here. "
-    "Run it on the machine whose card the table is for; saccade doctor says what was found."
+    "Run it on the machine whose GPU the table is for; saccade doctor says what was found."
 )
 
 
@@ -36,7 +35,7 @@ class Bench:
 
     Attributes:
         sizes: of the problems, quick and full.
-        ceilings: what the card does at best, for the record.
+        ceilings: what the GPU does at best, for the record.
     """
 
     device: str
@@ -81,9 +80,9 @@ def execute(options: Options, bench: Bench | None = None) -> int:
         _measure(options, bench, path, file, found)
     except KeyboardInterrupt:
         complete = False
-    except tuner.BrokenCard as error:
+    except tuner.BrokenGPU as error:
         complete = False
-        print(f"The card broke down: {error}", file=sys.stderr)
+        print(f"The GPU broke down: {error}", file=sys.stderr)
     _show(file.measured, found, complete=complete)
     if any(file.kernels.values()):
         _say_what_next(path, complete=complete)
@@ -114,17 +113,14 @@ def on_the_card() -> Bench:
 
 
 def facts(bench: Bench) -> dict[str, Any]:
-    """Card, versions, date and ceilings: what rows belong to."""
+    """What rows of a table belong to: the GPU, its ceilings, and what every record says."""
     from saccade.report import environment
+    from saccade.report.record import origin
 
-    names = environment.gpu_names() if bench.device == "cuda" else ["no card: the interpreter"]
+    names = environment.gpu_names() if bench.device == "cuda" else ["no GPU: the interpreter"]
     return {
         "gpu": names[0],
-        "torch": environment.version("torch"),
-        "triton": environment.version("triton"),
-        "cuda": torch.version.cuda,
-        "saccade": environment.machine_facts()["saccade"],
-        "date": time.strftime("%Y-%m-%d"),
+        **origin(),
         "type": str(bench.dtype).removeprefix("torch."),
         "ceilings": {name: round(value, 1) for name, value in bench.ceilings().items()},
     }
@@ -159,14 +155,14 @@ def _file(path: Path, arch: str) -> LaunchFile:
     """The file to go on with, or an empty one.
 
     Raises:
-        BadInput: it is another card's table, or none.
+        BadInput: it is the table of another GPU, or none.
     """
     if not path.exists():
         return LaunchFile(architecture=arch)
     file = launches.read(path, tuning.KERNELS)
     if file.architecture != arch:
         raise BadInput(
-            f"{path} is a table for {file.architecture}, and this card is {arch}. "
+            f"{path} is a table for {file.architecture}, and this GPU is {arch}. "
             "Choose another --out."
         )
     return file
@@ -179,13 +175,10 @@ def _write(path: Path, file: LaunchFile) -> None:
 
 
 def _show(measured: dict[str, Any], found: list[tuner.Found], *, complete: bool) -> None:
-    from rich.console import Console
-
-    from saccade.bench.options import PIPE_WIDTH
     from saccade.bench.tune_table import print_found
+    from saccade.report.terminal import to_stdout
 
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    print_found(measured, found, Console(file=sys.stdout, width=width), complete=complete)
+    print_found(measured, found, to_stdout(), complete=complete)
 
 
 def _say_what_next(path: Path, *, complete: bool) -> None:

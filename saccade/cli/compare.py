@@ -16,7 +16,7 @@ from saccade.cli.values import list_of, whole_number
 
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
-    from saccade.report.record import Report
+    from saccade.report.comparison import Report
 
 DEMO_MODEL = "smollm2"
 PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
@@ -120,7 +120,7 @@ def _show(report: Report, files: dict[str, str | None]) -> bool:
         else:
             print(f"Wrote {target}", file=sys.stderr)
     if files["json"] == "-":
-        print(report.to_json(indent=None), flush=True)
+        print(report.to_json(), flush=True)
     return failed
 
 

@@ -6,12 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
-import saccade
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.evals.curves import measure_curve, position_params
@@ -22,8 +19,8 @@ from saccade.evals.text import default_text
 from saccade.hf.heads import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
-from saccade.report.environment import machine_facts
-from saccade.report.record import Report, Row
+from saccade.report.comparison import Report, Row
+from saccade.report.record import origin
 from saccade.runtime import Context, ContextParams, Model
 
 
@@ -215,6 +212,7 @@ def _report(
 ) -> Report:
     facts = runner.facts
     return Report(
+        **origin(),
         model={
             "name": model.name,
             "layers": facts.num_layers,
@@ -227,7 +225,6 @@ def _report(
             "source": "pydoc_data.topics" if text is None else "a file",
             "tokens": len(tokens),
         },
-        machine=machine_facts(),
         settings={
             "n_context": sizes.context,
             "n_scored": sizes.scored,
@@ -237,6 +234,4 @@ def _report(
             "quick": quick,
         },
         baseline=BASELINE,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=saccade.__version__,
     )

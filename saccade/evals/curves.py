@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.evals.quality import perplexity
-from saccade.report.record import Curve
+from saccade.report.comparison import Curve
 from saccade.runtime import Context, ContextParams, Model
 from saccade.runtime.importance import token_log_probs
 

@@ -16,7 +16,7 @@ from saccade.evals import quality
 from saccade.evals.needle import Needle
 from saccade.evals.peak import PeakMemory
 from saccade.evals.rows import RowSpec
-from saccade.report.record import Row
+from saccade.report.comparison import Row
 from saccade.runtime import Context, Model, Sampler
 from saccade.runtime.importance import token_importance
 

@@ -54,8 +54,8 @@ def test_commands_parse():
 
 
 def test_the_table_is_the_stored_record():
+    from saccade.report.comparison import read
     from saccade.report.markdown import to_markdown
-    from saccade.report.record import read
 
     path, table = re.search(
         r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, re.DOTALL

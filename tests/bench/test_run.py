@@ -120,7 +120,7 @@ def test_files_and_the_stored_record(tmp_path, capsys):
     assert cli.main(["bench", "cpu", "--quick", "--json", str(path), "--threads", "1"]) == 0
     data, out = last_line(capsys)
     assert data == json.loads(path.read_text()) and data["ceilings"]["threads"] == 1
-    assert out.index("bars met") < out.index('{"machine"')
+    assert out.index("bars met") < out.index('{"revision"')
     assert read(path).quick
     drawn = ["--roofline", str(picture), "--markdown", str(tmp_path / "r.md")]
     assert cli.main(["bench", "cpu", "--record", str(path), *drawn]) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from saccade.cli import main
 from saccade.cli.progress import TimeLeft, progress
-from saccade.report.record import read
+from saccade.report.comparison import read
 
 
 def test_the_last_line_of_stdout_is_the_record(capsys, fake):
