@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_rules --out benchmarks/results/h200_rules.json
 
-Every rule of saccade/ops/tuning/measured/backends is measured at the smallest sizes for which it
-speaks and at typical ones: the backends of its order and all others that can run the call.  A row
+Every rule of saccade/ops/tuning/measured/backends is measured at the smallest sizes that it
+covers and at typical ones: the backends of its order and all others that can run the call.  A row
 says whether its rule holds: `gain` is the time of the fastest other backend over that of the rule's
 first one.  cuDNN makes a plan for every new shape; what that costs the host is a row of its own.
 """
@@ -13,19 +13,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu_measure import measure, measure_plan
-from benchmarks.gpu_problems import Problem
+from benchmarks.gpu_problems import STEP, Problem
 from benchmarks.gpu_run import Row, main
 
 WHAT = "every rule of `auto`: milliseconds of each backend at its smallest and at typical sizes"
 RULES = Path(__file__).parents[1] / "saccade/ops/tuning/measured/backends"
 OURS = ("gluon", "triton")
-HEADS, LONGEST = 32, 32768
+HEADS, KV_HEADS, LONGEST = 32, 8, 32768
+SIZES = ("smallest", "typical")
 PATTERNS = {"causal": {}, "all": {"causal": False}, "window": {"window": 1024}}
 
 
@@ -35,15 +37,20 @@ def rules(name: str = "sm_90") -> list[dict[str, Any]]:
 
 
 def rule_rows() -> Iterator[Row]:
-    """Two sizes of each rule, for the head dimensions and patterns that it names."""
+    """Two sizes of each rule, for the head dimensions, patterns and storage that it names.
+
+    Prompts over rings and quantized keys have rows of their own, see `chunk_rows`.
+    """
     for at, rule in enumerate(rules(), 1):
-        for dim in dims_of(rule):
-            for pattern in rule.get("pattern", list(PATTERNS)):
-                for size in ("smallest", "typical"):
-                    problem = problem_of(rule, dim, pattern, size)
-                    notes = (("rule", at), ("size", size))
-                    how = partial(measure_rule, rule["order"])
-                    yield Row("rule", problem, backends_of(problem), (), notes, how)
+        chunked = () if is_decoding(rule) else ("ring", "quantized")
+        kinds = [kind for kind in rule.get("storage", ["dense"]) if kind not in chunked]
+        patterns = rule.get("pattern", list(PATTERNS))
+        for dim, pattern, kind in product(dims_of(rule), patterns, kinds):
+            for size in SIZES:
+                problem = problem_of(rule, dim, pattern, kind, size)
+                how = partial(measure_rule, rule["order"])
+                notes = (("rule", at), ("size", size))
+                yield Row("rule", problem, backends_of(problem), (), notes, how)
 
 
 def backends_of(problem: Problem) -> tuple[str, ...]:
@@ -59,31 +66,61 @@ def dims_of(rule: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys((low, high // 16 * 16)))
 
 
-def problem_of(rule: dict[str, Any], dim: int, pattern: str, size: str) -> Problem:
+def least(rule: dict[str, Any], name: str) -> int:
+    """The smallest number of a condition, 1 where it has none."""
+    return rule.get(name, [None, None])[0] or 1
+
+
+def is_decoding(rule: dict[str, Any]) -> bool:
+    """Whether a rule is about few queries over a cache."""
+    most = rule.get("queries", [None, None])[1]
+    return most is not None and most <= STEP
+
+
+def problem_of(rule: dict[str, Any], dim: int, pattern: str, kind: str, size: str) -> Problem:
     """The smallest problem that a rule covers, or one of a usual size."""
-    keys, rows = max(rule.get("min_keys", 0), 512), rule.get("min_rows", 1)
-    kind = rule.get("rows", ["even"])[0]
+    options: dict[str, Any] = {"head_dim": dim, "training": rule.get("training", False)}
+    options |= PATTERNS[pattern] | {"pages": {"storage": "page16"}}.get(kind, {})
+    if is_decoding(rule):
+        return _decoding(rule, kind, size, options)
+    keys, rows = max(least(rule, "keys"), 512), least(rule, "rows")
     if kind == "packed":
-        return _packed(rule, dim, keys, rows, size)
+        return _packed(dim, keys, rows, size)
     queries = min(keys, -(-rows // HEADS))
-    whole = queries == keys or rule.get("square", False) or rule.get("training", False)
+    square = queries == keys or rule.get("square", False) or rule.get("training", False)
     batch = -(-rows // (HEADS * queries))
     if size == "typical":
-        keys, batch = min(LONGEST, max(8192, 4 * keys)), batch if kind == "lengths" else 1
-        queries = keys if whole else 2048
-    queries = keys if whole else queries
-    options: dict[str, Any] = {"head_dim": dim, "training": rule.get("training", False)}
-    options |= PATTERNS[pattern]
-    if kind == "pages":
-        options["storage"] = "page16"
-    if kind == "lengths":
+        keys, batch = min(LONGEST, max(8192, 4 * keys)), batch if kind == "kv_lens" else 1
+        queries = keys if square else 2048
+    queries = keys if square else queries
+    if kind == "kv_lens":
         batch = max(2, batch)
         queries = -(-rows // (HEADS * batch)) if size == "smallest" else 2048
-        options["kv_lens"] = tuple(keys - i * keys // (2 * batch) for i in range(batch))
+        options["kv_lens"] = uneven(keys, batch)
     return Problem(queries=queries, keys=keys, batch=batch, **options)
 
 
-def _packed(rule: dict[str, Any], dim: int, keys: int, rows: int, size: str) -> Problem:
+def uneven(keys: int, batch: int) -> tuple[int, ...]:
+    """Lengths of the rows of a batch, from all keys down to about half of them."""
+    return tuple(keys - i * keys // (2 * batch) for i in range(batch))
+
+
+def _decoding(rule: dict[str, Any], kind: str, size: str, options: dict[str, Any]) -> Problem:
+    """One token over the fewest keys, or as many as the rule allows over a long cache."""
+    most = rule["group_rows"][1] * KV_HEADS // HEADS
+    keys, queries, batch = max(least(rule, "keys"), 64), 1, 1
+    if size == "typical":
+        keys, queries = 32768, max(1, min(most, rule["queries"][1]))
+    if kind == "quantized":
+        keys = max(keys, 1024)
+        options["storage"] = "int8"
+    if kind == "kv_lens":
+        batch = 4
+        options["kv_lens"] = uneven(keys, batch)
+    return Problem(queries=queries, keys=keys, batch=batch, **options)
+
+
+def _packed(dim: int, keys: int, rows: int, size: str) -> Problem:
     """Sequences of the smallest average length, or eight of 4096."""
     total = -(-rows // HEADS)
     lengths = (keys,) * -(-total // keys) if size == "smallest" else (4096,) * 8
@@ -106,7 +143,7 @@ def measure_rule(
 
 
 def chunk_rows() -> Iterator[Row]:
-    """Chunks of a prompt over rings and quantised caches, for which there are no rules yet."""
+    """Chunks of a prompt over rings and quantized caches."""
     for dim in (128, 64, 256):
         for queries in (256, 2048):
             ring = Problem(
