@@ -1,6 +1,6 @@
 """Attention problems as data, and the calls that they stand for.
 
-A problem is run through `saccade.ops.attention.dispatch`, as the public functions do it.  Beside
+A problem is run by `saccade.attend`.  Beside
 its calls it has a probe: the last queries of one group of heads, in float64, for the reference.
 """
 
@@ -26,8 +26,8 @@ from saccade.core import (
     quantize_fp8_per_head,
 )
 from saccade.core.kv import Span
+from saccade.ops import attend, make_call
 from saccade.ops.attention import dispatch
-from saccade.ops.attention.api import make_call
 from saccade.ops.attention.call import AttentionCall
 
 BLOCK, STEP = 128, 16  # tokens of a selected block; queries up to which a call is a decoding step
@@ -126,7 +126,7 @@ class Built:
 
 def run(call: AttentionCall, backend: str) -> Tensor:
     """The output of a call by the named backend."""
-    return dispatch.choose(call, backend).run(call).out
+    return attend(call, backend=backend).out
 
 
 def refusal(call: AttentionCall, backend: str) -> str | None:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
         quantize_fp8_per_head,
     )
     from saccade.hf import Context, attach, load_model, plan
-    from saccade.ops import attend, attention, explain
+    from saccade.ops import AttentionCall, attend, attention, explain, make_call
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttentionCall": "saccade.ops",
     "AttentionOutput": "saccade.core",
     "BadInput": "saccade.core",
     "BlockSelection": "saccade.core",
@@ -43,6 +44,7 @@ _HOME = {
     "explain": "saccade.ops",
     "load_model": "saccade.hf",
     "load_session": "saccade.runtime",
+    "make_call": "saccade.ops",
     "plan": "saccade.hf",
     "quantize_fp8_per_head": "saccade.core",
     "save_session": "saccade.runtime",

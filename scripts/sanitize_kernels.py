@@ -59,7 +59,7 @@ def varlen(backend: str) -> None:
     attention(*qkv(150, 290, 128), kv_lens=kv_lens, backend=backend)
     q, k, v = qkv(150, 290, 128)
     for page in (16, 128):
-        attend(q, paged(k, v, page), mask=Mask(), backend=backend)
+        attend(make_call(q, paged(k, v, page), mask=Mask()), backend=backend)
 
 
 def backward() -> None:
@@ -93,7 +93,7 @@ def decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
             q, k, v = qkv(queries, 700, dim)
             for view in (DenseKV(k, v), paged(k, v, 16)):
                 for mask in (Mask(), Mask(window=100, sinks=3)):
-                    attend(q, view, mask=mask, backend=backend)
+                    attend(make_call(q, view, mask=mask), backend=backend)
 
 
 def quantized_decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
@@ -102,7 +102,7 @@ def quantized_decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
         for kind in ("int8", "fp8", "int4"):
             for queries in (1, 3):
                 q, k, v = qkv(queries, 700, dim)
-                attend(q, coded(k, v, kind, RECENT), mask=Mask(), backend=backend)
+                attend(make_call(q, coded(k, v, kind, RECENT), mask=Mask()), backend=backend)
 
 
 def fp8() -> None:

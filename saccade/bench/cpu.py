@@ -116,7 +116,9 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> tuple[Row, Callable[[], C
 
         def forward() -> Tensor:
             view = next(views)
-            return attend(inputs.q, view, mask=case.mask, wants_lse=False, backend=backend).out
+            return attend(
+                make_call(inputs.q, view, mask=case.mask, wants_lse=False), backend=backend
+            ).out
 
         return backward(forward, inputs) if case.work == "backward" else forward
 

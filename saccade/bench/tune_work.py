@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.bench.gate import Expected, limits, stored
 from saccade.bench.inputs import coded
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV
-from saccade.ops.attention.api import attend
+from saccade.ops.attention.api import attend, make_call
 
 GROUP, PAGE, BLOCK = 64, 16, 128
 DENSITY = 0.25
@@ -175,7 +175,9 @@ def _problem(
             continue
         runs.append(
             lambda q=q, view=view: (
-                attend(q, view, mask=mask, blocks=blocks, wants_lse=False, backend="triton").out,
+                attend(
+                    make_call(q, view, mask=mask, blocks=blocks, wants_lse=False), backend="triton"
+                ).out,
             )
         )
         expected = _expected_output(q, view, mask, blocks) if judged else None
@@ -186,7 +188,7 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Callable[[], Resul
     """The backward pass alone; the graph is kept."""
     leaves = [x.requires_grad_() for x in (q, k, v)]
     dout = _gradient_of(q)
-    out = attend(q, DenseKV(k, v), mask=mask, wants_lse=False, backend="triton").out
+    out = attend(make_call(q, DenseKV(k, v), mask=mask, wants_lse=False), backend="triton").out
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
@@ -203,7 +205,7 @@ def _expected_output(
 
     def reference(kind: torch.dtype) -> Tensor:
         kv = DenseKV(keys.to(kind), values.to(kind))
-        return attend(q.to(kind), kv, mask=mask, blocks=blocks, backend="reference").out
+        return attend(make_call(q.to(kind), kv, mask=mask, blocks=blocks), backend="reference").out
 
     return (limits("out", rows, reference(torch.float64), reference(q.dtype), q.dtype),)
 

@@ -30,7 +30,7 @@ class PagePool:
         start = pool.allocator.length(seq)              # found in the prefix cache
         pool.write([seq], k[:, :, start:], v[:, :, start:], prompt[start:])
         other = pool.allocator.fork(seq)                # shares every page, copied on write
-        attend(q, pool.view([seq, other]), mask=Mask())
+        attend(make_call(q, pool.view([seq, other]), mask=Mask()))
 
     Args:
         num_pages: pages to allocate.

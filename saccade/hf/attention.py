@@ -19,7 +19,7 @@ from saccade.hf.deferred_rope import materialize
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 
 _UNSUPPORTED = {
     "position_bias": "adds a learned position bias to the scores (T5 and its kin)",
@@ -110,18 +110,20 @@ def _attended(
             )
         blocks = settings.sparse.select(query, args.kv, args.q_offset)
     return attend(
-        query,
-        args.kv,
-        mask=args.mask,
-        key_padding=args.key_padding,
-        kv_lens=args.kv_lens,
-        cu_seqlens=args.cu_seqlens,
-        attn_mask=args.attn_mask,
-        q_offset=None if args.cu_seqlens is not None else args.q_offset,
-        blocks=blocks,
-        wants_lse=wants_lse,
+        make_call(
+            query,
+            args.kv,
+            mask=args.mask,
+            key_padding=args.key_padding,
+            kv_lens=args.kv_lens,
+            cu_seqlens=args.cu_seqlens,
+            attn_mask=args.attn_mask,
+            q_offset=None if args.cu_seqlens is not None else args.q_offset,
+            blocks=blocks,
+            wants_lse=wants_lse,
+            **options,
+        ),
         backend=settings.backend,
-        **options,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.cache import LayerCache
 from saccade.core import Mask
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime.compression import compress_without_data
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
@@ -130,13 +130,15 @@ def _layer_attention_bytes(
         with PeakBytes() as counter:
             view = cache.append(k, v)
             attend(
-                q,
-                view,
-                mask=Mask(window=window or own, sinks=sinks),
-                softcap=facts.softcap,
-                sink_logits=sink_logits,
-                q_offset=view.shape[2] - chunk,
-                wants_lse=params.kv_policy is not None,
+                make_call(
+                    q,
+                    view,
+                    mask=Mask(window=window or own, sinks=sinks),
+                    softcap=facts.softcap,
+                    sink_logits=sink_logits,
+                    q_offset=view.shape[2] - chunk,
+                    wants_lse=params.kv_policy is not None,
+                ),
                 backend=backend_of(params),
             )
     return counter.peak

@@ -12,7 +12,7 @@ from saccade.bench.cases import Case
 from saccade.bench.gate import Gate
 from saccade.bench.inputs import make
 from saccade.core import Mask
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 
 SMALL = Case(
     group="small", work="prefill", heads=4, kv_heads=2, head_dim=64, q_len=320, kv_len=320,
@@ -36,7 +36,7 @@ def result(case, inputs, *, backend="tiled", scale=1.0, mask=None):
     """A backend's output, made wrong on request."""
     mask = mask or case.mask
     scale *= case.head_dim**-0.5
-    return attend(inputs.q, inputs.views[0], mask=mask, scale=scale, backend=backend).out
+    return attend(make_call(inputs.q, inputs.views[0], mask=mask, scale=scale), backend=backend).out
 
 
 def gradients(case, inputs, *, scale=1.0):
@@ -92,7 +92,7 @@ def test_the_last_key_of_a_tile_forgotten():
     view = inputs.views[0]
     seen = torch.ones(1, 320, dtype=torch.bool)
     seen[:, 255] = False
-    got = attend(inputs.q, view, mask=SMALL.mask, key_padding=seen, backend="tiled").out
+    got = attend(make_call(inputs.q, view, mask=SMALL.mask, key_padding=seen), backend="tiled").out
     assert not Gate(SMALL, inputs).check(got).passed
 
 

@@ -17,7 +17,7 @@ from saccade.cache import (
     snapshot,
 )
 from saccade.core import BadInput, Mask, Unsupported
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 EXACT = {
@@ -50,7 +50,7 @@ def run(cache, mask, q, k, v, chunks):
         stop = min(at + size, start + q.shape[2])
         part = slice(at - start, stop - start)
         view = cache.append(k[:, :, part], v[:, :, part])
-        outs.append(attend(q[:, :, part], view, mask=mask).out)
+        outs.append(attend(make_call(q[:, :, part], view, mask=mask)).out)
         at = stop
     return torch.cat(outs, dim=2)
 
@@ -96,7 +96,7 @@ def test_reorder(name):
     view = cache.append(
         k[1:, :, 30:33].expand(2, -1, -1, -1), v[1:, :, 30:33].expand(2, -1, -1, -1)
     )
-    ours = attend(q[1:, :, 30:33].expand(2, -1, -1, -1), view, mask=mask).out
+    ours = attend(make_call(q[1:, :, 30:33].expand(2, -1, -1, -1), view, mask=mask)).out
     whole = attention(q, k, v, window=mask.window, sinks=mask.sinks, backend="reference")
     assert torch.allclose(ours, whole[1:, :, 30:33].expand(2, -1, -1, -1), atol=1e-5)
 
@@ -203,7 +203,7 @@ class TestDense:
         assert cache.nbytes == before // 704 * 104 and cache.seen == 700
         new = qkv(3)
         view = cache.append(new[1], new[2])
-        ours = attend(new[0], view, mask=Mask()).out
+        ours = attend(make_call(new[0], view, mask=Mask())).out
         spread = index[..., None].expand(-1, -1, -1, 16)
         kept_k = torch.cat((k.gather(2, spread), new[1]), 2)
         kept_v = torch.cat((v.gather(2, spread), new[2]), 2)
@@ -239,7 +239,7 @@ class TestDense:
         cache, (q, k, v) = DenseCache(dtype=torch.bfloat16), qkv()
         view = cache.append(k, v)
         assert view.dtype == torch.bfloat16
-        out = attend(q, view, mask=Mask()).out
+        out = attend(make_call(q, view, mask=Mask())).out
         assert (out - attention(q, k, v)).abs().max() < 0.05
 
 
@@ -280,7 +280,7 @@ class TestQuantized:
         cache.reorder(torch.tensor([1, 0]))
         cache.truncate(cache.seen - 5)
         view = cache.append(k.flip(0)[:, :, 295:], v.flip(0)[:, :, 295:])
-        ours = attend(q.flip(0)[:, :, 295:], view, mask=Mask()).out
+        ours = attend(make_call(q.flip(0)[:, :, 295:], view, mask=Mask())).out
         exact = attention(q, k, v).flip(0)[:, :, 295:]
         assert (ours - exact).norm() / exact.norm() < 0.01
 
@@ -309,7 +309,9 @@ class TestQuantized:
         recent = ours.append(*(x[:, :, 400:] for x in (k, v)))
         exact = plain.append(*(x[:, :, 400:] for x in (k, v)))
         step = {"bits_k": 0.12, "fp8": 0.05}.get(next(iter(kind), ""), 0.01)
-        out, expected = (attend(q[:, :, 400:], view, mask=Mask()).out for view in (recent, exact))
+        out, expected = (
+            attend(make_call(q[:, :, 400:], view, mask=Mask())).out for view in (recent, exact)
+        )
         assert (out - expected).norm() / expected.norm() < step
         assert torch.allclose(
             hadamard_transform(recent.recent_k)[:, :, -80:], exact.k[:, :, -80:], atol=1e-5

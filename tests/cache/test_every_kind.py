@@ -5,7 +5,7 @@ import torch
 
 from saccade.cache import DenseCache, QuantizedCache, RaggedCache, RingCache
 from saccade.core import Mask
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from tests.cache.test_contract import EXACT, qkv, run
 
 
@@ -94,7 +94,7 @@ def test_a_padded_batch_equals_single_rows(kind):
         part = slice(at, at + 4)
         view = cache.append(k[:, :, part], v[:, :, part])
         call = {"mask": mask, "key_padding": padding[:, : at + 4]}
-        outs.append(attend(q[:, :, part], view, **call).out)
+        outs.append(attend(make_call(q[:, :, part], view, **call)).out)
     ours = torch.cat(outs, 2)
     for row, pad in enumerate(pads.tolist()):
         alone = (x[row : row + 1, :, pad:] for x in (q, k, v))

@@ -12,7 +12,7 @@ from saccade.cache.page_allocator import PageAllocator
 from saccade.cache.paged import PagedCache, PagePool
 from saccade.core import Mask, Unsupported
 from saccade.core.kv import dense
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 
 SIZE = 3
 
@@ -160,7 +160,7 @@ def test_sequences_of_different_lengths_in_one_pool():
         pool.write([seq], *parts[seq], tokens=list(range(length)))
     view = pool.view(list(parts))
     q = torch.randn(3, 4, 1, 16)
-    ours = attend(q, view, mask=Mask(), kv_lens=view.kv_lens.long()).out
+    ours = attend(make_call(q, view, mask=Mask(), kv_lens=view.kv_lens.long())).out
     for i, (k, v) in enumerate(parts.values()):
         expected = attention(q[i : i + 1], k, v, backend="reference")
         assert torch.allclose(ours[i : i + 1], expected, atol=1e-5)

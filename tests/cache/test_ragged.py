@@ -7,7 +7,7 @@ import torch
 
 from saccade.cache import RaggedCache, snapshot
 from saccade.core import BadInput, DenseKV, Mask, RaggedKV, Unsupported
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from tests.ops.cases import HERE
 
 BATCH, HEADS, DIM = 2, 2, 16
@@ -48,7 +48,7 @@ def expected(qkv, alive, first, window=None):
     mask = (alive[:, :, None] & seen).repeat_interleave(2, 1)
     q = q[:, :, first:]
     everything = {"mask": Mask(causal=False), "backend": "reference"}
-    return attend(q, DenseKV(k, v), attn_mask=mask, **everything).out
+    return attend(make_call(q, DenseKV(k, v), attn_mask=mask, **everything)).out
 
 
 def alive_of(kept):
@@ -61,7 +61,7 @@ def read_on(cache, qkv, first, chunks, mask=None, **options):
     for size in chunks:
         part = slice(at, at + size)
         view = cache.append(k[:, :, part], v[:, :, part])
-        outs.append(attend(q[:, :, part], view, mask=mask or Mask(), **options).out)
+        outs.append(attend(make_call(q[:, :, part], view, mask=mask or Mask(), **options)).out)
         at += size
     return torch.cat(outs, 2)
 
@@ -185,7 +185,9 @@ def test_reset_frees_the_pages(qkv, kept):
     assert cache.seen == 0 and cache.nbytes == 0
     q, k, v = qkv
     view = cache.append(k, v)
-    assert torch.allclose(attend(q, view, mask=Mask()).out, attention(q, k, v), atol=1e-5)
+    assert torch.allclose(
+        attend(make_call(q, view, mask=Mask())).out, attention(q, k, v), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -145,7 +145,8 @@ def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
         "out": strided(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
         "seqlen_info": SeqlenInfo(), "mask_args": RULES, "sink_logits": None, "scale": 0.1,
         "q_len": 1, "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32,
-        "KV_HEADS": 8, "GROUPS": 4, "D": dim, "K_FORMAT": format_k, "V_FORMAT": format_v, "K_GROUP": 64,
+        "KV_HEADS": 8, "GROUPS": 4, "D": dim, "K_FORMAT": format_k, "V_FORMAT": format_v, 
+        "K_GROUP": 64,
         "V_GROUPS": dim // 64, "CAUSAL": True, "PDL": True,
     }  # fmt: skip
     how = {k: x for k, x in options(LAUNCHES[str(dim)]).items() if k != "launch_pdl"}
@@ -173,7 +174,8 @@ def compile_decode(dim: int, page_size: int, rows: int = 4) -> Any:
         "lse": torch.empty(16, 1, 32, device="meta"), "seqlen_info": SeqlenInfo(),
         "mask_args": RULES, "sink_logits": None, "scale": 0.1, "q_len": 1, "k_len": 8192,
         "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32, "KV_HEADS": 8, "GROUPS": 4,
-        "D": dim, "K_STRIDE": 2 * dim, "V_STRIDE": 2 * dim, "PAGE_SIZE": page_size, "K_LEN_IS_MAX": True,
+        "D": dim, "K_STRIDE": 2 * dim, "V_STRIDE": 2 * dim, "PAGE_SIZE": page_size,
+        "K_LEN_IS_MAX": True,
         "CAUSAL": True, "WARPS": launch.warps, "STAGES": launch.stages, "ROWS": rows,
     }  # fmt: skip
     return compile_for(decode_kernel, options=options(launch), source=GluonASTSource, **arguments)

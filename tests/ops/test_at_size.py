@@ -12,7 +12,7 @@ import torch
 from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from saccade.ops.gpu import support
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots
@@ -67,9 +67,8 @@ def test_a_million_tokens_in_a_window(backend, dim):
             torch.arange(first, stop, device="cuda")[:, None], kept[None]
         )
         truth = attend(
-            q[:, :, first:stop].double(), DenseKV(*wide(k[:, :, kept], v[:, :, kept])),
-            mask=Mask(causal=False), attn_mask=seen[None, None], backend="reference",
-        )  # fmt: skip
+            make_call(q[:, :, first:stop].double(), DenseKV(*wide(k[:, :, kept], v[:, :, kept])),
+            mask=Mask(causal=False), attn_mask=seen[None, None]), backend="reference")  # fmt: skip
         near(result.out[:, :, first:stop], truth.out)
         assert (result.lse[:, :, first:stop] - truth.lse).abs().max() < 1e-3
 
@@ -83,9 +82,9 @@ def test_few_rows_over_a_million_keys(backend, queries):
     for rows in (slice(0, 8), slice(queries - 8, queries)):
         offset = MILLION - queries + rows.start
         truth = attend(
-            q[:, :, rows].double(), DenseKV(*wide(k, v)), mask=Mask(), q_offset=offset,
+            make_call(q[:, :, rows].double(), DenseKV(*wide(k, v)), mask=Mask(), q_offset=offset),
             backend="reference",
-        )  # fmt: skip
+        )
         near(ours.out[:, :, rows], truth.out)
         assert (ours.lse[:, :, rows] - truth.lse).abs().max() < 1e-3
 
@@ -111,7 +110,7 @@ def test_a_token_over_a_million_keys(kind, window):
         view = QuantizedKV(*coded, k[:, :, packed:], v[:, :, packed:], bits, bits, 64)
     tile = dense(view)
     truth = attention(*wide(q, tile.k, tile.v), window=window, return_lse=True, backend="reference")
-    ours = attend(q, view, mask=Mask(window=window), backend="triton")
+    ours = attend(make_call(q, view, mask=Mask(window=window)), backend="triton")
     near(ours.out, truth.out, 2e-2)
     assert (ours.lse - truth.lse).abs().max() < 2e-2
 
@@ -162,7 +161,7 @@ def test_a_token_over_more_than_two_to_the_31_elements(kind):
     else:
         x = normal(batch, heads, length, 128)
         view, k, v = DenseKV(x, x), x[-1:], x[-1:]
-    ours = attend(q, view, mask=Mask(), backend="triton").out[-1:]
+    ours = attend(make_call(q, view, mask=Mask()), backend="triton").out[-1:]
     for h in (0, heads - 1):
         parts = wide(q[-1:, h : h + 1], k[:, h : h + 1], v[:, h : h + 1])
         near(ours[:, h : h + 1], attention(*parts, backend="reference"), 2e-2)

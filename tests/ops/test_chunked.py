@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from saccade.core import DenseKV, Mask, QuantizedKV, Span
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from saccade.ops.attention.combine import Combiner
 from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
@@ -51,8 +51,8 @@ EXTRAS = ["plain", "padding", "attn_mask", "sink", "alibi", "offsets", "lengths"
 def compare(q, kv, moved, mask, more):
     whole = dense(kv)
     plain = DenseKV(whole.k.double(), whole.v.double())
-    truth = attend(q.double(), plain, mask=mask, backend="reference", **more)
-    ours = attend(on(DEVICE, q), moved, mask=mask, backend="triton", **on(DEVICE, more))
+    truth = attend(make_call(q.double(), plain, mask=mask, **more), backend="reference")
+    ours = attend(make_call(on(DEVICE, q), moved, mask=mask, **on(DEVICE, more)), backend="triton")
     assert not ours.out.isnan().any()
     assert (ours.out.cpu() - truth.out).abs().max() < 1e-5
     assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
@@ -113,8 +113,10 @@ def test_chunks_outside_a_window_are_not_dequantized(monkeypatch):
     qdata = (stored(x, q, 8, 16) for q in (quantize_keys, quantize_values))
     recent = on(DEVICE, torch.randn(1, 2, 20, 16))
     kv = QuantizedKV(*qdata, recent, recent, 8, 8, 16)
-    attend(on(DEVICE, torch.randn(1, 2, 20, 16)), kv, mask=Mask(window=30, sinks=2),
-           backend="triton")  # fmt: skip
+    attend(
+        make_call(on(DEVICE, torch.randn(1, 2, 20, 16)), kv, mask=Mask(window=30, sinks=2)),
+        backend="triton",
+    )
     assert [cut[0] for cut in ranges] == [0, 128, 144]
 
 
@@ -143,10 +145,10 @@ def test_combining_splits(splits, dim):
 def test_combining_parts_of_the_keys():
     q, k, v = (torch.randn(1, h, n, 8).double() for h, n in ((4, 6), (2, 20), (2, 20)))
     call = {"mask": Mask(causal=False), "backend": "reference"}
-    truth = attend(q, DenseKV(k, v), **call)
+    truth = attend(make_call(q, DenseKV(k, v), **call))
     combiner = Combiner((1, 4, 6, 8), q)
     for part in (slice(0, 7), slice(7, 7), slice(7, 20)):
-        combiner.add(attend(q, DenseKV(k[:, :, part], v[:, :, part]), **call), 0, 6)
+        combiner.add(attend(make_call(q, DenseKV(k[:, :, part], v[:, :, part]), **call)), 0, 6)
     found = combiner.result()
     assert torch.allclose(found.out, truth.out, atol=1e-6)
     assert torch.allclose(found.lse, truth.lse.float(), atol=1e-6)

@@ -11,7 +11,7 @@ import torch
 from saccade.core import BlockSelection, DenseKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from saccade.ops.attention.cpu import backend, binding
 
 _cpu = binding.extension()
@@ -34,9 +34,9 @@ def in_double(kv):
 
 def check(q, kv, exact=None, **options):
     """Error of out and lse within twice that of an eager run in the same precision."""
-    truth = attend(q.double(), exact or in_double(kv), backend="reference", **options)
-    ours = attend(q, kv, backend="cpu", **options)
-    eager = attend(q, kv, backend="reference", **options)
+    truth = attend(make_call(q.double(), exact or in_double(kv), **options), backend="reference")
+    ours = attend(make_call(q, kv, **options), backend="cpu")
+    eager = attend(make_call(q, kv, **options), backend="reference")
     assert ours.out.dtype == q.dtype and not ours.out.isnan().any()
     rounding = 0 if q.dtype == torch.float32 else truth.out.abs().max() * torch.finfo(q.dtype).eps
     # The eager product may be lucky: sums over up to 576 channels in another order differ by more.
@@ -124,15 +124,15 @@ def test_unseen_values_may_be_anything(target, q_len):
     """NaN or infinite keys and values behind the mask leave a row alone; seen ones do not."""
     q, k, v = random(1, 4, q_len, 32), random(1, 2, 90, 32), random(1, 2, 90, 32)
     mask = Mask(window=20, sinks=2)
-    clean = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="reference")
+    clean = attend(make_call(q, DenseKV(k, v), mask=mask, q_offset=60), backend="reference")
     hidden = [*range(5, 41), *range(60 + q_len, 90)]
     for bad in (torch.nan, torch.inf):
         k[:, :, hidden], v[:, :, hidden] = bad, bad
-        ours = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="cpu")
+        ours = attend(make_call(q, DenseKV(k, v), mask=mask, q_offset=60), backend="cpu")
         assert torch.allclose(ours.out, clean.out, atol=1e-6)
         assert torch.allclose(ours.lse, clean.lse, atol=1e-5)
     v[:, :, 60] = torch.nan  # seen by every row
-    ours = attend(q, DenseKV(k, v), mask=mask, q_offset=60, backend="cpu")
+    ours = attend(make_call(q, DenseKV(k, v), mask=mask, q_offset=60), backend="cpu")
     assert ours.out.isnan().all() and ours.lse.isfinite().all()
 
 
@@ -142,8 +142,8 @@ def test_far_positions(target):
     from saccade.core import Span
 
     kv = DenseKV(k, v, (Span(0, 0, 4), Span(4, 1_000_000, 296)))
-    ours = attend(q, kv, mask=Mask(window=100, sinks=4), backend="cpu")
-    truth = attend(q, kv, mask=Mask(window=100, sinks=4), backend="reference")
+    ours = attend(make_call(q, kv, mask=Mask(window=100, sinks=4)), backend="cpu")
+    truth = attend(make_call(q, kv, mask=Mask(window=100, sinks=4)), backend="reference")
     assert torch.allclose(ours.out, truth.out, atol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_bit_identical_from_run_to_run(threads):
         results = {}
         for n in (1, 2, 4):
             threads(n)
-            runs = [attend(q, kv, mask=Mask(), backend="cpu") for _ in range(4)]
+            runs = [attend(make_call(q, kv, mask=Mask()), backend="cpu") for _ in range(4)]
             assert all(torch.equal(run.out, runs[0].out) for run in runs)
             assert all(torch.equal(run.lse, runs[0].lse) for run in runs)
             results[n] = runs[0]
@@ -224,11 +224,11 @@ def test_bit_identical_from_run_to_run(threads):
 def test_several_python_threads_at_once(threads):
     threads(2)
     problems = list(shapes_for_threads()) * 8
-    expected = [attend(q, kv, mask=Mask(), backend="cpu").out for q, kv in problems]
+    expected = [attend(make_call(q, kv, mask=Mask()), backend="cpu").out for q, kv in problems]
 
     def solve(problem):
         torch.set_num_threads(2)
-        return attend(*problem, mask=Mask(), backend="cpu").out
+        return attend(make_call(*problem, mask=Mask()), backend="cpu").out
 
     with ThreadPoolExecutor(4) as pool:
         for ours, truth in zip(pool.map(solve, problems), expected, strict=True):
@@ -239,12 +239,14 @@ def test_several_python_threads_at_once(threads):
 def test_works_in_a_forked_child(threads):
     threads(2)
     q, kv = shapes_for_threads()[0]
-    expected = attend(q, kv, mask=Mask(), backend="cpu").out.numpy().tobytes()
+    expected = attend(make_call(q, kv, mask=Mask()), backend="cpu").out.numpy().tobytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         child = os.fork()
     if child == 0:
-        same = attend(q, kv, mask=Mask(), backend="cpu").out.numpy().tobytes() == expected
+        same = (
+            attend(make_call(q, kv, mask=Mask()), backend="cpu").out.numpy().tobytes() == expected
+        )
         os._exit(0 if same else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

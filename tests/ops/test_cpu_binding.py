@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade.core import DenseKV, Mask, PagedKV, RaggedKV
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from saccade.ops.attention.cpu import binding
 from tests.ops.test_cpu import quantized, random
 
@@ -126,10 +126,10 @@ def test_bad_block_table(entry):
     kv = paged()
     kv.page_table[1, 1] = entry
     with pytest.raises(ValueError, match="table entry"):
-        attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
+        attend(make_call(random(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
     kv.page_table[1, 1] = 4
     kv.page_table[1, 2] = entry  # behind the length of its row: never read
-    attend(random(2, 4, 3, 16), kv, mask=Mask(), backend="cpu")
+    attend(make_call(random(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
 
 
 def test_bad_lengths():
@@ -137,7 +137,7 @@ def test_bad_lengths():
     for length in (-1, 25):
         kv.kv_lens[0] = length
         with pytest.raises(ValueError, match="length"):
-            attend(random(2, 4, 3, 16), kv, mask=Mask(), q_offset=3, backend="cpu")
+            attend(make_call(random(2, 4, 3, 16), kv, mask=Mask(), q_offset=3), backend="cpu")
     with pytest.raises(ValueError, match="lengths must not be negative"):
         q = random(2, 4, 3, 16)
         attention(q, q, q, kv_lens=torch.tensor([3, -1]), backend="cpu")

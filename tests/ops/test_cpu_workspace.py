@@ -1,4 +1,4 @@
-"""What the C++ kernels allocate for themselves: planned from shapes alone, equal to what they take."""
+"""What the C++ kernels allocate for themselves: the plan from shapes equals what they take."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kern
 
 
 def new_workspace(call):
-    """(planned, allocated) bytes of one call by a new thread, which has no workspace from before."""
+    """(planned, allocated) bytes of one call by a new thread, which has no workspace yet."""
 
     def compute():
         torch.set_num_threads(1)

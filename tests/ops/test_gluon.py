@@ -102,7 +102,7 @@ class TestOnGPU:
             for x in pools
         )
         truth = attend(
-            q.double(), DenseKV(k, v), mask=mask, kv_lens=ends, backend="reference"
+            make_call(q.double(), DenseKV(k, v), mask=mask, kv_lens=ends), backend="reference"
         )  # fmt: skip
         slot = torch.arange(count * page, device="cuda").view(count, page)
         for x in pools:
@@ -112,7 +112,7 @@ class TestOnGPU:
                 x[pages] = x[pages].masked_fill(past, torch.nan)
         page_table[slot[None, :, 0] >= ends[:, None]] = 10**6
         view = PagedKV(*pools, page_table, ends.int(), 700)
-        ours = attend(q, view, mask=mask, backend="gluon")
+        ours = attend(make_call(q, view, mask=mask), backend="gluon")
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
@@ -140,11 +140,13 @@ class TestOnGPU:
         pools = [x.view(2, 2, 44, 16, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)]
         table = torch.arange(88, device="cuda", dtype=torch.int32).view(2, 44)
         truth = attend(
-            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), kv_lens=ends, q_offset=500,
+            make_call(
+                q.double(), DenseKV(k.double(), v.double()), mask=Mask(), kv_lens=ends, q_offset=500
+            ),
             backend="reference",
-        )  # fmt: skip
+        )
         view = PagedKV(*pools, table, ends.int(), 700)
-        ours = attend(q, view, mask=Mask(), q_offset=500, backend="gluon")
+        ours = attend(make_call(q, view, mask=Mask(), q_offset=500), backend="gluon")
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
@@ -178,9 +180,11 @@ class TestOnGPU:
     def test_queries_before_or_past_the_keys(self, mask, offset):
         q, k, v = (torch.randn(1, 4, n, 64) for n in (100, 200, 200))
         call = {"mask": mask, "q_offset": offset}
-        truth = attend(*(q.double(), DenseKV(k.double(), v.double())), **call, backend="reference")
+        truth = attend(
+            make_call(*(q.double(), DenseKV(k.double(), v.double())), **call), backend="reference"
+        )
         moved = on("cuda", *(x.bfloat16() for x in (q, k, v)))
-        ours = attend(moved[0], DenseKV(*moved[1:]), **call, backend="gluon")
+        ours = attend(make_call(moved[0], DenseKV(*moved[1:]), **call), backend="gluon")
         assert (ours.out.cpu() - truth.out).abs().max() < 3e-2
         assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
 
@@ -254,7 +258,10 @@ class TestOnGPU:
         for size, reason in ((8, "shorter than 16"), (48, "neither divide its tiles of 128")):
             pool = torch.randn(8, 2, size, 64, device="cuda", dtype=torch.bfloat16)
             with pytest.raises(Unsupported, match=reason):
-                attend(q, PagedKV(pool, pool, page_table, ends, 40), mask=Mask(), backend="gluon")
+                attend(
+                    make_call(q, PagedKV(pool, pool, page_table, ends, 40), mask=Mask()),
+                    backend="gluon",
+                )
 
 
 def test_packed_sequences_become_query_tiles_with_the_longest_last():

@@ -73,9 +73,11 @@ class TestOnGPU:
         q = random(batch, heads[0], queries, dim, dtype=dtype)
         mask_args = {"mask": mask, "sink_logits": random(heads[0]).float() if batch > 1 else None}
         wide = DenseKV(k.double(), v.double())
-        truth = attend(q.double(), wide, **mask_args, backend="reference")
-        eager = attend(q, DenseKV(k, v), **mask_args, backend="reference")
-        ours = attend(q, paged(k, v, page) if page else DenseKV(k, v), **mask_args, backend="gluon")
+        truth = attend(make_call(q.double(), wide, **mask_args), backend="reference")
+        eager = attend(make_call(q, DenseKV(k, v), **mask_args), backend="reference")
+        ours = attend(
+            make_call(q, paged(k, v, page) if page else DenseKV(k, v), **mask_args), backend="gluon"
+        )
         allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
         assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
         assert (ours.out - truth.out).abs().max() <= allowed
@@ -88,12 +90,14 @@ class TestOnGPU:
         k, v, q = random(3, 2, 2077, 128), random(3, 2, 2077, 128), random(3, 8, 2, 128)
         kv_lens = torch.tensor([2077, 0, 303], device="cuda")
         where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": mask}
-        truth = attend(q.double(), DenseKV(k.double(), v.double()), **where, backend="reference")
+        truth = attend(
+            make_call(q.double(), DenseKV(k.double(), v.double()), **where), backend="reference"
+        )
         for x in (k, v):
             for row, length in enumerate(kv_lens.tolist()):
                 x[row, :, length:] = torch.nan
         view = paged(k, v, page, kv_lens) if page else DenseKV(k, v)
-        ours = attend(q, view, **where, backend="gluon")
+        ours = attend(make_call(q, view, **where), backend="gluon")
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
         assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
 
@@ -103,8 +107,10 @@ class TestOnGPU:
         k, v, q = random(4, 2, 2077, 128), random(4, 2, 2077, 128), random(4, 8, 1, 128)
         kv_lens = torch.tensor([2077, 0, 303, 1], device="cuda")
         wide = DenseKV(k.double(), v.double())
-        truth = attend(q.double(), wide, mask=Mask(), kv_lens=kv_lens, backend="reference")
-        ours = attend(q, paged(k, v, page, kv_lens), mask=Mask(), backend="gluon")
+        truth = attend(
+            make_call(q.double(), wide, mask=Mask(), kv_lens=kv_lens), backend="reference"
+        )
+        ours = attend(make_call(q, paged(k, v, page, kv_lens), mask=Mask()), backend="gluon")
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
         assert torch.allclose(ours.lse, truth.lse.float(), atol=1e-3)
 
@@ -112,8 +118,10 @@ class TestOnGPU:
         """Tokens before heads, slices of longer storage, queries of a model's layout."""
         k, v = (random(2, 500, 2, 128).transpose(1, 2)[:, :, 3:403] for _ in range(2))
         q = random(2, 1, 8, 128).transpose(1, 2)
-        truth = attend(q.double(), DenseKV(k.double(), v.double()), mask=Mask(), backend="tiled")
-        ours = attend(q, DenseKV(k, v), mask=Mask(), backend="gluon")
+        truth = attend(
+            make_call(q.double(), DenseKV(k.double(), v.double()), mask=Mask()), backend="tiled"
+        )
+        ours = attend(make_call(q, DenseKV(k, v), mask=Mask()), backend="gluon")
         assert (ours.out - truth.out).abs().max() <= BOUND[torch.bfloat16]
 
     def test_a_step_reads_what_the_step_before_wrote(self):
@@ -123,7 +131,7 @@ class TestOnGPU:
         def chain(ends):
             x, keys = q, k.clone()
             for i in range(20):
-                x = attend(x, DenseKV(keys, v), mask=Mask(), backend="gluon").out
+                x = attend(make_call(x, DenseKV(keys, v), mask=Mask()), backend="gluon").out
                 keys[:, :, -1 - i] = x[:, ::4, 0]
                 if ends:
                     torch.cuda.synchronize()
@@ -160,7 +168,7 @@ def test_reads_few_queries_and_nothing_runs_without_a_gpu():
         call = make_call(q, view, mask=Mask(window=9, sinks=2))
         assert gluon_decode.reads(call) and gluon_decode.refusal(call) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
-            attend(q, view, mask=Mask(), backend="gluon")
+            attend(make_call(q, view, mask=Mask()), backend="gluon")
     assert not gluon_decode.reads(make_call(q.expand(1, 8, 5, 128), DenseKV(k, k), mask=Mask()))
     packed = torch.tensor([0, 1])
     assert not gluon_decode.reads(replace(call, cu_seqlens=(packed, packed)))

@@ -55,9 +55,11 @@ class TestOnGPU:
             view.bits_v, 64,
         )  # fmt: skip
         exact, low = dense(wide), dense(view)
-        truth = attend(q.double(), DenseKV(exact.k, exact.v), mask=mask, backend="reference")
-        eager = attend(q, DenseKV(low.k, low.v), mask=mask, backend="reference")
-        ours = attend(q, view, mask=mask, backend="gluon")
+        truth = attend(
+            make_call(q.double(), DenseKV(exact.k, exact.v), mask=mask), backend="reference"
+        )
+        eager = attend(make_call(q, DenseKV(low.k, low.v), mask=mask), backend="reference")
+        ours = attend(make_call(q, view, mask=mask), backend="gluon")
         bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         allowed = 2 * (eager.out - truth.out).abs().max() + bound
         assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
@@ -69,8 +71,8 @@ class TestOnGPU:
         """They count once, whichever kernel reads the first keys."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 1, 128)
         view, sinks = coded(k, v, "int8", recent), torch.randn(8).cuda()
-        truth = attend(q, view, mask=Mask(), sink_logits=sinks, backend="tiled")
-        ours = attend(q, view, mask=Mask(), sink_logits=sinks, backend="gluon")
+        truth = attend(make_call(q, view, mask=Mask(), sink_logits=sinks), backend="tiled")
+        ours = attend(make_call(q, view, mask=Mask(), sink_logits=sinks), backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
         assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
 
@@ -87,7 +89,7 @@ class TestOnGPU:
             QuantizedTensor(*(x[:, :, :packed] for x in view.v)),
             view.recent_k[:, :, :33], view.recent_v[:, :, :33], view.bits_k, view.bits_v, 64,
         )  # fmt: skip
-        truth = attend(q, alone, mask=Mask(), backend="tiled")
+        truth = attend(make_call(q, alone, mask=Mask()), backend="tiled")
         for x in view.v[1:]:
             x[:, :, packed:] = torch.nan
         for x in view.k[1:]:
@@ -95,7 +97,7 @@ class TestOnGPU:
         stop = torch.tensor([packed + 33] * 2, device="cuda")
         grown = GrowingKV(view, torch.tensor([packed], device="cuda"))
         where = {"kv_lens": stop, "q_offset": stop - 2, "mask": Mask()}
-        ours = attend(q, grown, **where, backend="gluon")
+        ours = attend(make_call(q, grown, **where), backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
         assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
 
@@ -104,12 +106,12 @@ class TestOnGPU:
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
         view, kv_lens = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
         where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": Mask()}
-        truth = attend(q, view, **where, backend="tiled")
+        truth = attend(make_call(q, view, **where), backend="tiled")
         for row, length in enumerate(kv_lens.tolist()):
             for x in view.v[1:]:
                 x[row, :, length:] = torch.nan
             view.v.qdata.view(torch.uint8)[row, :, length:] = 0x7F  # nan in fp8
-        ours = attend(q, view, **where, backend="gluon")
+        ours = attend(make_call(q, view, **where), backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
 
     def test_inside_a_cuda_graph(self):
@@ -144,7 +146,7 @@ def test_accepts_quantized_keys_and_nothing_runs_without_a_gpu():
         view = coded(k, k, kind, 64)
         assert gluon_quantized.refusal(make_call(q, view, mask=Mask())) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
-            attend(q, view, mask=Mask(), backend="gluon")
+            attend(make_call(q, view, mask=Mask()), backend="gluon")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def by_definition():
 
 @pytest.mark.parametrize("how", ["operator", "eager"])
 def test_every_argument_and_gradient_is_in_its_place(monkeypatch, how):
-    """Through torch.library and as a plain autograd.Function; lse and sink_logits have gradients."""
+    """As an operator and as a plain autograd.Function; lse and sink_logits have gradients."""
     monkeypatch.setitem(dispatch.BACKENDS, "gluon", by_definition())
     monkeypatch.setattr(operator, "is_watched", lambda flat: how == "operator")
     q, k, v = inputs(torch.float64)

@@ -6,7 +6,7 @@ import torch
 import saccade
 from saccade.core import DenseKV, PerHeadFP8, PerHeadFP8KV, Span, Unsupported, quantize_fp8_per_head
 from saccade.core.formats import FP8
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from saccade.ops.attention.dispatch import BACKENDS
 from tests.ops.cases import EXTRAS, MASKS, Case
 
@@ -93,7 +93,7 @@ def test_a_ring_of_codes_is_a_view_too():
     spans = (Span(4, 0, 2), Span(0, 2, 4))  # positions 0 1 in slots 4 5, then 2 .. 5 in 0 .. 3
     ring = DenseKV(*(x.qdata.view(torch.uint8).roll(4, 2).view(FP8) for x in (k, v)), spans)
     expected = saccade.attention(q, k, v)
-    found = attend(q, PerHeadFP8KV(ring, k.scale, v.scale), mask=saccade.Mask()).out
+    found = attend(make_call(q, PerHeadFP8KV(ring, k.scale, v.scale), mask=saccade.Mask())).out
     assert torch.allclose(found.float(), expected.float(), atol=1e-2)
 
 

@@ -179,5 +179,5 @@ class TestOnTheCard:
         x = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
         allowed = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device="cuda")
         blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)
-        ours = attend(x, DenseKV(x, x), mask=Mask(), blocks=blocks, backend="sdpa")
+        ours = attend(make_call(x, DenseKV(x, x), mask=Mask(), blocks=blocks), backend="sdpa")
         assert not ours.out.any() and ours.lse.isneginf().all()

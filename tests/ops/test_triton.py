@@ -17,7 +17,7 @@ from saccade.core import (
     DenseKV,
     Mask,
 )
-from saccade.ops import attend, attention
+from saccade.ops import attend, attention, make_call
 from tests.ops.cases import Case, all_cases, on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,9 +121,9 @@ def test_odd_inputs(extra):
         given = {
             name: x[:, :, :queries] if name == "attn_mask" else x for name, x in options.items()
         }
-        truth = attend(q[:, :, :queries], DenseKV(k, v), **given, backend="reference")
+        truth = attend(make_call(q[:, :, :queries], DenseKV(k, v), **given), backend="reference")
         q2, k2, v2 = on(DEVICE, q[:, :, :queries], k, v)
-        ours = attend(q2, DenseKV(k2, v2), **on(DEVICE, given), backend="triton")
+        ours = attend(make_call(q2, DenseKV(k2, v2), **on(DEVICE, given)), backend="triton")
         assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
         assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
 
@@ -254,10 +254,10 @@ def test_compiles_without_graph_breaks():
 def test_cuda_graph_of_a_decoding_step():
     q, k, v = on("cuda", *(torch.randn(2, h, n, 64) for h, n in ((8, 1), (2, 3000), (2, 3000))))
     view = DenseKV(k, v)
-    expected = attend(q, view, mask=Mask(), backend="triton")
+    expected = attend(make_call(q, view, mask=Mask()), backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = attend(q, view, mask=Mask(), backend="triton")
+        result = attend(make_call(q, view, mask=Mask()), backend="triton")
     k.copy_(k.flip(2)), v.copy_(v.flip(2))
     graph.replay()
     assert torch.allclose(result.out, expected.out, atol=1e-4)
@@ -288,7 +288,9 @@ def test_one_offset_for_all_rows():
     """An expanded tensor of offsets is read with its stride of 0."""
     q, k, v = (torch.randn(2, 2, n, 16) for n in (2, 9, 9))
     offset = torch.tensor([3, 7])[:1].expand(2)
-    truth = attend(q, DenseKV(k, v), mask=Mask(), q_offset=offset, backend="reference")
+    truth = attend(make_call(q, DenseKV(k, v), mask=Mask(), q_offset=offset), backend="reference")
     where = {"mask": Mask(), "backend": "triton"}
-    ours = attend(q.to(DEVICE), DenseKV(*on(DEVICE, k, v)), q_offset=offset.to(DEVICE), **where)
+    ours = attend(
+        make_call(q.to(DEVICE), DenseKV(*on(DEVICE, k, v)), q_offset=offset.to(DEVICE), **where)
+    )
     assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from saccade.core import DenseKV, Mask
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ def problem(seed, length=9000, heads=(8, 2)):
 
 
 def run(q, k, v):
-    return attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
+    return attend(make_call(q, DenseKV(k, v), mask=Mask()), backend="triton").out
 
 
 def test_a_step_reads_what_the_preceding_one_wrote():

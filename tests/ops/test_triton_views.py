@@ -19,7 +19,7 @@ from saccade.core import (
 )
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
 
@@ -34,9 +34,9 @@ def test_ring(mask, queries):
     q = torch.randn(2, 4, queries, 16)
     spans = (Span(0, 0, 2), Span(12, 2, 20), Span(4, 22, 8))
     ring = nothing_matters(k, v, spans, 40)
-    truth = attend(q, DenseKV(k, v), mask=mask, backend="reference")
+    truth = attend(make_call(q, DenseKV(k, v), mask=mask), backend="reference")
     q2, *stored = on(DEVICE, q, *ring)
-    ours = attend(q2, DenseKV(*stored, spans), mask=mask, backend="triton")
+    ours = attend(make_call(q2, DenseKV(*stored, spans), mask=mask), backend="triton")
     assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
     assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-5)
 
@@ -56,10 +56,10 @@ def test_pages(page, queries):
                 pool[table[row, p // page], :, p % page] = x[row, :, p]
     for mask in (Mask(), Mask(window=9, sinks=2)):
         q2, *parts = on(DEVICE, q, *pools, table, kv_lens)
-        ours = attend(q2, PagedKV(*parts, 30), mask=mask, backend="triton")
+        ours = attend(make_call(q2, PagedKV(*parts, 30), mask=mask), backend="triton")
         for row, length in enumerate(kv_lens.tolist()):
             alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
-            truth = attend(q[row : row + 1], alone, mask=mask, backend="reference")
+            truth = attend(make_call(q[row : row + 1], alone, mask=mask), backend="reference")
             assert torch.allclose(ours.out[row : row + 1].cpu(), truth.out, atol=1e-5)
 
 
@@ -78,9 +78,9 @@ def test_ragged():
     q = torch.randn(2, 4, 3, 16)
     for mask in (Mask(), Mask(window=12)):
         parts = (pool_k, pool_v, positions, table, kv_lens)
-        truth = attend(q, RaggedKV(*parts, 40, 33), mask=mask, backend="reference")
+        truth = attend(make_call(q, RaggedKV(*parts, 40, 33), mask=mask), backend="reference")
         q2, *moved = on(DEVICE, q, *parts)
-        ours = attend(q2, RaggedKV(*moved, 40, 33), mask=mask, backend="triton")
+        ours = attend(make_call(q2, RaggedKV(*moved, 40, 33), mask=mask), backend="triton")
         assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
         assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-5)
 
@@ -102,13 +102,16 @@ def test_quantized(bits, fp8, queries, dim, v_group):
         whole = dense(view)
         for mask in (Mask(), Mask(window=20, sinks=3)):
             truth = attend(
-                q.to(dtype).double(), DenseKV(whole.k.double(), whole.v.double()), mask=mask,
+                make_call(
+                    q.to(dtype).double(), DenseKV(whole.k.double(), whole.v.double()), mask=mask
+                ),
                 backend="reference",
-            )  # fmt: skip
+            )
             qdata = [type(x)(*on(DEVICE, *x)) for x in quantized]
             q2, *moved = on(DEVICE, q.to(dtype), *parts)
             ours = attend(
-                q2, QuantizedKV(*qdata, *moved, bits, bits, 16), mask=mask, backend="triton"
+                make_call(q2, QuantizedKV(*qdata, *moved, bits, bits, 16), mask=mask),
+                backend="triton",
             )
             allowed = 1e-5 if dtype == torch.float32 else 3e-2
             assert (ours.out.cpu() - truth.out).abs().max() < allowed
@@ -137,12 +140,12 @@ def test_growing_views(bits, packed, recent):
         32,
     )
     stop = torch.tensor([packed + recent])
-    truth = attend(q, filled, mask=Mask(), backend="reference")
+    truth = attend(make_call(q, filled, mask=Mask()), backend="reference")
     for backend in ("tiled", "triton"):
         device = DEVICE if backend == "triton" else "cpu"
         view = GrowingKV(moved(storage, device), torch.tensor([packed], device=device))
         where = {"kv_lens": stop.to(device), "q_offset": (stop - 2).to(device)}
-        ours = attend(q.to(device), view, mask=Mask(), **where, backend=backend)
+        ours = attend(make_call(q.to(device), view, mask=Mask(), **where), backend=backend)
         assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
         assert torch.allclose(ours.lse.cpu(), truth.lse, atol=2e-5)
 

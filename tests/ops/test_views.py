@@ -6,7 +6,7 @@ import torch
 from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span, Unsupported
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from tests.ops.cases import HERE
 
 MASKS = [Mask(), Mask(window=9), Mask(window=9, sinks=2)]
@@ -31,8 +31,8 @@ def test_spans(backend, mask):
     for slot, position, length in spans:
         ring_k[:, :, slot : slot + length] = k[:, :, position : position + length]
         ring_v[:, :, slot : slot + length] = v[:, :, position : position + length]
-    expected = attend(q, DenseKV(k, v), mask=mask, backend="reference")
-    ours = attend(q, DenseKV(ring_k, ring_v, spans), mask=mask, backend=backend)
+    expected = attend(make_call(q, DenseKV(k, v), mask=mask), backend="reference")
+    ours = attend(make_call(q, DenseKV(ring_k, ring_v, spans), mask=mask), backend=backend)
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
     assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
 
@@ -52,10 +52,10 @@ def test_pages(backend, mask, page):
             pool_k[table[row, p // page], :, p % page] = k[row, :, p]
             pool_v[table[row, p // page], :, p % page] = v[row, :, p]
     view = PagedKV(pool_k, pool_v, table, torch.tensor(kv_lens, dtype=torch.int32), 30)
-    ours = attend(q, view, mask=mask, backend=backend)
+    ours = attend(make_call(q, view, mask=mask), backend=backend)
     for row, length in enumerate(kv_lens):
         alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
-        expected = attend(q[row : row + 1], alone, mask=mask, backend="reference")
+        expected = attend(make_call(q[row : row + 1], alone, mask=mask), backend="reference")
         assert torch.allclose(ours.out[row : row + 1], expected.out, atol=1e-5)
 
 
@@ -69,15 +69,17 @@ def test_padding_over_pages_of_different_length(backend):
     view = PagedKV(pool_k, pool_v, table, kv_lens, 8)
     padding = torch.tensor([[True] * 8, [False, True, True, True, True, False, True, True]])
     try:
-        ours = attend(q, view, mask=Mask(), key_padding=padding, backend=backend)
+        ours = attend(make_call(q, view, mask=Mask(), key_padding=padding), backend=backend)
     except Unsupported:
         return
     for row, length in enumerate((3, 8)):
         expected = attend(
-            q[row : row + 1],
-            DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length]),
-            mask=Mask(),
-            key_padding=padding[row : row + 1, :length],
+            make_call(
+                q[row : row + 1],
+                DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length]),
+                mask=Mask(),
+                key_padding=padding[row : row + 1, :length],
+            ),
             backend="reference",
         )
         assert torch.allclose(ours.out[row : row + 1], expected.out, atol=1e-5)
@@ -87,7 +89,9 @@ def test_ragged_views_refuse_blocks():
     k, table, kv_lens = random(1, 4, 16), torch.zeros(1, 1, 1), torch.ones(1, 1)
     view = RaggedKV(k, k, torch.zeros(1, 4), table, kv_lens, 4, 4)
     with pytest.raises(Unsupported, match="a ragged view has none"):
-        attend(random(1, 1, 1, 16), view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0)
+        attend(
+            make_call(random(1, 1, 1, 16), view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0)
+        )
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -109,9 +113,11 @@ def test_ragged(backend, mask):
                 pool_k[at], pool_v[at], positions[at] = k[b, h, p], v[b, h, p], p
                 kept[b, h, p] = True
     view = RaggedKV(pool_k, pool_v, positions, table, kv_lens, 40, 40)
-    ours = attend(q, view, mask=mask, backend=backend)
+    ours = attend(make_call(q, view, mask=mask), backend=backend)
     foreign = kept[:, :, None].expand(2, 2, 3, 40).repeat_interleave(2, 1)
-    expected = attend(q, DenseKV(k, v), mask=mask, attn_mask=foreign, backend="reference")
+    expected = attend(
+        make_call(q, DenseKV(k, v), mask=mask, attn_mask=foreign), backend="reference"
+    )
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
     assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
 
@@ -133,8 +139,8 @@ def test_quantized_equals_its_dequantized_self(backend, mask, bits):
     )
     whole = dense(view)
     assert whole.k.shape == (2, 2, 73, 32)
-    expected = attend(q, DenseKV(whole.k, whole.v), mask=mask, backend="reference")
-    ours = attend(q, view, mask=mask, backend=backend)
+    expected = attend(make_call(q, DenseKV(whole.k, whole.v), mask=mask), backend="reference")
+    ours = attend(make_call(q, view, mask=mask), backend=backend)
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
 
 
@@ -148,11 +154,11 @@ def test_fp8_codes_are_read_or_refused(backend):
     view = QuantizedKV(*coded, k[:, :, :0], v[:, :, :0], bits_k=8, bits_v=8, k_group=16)
     whole = dense(view)
     try:
-        ours = attend(q, view, mask=Mask(), backend=backend)
+        ours = attend(make_call(q, view, mask=Mask()), backend=backend)
     except Unsupported as error:
         assert backend != "auto" and "fp8 codes" in str(error)
         return
-    expected = attend(q, DenseKV(whole.k, whole.v), mask=Mask(), backend="reference")
+    expected = attend(make_call(q, DenseKV(whole.k, whole.v), mask=Mask()), backend="reference")
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
 
 

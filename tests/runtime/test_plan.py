@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
 from saccade.core import BadInput, Mask, Unsupported
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 from saccade.ops.attention.cpu import binding
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.planning import PeakBytes, without_memory
@@ -146,7 +146,7 @@ def step(make, length, chunk, counter, dim=32, **options):
     q, k, v = new(6, chunk), new(2, chunk), new(2, chunk)
     with counter as found:
         view = cache.append(k, v)
-        attend(q, view, q_offset=view.shape[2] - chunk, **options)
+        attend(make_call(q, view, q_offset=view.shape[2] - chunk, **options))
     return found
 
 
@@ -189,17 +189,17 @@ import sys, torch
 from saccade.cache import DenseCache
 from saccade.core import Mask
 from saccade.evals.peak import PeakMemory
-from saccade.ops import attend
+from saccade.ops import attend, make_call
 torch.set_num_threads(int(sys.argv[1]))
 cache, q = DenseCache(reserve=1536), torch.randn(1, 32, 512, 128)
 first, k = torch.randn(1, 8, 1024, 128), torch.randn(1, 8, 512, 128)
 cache.append(first, first)
 with torch.no_grad():
-    attend(q[:, :, :1], cache.view(), mask=Mask(), backend="cpu")
+    attend(make_call(q[:, :, :1], cache.view(), mask=Mask()), backend="cpu")
     cache.append(k, k)
     peak = PeakMemory()
     peak.start()
-    attend(q, cache.view(), mask=Mask(), backend="cpu")
+    attend(make_call(q, cache.view(), mask=Mask()), backend="cpu")
     print(peak.bytes() or 0)
 """
 

@@ -49,8 +49,8 @@ def attention(
 
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16; or, like k
-            and v, float8_e4m3fn codes: a `PerHeadFP8` (see `saccade.quantize_fp8_per_head`), or a bare tensor
-            whose scale is 1.
+            and v, a `PerHeadFP8` (see `saccade.quantize_fp8_per_head`), or a bare
+            float8_e4m3fn tensor, whose scale is 1.
         k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA:
             query head h reads key head h // (heads // kv_heads); nothing is repeated in memory).
         v: `[batch, kv_heads, kv_len, value_dim]`.
@@ -80,7 +80,7 @@ def attention(
         Unsupported: the named backend cannot run this call.
     """
     check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
-    result = attend(
+    call = make_call(
         q,
         _view(k, v),
         mask=Mask(causal=causal, window=window, sinks=sinks),
@@ -93,8 +93,8 @@ def attention(
         cu_seqlens=cu_seqlens,
         blocks=blocks,
         wants_lse=return_lse,
-        backend=backend,
     )
+    result = attend(call, backend=backend)
     return result if return_lse else result.out
 
 
@@ -104,58 +104,25 @@ def _view(k: Tensor | PerHeadFP8, v: Tensor | PerHeadFP8) -> DenseKV | PerHeadFP
     return PerHeadFP8KV(qdata, scale_of(k), scale_of(v)) if qdata.dtype == FP8 else qdata
 
 
-def attend(
-    q: Tensor | PerHeadFP8,
-    kv: KVView,
-    *,
-    mask: Mask,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    key_padding: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
-    blocks: BlockSelection | None = None,
-    attn_mask: Tensor | None = None,
-    q_offset: int | Tensor | None = None,
-    wants_lse: bool = True,
-    backend: str = "auto",
-) -> AttentionOutput:
-    """`attention` over any view a cache lends: dense, ring, paged, quantised, ragged.
+def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
+    """Run a call that `make_call` described, over any view that a cache lends.
 
     Args:
-        kv: the view; its keys carry absolute positions.
-        mask: who sees whom by position.
-        q_offset: position of the first query, an int or int64 `[batch]`; default: the queries
-            end where the view (or each row of it) ends.
-        attn_mask: bool `[batch | 1, heads | 1, q_len, kv_len]`, True = may be seen.
-        wants_lse: some kernels save work when nobody reads the lse (it is then undefined).
+        call: the problem; `attention` builds one of plain tensors.
+        backend: "auto", or a name that never falls back.
 
-    The other arguments are those of `attention`.
+    Raises:
+        ValueError: no such backend.
+        Unsupported: the named backend cannot run this call.
     """
-    call = make_call(
-        q,
-        kv,
-        mask=mask,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        alibi_slopes=alibi_slopes,
-        key_padding=key_padding,
-        kv_lens=kv_lens,
-        cu_seqlens=cu_seqlens,
-        blocks=blocks,
-        attn_mask=attn_mask,
-        q_offset=q_offset,
-        wants_lse=wants_lse,
-    )
     chosen = dispatch.choose(call, backend)
     if operator.needed(call, chosen):
         result = operator.run(call, backend)
     else:
         result = chosen.run(call)
-    return AttentionOutput(hadamard_transform(result.out), result.lse) if kv.hadamard else result
+    return (
+        AttentionOutput(hadamard_transform(result.out), result.lse) if call.kv.hadamard else result
+    )
 
 
 def explain(
@@ -190,7 +157,24 @@ def make_call(
     q_offset: int | Tensor | None = None,
     wants_lse: bool = True,
 ) -> AttentionCall:
-    """The checked AttentionCall of these arguments; queries turned where the view is rotated."""
+    """The checked description of one attention problem over a view, for `attend`.
+
+    Args:
+        q: `[batch, heads, q_len, head_dim]`.
+        kv: dense, ring, paged, ragged, quantized or fp8 view; its keys have absolute positions.
+        mask: which pairs are visible by position.
+        attn_mask: bool `[batch | 1, heads | 1, q_len, kv_len]`, True = visible; intersected with
+            everything else.
+        q_offset: position of the first query, an int or int64 `[batch]`; default: the queries
+            end where the view (or each row of it) ends.
+        wants_lse: some kernels save work when nobody reads the lse (it is then undefined).
+
+    The other arguments are those of `attention`.  Queries over a view that holds Hadamard-
+    transformed keys are transformed here.
+
+    Raises:
+        TypeError, ValueError, Unsupported: arguments that do not fit together.
+    """
     q_scale = q.scale if isinstance(q, PerHeadFP8) else None
     q = qdata_of(q)
     _, kv_heads, _, head_dim, _ = kv.shape

@@ -1,7 +1,7 @@
 """Who computes a call: an explicit backend never falls back, `auto` takes the first that can.
 
 `auto` asks in AUTO_ORDER, behind what a measured rule puts first on this GPU (rules.py).  This is
-the only place where that is decided; the backend that is chosen runs its own kernels and no other's.
+the only place where that is decided; the chosen backend runs its own kernels and no other's.
 
 Adding a backend is one module with `refusal(call)` and `run(call)` and one line in BACKENDS; with
 `forward` and `backward` it is differentiable too.  A backend's module is imported here, so it

@@ -1,5 +1,4 @@
-"""Attention with gradients as operators of torch.library: autograd, torch.compile and opcheck
-know them.
+"""Attention with gradients as operators of torch.library, for autograd and torch.compile.
 
 Calls over plain dense keys that train, or that torch.compile traces, go through the operator
 `saccade::attention` whatever the backend.  An operator takes tensors and plain numbers, so a call
@@ -7,9 +6,9 @@ is flattened in the order of `_SCHEMA`.  The backend travels as its name; "auto"
 `dispatch` when the operator runs, with the tensors that it then gets, so a compiled model runs the
 kernels that an eager one runs.
 
-Calling through torch.library costs the host several times what the kernels of a short sequence take
-on the GPU.  So an eager call, where neither a compiler nor a dispatch mode needs to see an operator,
-runs the same functions as a plain `torch.autograd.Function`.
+Calling through torch.library costs the host several times what the kernels of a short sequence
+take on the GPU.  So an eager call, where neither a compiler nor a dispatch mode needs to see an
+operator, runs the same functions as a plain `torch.autograd.Function`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradients by the C++ kernels: scores are recomputed tile by tile from the lse (csrc/backward.h)."""
+"""Gradients by the C++ kernels, which recompute scores from the lse (csrc/backward.h)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DQ_ALIGNMENT = 32  # floats, for every SIMD width
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, delta) of a call over plain keys; delta `[B, H, Lq]` is rowsum(dout * out) - dlse.
+    """(dq, dk, dv, delta) of a call over plain keys; delta is rowsum(dout * out) - dlse `[B, H, Lq]`.
 
     The result does not depend on how threads are scheduled.
     """

@@ -1,7 +1,7 @@
 """Backend `triton`: Triton kernels on NVIDIA GPUs from Ampere on, over every view.
 
-Prefill, decoding (split-KV), gradients, quantized keys.  This module is loaded on any machine, so it
-imports Triton only to run.
+Prefill, decoding (split-KV), gradients, quantized keys.  This module is loaded on any machine, so
+it imports Triton only to run.
 """
 
 from __future__ import annotations
