@@ -22,7 +22,7 @@ from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import attend
 
 _UNSUPPORTED = {
-    "position_bias": "adds a learned position bias to the scores (T5 and its kin)",
+    "position_bias": "adds a learned position bias to the scores (T5 and similar)",
     "indices": "selects single keys by an indexer (DeepSeek sparse attention)",
     "block_indices": "selects blocks of keys by an indexer (MiniMax sparse attention)",
     "block_table": "runs in transformers' continuous batching",
