@@ -22,7 +22,7 @@ from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import attend, make_call
 
 _UNSUPPORTED = {
-    "position_bias": "adds a learned position bias to the scores (T5 and its kin)",
+    "position_bias": "adds a learned position bias to the scores (T5 and similar)",
     "indices": "selects single keys by an indexer (DeepSeek sparse attention)",
     "block_indices": "selects blocks of keys by an indexer (MiniMax sparse attention)",
     "block_table": "runs in transformers' continuous batching",
@@ -71,18 +71,17 @@ def saccade_attention(
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     _check_supported(module, dropout, kwargs)
-    query = materialize(query)
-    own, settings = _own_mask(module, is_causal, sliding_window), settings_of(module)
+    query, own = materialize(query), _own_mask(module, is_causal, sliding_window)
+    settings, observe = settings_of(module), None
     if isinstance(key, KVHandle):
-        settings = key.settings or settings
-        args, observe = _from_handle(query, key, attention_mask, own), key.observe
+        settings, observe = key.settings or settings, key.observe
+        args = _from_handle(query, key, attention_mask, own)
     else:
         assert isinstance(value, Tensor)
-        kv, observe = DenseKV(key, value), None
-        args = _from_tensors(query, kv, attention_mask, own, settings, kwargs)
+        args = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
-    result = _attended(query, _narrowed(args, settings), settings, observe is not None, options)
+    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "wants_lse": bool(observe)}
+    result = _attended(query, _narrowed(args, settings), settings, options)
     if observe is not None:
         observe(query.detach(), result.lse.detach(), scale)
     return result.out.transpose(1, 2).contiguous(), None
@@ -98,10 +97,9 @@ def _attended(
     query: Tensor,
     args: AttentionArgs,
     settings: AttentionSettings,
-    wants_lse: bool,
     options: dict[str, Any],
 ) -> AttentionOutput:
-    """The call of the operator; `options` change the scores."""
+    """The call of the operator; `options` are those of the scores and `wants_lse`."""
     blocks = None
     if settings.sparse is not None:
         if not isinstance(args.q_offset, int):
@@ -120,7 +118,6 @@ def _attended(
             attn_mask=args.attn_mask,
             q_offset=None if args.cu_seqlens is not None else args.q_offset,
             blocks=blocks,
-            wants_lse=wants_lse,
             **options,
         ),
         backend=settings.backend,

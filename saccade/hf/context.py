@@ -1,4 +1,4 @@
-"""`saccade.Context`: the runtime's Context around any model that a user holds."""
+"""`saccade.Context`: the runtime's Context around any model that can run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def as_model(model: Model | LoadedModel | PreTrainedModel) -> Model:
 
 class Context(runtime.Context):
     """A running model under ContextParams; see `saccade.runtime.Context` for its methods.
+
+    Several may be open for one model, with different options, and be closed in any order.  On a GPU
+    layers of known transformers classes are computed by fused kernels (`fused_layers`).
 
     Args:
         model: what `saccade.load_model` returns, a transformers model, or a `runtime.Model`.

@@ -89,7 +89,7 @@ def is_decoder_layer(module: Any) -> bool:
     return plain and is_gated(module.mlp) and module.mlp.down_proj.bias is None
 
 
-def _one_row(enabled: Enabled, x: Tensor, *linears: nn.Linear) -> bool:
+def _serves_row(enabled: Enabled, x: Tensor, *linears: nn.Linear) -> bool:
     return in_step() and enabled() and gemv.supports(x, *(linear.weight for linear in linears))
 
 
@@ -97,7 +97,7 @@ def _linear(linear: Any, enabled: Enabled) -> Forward:
     original = linear.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not _one_row(enabled, x, linear):
+        if not _serves_row(enabled, x, linear):
             return original(x)
         return gemv.linears(x, [linear.weight], [linear.bias])[0]
 
@@ -123,7 +123,7 @@ class FusedQKV:
 
     def _forward(self, index: int, original: Forward) -> Forward:
         def forward(x: Tensor) -> Tensor:
-            if not _one_row(self._enabled, x, *self._linears):
+            if not _serves_row(self._enabled, x, *self._linears):
                 return original(x)
             waiting = vars(x).get(self._name, {})
             if index not in waiting:
@@ -145,7 +145,7 @@ def _gated(mlp: Any, enabled: Enabled) -> Forward:
     original = mlp.forward
 
     def forward(x: Tensor) -> Tensor:
-        if not _one_row(enabled, x, mlp.gate_proj, mlp.up_proj):
+        if not _serves_row(enabled, x, mlp.gate_proj, mlp.up_proj):
             return original(x)
         return mlp.down_proj(gemv.gated_mlp(x, mlp.gate_proj.weight, mlp.up_proj.weight))
 
@@ -157,7 +157,7 @@ def _decoder_layer(layer: Any, enabled: Enabled) -> Forward:
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        if args or not _one_row(enabled, hidden_states, gate, up):
+        if args or not _serves_row(enabled, hidden_states, gate, up):
             return original(hidden_states, *args, **options)
         normed = layer.input_layernorm(hidden_states)
         attended = layer.self_attn(hidden_states=normed, **options)[0]

@@ -27,7 +27,7 @@ class KVHandle:
     Attributes:
         view: the keys and values, as an operator reads them.
         seen: tokens the layer has seen, the new ones included; a compressed view holds fewer.
-        shape: `[B, Hkv, end, D]`, for code that asks.
+        shape: `[B, Hkv, end, D]`, for code that reads it.
         settings: of the run that the cache belongs to, None for a cache of no run.
         observe: called after attention ran, or None.
         cursor: where the queries are, if only the device knows; the view is then all storage.

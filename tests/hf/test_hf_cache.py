@@ -135,7 +135,7 @@ def test_assisted_generation(ids):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_foreign_attention_is_told_what_is_wrong(ids, family, implementation):
+def test_other_attention_functions_are_refused(ids, family, implementation):
     if (family, implementation) == ("gpt_oss", "sdpa"):
         pytest.skip("transformers has no sdpa for gpt-oss")
     model = tiny_model(tiny_config(family), implementation)
@@ -143,7 +143,7 @@ def test_foreign_attention_is_told_what_is_wrong(ids, family, implementation):
         model(ids, past_key_values=exact_cache(model))
 
 
-def test_latent_attention_is_told_what_is_wrong(ids):
+def test_latent_attention_is_refused(ids):
     model = tiny_model(tiny_config("deepseek_v3"), KEY)
     with pytest.raises(Unsupported, match="needs a cache of transformers"):
         model(ids, past_key_values=exact_cache(model))

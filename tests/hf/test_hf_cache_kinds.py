@@ -1,4 +1,4 @@
-"""Every kind of our caches as `past_key_values`: what transformers asks of its own caches."""
+"""Every kind of our caches as `past_key_values`: the interface of transformers' own caches."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_two_prompts_that_begin_alike_share_pages(models, ids):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_and_heads_of_different_lengths(models, ids, padded, family):
-    """Ragged layers keep what they were told, each another number, also in a padded batch."""
+    """Ragged layers keep different numbers of tokens, also in a padded batch."""
     model = models(family)
     cache = cache_of(model, "ragged")
     model(ids, attention_mask=padded, past_key_values=cache)
