@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from saccade.core import Unsupported
 from saccade.ops import attention
 from saccade.ops.attention.dispatch import AUTO_ORDER, BACKENDS
-from tests.ops.cases import EXTRAS, HERE, Case, all_cases
+from tests.support.cases import EXTRAS, HERE, Case, all_cases
 
 OTHERS = [name for name in HERE if name != "reference"]
 

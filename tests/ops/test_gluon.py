@@ -19,8 +19,8 @@ from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.prefill import support as prefill_support
 from saccade.ops.gpu.kernel_args import MaskArgs
-from tests.ops.cases import MASKS, Case, on
-from tests.ops.hopper import BOUND, on_the_card
+from tests.support.cases import MASKS, Case, on
+from tests.support.gpu import BOUND, on_gpu
 
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
 MASKS_OF_ROWS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
@@ -44,7 +44,7 @@ def check(case, dtype):
 
 
 class TestOnTheCard:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

@@ -16,8 +16,8 @@ from saccade.ops import attention
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.backward import support as gluon_gradients
 from saccade.ops.gpu.kernel_args import MaskArgs
-from tests.ops.cases import Case, on
-from tests.ops.hopper import BOUND, on_the_card
+from tests.support.cases import Case, on
+from tests.support.gpu import BOUND, on_gpu
 
 MASKS = {
     "causal": {},
@@ -71,7 +71,7 @@ def check(case, dtype):
 
 
 class TestOnTheCard:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

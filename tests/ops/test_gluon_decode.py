@@ -17,7 +17,7 @@ from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
 from saccade.ops.gpu import support
-from tests.ops.hopper import BOUND, assert_a_graph_replays, on_the_card
+from tests.support.gpu import BOUND, assert_a_graph_replays, on_gpu
 
 TYPES = [torch.float16, torch.bfloat16]
 
@@ -61,7 +61,7 @@ SHAPES = [
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("page", [0, 16, 64])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -18,7 +18,7 @@ from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_quantized
-from tests.ops.hopper import assert_a_graph_replays, on_the_card
+from tests.support.gpu import assert_a_graph_replays, on_gpu
 
 
 def random(*shape, dtype=torch.float16, device="cuda"):
@@ -38,7 +38,7 @@ SHAPES = [
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -8,7 +8,7 @@ from saccade.core import DenseKV, PerHeadFP8, PerHeadFP8KV, Span, Unsupported, q
 from saccade.core.formats import FP8
 from saccade.ops import attend
 from saccade.ops.attention.dispatch import BACKENDS
-from tests.ops.cases import EXTRAS, MASKS, Case
+from tests.support.cases import EXTRAS, MASKS, Case
 
 SERVING = ["reference", "tiled"]
 NAN = 0x7F  # as a code

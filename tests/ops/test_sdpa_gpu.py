@@ -8,7 +8,7 @@ from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.sdpa import backend as sdpa
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
-from tests.ops.cases import Case, on
+from tests.support.cases import Case, on
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 on_the_card = [pytest.mark.gpu, pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU")]

@@ -27,7 +27,7 @@ from saccade.core.kv import dense
 from saccade.ops import attend, attention
 from saccade.ops.kv_write.append import KVSlots, PendingRope, append, apply_rope_qk, turned
 from saccade.ops.kv_write.hadamard import hadamard_transform
-from tests.ops.cases import Case, all_cases, nothing_matters, on
+from tests.support.cases import Case, all_cases, nothing_matters, on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

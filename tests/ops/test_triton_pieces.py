@@ -16,8 +16,8 @@ from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attention.combine import Combiner
 from saccade.ops.kv_write import quantize as pack
-from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
+from tests.support.cases import nothing_matters, on
 
 __all__ = ["pytestmark"]  # on a card these are GPU tests too
 

@@ -7,7 +7,7 @@ from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span, Un
 from saccade.core.formats import quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend
-from tests.ops.cases import HERE
+from tests.support.cases import HERE
 
 MASKS = [Mask(), Mask(window=9), Mask(window=9, sinks=2)]
 OTHERS = [name for name in HERE if name != "reference"]
