@@ -1,4 +1,4 @@
-"""The support matrix (tests/support/matrix.py) is what the backends do: every cell is run, or asked.
+"""The support matrix (tests/support/matrix.py) is what the backends do: each cell is run or asked.
 
 Supported cells equal the reference; all others raise Unsupported with a sentence.  Backends for
 GPUs are asked on tensors without one, their question for the device answered with yes.
@@ -24,7 +24,7 @@ ASKED = [c for c in matrix.cells() if c not in RUN]
 
 
 def solve(cell, backend):
-    """(output, lse or None, gradients) of a cell by a backend; the inputs are the same each time."""
+    """(output, lse or None, gradients) of a cell by a backend, with the same inputs each time."""
     torch.manual_seed(1)
     given = matrix.call_of(cell)
     result = attend(given.q, given.kv, **given.options, backend=backend)

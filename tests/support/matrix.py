@@ -1,8 +1,8 @@
 """Which backend computes what: the support matrix as data, and the calls that stand for its cells.
 
-A cell holds letters: P a prompt, D decoding (one query), G gradients; "." for none of them, "-" where
-the question makes no sense.  The tests run every cell that can run here and ask `refusal` for the others (test_support_matrix.py);
-docs/support.md is `markdown()`.
+A cell holds letters: P a prompt, D decoding (one query), G gradients; "." for none of them, "-"
+where the question makes no sense.  The tests run every cell that can run here and ask `refusal` for
+the others (test_support_matrix.py); docs/support.md is `markdown()`.
 """
 
 from __future__ import annotations
