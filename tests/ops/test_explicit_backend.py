@@ -52,7 +52,7 @@ def recorded(cell, monkeypatch):
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_only_kernels_of_the_backend_are_launched(cell, monkeypatch):
-    """Partials are combined by one kernel; recent keys of a quantized cache are read by Triton's."""
+    """One kernel combines partials; recent keys of a quantized cache are read by Triton's."""
     found = places(recorded(cell, monkeypatch))
     if cell.row in RECENT and cell.kind == "D":
         found -= {"triton.decode"}
