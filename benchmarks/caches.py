@@ -186,9 +186,11 @@ def kills_in_words(kills: dict[str, Any]) -> str:
 def published(page: str, record: dict[str, Any], kills: dict[str, Any]) -> str:
     """A page with the renderings of both records between their marks."""
     table = r"(<!-- table: benchmarks/results/caches-smollm2.json -->\n).*?(<!-- end of table -->)"
-    said = r"(<!-- kills: benchmarks/results/kill-sessions.json -->\n).*?(<!-- end of kills -->)"
+    kill_text = (
+        r"(<!-- kills: benchmarks/results/kill-sessions.json -->\n).*?(<!-- end of kills -->)"
+    )
     page = re.sub(table, lambda m: m[1] + to_markdown(record) + m[2], page, flags=re.DOTALL)
-    return re.sub(said, lambda m: m[1] + kills_in_words(kills) + m[2], page, flags=re.DOTALL)
+    return re.sub(kill_text, lambda m: m[1] + kills_in_words(kills) + m[2], page, flags=re.DOTALL)
 
 
 def _means(word: str, name: str) -> bool:

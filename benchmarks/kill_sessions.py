@@ -1,7 +1,7 @@
 """How many sessions are lost when a process that saves them is killed at random?
 
-A child reads tokens and saves in a loop, telling through a pipe what it has saved.  Then the file
-must load, and hold no less than what the child said.  Two ways to die:
+A child reads tokens and saves in a loop, and reports through a pipe what it has saved.  After the
+kill the file must load and hold at least what the child reported.  Two ways to be killed:
 
     at a moment   SIGKILL from outside, anywhere in reading, saving or renaming
     at a byte     the kernel ends the child when its file reaches a random length (RLIMIT_FSIZE)

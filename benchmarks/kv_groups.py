@@ -3,7 +3,7 @@
     python benchmarks/kv_groups.py --context 2048 > benchmarks/results/kv-groups.json
 
 Every setting reads the same context in chunks of 512 and scores the same continuation in chunks of
-16, teacher-forced; the divergence is that from caches in the model's own precision.
+16, teacher-forced; the divergence is relative to caches in the model's own precision.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 def log_probs(
     model: Any, tokens: Tensor, context: int, make: Callable[[], LayerCache]
 ) -> tuple[Tensor, int]:
-    """(log-probabilities behind the context `[m, vocab]`, bytes of all caches at its end)."""
+    """(log-probabilities after the context `[m, vocab]`, bytes of all caches at its end)."""
     with attach(model):
         cache = SaccadeCache(model.config, lambda layer, window: make())
         for part in tokens[:, :context].split(512, 1):
@@ -64,15 +64,17 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--no-hadamard", action="store_true", help="also without rotation")
+    parser.add_argument(
+        "--no-hadamard", action="store_true", help="also without the Hadamard transform"
+    )
     args = parser.parse_args()
     loaded = load_model(args.model)
     ids = loaded.tokenizer(default_text()).input_ids[: args.context + args.scored]
     tokens = torch.tensor(ids)[None]
     exact, size = log_probs(loaded.model, tokens, args.context, DenseCache)
     rows: list[dict[str, Any]] = [{"format": "dense", "bytes": size}]
-    turned = (True, False) if args.no_hadamard else (True,)
-    for name, group, hadamard in itertools.product(args.formats, args.groups, turned):
+    hadamard_options = (True, False) if args.no_hadamard else (True,)
+    for name, group, hadamard in itertools.product(args.formats, args.groups, hadamard_options):
         options = {**FORMATS[name], "group": group, "hadamard": hadamard}
 
         def make(options: dict[str, Any] = options) -> LayerCache:

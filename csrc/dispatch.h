@@ -7,6 +7,7 @@ namespace saccade {
 struct Kernels {
   const char* name;
   void (*attend)(const Problem&);
+  int64_t (*workspace_bytes)(const Problem&);  // what `attend` allocates; reads shapes only
   void (*attend_backward)(const Gradients&);
   double (*fma_flops)(int64_t steps);
   float (*fma_chains)(int64_t steps);

@@ -1,12 +1,13 @@
-// Products with codes in integers, for 16-bit queries: four byte products or two 16-bit products
-// a lane and instruction, where converting codes to float would cost as much as the arithmetic.
+// Products with quantized keys and values in integers, for 16-bit queries: four byte products or
+// two 16-bit products a lane and instruction, where converting them to float would cost as much as
+// the arithmetic.
 //
 // Queries (times the scales of a key group) become integers of 15 bits, written as hi * 128 + lo in
 // two signed bytes; weights (times the scale of a value) become integers of 16 bits.  Their error,
 // 2^-15 of the largest, is far below that of 16-bit floats.  Sums are exact in int32: at most
 // 576 * 255 * 128 for keys, and 128 keys * 255 * 32767 for values.
 #pragma once
-#include "views.h"
+#include "tiles.h"
 
 #if defined(SACCADE_DOT)
 namespace saccade::SACCADE_TARGET {
@@ -17,18 +18,19 @@ struct IntegerQuery {
 };
 
 // Queries times the scales of a key group as integers, and bias = q . offset.  What rounding leaves
-// over joins the bias times the middle code, which halves the error.  Rows advance side by side, so
-// that none waits for its own sums.  Everything is padded with zeros to whole registers.
+// over joins the bias times the middle of the range, which halves the error.  Rows advance side by
+// side, so that none waits for its own sums.  Everything is padded with zeros to whole registers.
 template <int R>
-SACCADE_INLINE void fold_to_integers(const float* const* q, const float* scale, const float* offset,
-                                     int dim, float middle, IntegerQuery* out, float* bias) {
-  F top[R], gain[R], residue[R], inverse[R], step[R];
-  SACCADE_UNROLL for (int r = 0; r < R; ++r) top[r] = gain[r] = residue[r] = zero();
+SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scale,
+                                        const float* offset, int dim, float middle,
+                                        IntegerQuery* out, float* bias) {
+  F top[R], offset_sum[R], residue[R], inverse[R], step[R];
+  SACCADE_UNROLL for (int r = 0; r < R; ++r) top[r] = offset_sum[r] = residue[r] = zero();
   for (int d = 0; d < dim; d += W)
     SACCADE_UNROLL for (int r = 0; r < R; ++r) {
       const F x = load(q[r] + d);
       top[r] = max(abs(mul(x, load(scale + d))), top[r]);
-      gain[r] = fma(x, load(offset + d), gain[r]);
+      offset_sum[r] = fma(x, load(offset + d), offset_sum[r]);
     }
   SACCADE_UNROLL for (int r = 0; r < R; ++r) {
     const float largest = hmax(top[r]);
@@ -47,7 +49,7 @@ SACCADE_INLINE void fold_to_integers(const float* const* q, const float* scale, 
       _mm_storeu_si128((__m128i*)(out[r].lo + d), _mm512_cvtepi32_epi8(lo));
     }
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
-    bias[r] = hsum(fma(residue[r], set1(middle), gain[r]));
+    bias[r] = hsum(fma(residue[r], set1(middle), offset_sum[r]));
 }
 
 SACCADE_INLINE __m512i load_bytes(const char* p, int n) {  // n of 64 bytes, the others 0
@@ -60,10 +62,10 @@ SACCADE_INLINE __m512i four_bytes(const int8_t* p) {
   return _mm512_set1_epi32(x);
 }
 
-// Scores of R queries against the codes of 16 keys, a key in each lane: the codes are transposed
+// Scores of R queries against 16 quantized keys, a key in each lane: their bytes are transposed
 // four channels at a time, so that nothing has to be summed across lanes.
 template <int R, int Bits>
-SACCADE_NOINLINE void score_codes16(const char* const* keys, int dim, const IntegerQuery* q,
+SACCADE_NOINLINE void score_keys16(const char* const* keys, int dim, const IntegerQuery* q,
                                     const float* bias, float* const* out) {
   const int bytes = dim * Bits / 8;
   __m512i hi[R], lo[R];
@@ -74,10 +76,10 @@ SACCADE_NOINLINE void score_codes16(const char* const* keys, int dim, const Inte
     SACCADE_UNROLL for (int i = 0; i < W; ++i)
       rows[i] = _mm512_castsi512_ps(load_bytes(keys[i] + at, rest));
     transpose(rows);
-    alignas(64) __m512i codes[W];
-    SACCADE_UNROLL for (int i = 0; i < W; ++i) codes[i] = _mm512_castps_si512(rows[i]);
+    alignas(64) __m512i qdata[W];
+    SACCADE_UNROLL for (int i = 0; i < W; ++i) qdata[i] = _mm512_castps_si512(rows[i]);
     for (int c = 0; c * 4 < rest; ++c) {
-      auto gain = [&](__m512i x, int d) __attribute__((always_inline)) {
+      auto add_products = [&](__m512i x, int d) __attribute__((always_inline)) {
         SACCADE_UNROLL for (int r = 0; r < R; ++r) {
           hi[r] = _mm512_dpbusd_epi32(hi[r], x, four_bytes(q[r].hi + d));
           lo[r] = _mm512_dpbusd_epi32(lo[r], x, four_bytes(q[r].lo + d));
@@ -85,11 +87,11 @@ SACCADE_NOINLINE void score_codes16(const char* const* keys, int dim, const Inte
       };
       const int d = at + c * 4;
       if (Bits == 8) {
-        gain(codes[c], d);
+        add_products(qdata[c], d);
       } else {
         const __m512i nibble = _mm512_set1_epi8(15);
-        gain(_mm512_and_si512(codes[c], nibble), d);
-        gain(_mm512_and_si512(_mm512_srli_epi32(codes[c], 4), nibble), dim / 2 + d);
+        add_products(_mm512_and_si512(qdata[c], nibble), d);
+        add_products(_mm512_and_si512(_mm512_srli_epi32(qdata[c], 4), nibble), dim / 2 + d);
       }
     }
   }
@@ -104,7 +106,8 @@ struct IntegerWeights {
   float step;
 };
 
-SACCADE_INLINE void to_integers(const float* p, int n, IntegerWeights& out) {  // n: multiple of W
+// `n` is a multiple of W.
+SACCADE_INLINE void weights_to_integers(const float* p, int n, IntegerWeights& out) {
   F top = zero();
   for (int j = 0; j < n; j += W) top = max(abs(load(p + j)), top);
   const float largest = hmax(top);
@@ -115,38 +118,39 @@ SACCADE_INLINE void to_integers(const float* p, int n, IntegerWeights& out) {  /
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(mul(load(p + j), scale))));
 }
 
-// Memory to ask for on the way, a row for each value: bytes [begin, end).
-struct Fetch {
+// Bytes [begin, end) of rows to prefetch meanwhile, a row for each value.
+struct PrefetchRows {
   const char* const* rows;
   int count;
   int64_t begin, end;
 };
 
-enum class Part { bytes, low_nibbles, high_nibbles };
+// Which part of a byte is a channel.
+enum class Nibble { none, low, high };
 
-// Up to 64 channels of values: o = o * alpha + weights @ codes for R rows.  `first` is the byte of
+// Up to 64 channels of values: o = o * alpha + weights @ qdata for R rows.  `first` is the byte of
 // the first channel.
-template <int R, Part part, bool Whole>
-SACCADE_NOINLINE void weigh_codes(const char* const* values, int count, int first, int width,
-                                  const IntegerWeights* p, const float* alpha, float* const* o,
-                                  const Fetch& fetch) {
+template <int R, Nibble nibble, bool Whole>
+SACCADE_NOINLINE void weigh_channels(const char* const* values, int count, int first, int width,
+                                     const IntegerWeights* p, const float* alpha, float* const* o,
+                                     const PrefetchRows& prefetch) {
   __m512i acc[R][4];
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
     SACCADE_UNROLL for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_setzero_si512();
   const __m512i none = _mm512_setzero_si512();
-  auto codes_of = [&](int j) __attribute__((always_inline)) {
+  auto load_row = [&](int j) __attribute__((always_inline)) {
     __m512i x = load_bytes(values[j] + first, Whole ? 64 : width);
-    if (part == Part::bytes) return x;
-    if (part == Part::high_nibbles) x = _mm512_srli_epi32(x, 4);
+    if (nibble == Nibble::none) return x;
+    if (nibble == Nibble::high) x = _mm512_srli_epi32(x, 4);
     return _mm512_and_si512(x, _mm512_set1_epi8(15));
   };
   for (int j = 0; j < count; j += 2) {  // an odd last key is followed by zeros of weight 0
-    if (fetch.rows && j + 2 <= fetch.count)
-      for (int64_t b = fetch.begin; b < fetch.end; b += 64) {
-        __builtin_prefetch(fetch.rows[j] + b, 0, 2);
-        __builtin_prefetch(fetch.rows[j + 1] + b, 0, 2);
+    if (prefetch.rows && j + 2 <= prefetch.count)
+      for (int64_t b = prefetch.begin; b < prefetch.end; b += 64) {
+        __builtin_prefetch(prefetch.rows[j] + b, 0, 2);
+        __builtin_prefetch(prefetch.rows[j + 1] + b, 0, 2);
       }
-    const __m512i a = codes_of(j), b = codes_of(j + 1);
+    const __m512i a = load_row(j), b = load_row(j + 1);
     const __m512i low = _mm512_unpacklo_epi8(a, b), up = _mm512_unpackhi_epi8(a, b);
     const __m512i pairs[4] = {_mm512_unpacklo_epi8(low, none), _mm512_unpackhi_epi8(low, none),
                               _mm512_unpacklo_epi8(up, none), _mm512_unpackhi_epi8(up, none)};

@@ -1,8 +1,8 @@
 // All kernels for one target: compiled once for each, with that target's flags.
 #include "attend.h"
 #include "backward.h"
+#include "ceilings.h"
 #include "dispatch.h"
-#include "measure.h"
 
 #define SACCADE_STRING_(x) #x
 #define SACCADE_STRING(x) SACCADE_STRING_(x)
@@ -10,7 +10,7 @@
 namespace saccade::SACCADE_TARGET {
 
 extern const Kernels kernels;
-const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend, attend_backward, fma_flops, fma_chains, read_all,
-                         exp2_row};
+const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend,   workspace_bytes, attend_backward,
+                         fma_flops,                      fma_chains, read_all,      exp2_row};
 
 }  // namespace saccade::SACCADE_TARGET

@@ -1,17 +1,17 @@
-// Turns a tile of stored keys and values into float32 panels, once for all the queries that use it.
+// Packs a tile of stored keys and values into float32 panels, once for all queries that use it.
 //
 //   keys     panel of NR keys: [head_dim][NR], so that a micro-kernel reads NR keys of one channel
 //   values   panel of NR channels: [keys][NR]
 //
-// Conversion from 16-bit floats and from codes happens here and costs nothing later.
+// 16-bit floats and quantized tokens are converted on the way.
 #pragma once
 #include <type_traits>
 
-#include "views.h"
+#include "tiles.h"
 
 namespace saccade::SACCADE_TARGET {
 
-// Row sources: `load(i, d)` gives channels d .. d+W-1 of row i.
+// Rows of a tile as a source for packing: `get(rows, i, d)` loads channels d .. d+W-1 of row i.
 template <class T>
 struct FloatRows {
   const char* const* rows;
@@ -46,25 +46,25 @@ SACCADE_INLINE void pack_key_columns(const Source& source, int first, int dim, f
 // Copies one row of values into its panels; returns x * 0 summed, NaN where x is not finite.
 template <class Source, int NR>
 SACCADE_INLINE F pack_value_row(const Source& source, int i, int dim, float* panels,
-                                int64_t panel_size, F taint) {
+                                int64_t panel_size, F nan_probe) {
   for (int d = 0; d < dim; d += W) {
     F x = d + W <= dim ? Source::get(source, i, d) : Source::get_part(source, i, d, dim - d);
     store(panels + d / NR * panel_size + (int64_t)i * NR + d % NR, x);
-    taint = fma(x, zero(), taint);
+    nan_probe = fma(x, zero(), nan_probe);
   }
-  return taint;
+  return nan_probe;
 }
 
-// Codes of one token as bytes, whatever their width: low nibbles are the first half of the head.
-SACCADE_INLINE void unpack_codes(const uint8_t* codes, int dim, int bits, uint8_t* bytes) {
+// The quantized channels of one token as bytes; low nibbles hold the first half of the head.
+SACCADE_INLINE void unpack_bits(const uint8_t* qdata, int dim, int bits, uint8_t* bytes) {
   if (bits == 8) {
-    std::memcpy(bytes, codes, dim);
+    std::memcpy(bytes, qdata, dim);
     return;
   }
   const int half = dim / 2;
   for (int d = 0; d < half; ++d) {
-    bytes[d] = codes[d] & 15;
-    bytes[d + half] = codes[d] >> 4;
+    bytes[d] = qdata[d] & 15;
+    bytes[d + half] = qdata[d] >> 4;
   }
 }
 
@@ -77,52 +77,61 @@ static void widen(const T* row, int dim, float factor, float* x) {
   }
 }
 
-// x = code * scale + offset along a row whose scale and offset are rows too (keys).
+// x = qdata * scale + offset along a row whose scale and offset are rows too (keys).
 SACCADE_INLINE void dequantize_row(const uint8_t* bytes, const float* scale, const float* offset,
                                    int dim, float* x) {
   for (int d = 0; d < dim; d += W)  // rows are padded to whole registers
     store(x + d, fma(load(bytes + d), load(scale + d), load(offset + d)));
 }
 
-SACCADE_INLINE void half_row(const char* row, int n, float* x) {
+// Any float dtype as float32, times a factor.
+SACCADE_INLINE void widen_row(Dtype dtype, const char* row, int dim, float factor, float* x) {
+  switch (dtype) {
+    case Dtype::f32: return widen((const float*)row, dim, factor, x);
+    case Dtype::bf16: return widen((const Bf16*)row, dim, factor, x);
+    default: return widen((const F16*)row, dim, factor, x);
+  }
+}
+
+SACCADE_INLINE void load_half_row(const char* row, int n, float* x) {
   const F16* p = (const F16*)row;
   int d = 0;
   for (; d + W <= n; d += W) store(x + d, load(p + d));
   if (d < n) store(x + d, load_part(p + d, n - d));
 }
 
-// Float32 rows of the quantised keys `first` .. `first + count - 1` of a tile.
-SACCADE_INLINE void dequantize_keys(const Codes& c, int64_t scales, int64_t offsets,
+// Float32 rows of the quantized keys `first` .. `first + count - 1` of a tile.
+SACCADE_INLINE void dequantize_keys(const QuantizedTensor& c, int64_t scales, int64_t offsets,
                                     const Tile& tile, int first, int count, int dim, float* out,
                                     float* scale, float* offset, int64_t& group) {
   alignas(64) uint8_t bytes[kDimPad];
   for (int i = 0; i < count; ++i) {
     const int j = first + i;
     float* row = out + (int64_t)i * kDimPad;
-    if (j >= tile.count || tile.positions[j] == kNowhere) {
+    if (j >= tile.count || tile.positions[j] == kNoKey) {
       std::memset(row, 0, dim * sizeof(float));
       continue;
     }
-    const int64_t of = tile.index[j] / c.group;
+    const int64_t of = tile.token[j] / c.group;
     if (of != group) {
       group = of;
-      half_row(c.scale.data + scales + of * c.scale.row, dim, scale);
-      half_row(c.offset.data + offsets + of * c.offset.row, dim, offset);
+      load_half_row(c.scale.data + scales + of * c.scale.row, dim, scale);
+      load_half_row(c.offset.data + offsets + of * c.offset.row, dim, offset);
     }
-    unpack_codes((const uint8_t*)tile.k[j], dim, c.bits, bytes);
+    unpack_bits((const uint8_t*)tile.k[j], dim, c.bits, bytes);
     dequantize_row(bytes, scale, offset, dim, row);
   }
 }
 
-// Float32 row of one quantised value: a scale for each `group` channels.
-SACCADE_INLINE void dequantize_value(const Codes& c, int64_t scales, int64_t offsets,
+// Float32 row of one quantized value, whose scale holds for `group` channels.
+SACCADE_INLINE void dequantize_value(const QuantizedTensor& c, int64_t scales, int64_t offsets,
                                      const Tile& tile, int j, int dim, float* x) {
   alignas(64) uint8_t bytes[kDimPad];
   alignas(64) float scale[kDimPad], offset[kDimPad];
   const int groups = dim / (int)c.group;
-  half_row(c.scale.data + scales + tile.index[j] * c.scale.row, groups, scale);
-  half_row(c.offset.data + offsets + tile.index[j] * c.offset.row, groups, offset);
-  unpack_codes((const uint8_t*)tile.v[j], dim, c.bits, bytes);
+  load_half_row(c.scale.data + scales + tile.token[j] * c.scale.row, groups, scale);
+  load_half_row(c.offset.data + offsets + tile.token[j] * c.offset.row, groups, offset);
+  unpack_bits((const uint8_t*)tile.v[j], dim, c.bits, bytes);
   if (c.group % W == 0) {
     for (int g = 0; g < groups; ++g)
       for (int d = g * (int)c.group; d < (g + 1) * (int)c.group; d += W)
@@ -137,14 +146,14 @@ template <int NR>
 class Packer {
  public:
   Packer(const Problem& problem, int64_t batch, int64_t head)
-      : p_(problem), k_scale_(at(problem.kv.k_codes.scale, batch, head)),
-        k_offset_(at(problem.kv.k_codes.offset, batch, head)),
-        v_scale_(at(problem.kv.v_codes.scale, batch, head)),
-        v_offset_(at(problem.kv.v_codes.offset, batch, head)) {}
+      : p_(problem), k_scale_(at(problem.kv.quantized_k.scale, batch, head)),
+        k_offset_(at(problem.kv.quantized_k.offset, batch, head)),
+        v_scale_(at(problem.kv.quantized_v.scale, batch, head)),
+        v_offset_(at(problem.kv.quantized_v.offset, batch, head)) {}
 
   // Key panels [ceil(count / NR)][head_dim][NR].
   void keys(const Tile& tile, float* panels) {
-    if (tile.packed) return quantized_keys(tile, panels);
+    if (tile.quantized) return quantized_keys(tile, panels);
     switch (p_.kv.k.dtype) {
       case Dtype::f32: return keys_from(FloatRows<float>{tile.k}, tile, panels);
       case Dtype::bf16: return keys_from(FloatRows<Bf16>{tile.k}, tile, panels);
@@ -154,17 +163,17 @@ class Packer {
 
   // Value panels [ceil(value_dim / NR)][kTile][NR]; returns whether all values are finite.
   bool values(const Tile& tile, float* panels) {
-    F taint = zero();
-    if (tile.packed) {
-      taint = quantized_values(tile, panels);
+    F nan_probe = zero();
+    if (tile.quantized) {
+      nan_probe = quantized_values(tile, panels);
     } else {
       switch (p_.kv.v.dtype) {
-        case Dtype::f32: taint = values_from(FloatRows<float>{tile.v}, tile, panels); break;
-        case Dtype::bf16: taint = values_from(FloatRows<Bf16>{tile.v}, tile, panels); break;
-        default: taint = values_from(FloatRows<F16>{tile.v}, tile, panels);
+        case Dtype::f32: nan_probe = values_from(FloatRows<float>{tile.v}, tile, panels); break;
+        case Dtype::bf16: nan_probe = values_from(FloatRows<Bf16>{tile.v}, tile, panels); break;
+        default: nan_probe = values_from(FloatRows<F16>{tile.v}, tile, panels);
       }
     }
-    return hsum(taint) == 0.f;
+    return hsum(nan_probe) == 0.f;
   }
 
   // Any rows as panels [ceil(dim / NR)][panel_rows][NR].
@@ -217,7 +226,7 @@ class Packer {
     for (int i = 0; i < W; ++i) row_of[i] = (const char*)(rows + i * kDimPad);
     int64_t group = -1;
     for (int j = 0; j < padded; j += W) {
-      dequantize_keys(p_.kv.k_codes, k_scale_, k_offset_, tile, j, W, dim, rows, scale, offset,
+      dequantize_keys(p_.kv.quantized_k, k_scale_, k_offset_, tile, j, W, dim, rows, scale, offset,
                       group);
       pack_key_columns(FloatRows<float>{row_of}, 0, dim,
                        panels + (int64_t)(j / NR) * NR * dim + j % NR, NR);
@@ -226,28 +235,29 @@ class Packer {
 
   template <class Source>
   F values_from(const Source& source, const Tile& tile, float* panels) {
-    F taint = zero();
+    F nan_probe = zero();
     for (int i = 0; i < tile.count; ++i)
-      taint = pack_value_row<Source, NR>(source, i, (int)p_.value_dim, panels, kTile * NR, taint);
-    return taint;
+      nan_probe = pack_value_row<Source, NR>(source, i, (int)p_.value_dim, panels, kTile * NR,
+                                             nan_probe);
+    return nan_probe;
   }
 
   F quantized_values(const Tile& tile, float* panels) {
     alignas(64) float row[kDimPad];
-    F taint = zero();
+    F nan_probe = zero();
     const int dim = (int)p_.value_dim;
     for (int j = 0; j < tile.count; ++j) {
-      if (tile.positions[j] == kNowhere) {
+      if (tile.positions[j] == kNoKey) {
         std::memset(row, 0, sizeof row);
       } else {
-        dequantize_value(p_.kv.v_codes, v_scale_, v_offset_, tile, j, dim, row);
+        dequantize_value(p_.kv.quantized_v, v_scale_, v_offset_, tile, j, dim, row);
       }
       const char* here = (const char*)row;
       FloatRows<float> source{&here};
-      taint = pack_value_row<FloatRows<float>, NR>(source, 0, dim, panels + (int64_t)j * NR,
-                                                   kTile * NR, taint);
+      nan_probe = pack_value_row<FloatRows<float>, NR>(source, 0, dim, panels + (int64_t)j * NR,
+                                                   kTile * NR, nan_probe);
     }
-    return taint;
+    return nan_probe;
   }
 
   const Problem& p_;

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -47,7 +46,7 @@ class Pool {
     while ((int)workers_.size() < threads - 1) start_worker();
     start(threads - 1, job);
     job.work();
-    // A worker that has not woken yet is told that it is too late: only those inside are awaited.
+    // Workers that have not woken yet can no longer enter; wait for those inside.
     open_.store(0);
     while (inside_.load() != 0) pause_briefly();
     return true;
@@ -124,12 +123,6 @@ Pool& pool() {
   return *the_pool.load();
 }
 
-struct Buffer {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Buffer() { std::free(data); }
-};
-
 }  // namespace
 
 void parallel_for(int threads, int64_t count, void (*fn)(void*, int64_t), void* context) {
@@ -137,19 +130,6 @@ void parallel_for(int threads, int64_t count, void (*fn)(void*, int64_t), void* 
   if (threads > count) threads = (int)count;
   if (threads <= 1 || !pool().try_run(threads, job)) job.work();
   if (job.out_of_memory.load()) throw std::bad_alloc();
-}
-
-void* scratch(Scratch slot, size_t bytes) {
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[(int)slot];
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    buffer.data = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = bytes;
-  }
-  return buffer.data;
 }
 
 }  // namespace saccade

@@ -1,6 +1,5 @@
 // Threads that wait for work, shared by all calls of the process.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 namespace saccade {
@@ -9,9 +8,5 @@ namespace saccade {
 // included.  Which thread takes which i is decided at run time, so fn(i) must not depend on it.
 // While another Python thread owns the workers, the caller does everything itself.
 void parallel_for(int threads, int64_t count, void (*fn)(void*, int64_t), void* context);
-
-// Memory of the calling thread that stays valid until its next request for the same slot.
-enum class Scratch { kernel, call };
-void* scratch(Scratch slot, size_t bytes);
 
 }  // namespace saccade

@@ -1,57 +1,51 @@
 // Many queries: strips of rows against packed tiles of keys, everything float32 in cache.
 //
-// For a block of rows that share a KV head, walk the tiles of keys it can see.  A tile is packed
-// once; then every strip of MR rows computes its scores (QK^T), takes the online-softmax step while
-// they are still in L1, and adds P V to its accumulators.  Strips that see nothing of a tile skip
-// it, and strips that see all of it skip the mask.
+// A work item walks the tiles of keys that its rows attend to.  A tile is packed once; then every
+// strip of MR rows computes its scores (QK^T), takes the online-softmax step while they are still
+// in L1, and adds P V to its accumulators.  Strips to which the whole tile is masked skip it, and
+// strips that attend to all of it skip the mask.
 #pragma once
-#include "finish.h"
+#include "arena.h"
 #include "micro_kernel.h"
 #include "pack.h"
-#include "plan.h"
 #include "softmax.h"
+#include "split_kv.h"
+#include "workspace.h"
 
 namespace saccade::SACCADE_TARGET {
-
-// Cuts a thread's workspace into aligned arrays; with no memory it only measures.
-class Carver {
- public:
-  explicit Carver(void* memory) : base_((char*)memory) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* p = base_ ? (T*)(base_ + used_) : nullptr;
-    used_ += (n * (int64_t)sizeof(T) + 63) / 64 * 64 + 64;
-    return p;
-  }
-  size_t used() const { return (size_t)used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 class Prefill {
  public:
   Prefill(const Problem& p, const Partials& partials) : p_(p), partials_(partials) {}
 
-  void run(const Piece& piece) {
-    const Sequence& s = p_.sequences[piece.sequence];
-    piece_ = &piece;
-    sequence_ = &s;
-    num_rows_ = (int)(piece.row_end - piece.row_begin);
-    carve();
-    describe_rows();
+  // Bytes of the workspace that `run(item)` lays out.
+  static int64_t workspace_bytes(const Problem& p, const WorkItem& item) {
+    const Partials none{};
+    Prefill prefill(p, none);
+    prefill.select(item);
+    Arena measure(nullptr);
+    prefill.lay_out(measure);
+    return measure.bytes();
+  }
+
+  void run(const WorkItem& item) {
+    select(item);
+    Arena arena(workspace(WorkspaceSlot::item, (size_t)workspace_bytes(p_, item)));
+    lay_out(arena);
+    start_rows();
     pack_queries();
-    start_state();
-    const int64_t num_ranges = visited_ranges(p_, s, piece, ranges_);
-    const Range part = split_part(total_keys(ranges_, num_ranges), piece.split, piece.splits);
-    KeyWalk walk(p_, s, piece.head, ranges_, num_ranges, part.start, part.stop - part.start);
-    Packer<kColumns> packer(p_, s.batch, piece.head);
+    const int64_t num_ranges =
+        visited_ranges(p_, *sequence_, item.head, item.row_begin / p_.group,
+                       (item.row_end - 1) / p_.group, ranges_);
+    const Range part = split_range(total_keys(ranges_, num_ranges), item.split, item.splits);
+    TileWalk walk(p_, *sequence_, item.head, ranges_, num_ranges, part.start,
+                  part.stop - part.start);
+    Packer<kColumns> packer(p_, sequence_->batch, item.head);
     while (walk.next(tile_)) {
       packer.keys(tile_, k_panels_);
       values_finite_ = packer.values(tile_, v_panels_);
-      mark_blocks();
-      absorb_tile();
+      apply_block_mask();
+      process_tile();
     }
     write();
   }
@@ -71,44 +65,48 @@ class Prefill {
     visit.template operator()<2>(row);
   }
 
-  void carve() {
-    for (int pass = 0; pass < 2; ++pass) {
-      Carver all(pass ? scratch(Scratch::kernel, bytes_) : nullptr);
-      const int64_t rows = num_rows_ + kRows, dim = p_.head_dim;
-      o_stride_ = ceil_div(p_.value_dim, kColumns) * kColumns;
-      rows_ = all.take<Row>(rows);
-      q_ = all.take<float>(rows * dim);
-      o_ = all.take<float>(rows * o_stride_);
-      state_ = {all.take<float>(rows + W), all.take<float>(rows + W), all.take<float>(rows * W)};
-      k_panels_ = all.take<float>(kTile * dim);
-      v_panels_ = all.take<float>(kTile * o_stride_);
-      scores_ = all.take<float>(kRows * kScoreStride);
-      ranges_ = all.take<Range>(max_ranges(p_, *sequence_));
-      first_block_ = p_.blocks.data ? piece_->row_begin / p_.group / p_.q_block : 0;
-      num_blocks_ = p_.blocks.data
-                        ? (piece_->row_end - 1) / p_.group / p_.q_block - first_block_ + 1 : 1;
-      block_positions_ = all.take<int32_t>(num_blocks_ * kTile);
-      row_positions_ = all.take<int32_t>(kRows * kTile);
-      bytes_ = all.used();
-    }
+  void select(const WorkItem& item) {
+    item_ = &item;
+    sequence_ = &p_.sequences[item.sequence];
+    num_rows_ = (int)item.num_rows();
+    o_stride_ = ceil_div(p_.value_dim, kColumns) * kColumns;
+    if (!has_blocks(p_)) return;
+    first_block_ = item.row_begin / p_.group / p_.q_block;
+    num_blocks_ = (item.row_end - 1) / p_.group / p_.q_block - first_block_ + 1;
   }
 
-  void describe_rows() {
-    const Sequence& s = *sequence_;
+  void lay_out(Arena& arena) {
+    const int64_t rows = num_rows_ + kRows, dim = p_.head_dim;
+    rows_ = arena.take<Row>(rows);
+    q_ = arena.take<float>(rows * dim);
+    o_ = arena.take<float>(rows * o_stride_);
+    state_.m = arena.take<float>(rows + W);
+    state_.alpha = arena.take<float>(rows + W);
+    state_.l = arena.take<float>(rows * W);
+    k_panels_ = arena.take<float>(kTile * dim);
+    v_panels_ = arena.take<float>(kTile * o_stride_);
+    scores_ = arena.take<float>(kRows * kScoreStride);
+    ranges_ = arena.take<Range>(max_ranges(p_, *sequence_));
+    block_positions_ = arena.take<int32_t>(num_blocks_ * kTile);
+    row_positions_ = arena.take<int32_t>(kRows * kTile);
+  }
+
+  void start_rows() {
+    std::memset(o_, 0, (num_rows_ + kRows) * o_stride_ * sizeof(float));
+    std::memset(state_.l, 0, (num_rows_ + kRows) * W * sizeof(float));
+    const bool sinks = p_.sink_logits && item_->split == 0;
     for (int i = 0; i < num_rows_ + kRows; ++i) {  // rows past the end repeat the last one
-      const int64_t row = least(piece_->row_begin + i, piece_->row_end - 1);
-      const int64_t query = row / p_.group, head = piece_->head * p_.group + row % p_.group;
-      const int64_t position = s.q_offset + query;
-      const bool windowed = p_.window != kUnlimited;
-      rows_[i] = {(int32_t)position, p_.causal ? (int32_t)position : kEverywhere,
-                  windowed ? (int32_t)most(position - p_.window, INT32_MIN) : INT32_MIN,
-                  p_.alibi ? p_.alibi[s.batch * p_.alibi_batch + head] * kLog2e : 0.f, query, head};
+      const int64_t row = min(item_->row_begin + i, item_->row_end - 1);
+      rows_[i] = make_row(p_, *sequence_, item_->head, row);
+      // A learned sink is a first score without a value.
+      state_.m[i] = sinks ? p_.sink_logits[rows_[i].head] * kLog2e : -kInf;
+      if (sinks && state_.m[i] != -kInf) state_.l[i * W] = 1.f;
     }
   }
 
   // Strips [head_dim][MR], multiplied by scale * log2(e) (or scale / softcap).
   void pack_queries() {
-    const float factor = p_.softcap != 0.f ? p_.scale / p_.softcap : p_.scale * kLog2e;
+    const float factor = query_factor(p_);
     each_strip([&]<int MR>(int first) {
       for (int i = 0; i < MR; ++i) pack_query(first + i, q_ + first * p_.head_dim + i, MR, factor);
     });
@@ -117,95 +115,70 @@ class Prefill {
   void pack_query(int row, float* out, int stride, float factor) {
     const int dim = (int)p_.head_dim;
     alignas(64) float x[kDimPad];
-    const char* q = p_.q.data + sequence_->batch * p_.q.batch + rows_[row].head * p_.q.head +
-                    (sequence_->q_begin + rows_[row].query) * p_.q.row;
-    switch (p_.q.dtype) {
-      case Dtype::f32: widen((const float*)q, dim, factor, x); break;
-      case Dtype::bf16: widen((const Bf16*)q, dim, factor, x); break;
-      default: widen((const F16*)q, dim, factor, x);
-    }
+    widen_row(p_.q.dtype, row_data(p_.q, *sequence_, rows_[row]), dim, factor, x);
     for (int d = 0; d < dim; ++d) out[(int64_t)d * stride] = x[d];
   }
 
-  void start_state() {
-    std::memset(o_, 0, (num_rows_ + kRows) * o_stride_ * sizeof(float));
-    std::memset(state_.l, 0, (num_rows_ + kRows) * W * sizeof(float));
-    const bool sinks = p_.sink_logits && piece_->split == 0;
-    for (int i = 0; i < num_rows_ + kRows; ++i) {  // a learned sink is a first score without a value
-      state_.m[i] = sinks ? p_.sink_logits[rows_[i].head] * kLog2e : -kInf;
-      if (sinks && state_.m[i] != -kInf) state_.l[i * W] = 1.f;
-    }
-  }
-
-  // Positions as the queries of each selected block see them.
-  void mark_blocks() {
-    if (!p_.blocks.data || num_blocks_ == 1) return;
+  // Positions of the tile for each block of queries: kNoKey where it does not select the key.
+  void apply_block_mask() {
+    if (!has_blocks(p_) || num_blocks_ == 1) return;
     for (int64_t b = 0; b < num_blocks_; ++b) {
       for (int j = 0; j < kTile; ++j) {
         const int32_t at = tile_.positions[j];
-        const bool seen = j < tile_.count && at != kNowhere &&
-                          block_allowed(p_, sequence_->batch, piece_->head, first_block_ + b,
-                                        at / p_.k_block);
-        block_positions_[b * kTile + j] = seen ? at : kNowhere;
+        const bool selected = j < tile_.count && at != kNoKey &&
+                              block_allowed(p_, sequence_->batch, item_->head, first_block_ + b,
+                                            at / p_.k_block);
+        block_positions_[b * kTile + j] = selected ? at : kNoKey;
       }
     }
   }
 
-  // The key positions of the tile as one row sees them.
+  // The key positions of the tile for one row: kNoKey where blocks or attn_mask hide the key.
   const int32_t* positions_of(int row, int slot) {
     const int32_t* base = tile_.positions;
-    if (p_.blocks.data && num_blocks_ > 1)
+    if (has_blocks(p_) && num_blocks_ > 1)
       base = block_positions_ + (rows_[row].query / p_.q_block - first_block_) * kTile;
     if (!p_.attn_mask.data) return base;
     const ByteGrid& g = p_.attn_mask;
-    const uint8_t* seen = g.data + sequence_->batch * g.batch + rows_[row].head * g.head +
+    const uint8_t* mask = g.data + sequence_->batch * g.batch + rows_[row].head * g.head +
                           rows_[row].query * g.row;
     int32_t* out = row_positions_ + slot * kTile;
     for (int j = 0; j < kTile; ++j) {
-      const bool real = j < tile_.count && base[j] != kNowhere;
-      out[j] = real && seen[base[j] * g.column] ? base[j] : kNowhere;
+      const bool real = j < tile_.count && base[j] != kNoKey;
+      out[j] = real && mask[base[j] * g.column] ? base[j] : kNoKey;
     }
     return out;
   }
 
-  void absorb_tile() {
-    each_strip([&]<int MR>(int first) { absorb_strip<MR>(first); });
+  void process_tile() {
+    each_strip([&]<int MR>(int first) { process_strip<MR>(first); });
   }
 
-  // Tile columns that some row of a strip sees.
-  struct Columns {
-    int begin, end;
-    bool full;  // every row sees every one of them
-  };
-
-  Columns columns_of(int first, int last) const {
-    const Row &low = rows_[first], &high = rows_[last];  // rows are in the order of positions
-    int begin = 0, end = tile_.count;
-    const int32_t sinks = (int32_t)p_.sinks;
-    auto in_reach = [&](int32_t at) { return at <= high.last && (at > low.after || at < sinks); };
-    while (end > begin && !in_reach(tile_.positions[end - 1])) --end;
-    while (begin < end && !in_reach(tile_.positions[begin])) ++begin;
-    const bool cut = ceil_div(end, kColumns) * kColumns > tile_.count || tile_.holes;
-    const bool rows_agree = tile_.high <= low.last && (tile_.low > high.after || tile_.high < sinks);
-    const bool by_row = p_.attn_mask.data || (p_.blocks.data && num_blocks_ > 1);
-    return {begin, end, rows_agree && !cut && !by_row};
+  // Whether every row of a strip attends to every one of these columns.
+  bool is_full(int first, int last, Columns columns) const {
+    const bool cut = ceil_div(columns.end, kColumns) * kColumns > tile_.count || tile_.holes;
+    const bool masked_by_row = p_.attn_mask.data || (has_blocks(p_) && num_blocks_ > 1);
+    return all_visible(rows_[first], rows_[last], (int32_t)p_.sinks, tile_) && !cut &&
+           !masked_by_row;
   }
 
   template <int MR>
-  SACCADE_NOINLINE void absorb_strip(int first) {
-    const Columns seen = columns_of(first, first + MR - 1);
-    if (seen.begin == seen.end) return;
-    const int begin = seen.begin / kColumns * kColumns;
-    const int end = (int)ceil_div(seen.end, kColumns) * kColumns;
+  SACCADE_NOINLINE void process_strip(int first) {
+    const int last = first + MR - 1;  // rows are in the order of positions
+    const Columns visible = visible_columns(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
+    if (visible.begin == visible.end) return;
+    const bool full = is_full(first, last, visible);
+    const int begin = visible.begin / kColumns * kColumns;
+    const int end = (int)ceil_div(visible.end, kColumns) * kColumns;
     score<MR>(first, begin, end);
-    const Scoring how{!seen.full, p_.alibi != nullptr, p_.softcap * kLog2e, (int32_t)p_.sinks};
+    const Scoring how{!full, p_.alibi != nullptr, p_.softcap * kLog2e, (int32_t)p_.sinks};
     online_softmax<MR>(state_, first, rows_, how,
                        [&](int i) { return positions_of(first + i, i); }, scores_, kScoreStride,
                        begin, end);
-    if (values_finite_ || seen.full) {
-      accumulate<MR>(first, seen.begin, seen.end);
+    if (values_finite_ || full) {
+      accumulate<MR>(first, visible.begin, visible.end);
     } else {
-      accumulate_visible<MR>(first, seen.begin, seen.end);
+      accumulate_visible<MR>(first, visible.begin, visible.end);
     }
   }
 
@@ -239,16 +212,16 @@ class Prefill {
     const float* v = v_panels_ + d * kTile + begin * kColumns;
     multiply<MR, NV, kScoreStride, 1, kColumns>(scores_ + begin, v, end - begin, [&](auto& acc) {
       SACCADE_UNROLL for (int i = 0; i < MR; ++i) {
-        const F shrink = set1(alpha[i]);
+        const F rescale = set1(alpha[i]);
         SACCADE_UNROLL for (int n = 0; n < NV; ++n) {
           float* at = o + i * o_stride_ + n * W;
-          store(at, fma(load(at), shrink, acc[i][n]));
+          store(at, fma(load(at), rescale, acc[i][n]));
         }
       }
     });
   }
 
-  // The same when an unseen value may be NaN or infinite: 0 times that would not be nothing.
+  // The same where a masked value may be NaN or infinite, of which even 0 times is NaN.
   template <int MR>
   void accumulate_visible(int first, int begin, int end) {
     for (int i = 0; i < MR; ++i) {
@@ -265,25 +238,15 @@ class Prefill {
   }
 
   void write() {
-    for (int i = 0; i < num_rows_; ++i) {
-      const float l = hsum(load(state_.l + i * W));
-      if (piece_->splits == 1) {
-        write_row(p_, *sequence_, rows_[i].query, rows_[i].head, o_ + i * o_stride_, state_.m[i], l);
-        continue;
-      }
-      const int64_t at = piece_->first_partial + i;
-      partials_.m[at] = state_.m[i];
-      partials_.l[at] = l;
-      std::memcpy(partials_.o + at * p_.value_dim, o_ + i * o_stride_,
-                  p_.value_dim * sizeof(float));
-    }
+    for (int i = 0; i < num_rows_; ++i)
+      finish_row(p_, *item_, partials_, i, rows_[i], o_ + i * o_stride_, state_.m[i],
+                 hsum(load(state_.l + i * W)));
   }
 
   const Problem& p_;
   const Partials& partials_;
-  const Piece* piece_ = nullptr;
+  const WorkItem* item_ = nullptr;
   const Sequence* sequence_ = nullptr;
-  size_t bytes_ = 0;
   int num_rows_ = 0;
   int64_t o_stride_ = 0, first_block_ = 0, num_blocks_ = 1;
   bool values_finite_ = true;

@@ -1,4 +1,4 @@
-// One attention problem as plain numbers: what the checked arguments of a call become.
+// One attention problem as plain numbers and pointers, after all checks (checks.h).
 //
 // Everything here is shared by all SIMD targets, so this file holds data and no code: an inline
 // function compiled twice with different instruction sets could be merged into the wrong one.
@@ -21,9 +21,9 @@ struct Span {
   int64_t slot, position, length;
 };
 
-// Unsigned codes with a float16 scale and offset: x = code * scale + offset.
-struct Codes {
-  Strided codes, scale, offset;
+// Unsigned integers with a float16 scale and offset: x = qdata * scale + offset.
+struct QuantizedTensor {
+  Strided qdata, scale, offset;
   int bits;
   int64_t group;  // tokens that share a scale (keys) or channels that do (values)
 };
@@ -32,7 +32,7 @@ enum class ViewKind : int { dense, paged, ragged, quantized };
 
 struct View {
   ViewKind kind;
-  Strided k, v;  // dense; pages (batch = page); ragged pages; the recent part of a quantised view
+  Strided k, v;  // dense; pages (batch = page); ragged pages; the recent tokens of a quantized view
   const Span* spans;
   int64_t num_spans;
   // paged and ragged
@@ -43,25 +43,27 @@ struct View {
   int64_t positions_page;    // in elements
   const int32_t* lengths;    // ragged: keys of each (row, head)
   int64_t lengths_batch, lengths_head;
-  // quantised
-  Codes k_codes, v_codes;
-  int64_t num_packed;
+  // quantized
+  QuantizedTensor quantized_k, quantized_v;
+  int64_t num_quantized;  // tokens; the recent ones follow
 };
 
-// One run of queries with its own keys: a row of the batch, or a document packed into a row.
+// Queries with keys of their own: a row of the batch, or a sequence packed into a row (varlen).
 struct Sequence {
   int64_t batch;
   int64_t q_begin, q_len;  // in the q tensor
-  int64_t k_begin, k_len;  // in view positions; position p of the mask is view position k_begin + p
+  int64_t k_begin, k_len;  // in view positions; mask position p is view position k_begin + p
   int64_t q_offset;        // mask position of the first query
 };
 
-struct ByteGrid {  // boolean tensor [batch | 1, heads | 1, rows, columns], strides 0 where broadcast
+// A boolean tensor [batch | 1, heads | 1, rows, columns], strides 0 where broadcast.
+struct ByteGrid {
   const uint8_t* data;
   int64_t batch, head, row, column;
 };
 
 constexpr int kMaxDim = 576;
+constexpr int64_t kDqPad = 32;  // rows of dq are padded to this, whatever the target
 constexpr int64_t kUnlimited = int64_t{1} << 40;
 
 struct Problem {
@@ -80,7 +82,7 @@ struct Problem {
   int64_t alibi_batch;
   ByteGrid key_padding;  // row unused
   ByteGrid blocks;
-  int64_t q_block, k_block;
+  int64_t q_block, k_block;  // 0 where there are no blocks
   ByteGrid attn_mask;
   int threads;
 };
@@ -91,7 +93,7 @@ struct Gradients {
   Strided d_out, dk, dv;
   const float *lse, *delta;     // contiguous [batch, heads, q_len]
   int64_t row_batch, row_head;  // their strides
-  float* dq;                    // [chunks][batch][heads][q_len][head_dim padded to whole columns]
+  float* dq;                    // [kv_chunks][batch][heads][q_len][head_dim padded to kDqPad]
   int64_t dq_chunk, num_chunks;
 };
 

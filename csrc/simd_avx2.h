@@ -24,7 +24,9 @@ SACCADE_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 SACCADE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SACCADE_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 SACCADE_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
-SACCADE_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SACCADE_INLINE F round(F a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 SACCADE_INLINE float hmax(F a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -69,8 +71,8 @@ SACCADE_INLINE void store(Bf16* p, F x) {  // round to nearest even; NaN stays N
   __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
   rounded = _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan));
   __m256i high = _mm256_srli_epi32(rounded, 16);
-  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  __m256i quantized = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(quantized));
 }
 SACCADE_INLINE void store(F16* p, F x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -99,14 +101,15 @@ SACCADE_INLINE void transpose(F (&r)[W]) {
 // Sums of eight registers, one a lane: half as many shuffles as a transpose.
 SACCADE_INLINE F sum_each(F (&r)[W]) {
   SACCADE_UNROLL for (int i = 0; i < 4; ++i)
-    r[i] = add(_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    r[i] = add(_mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+               _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]));
   SACCADE_UNROLL for (int i = 0; i < 2; ++i)
     r[i] = add(_mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0x44),
                _mm256_shuffle_ps(r[2 * i], r[2 * i + 1], 0xee));
   return add(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// 4-bit integers: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
   low = _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)));

@@ -95,7 +95,8 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   auto pd = [](F x) { return _mm512_castps_pd(x); };
   auto ps = [](__m512d x) { return _mm512_castpd_ps(x); };
   SACCADE_UNROLL for (int i = 0; i < 8; ++i)
-    r[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    r[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+               _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
   SACCADE_UNROLL for (int i = 0; i < 4; ++i)
     r[i] = add(ps(_mm512_unpacklo_pd(pd(r[2 * i]), pd(r[2 * i + 1]))),
                ps(_mm512_unpackhi_pd(pd(r[2 * i]), pd(r[2 * i + 1]))));
@@ -105,7 +106,7 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   return add(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// 4-bit integers: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
   low = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));

@@ -80,7 +80,7 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   return add(add(r[0], r[1]), add(r[2], r[3]));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// 4-bit integers: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   uint32_t four;
   __builtin_memcpy(&four, p, 4);

@@ -1,4 +1,4 @@
-// Portable: four floats in an array, which compilers turn into whatever the machine has.
+// Portable: four floats in an array, which compilers may vectorize as the machine allows.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -119,7 +119,7 @@ SACCADE_INLINE F sum_each(F (&r)[W]) {
   return add(add(r[0], r[1]), add(r[2], r[3]));
 }
 
-// Codes of four bits: low nibbles of W bytes, then the high ones.
+// 4-bit integers: low nibbles of W bytes, then the high ones.
 SACCADE_INLINE void load_nibbles(const uint8_t* p, F& low, F& high) {
   for (int i = 0; i < W; ++i) {
     low.lane[i] = (float)(p[i] & 15);

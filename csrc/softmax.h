@@ -2,24 +2,14 @@
 //
 // Scores arrive multiplied by log2(e), so exp becomes 2^x.  For each row: m is the largest score so
 // far, l the sum of 2^(score - m) (kept as one partial sum per lane until the end), and alpha the
-// factor 2^(m_old - m_new) by which everything summed before shrinks.
+// factor 2^(m_old - m_new) that rescales everything summed before.
 #pragma once
+#include "rows.h"
 #include "simd.h"
-#include "views.h"
 
 namespace saccade::SACCADE_TARGET {
 
 constexpr int kScoreStride = kTile + 16;  // not a power of two: rows spread over the cache sets
-
-// What one row may see, and what is added to its scores.
-struct Row {
-  int32_t position;
-  int32_t last;       // sees positions <= last ...
-  int32_t after;      // ... and (> after or < sinks)
-  float slope;        // ALiBi, times log2(e)
-  int64_t query;      // index in its sequence
-  int64_t head;       // query head
-};
 
 struct Softmax {
   float* m;      // [rows]
@@ -32,15 +22,6 @@ struct Scoring {
   float softcap;  // softcap * log2(e), 0 for none
   int32_t sinks;
 };
-
-SACCADE_INLINE M visible_lanes(const Row& row, int32_t sinks, I positions) {
-  const M in_window = either(gt(positions, set1i(row.after)), gt(set1i(sinks), positions));
-  return both(negate(gt(positions, set1i(row.last))), in_window);
-}
-
-SACCADE_INLINE bool is_visible(const Row& row, int32_t sinks, int32_t position) {
-  return position <= row.last && (position > row.after || position < sinks);
-}
 
 // Softcap, bias and mask of one row; leaves the final scores in place and returns their maximum.
 SACCADE_INLINE F adjust_row(const Scoring& how, const Row& row, const int32_t* positions, float* s,
@@ -67,16 +48,17 @@ SACCADE_INLINE F plain_row_max(const float* s, int begin, int end) {
   return top;
 }
 
-// New maxima and shrink factors of `n` rows whose strip maxima are `top`; returns them as anchors.
+// Maxima and alpha of MR rows whose strip maxima are `top`.  On return `top` holds what to subtract
+// from the scores: the new maximum, or 0 where a row has attended to nothing so far.
 template <int MR>
-SACCADE_INLINE void move_maxima(Softmax state, int row, float* top) {
+SACCADE_INLINE void update_maxima(Softmax state, int row, float* top) {
   constexpr int padded = (MR + W - 1) / W * W;
   alignas(64) float before[padded] = {};
   for (int i = 0; i < MR; ++i) {
     before[i] = state.m[row + i];
     const float m = top[i] > before[i] || top[i] != top[i] ? top[i] : before[i];
     state.m[row + i] = m;
-    top[i] = m == -kInf ? 0.f : m;  // a row that has seen nothing yet: 2^(-inf - 0) = 0
+    top[i] = m == -kInf ? 0.f : m;  // 2^(-inf - 0) = 0
   }
   for (int i = 0; i < MR; i += W) {
     alignas(64) float alpha[W];
@@ -97,7 +79,7 @@ SACCADE_INLINE void exponentiate_row(float* s, int begin, int end, float anchor,
 }
 
 // One step for MR rows over score columns [begin, end), multiples of W.
-// `positions_of(i)` gives the key positions that row i may look at.
+// `positions_of(i)` gives the key positions of row i, kNoKey where another mask hides the key.
 template <int MR, class PositionsOf>
 SACCADE_INLINE void online_softmax(Softmax state, int row, const Row* rows, const Scoring& how,
                                    PositionsOf&& positions_of, float* s, int ld, int begin,
@@ -108,7 +90,7 @@ SACCADE_INLINE void online_softmax(Softmax state, int row, const Row* rows, cons
     top[i] = hmax(plain ? plain_row_max(s + i * ld, begin, end)
                         : adjust_row(how, rows[row + i], positions_of(i), s + i * ld, begin, end));
   }
-  move_maxima<MR>(state, row, top);
+  update_maxima<MR>(state, row, top);
   for (int i = 0; i < MR; ++i)
     exponentiate_row(s + i * ld, begin, end, top[i], state.alpha[row + i], state.l + (row + i) * W);
 }

@@ -33,6 +33,6 @@ export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_
 export PYTHONPATH=$PWD:$site
 shift || true
 # The contract suite as far as it concerns these kernels, the fuzzed raw binding, gradients.
-contract=(tests/ops/test_cpu.py tests/ops/test_cpu_autograd.py tests/ops/test_backends.py)
+contract=(tests/ops/test_cpu.py tests/ops/test_cpu_workspace.py tests/ops/test_cpu_binding.py tests/ops/test_cpu_gradients.py tests/ops/test_backends.py)
 [ $# -gt 0 ] && contract=("$@")
 exec "$python" -S -m pytest -p no:cacheprovider -q "${contract[@]}" -k "cpu and not compile"

@@ -1,21 +1,21 @@
 #!/bin/sh
-# Watch our kernels with compute-sanitizer: memcheck (addresses) and racecheck (shared memory).
+# Check our kernels with compute-sanitizer: memcheck (addresses) and racecheck (shared memory).
 #
 #   scripts/sanitize_gpu.sh [GROUP...]        groups: see scripts/sanitize_kernels.py; default: all
 #
-# One kind of report is known and not counted: racecheck calls the byte through which Triton's
-# warp_specialize tells worker warps what to run a race, in kernels whose warps are not all at work
-# and synchronise in parts.  It is written before, and read behind, a barrier of all warps; the same
-# report comes for lab/race_warp_specialize.py, which shares nothing else (`both`).  The reads are
-# those of the dispatch loop, in the first instructions of a Gluon kernel.
+# One kind of report is a known false positive and not counted: racecheck reports a race on the byte
+# through which Triton's warp_specialize gives worker warps their task, in kernels where some warps
+# are idle and barriers cover only some of the warps.  The byte is written before, and read after, a
+# barrier of all warps; lab/race_warp_specialize.py, which shares no other memory, gets the same
+# report (`both`).  The reads are those of the dispatch loop, in a Gluon kernel's first instructions.
 #
 # Needs an NVIDIA GPU and the CUDA toolkit.  LOGS=FOLDER keeps the logs.  Exit code 1: a tool found
 # something, or a group did not end within SECONDS_EACH (default 100).
 cd "$(dirname "$0")/.." || exit 2
 PATH=$PATH:/usr/local/cuda/bin
 tool=$(command -v compute-sanitizer) || { echo "compute-sanitizer is not installed (CUDA toolkit)." >&2; exit 2; }
-groups=${*:-forward listed rows backward decode codes storing one_row gluon_forward gluon_listed gluon_rows \
-    gluon_backward gluon_decode gluon_codes gluon_fp8}
+groups=${*:-forward block_sparse varlen backward decode quantized kv_write gemv gluon_forward \
+    gluon_block_sparse gluon_varlen gluon_backward gluon_decode gluon_quantized gluon_fp8}
 logs=${LOGS:-$(mktemp -d)}
 limit=${SECONDS_EACH:-100}
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor is an allocation of its own, with its own bounds

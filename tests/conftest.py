@@ -18,9 +18,9 @@ settings.load_profile("repeatable")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton's kernels are then interpreted on the CPU and tested there.
-    from tests.support.interpreted import mend
+    from tests.support.interpreted import patch_interpreter
 
-    mend()
+    patch_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -110,7 +110,7 @@ class Case:
         return forward * BACKWARD_FACTOR if self.work == "backward" else forward
 
     @property
-    def num_packed(self) -> int:
+    def num_quantized(self) -> int:
         """Tokens stored as codes."""
         return max(0, self.kv_len - RECENT) // GROUP * GROUP if self.storage in BITS else 0
 
@@ -118,12 +118,12 @@ class Case:
     def kv_bytes(self) -> int:
         """Bytes of all keys and values as they are stored."""
         size = self.q_dtype.itemsize
-        plain = 2 * size * (self.kv_len - self.num_packed) * self.head_dim
-        if not self.num_packed:
+        plain = 2 * size * (self.kv_len - self.num_quantized) * self.head_dim
+        if not self.num_quantized:
             return self.kv_heads * plain
-        qdata = 2 * self.num_packed * self.head_dim * BITS[self.storage] // 8
-        k_scales = 4 * self.num_packed // GROUP * self.head_dim  # float16 scale and offset
-        v_scales = 4 * self.num_packed * (self.head_dim // value_group(self.head_dim))
+        qdata = 2 * self.num_quantized * self.head_dim * BITS[self.storage] // 8
+        k_scales = 4 * self.num_quantized // GROUP * self.head_dim  # float16 scale and offset
+        v_scales = 4 * self.num_quantized * (self.head_dim // value_group(self.head_dim))
         return self.kv_heads * (plain + qdata + k_scales + v_scales)
 
     @property

@@ -71,7 +71,7 @@ def _view(case: Case, k: Tensor, v: Tensor) -> DenseKV | QuantizedKV:
         return DenseKV(k, v)
     if case.hadamard:
         k, v = hadamard_transform(k), hadamard_transform(v)
-    bits, packed = BITS[case.storage], case.num_packed
+    bits, packed = BITS[case.storage], case.num_quantized
     group = value_group(case.head_dim)
     keys = quantize_keys(k[:, :, :packed], bits=bits, group=GROUP)
     values = quantize_values(v[:, :, :packed], bits=bits, group=group)

@@ -176,7 +176,7 @@ def _candidates() -> dict[str, list[tuple[tuple[int, int], Launch]]]:
             name: [
                 (
                     (row["dims"][0], row["dims"][1]),
-                    launches.as_launch({k: v for k, v in row.items() if k != "dims"}),
+                    launches.parse_launch({k: v for k, v in row.items() if k != "dims"}),
                 )
                 for row in rows
             ]
@@ -196,7 +196,7 @@ def enter(file: LaunchFile, found: Found) -> None:
     """Put what was found into a file: the row to use, and how it was found."""
     if found.best is not None:
         rows = file.kernels.get(found.kernel, ())
-        file.kernels[found.kernel] = launches.joined(rows, ((found.dim, found.best.launch),))
+        file.kernels[found.kernel] = launches.overlay(rows, ((found.dim, found.best.launch),))
     for trial in found.trials:
         told = {"kernel": found.kernel, "dim": found.dim, "status": trial.status}
         told |= {"seconds": trial.seconds} if trial.seconds is not None else {}

@@ -125,7 +125,7 @@ def facts(bench: Bench) -> dict[str, Any]:
 
     names = environment.gpu_names() if bench.device == "cuda" else ["no card: the interpreter"]
     return {
-        "card": names[0],
+        "gpu": names[0],
         "torch": environment.version("torch"),
         "triton": environment.version("triton"),
         "cuda": torch.version.cuda,

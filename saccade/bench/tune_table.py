@@ -47,7 +47,7 @@ def print_found(
 def heading(measured: Mapping[str, Any]) -> list[str]:
     """Card, versions and ceilings, as lines."""
     versions = ", ".join(f"{name} {measured.get(name)}" for name in ("torch", "triton", "cuda"))
-    lines = [f"{measured.get('card')}, {versions}"]
+    lines = [f"{measured.get('gpu')}, {versions}"]
     limits = measured.get("ceilings")
     if limits:
         lines.append(

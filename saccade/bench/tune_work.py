@@ -140,13 +140,13 @@ def _decode(*kinds: str) -> Callable[[Sizes], tuple[Sequence[Shape], Sequence[Sh
 
 SHAPES: dict[str, Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]] = {
     "forward": _prefill,
-    "forward_short": _short,
-    "forward_listed": _listed,
-    "keys": _training,
-    "queries": _training,
+    "forward_window": _short,
+    "forward_block_sparse": _listed,
+    "backward_kv": _training,
+    "backward_q": _training,
     "decode": _decode("dense"),
-    "decode_pages": _decode("pages"),
-    "decode_codes": _decode("int8", "int4"),
+    "decode_paged": _decode("pages"),
+    "decode_quantized": _decode("int8", "int4"),
 }
 
 

@@ -1,30 +1,30 @@
-"""Floor 2: memory.  A cache stores keys and values and lends an operator a view of them."""
+"""Caches: they store keys and values and give the operators views of them."""
 
 from saccade.cache.base import LayerCache, ShiftKeys
 from saccade.cache.dense import DenseCache
 from saccade.cache.make import make_layer_cache
-from saccade.cache.offloaded import OffloadedCache, Staging
+from saccade.cache.offloaded import OffloadedCache, StagingBuffers
+from saccade.cache.page_allocator import PageAllocator
 from saccade.cache.paged import PagedCache, PagePool
-from saccade.cache.pages import Pages
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
-from saccade.cache.step import Cursor, SteppingCache, StepWrite
+from saccade.cache.step import Cursor, SteppingCache, StepView
 
 __all__ = [
     "Cursor",
     "DenseCache",
     "LayerCache",
     "OffloadedCache",
+    "PageAllocator",
     "PagePool",
     "PagedCache",
-    "Pages",
     "QuantizedCache",
     "RaggedCache",
     "RingCache",
     "ShiftKeys",
-    "Staging",
-    "StepWrite",
+    "StagingBuffers",
+    "StepView",
     "SteppingCache",
     "make_layer_cache",
 ]

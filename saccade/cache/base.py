@@ -1,4 +1,4 @@
-"""The protocol of layer caches: append a chunk, get back the view its queries attend to."""
+"""The protocol of layer caches: append a chunk, get the view that its queries attend to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Setting = int | str | bool | None
 
 
 class CacheState(NamedTuple):
-    """Everything a cache holds, in parts that can be written down; see `cache.snapshot`.
+    """The contents of a cache as data, for sessions; see `cache.snapshot`.
 
     Attributes:
         settings: how the cache was made; only a cache made the same way can take the state.
-        progress: whole numbers that say what the tensors hold.
-        tensors: views of what is stored, empty slots left out.
+        progress: counts that say what the tensors hold, none below 0.
+        tensors: views of what is stored, without empty slots.
     """
 
     settings: Mapping[str, Setting]
@@ -32,23 +32,25 @@ class CacheState(NamedTuple):
 
 
 class LayerCache(Protocol):
-    """Keys and values of one attention layer.
+    """Keys and values of one attention layer, appended in chunks.
 
-    Attributes:
-        seen: tokens appended so far, which is the position of the next one.
-        nbytes: bytes allocated for keys, values and what describes them.
+    Every append has the same batch, heads and head dimensions; positions count from 0.
     """
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens appended so far, which is the position of the next one."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes allocated for keys, values, scales, positions and page tables."""
+        ...
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
-        """Store keys `[B, Hkv, t, D]` and values `[B, Hkv, t, Dv]`; lend what they attend to.
+        """Store keys `[B, Hkv, t, D]` and values `[B, Hkv, t, Dv]`; the view their queries read.
 
-        The view holds at least every stored key that any of the t new tokens may see under the
+        The view holds at least every stored key that any of the t new tokens attends to under the
         cache's mask, and stays valid until the next append.
         """
         ...
@@ -58,19 +60,23 @@ class LayerCache(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on.
+        """Roll back: remove all tokens from position `length` on.
 
         Raises:
-            Unsupported: what would have to come back was overwritten.
+            Unsupported: keys that attention needs at `length` were overwritten or removed.
         """
         ...
 
     def max_rollback(self, length: int) -> int:
-        """The largest position up to `length` that `truncate` can go back to; 0 needs a reset."""
+        """The largest position up to `length` that `truncate` accepts; 0 where there is none."""
         ...
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Context shift: forget positions start .. stop-1 and move the later ones down.
+        """Remove positions start .. stop-1 and move later tokens down, their keys re-rotated.
+
+        Args:
+            start, stop: half-open range of positions.
+            shift: applies RoPE for a number of positions to keys that are rotated already.
 
         Raises:
             Unsupported: this cache cannot shift.
@@ -78,20 +84,24 @@ class LayerCache(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget everything; memory stays allocated."""
+        """Remove everything; memory stays allocated."""
         ...
 
     def state(self) -> CacheState:
-        """What it takes to go on from here; the tensors are valid until the next change."""
+        """Contents of the cache; the tensors are valid until the next change."""
         ...
 
     def restore(self, state: CacheState, device: torch.device) -> None:
-        """Hold what `state` says, copied to `device`; see `cache.snapshot.check` for refusals."""
+        """Replace the contents by `state`, copied to `device`.
+
+        Raises:
+            BadInput: tensors of other lengths than the progress says; see `cache.snapshot`.
+        """
         ...
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """`float16` for torch.float16, None for None: dtypes as a state writes them down."""
+    """`float16` for torch.float16, None for None: a dtype as CacheState.settings hold it."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""A contiguous cache that grows with the context, and shrinks for real when told what to keep."""
+"""A contiguous cache that grows with the context, and frees memory when keys are removed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.step import Cursor, StepWrite
+from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, Unsupported
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 GROWTH_STEP = 64
 GROWTH_SHARE = 16
@@ -33,15 +34,17 @@ class DenseCache:
 
     @property
     def seen(self) -> int:
+        """Tokens appended so far, removed ones included."""
         return self._seen
 
     @property
     def num_slots(self) -> int:
-        """Keys held; fewer than `seen` after `keep`."""
+        """Keys stored; fewer than `seen` after `keep`."""
         return self._slots
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both buffers, empty slots included."""
         if self._k is None or self._v is None:
             return 0
         return self._k.nbytes + self._v.nbytes
@@ -67,7 +70,7 @@ class DenseCache:
         return self.view()
 
     def view(self) -> DenseKV:
-        """Everything held, without a copy."""
+        """Everything stored, without a copy."""
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
 
@@ -80,15 +83,15 @@ class DenseCache:
     def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         assert self._k is not None and self._v is not None
-        gap = self._seen - self._slots
-        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], gap
+        removed = self._seen - self._slots
+        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], removed
 
-    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
         """See SteppingCache."""
-        assert self._k is not None and self._v is not None, "claim comes first"
-        cursor = cursor.back(self._seen - self._slots)
+        assert self._k is not None and self._v is not None, "reserve comes first"
+        cursor = cursor.minus(self._seen - self._slots)
         q = append(KVSlots(self._k, self._v, cursor.start), k, v, rope)
-        return StepWrite(DenseKV(self._k, self._v), cursor, q)
+        return StepView(DenseKV(self._k, self._v), cursor, q)
 
     def commit(self, count: int) -> None:
         """See SteppingCache."""
@@ -115,9 +118,12 @@ class DenseCache:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on; memory stays allocated."""
+        """Remove all tokens from position `length` on; memory stays allocated."""
         if length < self._seen and self.is_compressed:
-            raise Unsupported("a compressed cache cannot be truncated: keep a copy of the session.")
+            raise Unsupported(
+                f"a compressed cache cannot go back to position {length}: removed keys are gone. "
+                "Reset it and read the prompt again."
+            )
         self._seen = self._slots = min(length, self._slots)
 
     def max_rollback(self, length: int) -> int:
@@ -125,9 +131,12 @@ class DenseCache:
         return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Forget positions start .. stop-1; later keys move down, re-rotated in place."""
+        """Remove positions start .. stop-1; later keys move down, re-rotated in place."""
         if self.is_compressed:
-            raise Unsupported("a compressed cache cannot be shifted: its positions have gaps.")
+            raise Unsupported(
+                "a compressed cache cannot be shifted: its positions have gaps. Use a ragged cache "
+                "(kv_policy='ada_snapkv'), which stores positions."
+            )
         assert self._k is not None and self._v is not None
         moved = self._slots - stop
         shifted = shift(self._k[:, :, stop : self._slots], start - stop)
@@ -136,7 +145,7 @@ class DenseCache:
         self._slots = self._seen = start + moved
 
     def reset(self) -> None:
-        """Forget everything; memory stays allocated."""
+        """Remove everything; memory stays allocated."""
         self._slots = self._seen = 0
 
     def state(self) -> CacheState:
@@ -156,8 +165,8 @@ class DenseCache:
         self._k = self._v = None
         if state.tensors:
             room = max(slots, capacity)
-            self._k = placed(state.tensors["k"], room, device)
-            self._v = placed(state.tensors["v"], room, device)
+            self._k = copied_into_buffer(state.tensors["k"], room, device)
+            self._v = copied_into_buffer(state.tensors["v"], room, device)
         self._seen, self._slots = state.progress["seen"], slots
 
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
@@ -170,7 +179,7 @@ class DenseCache:
 
 
 def grown_capacity(have: int, wanted: int, reserve: int) -> int:
-    """Slots to allocate where `wanted` do not fit into `have`: `reserve` at once, if that does."""
+    """Slots to allocate where `wanted` exceed `have`: `reserve` if enough, else more."""
     wanted_or_more = max(wanted, have + have // GROWTH_SHARE)
     grown = -(-wanted_or_more // GROWTH_STEP) * GROWTH_STEP
     return reserve if wanted <= reserve else grown
@@ -186,8 +195,8 @@ def _grown(
     return new
 
 
-def placed(x: Tensor, capacity: int, device: torch.device) -> Tensor:
-    """`x` `[B, H, n, D]` at the front of a fresh buffer of `capacity` slots on `device`."""
+def copied_into_buffer(x: Tensor, capacity: int, device: torch.device) -> Tensor:
+    """A new buffer of `capacity` slots on `device` that begins with `x` `[B, H, n, D]`."""
     batch, heads, used, dim = x.shape
     new = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=device)
     new[:, :, :used] = x
@@ -195,7 +204,7 @@ def placed(x: Tensor, capacity: int, device: torch.device) -> Tensor:
 
 
 def _gather(x: Tensor, index: Tensor, capacity: int) -> Tensor:
-    """Slots `index` of `x` `[B, H, slots, D]` in a fresh buffer of `capacity` slots."""
+    """A new buffer of `capacity` slots that begins with the slots `index` of `x`."""
     batch, heads, _, dim = x.shape
     kept = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=x.device)
     kept[:, :, : index.shape[2]] = x.gather(2, index[..., None].expand(-1, -1, -1, dim))

@@ -6,7 +6,7 @@ import torch
 
 from saccade.cache.base import LayerCache
 from saccade.cache.dense import DenseCache
-from saccade.cache.offloaded import OffloadedCache, Staging
+from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
@@ -26,20 +26,20 @@ def make_layer_cache(
     type_v: str | None = None,
     page_size: int | None = None,
     ragged: bool = False,
-    staging: Staging | None = None,
+    staging: StagingBuffers | None = None,
     reserve: int = 0,
 ) -> LayerCache:
-    """The cache for a layer: a ring where there is a window, codes where types are quantised.
+    """The cache of a layer: a ring where there is a window, else as storage types and options say.
 
     Args:
         window: keys a token sees, itself counted; None for all.
         sinks: first tokens that stay visible outside the window.
         chunk: most tokens appended at once.
-        checkpoints: positions that a ring can be taken back to; see RingCache.
+        checkpoints: positions that a ring can roll back to; see RingCache.
         type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
-        page_size: tokens of a page, for keys in pages; None for one buffer.
+        page_size: tokens of a page, for a paged cache; None for one buffer.
         ragged: KV heads will keep different numbers of keys.
-        staging: for keys in host memory, the buffers on the device that all layers share.
+        staging: for keys in host memory, the buffers on the device, shared by all layers.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     if type_k in BITS and type_v in BITS and window is None:

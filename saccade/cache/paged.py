@@ -1,6 +1,6 @@
-"""Keys and values in pages of a pool: many sequences, shared prefixes, nothing ever moved.
+"""Keys and values in pages of a pool: many sequences, shared prefixes, no key is ever moved.
 
-`pages.Pages` decides which page belongs to whom; here are the tensors.  A pool of a fixed size
+`page_allocator.PageAllocator` keeps the page tables; the tensors are here.  A pool of a fixed size
 refuses when it is full; one that may grow does so by a sixteenth, like a dense cache.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.pages import Copy, Pages
+from saccade.cache.page_allocator import PageAllocator, PageCopy
 from saccade.core import PagedKV, Unsupported
 from saccade.core.kv import dense
 
@@ -23,14 +23,14 @@ GROWTH_SHARE = 16
 class PagePool:
     """Keys and values of one layer for any number of sequences.
 
-    `pool.pages` is the bookkeeping: `create` (what of a prompt is there already), `fork`,
-    `truncate`, `release`; the pool writes into its sequences and lends views of them:
+    `pool.allocator` creates, forks, truncates and releases sequences; the pool writes their keys
+    and makes views of them:
 
-        row = pool.pages.create(prompt)
-        start = pool.pages.length(row)                  # found again: need not be computed
-        pool.write([row], k[:, :, start:], v[:, :, start:], prompt[start:])
-        other = pool.pages.fork(row)                    # shares every page until one writes
-        attend(q, pool.view([row, other]), mask=Mask())
+        seq = pool.allocator.create(prompt)
+        start = pool.allocator.length(seq)              # found in the prefix cache
+        pool.write([seq], k[:, :, start:], v[:, :, start:], prompt[start:])
+        other = pool.allocator.fork(seq)                # shares every page, copied on write
+        attend(q, pool.view([seq, other]), mask=Mask())
 
     Args:
         num_pages: pages to allocate.
@@ -47,90 +47,91 @@ class PagePool:
         grows: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.pages = Pages(num_pages, page_size)
+        self.allocator = PageAllocator(num_pages, page_size)
         self.dtype, self._grows = dtype, grows
         self._k: Tensor | None = None
         self._v: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, whoever uses them."""
+        """Bytes of all pages, used or not."""
         return 0 if self._k is None or self._v is None else self._k.nbytes + self._v.nbytes
 
     def write(
-        self, rows: Sequence[int], k: Tensor, v: Tensor, tokens: Sequence[int] | None = None
+        self, seqs: Sequence[int], k: Tensor, v: Tensor, tokens: Sequence[int] | None = None
     ) -> None:
-        """Append keys `[B, Hkv, t, D]` and values to B sequences of one length.
+        """Append keys `[B, Hkv, t, D]` and values `[B, Hkv, t, Dv]` to B sequences of one length.
 
         Args:
-            rows: ids of `pages.create` or `pages.fork`.
+            seqs: ids of `allocator.create` or `allocator.fork`.
             k, v: the new keys and values.
-            tokens: what was read, where B is 1 and a later prompt may begin with the same.
+            tokens: their token ids, where B is 1 and the pages shall enter the prefix cache.
 
         Raises:
             Unsupported: the pool is full and may not grow; nothing has changed then.
         """
-        count, size = k.shape[2], self.pages.page_size
-        self._make_room(rows, k, v)
-        start = self.pages.length(rows[0])
-        assert all(self.pages.length(row) == start for row in rows), "rows of one length"
-        # One after the other, copies at once: a page that was shared by two rows of the batch is
-        # copied for the first and written in place by the last.
-        for row in rows:
-            self._copy(self.pages.extend(row, count, tokens))
+        count, size = k.shape[2], self.allocator.page_size
+        self._make_room(seqs, k, v)
+        start = self.allocator.length(seqs[0])
+        assert all(self.allocator.length(seq) == start for seq in seqs), "sequences of one length"
+        # Copy after each sequence: a page shared by two sequences of the batch is copied for the
+        # first and written in place by the second.
+        for seq in seqs:
+            self._copy(self.allocator.extend(seq, count, tokens))
         assert self._k is not None and self._v is not None
         at = torch.arange(start, start + count, device=k.device)
-        lists = [self.pages.table(row) for row in rows]
-        holding = [[pages[i // size] for i in range(start, start + count)] for pages in lists]
-        pages = torch.tensor(holding, dtype=torch.int64, device=k.device)  # [B, t]
+        tables = [self.allocator.page_table(seq) for seq in seqs]
+        of_token = [[pages[i // size] for i in range(start, start + count)] for pages in tables]
+        pages = torch.tensor(of_token, dtype=torch.int64, device=k.device)  # [B, t]
         self._k[pages, :, at % size] = k.transpose(1, 2).to(self._k.dtype)
         self._v[pages, :, at % size] = v.transpose(1, 2).to(self._v.dtype)
 
-    def view(self, rows: Sequence[int], table: Tensor | None = None) -> PagedKV:
-        """What some sequences hold, without a copy; they may differ in length.
+    def view(self, seqs: Sequence[int], page_table: Tensor | None = None) -> PagedKV:
+        """A view of some sequences, without a copy; they may differ in length.
 
         Args:
-            rows: ids of the sequences.
-            table: their `table`, where the caller still has it.
+            seqs: ids of the sequences.
+            page_table: their `page_table`, where the caller still has it.
         """
         assert self._k is not None and self._v is not None
-        kv_lens = [self.pages.length(row) for row in rows]
+        kv_lens = [self.allocator.length(seq) for seq in seqs]
         return PagedKV(
             self._k,
             self._v,
-            self.table(rows, self._k.device) if table is None else table,
+            self.page_table(seqs, self._k.device) if page_table is None else page_table,
             torch.tensor(kv_lens, dtype=torch.int32, device=self._k.device),
             max(kv_lens),
         )
 
-    def table(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """Pages of each sequence, int32 `[B, most pages]`, 0 behind the end."""
-        lists = [self.pages.table(row) for row in rows]
-        most = max(map(len, lists))
-        padded = [pages + [0] * (most - len(pages)) for pages in lists]
-        return torch.tensor(padded, dtype=torch.int32, device=device).view(len(rows), most)
+    def page_table(self, seqs: Sequence[int], device: torch.device) -> Tensor:
+        """Pages of each sequence, int32 `[B, most pages]`, padded with 0."""
+        tables = [self.allocator.page_table(seq) for seq in seqs]
+        width = max(map(len, tables))
+        padded = [pages + [0] * (width - len(pages)) for pages in tables]
+        return torch.tensor(padded, dtype=torch.int32, device=device).view(len(seqs), width)
 
-    def _make_room(self, rows: Sequence[int], k: Tensor, v: Tensor) -> None:
-        pages = self.pages
-        missing = pages.needed(rows, k.shape[2]) - pages.num_available
+    def _make_room(self, seqs: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Grow where that is needed and allowed, and allocate the tensors."""
+        allocator = self.allocator
+        missing = allocator.num_needed(seqs, k.shape[2]) - allocator.num_available
         if missing > 0 and self._grows:
-            have = pages.num_pages
-            pages.grow(have + max(missing, have // GROWTH_SHARE))
-        pages.check_room(rows, k.shape[2])
+            have = allocator.num_pages
+            allocator.grow(have + max(missing, have // GROWTH_SHARE))
+        allocator.check_room(seqs, k.shape[2])
         self._k, self._v = self._grown(self._k, k), self._grown(self._v, v)
 
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         heads, dim = like.shape[1], like.shape[3]
         have = 0 if old is None else old.shape[0]
-        if old is not None and have == self.pages.num_pages:
+        if old is not None and have == self.allocator.num_pages:
             return old
-        shape = (self.pages.num_pages, heads, self.pages.page_size, dim)
+        shape = (self.allocator.num_pages, heads, self.allocator.page_size, dim)
         new = torch.empty(shape, dtype=self.dtype or like.dtype, device=like.device)
         if old is not None:
             new[:have] = old
         return new
 
-    def _copy(self, copies: list[Copy]) -> None:
+    def _copy(self, copies: list[PageCopy]) -> None:
         assert self._k is not None and self._v is not None
         for source, target in copies:
             self._k[target] = self._k[source]
@@ -140,8 +141,8 @@ class PagePool:
 class PagedCache:
     """The rows of a batch as sequences of a pool; see LayerCache.
 
-    Rows that are reordered share their pages until they differ, so beams cost what they do not
-    have in common.
+    `reorder` forks sequences instead of copying keys, so the beams of a search share the pages
+    they have in common.
 
     Args:
         pool: of this layer, shared with other caches; default one of its own that grows.
@@ -156,105 +157,109 @@ class PagedCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.pool = pool or PagePool(page_size=page_size, grows=True, dtype=dtype)
-        self._rows: list[int] = []
+        self._sequences: list[int] = []  # one for each row of the batch
         self._seen = 0
-        self._expected: list[int] = []
-        self._listed: list[list[int]] = []  # pages of each row, as `_table` has them
-        self._table: Tensor | None = None
+        self._prompt: list[int] = []  # announced by `match_prefix`
+        self._table_rows: list[list[int]] = []  # the page tables that `_page_table` was made of
+        self._page_table: Tensor | None = None
 
     @property
     def seen(self) -> int:
+        """Tokens appended or found in the prefix cache."""
         return self._seen
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole pool, and of the table of these rows."""
-        return self.pool.nbytes + (0 if self._table is None else self._table.nbytes)
+        """Bytes of the whole pool, and of the page table of these rows."""
+        return self.pool.nbytes + (0 if self._page_table is None else self._page_table.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> PagedKV:
         """Store a chunk; see LayerCache."""
-        if not self._rows:
-            self._rows = [self.pool.pages.create() for _ in range(k.shape[0])]
+        if not self._sequences:
+            self._sequences = [self.pool.allocator.create() for _ in range(k.shape[0])]
         stop = self._seen + k.shape[2]
-        told = len(self._rows) == 1 and stop <= len(self._expected)
-        self.pool.write(self._rows, k, v, self._expected[self._seen : stop] if told else None)
+        known = len(self._sequences) == 1 and stop <= len(self._prompt)
+        self.pool.write(self._sequences, k, v, self._prompt[self._seen : stop] if known else None)
         self._seen = stop
         return self.view()
 
-    def expect(self, tokens: Sequence[int]) -> int:
-        """Say what an empty cache of one row will read, to share pages with others of the pool.
+    def match_prefix(self, tokens: Sequence[int]) -> int:
+        """Begin an empty cache of one row with the cached prefix of a prompt.
+
+        Pages that `append` fills with the rest of the prompt enter the prefix cache of the pool.
 
         Args:
             tokens: of the prompt, without the last one where its logits are wanted.
 
         Returns:
-            How many of them it holds already, found in the pool; append those after.
+            Tokens found in the prefix cache; append the keys of those after.
 
         Raises:
             Unsupported: the cache is not empty.
         """
-        if self._rows:
+        if self._sequences:
             raise Unsupported(f"this cache holds {self._seen} tokens already: reset it first.")
-        self._expected = list(tokens)
-        self._rows = [self.pool.pages.create(self._expected)]
-        self._seen = self.pool.pages.length(self._rows[0])
+        self._prompt = list(tokens)
+        self._sequences = [self.pool.allocator.create(self._prompt)]
+        self._seen = self.pool.allocator.length(self._sequences[0])
         return self._seen
 
     def fork(self) -> PagedCache:
-        """A cache that shares all pages with this one until one of them writes."""
+        """A cache that shares all pages with this one; a shared page is copied on write."""
         other = PagedCache(self.pool)
-        other._rows = [self.pool.pages.fork(row) for row in self._rows]
-        other._seen, other._expected = self._seen, list(self._expected)
+        other._sequences = [self.pool.allocator.fork(seq) for seq in self._sequences]
+        other._seen, other._prompt = self._seen, list(self._prompt)
         return other
 
     def view(self) -> PagedKV:
-        """Everything held, without a copy."""
-        pages = self.pool.pages
-        lists = [pages.table(row) for row in self._rows]
-        if self._table is None or lists != self._listed:  # most steps stay in their last page
-            self._listed = [list(row) for row in lists]
-            self._table = None
-        view = self.pool.view(self._rows, self._table)
-        self._table = view.table
+        """Everything stored, without a copy."""
+        tables = [self.pool.allocator.page_table(seq) for seq in self._sequences]
+        # Most steps stay in their last page: then the tensor of the step before is still right.
+        if self._page_table is None or tables != self._table_rows:
+            self._table_rows = [list(pages) for pages in tables]
+            self._page_table = None
+        view = self.pool.view(self._sequences, self._page_table)
+        self._page_table = view.page_table
         return view
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i], without copying a page."""
-        old = self._rows
-        self._rows = [self.pool.pages.fork(old[i]) for i in rows.tolist()] if old else []
+        old, fork = self._sequences, self.pool.allocator.fork
+        self._sequences = [fork(old[i]) for i in rows.tolist()] if old else []
         self._release(old)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on; their pages are free for others."""
-        for row in self._rows:
-            self.pool.pages.truncate(row, length)
+        """Remove all tokens from position `length` on and release their pages."""
+        for seq in self._sequences:
+            self.pool.allocator.truncate(seq, length)
         self._seen = min(self._seen, length)
-        del self._expected[length:]
+        del self._prompt[length:]
 
     def max_rollback(self, length: int) -> int:
         """Any position."""
         return min(length, self._seen)
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Forget positions start .. stop-1; later keys are written again, re-rotated."""
-        held = dense(self.view())
-        k, v = shift(held.k[:, :, stop:], start - stop), held.v[:, :, stop:].clone()
+        """Remove positions start .. stop-1; later keys are written again, re-rotated."""
+        stored = dense(self.view())
+        k, v = shift(stored.k[:, :, stop:], start - stop), stored.v[:, :, stop:].clone()
         self.truncate(start)
         self.append(k, v)
 
     def reset(self) -> None:
-        """Forget everything; the pool stays allocated."""
-        self._release(self._rows)
-        self._rows, self._seen, self._expected = [], 0, []
-        self._table = None
+        """Remove everything; the pool stays allocated."""
+        self._release(self._sequences)
+        self._sequences, self._seen, self._prompt = [], 0, []
+        self._page_table = None
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors are gathered from the pages."""
         tensors: dict[str, Tensor] = {}
         if self._seen:
-            held = dense(self.view())
-            tensors = {"k": held.k, "v": held.v}
-        settings = {"page_size": self.pool.pages.page_size, "dtype": dtype_name(self.pool.dtype)}
+            stored = dense(self.view())
+            tensors = {"k": stored.k, "v": stored.v}
+        page_size = self.pool.allocator.page_size
+        settings = {"page_size": page_size, "dtype": dtype_name(self.pool.dtype)}
         return CacheState(settings, {"seen": self._seen}, tensors)
 
     def restore(self, state: CacheState, device: torch.device) -> None:
@@ -265,6 +270,6 @@ class PagedCache:
         if state.tensors:
             self.append(state.tensors["k"].to(device), state.tensors["v"].to(device))
 
-    def _release(self, rows: list[int]) -> None:
-        for row in rows:
-            self.pool.pages.release(row)
+    def _release(self, seqs: list[int]) -> None:
+        for seq in seqs:
+            self.pool.allocator.release(seq)

@@ -1,8 +1,10 @@
-"""A cache in which every KV head of every layer keeps as many keys as it deserves.
+"""A cache in which every KV head of every layer keeps its own number of keys (Ada-KV).
 
-A prompt is read into one dense buffer.  `keep` says what stays of it, another number for every
-row and head; what stays moves to pages of its head and the buffer is freed.  Slots keep their
-positions, so windows, padding and context shift mean what they always mean.
+A prompt is read into one dense buffer.  `keep` selects keys, a different number for every row and
+head; the selected keys move to pages of their head and the buffer is freed.  Slots store the
+positions of their keys, so windows, padding and context shift work as on dense keys.
+
+Source: Feng et al., Ada-KV, 2024 (arXiv 2407.11550).
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
 from saccade.cache.dense import DenseCache
-from saccade.cache.head_pages import HeadPages, Held
+from saccade.cache.per_head_pages import GatheredKV, PerHeadPages
 from saccade.core import BadInput, KVView, Unsupported
 
 PAGE_SIZE = 16
-"""Half a page a head is left unused, so pages are small."""
+"""Small, because on average half a page a head stays unused."""
 
 
 class RaggedCache:
@@ -26,6 +28,9 @@ class RaggedCache:
         page_size: keys of a page.
         dtype: storage type; None keeps that of the keys.
         reserve: slots to allocate at once for the prompt.
+
+    Raises:
+        ValueError: page_size below 1.
     """
 
     def __init__(
@@ -35,25 +40,27 @@ class RaggedCache:
             raise ValueError(f"page_size must be at least 1, got {page_size}.")
         self._page_size, self._dtype = page_size, dtype
         self._prompt = DenseCache(dtype=dtype, reserve=reserve)
-        self._pages: HeadPages | None = None
+        self._pages: PerHeadPages | None = None
         self._seen = 0
-        self._kept_at = 0  # tokens seen when keys were last given up
+        self._compressed_at = 0  # tokens seen when keys were last removed
 
     @property
     def seen(self) -> int:
+        """Tokens appended so far, removed ones included."""
         return self._seen
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the prompt buffer, or of pages, positions and page tables."""
         return self._prompt.nbytes if self._pages is None else self._pages.nbytes
 
     @property
     def kv_lens(self) -> Tensor:
-        """Keys held of each row and head, int32 `[B, Hkv]`."""
+        """Keys stored of each row and head, int32 `[B, Hkv]`."""
         if self._pages is not None:
             return self._pages.kv_lens
-        held = self._prompt.view().k
-        return torch.full(held.shape[:2], held.shape[2], dtype=torch.int32, device=held.device)
+        k = self._prompt.view().k
+        return torch.full(k.shape[:2], k.shape[2], dtype=torch.int32, device=k.device)
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Store a chunk; see LayerCache."""
@@ -64,29 +71,29 @@ class RaggedCache:
         self._pages.write(k, v, at[None, None])
         return self._pages.view(self._seen)
 
-    def held(self) -> Held:
-        """Everything held, heads side by side; a copy once `keep` was called."""
+    def gather(self) -> GatheredKV:
+        """Everything stored, one column for each key; a copy once `keep` was called."""
         if self._pages is not None:
-            return self._pages.held()
+            return self._pages.gather()
         view = self._prompt.view()
         at = torch.arange(self._seen, device=view.k.device)
-        return Held(view.k, view.v, at.expand(*view.k.shape[:2], -1))
+        return GatheredKV(view.k, view.v, at.expand(*view.k.shape[:2], -1))
 
     def keep(self, kept: Tensor) -> None:
-        """Keep only some keys and free the memory of the rest.
+        """Keep some keys and free the memory of the rest.
 
         Args:
-            kept: bool `[B, Hkv, n]` over the columns of `held()`.
+            kept: bool `[B, Hkv, n]` over the columns of `gather()`.
         """
-        held = self.held()
-        self._store(held, kept & (held.positions >= 0))
-        self._kept_at = self._seen
+        gathered = self.gather()
+        self._store(gathered, kept & (gathered.positions >= 0))
+        self._compressed_at = self._seen
 
     def keep_newest(self, count: int) -> None:
-        """Keep the newest `count` keys of every head, which no policy has to score."""
-        held = self.held()
-        self._store(Held(*(part[:, :, -count:] for part in held)), None)
-        self._kept_at = self._seen
+        """Keep the newest `count` keys of every head, for which no policy is needed."""
+        gathered = self.gather()
+        self._store(GatheredKV(*(part[:, :, -count:] for part in gathered)), None)
+        self._compressed_at = self._seen
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
@@ -94,78 +101,80 @@ class RaggedCache:
         store.reorder(rows)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on.
+        """Remove all tokens from position `length` on.
 
         Raises:
-            Unsupported: `length` lies before the tokens that `keep` chose among.
+            Unsupported: `length` lies before the last compression, whose keys are gone.
         """
         if length >= self._seen:
             return
-        if length < self._kept_at:
+        if length < self._compressed_at:
             raise Unsupported(
-                f"this cache was compressed when it had read {self._kept_at} tokens, so it cannot "
-                f"go back to position {length}: what was forgotten would have to come back."
+                f"this cache was compressed when it had read {self._compressed_at} tokens, so it "
+                f"cannot go back to position {length}: removed keys are gone. "
+                "Reset it and read the prompt again."
             )
         if self._pages is None:
             self._prompt.truncate(length)
         else:
-            self._pages.forget_newest(self._seen - length)
+            self._pages.remove_newest(self._seen - length)
         self._seen = length
 
     def max_rollback(self, length: int) -> int:
-        """Any position behind the last compression."""
-        return min(length, self._seen) if length >= self._kept_at else 0
+        """Any position from the last compression on."""
+        return min(length, self._seen) if length >= self._compressed_at else 0
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Forget positions start .. stop-1; later keys move down, re-rotated."""
+        """Remove positions start .. stop-1; later keys move down, re-rotated."""
         moved = stop - start
         if self._pages is None:
             self._prompt.context_shift(start, stop, shift)
         else:
-            k, v, at = self._pages.held()
+            k, v, at = self._pages.gather()
             later = at >= stop
             k = torch.where(later[..., None], shift(k, -moved), k)
             kept = ((at < start) | later) & (at >= 0)
-            self._store(Held(k, v, torch.where(later, at - moved, at)), kept)
-            self._kept_at = max(min(start, self._kept_at), self._kept_at - moved)
+            self._store(GatheredKV(k, v, torch.where(later, at - moved, at)), kept)
+            self._compressed_at = max(min(start, self._compressed_at), self._compressed_at - moved)
         self._seen -= moved
 
     def reset(self) -> None:
-        """Forget everything; the buffer of a prompt stays allocated, pages are freed."""
+        """Remove everything; the buffer of a prompt stays allocated, pages are freed."""
         self._prompt.reset()
-        self._pages, self._seen, self._kept_at = None, 0, 0
+        self._pages, self._seen, self._compressed_at = None, 0, 0
 
     def state(self) -> CacheState:
-        """See LayerCache; heads are written side by side, shorter ones filled up."""
+        """See LayerCache; pages are gathered, heads with fewer keys padded (GatheredKV)."""
         settings = {"page_size": self._page_size, "dtype": dtype_name(self._dtype)}
-        progress = {"seen": self._seen, "kept_at": self._kept_at, "pages": 0}
+        progress = {"seen": self._seen, "compressed_at": self._compressed_at, "pages": 0}
         if self._pages is None:
             dense = self._prompt.state()
             progress["capacity"] = dense.progress["capacity"]
             return CacheState(settings, progress, dense.tensors)
         progress |= {"pages": self._pages.num_pages, "capacity": 0}
-        return CacheState(settings, progress, self._pages.held()._asdict())
+        return CacheState(settings, progress, self._pages.gather()._asdict())
 
     def restore(self, state: CacheState, device: torch.device) -> None:
-        """See LayerCache; as many pages are allocated as were."""
-        told = state.progress
+        """See LayerCache; as many pages are allocated as the saved cache had."""
+        saved = state.progress
         self.reset()
-        if not told["pages"]:
-            dense = {"seen": told["seen"], "slots": told["seen"], "capacity": told["capacity"]}
+        if not saved["pages"]:
+            dense = {"seen": saved["seen"], "slots": saved["seen"], "capacity": saved["capacity"]}
             self._prompt.restore(CacheState({}, dense, state.tensors), device)
         else:
-            held = Held(*(state.tensors[name].to(device) for name in Held._fields))
-            length = held.k.shape[2]
+            tensors = (state.tensors[name].to(device) for name in GatheredKV._fields)
+            gathered = GatheredKV(*tensors)
+            length = gathered.k.shape[2]
             expect_tensors(state, {"k": length, "v": length})
-            if held.positions.shape != held.k.shape[:3]:
+            if gathered.positions.shape != gathered.k.shape[:3]:
                 raise BadInput("the saved cache contradicts itself: its keys lack positions.")
-            self._store(held, held.positions >= 0)
+            self._store(gathered, gathered.positions >= 0)
             assert self._pages is not None
-            self._pages.grow(told["pages"])
-        self._seen, self._kept_at = told["seen"], told["kept_at"]
+            self._pages.grow(saved["pages"])
+        self._seen, self._compressed_at = saved["seen"], saved["compressed_at"]
 
-    def _store(self, held: Held, kept: Tensor | None) -> None:
-        """Hold these keys (None: all) in fresh pages, as many as they need, and nothing else."""
-        self._pages = HeadPages(held.k, held.v, self._page_size)
-        self._pages.write(*held, kept)
+    def _store(self, gathered: GatheredKV, kept: Tensor | None) -> None:
+        """Replace what is stored by the kept columns (None: all), in as few pages as possible."""
+        self._pages = PerHeadPages(gathered.k, gathered.v, self._page_size)
+        self._pages.write(*gathered, kept)
         self._prompt = DenseCache(dtype=self._dtype)

@@ -1,15 +1,16 @@
-"""Sliding-window attention in fixed memory: sinks that stay, and a ring of recent tokens.
+"""Sliding-window attention in fixed memory: attention sinks and a ring of recent tokens.
 
-One slot is written per token and nothing is ever moved (a memmove of the window per token, the
-textbook way, costs O(window)).  The position p >= sinks lives in slot sinks + (p - sinks) % ring.
-The ring holds `window - 1 + chunk` slots: the oldest query of a chunk still needs its window
-while the newest is already written.
+One slot is written per token and no key is moved (shifting the window by a memmove per token costs
+O(window)).  Position p >= sinks lives in slot sinks + (p - sinks) % ring.  The ring has
+`window - 1 + chunk` slots: the oldest query of a chunk still needs its window after the newest key
+of the chunk is written.
 
-During steps of decoding only the device knows which slot is next, so there slots are told what
-position they hold, and the ring is lent as one page of a ragged view.
+In a captured decoding step the host does not know which slot is next.  There the positions of the
+slots are a device tensor, and the view of the ring is a RaggedKV with one page a head.
 
-What left the window is gone, so a ring alone cannot go back.  A checkpoint keeps the window before
-a position, and that is enough to go on from there: prompts that begin alike are read once.
+Keys before the window are overwritten, so a ring alone can hardly roll back.  A checkpoint copies
+the window before a position, which is enough to go on from there: prompts with a common prefix
+read it once.
 """
 
 from __future__ import annotations
@@ -18,23 +19,28 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.step import Cursor, StepWrite
+from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
-FAR = 2**30  # past every position: how far a ring has come, only the device knows
+UNBOUNDED = 2**30
+"""`end` of the view of a captured step: past every position, as the host does not know the last."""
 
 
 class RingCache:
     """The last `window` tokens and the first `sinks`, exact under any chunking.
 
     Args:
-        window: keys a token sees, itself counted.
-        sinks: first tokens that stay.
-        chunk: most tokens appended in place at once; larger chunks are attended to through a
-            temporary copy, so they are right too and the memory kept stays the same.
+        window: keys a token attends to, itself counted.
+        sinks: first tokens that stay (StreamingLLM, arXiv 2309.17453).
+        chunk: most tokens appended in place at once.  The queries of larger chunks attend to a
+            temporary copy, so results are exact and the ring stays as large as it is.
         dtype: storage type; None keeps that of the keys.
         checkpoints: most checkpoints to keep; each takes up to window - 1 slots.
+
+    Raises:
+        ValueError: window or chunk below 1, sinks or checkpoints below 0.
     """
 
     def __init__(
@@ -56,33 +62,39 @@ class RingCache:
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._seen = 0
-        self._oldest = sinks  # first position the ring still holds
-        self._most = checkpoints
+        self._oldest = sinks  # first position that is still in the ring
+        self._max_checkpoints = checkpoints
         self._checkpoints: dict[int, tuple[Tensor, Tensor]] = {}  # by position, ascending
-        self._stepped: RaggedKV | None = None  # the ring as steps read it
-        self._told = False  # whether its positions are how things are
+        self._step_view: RaggedKV | None = None
+        self._synced = False  # whether the positions of `_step_view` are those of the slots
 
     @property
     def seen(self) -> int:
+        """Tokens appended so far."""
         return self._seen
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the ring, of checkpoints, and of what describes the slots to captured steps."""
         if self._k is None or self._v is None:
             return 0
-        kept = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
-        view = self._stepped
-        told = () if view is None else (view.positions, view.table, view.kv_lens)
-        return self._k.nbytes + self._v.nbytes + kept + sum(x.nbytes for x in told)
+        checkpoints = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
+        view = self._step_view
+        indices = () if view is None else (view.positions, view.page_table, view.kv_lens)
+        return self._k.nbytes + self._v.nbytes + checkpoints + sum(x.nbytes for x in indices)
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
         self._allocate(k, v)
-        count = k.shape[2]
-        if count > self._chunk:
+        if k.shape[2] > self._chunk:
             return self._append_large(k, v)
         self._write(k, v, self._seen)
         return self.view()
+
+    def view(self) -> DenseKV:
+        """Everything stored, without a copy: the sinks and up to two spans of the ring."""
+        assert self._k is not None and self._v is not None
+        return DenseKV(self._k, self._v, tuple(self._stored_spans()))
 
     def reserve(self, count: int) -> None:
         """See SteppingCache; a step writes one slot."""
@@ -90,28 +102,28 @@ class RingCache:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         if count != 1:
             raise Unsupported(f"a ring cache takes one token a step, not {count}.")
-        if self._stepped is None:
-            self._stepped = _one_page_a_head(self._k, self._v)
-        if not self._told:
-            self._stepped.positions.copy_(self._slot_positions())
-            self._told = True
+        if self._step_view is None:
+            self._step_view = _one_page_per_head(self._k, self._v)
+        if not self._synced:
+            self._step_view.positions.copy_(self._slot_positions())
+            self._synced = True
 
     def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
-        assert self._stepped is not None, "claim comes first"
-        view = self._stepped
+        assert self._step_view is not None, "reserve comes first"
+        view = self._step_view
         return view.k.data_ptr(), view.v.data_ptr(), view.positions.data_ptr()
 
-    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
-        """See SteppingCache; the slot follows from the position."""
-        assert self._k is not None and self._v is not None and self._stepped is not None
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
+        """See SteppingCache; the slot is computed from the position on the device."""
+        assert self._k is not None and self._v is not None and self._step_view is not None
         at = cursor.start
         slot = torch.where(at < self._sinks, at, (at - self._sinks) % self._ring + self._sinks)
         q = append(KVSlots(self._k, self._v, slot), k, v, rope)
-        positions = self._stepped.positions
-        now = at[:1].to(positions.dtype).expand(len(positions), 1)
-        positions.index_copy_(1, slot[:1], now)
-        return StepWrite(self._stepped, cursor, q)
+        positions = self._step_view.positions
+        new = at[:1].to(positions.dtype).expand(len(positions), 1)
+        positions.index_copy_(1, slot[:1], new)
+        return StepView(self._step_view, cursor, q)
 
     def commit(self, count: int) -> None:
         """See SteppingCache."""
@@ -120,7 +132,7 @@ class RingCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
-        self._told, self._stepped = False, None
+        self._synced, self._step_view = False, None
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
             for at, parts in self._checkpoints.items():
@@ -128,24 +140,27 @@ class RingCache:
                 self._checkpoints[at] = k, v
 
     def checkpoint(self) -> None:
-        """Keep what it takes to come back to this position; where that is too many, thin out."""
-        if not self._most or self._seen in self._checkpoints or self._k is None or self._v is None:
+        """Copy the window before this position, so that `truncate` can come back to it.
+
+        Where there are too many checkpoints, the one closest to its neighbours is dropped.
+        """
+        if self._k is None or not self._max_checkpoints or self._seen in self._checkpoints:
             return
         first = max(self._sinks, self._seen - self._window + 1)
-        self._checkpoints[self._seen] = self._copy_of(first, self._seen)
-        if len(self._checkpoints) > self._most:
-            del self._checkpoints[self._least_useful()]
+        self._checkpoints[self._seen] = self._copy(first, self._seen)
+        if len(self._checkpoints) > self._max_checkpoints:
+            del self._checkpoints[self._most_redundant_checkpoint()]
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from position `length` on.
+        """Remove all tokens from position `length` on.
 
         Raises:
             Unsupported: the window before `length` is overwritten and no checkpoint is there.
         """
         if length >= self._seen:
             return
-        self._told = False
-        if self._still_holds(length):
+        self._synced = False
+        if self._has_window_before(length):
             self._seen = length
         elif length in self._checkpoints:
             k, v = self._checkpoints[length]
@@ -156,48 +171,49 @@ class RingCache:
             raise Unsupported(
                 f"the ring cache cannot go back to position {length}: it holds positions "
                 f"{self._oldest} to {self._seen - 1} and needs the {self._window} before, and "
-                f"its checkpoints are at {list(self._checkpoints) or 'no position'}."
+                f"its checkpoints are at {list(self._checkpoints) or 'no position'}. Set "
+                "ctx_checkpoints, or reset the cache and read the prompt again."
             )
         self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= length}
 
     def max_rollback(self, length: int) -> int:
-        """`length` where its window is still there, else the last checkpoint before it, or 0."""
+        """`length` where its window is still stored, else the last checkpoint before it, or 0."""
         length = min(length, self._seen)
-        if length == self._seen or self._still_holds(length):
+        if length == self._seen or self._has_window_before(length):
             return length
         return max((at for at in self._checkpoints if at <= length), default=0)
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Forget positions start .. stop-1; later keys move down, re-rotated.
+        """Remove positions start .. stop-1; later keys move down, re-rotated.
 
         Exact where `window - 1` tokens follow `stop`; with fewer the window has a gap at `start`,
-        because what lay before it was overwritten.
+        because the keys before it were overwritten.
 
         Raises:
             Unsupported: the range begins among the sinks.
         """
         if start < self._sinks:
             raise Unsupported(
-                f"a ring cache keeps its {self._sinks} sinks, so it cannot forget from position "
-                f"{start} on. Set n_keep to at least the sinks."
+                f"a ring cache keeps its {self._sinks} sinks, so it cannot remove tokens from "
+                f"position {start} on. Set n_keep to at least the sinks."
             )
         first, moved = max(self._oldest, stop), stop - start
-        k, v = self._copy_of(first, self._seen)
+        k, v = self._copy(first, self._seen)
         self._oldest = min(self._oldest, start) if self._oldest < stop else self._oldest - moved
         self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= start}
         self._seen = start
         self._write(shift(k, -moved), v, first - moved)
 
     def reset(self) -> None:
-        """Forget everything; memory stays allocated, but for checkpoints."""
-        self._told = False
+        """Remove everything; memory stays allocated, except that of checkpoints."""
+        self._synced = False
         self._seen, self._oldest = 0, self._sinks
         self._checkpoints.clear()
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors hold the sinks, then the ring from its oldest token on.
 
-        Checkpoints are not part of it: a restored ring goes on, and begins new ones.
+        Checkpoints are not part of it: a restored ring makes new ones.
         """
         settings = {
             "window": self._window,
@@ -207,7 +223,7 @@ class RingCache:
         }
         tensors: dict[str, Tensor] = {}
         if self._k is not None and self._v is not None and self._seen:
-            slots = [slice(slot, slot + length) for slot, _, length in self._held()]
+            slots = [slice(slot, slot + length) for slot, _, length in self._stored_spans()]
             tensors["k"] = torch.cat([self._k[:, :, s] for s in slots], dim=2)
             tensors["v"] = torch.cat([self._v[:, :, s] for s in slots], dim=2)
         return CacheState(settings, {"seen": self._seen, "oldest": self._oldest}, tensors)
@@ -216,10 +232,10 @@ class RingCache:
         """See LayerCache."""
         seen, oldest = state.progress["seen"], state.progress["oldest"]
         first = max(oldest, self._sinks)
-        held = min(seen, self._sinks) + max(0, seen - first)
-        expect_tensors(state, {"k": held, "v": held})
-        self._k = self._v = self._stepped = None
-        self._told = False
+        stored = min(seen, self._sinks) + max(0, seen - first)
+        expect_tensors(state, {"k": stored, "v": stored})
+        self._k = self._v = self._step_view = None
+        self._synced = False
         self._seen, self._oldest = seen, oldest
         self._checkpoints.clear()
         if not state.tensors:
@@ -227,17 +243,17 @@ class RingCache:
         self._allocate(state.tensors["k"].to(device), state.tensors["v"].to(device))
         assert self._k is not None and self._v is not None
         at = 0
-        for slot, _, length in self._held():
+        for slot, _, length in self._stored_spans():
             self._k[:, :, slot : slot + length] = state.tensors["k"][:, :, at : at + length]
             self._v[:, :, slot : slot + length] = state.tensors["v"][:, :, at : at + length]
             at += length
 
-    def _still_holds(self, length: int) -> bool:
+    def _has_window_before(self, length: int) -> bool:
         """Whether the window of the token at position `length` is in the ring."""
         return self._oldest <= max(self._sinks, length - self._window + 1)
 
-    def _least_useful(self) -> int:
-        """The checkpoint whose neighbours are nearest to each other; never the newest."""
+    def _most_redundant_checkpoint(self) -> int:
+        """The checkpoint whose two neighbours are closest together; never the newest."""
         at = [0, *self._checkpoints]
         return min(zip(at[2:], at, at[1:], strict=False), key=lambda x: x[0] - x[1])[2]
 
@@ -256,7 +272,7 @@ class RingCache:
     def _write(self, k: Tensor, v: Tensor, first: int) -> None:
         """Write tokens at positions first .. into their slots."""
         assert self._k is not None and self._v is not None
-        self._told = False
+        self._synced = False
         stop = first + k.shape[2]
         for slot, position, length in self._spans(first, stop):
             at = position - first
@@ -266,7 +282,7 @@ class RingCache:
         self._oldest = max(self._oldest, stop - self._ring)
 
     def _spans(self, first: int, stop: int) -> list[Span]:
-        """Where the positions first .. stop-1 live: sinks, then up to two runs of the ring."""
+        """Slots of the positions first .. stop-1: among the sinks, then runs of the ring."""
         spans: list[Span] = []
         sinks = min(stop, self._sinks)
         if first < sinks:
@@ -279,35 +295,31 @@ class RingCache:
             position += length
         return spans
 
-    def _copy_of(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values at the positions first .. stop-1, which the ring holds."""
+    def _stored_spans(self) -> list[Span]:
+        """Spans of all positions stored, ascending."""
+        sinks = self._spans(0, min(self._seen, self._sinks))
+        return sinks + self._spans(max(self._oldest, self._sinks), self._seen)
+
+    def _slot_positions(self) -> Tensor:
+        """int32 `[slots]`, the position each slot holds, -1 for an empty one."""
+        found = torch.full((self._sinks + self._ring,), -1, dtype=torch.int32)
+        for slot, position, length in self._stored_spans():
+            found[slot : slot + length] = torch.arange(position, position + length)
+        return found
+
+    def _copy(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values at the positions first .. stop-1, which must be stored."""
         assert self._k is not None and self._v is not None
         slots = [slice(at, at + length) for at, _, length in self._spans(first, stop)]
         k = torch.cat([self._k[:, :, :0], *(self._k[:, :, s] for s in slots)], dim=2)
         v = torch.cat([self._v[:, :, :0], *(self._v[:, :, s] for s in slots)], dim=2)
         return k, v
 
-    def _slot_positions(self) -> Tensor:
-        """int32 `[slots]`, what position each slot holds, -1 for an empty one."""
-        found = torch.full((self._sinks + self._ring,), -1, dtype=torch.int32)
-        for slot, position, length in self._held():
-            found[slot : slot + length] = torch.arange(position, position + length)
-        return found
-
-    def _held(self) -> list[Span]:
-        """Spans of all positions held, ascending."""
-        sinks = self._spans(0, min(self._seen, self._sinks))
-        return sinks + self._spans(max(self._oldest, self._sinks), self._seen)
-
-    def view(self) -> DenseKV:
-        assert self._k is not None and self._v is not None
-        return DenseKV(self._k, self._v, tuple(self._held()))
-
     def _append_large(self, k: Tensor, v: Tensor) -> DenseKV:
-        """A chunk the ring cannot hold beside its window: attend to a copy, keep the end."""
+        """Append a chunk larger than `chunk`; the view is a copy of the ring and the chunk."""
         assert self._k is not None and self._v is not None
         old_k, old_v, spans, at = [], [], [], 0
-        for slot, position, length in self._held():
+        for slot, position, length in self._stored_spans():
             old_k.append(self._k[:, :, slot : slot + length].clone())
             old_v.append(self._v[:, :, slot : slot + length].clone())
             spans.append(Span(at, position, length))
@@ -318,21 +330,21 @@ class RingCache:
             torch.cat([*old_v, v.to(self._v.dtype)], dim=2),
             tuple(spans),
         )
-        self._store_end(k, v)
+        self._write_sinks_and_newest(k, v)
         return view
 
-    def _store_end(self, k: Tensor, v: Tensor) -> None:
-        """Write the sinks and the last tokens of a large chunk; the middle is never needed."""
+    def _write_sinks_and_newest(self, k: Tensor, v: Tensor) -> None:
+        """Write the sinks and the last tokens of a large chunk; the others would be overwritten."""
         first, stop = self._seen, self._seen + k.shape[2]
         if first < self._sinks:
-            head = min(self._sinks, stop) - first
-            self._write(k[:, :, :head], v[:, :, :head], first)
-        tail = max(first, self._sinks, stop - self._ring)
-        if tail < stop:
-            self._write(k[:, :, tail - first :], v[:, :, tail - first :], tail)
+            count = min(self._sinks, stop) - first
+            self._write(k[:, :, :count], v[:, :, :count], first)
+        newest = max(first, self._sinks, stop - self._ring)
+        if newest < stop:
+            self._write(k[:, :, newest - first :], v[:, :, newest - first :], newest)
 
 
-def _one_page_a_head(k: Tensor, v: Tensor) -> RaggedKV:
+def _one_page_per_head(k: Tensor, v: Tensor) -> RaggedKV:
     """Storage `[B, Hkv, slots, D]` as a ragged view; its positions have yet to be filled."""
     batch, heads, slots, _ = k.shape
     rows = batch * heads
@@ -340,8 +352,8 @@ def _one_page_a_head(k: Tensor, v: Tensor) -> RaggedKV:
         k=k.flatten(0, 1),
         v=v.flatten(0, 1),
         positions=torch.empty(rows, slots, dtype=torch.int32, device=k.device),
-        table=torch.arange(rows, dtype=torch.int32, device=k.device).view(batch, heads, 1),
+        page_table=torch.arange(rows, dtype=torch.int32, device=k.device).view(batch, heads, 1),
         kv_lens=torch.full((batch, heads), slots, dtype=torch.int32, device=k.device),
-        end=FAR,
+        end=UNBOUNDED,
         max_length=slots,
     )

@@ -1,4 +1,4 @@
-"""The state of a cache as data: which kind it is, how it was made, how far it got, its tensors.
+"""Saving and restoring caches: kind, settings, progress and tensors, checked before use.
 
 The table of kinds is explicit.  Restoring never looks up a class by a name that a file contains
 (which is what makes pickled sessions dangerous): the caches exist already, made from the options
@@ -31,7 +31,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
 
 
 def kind_of(cache: LayerCache) -> str:
-    """The name under which a cache is written down.
+    """The name of a cache's kind in a session file.
 
     Raises:
         Unsupported: a cache that is not in the table.
@@ -48,7 +48,10 @@ def check(cache: LayerCache, kind: str, state: CacheState) -> None:
     """Raise BadInput unless `state` is that of a cache of the same kind, made the same way."""
     own = kind_of(cache)
     if kind != own:
-        raise BadInput(f"the session holds a {kind} cache where this context has a {own} one.")
+        raise BadInput(
+            f"the session holds a {kind} cache where this context has a {own} one. "
+            "Give the options it was saved with."
+        )
     here = cache.state()
     for name, value in here.settings.items():
         if state.settings.get(name) != value:
@@ -58,11 +61,15 @@ def check(cache: LayerCache, kind: str, state: CacheState) -> None:
             )
     numbers = [state.progress.get(name) for name in here.progress]
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise BadInput(f"the session says {state.progress} of a {own} cache, which cannot be.")
+        raise BadInput(
+            f"the session has impossible counts for a {own} cache: expected "
+            f"{', '.join(here.progress)} of 0 or more, got {dict(state.progress)}. "
+            "Delete the session to start anew."
+        )
 
 
 def restore(cache: LayerCache, kind: str, state: CacheState, device: torch.device) -> None:
-    """Check, then hold what `state` says.
+    """Check `state`, then replace the contents of `cache` by it.
 
     Raises:
         BadInput: a state that does not fit; the cache may be empty afterwards, never half full.

@@ -1,8 +1,9 @@
-"""Appending at a place that only the device knows, so that one captured step serves every token.
+"""Appending at a position that is a tensor, so that one CUDA graph serves every decoding step.
 
-A step of decoding is the same work for every token, apart from where it lies.  Told by the host,
-that place would be written into each kernel's arguments; told by a tensor, the whole step can be
-captured as one CUDA graph and replayed.  The host keeps its own count beside it (`advance`).
+A decoding step does the same work for every token, apart from the position it writes to.  As a
+host number the position would be fixed in the captured kernel arguments; as a device tensor it
+changes between replays.  The host keeps its own count beside it (`commit`) and does what is rare,
+growing and quantising, between two steps (`reserve`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from saccade.cache.base import LayerCache
 from saccade.core import KVView
-from saccade.ops.kv_write.append import PendingRope
+from saccade.ops.kv_write.records import PendingRope
 
 
 class Cursor(NamedTuple):
-    """Where the new tokens of a step lie: int64 `[B]` each, the same number in every row.
+    """Positions of the new tokens of a step: int64 `[B]` each, the same number in every row.
 
     Attributes:
         start: position of the first new token, which is the number of tokens seen before.
@@ -27,18 +28,18 @@ class Cursor(NamedTuple):
     start: Tensor
     stop: Tensor
 
-    def back(self, gap: int) -> Cursor:
-        """The same place counted in slots, where `gap` tokens are no longer held."""
-        return Cursor(self.start - gap, self.stop - gap) if gap else self
+    def minus(self, removed: int) -> Cursor:
+        """The cursor in slots instead of positions, in a cache that has removed `removed` keys."""
+        return Cursor(self.start - removed, self.stop - removed) if removed else self
 
 
-class StepWrite(NamedTuple):
-    """What a step may attend to.
+class StepView(NamedTuple):
+    """What the queries of a decoding step attend to.
 
     Attributes:
-        view: all storage, most of it perhaps empty.
+        view: all storage, filled or not.
         cursor: first and last query in the positions of the view; keys from `stop` on are empty.
-        q: the turned queries `[B, H, t, D]`, where the caller left turning to the cache.
+        q: the queries `[B, H, t, D]` after RoPE, where the cache applied it; else None.
     """
 
     view: KVView
@@ -48,28 +49,31 @@ class StepWrite(NamedTuple):
 
 @runtime_checkable
 class SteppingCache(LayerCache, Protocol):
-    """A layer cache whose storage stays where it is from one token to the next."""
+    """A layer cache whose storage keeps its addresses from one token to the next."""
 
     def reserve(self, count: int) -> None:
-        """Make room for `count` tokens more; storage may move, and `place` says whether it did.
+        """Make room for `count` more tokens; storage may move, which changes `graph_key`.
 
         Raises:
-            Unsupported: the cache is empty, so nobody knows what to make room for.
+            Unsupported: the cache is empty, so shapes and dtypes are unknown, or `count` is more
+                than one step may append.
         """
         ...
 
     def graph_key(self) -> tuple[int, ...]:
-        """Everything a captured step depends on: addresses, sizes, forgotten tokens."""
+        """What a captured step depends on: addresses, sizes, removed keys; after `reserve`."""
         ...
 
-    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepWrite:
-        """Store keys `[B, Hkv, t, D]` and values at the cursor; the host's count stays.
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
+        """Store keys `[B, Hkv, t, D]` and values at the cursor; `seen` changes with `commit`.
 
         Args:
-            turn: rotary tables where keys and queries are not yet turned.
+            k, v: the new keys and values.
+            cursor: their positions.
+            rope: rotary tables and queries, where RoPE is still to be applied to keys and queries.
         """
         ...
 
     def commit(self, count: int) -> None:
-        """Count `count` tokens that steps have stored."""
+        """Count `count` tokens that steps have written."""
         ...

@@ -156,14 +156,14 @@ def _launches() -> list[Check]:
     found: list[Check] = []
     card = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
     try:
-        user = tuning.of_the_user()
+        user = tuning.user_file()
     except BadInput as error:
         advice = "Nothing runs on a GPU before it is mended or the variable is gone."
         return [Check("launches", "broken" if card else "missing", str(error), advice)]
     if card is not None:
-        own = tuning.shipped(card)
+        own = tuning.package_file(card)
         said = (
-            f"{card}, measured on {own.measured.get('card')}" if own else f"{card}: safe, not fast"
+            f"{card}, measured on {own.measured.get('gpu')}" if own else f"{card}: safe, not fast"
         )
         advice = "" if own or user else "Run: saccade bench tune, for a table of this card."
         found.append(Check("launches", "ok", said, advice))

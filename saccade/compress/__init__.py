@@ -1,10 +1,10 @@
-"""Floor 3: what to keep.  Policies for caches, importance for tokens.
+"""Compression: policies that choose which keys a cache keeps, and selection of tokens.
 
-Adding a policy is one file and one line in POLICIES; the contract test finds it there.
+A new policy is one file and one line in POLICIES, where the contract test finds it.
 """
 
 from saccade.compress.policy import (
-    Observed,
+    LayerObservation,
     Policy,
     resolve_budget,
     select,
@@ -19,7 +19,7 @@ POLICIES: dict[str, type[Policy]] = {"snapkv": SnapKV, "ada_snapkv": AdaSnapKV}
 __all__ = [
     "POLICIES",
     "AdaSnapKV",
-    "Observed",
+    "LayerObservation",
     "Policy",
     "SnapKV",
     "compress_context",

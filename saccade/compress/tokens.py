@@ -1,4 +1,7 @@
-"""Token-level compression: drop the unimportant tokens of a text before a model reads it."""
+"""Token-level compression: keep the most important tokens of a text before a model reads it.
+
+The idea of Selective Context (arXiv 2310.06201); `runtime.importance` computes scores.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def compress_context(
 
     Args:
         tokens: 1-D integer tensor or sequence of token ids.
-        importance_scores: one finite-or-infinite number per token; +inf keeps a token for sure.
+        importance_scores: one finite-or-infinite number per token; +inf always keeps a token.
         target_len: how many tokens to keep, 1 to len(tokens).
 
     Returns:

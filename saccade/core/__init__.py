@@ -1,19 +1,12 @@
-"""Floor 0: the words everyone uses.  Torch only, no policy."""
+"""Floor 0: masks, views of stored keys, storage formats, checks.  Needs only torch and psutil."""
 
 from saccade.core.errors import BadInput, Unsupported
 from saccade.core.fp8 import PerHeadFP8, quantize_fp8_per_head
-from saccade.core.kv import (
-    DenseKV,
-    GrowingKV,
-    KVView,
-    PagedKV,
-    PerHeadFP8KV,
-    QuantizedKV,
-    RaggedKV,
-    Span,
-)
+from saccade.core.kv import DenseKV, KVView, PerHeadFP8KV, Span
 from saccade.core.mask import KeyRange, Mask
 from saccade.core.output import AttentionOutput
+from saccade.core.paged_kv import PagedKV, RaggedKV
+from saccade.core.quantized_kv import GrowingKV, QuantizedKV
 from saccade.core.selection import BlockSelection
 
 __all__ = [

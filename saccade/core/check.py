@@ -1,4 +1,4 @@
-"""Checks at the public doors, with sentences for errors: expected, got, what to do."""
+"""Checks of what callers pass; each error says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if x.device != q.device:
             raise ValueError(f"q, k and v must share a device, got {q.device} and {x.device}.")
-    eight = [x.dtype == FP8 for x in (q, k, v)]
-    if any(eight) and not all(eight):
+    in_fp8 = [x.dtype == FP8 for x in (q, k, v)]
+    if any(in_fp8) and not all(in_fp8):
         raise TypeError(
             "q, k and v must all be float8_e4m3fn or none of them, got "
             f"{', '.join(str(x.dtype).removeprefix('torch.') for x in (q, k, v))}. "
-            "saccade.quantize_fp8_per_head makes the codes of a tensor."
+            "Quantize all three with saccade.quantize_fp8_per_head."
         )
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(

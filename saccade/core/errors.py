@@ -1,4 +1,4 @@
-"""The errors a caller can meet.  Each text says what was expected, what came and what to do."""
+"""The errors that callers meet.  Each text says what was expected, what came and what to do."""
 
 from __future__ import annotations
 

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import psutil
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not say."""
-    return _kilobytes("/proc/meminfo", "MemAvailable:")
+def available_memory() -> int:
+    """Bytes of host memory that can be allocated without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
-def resident_memory() -> int | None:
-    """Bytes of memory that this process occupies, or None where the system does not say."""
-    return _kilobytes("/proc/self/status", "VmRSS:")
-
-
-def _kilobytes(path: str, name: str) -> int | None:
-    """The bytes behind a name in a file of lines like `VmRSS:  1234 kB`."""
-    try:
-        lines = Path(path).read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return None
+def resident_memory() -> int:
+    """Bytes of host memory that this process occupies (resident set size)."""
+    return int(psutil.Process().memory_info().rss)

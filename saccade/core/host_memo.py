@@ -1,4 +1,4 @@
-"""What tensors on a device hold, read by the host once: reading waits for everything before it."""
+"""Host copies of small device tensors, remembered because every read synchronises the device."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ T = TypeVar("T")
 
 
 class HostMemo(Generic[T]):
-    """What `read` finds in a tensor, remembered until somebody writes to the tensor or frees it.
+    """`read(tensor)`, remembered until the tensor is written to or freed.
 
-    The layers of a model pass the same few small tensors, so that the first of them reads for all.
-    PyTorch counts who writes to a tensor, except for those made under `torch.inference_mode`: these
-    are read every time.
+    The layers of a model pass the same few small tensors, so one read serves all layers.  Writes
+    are noticed by PyTorch's version counter; tensors made under `torch.inference_mode` have none
+    and are read every time.
+
+    Args:
+        read: makes a host value of a tensor, as a rule with a device synchronisation.
     """
 
     def __init__(self, read: Callable[[Tensor], T]) -> None:
         self._read = read
-        self._known = WeakTensorKeyDictionary()
+        self._memo = WeakTensorKeyDictionary()
 
     def __call__(self, tensor: Tensor) -> T:
-        """What the tensor holds now."""
+        """`read(tensor)`, from memory where the tensor has not changed since the last read."""
         if torch.compiler.is_compiling() or tensor.is_inference():
             return self._read(tensor)
-        known = self._known.get(tensor)
-        if known is None or known[0] != _state(tensor):
-            with torch.inference_mode(False):  # what is remembered may be read anywhere
-                known = _state(tensor), self._read(tensor)
-            self._known[tensor] = known
-        return known[1]
+        entry = self._memo.get(tensor)
+        if entry is None or entry[0] != _state(tensor):
+            with torch.inference_mode(False):  # may be used outside of inference mode later
+                entry = _state(tensor), self._read(tensor)
+            self._memo[tensor] = entry
+        return entry[1]
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether the tensor was read and nobody wrote to it since."""
-        known = None if tensor.is_inference() else self._known.get(tensor)
-        return known is not None and known[0] == _state(tensor)
+        """Whether the tensor was read and has not been written to since."""
+        entry = None if tensor.is_inference() else self._memo.get(tensor)
+        return entry is not None and entry[0] == _state(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
@@ -46,5 +49,5 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work on a device is being recorded as a CUDA graph, when nothing can be read."""
+    """Whether a CUDA graph is being captured on `device`; host reads are not allowed then."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

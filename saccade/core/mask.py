@@ -1,10 +1,10 @@
-"""The one definition of who sees whom.
+"""The one definition of which keys a query attends to.
 
 Every boundary of the library comes from `Mask`: the visibility of a pair, the key ranges that a
-tile of queries has to visit, how many cache slots have to stay, and the exact count of pairs (so
-cost and memory can be predicted before anything runs).  Positions are absolute token indices.
+tile of queries reads, how many cache slots have to stay, and the exact count of pairs (so cost and
+memory can be predicted before anything runs).  Positions are absolute token indices.
 
-    window=W   a query sees the last W keys, itself counted: 0 <= q_pos - k_pos < W
+    window=W   a query attends to the last W keys, itself counted: 0 <= q_pos - k_pos < W
     sinks=S    the first S positions stay visible whatever the window (StreamingLLM)
 """
 
@@ -36,11 +36,11 @@ def _clamped_ramp_sum(begin: int, end: int, limit: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mask:
-    """Which keys a query may see, as a function of absolute positions alone.
+    """Which keys a query attends to, as a function of absolute positions alone.
 
     Args:
-        causal: a query sees no later key.
-        window: number of most recent keys a query sees, itself counted; None means all.
+        causal: a query attends to no later key.
+        window: number of most recent keys a query attends to, itself counted; None means all.
         sinks: number of first positions that stay visible outside the window.
 
     Raises:
@@ -77,7 +77,7 @@ class Mask:
         return visible
 
     def key_ranges(self, first_q: int, last_q: int, num_keys: int) -> tuple[KeyRange, ...]:
-        """Disjoint ascending key ranges that any query in [first_q, last_q] may see."""
+        """Disjoint ascending key ranges that any query in [first_q, last_q] attends to."""
         stop = max(0, min(num_keys, last_q + 1)) if self.causal else num_keys
         if self.window is None:
             return (KeyRange(0, stop),) if stop > 0 else ()
@@ -89,7 +89,7 @@ class Mask:
         return tuple(r for r in ranges if r.start < r.stop)
 
     def is_full(self, first_q: int, last_q: int, keys: KeyRange) -> bool:
-        """Whether every query in [first_q, last_q] sees every key of the range."""
+        """Whether every query in [first_q, last_q] attends to every key of the range."""
         if self.causal and keys.stop - 1 > first_q:
             return False
         if self.window is None:
@@ -116,7 +116,7 @@ class Mask:
         return pairs
 
     def num_slots(self, num_tokens: int, chunk: int) -> int:
-        """Cache slots needed to see `num_tokens` tokens that arrive in chunks of at most `chunk`.
+        """Cache slots needed for `num_tokens` tokens, appended in chunks of at most `chunk`.
 
         A ring must hold the window of the oldest query of a chunk together with the whole chunk.
         """

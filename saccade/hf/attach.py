@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, Staging
+from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import NAME, deferring, rotary_places
@@ -51,7 +51,7 @@ class Attached:
 def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
     """Empty caches for a model under params; see `Attached.new_cache`."""
 
-    staging = None if params.offload_kqv else Staging()
+    staging = None if params.offload_kqv else StagingBuffers()
 
     def make(layer: int, own: int | None) -> LayerCache:
         return layer_cache(own, params, staging=staging, reserve=reserve)

@@ -18,7 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from saccade.ops.kv_write.append import PendingRope, apply_rope_qk, turned
+from saccade.ops.kv_write.append import apply_pending, apply_rope_qk
+from saccade.ops.kv_write.records import PendingRope
 
 NAME: Final = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]
@@ -127,5 +128,5 @@ def turns_by_halves(usual: Rotary) -> bool:
         answer = usual(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
-    expected = [turned(x, PendingRope(q, cos, sin)) for x in (q, k)]
+    expected = [apply_pending(x, PendingRope(q, cos, sin)) for x in (q, k)]
     return all(torch.allclose(ours, a) for ours, a in zip(expected, answer, strict=True))

@@ -67,7 +67,7 @@ def _plain(module: Any) -> bool:
 
 
 def _one_row(x: Tensor, *linears: nn.Module) -> bool:
-    return in_step() and gemv.serves(x, *(linear.weight for linear in linears))
+    return in_step() and gemv.supports(x, *(linear.weight for linear in linears))
 
 
 def _linear(module: Any) -> Forward:
@@ -76,7 +76,7 @@ def _linear(module: Any) -> Forward:
     def forward(x: Tensor) -> Tensor:
         if not _one_row(x, module):
             return usual(x)
-        return gemv.products(x, [module.weight], [module.bias])[0]
+        return gemv.linears(x, [module.weight], [module.bias])[0]
 
     return forward
 
@@ -104,7 +104,7 @@ class Together:
                 weights = [linear.weight for linear in self._linears]
                 biases = [linear.bias for linear in self._linears]
                 self._x = x
-                self._found = dict(enumerate(gemv.products(x, weights, biases)))
+                self._found = dict(enumerate(gemv.linears(x, weights, biases)))
             found = self._found.pop(index)
             if not self._found:
                 self._x = None
@@ -150,7 +150,7 @@ def _gated(mlp: Any) -> Forward:
     def forward(x: Tensor) -> Tensor:
         if not _one_row(x, mlp.gate_proj, mlp.up_proj):
             return usual(x)
-        return mlp.down_proj(gemv.gated(x, mlp.gate_proj.weight, mlp.up_proj.weight))
+        return mlp.down_proj(gemv.gated_mlp(x, mlp.gate_proj.weight, mlp.up_proj.weight))
 
     return forward
 
@@ -203,10 +203,10 @@ def _decoder_layer(layer: Any) -> Forward:
             return usual(hidden_states, *args, **options)
         normed = layer.input_layernorm(hidden_states)
         attended = layer.self_attn(hidden_states=normed, **options)[0]
-        hidden_states, normed = gemv.sum_and_norm(
+        hidden_states, normed = gemv.add_rms_norm(
             hidden_states, attended, norm.weight, norm.variance_epsilon
         )
-        inner = gemv.gated(normed, gate.weight, up.weight)
-        return gemv.products(inner, [down.weight], [hidden_states.view(-1)])[0]
+        inner = gemv.gated_mlp(normed, gate.weight, up.weight)
+        return gemv.linears(inner, [down.weight], [hidden_states.view(-1)])[0]
 
     return forward

@@ -51,14 +51,14 @@ def _norms(model: nn.Module, eps_name: str, *, offset: float) -> Iterator[tuple[
 
 
 def _fused(hidden_states: Tensor, *, weight: Tensor, eps: float) -> Tensor:
-    if in_step() and gemv.norm_served(hidden_states, weight):
-        return gemv.norm(hidden_states, weight, eps)
+    if in_step() and gemv.supports_rms_norm(hidden_states, weight):
+        return gemv.rms_norm(hidden_states, weight, eps)
     return F.rms_norm(hidden_states, weight.shape, weight, eps)
 
 
 def _fused_in_steps(x: Tensor, *, weight: Tensor, eps: float, usual: Forward) -> Tensor:
-    if in_step() and gemv.norm_served(x, weight):
-        return gemv.norm(x, weight, eps, 1.0)
+    if in_step() and gemv.supports_rms_norm(x, weight):
+        return gemv.rms_norm(x, weight, eps, 1.0)
     return usual(x)
 
 

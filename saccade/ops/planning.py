@@ -29,14 +29,14 @@ def without_memory() -> Generator[None]:
     """Inside, new tensors have no memory and operators compute nothing."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    hadamard.forget()  # a remembered tensor would be real in here, and fake outside
+    hadamard.clear_cache()  # a remembered tensor would be real in here, and fake outside
     _planning.append(True)
     try:
         with FakeTensorMode(), torch.no_grad():
             yield
     finally:
         _planning.pop()
-        hadamard.forget()
+        hadamard.clear_cache()
 
 
 def planning() -> bool:

@@ -1,4 +1,4 @@
-"""Rotary positions: which frequencies to turn by, the turning, and moving keys after the turn.
+"""Rotary position embeddings: frequencies, tables of cos and sin, rotation, shifting of keys.
 
 rule, base, partial = parse(config.rope_parameters, max_position_embeddings=131072)
 inv_freq, magnitude = inverse_frequencies(rule, base=base, rotary_dim=128)

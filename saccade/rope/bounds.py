@@ -1,4 +1,4 @@
-"""What counts as a possible value in a scaling rule, said once, with the error that explains it.
+"""Checks of the values in a scaling rule, with errors that explain what is possible.
 
 Values come from JSON, so each check takes any object; NaN, infinity, bools and texts all fail.
 """
@@ -11,7 +11,7 @@ from typing import cast
 
 
 def require(ok: bool, place: str, expected: str, value: object, advice: str) -> None:
-    """Raises a ValueError in the house form (expected, got, what to do) unless `ok`."""
+    """Raise a ValueError that says expected, got and what to do, unless `ok`."""
     if not ok:
         raise ValueError(f"{place} must be {expected}, got {value!r}. {advice}")
 

@@ -1,9 +1,9 @@
 """Scaling rule -> inverse frequencies, in float64, and the magnitude that goes with them.
 
-RoPE turns pair i of a head by the angle `position * inv_freq[i]`, with `inv_freq[i]` falling from
-1 to almost `1 / base`: the first pairs are fast hands of a clock, the last ones slow.  Past the
-trained length the slow hands point where training never saw them.  Every rule here is another
-answer to how much each hand should be slowed down.
+RoPE rotates pair i of a head by the angle `position * inv_freq[i]`, with `inv_freq[i]` falling from
+1 to almost `1 / base`: the first pairs have high frequencies, the last ones low.  Past the trained
+length, pairs of low frequency reach angles that training never covered.  Each scaling rule divides
+every frequency by its own factor.
 
 Everything is computed in float64: at position 1,000,000 a float32 frequency is off by 0.06 rad.
 """
@@ -47,7 +47,7 @@ def inverse_frequencies(
     Args:
         rule: one of the records of `saccade.rope.rules`.
         base: the model's rope_theta, above 1.
-        rotary_dim: dimensions of a head that turn; even.
+        rotary_dim: dimensions of a head that are rotated; even.
         seq_len: tokens in the whole sequence.  Only DynamicNTK and LongRoPE look at it, and None
             means not past training.  When it changes their frequencies, keys rotated before are
             no longer comparable with new queries.
@@ -125,11 +125,11 @@ def _yarn(rule: YaRN, base: float, rotary_dim: int) -> Tensor:
 def _yarn_ramp(rule: YaRN, base: float, rotary_dim: int) -> tuple[float, float]:
     """First and last pair of the ramp, as (fractional, if not truncated) pair indices."""
 
-    def pair_that_turns(times: float) -> float:
+    def pair_with_rotations(times: float) -> float:
         waves = rule.original_max_position / (times * 2 * math.pi)
         return rotary_dim * math.log(waves) / (2 * math.log(base))
 
-    low, high = pair_that_turns(rule.beta_fast), pair_that_turns(rule.beta_slow)
+    low, high = pair_with_rotations(rule.beta_fast), pair_with_rotations(rule.beta_slow)
     if rule.truncate:
         low, high = math.floor(low), math.ceil(high)
     # The bound is rotary_dim - 1 and not the last pair: published weights were trained with it.
@@ -155,7 +155,7 @@ def _yarn_magnitude(rule: YaRN) -> float:
 def _llama3(rule: Llama3, base: float, rotary_dim: int) -> Tensor:
     """Llama 3.1, https://github.com/meta-llama/llama-models (`apply_scaling`), arXiv 2407.21783.
 
-    The share kept is a ramp in `waves`, how often a pair turns over the trained length.
+    The share kept is a ramp in `waves`, the rotations of a pair over the trained length.
     """
     inv_freq = _unscaled(base, rotary_dim)
     waves = rule.original_max_position * inv_freq / (2 * math.pi)
@@ -192,8 +192,8 @@ def _check_call(base: float, rotary_dim: int, seq_len: int | None) -> None:
         )
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(
-            f"rotary_dim must be an even number of at least 2, got {rotary_dim!r}. Dimensions turn "
-            "in pairs; give int(head_dim * partial_rotary_factor)."
+            f"rotary_dim must be an even number of at least 2, got {rotary_dim!r}. Dimensions are "
+            "rotated in pairs; give int(head_dim * partial_rotary_factor)."
         )
     if seq_len is not None and seq_len < 1:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Turning queries and keys: tables of cos and sin, and the rotation itself.
+"""Rotation of queries and keys: tables of cos and sin, and the rotation itself.
 
-A head of D dimensions is R / 2 pairs that turn and D - R dimensions that stay.  Two layouts pair
-them up: halves ("neox": i with i + R/2; Llama, Qwen, gpt-oss) and neighbours ("gptj": 2i with
-2i + 1; GPT-J, DeepSeek).  They are not interchangeable; the checkpoint decides.
+A head of D dimensions has R / 2 pairs that are rotated and D - R dimensions that stay.  There are
+two layouts of the pairs: halves ("neox": i with i + R/2; Llama, Qwen, gpt-oss) and neighbours
+("gptj": 2i with 2i + 1; GPT-J, DeepSeek).  They are not interchangeable; the checkpoint decides.
 
     angle = position * inv_freq[i]
     (a, b) -> (a cos - b sin, b cos + a sin)
@@ -62,7 +62,7 @@ def tables(
 
 
 def apply(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """x [B, H, L, D] with its first R dimensions turned; same shape and dtype, differentiable.
+    """x [B, H, L, D] with its first R dimensions rotated; same shape and dtype, differentiable.
 
     RoPE, https://arxiv.org/abs/2104.09864.  Computed in the wider type of x and the tables and
     rounded once, so bfloat16 heads with float32 tables lose nothing on the way.
@@ -80,15 +80,15 @@ def apply(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> 
     if cos.dim() == 3:
         cos, sin = cos[:, None], sin[:, None]  # [B, 1, L, R/2]
     rotary_dim = 2 * cos.shape[-1]
-    turning, staying = x[..., :rotary_dim], x[..., rotary_dim:]
+    pairs, unrotated = x[..., :rotary_dim], x[..., rotary_dim:]
     if interleaved:
-        a, b = turning[..., 0::2], turning[..., 1::2]  # [B, H, L, R/2] each
+        a, b = pairs[..., 0::2], pairs[..., 1::2]  # [B, H, L, R/2] each
     else:
-        a, b = turning.chunk(2, dim=-1)  # [B, H, L, R/2] each
-    turned = ((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype))
+        a, b = pairs.chunk(2, dim=-1)  # [B, H, L, R/2] each
+    rotated = ((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype))
     if interleaved:
-        return torch.cat((torch.stack(turned, dim=-1).flatten(-2), staying), dim=-1)
-    return torch.cat((*turned, staying), dim=-1)  # [B, H, L, D]
+        return torch.cat((torch.stack(rotated, dim=-1).flatten(-2), unrotated), dim=-1)
+    return torch.cat((*rotated, unrotated), dim=-1)  # [B, H, L, D]
 
 
 def _check_apply(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -111,7 +111,7 @@ def _check_apply(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     if 2 * cos.shape[-1] > head_dim:
         raise ValueError(
-            f"cos and sin turn {2 * cos.shape[-1]} dimensions, but x has a head_dim of {head_dim}. "
+            f"cos and sin rotate {2 * cos.shape[-1]} dimensions, but x has head_dim {head_dim}. "
             "The tables hold one column per pair (rotary_dim / 2), not one per dimension."
         )
 

@@ -76,8 +76,8 @@ class YaRN:
     Args:
         factor: served length over trained length, at least 1.
         original_max_position: trained length in tokens.
-        beta_fast: pairs that turn at least this often over the trained length are kept.
-        beta_slow: pairs that turn at most this often are divided by `factor`.
+        beta_fast: pairs with at least this many rotations over the trained length are kept.
+        beta_slow: frequencies of pairs with at most this many are divided by `factor`.
         attention_factor: multiplies cos and sin as it stands; None takes it from the formula.
         mscale: with `mscale_all_dim`, the ratio form of that formula (DeepSeek); both have to be
             given and non-zero, otherwise the plain form holds, as in transformers.
@@ -105,7 +105,7 @@ class YaRN:
         if self.beta_fast < self.beta_slow:
             raise ValueError(
                 f"YaRN.beta_fast must not be below beta_slow, got beta_fast={self.beta_fast!r} and "
-                f"beta_slow={self.beta_slow!r}. Fast pairs turn more often: exchange the two."
+                f"beta_slow={self.beta_slow!r}. Fast pairs make more rotations: exchange the two."
             )
         check_magnitude("YaRN.attention_factor", self.attention_factor)
         check_mscale("YaRN.mscale", self.mscale)
@@ -188,19 +188,25 @@ Rule: TypeAlias = Unscaled | Linear | NTKAware | DynamicNTK | YaRN | Llama3 | Lo
 
 
 class ParsedRope(NamedTuple):
-    """What a `rope_parameters` dict says, model size apart."""
+    """The contents of a `rope_parameters` dict.
+
+    Attributes:
+        rule: scaling rule.
+        base: rope_theta.
+        partial_rotary_factor: share of a head's dimensions that is rotated.
+    """
 
     rule: Rule
     base: float
     partial_rotary_factor: float
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Leading dimensions of a head that turn: `int(head_dim * partial_rotary_factor)`."""
+        """Rotated leading dimensions of a head: `int(head_dim * partial_rotary_factor)`."""
         return int(head_dim * self.partial_rotary_factor)
 
 
 class _Lengths(NamedTuple):
-    """The length a config serves and, where it says so, the length of training; in tokens."""
+    """The length a config is used with and, where it has one, the length of training; in tokens."""
 
     served: int
     stated: int | None
@@ -224,7 +230,7 @@ def parse(
 
     Follows transformers: a missing factor of "yarn" and "longrope" is served over trained length,
     and the trained length defaults to `max_position_embeddings`.  Stricter in one way: a key or
-    type it does not know is an error, because ignoring one silently changes what a model says.
+    type it does not know is an error, because ignoring one silently changes the model's results.
     Keys that hold None count as absent.
 
     Args:
@@ -347,7 +353,7 @@ def _required(given: Mapping[str, Any], key: str, kind: str) -> Any:
 
 
 def _frozen(divisors: Any) -> Any:
-    """A JSON list as a tuple; anything else stays, for the rule to refuse in its own words."""
+    """A JSON list as a tuple; anything else as it is, which the check of the rule refuses."""
     return tuple(divisors) if isinstance(divisors, list) else divisors
 
 
@@ -366,7 +372,7 @@ def _base(given: Mapping[str, Any], rope_theta: float | None) -> float:
 def _partial(given: Mapping[str, Any]) -> float:
     share = given.get("partial_rotary_factor", 1.0)
     place = "rope_parameters['partial_rotary_factor']"
-    advice = "It is the share of a head's dimensions that turn; leave it out for all."
+    advice = "It is the share of a head's dimensions that are rotated; leave it out for all."
     require(0 < as_float(share) <= 1, place, "above 0 and at most 1", share, advice)
     return float(share)
 

@@ -1,9 +1,9 @@
-"""Moving keys that are already rotated: context shift, chunk reuse, evicted holes closed up.
+"""Moving keys that are already rotated, for context shift and for reuse of cached chunks.
 
-Rotations add: a key turned for position p and turned again by d is the key of position p + d.
-The magnitude of a scaling rule (`attention_factor`) is in the key already and must not come in a
-second time, so this second turn has magnitude 1.  llama.cpp multiplies again on every shift,
-which for YaRN with factor 4 makes old keys 14 % longer each time, moved or not.
+Rotations add: a key rotated for position p and again by d is the key of position p + d.  The
+magnitude of a scaling rule (`attention_factor`) is in the key already, so this second rotation has
+magnitude 1.  llama.cpp multiplies again on every shift, which for YaRN with factor 4 makes old keys
+14 % longer each time, moved or not.
 """
 
 from __future__ import annotations

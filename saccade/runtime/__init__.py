@@ -1,4 +1,4 @@
-"""Floor 4: running a model, whatever it is."""
+"""Running a model: options, context, sampling, sessions, plans; see `runtime.model.Model`."""
 
 from saccade.runtime.context import Context, GeneratedToken, Stats
 from saccade.runtime.model import Model, ModelCache, ModelFacts, Observer

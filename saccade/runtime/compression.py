@@ -1,4 +1,4 @@
-"""KV-level compression of a running model: watch the last queries, then let a policy choose."""
+"""Compression of the caches of a running model: observe the last queries, then apply a policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache
 from saccade.compress import (
     POLICIES,
-    Observed,
+    LayerObservation,
     Policy,
     resolve_budget,
     select,
@@ -18,14 +18,14 @@ from saccade.core import KVView, Unsupported
 from saccade.runtime.model import ModelCache
 
 DECODE_ROOM = 64
-"""Slots left behind a compressed prompt for the answer."""
+"""Slots allocated after the kept keys of a prompt, for the tokens that follow."""
 
 
-class QueryTail:
-    """Remembers the newest queries of every layer while a prompt is read.
+class ObservationWindow:
+    """The newest queries of every layer, kept while a prompt is read (SnapKV, arXiv 2404.14469).
 
     Args:
-        width: how many queries to remember.
+        width: how many queries of each layer to keep.
     """
 
     def __init__(self, width: int) -> None:
@@ -34,12 +34,12 @@ class QueryTail:
         self._scales: dict[int, float] = {}
 
     @classmethod
-    def for_policy(cls, name: str) -> QueryTail:
-        """A tail as long as the policy of that name wants."""
+    def for_policy(cls, name: str) -> ObservationWindow:
+        """A window as wide as the policy of that name needs."""
         return cls(POLICIES[name]().num_queries)
 
     def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
-        """Take in the queries `[B, H, t, D]` of one step."""
+        """Add the queries `[B, H, t, D]` of one layer; see `runtime.model.Observer`."""
         newest = q[:, :, -self._width :]
         if layer in self._queries and newest.shape[2] < self._width:
             newest = torch.cat((self._queries[layer], newest), dim=2)[:, :, -self._width :]
@@ -47,16 +47,16 @@ class QueryTail:
         self._scales[layer] = scale
 
     def state(self) -> dict[int, tuple[Tensor, float]]:
-        """Queries and softmax scale of each layer seen so far."""
+        """Queries `[B, H, w, D]` and softmax scale of each layer observed so far."""
         return {layer: (q, self._scales[layer]) for layer, q in self._queries.items()}
 
     def restore(self, state: dict[int, tuple[Tensor, float]]) -> None:
-        """Remember what `state` says and nothing else."""
+        """Replace everything observed by a `state`."""
         self._queries = {layer: q for layer, (q, _) in state.items()}
         self._scales = {layer: scale for layer, (_, scale) in state.items()}
 
     def of(self, layer: int) -> tuple[Tensor, float]:
-        """Queries and softmax scale of a layer."""
+        """Queries `[B, H, w, D]` and softmax scale of a layer."""
         return self._queries[layer], self._scales[layer]
 
 
@@ -66,62 +66,70 @@ def wants_ragged(policy_name: str | None) -> bool:
 
 
 def compress_cache(
-    cache: ModelCache, tail: QueryTail, policy_name: str, budget: int | float
+    cache: ModelCache, window: ObservationWindow, policy_name: str, budget: int | float
 ) -> None:
-    """Shrink every full-length layer cache to the budget; sliding layers are small already.
+    """Remove keys of every full-attention layer down to the budget; rings are left as they are.
+
+    Args:
+        cache: caches of all layers.
+        window: queries that were observed while the prompt was read.
+        policy_name: one of POLICIES.
+        budget: keys to keep of each KV head, on average: a number, or a share as a float.
 
     Raises:
-        Unsupported: a layer cache that cannot drop keys.
+        Unsupported: a layer cache that cannot remove keys.
     """
     policy = POLICIES[policy_name]()
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, RingCache):
             continue
         if isinstance(layer, RaggedCache):
-            _keep_by_head(layer, policy, budget, *tail.of(i))
+            _keep_by_head(layer, policy, budget, *window.of(i))
         elif isinstance(layer, DenseCache):
-            _keep_equally(layer, policy, budget, *tail.of(i))
+            _keep_equally(layer, policy, budget, *window.of(i))
         else:
             raise Unsupported(
-                f"kv_policy needs caches in full precision, layer {i} has {type(layer).__name__}."
+                f"kv_policy needs caches in full precision, layer {i} has a "
+                f"{type(layer).__name__}. Leave out type_k, type_v, page_size and offload_kqv."
             )
 
 
 def _keep_equally(
     layer: DenseCache, policy: Policy, budget: int | float, q: Tensor, scale: float
 ) -> None:
+    """Keep the same number of keys of every head."""
     view = layer.view()
     kept = resolve_budget(budget, layer.num_slots)
     if kept < layer.num_slots:
-        scores = policy.scores(Observed(q=q, k=view.k, v=view.v, scale=scale))
+        scores = policy.scores(LayerObservation(q=q, k=view.k, v=view.v, scale=scale))
         layer.keep(select(scores, kept), room=DECODE_ROOM)
 
 
 def _keep_by_head(
     layer: RaggedCache, policy: Policy, budget: int | float, q: Tensor, scale: float
 ) -> None:
-    """The budget is that of a head on average; heads of a layer share it as their scores say."""
+    """Keep the budget on average over the heads, which compete for it by their scores."""
     kv_lens = layer.kv_lens
     mean = int(kv_lens.sum()) // kv_lens.numel()
     kept = resolve_budget(budget, mean)
     if kept < mean:
-        held = layer.held()
-        real = held.positions >= 0
-        seen = Observed(q=q, k=held.k, v=held.v, scale=scale, real=real)
-        layer.keep(select_across_heads(policy.scores(seen), kept, policy.floor or 0.0))
+        k, v, positions = layer.gather()
+        observation = LayerObservation(q=q, k=k, v=v, scale=scale, key_mask=positions >= 0)
+        scores = policy.scores(observation)
+        layer.keep(select_across_heads(scores, kept, policy.floor or 0.0))
 
 
-def shrink_without_numbers(cache: LayerCache, budget: int | float) -> None:
-    """What `compress_cache` leaves of a layer whose tensors have shapes and no contents.
+def compress_without_data(cache: LayerCache, budget: int | float) -> None:
+    """`compress_cache` for a plan: the tensors of the cache have shapes and no contents.
 
-    Heads that compete for a budget are taken to keep equally many keys.
+    Heads that compete for a budget are assumed to keep equally many keys.
     """
     if isinstance(cache, DenseCache):
         kept = resolve_budget(budget, cache.num_slots)
         if kept < cache.num_slots:
             view = cache.view()
-            some = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
-            cache.keep(some, room=DECODE_ROOM)
+            index = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
+            cache.keep(index, room=DECODE_ROOM)
     elif isinstance(cache, RaggedCache):
         kept = resolve_budget(budget, cache.seen)
         if kept < cache.seen:

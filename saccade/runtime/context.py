@@ -1,4 +1,4 @@
-"""Context: a model, its options and its caches; text goes in, tokens come out."""
+"""Context: a model with its options and its caches; it reads tokens and generates tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.cache import RingCache
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
-from saccade.runtime.compression import QueryTail, compress_cache
+from saccade.runtime.compression import ObservationWindow, compress_cache
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
@@ -24,14 +24,24 @@ from saccade.runtime.step import DecodeStep, refusal
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One generated token."""
+    """One token of `Context.stream`.
+
+    Attributes:
+        token: its id.
+    """
 
     token: int
 
 
 @dataclass(slots=True, kw_only=True)
 class Stats:
-    """What a context has done so far; seconds are wall time."""
+    """What a context has done so far.
+
+    Attributes:
+        prompt_tokens, decode_tokens: tokens read in prompts, and tokens generated.
+        prefill_seconds, decode_seconds: wall time they took.
+        cache_bytes: bytes of all caches at the last generated token.
+    """
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -45,7 +55,7 @@ class NextToken:
     """A token that was chosen but not yet read by the model.
 
     Attributes:
-        shown: whether the caller of `stream` got it already.
+        shown: whether `stream` has yielded it.
     """
 
     token: int
@@ -76,11 +86,11 @@ class Context:
         self._stack = ExitStack()
         self._stack.enter_context(model.attached(self.params))
         self._cache = model.new_cache(self.params, reserve=reserve)
-        self._tail: QueryTail | None = None
+        self._observation_window: ObservationWindow | None = None
         self._tokens: list[int] = []
         self._next: NextToken | None = None
         self._decode_step: DecodeStep | None = None
-        self._steps: bool | None = None  # whether steps serve here; None: not asked yet
+        self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
 
     def __enter__(self) -> Context:
         return self
@@ -94,6 +104,7 @@ class Context:
 
     @property
     def cache(self) -> ModelCache:
+        """The caches of all layers."""
         return self._cache
 
     @property
@@ -103,48 +114,48 @@ class Context:
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens read so far, without those that a context shift forgot."""
+        """The tokens in the caches: read so far, without those that a context shift removed."""
         return list(self._tokens)
 
     @property
     def next_token(self) -> NextToken | None:
-        """The token that was chosen but not yet read, after a stream."""
+        """The token that was chosen but not yet read by the model, after a stream."""
         return self._next
 
     @property
-    def tail(self) -> QueryTail | None:
-        """The newest queries, where a kv_policy will want them."""
-        return self._tail
+    def observation_window(self) -> ObservationWindow | None:
+        """The newest queries of each layer, while a kv_policy observes them."""
+        return self._observation_window
 
     def resume(
         self,
         tokens: Sequence[int],
         next_token: NextToken | None,
-        tail: dict[int, tuple[Tensor, float]] | None,
+        observed: dict[int, tuple[Tensor, float]] | None,
     ) -> None:
-        """Go on from caches that were restored; see `runtime.session`.
+        """Set what the caches hold, after they were restored or rolled back; see `runtime.session`.
 
         Args:
-            tokens: what the caches have read.
+            tokens: the tokens in the caches.
             next_token: chosen but not yet read.
-            tail: newest queries and scale of each layer, where a kv_policy was watching.
+            observed: state of the observation window, where a kv_policy was observing.
         """
         self._tokens, self._next = list(tokens), next_token
-        self._cache.observer = self._tail = None
-        if tail is not None:
-            self._watch()
-            assert self._tail is not None, "params were compared before"
-            self._tail.restore(tail)
+        self._cache.observer = self._observation_window = None
+        if observed is not None:
+            self._start_observing()
+            assert self._observation_window is not None, "params were compared before"
+            self._observation_window.restore(observed)
 
     def reset(self) -> None:
-        """Forget everything that was read; memory of caches stays allocated."""
+        """Remove everything that was read; memory of caches stays allocated."""
         for layer in self._cache.layers:
             layer.reset()
         self.resume([], None, None)
 
     @property
     def can_continue(self) -> bool:
-        """Whether `stream` can go on without a prompt: a token was chosen and waits."""
+        """Whether `stream` can go on without a prompt: a token was chosen and not yet read."""
         return self._next is not None
 
     @property
@@ -155,8 +166,12 @@ class Context:
     def append(self, tokens: Sequence[int] | Tensor, *, wanted: int = 1) -> Tensor:
         """Read tokens after those already seen, at most `n_batch` at a time.
 
+        Args:
+            tokens: ids `[n]`.
+            wanted: how many of the last hidden states to return.
+
         Returns:
-            Hidden states `[min(wanted, len(tokens)), hidden]` of the last tokens.
+            Hidden states `[min(wanted, n), hidden]` of the last tokens.
 
         Raises:
             BadInput: no tokens, or more than fit into n_ctx.
@@ -165,7 +180,7 @@ class Context:
         if ids.numel() == 0:
             raise BadInput("the prompt is empty: give at least one token to read.")
         self._check_room(len(ids))
-        self._watch()
+        self._start_observing()
         states: list[Tensor] = []
         with torch.inference_mode():
             for chunk in ids.split(self.params.n_batch):
@@ -179,22 +194,25 @@ class Context:
         return torch.cat(states)[-wanted:]
 
     def reuse(self, tokens: Sequence[int] | Tensor) -> int:
-        """Go back to where `tokens` begin to differ from what was read, as far as layers can.
+        """Roll back to the common prefix of `tokens` and what was read, or earlier.
 
-        Sliding layers reach back over their window or to a checkpoint (`ctx_checkpoints`), a
-        compressed cache not behind its compression.  At least the last token is left to read.
+        Sliding layers can roll back within their ring or to a checkpoint (`ctx_checkpoints`), a
+        compressed cache not before its compression.  At least the last token is left to read.
+
+        Args:
+            tokens: ids `[n]` of the new prompt.
 
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
         """
         wanted = torch.as_tensor(tokens, dtype=torch.int64).tolist()
-        alike = 0
+        common = 0
         for ours, theirs in zip(self._tokens, wanted[:-1], strict=False):
             if ours != theirs:
                 break
-            alike += 1
+            common += 1
         with torch.inference_mode():
-            kept = roll_back(self._cache.layers, alike)
+            kept = roll_back(self._cache.layers, common)
         self.resume(self._tokens[:kept], None, None)
         return kept
 
@@ -204,13 +222,14 @@ class Context:
             return self.model.logits(hidden).float()
 
     def compress(self) -> None:
-        """Apply `kv_policy` to what the caches hold; without a policy nothing happens."""
-        if self._tail is None:
+        """Apply `kv_policy` to the caches; without a policy nothing happens."""
+        window = self._observation_window
+        if window is None:
             return
         assert self.params.kv_policy is not None and self.params.kv_budget is not None
         with torch.inference_mode():
-            compress_cache(self._cache, self._tail, self.params.kv_policy, self.params.kv_budget)
-        self._cache.observer = self._tail = None
+            compress_cache(self._cache, window, self.params.kv_policy, self.params.kv_budget)
+        self._cache.observer = self._observation_window = None
 
     def stream(
         self,
@@ -220,30 +239,42 @@ class Context:
         sampler: Sampler | None = None,
         stop: Iterable[int] = (),
     ) -> Iterator[GeneratedToken]:
-        """Read the prompt, compress if asked to, then generate up to `n_predict` tokens.
+        """Read the prompt, apply kv_policy, then generate up to `n_predict` tokens.
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
-        None; with n_keep the middle of the context is forgotten instead.
+        None; with n_keep tokens in the middle of the context are removed instead (context shift).
 
-        Without a prompt it goes on where the last stream (or a restored session) stopped.
+        Args:
+            prompt: token ids `[n]`; without any, generation continues where the last stream (or a
+                restored session) stopped.
+            n_predict: most tokens to generate.
+            sampler: chooses tokens; default greedy.
+            stop: token ids that end the generation.
+
+        Raises:
+            BadInput: neither prompt nor a token to continue from, or a prompt longer than n_ctx.
         """
         sampler, ends = sampler or Sampler(), set(stop)
         if len(prompt) or self._next is None:
             self._read(prompt, sampler)
         for _ in range(n_predict):
             self.stats.cache_bytes = self.cache_bytes
-            if self._next.shown and not self._step(sampler):
-                return
-            token = self._next.token
-            if token in ends:
+            token = self._unshown_token(sampler)
+            if token is None or token in ends:
                 return
             self._next = NextToken(token, shown=True)
             yield GeneratedToken(token)
-        if self._next.shown:
-            self._step(sampler)
+        self._unshown_token(sampler)
+
+    def _unshown_token(self, sampler: Sampler) -> int | None:
+        """The next token to yield, chosen by a step where none is left; None: no room for it."""
+        assert self._next is not None
+        if self._next.shown and not self._step(sampler):
+            return None
+        return self._next.token
 
     def _read(self, prompt: Sequence[int] | Tensor, sampler: Sampler) -> None:
-        """Read a prompt, and the last token of the stream before it if nobody has read that."""
+        """Read a prompt, after the last token of the stream before it if that is still unread."""
         start = time.perf_counter()
         tokens = torch.as_tensor(prompt, dtype=torch.int64)
         if self._next is not None and self._next.shown:
@@ -255,7 +286,7 @@ class Context:
         self.stats.prefill_seconds += time.perf_counter() - start
 
     def _step(self, sampler: Sampler) -> bool:
-        """Read the token just shown and choose the one after it; False where no room is left."""
+        """Read the token just yielded and choose the next one; False where no room is left."""
         assert self._next is not None
         if not self._room_for_one():
             return False
@@ -267,48 +298,50 @@ class Context:
         return True
 
     def _read_one(self, token: int) -> Tensor:
-        """Logits `[vocab]` behind one more token; on a GPU by a captured step."""
-        self._watch()
-        if self._steps is None:
-            self._steps = self._can_step() and refusal(self._cache) is None
-        if self._steps and self._cache.observer is None:
+        """Logits `[vocab]` after one more token; on a GPU by a CUDA graph (DecodeStep)."""
+        self._start_observing()
+        if self._use_step is None:
+            self._use_step = self._can_step() and refusal(self._cache) is None
+        if self._use_step and self._cache.observer is None:
             try:
                 self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
                 logits = self._decode_step(token)[0]
-            except Unsupported:  # some models ask the host in the middle of a step
-                self._steps = False
+            except Unsupported:  # some models synchronise with the host, which cannot be captured
+                self._use_step = False
             else:
                 self._tokens.append(token)
                 return logits
         return self.logits(self.append([token])[-1])
 
     def _can_step(self) -> bool:
-        """Whether a captured step could serve here: a GPU, and what its kernels run over."""
+        """Whether DecodeStep may run here: a GPU, and options that its kernels support."""
         params = self.params
         plain = params.sparse is None and params.flash_attn != "disabled"
         stored = params.type_k in (None, "int8", "int4", "fp8")
         served = stored and params.backend in (None, "triton")
         return self.model.device.type == "cuda" and plain and served
 
-    def _watch(self) -> None:
-        """Under a kv_policy: remember the queries from here on."""
-        if self.params.kv_policy is not None and self._tail is None:
-            self._tail = QueryTail.for_policy(self.params.kv_policy)
-            self._cache.observer = self._tail.observe
+    def _start_observing(self) -> None:
+        """Under a kv_policy: keep the newest queries of each layer from here on."""
+        if self.params.kv_policy is not None and self._observation_window is None:
+            self._observation_window = ObservationWindow.for_policy(self.params.kv_policy)
+            self._cache.observer = self._observation_window.observe
 
     def shift(self, n_keep: int) -> None:
-        """Forget half of what lies behind the first `n_keep` tokens, re-rotating later keys.
+        """Context shift: remove half of the tokens after the first `n_keep`, re-rotate later keys.
 
-        Exact for the first layer; later layers keep what they computed from the forgotten tokens.
+        Exact for the first layer; later layers keep keys computed from the removed tokens.
 
         Raises:
             Unsupported: a cache that cannot shift.
         """
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
-            raise Unsupported(f"nothing to forget behind n_keep={n_keep} of {self.seen} tokens.")
+            raise Unsupported(
+                f"nothing to remove after n_keep={n_keep} of {self.seen} tokens. Lower n_keep."
+            )
         layers = list(enumerate(self._cache.layers))
-        # Rings can always shift: asked last, a layer that cannot leaves all as they were.
+        # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
         layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
             for i, layer in layers:
@@ -317,7 +350,7 @@ class Context:
 
     @property
     def _bounded(self) -> bool:
-        """Whether n_ctx limits the tokens; a window forgets by itself and needs no limit."""
+        """Whether n_ctx limits the tokens; under n_swa memory is constant, so there is no limit."""
         return self.params.n_swa is None
 
     def _room_for_one(self) -> bool:
@@ -339,7 +372,7 @@ class Context:
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()
         needed = cache_bytes(self.model.facts, self.params, [tokens], reserve=tokens)
-        if free is not None and needed > free:
+        if needed > free:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "

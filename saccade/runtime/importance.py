@@ -1,9 +1,8 @@
-"""Importance of the tokens of a text, from the model that will read it.
+"""Importance of the tokens of a text, computed by the model that will read it.
 
-self-information    -log p(token | the text before): what the model could not guess (Selective
-                    Context, arXiv 2310.06201)
-received attention  how much attention a token gets from later ones, averaged over layers, heads
-                    and the queries that can see it (H2O, arXiv 2306.14048)
+self-information    -log p(token | the text before) (Selective Context, arXiv 2310.06201)
+received attention  attention weight of a token, averaged over layers, heads and the queries that
+                    attend to it (H2O, arXiv 2306.14048)
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from saccade.core import KVView
 from saccade.runtime.context import Context
 
 HEAD_CHUNK = 64
-"""Hidden states turned into logits at once: logits are vocab times larger than tokens."""
+"""Hidden states whose logits are computed at once: the logits of a token take 4 * vocab bytes."""
 
 
 def token_log_probs(ctx: Context, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target token `[n]` from hidden states `[n, hidden]`, float32 `[n]`."""
+    """log p of each target token `[n]` from hidden states `[n, hidden]`, float32 `[n]` in nats."""
     parts = [
         ctx.logits(states).log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
         for states, wanted in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
@@ -29,9 +28,13 @@ def token_log_probs(ctx: Context, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def self_information(ctx: Context, tokens: Tensor) -> Tensor:
-    """-log p of each token `[n]` given those before, in nats; the first one gets +inf (it stays).
+    """-log p of each token `[n]` given those before, in nats; +inf for the first, which stays.
 
-    The context reads the tokens on the way.
+    Args:
+        ctx: a context without tokens; it reads them.
+        tokens: int64 `[n]`.
+
+    Source: Li et al., Selective Context, 2023 (arXiv 2310.06201).
     """
     hidden = ctx.append(tokens, wanted=len(tokens))
     scores = torch.full((len(tokens),), torch.inf)
@@ -40,13 +43,13 @@ def self_information(ctx: Context, tokens: Tensor) -> Tensor:
 
 
 class ReceivedAttention:
-    """Observer that adds up the attention every token receives; see `received_attention`."""
+    """Observer that sums the attention every token receives; see `received_attention`."""
 
     def __init__(self) -> None:
         self._mass = torch.zeros(0)
 
     def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
-        """Take in one step of one layer (batch 1)."""
+        """Add one chunk of one layer (batch 1); see `runtime.model.Observer`."""
         mass = received_attention(q, kv, lse, scale)[0].cpu()
         if len(mass) > len(self._mass):
             grown = torch.zeros(len(mass))
@@ -55,16 +58,17 @@ class ReceivedAttention:
         self._mass[: len(mass)] += mass
 
     def scores(self) -> Tensor:
-        """Mean attention received from the queries that could see a token, `[n]`."""
+        """Attention received, divided by the number of queries that attend to the token, `[n]`."""
         length = len(self._mass)
         return self._mass / torch.arange(length, 0, -1)
 
 
 def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_attention") -> Tensor:
-    """Scores `[n]` for `compress_context`, ranks of one or both kinds between 0 and 1.
+    """Scores `[n]` for `compress_context`: ranks between 0 and 1 by one or both kinds.
 
     Args:
-        ctx: a fresh context; it reads the tokens on the way.
+        ctx: a context without tokens; it reads them.
+        tokens: int64 `[n]`.
         kind: "received_attention", "self_information" or "both" (the mean of the two ranks).  The
             default needs no logits and keeps more: half of 1,536 tokens cost SmolLM2-135M a KL of
             0.06, 0.65 and 0.25 nats in this order.

@@ -1,27 +1,32 @@
-"""What the options mean for one layer: its window, its cache, its backend."""
+"""From ContextParams to one layer: its window, its cache, its backend."""
 
 from __future__ import annotations
 
-from saccade.cache import LayerCache, Staging, make_layer_cache
+from saccade.cache import LayerCache, StagingBuffers, make_layer_cache
 from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
 
 
 def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
-    """(window, sinks) that the params put in place of a layer's own window, or (None, 0)."""
+    """(window, sinks) by which the params replace a layer's own window, or (None, 0)."""
     if params.n_swa is None or (own is not None and own <= params.n_swa):
         return None, 0
     return params.n_swa, params.n_sinks
 
 
 def layer_cache(
-    own: int | None, params: ContextParams, *, staging: Staging | None = None, reserve: int = 0
+    own: int | None,
+    params: ContextParams,
+    *,
+    staging: StagingBuffers | None = None,
+    reserve: int = 0,
 ) -> LayerCache:
     """An empty cache for a layer.
 
     Args:
         own: the model's own window of this layer, None for full attention.
-        staging: for keys in host memory, the buffers on the device that all layers share.
+        params: options of the run.
+        staging: for keys in host memory, the buffers on the device, shared by all layers.
         reserve: tokens to allocate for at once, when the final length is known.
     """
     window, sinks = narrowed_window(own, params)
@@ -39,5 +44,5 @@ def layer_cache(
 
 
 def backend_of(params: ContextParams) -> str:
-    """The backend to ask for by name, or "auto"."""
+    """Name of the backend for `attend`, or "auto"."""
     return params.backend or ("reference" if params.flash_attn == "disabled" else "auto")

@@ -1,8 +1,7 @@
 """How much memory caches and attention will take, before anything is loaded.
 
-There is no second formula for what a cache allocates: the cache itself runs on tensors that have
-shapes and no memory, and says its `nbytes`.  Attention is planned the same way, see
-`saccade.ops.planning`.
+No formula is written twice: the cache itself runs on meta tensors, which have shapes and no memory,
+and its `nbytes` are the plan.  Attention runs on fake tensors, see `saccade.ops.planning`.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from saccade.cache import LayerCache
 from saccade.core import Mask
 from saccade.ops import attend
 from saccade.ops.planning import PeakBytes, without_memory
-from saccade.runtime.compression import shrink_without_numbers
+from saccade.runtime.compression import compress_without_data
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint
 
 TRACED = 1 << 15
-"""Longest context whose attention is run without memory; beyond, its peak grows in proportion."""
+"""Longest context whose attention is run on fake tensors; the peak of longer ones is linear."""
 
 
 def chunks(tokens: int, n_batch: int) -> list[int]:
-    """How `Context.append` cuts a prompt."""
+    """Sizes of the chunks in which `Context.append` reads a prompt."""
     return [n_batch] * (tokens // n_batch) + [tokens % n_batch] * (tokens % n_batch > 0)
 
 
@@ -39,10 +38,14 @@ def filled_cache(
     *,
     reserve: int = 0,
 ) -> LayerCache:
-    """The cache of a layer after appending steps of so many tokens, in tensors without memory.
+    """The cache of a layer after appends of so many tokens each, on meta tensors.
 
     Args:
-        own: the model's own window of this layer.
+        facts: of the model.
+        params: options of the run.
+        own: the model's own window of this layer, None for full attention.
+        steps: tokens of each append, in order.
+        reserve: tokens to allocate for at once.
     """
     cache = layer_cache(own, params, reserve=reserve)
     _append(cache, facts, steps)
@@ -60,27 +63,33 @@ def cache_bytes(
     """Bytes that the caches of all layers allocate, exactly; see `Plan` for ragged ones.
 
     Args:
+        facts: of the model.
+        params: options of the run.
         read: tokens of each append while a prompt is read, in order (see `chunks`).
-        written: the same behind it; if given, the `kv_policy` is applied in between.
+        written: tokens of each append after it; if given, the `kv_policy` is applied in between.
         reserve: tokens to allocate for at once.
     """
     read, after, sizes = list(read), list(written or ()), {}
     for own in set(facts.windows):
         cache = filled_cache(facts, params, own, read, reserve=reserve)
         if written is not None and params.kv_budget is not None:
-            shrink_without_numbers(cache, params.kv_budget)
+            compress_without_data(cache, params.kv_budget)
         _append(cache, facts, after)
         sizes[own] = cache.nbytes
     return sum(sizes[own] for own in facts.windows)
 
 
 class AttentionPeak:
-    """Most bytes that the attention of one layer takes at once, reading the last chunk of a prompt.
+    """Peak bytes of the attention of one layer while the last chunk of a prompt is read, on a CPU.
 
-    Counted is what lives between handing new keys to the cache and having the output: copies of
+    Counted: what is allocated between `append` of the new keys and the output, that is copies of
     keys, scores or tiles of them, masks, output, lse, and the workspaces of native kernels on all
-    of torch's threads.  Not counted: queries, new keys, what the cache keeps.  On a CPU, without
-    the selection of a sparse pattern.
+    of torch's threads.  Not counted: queries, new keys, the cache, the selection of a sparse
+    pattern.
+
+    Args:
+        facts: of the model.
+        params: options of the run.
     """
 
     def __init__(self, facts: ModelFacts, params: ContextParams) -> None:
@@ -88,7 +97,7 @@ class AttentionPeak:
         self._known: dict[int, int] = {}
 
     def at(self, tokens: int) -> int:
-        """For a prompt of so many tokens; far beyond TRACED it grows in proportion."""
+        """Bytes for a prompt of so many tokens; beyond 2 * TRACED extrapolated linearly."""
         if tokens > 2 * TRACED:
             near, far = self.at(TRACED), self.at(2 * TRACED)
             return far + max(0, far - near) * (tokens - 2 * TRACED) // TRACED
@@ -100,10 +109,10 @@ class AttentionPeak:
         return self._known[tokens]
 
     def about(self, tokens: int) -> int:
-        """On the line between two powers of two, for a search that asks often."""
+        """`at`, interpolated linearly between two powers of two, for searches with many calls."""
         low = 1 << (tokens.bit_length() - 1)
-        here, there = self.at(low), self.at(2 * low)
-        return here + (there - here) * (tokens - low) // low
+        near, far = self.at(low), self.at(2 * low)
+        return near + (far - near) * (tokens - low) // low
 
 
 def _layer_attention_bytes(

@@ -1,4 +1,4 @@
-"""What the runtime needs of a model, whoever brings it."""
+"""The protocols that the runtime needs of a model and of its caches."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from saccade.core import KVView
 from saccade.runtime.params import ContextParams
 
 Observer = Callable[[int, Tensor, KVView, Tensor, float], None]
-"""Called after attention with (layer, q, view, lse, scale); q `[B, H, t, D]`, lse `[B, H, t]`."""
+"""Called after the attention of each layer with (layer, q, view, lse, scale).
+
+q `[B, H, t, D]` after RoPE, lse `[B, H, t]` float32.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What a plan needs to know of a model before it runs.
+    """Sizes and options of a model, known from its config alone.
 
     Attributes:
+        name: for tables.
+        num_layers, num_heads, num_kv_heads, head_dim, vocab_size: as in its config.
+        dtype: of weights and keys.
         windows: the model's own sliding window of each layer, None for full attention.
-        n_ctx_train: length the model was trained for.
-        softcap: of the attention scores; learned_sinks: one more logit a head (gpt-oss).
+        n_ctx_train: length the model was trained for, in tokens.
+        softcap: of the attention scores, None for none.
+        learned_sinks: one learned logit a head in the softmax (gpt-oss).
     """
 
     name: str
@@ -45,23 +52,31 @@ class ModelCache(Protocol):
     """The caches of all layers of a running model."""
 
     @property
-    def layers(self) -> Sequence[LayerCache]: ...
+    def layers(self) -> Sequence[LayerCache]:
+        """One cache a layer, in order."""
+        ...
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens appended so far, the same in every layer."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        ...
 
     @property
-    def observer(self) -> Observer | None: ...
+    def observer(self) -> Observer | None:
+        """Called after the attention of each layer, or None."""
+        ...
 
     @observer.setter
     def observer(self, observer: Observer | None) -> None: ...
 
     @property
     def cursor(self) -> Cursor | None:
-        """Where new tokens go during a `DecodeStep`; None while the host decides."""
+        """Positions of the new tokens in a `DecodeStep`, as tensors; None outside of a step."""
         ...
 
     @cursor.setter
@@ -72,7 +87,9 @@ class Model(Protocol):
     """A causal language model that can be run under ContextParams."""
 
     @property
-    def facts(self) -> ModelFacts: ...
+    def facts(self) -> ModelFacts:
+        """Sizes and options of the model."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +97,9 @@ class Model(Protocol):
         ...
 
     def identity(self) -> Mapping[str, str]:
-        """What makes cached keys of one model useless to another: weights, rotary positions.
+        """Fingerprints of weights and rotary positions, which cached keys depend on.
 
-        Asked while the model is attached, so that the positions are those in force.
+        Called while the model is attached, so that its rotary positions are those of the params.
         """
         ...
 
@@ -103,5 +120,5 @@ class Model(Protocol):
         ...
 
     def shift_keys(self, layer: int) -> Callable[[Tensor, int], Tensor]:
-        """The function that re-rotates the cached keys of a layer by a number of positions."""
+        """The function that rotates cached keys of a layer by a number of positions."""
         ...

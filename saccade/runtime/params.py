@@ -1,4 +1,4 @@
-"""ContextParams: how a model runs, in the names that users of llama.cpp know."""
+"""ContextParams: options of a running model, with the names of llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextParams:
-    """Options of a running model; None always means "what the model itself says".
+    """Options of a running model; None always means "as the model is configured".
 
     Args:
         n_ctx: largest number of tokens in context; None: the length the model was trained for.
-        n_batch: most tokens that one prefill step takes.
+        n_batch: most tokens that are read at once (chunked prefill).
         flash_attn: "enabled": O(N) memory or an error; "disabled": materialised scores, the
-            standard attention of the textbooks; "auto": the fastest backend able to run each call.
+            standard attention of textbooks; "auto": the fastest backend that supports each call.
         type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8, int4 or fp8 (e4m3);
             None: the dtype of the model.  Quantised types need both to be quantised, fp8 both fp8.
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
         rope_freq_base: base of the rotary frequencies.
-        rope_freq_scale: 1 / factor; None: as much as n_ctx needs beyond yarn_orig_ctx.
+        rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).
         yarn_ext_factor: 1 mixes in unscaled high frequencies (YaRN), 0 interpolates them all.
         yarn_attn_factor: magnitude of the rotary tables; None: 0.1 ln(factor) + 1.
         yarn_beta_fast, yarn_beta_slow: rotations that bound the ramp (default 32 and 1).
         yarn_orig_ctx: length the model was trained for before scaling.
-        n_swa: window, the number of last keys a token sees, itself counted.
+        n_swa: sliding window, the number of last keys a token attends to, itself counted.
         n_sinks: first tokens that stay visible outside the window.
-        ctx_checkpoints: positions that sliding layers can be taken back to, for prompts that begin
-            alike (`Context.reuse`); one is made after every chunk of a prompt, and thinned out.
-        n_keep: first tokens kept when a full context is shifted during generation; None: a full
-            context ends the generation.
-        page_size: keep keys in pages of so many tokens, which sequences and beams share; None:
-            one buffer a layer.  Sliding layers have rings either way.
-        offload_kqv: caches live on the device that computes; False keeps them in host memory, and
-            each layer's keys are fetched while the one before computes.  On a CPU it is all one.
+        ctx_checkpoints: positions that sliding layers can roll back to, for prompts with a common
+            prefix (`Context.reuse`): one after every chunk of a prompt, the most redundant dropped.
+        n_keep: first tokens kept by the context shift of a full context during generation; None:
+            a full context ends the generation.
+        page_size: tokens of a page, which sequences and beams share (paged cache); None: one
+            buffer a layer.  Sliding layers have rings either way.
+        offload_kqv: keep caches on the device that computes; False keeps them in host memory and
+            prefetches each layer's keys during the layer before.  Without effect on a CPU.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
         kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
             "ada_snapkv" (the heads of a layer compete for one budget).

@@ -1,4 +1,4 @@
-"""A plan: what a model will need under its options, known before anything is loaded."""
+"""A plan: the memory a model needs under its options, known before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ ALTERNATIVES: dict[str, dict[str, object]] = {
 }
 """Settings to try where memory is short; adding one is one line."""
 
-_OTHERWISE: dict[str, object] = {
+_RESET: dict[str, object] = {
     **dict.fromkeys(("type_k", "type_v", "n_swa", "page_size", "kv_policy", "kv_budget")),
     **{"n_sinks": 0, "ctx_checkpoints": 0, "offload_kqv": True},
 }
-_FAR = 1 << 27  # tokens: who can hold these is limited by something else
-_PIECES = 16  # what was found is appended in so many pieces, to see what it really takes
+_MAX_TOKENS = 1 << 27  # a setting that fits these counts as without limit
+_NUM_CHUNKS = 16  # most appends in which a found length is checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """One setting against an amount of memory.
+    """One setting compared with an amount of memory.
 
     Attributes:
-        needed: bytes for the whole context of the plan; fits: whether that is enough memory.
+        setting: its name.
+        needed: bytes for the whole context of the plan.
+        fits: whether the memory is enough for them.
         longest: most tokens of context that fit, 0 where none does, None where there is no limit.
     """
 
@@ -52,15 +54,17 @@ class Plan:
     """Memory of a model that reads `n_ctx` tokens.
 
     Attributes:
-        prompt: how many of the tokens are read in chunks; the others come one at a time.
+        facts, params: of the model and of the run.
+        n_ctx: tokens in context at the end.
+        prompt: how many of them are read in chunks; the others are read one at a time.
         reserve: tokens that caches allocate for at once; 0: they grow.
         weights_bytes: of the model's parameters, None where unknown.
         cache_bytes: allocated by all caches when the context is full, exactly.
-            Two things are not known beforehand: how heads share a budget they compete for (they
-            are taken to keep equally many keys, which is right to a page a head), and buffers on a
+            Two things are not known beforehand: how heads share a budget they compete for (assumed
+            to keep equally many keys, which is right to a page a head), and staging buffers on a
             GPU for keys in host memory (not counted).
-        most_cache_bytes: the same before a kv_policy compressed the prompt.
-        attention_bytes: most that attention takes beside that; see `memory.AttentionPeak`.
+        most_cache_bytes: the largest size of all caches, before a kv_policy removes keys.
+        attention_bytes: peak of attention beside the caches; see `memory.AttentionPeak`.
     """
 
     facts: ModelFacts
@@ -130,7 +134,19 @@ def make_plan(
     reserve: int = 0,
     weights_bytes: int | None = None,
 ) -> Plan:
-    """The plan for a model of these facts; see `saccade.plan`."""
+    """The plan for a model of these facts; see `saccade.plan`.
+
+    Args:
+        facts: of the model.
+        params: options; default ContextParams().
+        n_ctx: tokens in context; default params.n_ctx, else the trained length.
+        prompt: how many of them are read in chunks; default all.
+        reserve: tokens that caches allocate for at once; 0: they grow.
+        weights_bytes: of the model's parameters, None where unknown.
+
+    Raises:
+        BadInput: n_ctx below 1, a prompt outside 1 .. n_ctx, reserve below 0.
+    """
     params = params or ContextParams()
     n_ctx = n_ctx or params.n_ctx or facts.n_ctx_train
     prompt = n_ctx if prompt is None else prompt
@@ -156,33 +172,36 @@ def make_plan(
 
 
 def _with_options(params: ContextParams, options: dict[str, object]) -> ContextParams | None:
-    """These options in place of windows, policies and storage types; None where they conflict."""
+    """`params` with these options instead of its windows, policies and storage types.
+
+    None where they conflict with the other options.
+    """
     try:
-        return replace(params, **{**_OTHERWISE, **options})  # type: ignore[arg-type]
+        return replace(params, **{**_RESET, **options})  # type: ignore[arg-type]
     except ValueError:
         return None
 
 
 def _bytes_at_once(facts: ModelFacts, params: ContextParams, tokens: int) -> int:
-    """Caches that are allocated at once, and attention over them."""
-    pieces = chunks(tokens, max(params.n_batch, -(-tokens // _PIECES)))
-    caches = cache_bytes(facts, params, pieces, reserve=tokens)
+    """Bytes of caches that are allocated at once, and of attention over them."""
+    steps = chunks(tokens, max(params.n_batch, -(-tokens // _NUM_CHUNKS)))
+    caches = cache_bytes(facts, params, steps, reserve=tokens)
     return caches + AttentionPeak(facts, params).at(tokens)
 
 
 def _longest(facts: ModelFacts, params: ContextParams, room: int) -> int | None:
-    """Most tokens that fit into `room` bytes, 0 for none, None where there is no end."""
+    """Most tokens that fit into `room` bytes, 0 for none, None where there is no limit."""
     attention = AttentionPeak(facts, params)
 
     def about(tokens: int) -> int:
         return cache_bytes(facts, params, [tokens], reserve=tokens) + attention.about(tokens)
 
     low = 1
-    while low < _FAR and about(low) <= room:
+    while low < _MAX_TOKENS and about(low) <= room:
         low *= 2
-    if low >= _FAR:
+    if low >= _MAX_TOKENS:
         return None
     longest = bisect_right(range(1, low), room, key=about)
     while longest and _bytes_at_once(facts, params, longest) > room:
-        longest -= max(1, longest // 256)  # `about` was a little too low
+        longest -= max(1, longest // 256)  # `about` underestimated
     return longest

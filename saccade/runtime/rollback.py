@@ -1,4 +1,4 @@
-"""Going back in all layers at once, as far as every one of them can."""
+"""Rolling back all layers of a model to one position that each of them can reach."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from saccade.cache import LayerCache, RingCache
 
 
 def checkpoint(layers: Sequence[LayerCache]) -> None:
-    """Let sliding layers remember this position, where they were told to."""
+    """Make a checkpoint in every ring that keeps any."""
     for layer in layers:
         if isinstance(layer, RingCache):
             layer.checkpoint()
 
 
 def roll_back(layers: Sequence[LayerCache], length: int) -> int:
-    """Forget all tokens from position `length` on, or from the last one before that all can reach.
+    """Remove all tokens from position `length` on, or from the last one before that all can reach.
 
     Returns:
-        The position that was reached; 0 forgets everything.
+        The position that was reached; 0: everything was removed.
     """
     while (nearest := min(layer.max_rollback(length) for layer in layers)) < length:
         length = nearest

@@ -1,10 +1,9 @@
-"""Sessions: a context on disk, to go on from later as if it had never stopped.
+"""Sessions: a context saved to a file and restored exactly.
 
-Saved are the caches of all layers, the tokens they have read, the token chosen but not yet read,
-the sampler with its random numbers, and everything that gives the cached keys their meaning: a
-fingerprint of the weights, the rotary positions in force, and the options.  A session is restored
-only where all of that is the same; anything else is refused with a sentence, before anything in
-the context changes.
+Saved are the caches of all layers, their tokens, the token chosen but not yet read, the sampler
+with the state of its random generator, and what cached keys depend on: a fingerprint of the
+weights, the rotary positions, and the options.  A session is restored only where all of that is the
+same; anything else is refused with a sentence, before the context changes.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.session_file import SessionFile, write
 
-_FREE: Final = ("n_batch", "flash_attn", "backend", "n_keep", "ctx_checkpoints")
-"""Options that say how to compute, not what cached keys mean: they may change between runs."""
+_CHANGEABLE: Final = ("n_batch", "flash_attn", "backend", "n_keep", "ctx_checkpoints")
+"""Options that cached keys do not depend on: they may differ when a session is restored."""
 
 
 def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None) -> None:
-    """Write a context to a file, replacing an older session at once or not at all.
+    """Write a context to a file, which replaces an older session atomically.
 
     Args:
-        path: the file; a kill at any moment leaves what was there before.
+        path: the file; if the process is killed, the old file stays whole.
         ctx: between two tokens, not in the middle of a step.
         sampler: the one in use; default greedy.
 
@@ -56,39 +55,35 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
     described: list[dict[str, Any]] = []
     for index, layer in enumerate(layers):
         state = layer.state()
-        described.append(
-            {
-                "kind": snapshot.kind_of(layer),
-                "settings": state.settings,
-                "progress": state.progress,
-            }
-        )
+        kind = snapshot.kind_of(layer)
+        described.append({"kind": kind, "settings": state.settings, "progress": state.progress})
         tensors |= {f"layer.{index}.{name}": x for name, x in state.tensors.items()}
-    tail = None if ctx.tail is None else ctx.tail.state()
-    tensors |= {f"tail.{index}": q for index, (q, _) in (tail or {}).items()}
+    window = ctx.observation_window
+    observed = None if window is None else window.state()
+    tensors |= {f"observed.{index}": q for index, (q, _) in (observed or {}).items()}
     record = {
-        **_meaning(ctx),
+        **_identity(ctx),
         "sampler": _options(sampler),
         "next": None if ctx.next_token is None else asdict(ctx.next_token),
         "layers": described,
-        "tail": None if tail is None else {str(i): scale for i, (_, scale) in tail.items()},
+        "observed": None if observed is None else {str(i): s for i, (_, s) in observed.items()},
     }
     write(Path(path), tensors, record)
 
 
 def load_session(path: str | Path, ctx: Context) -> Sampler:
-    """Put a saved session into a context; what the context held before is forgotten.
+    """Restore a saved session into a context, whose own contents are removed.
 
     Args:
         path: a file of `save_session`.
         ctx: of the same model and the same options.
 
     Returns:
-        The sampler of the session, where it was.
+        The sampler of the session, with the state of its random generator.
 
     Raises:
-        BadInput: a file that is truncated, foreign, newer or damaged, or another model or other
-            options.  The context is then as it was, or empty.
+        BadInput: a file that is truncated, foreign, damaged or of another version, another model
+            or other options.  The context is then as it was, or empty.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -105,7 +100,7 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
 
 def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
     record = file.record
-    _check_meaning(path, record, ctx)
+    _check_identity(path, record, ctx)
     layers, saved = ctx.cache.layers, record["layers"]
     states = [CacheState(part["settings"], part["progress"], {}) for part in saved]
     for layer, part, state in zip(layers, saved, states, strict=True):
@@ -113,11 +108,12 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
     sampler = Sampler(**record["sampler"])
     sampler.restore(file.tensors("sampler")[""].clone())
     tokens = file.tensors("tokens")[""].tolist()
-    tail = record["tail"]
-    if tail is not None:  # copied: tensors of the file stay mapped to it
-        queries = file.tensors("tail.")
-        tail = {int(i): (queries[i].to(ctx.model.device, copy=True), s) for i, s in tail.items()}
-    waiting = record["next"]
+    scales = record["observed"]
+    observed: dict[int, tuple[Tensor, float]] | None = None
+    if scales is not None:  # copied, because tensors of the file are memory-mapped
+        queries, device = file.tensors("observed."), ctx.model.device
+        observed = {int(i): (queries[i].to(device, copy=True), s) for i, s in scales.items()}
+    unread = record["next"]
     try:
         for index, (layer, part) in enumerate(zip(layers, saved, strict=True)):
             state = states[index]._replace(tensors=file.tensors(f"layer.{index}."))
@@ -125,12 +121,12 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
     except BadInput:
         ctx.reset()
         raise
-    ctx.resume(tokens, waiting and NextToken(**waiting), tail)
+    ctx.resume(tokens, unread and NextToken(**unread), observed)
     return sampler
 
 
-def _meaning(ctx: Context) -> dict[str, Any]:
-    """What gives cached keys their meaning, as JSON."""
+def _identity(ctx: Context) -> dict[str, Any]:
+    """What cached keys depend on, as JSON."""
     return {
         "model": {**_facts(ctx.model.facts), **ctx.model.identity()},
         "params": _params(ctx.params),
@@ -138,26 +134,26 @@ def _meaning(ctx: Context) -> dict[str, Any]:
 
 
 def _facts(facts: ModelFacts) -> dict[str, Any]:
-    """The facts that caches depend on; the name of a file may change, weights have their own."""
-    told = {f.name: getattr(facts, f.name) for f in fields(facts)}
+    """The facts that caches depend on; weights have a fingerprint of their own."""
+    values = {f.name: getattr(facts, f.name) for f in fields(facts)}
     for name in ("name", "n_ctx_train", "softcap", "learned_sinks"):
-        del told[name]
-    return {**told, "dtype": str(facts.dtype), "windows": list(facts.windows)}
+        del values[name]
+    return {**values, "dtype": str(facts.dtype), "windows": list(facts.windows)}
 
 
 def _params(params: ContextParams) -> dict[str, Any]:
-    told = {f.name: getattr(params, f.name) for f in fields(params)}
+    values = {f.name: getattr(params, f.name) for f in fields(params)}
     pattern = params.sparse
-    return {**told, "sparse": None if pattern is None else str(pattern)}
+    return {**values, "sparse": None if pattern is None else str(pattern)}
 
 
 def _options(sampler: Sampler) -> dict[str, Any]:
     return {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.init}
 
 
-def _check_meaning(path: Path, record: dict[str, Any], ctx: Context) -> None:
+def _check_identity(path: Path, record: dict[str, Any], ctx: Context) -> None:
     """Raise BadInput where the session belongs to another model or to other options."""
-    here = _meaning(ctx)
+    here = _identity(ctx)
     for name, value in here["model"].items():
         there = record["model"].get(name)
         if there != value:
@@ -165,11 +161,11 @@ def _check_meaning(path: Path, record: dict[str, Any], ctx: Context) -> None:
                 f"{path} was saved with another model: its {name} is {there}, this model has "
                 f"{value}. Load the model it was saved with."
             )
-    stretched = ctx.params.rope_scaling_type is not None  # n_ctx may then say how far
-    free = _FREE if stretched else (*_FREE, "n_ctx")
+    scaled = ctx.params.rope_scaling_type is not None  # the scaling factor may follow n_ctx
+    changeable = _CHANGEABLE if scaled else (*_CHANGEABLE, "n_ctx")
     for name, value in here["params"].items():
         there = record["params"].get(name)
-        if name not in free and there != value:
+        if name not in changeable and there != value:
             raise BadInput(
                 f"{path} was saved with {name}={there!r}, this context has {value!r}. "
                 f"Give {name} as it was, or start a new session."

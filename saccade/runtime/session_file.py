@@ -1,9 +1,9 @@
-"""One safetensors file that is either the old one or the new one, never something between.
+"""A safetensors file that is replaced atomically and checked by sha256.
 
-The file is written beside its final place, flushed to the disk and renamed: whoever is killed at
-any moment leaves the old file whole.  A JSON record travels in the metadata of safetensors, with a
-sha256 of every tensor (dtype and shape included) and of the record itself.  The checksums find
-damage; they are no signature, anybody can compute them.
+The file is written under a temporary name, flushed to the disk and renamed, so a kill at any moment
+leaves the old file whole.  A JSON record is stored in the metadata of safetensors, with a sha256 of
+every tensor (dtype and shape included) and of the record itself.  The checksums find damage; they
+are no signature, because anybody can compute them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from saccade.core import BadInput
 
 _RECORD: Final = "saccade.session"
 _SUM: Final = "saccade.sha256"
-VERSION: Final = 1
+VERSION: Final = 2
+"""Of the record and the names of tensors; files of any other version are refused."""
 _DTYPES: Final = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,13 +41,18 @@ _DTYPES: Final = {
     torch.bool: "BOOL",
 }
 _STALE_SECONDS: Final = 3600
-"""A part this old was left by a process that was killed; a save takes seconds."""
+"""A temporary file this old was left by a killed process: a save takes seconds."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-    """Replace `path` by a file with these tensors and this JSON record, at once or not at all.
+    """Replace `path` atomically by a file with these tensors and this JSON record.
 
     One tensor at a time is copied to host memory.  The file is readable by its owner alone.
+
+    Args:
+        path: the file; a symbolic link is followed.
+        tensors: by name, of the dtypes that safetensors knows.
+        record: JSON.
 
     Raises:
         OSError: no room or no permission; the old file is untouched.
@@ -73,13 +79,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> 
 
 
 class SessionFile:
-    """A file made by `write`, opened and checked from end to end.
+    """A file made by `write`; every checksum is verified when it is opened.
 
     Args:
         path: the file.
 
     Raises:
-        BadInput: truncated, foreign, newer or damaged; the sentence says which.
+        BadInput: truncated, foreign, of another version or damaged; the sentence says which.
         OSError: the file cannot be read.
 
     Attributes:
@@ -101,7 +107,7 @@ class SessionFile:
                     raise _damaged(path, f"the checksum of {name} does not fit")
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`, which is cut off; mapped, not read."""
+        """The tensors whose names begin with `prefix`, by the rest of the name; memory-mapped."""
         with self._open() as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
@@ -121,7 +127,7 @@ class SessionFile:
 
 
 def _record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON record, after checking that it is ours, not newer, and what was written."""
+    """The JSON record, after checking that it is ours, of this version, and undamaged."""
     text = metadata.get(_RECORD)
     if text is None:
         raise BadInput(
@@ -132,14 +138,22 @@ def _record(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         version = int(record["version"])
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(path, "its record cannot be read") from error
-    if version > VERSION:
-        raise BadInput(
-            f"{path} was saved by a newer saccade (session version {version}, this one reads up "
-            f"to {VERSION}). Upgrade saccade to continue it."
-        )
+    if version != VERSION:
+        raise _other_version(path, version)
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get(_SUM):
         raise _damaged(path, "the checksum of its record does not fit")
     return record
+
+
+def _other_version(path: Path, version: int) -> BadInput:
+    newer = version > VERSION
+    advice = (
+        "Upgrade saccade" if newer else "Delete it and read the prompt again, or use that saccade"
+    )
+    return BadInput(
+        f"{path} was saved by {'a newer' if newer else 'an older'} saccade (session version "
+        f"{version}, this one reads version {VERSION}). {advice} to continue it."
+    )
 
 
 def _damaged(path: Path, why: str) -> BadInput:
@@ -150,7 +164,7 @@ def _damaged(path: Path, why: str) -> BadInput:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if len(flat) else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
 
 
 def _digest(tensor: Tensor) -> str:
@@ -160,7 +174,7 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """What safetensors puts first: the length of a JSON header, and the header."""
+    """The beginning of a safetensors file: the length of the JSON header, and the header."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, tensor in tensors.items():

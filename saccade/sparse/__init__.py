@@ -1,6 +1,6 @@
-"""Floor 2: where to look.  A Pattern picks blocks of keys for each block of queries.
+"""Block-sparse patterns: which blocks of keys each block of queries attends to.
 
-Adding a pattern is one file and one line in PATTERNS; the contract test finds it there.
+A new pattern is one file and one line in PATTERNS, where the contract test finds it.
 """
 
 from saccade.sparse.block_topk import BlockTopK

@@ -20,13 +20,16 @@ from saccade.sparse.pattern import last_key_block
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTopK:
-    """The `top` best key blocks for each query block and KV head, plus sinks and the recent ones.
+    """The `top` best key blocks for each query block and KV head, with sinks and recent blocks.
 
     Args:
         block: tokens in a block of queries and of keys.
         top: key blocks chosen by score.
         sink_blocks: first key blocks, always read.
         window_blocks: most recent key blocks, always read, the current one counted.
+
+    Raises:
+        ValueError: block or window_blocks below 1, sink_blocks or top below 0.
     """
 
     block: int = 64
@@ -39,7 +42,7 @@ class BlockTopK:
             raise ValueError(f"block and window_blocks must be >= 1, the others >= 0, got {self}.")
 
     def select(self, q: Tensor, kv: KVView, q_offset: int) -> BlockSelection:
-        """The grid for these queries, from one small matrix product of pooled vectors."""
+        """See Pattern; scores are one small matrix product of the mean vectors of blocks."""
         tile = dense(kv)
         last = last_key_block(q.shape[2], q_offset, self.block, self.block, q.device)[:, None]
         grouped = q.unflatten(1, (kv.shape[1], -1)).mean(2)
@@ -58,9 +61,9 @@ class BlockTopK:
 
 def _pool(x: Tensor, block: int, positions: Tensor, length: int) -> Tensor:
     """Mean over blocks of positions: `[B, H, t, D]` -> `[B, H, blocks, D]` float32."""
-    home = positions // block
+    index = positions // block
     blocks = -(-length // block)
     sums = x.new_zeros(*x.shape[:2], blocks, x.shape[3], dtype=torch.float32)
-    sums.index_add_(2, home, x.float())
-    counts = torch.bincount(home, minlength=blocks).clamp_min(1)
+    sums.index_add_(2, index, x.float())
+    counts = torch.bincount(index, minlength=blocks).clamp_min(1)
     return sums / counts[:, None]

@@ -1,4 +1,4 @@
-"""The protocol of sparse patterns, and what they share: block positions."""
+"""The protocol of block-sparse patterns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from saccade.core import BlockSelection, KVView
 
 
 class Pattern(Protocol):
-    """Chooses which blocks of keys each block of queries reads."""
+    """Chooses which blocks of keys each block of queries attends to."""
 
     def select(self, q: Tensor, kv: KVView, q_offset: int) -> BlockSelection:
-        """Selection for queries `[B, H, Lq, D]` at positions q_offset .. over the view's keys.
+        """The selected blocks; the operator intersects them with the mask of the call.
 
-        The selection is intersected with the mask of the call, so it need not be causal itself.
+        Args:
+            q: queries `[B, H, Lq, D]`, after RoPE.
+            kv: the view they attend to, `[B, Hkv, end, D]`.
+            q_offset: position of the first query.
         """
         ...
 

@@ -16,13 +16,16 @@ from saccade.sparse.pattern import last_key_block
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strided:
-    """Sinks, a local window and one block in `stride`, the same for all heads.
+    """Sinks, a local window and every `stride`-th block, the same for all heads.
 
     Args:
         block: tokens in a block of queries and of keys.
         sink_blocks: first key blocks, always read.
         window_blocks: most recent key blocks, the current one counted.
-        stride: beyond the window every stride-th block is read; 0 for none.
+        stride: outside the window every stride-th block is read; 0 for none.
+
+    Raises:
+        ValueError: block or window_blocks below 1, sink_blocks or stride below 0.
     """
 
     block: int = 64
@@ -35,10 +38,10 @@ class Strided:
             raise ValueError(f"block and window_blocks must be >= 1, the others >= 0, got {self}.")
 
     def select(self, q: Tensor, kv: KVView, q_offset: int) -> BlockSelection:
-        """The grid for these queries; no tensor is looked at."""
+        """See Pattern; depends on lengths only, not on q and k."""
         last = last_key_block(q.shape[2], q_offset, self.block, self.block, q.device)[:, None]
         blocks = torch.arange(-(-kv.shape[2] // self.block), device=q.device)[None]
-        # Queries of one block may lie in two key blocks, so the window is counted from the first.
+        # Queries of one block may lie in two key blocks: the window counts from the first of them.
         allowed = (blocks > last - self.window_blocks - 1) | (blocks < self.sink_blocks)
         if self.stride:
             allowed |= blocks % self.stride == 0

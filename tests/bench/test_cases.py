@@ -44,7 +44,7 @@ def test_bytes_are_those_of_the_tensors(storage, head_dim):
     (view,) = inputs.views
     assert view.shape == (1, 2, 200, head_dim, head_dim)
     if isinstance(view, QuantizedKV):
-        assert view.num_packed == 128
+        assert view.num_quantized == 128
         tensors = [*view.k, *view.v, view.recent_k, view.recent_v]
     else:
         assert isinstance(view, DenseKV)

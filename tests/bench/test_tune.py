@@ -147,12 +147,12 @@ def test_the_file_can_be_used_and_says_how_it_was_measured(kernel, capsys, monke
     assert "2.00x" in said.out and "64x64 4w 2s" in said.out
     file = launches.read(path, tuning.KERNELS)
     assert file.kernels == {"forward": ((64, FAST),)} and len(file.trials) == 2
-    assert {"card", "torch", "triton", "date", "ceilings"} <= set(file.measured)
+    assert {"gpu", "torch", "triton", "date", "ceilings"} <= set(file.measured)
     monkeypatch.setenv(tuning.VARIABLE, str(path))
-    tuning.forget()
+    tuning.clear_cache()
     assert launch_now() == FAST
     monkeypatch.undo()
-    tuning.forget()
+    tuning.clear_cache()
 
 
 def test_a_second_run_keeps_what_is_there(kernel, capsys, monkeypatch, tmp_path):
@@ -208,7 +208,7 @@ def test_a_wrong_launch_is_shown_and_never_as_markup(kernel):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=160)
-    tune_table.print_found({"card": "[red]card"}, [found], console, complete=True)
+    tune_table.print_found({"gpu": "[red]card"}, [found], console, complete=True)
     text = console.file.getvalue()
     assert "[red]card, torch None" in text and "WRONG  forward 64, 16x16 1w 1s: [bold]x" in text
     assert "the same" in text and "1 of 2" in text

@@ -12,7 +12,7 @@ from saccade.cache import (
     QuantizedCache,
     RaggedCache,
     RingCache,
-    Staging,
+    StagingBuffers,
     make_layer_cache,
     snapshot,
 )
@@ -28,7 +28,7 @@ EXACT = {
     "paged": (lambda: PagedCache(page_size=4), Mask()),
     "paged in large pages": (PagedCache, Mask()),
     "ragged": (RaggedCache, Mask()),
-    "offloaded": (lambda: OffloadedCache(Staging()), Mask()),
+    "offloaded": (lambda: OffloadedCache(StagingBuffers()), Mask()),
     "long ring": (lambda: RingCache(window=300, sinks=2, chunk=8), Mask(window=300, sinks=2)),
 }
 LENGTH = 60
@@ -43,7 +43,7 @@ def qkv(length=LENGTH, batch=2, dim=16):
 
 
 def run(cache, mask, q, k, v, chunks):
-    """Append and attend chunk by chunk; the joined outputs."""
+    """Append and attend chunk by chunk; the outputs, concatenated."""
     outs, at = [], cache.seen
     start = at
     for size in chunks:
@@ -103,8 +103,8 @@ def test_reorder(name):
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("back", [1, 3, 5])
-def test_truncate_equals_never_having_read(name, back):
-    """Roll back a few speculative tokens; refuse where the window is already overwritten."""
+def test_truncate_is_exact_or_refused(name, back):
+    """As if the tokens had never been read; refused where the window is overwritten."""
     make, mask = EXACT[name]
     cache, (q, k, v) = make(), qkv()
     run(cache, mask, q[:, :, :40], k[:, :, :40], v[:, :, :40], [4] * 10)
@@ -121,7 +121,7 @@ def test_truncate_equals_never_having_read(name, back):
 
 
 @pytest.mark.parametrize("name", [*EXACT, "int8"])
-def test_a_restored_state_goes_on_as_the_original(name):
+def test_a_restored_state_continues_as_the_original(name):
     make, mask = EXACT.get(name, (QuantizedCache, Mask()))
     cache, (q, k, v) = make(), qkv(200)
     run(cache, mask, q[:, :, :150], k[:, :, :150], v[:, :, :150], [4] * 38)
@@ -140,13 +140,15 @@ def test_states_of_other_caches_are_refused():
     with pytest.raises(BadInput, match="saved with window=4 in a ring cache, this context has 8"):
         snapshot.check(RingCache(window=8), "ring", state)
     state.progress["oldest"] = -1
-    with pytest.raises(BadInput, match="which cannot be"):
+    with pytest.raises(
+        BadInput, match="impossible counts for a ring cache: expected seen, oldest of 0 or more"
+    ):
         snapshot.check(RingCache(window=4), "ring", state)
     with pytest.raises(Unsupported, match="a str cannot be saved"):
         snapshot.kind_of("x")
 
 
-def test_ring_truncates_within_its_slack():
+def test_ring_rolls_back_by_its_extra_slots():
     """A ring holds chunk - 1 tokens more than a window after a whole chunk."""
     cache, (_, k, v) = RingCache(window=9, chunk=4), qkv()
     for at in range(0, 40, 4):
@@ -157,7 +159,7 @@ def test_ring_truncates_within_its_slack():
 
 
 class TestRing:
-    def test_memory_is_fixed_and_one_slot_is_written_per_token(self):
+    def test_memory_is_constant_and_one_slot_is_written_per_token(self):
         cache = RingCache(window=8, sinks=2, chunk=4)
         _, k, v = qkv(200)
         cache.append(k[:, :, :4], v[:, :, :4])
@@ -191,7 +193,7 @@ class TestDense:
         cache.append(k, v)
         assert cache.nbytes == 2 * 2 * 2 * 1000 * 16 * 4
 
-    def test_keep_frees_memory_and_attends_to_what_is_kept(self):
+    def test_keep_frees_memory_and_attention_reads_the_kept_keys(self):
         cache, (_, k, v) = DenseCache(), qkv(700)
         cache.append(k, v)
         before = cache.nbytes
@@ -208,22 +210,22 @@ class TestDense:
         expected = attention(new[0], kept_k, kept_v, backend="reference")
         assert torch.allclose(ours, expected, atol=1e-5)
 
-    def test_keep_everything_is_dense(self):
+    def test_keeping_everything_changes_nothing(self):
         cache, (_, k, v) = DenseCache(), qkv()
         cache.append(k, v)
         cache.keep(torch.arange(LENGTH).expand(2, 2, LENGTH))
         assert torch.equal(cache.view().k, k) and torch.equal(cache.view().v, v)
 
-    def test_compressed_caches_refuse_what_they_cannot_do(self):
+    def test_compressed_caches_refuse_rollback_and_shift(self):
         cache, (_, k, v) = DenseCache(), qkv()
         cache.append(k, v)
         cache.keep(torch.arange(10).expand(2, 2, 10))
-        with pytest.raises(Unsupported, match="cannot be truncated"):
+        with pytest.raises(Unsupported, match="a compressed cache cannot go back to position 5"):
             cache.truncate(5)
         with pytest.raises(Unsupported, match="cannot be shifted"):
             cache.context_shift(2, 4, lambda k, d: k)
 
-    def test_drop_moves_and_rotates_the_rest(self):
+    def test_context_shift_moves_and_rotates_later_keys(self):
         cache, (_, k, v) = DenseCache(), qkv(20)
         cache.append(k, v)
         cache.context_shift(4, 10, lambda keys, delta: keys + delta)
@@ -247,7 +249,7 @@ class TestQuantized:
     )
     @pytest.mark.parametrize("hadamard", [True, False])
     @pytest.mark.parametrize("chunks", [[500], [1], [64], [37, 200, 3]])
-    def test_stays_within_its_bound(self, bits, fp8, bound, hadamard, chunks):
+    def test_error_stays_within_its_bound(self, bits, fp8, bound, hadamard, chunks):
         q, k, v = qkv(500, dim=64)
         cache = QuantizedCache(bits_k=bits, bits_v=bits, hadamard=hadamard, fp8=fp8)
         ours = run(cache, Mask(), q, k, v, cuts(chunks, 500))
@@ -284,7 +286,7 @@ class TestQuantized:
 
     @pytest.mark.parametrize("length", [299, 200, 128, 100, 3])
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_truncate_opens_a_group_again(self, bits, length):
+    def test_truncate_dequantizes_a_cut_group(self, bits, length):
         q, k, v = qkv(300, dim=64)
         cache = QuantizedCache(bits_k=bits, bits_v=bits)
         run(cache, Mask(), q, k, v, [100, 100, 100])
@@ -296,7 +298,7 @@ class TestQuantized:
         assert (ours - exact).norm() / exact.norm() < {8: 0.008, 4: 0.12}[bits]
 
     @pytest.mark.parametrize("kind", [{}, {"bits_k": 4, "bits_v": 4}, {"fp8": True}])
-    def test_drop_moves_and_rotates_the_rest(self, kind):
+    def test_context_shift_moves_and_rotates_later_keys(self, kind):
         """Like a dense cache, up to two errors of the format; recent tokens stay exact."""
         q, k, v = qkv(420, dim=64)
         ours, plain = QuantizedCache(group=32, **kind), DenseCache()
@@ -314,7 +316,7 @@ class TestQuantized:
         )
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="fp8 codes have 8 bits, got bits_k=4 and bits_v=8"):
+        with pytest.raises(ValueError, match="fp8 needs 8 bits, got bits_k=4 and bits_v=8"):
             QuantizedCache(bits_k=4, fp8=True)
         with pytest.raises(ValueError, match="bits_k must be 4 or 8, got 3"):
             QuantizedCache(bits_k=3)
@@ -325,7 +327,7 @@ def test_make():
     assert isinstance(make_layer_cache(window=8), RingCache)
     assert isinstance(make_layer_cache(page_size=16), PagedCache)
     assert isinstance(make_layer_cache(ragged=True), RaggedCache)
-    assert isinstance(make_layer_cache(staging=Staging()), OffloadedCache)
+    assert isinstance(make_layer_cache(staging=StagingBuffers()), OffloadedCache)
     assert isinstance(make_layer_cache(ragged=True, window=8), RingCache)
     assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
     assert make_layer_cache(type_k="fp8", type_v="fp8").state().settings["fp8"] is True

@@ -1,4 +1,4 @@
-"""What every kind of cache promises: exact bytes, padded batches, rows that can be picked."""
+"""Contracts of every kind of cache: exact bytes, padded batches, selection of rows."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def compressed_ragged():
     return cache
 
 
-def remembering_ring():
+def ring_with_checkpoints():
     cache, (_, k, v) = RingCache(window=9, checkpoints=3), qkv()
     for at in range(0, 60, 10):
         cache.append(k[:, :, at : at + 10], v[:, :, at : at + 10])
@@ -38,12 +38,12 @@ KINDS = {
     "fp8": lambda: QuantizedCache(fp8=True, group=16, recent=8),
     "compressed dense": compressed_dense,
     "compressed ragged": compressed_ragged,
-    "ring with checkpoints": remembering_ring,
+    "ring with checkpoints": ring_with_checkpoints,
 }
 
 
 def storages(thing, found):
-    """Every storage that an object holds on to, by address."""
+    """Bytes of every storage that an object refers to, by address."""
     if isinstance(thing, torch.Tensor):
         storage = thing.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
@@ -61,8 +61,8 @@ def storages(thing, found):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunks", [[30, 30], [1] * 40, [7, 1, 50]])
-def test_bytes_are_those_of_the_tensors_it_holds(kind, chunks):
-    """Counted by walking over everything the cache refers to, in every state it goes through."""
+def test_nbytes_are_those_of_all_tensors_of_the_cache(kind, chunks):
+    """Counted by walking over everything the cache refers to, after each kind of change."""
     cache, (_, k, v) = KINDS[kind](), qkv()
     at = 0
     for size in chunks:
@@ -80,14 +80,14 @@ def test_bytes_are_those_of_the_tensors_it_holds(kind, chunks):
 
 @pytest.mark.parametrize("kind", [*EXACT, "int8", "int4", "fp8"])
 def test_a_padded_batch_equals_single_rows(kind):
-    """Left padding of another length in each row; what lies in the padded slots is poison."""
+    """Left padding of another length in each row; the padded slots hold large values."""
     _, mask = EXACT.get(kind, (None, Mask()))
     mask = Mask(window=mask.window)  # sinks would be slots of padding: `attach` refuses that
     q, k, v = qkv(dim=32)
     pads = torch.tensor([11, 0])
     padding = torch.arange(60)[None] >= pads[:, None]
     k[0, :, :11], v[0, :, :11] = 1e4, -1e4
-    if "8" in kind or "4" in kind:  # codes of real tokens share scales with what is padded
+    if "8" in kind or "4" in kind:  # real tokens share scales with padded ones
         k[0, :, :11], v[0, :, :11] = 0.5, -0.5
     cache, outs = KINDS[kind](), []
     for at in range(0, 60, 4):
@@ -105,10 +105,10 @@ def test_a_padded_batch_equals_single_rows(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_on_after_a_reorder(kind):
-    """Rows are what was picked, also where more or fewer rows were picked than there were."""
+def test_append_after_reorder(kind):
+    """Rows are the selected ones, also where their number changes."""
     if "compressed" in kind or "checkpoints" in kind:
-        pytest.skip("begins with tokens of its own")
+        pytest.skip("holds tokens from the start")
     _, mask = EXACT.get(kind, (None, Mask()))
     data = qkv()
     straight, picked = KINDS[kind](), KINDS[kind]()

@@ -1,13 +1,13 @@
-"""Keys in host memory: the same attention, two buffers on the device whatever the layers.
+"""Keys in host memory: the same attention, two staging buffers on the device for all layers.
 
-Without a GPU the staging runs between two places in host memory, which checks who is in which
-buffer when; with one, streams and pinned memory too.
+Without a GPU keys are staged between two buffers in host memory, which tests which layer is in
+which buffer; with a GPU, streams and pinned memory are tested too.
 """
 
 import pytest
 import torch
 
-from saccade.cache import DenseCache, OffloadedCache, Staging
+from saccade.cache import DenseCache, OffloadedCache, StagingBuffers
 from saccade.core import Mask
 from saccade.ops import attend
 
@@ -18,12 +18,12 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def device(request, monkeypatch):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    monkeypatch.setattr(OffloadedCache, "_is_elsewhere", lambda self: True)
+    monkeypatch.setattr(OffloadedCache, "_is_staged", lambda self: True)
     return torch.device(request.param)
 
 
 def model_of(layers):
-    staging = Staging()
+    staging = StagingBuffers()
     return (
         staging,
         [OffloadedCache(staging) for _ in range(layers)],
@@ -54,19 +54,19 @@ def test_all_layers_attend_to_their_own_keys(device, layers):
     assert sum(cache.nbytes for cache in ours) == (layers + buffers) * 2 * k.nbytes
 
 
-def test_the_next_layer_is_there_before_it_asks(device):
+def test_the_next_layer_is_prefetched(device):
     staging, ours, plain = model_of(3)
     for _ in range(2):
         step(ours, plain, 5, device)
     for i, cache in enumerate(ours):
-        assert cache in staging._holder
+        assert cache in staging._resident
         k = torch.zeros(2, 2, 1, 16, device=device)
         cache.append(k, k)
-        assert staging._holder[1 - staging._last] is ours[(i + 1) % 3]
+        assert staging._resident[1 - staging._current] is ours[(i + 1) % 3]
 
 
-def test_whatever_changes_the_host_is_fetched_again(device):
-    """Rows picked, tokens taken back, a middle forgotten, everything forgotten."""
+def test_changes_of_the_host_copy_are_loaded_again(device):
+    """Reorder, truncate, context shift, reset."""
     _, ours, plain = model_of(3)
     step(ours, plain, 40, device)
     for both in zip(ours, plain, strict=True):
@@ -88,8 +88,8 @@ def test_whatever_changes_the_host_is_fetched_again(device):
     step(ours, plain, 9, device, batch=3)
 
 
-def test_on_a_cpu_keys_are_where_they_belong():
-    staging, cache = Staging(), None
+def test_on_a_cpu_nothing_is_staged():
+    staging = StagingBuffers()
     cache = OffloadedCache(staging)
     k = torch.randn(1, 1, 5, 8)
     view = cache.append(k, k)

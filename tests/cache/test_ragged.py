@@ -1,4 +1,4 @@
-"""A ragged cache: each head keeps its own keys, and attention is that over exactly those."""
+"""A ragged cache: each head keeps its own keys, and attention is over exactly those."""
 
 import random
 
@@ -23,7 +23,7 @@ def qkv():
 
 @pytest.fixture
 def kept():
-    """Another number of keys for every head: from one to nearly all."""
+    """A different number of keys for every head: from one to nearly all."""
     torch.manual_seed(1)
     shares = torch.tensor([[0.02, 0.9], [0.3, 0.5]])
     kept = torch.rand(BATCH, HEADS, PROMPT) < shares[..., None]
@@ -69,7 +69,7 @@ def read_on(cache, qkv, first, chunks, mask=None, **options):
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_over_what_is_kept(qkv, kept, backend, page_size, window):
+def test_attention_over_the_kept_keys(qkv, kept, backend, page_size, window):
     """Positions are kept, so a window means what it means over all keys."""
     cache = compressed(qkv, kept, page_size)
     ours = read_on(cache, qkv, PROMPT, [1, 1, 5, 8], Mask(window=window), backend=backend)
@@ -77,7 +77,7 @@ def test_attention_over_what_is_kept(qkv, kept, backend, page_size, window):
     assert torch.equal(cache.kv_lens, (kept.sum(-1) + 15).int()) and cache.seen == LENGTH
 
 
-def test_padding_means_what_it_means_over_all_keys(qkv, kept):
+def test_padding_masks_the_same_positions(qkv, kept):
     cache = compressed(qkv, kept)
     real = torch.arange(LENGTH)[None] >= torch.tensor([[7], [0]])
     ours = read_on(cache, qkv, PROMPT, [LENGTH - PROMPT], key_padding=real)
@@ -85,7 +85,7 @@ def test_padding_means_what_it_means_over_all_keys(qkv, kept):
     assert torch.allclose(ours, expected(qkv, alive, PROMPT), atol=1e-5)
 
 
-def test_memory_is_what_is_kept(qkv, kept):
+def test_memory_is_that_of_the_kept_keys(qkv, kept):
     cache = compressed(qkv, kept)
     pages = sum(-(-n // 4) for n in kept.sum(-1).flatten().tolist())
     most = -(-int(kept.sum(-1).max()) // 4)
@@ -95,7 +95,7 @@ def test_memory_is_what_is_kept(qkv, kept):
     assert cache.nbytes < 0.6 * prompt
 
 
-def test_keeping_everything_is_dense(qkv):
+def test_keeping_everything_equals_dense(qkv):
     cache = compressed(qkv, torch.ones(BATCH, HEADS, PROMPT, dtype=torch.bool))
     q, k, v = qkv
     ours = read_on(cache, qkv, PROMPT, [15])
@@ -110,14 +110,14 @@ def test_a_head_may_keep_nothing(qkv, kept):
     assert torch.allclose(ours, expected(qkv, alive_of(kept), PROMPT), atol=1e-5)
 
 
-def test_keeping_again(qkv, kept):
-    """The second choice is made among what is left, newest keys in the same columns."""
+def test_keeping_twice(qkv, kept):
+    """The second selection is over the remaining keys, newest keys in the same columns."""
     cache = compressed(qkv, kept)
     read_on(cache, qkv, PROMPT, [10])
-    held = cache.held()
-    assert (held.positions[..., -10:] == torch.arange(PROMPT, PROMPT + 10)).all()
-    assert ((held.positions >= 0).sum(-1) == cache.kv_lens).all()
-    cache.keep(held.positions % 2 == 0)
+    gathered = cache.gather()
+    assert (gathered.positions[..., -10:] == torch.arange(PROMPT, PROMPT + 10)).all()
+    assert ((gathered.positions >= 0).sum(-1) == cache.kv_lens).all()
+    cache.keep(gathered.positions % 2 == 0)
     alive = alive_of(kept)
     alive[..., 1 : PROMPT + 10 : 2] = False
     ours = read_on(cache, qkv, PROMPT + 10, [5])
@@ -125,7 +125,7 @@ def test_keeping_again(qkv, kept):
 
 
 @pytest.mark.parametrize("rows", [[1, 0], [1, 1], [0, 0, 1], [1]])
-def test_reorder_shares_pages_until_they_differ(qkv, kept, rows):
+def test_reorder_shares_pages_copied_on_write(qkv, kept, rows):
     cache = compressed(qkv, kept)
     size = cache.nbytes
     cache.reorder(torch.tensor(rows))
@@ -136,7 +136,7 @@ def test_reorder_shares_pages_until_they_differ(qkv, kept, rows):
     assert torch.allclose(ours, whole[rows], atol=1e-5)
 
 
-def test_truncate_goes_back_to_the_compression_and_no_further(qkv, kept):
+def test_truncate_reaches_the_compression_and_no_further(qkv, kept):
     cache = compressed(qkv, kept)
     read_on(cache, qkv, PROMPT, [11])
     cache.truncate(PROMPT + 2)
@@ -147,11 +147,11 @@ def test_truncate_goes_back_to_the_compression_and_no_further(qkv, kept):
         cache.truncate(PROMPT - 1)
 
 
-def test_drop_forgets_positions_and_rotates_later_keys(qkv, kept):
+def test_context_shift_removes_positions_and_rotates_later_keys(qkv, kept):
     cache = compressed(qkv, kept)
-    before = cache.held()
+    before = cache.gather()
     cache.context_shift(10, 30, lambda keys, delta: keys + delta)
-    after = cache.held()
+    after = cache.gather()
     assert cache.seen == PROMPT - 20
     for b in range(BATCH):
         for h in range(HEADS):
@@ -164,7 +164,7 @@ def test_drop_forgets_positions_and_rotates_later_keys(qkv, kept):
     assert isinstance(view, RaggedKV) and view.shape[2] == PROMPT - 17
 
 
-def test_a_restored_state_goes_on_as_the_original(qkv, kept):
+def test_a_restored_state_continues_as_the_original(qkv, kept):
     cache, copy = compressed(qkv, kept), RaggedCache(page_size=4)
     read_on(cache, qkv, PROMPT, [3])
     snapshot.restore(copy, snapshot.kind_of(cache), cache.state(), torch.device("cpu"))
@@ -189,11 +189,11 @@ def test_reset_frees_the_pages(qkv, kept):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_hundreds_of_random_operations(seed):
+def test_random_operations_match_plain_lists(seed):
     """Against plain lists of (position, key) for every row and head; no page is lost on the way."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    cache, seen, kept_at = RaggedCache(page_size=3), 0, 0
+    cache, seen, compressed_at = RaggedCache(page_size=3), 0, 0
     rows = [[[], []] for _ in range(2)]
     for _ in range(300):
         what = draw.choice(["append"] * 3 + ["keep", "truncate", "drop", "reorder"])
@@ -201,35 +201,35 @@ def test_hundreds_of_random_operations(seed):
             k = torch.randn(len(rows), 2, draw.randrange(1, 8), 4)
             cache.append(k, -k)
             for heads, parts in zip(rows, k, strict=True):
-                for held, part in zip(heads, parts, strict=True):
-                    held += [(seen + i, key) for i, key in enumerate(part)]
+                for stored, part in zip(heads, parts, strict=True):
+                    stored += [(seen + i, key) for i, key in enumerate(part)]
             seen += k.shape[2]
         elif what == "keep":
-            at = cache.held().positions
+            at = cache.gather().positions
             kept = torch.rand(at.shape) < draw.choice([0.3, 0.8])
             cache.keep(kept)
             for b, heads in enumerate(rows):
-                for h, held in enumerate(heads):
+                for h, stored in enumerate(heads):
                     alive = set(at[b, h][kept[b, h]].tolist())
-                    heads[h] = [item for item in held if item[0] in alive]
-            kept_at = seen
+                    heads[h] = [item for item in stored if item[0] in alive]
+            compressed_at = seen
         elif what == "truncate":
-            length = draw.randrange(kept_at, seen + 1)
+            length = draw.randrange(compressed_at, seen + 1)
             cache.truncate(length)
-            rows = [[[item for item in held if item[0] < length] for held in hs] for hs in rows]
+            rows = [[[item for item in stored if item[0] < length] for stored in hs] for hs in rows]
             seen = length
         elif what == "drop" and seen > 6:
             start = draw.randrange(seen - 4)
             stop = start + draw.randrange(1, 4)
             cache.context_shift(start, stop, lambda keys, delta: keys + delta)
             n = stop - start
-            rows = [[[moved(i, start, stop) for i in held if not start <= i[0] < stop]
-                     for held in heads] for heads in rows]  # fmt: skip
-            seen, kept_at = seen - n, max(min(kept_at, start), kept_at - n)
+            rows = [[[moved(i, start, stop) for i in stored if not start <= i[0] < stop]
+                     for stored in heads] for heads in rows]  # fmt: skip
+            seen, compressed_at = seen - n, max(min(compressed_at, start), compressed_at - n)
         elif what == "reorder":
             picked = [draw.randrange(len(rows)) for _ in range(draw.choice([1, 2, 3]))]
             cache.reorder(torch.tensor(picked))
-            rows = [[list(held) for held in rows[i]] for i in picked]
+            rows = [[list(stored) for stored in rows[i]] for i in picked]
         assert cache.seen == seen
         check(cache, rows)
 
@@ -241,15 +241,15 @@ def moved(item, start, stop):
 
 def check(cache, rows):
     if cache._pages is not None:
-        cache._pages._pages.check()
-    at = cache.held()
+        cache._pages._allocator.assert_consistent()
+    at = cache.gather()
     for b, heads in enumerate(rows):
-        for h, held in enumerate(heads):
-            real = at.positions[b, h] >= 0
-            assert at.positions[b, h][real].tolist() == [position for position, _ in held]
-            if held:
-                keys = torch.stack([key for _, key in held])
-                assert torch.allclose(at.k[b, h][real], keys, atol=1e-4)
+        for h, stored in enumerate(heads):
+            exists = at.positions[b, h] >= 0
+            assert at.positions[b, h][exists].tolist() == [position for position, _ in stored]
+            if stored:
+                keys = torch.stack([key for _, key in stored])
+                assert torch.allclose(at.k[b, h][exists], keys, atol=1e-4)
 
 
 def test_errors():

@@ -56,12 +56,12 @@ def launch_checks(monkeypatch, table=None, card=None):
         monkeypatch.setenv(tuning.VARIABLE, str(table))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
     monkeypatch.setattr(health, "architecture", lambda device: card)
-    tuning.forget()
+    tuning.clear_cache()
     try:
         return health._launches()
     finally:
         monkeypatch.undo()
-        tuning.forget()
+        tuning.clear_cache()
 
 
 def test_launch_tables_in_use(monkeypatch, tmp_path):

@@ -27,21 +27,21 @@ def test_pair_count_is_exact(mask, q_len, num_keys, offset):
 
 
 @given(masks, st.integers(1, 12), st.integers(0, 40), st.integers(0, 40))
-def test_key_ranges_cover_exactly_what_is_seen_by_someone(mask, q_len, num_keys, offset):
-    seen = brute(mask, q_len, num_keys, offset).any(0)
+def test_key_ranges_are_the_union_over_the_queries(mask, q_len, num_keys, offset):
+    needed = brute(mask, q_len, num_keys, offset).any(0)
     inside = torch.zeros(num_keys, dtype=torch.bool)
     last = 0
     for start, stop in mask.key_ranges(offset, offset + q_len - 1, num_keys):
         assert last <= start < stop <= num_keys
         inside[start:stop] = True
         last = stop
-    assert not (seen & ~inside).any()
-    # With a window the union of what neighbours see has no holes, so nothing extra is visited.
-    assert torch.equal(inside, seen)
+    assert not (needed & ~inside).any()
+    # With a window the union over neighbouring queries has no holes, so no extra key is read.
+    assert torch.equal(inside, needed)
 
 
 @given(masks, st.integers(1, 12), st.integers(0, 40), st.integers(0, 20), st.integers(1, 20))
-def test_full_means_everybody_sees_everything(mask, q_len, offset, start, count):
+def test_full_means_every_pair_is_visible(mask, q_len, offset, start, count):
     visible = mask.allows(
         torch.arange(offset, offset + q_len)[:, None], torch.arange(start, start + count)[None]
     )
@@ -51,8 +51,8 @@ def test_full_means_everybody_sees_everything(mask, q_len, offset, start, count)
         assert mask.is_full(offset, offset + q_len - 1, keys) == bool(visible.all())
 
 
-def test_the_chapter_window_example():
-    """Token 1500 sees 477..1500 with a window of 1024: 1024 keys, itself counted."""
+def test_window_example():
+    """Token 1500 attends to 477..1500 with a window of 1024: 1024 keys, itself counted."""
     mask = Mask(window=1024)
     assert mask.key_ranges(1500, 1500, 3000) == (KeyRange(477, 1501),)
     assert mask.key_ranges(2000, 2000, 3000) == (KeyRange(977, 2001),)

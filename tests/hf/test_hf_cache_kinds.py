@@ -142,7 +142,7 @@ def test_two_prompts_that_begin_alike_share_pages(models, ids):
 
     def begin(tokens):
         cache = SaccadeCache(model.config, lambda layer, window: PagedCache(pools[layer]))
-        found = {store.expect(tokens[:-1]) for store in cache.stores}
+        found = {store.match_prefix(tokens[:-1]) for store in cache.stores}
         assert len(found) == 1
         return cache, found.pop()
 

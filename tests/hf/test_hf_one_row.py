@@ -22,29 +22,29 @@ def calls(monkeypatch):
     """The kernels' formulas on the CPU; what was asked of them."""
     asked = []
 
-    def products(x, weights, biases):
+    def linears(x, weights, biases):
         asked.append(len(weights))
         return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
-    def gated(x, gate, up):
+    def gated_mlp(x, gate, up):
         asked.append("gated")
         return F.silu(F.linear(x, gate)) * F.linear(x, up)
 
-    def sum_and_norm(a, b, weight, eps):
+    def add_rms_norm(a, b, weight, eps):
         asked.append("sum and norm")
         return a + b, F.rms_norm(a + b, weight.shape, weight, eps)
 
-    def norm(x, weight, eps, offset=0.0):
+    def rms_norm(x, weight, eps, offset=0.0):
         asked.append("norm" if x.ndim == 3 else "norm of heads")
         return F.rms_norm(x, weight.shape, weight + offset, eps)
 
-    def norm_served(x, weight):
+    def supports_rms_norm(x, weight):
         return True
 
-    def serves(x, *weights):
+    def supports(x, *weights):
         return x.numel() == x.shape[-1] and all(w.shape[1] == x.shape[-1] for w in weights)
 
-    for function in (products, gated, sum_and_norm, norm, norm_served, serves):
+    for function in (linears, gated_mlp, add_rms_norm, rms_norm, supports_rms_norm, supports):
         monkeypatch.setattr(gemv, function.__name__, function)
     return asked
 
@@ -151,8 +151,8 @@ def test_captured_steps_err_no_more_than_eager_ones(family, monkeypatch):
     with torch.inference_mode():
         truth = truth_of(whole).logits[0, len(PROMPT) :]
         eager = model(whole).logits[0, len(PROMPT) :].float()
-    launches, products = [], gemv.products
-    monkeypatch.setattr(gemv, "products", lambda *a: launches.append(1) or products(*a))
+    launches, linears = [], gemv.linears
+    monkeypatch.setattr(gemv, "linears", lambda *a: launches.append(1) or linears(*a))
     with saccade.Context(model) as ctx:
         ctx.append(PROMPT)
         step = DecodeStep(ctx.model, ctx.cache)

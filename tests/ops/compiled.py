@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that is not there."""
+"""Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
 from typing import Any
 
@@ -8,7 +8,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs, StridedTensor
+from saccade.ops.gpu.kernel_args import (
+    BlockLists,
+    MaskArgs,
+    PageTable,
+    QuantizedStrided,
+    StridedTensor,
+)
 
 RULES = MaskArgs()
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -21,7 +27,6 @@ TYPES = {
     torch.uint8: "*u8",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.bool: "*i1",
-    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -71,48 +76,48 @@ def compile_gluon(
     dim: int,
     mask_args: MaskArgs = RULES,
     *,
-    listed: bool = False,
-    rows: str = "",
-    page: int | None = None,
+    blocks: bool = False,
+    varlen: str = "",
+    page_size: int | None = None,
 ) -> Any:
-    """The Gluon forward kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
+    """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
     Args:
-        rows: "packed" documents or rows of their own "lengths"; page: slots of a page.
+        blocks: with block lists.
+        varlen: "packed" sequences, or "kv_lens"; page_size: slots of a page, with kv_lens.
     """
     from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
     from saccade.ops.attention.nvidia.gluon.prefill.launch import (
-        LAUNCHES,
-        OWN_ROWS,
-        TWO_CONSUMERS,
         constants,
+        measured_launch,
         options,
     )
-    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import RowExtents
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo
 
     def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    launch = (TWO_CONSUMERS if listed or mask_args.window else LAUNCHES)[dim]
-    launch = OWN_ROWS[dim] if rows else launch
+    variant = "varlen" if varlen else "masked" if blocks or mask_args.window else ""
+    launch = measured_launch(dim, variant)
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
-    row_extents = RowExtents(documents=numbers) if rows == "packed" else RowExtents()
-    if rows == "lengths":
-        row_extents = RowExtents(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
-        row_extents = row_extents if page else row_extents._replace(pages=None, pages_row=None)
+    info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()
+    if varlen == "kv_lens":
+        info = VarlenInfo(numbers.to(torch.int64), numbers, 16, None, numbers, 64)
+        info = info if page_size else info._replace(page_table=None, page_table_stride=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
-    block_lists = BlockLists(lists, lists, 0, 64 * 64, 64) if listed else BlockLists()
     arguments: dict[str, Any] = {
         "q": strided(32), "k": strided(8), "v": strided(8), "out": strided(32),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
-        "block_lists": block_lists, "row_extents": row_extents, "pages": 64, "TAILS": bool(rows), "PAGE": page,
+        "block_lists": BlockLists(lists, lists, 0, 64 * 64, 64) if blocks else BlockLists(),
+        "varlen": info, "num_pages": 64, "ZERO_V_TAIL": bool(varlen), "PAGE_SIZE": page_size,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
-        "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True, "D": dim,
+        "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
+        "CAUSAL": True, "D": dim,
     }  # fmt: skip
     return compile_for(
         forward_kernel,
-        options=options(launch),
+        options=options(launch.consumers),
         source=GluonASTSource,
         **arguments,
         **constants(launch),
@@ -123,16 +128,15 @@ def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
     """The Gluon quantized decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCHES, options
-    from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
     def strided(heads: int, rows: int, width: int, dtype: torch.dtype) -> StridedTensor:
         x = torch.empty(1, heads, rows, width, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    def quantized(form: str, qparams: StridedTensor) -> Coded:
+    def quantized(form: str, qparams: StridedTensor) -> QuantizedStrided:
         width = dim // 2 if form == "int4" else dim
-        return Coded(strided(8, 8192, width, torch.uint8), qparams, qparams)
+        return QuantizedStrided(strided(8, 8192, width, torch.uint8), qparams, qparams)
 
     arguments: dict[str, Any] = {
         "q": strided(32, 1, dim, torch.bfloat16),
@@ -152,18 +156,17 @@ def compile_decode(dim: int, page_size: int, rows: int = 4) -> Any:
     """The Gluon decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.decode.kernel import decode_kernel
     from saccade.ops.attention.nvidia.gluon.decode.launch import LAUNCHES, options
-    from saccade.ops.attention.nvidia.triton.decode import Pages
     from saccade.ops.gpu.kernel_args import SeqlenInfo
 
     def strided(*shape: int, dtype: torch.dtype = torch.bfloat16) -> StridedTensor:
         x = torch.empty(*shape, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    launch, keys, pages = LAUNCHES[f"{dim}/split_kv"], strided(1, 8, 8192, dim), Pages()
+    launch, keys, pages = LAUNCHES[f"{dim}/split_kv"], strided(1, 8, 8192, dim), PageTable()
     if page_size:
         keys = strided(512, 8, page_size, dim)._replace(batch=0)
         table = torch.empty(1, 512, dtype=torch.int32, device="meta")
-        pages = Pages(table, 512, 0, 8 * page_size * dim, 8 * page_size * dim)
+        pages = PageTable(table, 512, 0, 8 * page_size * dim, 8 * page_size * dim)
     arguments: dict[str, Any] = {
         "q": strided(1, 32, 1, dim), "k": keys, "v": keys, "pages": pages,
         "out": strided(16, 32, 1, dim, dtype=torch.float32),
@@ -179,7 +182,11 @@ def compile_decode(dim: int, page_size: int, rows: int = 4) -> Any:
 def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: bool = True) -> Any:
     """The Gluon gradients for bfloat16 heads of `dim`, as the launcher cuts them."""
     from saccade.ops.attention.nvidia.gluon.backward.kernel import backward_kernel
-    from saccade.ops.attention.nvidia.gluon.backward.launch import LAUNCHES, constants, options
+    from saccade.ops.attention.nvidia.gluon.backward.launch import (
+        constants,
+        measured_launch,
+        options,
+    )
 
     def strided(heads: int) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
@@ -188,26 +195,27 @@ def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: boo
     numbers = torch.empty(32 * 256, 64, device="meta")
     return compile_for(
         backward_kernel,
-        options=options(),
+        options=options(2),
         source=GluonASTSource,
         **{
             "q": strided(32),
             "dout": strided(32),
-            "stats": numbers,
-            "dq": numbers,
+            "lse_delta": numbers,
+            "dq_accum": numbers,
             "mask_args": mask_args,
         },
         **{name: strided(8) for name in ("k", "v", "dk", "dv")},
-        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "shares": 8},
-        **{"groups": 4, "splits": 1, "section": 2, "CAUSAL": causal, "D": dim},
-        **constants(LAUNCHES[dim]),
+        **{"scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1},
+        **{"num_splits": 8, "groups": 4, "gqa_splits": 1, "splits_per_section": 2},
+        **{"CAUSAL": causal, "D": dim},
+        **constants(measured_launch(dim)),
     )
 
 
 def compile_gluon_fp8(dim: int) -> Any:
     """The fp8 Gluon kernel for heads of `dim`, causal, as the launcher cuts it."""
     from saccade.ops.attention.nvidia.gluon.fp8.kernel import forward_kernel
-    from saccade.ops.attention.nvidia.gluon.fp8.launch import CONSTANTS, OPTIONS
+    from saccade.ops.attention.nvidia.gluon.fp8.launch import constants, measured_launch, options
 
     def strided(heads: int, *rows: int, dtype: torch.dtype = torch.float8_e4m3fn) -> StridedTensor:
         x = torch.empty(1, heads, *rows, dtype=dtype, device="meta")
@@ -220,9 +228,13 @@ def compile_gluon_fp8(dim: int) -> Any:
         "block_lists": BlockLists(),
         "scales": tuple(torch.empty(1, heads, device="meta") for heads in (32, 8, 8)),
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "k_padded": 8192, "q_offset": 0, "batch": 1,
-        "heads": 32, "groups": 4, "tiles": 64, "section": 32, "num_work": 2048, "CAUSAL": True,
-        "D": dim,
+        "heads": 32, "groups": 4, "num_q_tiles": 64, "heads_per_section": 32,
+        "num_work_tiles": 2048, "CAUSAL": True, "D": dim,
     }  # fmt: skip
     return compile_for(
-        forward_kernel, options=OPTIONS, source=GluonASTSource, **arguments, **CONSTANTS
+        forward_kernel,
+        options=options(2),
+        source=GluonASTSource,
+        **arguments,
+        **constants(measured_launch(dim)),
     )

@@ -13,7 +13,8 @@ from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.kv_write.append import KVSlots, append
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots
 from tests.support.gpu import HOPPER
 
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"

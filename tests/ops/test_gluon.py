@@ -1,11 +1,10 @@
-"""The Gluon kernel: the contract of backends on a Hopper card; elsewhere that it compiles."""
+"""The Gluon prefill kernel: the backends' contract on a Hopper GPU; elsewhere, that it compiles."""
 
 import os
 import re
 import subprocess
 import warnings
 from dataclasses import replace
-from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from tests.support.cases import MASKS, Case, on
 from tests.support.gpu import BOUND, on_gpu
 
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
-MASKS_OF_ROWS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
+VARLEN_MASKS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
@@ -43,7 +42,7 @@ def check(case, dtype):
     assert (lse - expected).abs().max() <= 1e-4
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
@@ -54,7 +53,7 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("heads", [(4, 4), (5, 1), (8, 2)], ids=str)
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
-    def test_learned_sinks_in_float16(self, heads, mask):
+    def test_sink_logits_in_float16(self, heads, mask):
         check(Case(heads, (300, 400), mask, "sink_logits", head_dim=64), torch.float16)
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
@@ -71,9 +70,9 @@ class TestOnTheCard:
         check(case, torch.bfloat16)
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
-    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
-    def test_packed_documents(self, mask, dim):
-        """Documents without queries, without keys, with fewer keys than queries, of many tiles."""
+    @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
+    def test_packed_sequences(self, mask, dim):
+        """Sequences without queries, without keys, with fewer keys than queries, of many tiles."""
         q_lens, k_lens = [300, 0, 1, 77, 513, 20, 128, 30], [300, 3, 70, 77, 700, 0, 128, 5]
         cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
         lengths = (sum(q_lens), sum(k_lens))
@@ -82,55 +81,57 @@ class TestOnTheCard:
         check(case, torch.bfloat16)
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
-    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
-    def test_rows_of_their_own_lengths(self, mask, dim):
-        """What lies past the end of a row is NaN."""
+    @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
+    def test_key_lengths_per_row(self, mask, dim):
+        """Keys past the end of a row are NaN."""
         check(Case((6, 2), (200, 720), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
 
     @pytest.mark.parametrize("page", [16, 64, 128, 256])
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=200, sinks=3)], ids=str)
     def test_pages_in_any_order(self, mask, dim, page):
-        """Slots past the end of a row hold NaN, and its table numbers that mean nothing."""
+        """Slots past the end of a row hold NaN, and its page table invalid page numbers."""
         ends = torch.tensor([700, 200, 333], device="cuda")
         count = -(-700 // page)
         q = torch.randn(3, 6, 200, dim, device="cuda", dtype=torch.bfloat16)
         shape = (3 * count, 2, page, dim)
         pools = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        table = torch.randperm(3 * count, device="cuda").view(3, count).int()
+        page_table = torch.randperm(3 * count, device="cuda").view(3, count).int()
         k, v = (
-            x[table.long()].transpose(1, 2).reshape(3, 2, count * page, dim).double() for x in pools
+            x[page_table.long()].transpose(1, 2).reshape(3, 2, count * page, dim).double()
+            for x in pools
         )
         truth = attend(
-            q.double(), DenseKV(k, v), mask=mask, lengths=ends, backend="reference"
+            q.double(), DenseKV(k, v), mask=mask, kv_lens=ends, backend="reference"
         )  # fmt: skip
         slot = torch.arange(count * page, device="cuda").view(count, page)
         for x in pools:
             for row in range(3):
                 past = (slot >= ends[row])[:, None, :, None]
-                x[table[row].long()] = x[table[row].long()].masked_fill(past, torch.nan)
-        table[slot[None, :, 0] >= ends[:, None]] = 10**6
-        view = PagedKV(*pools, table, ends.int(), 700)
+                pages = page_table[row].long()
+                x[pages] = x[pages].masked_fill(past, torch.nan)
+        page_table[slot[None, :, 0] >= ends[:, None]] = 10**6
+        view = PagedKV(*pools, page_table, ends.int(), 700)
         ours = attend(q, view, mask=mask, backend="gluon")
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
-    @pytest.mark.parametrize("mask", MASKS_OF_ROWS, ids=str)
-    def test_programs_that_work_on_many_tiles(self, mask, dim):
-        """Six tiles of queries a program: what one leaves behind must not reach the next."""
+    @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
+    def test_many_work_tiles_per_cta(self, mask, dim):
+        """Six work tiles per CTA: the state of one must not leak into the next."""
         q, k, v = (torch.randn(1, heads, 1536, dim, device="cuda") for heads in (64, 2, 2))
         q, k, v = (x.bfloat16() for x in (q, k, v))
         wide = [x.double() for x in (q, k, v)]
         truth = attention(*wide, **mask, backend="reference")
         ours = attention(q, k, v, **mask, backend="gluon")
         assert (ours - truth).abs().max() < 2.5e-2
-        turned = attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **mask)
-        assert turned.transpose(1, 2).is_contiguous()
-        assert (turned - truth).abs().max() < 2.5e-2
+        token_major = attention(q.transpose(1, 2).contiguous().transpose(1, 2), k, v, **mask)
+        assert token_major.transpose(1, 2).is_contiguous()
+        assert (token_major - truth).abs().max() < 2.5e-2
 
-    def test_pages_of_queries_whose_place_the_host_knows(self):
-        """As a paged cache of a model asks: one offset for all rows, which end where they end."""
+    def test_pages_with_one_query_offset_for_all_rows(self):
+        """As a paged cache calls it: the host knows the offset, only the device the lengths."""
         ends = torch.tensor([700, 650], device="cuda")
         q, k, v = (
             torch.randn(2, h, n, 64, device="cuda").bfloat16()
@@ -139,7 +140,7 @@ class TestOnTheCard:
         pools = [x.view(2, 2, 44, 16, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)]
         table = torch.arange(88, device="cuda", dtype=torch.int32).view(2, 44)
         truth = attend(
-            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), lengths=ends, q_offset=500,
+            q.double(), DenseKV(k.double(), v.double()), mask=Mask(), kv_lens=ends, q_offset=500,
             backend="reference",
         )  # fmt: skip
         view = PagedKV(*pools, table, ends.int(), 700)
@@ -147,8 +148,8 @@ class TestOnTheCard:
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
-    def test_documents_are_read_once_and_graphs_follow_them(self):
-        """The second call does not wait for the card; a graph reads what is there when it runs."""
+    def test_cu_seqlens_are_copied_to_the_host_once_and_read_anew_by_graphs(self):
+        """The second call does not synchronise; a graph reads cu_seqlens in every replay."""
         q, k, v = (torch.randn(1, h, 512, 64, device="cuda").bfloat16() for h in (6, 2, 2))
         cu = torch.tensor([0, 100, 512], device="cuda", dtype=torch.int32)
 
@@ -174,7 +175,7 @@ class TestOnTheCard:
 
     @pytest.mark.parametrize("offset", [-50, 5, 300])
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=40), Mask(causal=False)], ids=str)
-    def test_queries_without_keys_of_their_own(self, mask, offset):
+    def test_queries_before_or_past_the_keys(self, mask, offset):
         q, k, v = (torch.randn(1, 4, n, 64) for n in (100, 200, 200))
         call = {"mask": mask, "q_offset": offset}
         truth = attend(*(q.double(), DenseKV(k.double(), v.double())), **call, backend="reference")
@@ -183,14 +184,14 @@ class TestOnTheCard:
         assert (ours.out.cpu() - truth.out).abs().max() < 3e-2
         assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
 
-    def test_tensors_of_other_layouts(self):
+    def test_strided_tensors(self):
         base = torch.randn(2, 300, 8, 128, device="cuda", dtype=torch.bfloat16)
         q, k, v = (base.transpose(1, 2)[:, part] for part in (slice(0, 4), [4, 5], slice(6, 8)))
         truth = attention(*(x.double() for x in (q, k, v)), backend="reference")
         ours = attention(q, k, v, backend="gluon")
         assert (ours - truth).abs().max() < 2e-2
 
-    def test_many_tiles_a_program_and_the_same_bits_again(self):
+    def test_two_runs_give_the_same_bits(self):
         q, k, v = (torch.randn(1, h, 3000, 64, device="cuda").half() for h in (16, 4, 4))
         truth = attention(*(x.float() for x in (q, k, v)), backend="reference")
         first, second = (attention(q, k, v, backend="gluon") for _ in range(2))
@@ -234,7 +235,7 @@ class TestOnTheCard:
         with pytest.raises(Unsupported, match=reason):
             attention(x, x, x, **on("cuda", options), backend="gluon")
 
-    def test_refuses_other_heads_types_and_places(self):
+    def test_refuses_other_head_dims_dtypes_and_alignments(self):
         x = torch.randn(1, 2, 40, 96, device="cuda", dtype=torch.bfloat16)
         for wrong, reason in (
             (x, "head_dim 96 is not one of 64, 128, 256"),
@@ -246,72 +247,42 @@ class TestOnTheCard:
 
     def test_refuses_pages_that_do_not_fit_its_tiles(self):
         q = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
-        table, ends = (
+        page_table, ends = (
             torch.zeros(1, 8, device="cuda").int(),
             torch.tensor([40], device="cuda").int(),
         )
         for size, reason in ((8, "shorter than 16"), (48, "neither divide its tiles of 128")):
             pool = torch.randn(8, 2, size, 64, device="cuda", dtype=torch.bfloat16)
             with pytest.raises(Unsupported, match=reason):
-                attend(q, PagedKV(pool, pool, table, ends, 40), mask=Mask(), backend="gluon")
+                attend(q, PagedKV(pool, pool, page_table, ends, 40), mask=Mask(), backend="gluon")
 
 
-def test_documents_become_tiles_with_the_longest_last():
-    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import documents_of
+def test_packed_sequences_become_query_tiles_with_the_longest_last():
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import varlen_q_tiles
     from saccade.ops.attention.nvidia.problem import dense_problem
 
     q_lens, k_lens = [200, 0, 1, 77], [300, 5, 70, 0]
     cu = tuple(torch.tensor([0, *n]).cumsum(0) for n in (q_lens, k_lens))
     q, k = torch.empty(1, 2, 278, 64), torch.empty(1, 2, 375, 64)
     call = make_call(q, DenseKV(k, k), mask=Mask(), cu_seqlens=cu)
-    found = documents_of(dense_problem(call), 128)[:, :5].tolist()
-    # Three tiles too many, the document without keys, that of one query, two tiles of the first.
+    found = varlen_q_tiles(dense_problem(call), 128)[:, :5].tolist()
+    # Three surplus tiles, the sequence without keys, that of one query, two tiles of the first.
     assert [row[1] for row in found[:3]] == [0, 0, 0]
     assert found[3:] == [
         [201, 77, 375, 0, 0], [200, 1, 305, 70, 0], [0, 200, 0, 300, 0], [0, 200, 0, 300, 1],
     ]  # fmt: skip
 
 
-def test_the_table_of_documents_is_made_once_for_all_layers():
-    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import documents_of
+def test_the_table_of_query_tiles_is_made_once_for_all_layers():
+    from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import varlen_q_tiles
     from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, cu = torch.empty(1, 2, 278, 64), torch.tensor([0, 200, 278])
     problem = dense_problem(make_call(q, DenseKV(q, q), mask=Mask(), cu_seqlens=cu))
-    once = documents_of(problem, 128)
-    assert documents_of(problem, 128) is once and documents_of(problem, 64) is not once
+    once = varlen_q_tiles(problem, 128)
+    assert varlen_q_tiles(problem, 128) is once and varlen_q_tiles(problem, 64) is not once
     cu[1] = 100
-    assert not torch.equal(documents_of(problem, 128), once)
-
-
-def amounts(programs, heads, tiles, section, keys_of):
-    """Keys that each program visits, as the kernel hands out its work."""
-    from saccade.ops.attention.nvidia.gluon.prefill import tile_scheduler as schedule
-
-    found = [0] * programs
-    for program in range(programs):
-        numbers = SimpleNamespace(
-            num_programs=lambda axis: programs,
-            program_id=lambda axis, program=program: program,
-            where=lambda condition, a, b: a if condition else b,
-        )
-        amount, piece = (
-            FunctionType(function.fn.__code__, {"gl": numbers})
-            for function in (schedule.amount_of_work, schedule.piece_of_work)
-        )
-        for k in range(amount(heads * tiles)):
-            _, tile = piece(k, tiles, section, heads * tiles)
-            found[program] += keys_of(tile)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("tiles", "section"), [(32, 32), (64, 16), (128, 32), (128, 16), (128, 8), (128, 4), (256, 8)]
-)
-def test_programs_get_the_same_amount_of_causal_work(tiles, section):
-    """While all sections ran from long to short, some programs got a tenth more than others."""
-    found = amounts(132, 32, tiles, section, lambda tile: tile + 3)
-    assert max(found) < 1.005 * sum(found) / len(found)
+    assert not torch.equal(varlen_q_tiles(problem, 128), once)
 
 
 def test_refuses_cpu_tensors_in_a_sentence():
@@ -322,17 +293,17 @@ def test_refuses_cpu_tensors_in_a_sentence():
 
 
 @pytest.mark.parametrize("dim", prefill_support.DIMS)
-def test_compiles_for_hopper_without_waiting_products(dim):
+def test_compiles_for_hopper_with_overlapped_products(dim):
     from tests.ops.compiled import compile_gluon
 
     found = compile_gluon(dim)
     ptx = found.asm["ptx"]
     assert found.metadata.shared <= 227 * 1024
     assert "setmaxnreg" in ptx and "cp.async.bulk.tensor.4d" in ptx
-    # The scores of a tile are asked for, then the product of the tile before, then one is awaited.
+    # S of a tile is issued, then P V of the tile before, then one of the two is awaited.
     order = re.findall(r"wgmma\.(commit_group|wait_group\.sync\.aligned (?:0|1))", ptx)
-    asked = "commit_group"
-    assert [asked, asked, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
+    issue = "commit_group"
+    assert [issue, issue, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
 
 
 @pytest.mark.parametrize(
@@ -341,14 +312,14 @@ def test_compiles_for_hopper_without_waiting_products(dim):
         (128, {}),
         (256, {}),
         (128, {"mask_args": MaskArgs(window=1024)}),
-        (128, {"listed": True}),
-        (128, {"rows": "packed"}),
-        (128, {"rows": "lengths", "page": 16}),
+        (128, {"blocks": True}),
+        (128, {"varlen": "packed"}),
+        (128, {"varlen": "kv_lens", "page_size": 16}),
     ],
     ids=["128", "256", "window", "blocks", "packed", "pages"],
 )
 def test_products_are_not_serialised_and_nothing_spills(tmp_path, dim, variant):
-    """What ptxas says about the kernel; with another order of issue it says the contrary."""
+    """ptxas reports both, and serialises the products when they are issued in another order."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon

@@ -1,4 +1,4 @@
-"""Gluon gradients: on a Hopper card; elsewhere who gets them, and that they compile."""
+"""Gluon gradients: on a Hopper GPU against the reference; elsewhere, that they compile."""
 
 import os
 import re
@@ -29,8 +29,8 @@ LENGTHS = [(64, 128), (33, 33), (300, 300), (1, 70), (200, 1000), (513, 700)]
 
 
 @pytest.fixture
-def at_any_size(monkeypatch):
-    """Small problems go to the Gluon kernels too; says how often their gradients ran."""
+def backward_calls(monkeypatch):
+    """The calls of the Gluon gradients during a test."""
     from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
     ran, backward = [], gluon_backward_launch.backward
@@ -70,51 +70,51 @@ def check(case, dtype):
         assert (found - true).abs().max() <= allowed
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
     @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
     @pytest.mark.parametrize("dim", gluon_gradients.DIMS)
-    def test_equals_the_reference(self, at_any_size, dim, mask, lengths, heads):
+    def test_equals_the_reference(self, backward_calls, dim, mask, lengths, heads):
         check(Case(heads, lengths, mask, "plain", head_dim=dim), torch.bfloat16)
-        assert len(at_any_size) == 1
+        assert len(backward_calls) == 1
 
     @pytest.mark.parametrize("splits", [1, 2, 4])
     @pytest.mark.parametrize("dim", gluon_gradients.DIMS)
-    def test_programs_that_share_a_group(self, at_any_size, monkeypatch, dim, splits):
+    def test_ctas_that_share_a_gqa_group(self, backward_calls, monkeypatch, dim, splits):
         from saccade.ops.attention.nvidia.gluon.backward import launch as gluon_backward_launch
 
-        monkeypatch.setattr(gluon_backward_launch, "splits_of", lambda _: splits)
+        monkeypatch.setattr(gluon_backward_launch, "gqa_splits_of", lambda *_: splits)
         check(Case((8, 2), (700, 900), {"window": 300}, "plain", head_dim=dim), torch.bfloat16)
         check(Case((16, 4), (2500, 2500), {}, "plain", head_dim=dim), torch.bfloat16)
-        assert len(at_any_size) == 2
+        assert len(backward_calls) == 2
 
-    def test_keys_that_no_query_sees_get_no_gradient(self, at_any_size):
+    def test_keys_visible_to_no_query_get_no_gradient(self, backward_calls):
         q, k, v = (torch.randn(1, 2, n, 128, device="cuda").bfloat16() for n in (100, 900, 900))
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = attention(*leaves, window=50, backend="gluon")
         _dq, dk, dv = torch.autograd.grad(out.sum(), leaves)
-        assert len(at_any_size) == 1
+        assert len(backward_calls) == 1
         assert not dk[:, :, :700].any() and not dv[:, :, :700].any()
         assert dv[:, :, 800:].any()
 
-    def test_learned_sinks_in_float16(self, at_any_size):
+    def test_sink_logits_in_float16(self, backward_calls):
         check(Case((5, 1), (300, 400), {}, "sink_logits", head_dim=128), torch.float16)
-        assert len(at_any_size) == 1
+        assert len(backward_calls) == 1
 
-    def test_gradients_of_other_layouts(self, at_any_size):
-        """Rows of tokens, and a gradient that is one number in every place."""
+    def test_strided_tensors(self, backward_calls):
+        """Token-major rows, and an output gradient that is an expanded scalar."""
         base = torch.randn(2, 300, 6, 128, device="cuda").bfloat16().requires_grad_()
         wide = base.detach().double().requires_grad_()
         for x, backend in ((base, "gluon"), (wide, "reference")):
             q, k, v = (x.transpose(1, 2)[:, part] for part in (slice(0, 4), [4], [5]))
             attention(q, k, v, backend=backend).sum().backward()
-        assert len(at_any_size) == 1
+        assert len(backward_calls) == 1
         assert (base.grad - wide.grad).abs().max() < 2e-2 * wide.grad.abs().max()
 
-    def test_deterministic_when_asked(self, at_any_size):
+    def test_deterministic_when_asked(self, backward_calls):
         q, k, v = (
             torch.randn(1, h, 700, 128, device="cuda").bfloat16().requires_grad_()
             for h in (8, 2, 2)
@@ -128,10 +128,10 @@ class TestOnTheCard:
             )
         finally:
             torch.use_deterministic_algorithms(False)
-        assert not at_any_size
+        assert not backward_calls
         assert all(map(torch.equal, first, second))
 
-    def test_registered_operator(self, at_any_size):
+    def test_registered_operator(self, backward_calls):
         from saccade.ops.attention import operator
 
         q, k, v = (
@@ -142,7 +142,7 @@ class TestOnTheCard:
         flat = operator.flatten(make_call(q, DenseKV(k, v), mask=Mask()), "gluon")
         torch.library.opcheck(operator.attention, flat, test_utils=tests)
 
-    def test_inside_torch_compile(self, at_any_size):
+    def test_inside_torch_compile(self, backward_calls):
         q, k, v = (
             torch.randn(1, h, 200, 128, device="cuda").bfloat16().requires_grad_()
             for h in (2, 1, 1)
@@ -150,7 +150,7 @@ class TestOnTheCard:
         expected = torch.autograd.grad(attention(q, k, v, backend="gluon").sum(), (q, k, v))
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
         found = torch.autograd.grad(compiled(q, k, v, backend="gluon").sum(), (q, k, v))
-        assert len(at_any_size) == 2
+        assert len(backward_calls) == 2
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.allclose(ours, theirs, atol=2e-2)
 
@@ -166,9 +166,9 @@ class TestOnTheCard:
     ],
 )
 def test_products_are_not_serialised(tmp_path, dim, mask_args, causal):
-    """What ptxas says about the kernel; with another order of issue it says the contrary.
+    """ptxas reports it, and serialises the products when they are issued in another order.
 
-    At D 128 ptxas keeps a few numbers in memory, never an accumulator; at D 64 nothing.
+    At D 128 it spills a few registers, never an accumulator; at D 64 none.
     """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 

@@ -1,4 +1,4 @@
-"""The fp8 Gluon kernel: its contract on a Hopper card; elsewhere that it compiles, and refusals."""
+"""The fp8 Gluon kernel: its contract on a Hopper GPU; elsewhere that it compiles, and refusals."""
 
 import os
 import re
@@ -22,12 +22,12 @@ LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
 def truth_of(scaled, options):
-    """Attention in float64 over what the codes stand for."""
+    """Attention in float64 over the dequantized values."""
     wide = [x.qdata.double() * x.scale.double()[..., None, None] for x in scaled]
     return attention(*wide, **options, return_lse=True, backend="reference")
 
 
-def rounded_weights(scaled):
+def with_fp8_weights(scaled):
     """The same, causal, with weights of 2^8 at most rounded to fp8: what a kernel cannot beat."""
     q, k, v = (x.qdata.double() * x.scale.double()[..., None, None] for x in scaled)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -42,7 +42,7 @@ def error(ours, truth):
     return ((ours.double().cpu() - truth.cpu()).norm() / truth.norm()).item()
 
 
-class TestOnTheCard:
+class TestOnGPU:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize("dim", gluon_fp8.DIMS)
@@ -52,27 +52,27 @@ class TestOnTheCard:
         q, k, v, options = Case((6, 2), lengths, mask, "plain", head_dim=dim).inputs()
         scaled = [quantize_fp8_per_head(x) for x in (q, k, v)]
         truth = truth_of(scaled, options)
-        on_card = [PerHeadFP8(*on("cuda", x.qdata, x.scale)) for x in scaled]
-        ours = attention(*on_card, **options, return_lse=True, backend="gluon_fp8")
+        moved = [PerHeadFP8(*on("cuda", x.qdata, x.scale)) for x in scaled]
+        ours = attention(*moved, **options, return_lse=True, backend="gluon_fp8")
         assert ours.out.dtype == torch.bfloat16 and ours.lse.dtype == torch.float32
-        assert error(ours.out, truth.out) <= 4e-2  # weights of three bits: 2e-2 to 2.6e-2
+        assert error(ours.out, truth.out) <= 4e-2  # weights with a 3-bit mantissa: 2e-2 to 2.6e-2
         assert (ours.lse.cpu() - truth.lse).abs().max() <= 5e-3
 
-    def test_errs_little_more_than_rounded_weights(self):
+    def test_error_is_close_to_that_of_fp8_weights(self):
         shapes = (1, 4, 256, 128), (1, 1, 8192, 128), (1, 1, 8192, 128)
         scaled = [quantize_fp8_per_head(torch.randn(*shape, device="cuda")) for shape in shapes]
         ours = attention(*scaled, backend="gluon_fp8")
         truth = truth_of(scaled, {}).out
-        assert error(ours, truth) <= 1.5 * error(rounded_weights(scaled), truth)
+        assert error(ours, truth) <= 1.5 * error(with_fp8_weights(scaled), truth)
 
-    def test_sums_do_not_lose_what_is_small(self):
-        """Values of one sign: a sum in the matrix units alone is off by half at this length."""
+    def test_long_sums_keep_small_terms(self):
+        """Values of one sign: a sum in the tensor cores alone is off by half at this length."""
         q, k, v = (torch.randn(1, 1, n, 128, device="cuda") for n in (128, 65536, 65536))
         scaled = [quantize_fp8_per_head(x) for x in (q, k, 1 + 0.1 * v)]
         assert error(attention(*scaled, backend="gluon_fp8"), truth_of(scaled, {}).out) <= 1e-2
 
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
-    def test_learned_sinks_and_scales_of_very_different_heads(self, mask):
+    def test_sink_logits_and_very_different_scales_per_head(self, mask):
         sizes = torch.tensor([1e-3, 1.0, 50.0, 1e3], device="cuda")[:, None, None]
         q, k, v = (torch.randn(2, 4, 300, 64, device="cuda") for _ in range(3))
         scaled = [quantize_fp8_per_head(x) for x in (q / sizes, k * sizes, v * sizes)]
@@ -83,15 +83,15 @@ class TestOnTheCard:
             assert error(ours.out[:, h], truth.out[:, h]) <= 4e-2
         assert (ours.lse - truth.lse).abs().max() <= 5e-3
 
-    def test_tensors_of_other_layouts_and_bare_codes(self):
+    def test_strided_tensors_and_fp8_without_scales(self):
         base = torch.randn(2, 301, 8, 128, device="cuda").to(FP8)
-        turned = base.transpose(1, 2)
-        q, k, v = turned[:, :4], turned[:, 4:6], turned[:, 6:]
+        x = base.transpose(1, 2)
+        q, k, v = x[:, :4], x[:, 4:6], x[:, 6:]
         ones = [PerHeadFP8(x, torch.ones(x.shape[:2], device="cuda")) for x in (q, k, v)]
         ours = attention(q, k, v, backend="gluon_fp8")
         assert error(ours, truth_of(ones, {}).out) <= 4e-2
 
-    def test_same_bits_again_and_inside_a_cuda_graph(self):
+    def test_two_runs_give_the_same_bits_in_a_cuda_graph_too(self):
         shapes = (1, 16, 1500, 64), (1, 4, 1500, 64), (1, 4, 1500, 64)
         scaled = [quantize_fp8_per_head(torch.randn(*shape, device="cuda")) for shape in shapes]
         first = attention(*scaled, backend="gluon_fp8")
@@ -121,17 +121,17 @@ class TestOnTheCard:
             attention(x, x, x, **on("cuda", options), backend="gluon_fp8")
 
 
-def test_refuses_other_machines_and_other_numbers_in_a_sentence():
+def test_refuses_other_devices_and_dtypes_in_a_sentence():
     x = torch.randn(1, 1, 4, 64)
-    coded = quantize_fp8_per_head(x)
+    quantized = quantize_fp8_per_head(x)
     with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
-        attention(coded, coded, coded, backend="gluon_fp8")
+        attention(quantized, quantized, quantized, backend="gluon_fp8")
     with pytest.raises(Unsupported, match="float8_e4m3fn queries, keys and values alone"):
         attention(x, x, x, backend="gluon_fp8")
 
 
 @pytest.mark.parametrize("dim", gluon_fp8.DIMS)
-def test_compiles_for_hopper_without_waiting_products(dim, tmp_path):
+def test_compiles_for_hopper_with_overlapped_products(dim, tmp_path):
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon_fp8
@@ -141,10 +141,10 @@ def test_compiles_for_hopper_without_waiting_products(dim, tmp_path):
     assert found.metadata.shared <= 227 * 1024
     assert "setmaxnreg" in ptx and "cp.async.bulk.tensor.4d" in ptx
     assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in ptx
-    # Scores of a tile are asked for, then the product of the tile before, then one is awaited.
+    # S of a tile is issued, then P V of the tile before, then one of the two is awaited.
     order = re.findall(r"wgmma\.(commit_group|wait_group\.sync\.aligned (?:0|1))", ptx)
-    asked = "commit_group"
-    assert [asked, asked, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
+    issue = "commit_group"
+    assert [issue, issue, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
 
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
@@ -153,6 +153,6 @@ def test_compiles_for_hopper_without_waiting_products(dim, tmp_path):
         [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
     )
     assert "serialized" not in done.stderr
-    # Two registers of 240 are lent out in a loop of 575 instructions; a third would be a change.
+    # Two registers of 240 are spilled in a loop of 575 instructions; a third would be a change.
     spilled = int(re.search(r"(\d+) bytes spill stores", done.stderr).group(1))
     assert spilled <= 112

@@ -166,7 +166,7 @@ def test_number_of_splits(monkeypatch, batch, keys, mask, splits):
     k = torch.empty(1, 8, 1, 128, device="meta").expand(batch, 8, keys, 128)
     q = torch.empty(batch, 32, 1, 128, device="meta")
     problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask))
-    assert launch.splits_of(problem, SimpleNamespace(recent_k=k, num_packed=keys)) == splits
+    assert launch.splits_of(problem, SimpleNamespace(recent_k=k, num_quantized=keys)) == splits
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The script that watches kernels: what it says where it cannot, and that its groups exist."""
+"""scripts/sanitize_gpu.sh: its message without compute-sanitizer, and its groups."""
 
 import os
 import re

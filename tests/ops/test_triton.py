@@ -1,6 +1,6 @@
-"""Triton's kernels: the contract of backends, on a card or in the interpreter, and compilation.
+"""Triton's kernels: the contract of backends, on a GPU or in Triton's interpreter.
 
-Without a card the contract runs in a subprocess with TRITON_INTERPRET=1, on fewer cases.
+Without a GPU the contract runs in a subprocess with TRITON_INTERPRET=1, on fewer cases.
 """
 
 import os
@@ -15,19 +15,10 @@ pytest.importorskip("triton")
 from saccade.core import (
     BlockSelection,
     DenseKV,
-    GrowingKV,
     Mask,
-    PagedKV,
-    QuantizedKV,
-    RaggedKV,
-    Span,
 )
-from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
-from saccade.core.kv import dense
 from saccade.ops import attend, attention
-from saccade.ops.kv_write.append import KVSlots, PendingRope, append, apply_rope_qk, turned
-from saccade.ops.kv_write.hadamard import hadamard_transform
-from tests.support.cases import Case, all_cases, nothing_matters, on
+from tests.support.cases import Case, all_cases, on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -38,9 +29,15 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 CASES = all_cases() if DEVICE == "cuda" else all_cases()[::17]
 
 
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="is what this test starts")
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this test starts the interpreter")
 def test_contract_in_the_interpreter():
-    others = ("test_triton_pieces", "test_gluon_backward_rows", "test_one_row")
+    others = (
+        "test_chunked",
+        "test_gluon_pre_postprocess",
+        "test_gemv",
+        "test_kv_write",
+        "test_triton_views",
+    )
     files = [__file__, *(__file__.replace("test_triton", name) for name in others)]
     command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -107,12 +104,12 @@ def test_value_dim_may_differ():
 
 
 @runs_kernels
-@pytest.mark.parametrize("extra", ["foreign", "strided", "empty", "offsets"])
+@pytest.mark.parametrize("extra", ["attn_mask", "strided", "empty", "offsets"])
 def test_odd_inputs(extra):
     case = Case((4, 2), (20, 37), {"window": 30}, "plain")
     q, k, v, _ = case.inputs()
     options = {"mask": Mask(window=30)}
-    if extra == "foreign":
+    if extra == "attn_mask":
         options["attn_mask"] = torch.rand(2, 1, 20, 37) > 0.5
     elif extra == "strided":
         q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
@@ -190,95 +187,7 @@ def test_gradients_in_half_precision(dim, mask):
 
 
 @runs_kernels
-@pytest.mark.parametrize("mask", [Mask(), Mask(window=9, sinks=2)], ids=str)
-@pytest.mark.parametrize("queries", [1, 5, 30])
-def test_ring(mask, queries):
-    k, v = torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
-    q = torch.randn(2, 4, queries, 16)
-    spans = (Span(0, 0, 2), Span(12, 2, 20), Span(4, 22, 8))
-    ring = nothing_matters(k, v, spans, 40)
-    truth = attend(q, DenseKV(k, v), mask=mask, backend="reference")
-    q2, *stored = on(DEVICE, q, *ring)
-    ours = attend(q2, DenseKV(*stored, spans), mask=mask, backend="triton")
-    assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
-    assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-5)
-
-
-@runs_kernels
-@pytest.mark.parametrize("page", [1, 6, 16])
-@pytest.mark.parametrize("queries", [1, 20])
-def test_pages(page, queries):
-    kv_lens = torch.tensor([30, 21], dtype=torch.int32)
-    k, v, q = torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16), torch.randn(2, 4, queries, 16)
-    count = -(-30 // page)
-    table = torch.randperm(2 * count).view(2, count).to(torch.int32)
-    pools = [torch.full((2 * count, 2, page, 16), torch.nan) for _ in range(2)]
-    for row, length in enumerate(kv_lens.tolist()):
-        for p in range(length):
-            for pool, x in zip(pools, (k, v), strict=True):
-                pool[table[row, p // page], :, p % page] = x[row, :, p]
-    for mask in (Mask(), Mask(window=9, sinks=2)):
-        q2, *parts = on(DEVICE, q, *pools, table, kv_lens)
-        ours = attend(q2, PagedKV(*parts, 30), mask=mask, backend="triton")
-        for row, length in enumerate(kv_lens.tolist()):
-            alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
-            truth = attend(q[row : row + 1], alone, mask=mask, backend="reference")
-            assert torch.allclose(ours.out[row : row + 1].cpu(), truth.out, atol=1e-5)
-
-
-@runs_kernels
-def test_ragged():
-    kv_lens = torch.tensor([[25, 9], [33, 3]], dtype=torch.int32)
-    pool_k, pool_v = torch.randn(20, 8, 16), torch.randn(20, 8, 16)
-    table = torch.randperm(20).view(2, 2, 5).to(torch.int32)
-    positions = torch.full((20, 8), -1, dtype=torch.int32)
-    for b in range(2):
-        for h in range(2):
-            kept = torch.randperm(40)[: int(kv_lens[b, h])].sort().values.to(torch.int32)
-            for slot, p in enumerate(kept.tolist()):
-                positions[table[b, h, slot // 8], slot % 8] = p
-    pool_k[positions < 0], pool_v[positions < 0] = torch.nan, torch.nan
-    q = torch.randn(2, 4, 3, 16)
-    for mask in (Mask(), Mask(window=12)):
-        parts = (pool_k, pool_v, positions, table, kv_lens)
-        truth = attend(q, RaggedKV(*parts, 40, 33), mask=mask, backend="reference")
-        q2, *moved = on(DEVICE, q, *parts)
-        ours = attend(q2, RaggedKV(*moved, 40, 33), mask=mask, backend="triton")
-        assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
-        assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-5)
-
-
-@runs_kernels
-@pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
-@pytest.mark.parametrize("queries", [1, 21 if DEVICE == "cuda" else 5])
-@pytest.mark.parametrize(("dim", "v_group"), [(32, 32), (64, 16)])
-def test_quantized(bits, fp8, queries, dim, v_group):
-    k, v, recent = torch.randn(2, 2, 64, dim), torch.randn(2, 2, 64, dim), torch.randn(2, 2, 9, dim)
-    coded = (
-        quantize_keys(k, bits=bits, group=16, fp8=fp8),
-        quantize_values(v, bits=bits, group=v_group, fp8=fp8),
-    )
-    q = torch.randn(2, 4, queries, dim)
-    for dtype in (torch.float32,) if DEVICE == "cpu" else (torch.float32, torch.bfloat16):
-        parts = (recent.to(dtype), (recent * 0.5).to(dtype))
-        view = QuantizedKV(*coded, *parts, bits, bits, 16)
-        whole = dense(view)
-        for mask in (Mask(), Mask(window=20, sinks=3)):
-            truth = attend(
-                q.to(dtype).double(), DenseKV(whole.k.double(), whole.v.double()), mask=mask,
-                backend="reference",
-            )  # fmt: skip
-            qdata = [type(x)(*on(DEVICE, *x)) for x in coded]
-            q2, *moved = on(DEVICE, q.to(dtype), *parts)
-            ours = attend(
-                q2, QuantizedKV(*qdata, *moved, bits, bits, 16), mask=mask, backend="triton"
-            )
-            allowed = 1e-5 if dtype == torch.float32 else 3e-2
-            assert (ours.out.cpu() - truth.out).abs().max() < allowed
-
-
-@runs_kernels
-def test_selection_of_pages_while_decoding():
+def test_selected_blocks_while_decoding():
     q, k, v = torch.randn(2, 4, 2, 16), torch.randn(2, 2, 90, 16), torch.randn(2, 2, 90, 16)
     allowed = torch.rand(2, 2, 1, 9) > 0.5
     blocks = BlockSelection(allowed=allowed, q_block=2, k_block=10)
@@ -290,27 +199,27 @@ def test_selection_of_pages_while_decoding():
 
 
 @runs_kernels
-def test_blocks_that_are_tiles_need_no_table(monkeypatch):
-    """The same lists, though blocks are then looked up instead of being summed."""
+def test_blocks_of_the_size_of_tiles_need_no_table(monkeypatch):
+    """The same lists, though blocks are then looked up instead of counted."""
     from saccade.ops.attention.api import make_call
-    from saccade.ops.attention.nvidia import block_lists as triton_visits
+    from saccade.ops.attention.nvidia import block_lists
     from saccade.ops.attention.nvidia.problem import dense_problem
 
     q, k = on(DEVICE, torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16))
-    coverage = triton_visits._coverage
+    coverage = block_lists._coverage
 
-    def without_looking(*arguments):
+    def without_lookup(*arguments):
         return coverage(*arguments[:-1], False)
 
     allowed = on(DEVICE, torch.rand(2, 2, 5, 6) > 0.5)
     blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)
     for mask in (Mask(), Mask(causal=False), Mask(window=33, sinks=2)):
         problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, blocks=blocks))
-        found = triton_visits.block_lists_of(problem, 5, 16, 16)
+        found = block_lists.block_lists_of(problem, 5, 16, 16)
         with monkeypatch.context() as patch:
-            patch.setattr(triton_visits, "_coverage", without_looking)
-            summed = triton_visits.block_lists_of(problem, 5, 16, 16)
-        for ours, truth in zip(found[:2], summed[:2], strict=True):
+            patch.setattr(block_lists, "_coverage", without_lookup)
+            counted = block_lists.block_lists_of(problem, 5, 16, 16)
+        for ours, truth in zip(found[:2], counted[:2], strict=True):
             assert torch.equal(ours, truth)
 
 
@@ -374,110 +283,12 @@ def test_refuses_cpu_tensors_in_a_sentence():
         attention(x, x, x, backend="triton")
 
 
-APPENDS = [
-    ({}, False, 1, 128),
-    ({"rope": True}, False, 1, 64),
-    ({"rope": True}, True, 3, 32),
-    ({}, True, 1, 16),
-    ({"rope": True}, False, 2, 24),
-]
-
-
-@runs_kernels
-@pytest.mark.parametrize(("how", "hadamard", "tokens", "dim"), APPENDS, ids=str)
-def test_append(how, hadamard, tokens, dim):
-    """Turned, rotated and stored by one kernel as by PyTorch; other slots stay as they are."""
-    k, v = torch.randn(2, tokens, 2, dim).transpose(1, 2), torch.randn(2, 2, tokens, dim)
-    rope = None
-    if how:
-        angle = torch.rand(1, tokens, dim // 2).repeat(1, 1, 2)
-        rope = PendingRope(torch.randn(2, 4, tokens, dim), angle.cos(), angle.sin())
-    stores = [torch.randn(2, 2, 20, dim).repeat(1, 1, 1, 1) for _ in range(2)]
-    at, origin = torch.tensor([107, 107]), torch.tensor([100])
-    truth = KVSlots(*(x.clone() for x in stores), at, origin)
-    q_true = None if rope is None else turned(rope.q, rope)
-    k_true = k if rope is None else turned(k, rope)
-    truth.k[:, :, 7 : 7 + tokens] = hadamard_transform(k_true) if hadamard else k_true
-    truth.v[:, :, 7 : 7 + tokens] = hadamard_transform(v) if hadamard else v
-    ours = KVSlots(*on(DEVICE, *stores, at, origin), hadamard)
-    k, v = on(DEVICE, k, v)
-    rope = None if rope is None else PendingRope(*on(DEVICE, *rope))
-    q = append(ours, k, v, rope)
-    assert torch.allclose(ours.k.cpu(), truth.k, atol=1e-5)
-    assert torch.allclose(ours.v.cpu(), truth.v, atol=1e-5)
-    assert q_true is None or torch.allclose(q.cpu(), q_true, atol=1e-5)
-
-
-@runs_kernels
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("packed", "recent"), [(0, 5), (64, 1), (96, 33), (128, 48)])
-def test_growing_views(bits, packed, recent):
-    """Storage with empty slots, whose fill only tensors tell, equals the filled part alone."""
-    k, v, q = torch.randn(1, 2, 128, 32), torch.randn(1, 2, 128, 32), torch.randn(1, 4, 2, 32)
-    coded = quantize_keys(k, bits=bits, group=32), quantize_values(v, bits=bits, group=32)
-    for part in coded:  # what lies behind must never matter
-        part.scale[:, :, packed if part is coded[1] else packed // 32 :] = torch.nan
-    recents = [torch.full((1, 2, 48, 32), torch.nan) for _ in range(2)]
-    for x in recents:
-        x[:, :, :recent] = torch.randn(1, 2, recent, 32)
-    whole = QuantizedKV(*coded, *recents, bits, bits, 32)
-    groups = packed // 32
-    filled = QuantizedKV(
-        QuantizedTensor(coded[0].qdata[:, :, :packed], *(x[:, :, :groups] for x in coded[0][1:])),
-        QuantizedTensor(*(x[:, :, :packed] for x in coded[1])),
-        *(x[:, :, :recent] for x in recents),
-        bits,
-        bits,
-        32,
-    )
-    stop = torch.tensor([packed + recent])
-    truth = attend(q, filled, mask=Mask(), backend="reference")
-    for backend in ("tiled", "triton"):
-        device = DEVICE if backend == "triton" else "cpu"
-        view = GrowingKV(moved(whole, device), torch.tensor([packed], device=device))
-        where = {"kv_lens": stop.to(device), "q_offset": (stop - 2).to(device)}
-        ours = attend(q.to(device), view, mask=Mask(), **where, backend=backend)
-        assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
-        assert torch.allclose(ours.lse.cpu(), truth.lse, atol=2e-5)
-
-
-def moved(view, device):
-    """A quantised view on a device."""
-    tensors = [QuantizedTensor(*(x.to(device) for x in part)) for part in (view.k, view.v)]
-    recents = view.recent_k.to(device), view.recent_v.to(device)
-    return QuantizedKV(*tensors, *recents, view.bits_k, view.bits_v, view.k_group)
-
-
 @runs_kernels
 def test_one_offset_for_all_rows():
-    """A tensor that repeats one number is not read past it."""
+    """An expanded tensor of offsets is read with its stride of 0."""
     q, k, v = (torch.randn(2, 2, n, 16) for n in (2, 9, 9))
     offset = torch.tensor([3, 7])[:1].expand(2)
     truth = attend(q, DenseKV(k, v), mask=Mask(), q_offset=offset, backend="reference")
     where = {"mask": Mask(), "backend": "triton"}
     ours = attend(q.to(DEVICE), DenseKV(*on(DEVICE, k, v)), q_offset=offset.to(DEVICE), **where)
     assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)
-
-
-@runs_kernels
-@pytest.mark.parametrize("dim", [2, 16, 128])
-def test_rotation_of_few_rows(dim):
-    x = torch.randn(2, 3, 5, dim)
-    signs = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
-    truth = x @ (torch.tensor(signs) * dim**-0.5)
-    assert torch.allclose(hadamard_transform(x.to(DEVICE)).cpu(), truth, atol=1e-5)
-    assert torch.allclose(
-        hadamard_transform(x.mT.contiguous().mT.to(DEVICE)).cpu(), truth, atol=1e-5
-    )
-
-
-@runs_kernels
-@pytest.mark.parametrize("tokens", [3, 70_000] if DEVICE == "cuda" else [3])
-def test_turning_without_storing(tokens):
-    """Also of more tokens than two of the three axes of a grid can count."""
-    angle = torch.rand(2, tokens, 8).repeat(1, 1, 2)
-    q, k = torch.randn(2, tokens, 4, 16).transpose(1, 2), torch.randn(2, 2, tokens, 16)
-    rope = PendingRope(*on(DEVICE, q, angle.cos(), angle.sin()))
-    both = apply_rope_qk(k.to(DEVICE), rope)
-    for ours, x in zip(both, (q, k), strict=True):
-        assert torch.allclose(ours.cpu(), turned(x.to(DEVICE), rope).cpu(), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper on any machine, and uses what makes it fast there."""
+"""Every Triton kernel compiles for Hopper on any machine, to the instructions it should use."""
 
 import os
 import re
@@ -10,12 +10,20 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from saccade.ops.attention.nvidia.triton.backward import keys_kernel, queries_kernel
-from saccade.ops.attention.nvidia.triton.decode import Pages, decode_kernel, merge_kernel
+from saccade.ops.attention.nvidia.triton.backward import backward_kv_kernel, backward_q_kernel
+from saccade.ops.attention.nvidia.triton.decode import decode_kernel
 from saccade.ops.attention.nvidia.triton.forward import forward_kernel
-from saccade.ops.attention.nvidia.triton.quantized_decode import Coded, quantized_kernel
-from saccade.ops.attention.nvidia.triton.split_kv import merge_blocks
-from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs, ScoreArgs, SeqlenInfo, StridedTensor
+from saccade.ops.attention.nvidia.triton.quantized_decode import quantized_decode_kernel
+from saccade.ops.attention.nvidia.triton.split_kv import combine_blocks, combine_kernel
+from saccade.ops.gpu.kernel_args import (
+    BlockLists,
+    MaskArgs,
+    PageTable,
+    QuantizedStrided,
+    ScoreArgs,
+    SeqlenInfo,
+    StridedTensor,
+)
 from saccade.ops.kv_write.append_kernel import append_kernel
 from saccade.ops.tuning import tables as tuning
 from tests.ops.compiled import compile_for
@@ -35,7 +43,8 @@ def strided(x):
 Q, K = strided(meta(1, HEADS, LENGTH, DIM)), strided(meta(1, KV_HEADS, LENGTH, DIM))
 ROWS = meta(1, HEADS, LENGTH, dtype=torch.float32)
 SHARED = {
-    "seqlen_info": SeqlenInfo(), "mask_args": MaskArgs(), "score_args": ScoreArgs(0.1), "block_lists": BlockLists(),
+    "seqlen_info": SeqlenInfo(), "mask_args": MaskArgs(), "score_args": ScoreArgs(0.1),
+    "block_lists": BlockLists(),
     "q_len": LENGTH, "k_len": LENGTH, "q_offset": 0, "groups": HEADS // KV_HEADS,
     "HEAD_DIM": DIM, "VALUE_DIM": DIM, "BLOCK_D": DIM, "BLOCK_V": DIM,
     "CAUSAL": True, "RAW": True, "PRECISION": "tf32",
@@ -55,10 +64,10 @@ def compiled(kernel, tables, **arguments):
 @pytest.mark.parametrize(
     "mask_args", [MaskArgs(), MaskArgs(window=1024, sinks=16)], ids=["full", "window"]
 )
-def test_forward_uses_the_warpgroup_matrix_units(tma, mask_args):
+def test_forward_uses_wgmma(tma, mask_args):
     ptx = compiled(
-        forward_kernel, tuning.FORWARD, q=Q, k=K, v=K, out=Q, lse=ROWS, heads=HEADS, mask_args=mask_args,
-        TMA=tma,
+        forward_kernel, tuning.FORWARD, q=Q, k=K, v=K, out=Q, lse=ROWS, heads=HEADS,
+        mask_args=mask_args, TMA=tma,
     )  # fmt: skip
     assert "wgmma.mma_async" in ptx
     assert ("cp.async.bulk.tensor" in ptx) == tma
@@ -67,8 +76,8 @@ def test_forward_uses_the_warpgroup_matrix_units(tma, mask_args):
 
 def test_backward_has_no_atomics():
     for kernel, tables, more in (
-        (keys_kernel, tuning.KEYS, {"dk": K, "dv": K, "TMA": False}),
-        (queries_kernel, tuning.QUERIES, {"dq": Q}),
+        (backward_kv_kernel, tuning.BACKWARD_KV, {"dk": K, "dv": K, "TMA": False}),
+        (backward_q_kernel, tuning.BACKWARD_Q, {"dq": Q}),
     ):
         ptx = compiled(
             kernel, tables, q=Q, k=K, v=K, dout=Q, lse2=ROWS, delta=ROWS, heads=HEADS, **more
@@ -86,7 +95,7 @@ DECODING = {
 @pytest.mark.parametrize("storage", ["dense", "ring", "paged"])
 def test_decode_loads_asynchronously(storage):
     table = meta(1, 512, dtype=torch.int32)
-    pages = Pages(table, 512, 0, 16384, 16384) if storage == "paged" else Pages()
+    pages = PageTable(table, 512, 0, 16384, 16384) if storage == "paged" else PageTable()
     ptx = compiled(
         decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
         spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, PDL=True,
@@ -96,43 +105,44 @@ def test_decode_loads_asynchronously(storage):
 
 
 @pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
-def test_quantized_codes_stay_codes_in_memory(bits, fp8):
+def test_quantized_keys_are_dequantized_in_registers(bits, fp8):
     qdata = strided(meta(1, KV_HEADS, LENGTH, DIM * bits // 8, dtype=torch.uint8))
     k_scale = strided(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
     v_scale = strided(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
     ptx = compiled(
-        quantized_kernel, tuning.DECODE_CODES, k=Coded(qdata, k_scale, k_scale),
-        v=Coded(qdata, v_scale, v_scale), BITS_K=bits, BITS_V=bits, FLOAT_K=fp8, FLOAT_V=fp8,
+        quantized_decode_kernel, tuning.DECODE_QUANTIZED,
+        k=QuantizedStrided(qdata, k_scale, k_scale), v=QuantizedStrided(qdata, v_scale, v_scale),
+        BITS_K=bits, BITS_V=bits, FLOAT_K=fp8, FLOAT_V=fp8,
         K_GROUP=64, V_GROUP=64, FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
-    # Words of codes arrive asynchronously and become numbers by permutations, two a word.
+    # Codes are loaded asynchronously, four at a time, and converted by byte permutations.
     assert "cp.async.cg" in ptx and "ldmatrix" in ptx and "prmt.b32" in ptx
 
 
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_appending_compiles(hadamard):
-    """One store a half of a head, for all of turning, rotating and storing."""
+    """RoPE, Hadamard and write in one kernel, with one store for each half of a head."""
     table, at = meta(1, 1, DIM), meta(1, dtype=torch.int64)
     found = compile_for(
         append_kernel, options={"num_warps": 4 if hadamard else 1, "num_stages": 1},
         q=Q, k=K, v=K, q_out=Q, k_store=K, v_store=K, cos=table, sin=table, table_batch=0,
         table_row=DIM, at=at, origin=meta(1, dtype=torch.int64), heads=HEADS, kv_heads=KV_HEADS,
-        DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, TURN=True, MIX=hadamard,
+        DIM=DIM, HALF=DIM // 2, VALUE_DIM=DIM, VALUE_HALF=DIM // 2, ROPE=True, HADAMARD=hadamard,
         PDL=True,
     )  # fmt: skip
     assert len(re.findall(r"st\.global", found.asm["ptx"])) <= 3 * (2 + 2 * hadamard)
 
 
 @pytest.mark.parametrize(("rows", "splits"), [(32, 33), (32, 200), (1000, 3)])
-def test_joining_compiles(rows, splits):
+def test_combining_splits_compiles(rows, splits):
     """In registers, without a division."""
-    block_v, block_s, warps = merge_blocks(splits, DIM)
-    parts = meta(splits, 1, rows, 1, DIM, dtype=torch.float32)
+    block_v, block_s, warps = combine_blocks(splits, DIM)
+    partials = meta(splits, 1, rows, 1, DIM, dtype=torch.float32)
     found = compile_for(
-        merge_kernel, options={"num_warps": warps}, parts=parts, part_lse=parts, out=parts,
-        lse=parts, splits=splits, part_split=rows * DIM, lse_split=rows, VALUE_DIM=DIM,
-        BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, PDL=True,
+        combine_kernel, options={"num_warps": warps}, split_out=partials, split_lse=partials,
+        out=partials, lse=partials, splits=splits, out_stride=rows * DIM, lse_stride=rows,
+        VALUE_DIM=DIM, BLOCK_V=block_v, BLOCK_S=block_s, ONCE=splits <= block_s, PDL=True,
     )  # fmt: skip
     ptx = found.asm["ptx"]
     first, last = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
@@ -141,25 +151,32 @@ def test_joining_compiles(rows, splits):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
-def test_packing_compiles(dtype):
-    """A group is read once and its codes are stored as they come, fp8 by conversion."""
-    from saccade.ops.kv_write.quantize_kernel import keys_kernel, values_kernel, write_kernel
+def test_quantising_compiles(dtype):
+    """A group is loaded once, without local memory; fp8 codes by one conversion."""
+    from saccade.ops.kv_write.quantize_kernel import (
+        dequantize_kernel,
+        quantize_keys_kernel,
+        quantize_values_kernel,
+    )
 
     qdata = strided(meta(1, KV_HEADS, LENGTH, DIM, dtype=dtype))
     k_scale = strided(meta(1, KV_HEADS, LENGTH // 64, DIM, dtype=torch.float16))
     v_scale = strided(meta(1, KV_HEADS, LENGTH, 2, dtype=torch.float16))
     sizes = {"heads": KV_HEADS, "HALF": DIM // 2, "BLOCK_D": DIM // 2, "BITS": 8}
     packing = sizes | {"x": K, "IS_FP8": dtype != torch.uint8, "GROUP": 64}
-    keys, values = Coded(qdata, k_scale, k_scale), Coded(qdata, v_scale, v_scale)
+    keys, values = (
+        QuantizedStrided(qdata, k_scale, k_scale),
+        QuantizedStrided(qdata, v_scale, v_scale),
+    )
     options = {"num_warps": 4, "num_stages": 1}
     for kernel, arguments in (
-        (keys_kernel, packing | {"coded": keys, "BLOCK": 64}),
-        (values_kernel, packing | {"coded": values, "length": LENGTH, "TOKENS": 32}),
-        (write_kernel, sizes | {"coded": keys, "out": K, "length": LENGTH, "ROWS": 32,
+        (quantize_keys_kernel, packing | {"storage": keys, "BLOCK": 64}),
+        (quantize_values_kernel, packing | {"storage": values, "length": LENGTH, "TOKENS": 32}),
+        (dequantize_kernel, sizes | {"storage": keys, "out": K, "length": LENGTH, "ROWS": 32,
                                 "TOKENS": 64, "CHANNELS": 1}),
     ):  # fmt: skip
         ptx = compile_for(kernel, options=options, **arguments).asm["ptx"]
         assert not re.search(r"(ld|st)\.local", ptx)
         assert ("cvt.rn.satfinite.e4m3x2" in ptx) == (
-            dtype != torch.uint8 and kernel is not write_kernel
+            dtype != torch.uint8 and kernel is not dequantize_kernel
         )

@@ -1,4 +1,4 @@
-"""Decoding launches that begin early never see what is not there yet: streams, graphs, repeats."""
+"""Decoding launches with PDL wait for their inputs: repeats, streams, CUDA graphs."""
 
 import pytest
 import torch
@@ -27,16 +27,16 @@ def run(q, k, v):
     return attend(q, DenseKV(k, v), mask=Mask(), backend="triton").out
 
 
-def test_a_step_reads_what_the_step_before_wrote():
-    """Each output is the next query, and is written into the keys: nothing may be read too soon."""
+def test_a_step_reads_what_the_preceding_one_wrote():
+    """Each output is the next query, and is written into the keys: no stale read may happen."""
     q, k, v = problem(0)
 
-    def chain(ends):
+    def chain(synchronize):
         x, keys = q, k.clone()
         for i in range(20):
             x = run(x, keys, v)
             keys[:, :, -1 - i] = x[:, ::4, 0]
-            if ends:
+            if synchronize:
                 torch.cuda.synchronize()
         return x
 
@@ -57,7 +57,7 @@ def test_two_streams_at_once():
         assert all(torch.equal(out, expected) for out in results)
 
 
-def test_recordings_replayed_beside_eager_launches():
+def test_graphs_replayed_beside_eager_launches():
     problems = [problem(seed) for seed in range(3)]
     truth = [run(*p) for p in problems]
     graphs, outs = [], []

@@ -74,16 +74,16 @@ def test_a_position_per_row_and_one_for_all_agree() -> None:
 def test_rotation_is_multiplication_by_a_unit(
     head_dim: int, rotary_dim: int, interleaved: bool
 ) -> None:
-    """Pairs as complex numbers times exp(i angle): another way to say the same."""
+    """Pairs as complex numbers times exp(i angle): the same rotation computed another way."""
     x, positions = noise(2, 3, 7, head_dim), torch.arange(100, 107)
     inv_freq = plain(rotary_dim)
-    turning, staying = x[..., :rotary_dim], x[..., rotary_dim:]
-    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, unrotated = x[..., :rotary_dim], x[..., rotary_dim:]
+    pairs = first.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     real, imag = pairs.unbind(-1 if interleaved else -2)
     angles = positions[:, None] * inv_freq
-    turned = torch.complex(real, imag) * torch.polar(torch.ones_like(angles), angles)
-    halves = torch.stack((turned.real, turned.imag), dim=-1 if interleaved else -2)
-    expected = torch.cat((halves.flatten(-2), staying), dim=-1)
+    rotated = torch.complex(real, imag) * torch.polar(torch.ones_like(angles), angles)
+    halves = torch.stack((rotated.real, rotated.imag), dim=-1 if interleaved else -2)
+    expected = torch.cat((halves.flatten(-2), unrotated), dim=-1)
     tabled = tables(inv_freq, positions, dtype=torch.float64)
     got = apply(x, *tabled, interleaved=interleaved)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -94,11 +94,11 @@ def test_scores_depend_on_distance_alone() -> None:
     inv_freq, _ = inverse_frequencies(Linear(factor=2.0), base=1e4, rotary_dim=32)
 
     def score(q_pos: int, k_pos: int) -> float:
-        turned = [
+        rotated = [
             apply(x, *tables(inv_freq, torch.tensor([p]), dtype=torch.float64))
             for x, p in ((q, q_pos), (k, k_pos))
         ]
-        return float((turned[0] * turned[1]).sum())
+        return float((rotated[0] * rotated[1]).sum())
 
     assert score(17, 5) == pytest.approx(score(100_017, 100_005), abs=1e-8)
 
@@ -123,7 +123,7 @@ def test_gradients(interleaved: bool) -> None:
 
 
 def test_strided_heads_need_no_copy_first() -> None:
-    """A [B, L, H, D] projection, transposed, as every model hands it over."""
+    """A [B, L, H, D] projection, transposed, as every model passes it."""
     x = noise(2, 7, 3, 16).transpose(1, 2)
     tabled = tables(plain(16), torch.arange(7), dtype=torch.float64)
     assert torch.equal(apply(x, *tabled), apply(x.contiguous(), *tabled))
@@ -136,7 +136,7 @@ def test_strided_heads_need_no_copy_first() -> None:
         ((1, 2, 7, 16), (6, 8), r"must have shape \[7, R/2\] or \[1, 7, R/2\] .* got \[6, 8\]"),
         ((1, 2, 7, 16), (1, 8), r"must have shape \[7, R/2\] .* got \[1, 8\]"),
         ((2, 2, 7, 16), (3, 7, 8), r"or \[2, 7, R/2\] .* got \[3, 7, 8\]"),
-        ((1, 2, 7, 16), (7, 16), r"turn 32 dimensions, but x has a head_dim of 16.*per pair"),
+        ((1, 2, 7, 16), (7, 16), r"rotate 32 dimensions, but x has head_dim 16.*per pair"),
     ],
 )
 def test_shapes_that_do_not_fit(

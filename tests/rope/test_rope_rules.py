@@ -74,8 +74,8 @@ def test_dynamic_ntk_starts_where_training_ended() -> None:
 def ggml_angle_per_position(pair: int, rule: YaRN, base: float, num_dims: int) -> float:
     """ggml's rope_yarn for position 1, line by line, with freq_scale = 1 / factor."""
 
-    def correction(turns: float) -> float:
-        waves = rule.original_max_position / (turns * 2 * math.pi)
+    def correction(rotations: float) -> float:
+        waves = rule.original_max_position / (rotations * 2 * math.pi)
         return num_dims * math.log(waves) / (2 * math.log(base))
 
     low = max(0, math.floor(correction(rule.beta_fast)))
@@ -253,7 +253,11 @@ def test_dicts_that_cannot_be_read(given: dict[str, Any], text: str) -> None:
 
 
 CALL_ERRORS: list[tuple[Rule, dict[str, Any], str]] = [
-    (Unscaled(), {"rotary_dim": 7}, r"even number of at least 2, got 7\. Dimensions turn in pairs"),
+    (
+        Unscaled(),
+        {"rotary_dim": 7},
+        r"even number of at least 2, got 7\. Dimensions are rotated in pairs",
+    ),
     (Unscaled(), {"base": 1.0}, r"base must be a finite number above 1, got 1\.0.*rope_theta"),
     (DYNAMIC, {"seq_len": 0}, r"seq_len must be at least 1 token, got 0\. Use None"),
     (NTKAware(factor=2), {"rotary_dim": 2}, r"at least 4, got 2\. .*use Linear"),

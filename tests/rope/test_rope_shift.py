@@ -120,7 +120,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     assert ((got.double() - exact).abs() <= allowed).all()
 
 
-def test_dimensions_that_do_not_turn_stay() -> None:
+def test_unrotated_dimensions_are_unchanged() -> None:
     k, inv_freq = noise(1, 2, 4, 12), inverse_frequencies(YARN, base=1e6, rotary_dim=8).inv_freq
     assert torch.equal(shift_keys(k, inv_freq, 11)[..., 8:], k[..., 8:])
 

@@ -1,4 +1,4 @@
-"""Context on a tiny random model: what every option may change, and what it may not."""
+"""Context on a tiny random model: what each option may change and what it must not."""
 
 import pytest
 import torch
@@ -99,8 +99,8 @@ class TestPolicy:
             assert ctx.cache_bytes < before / 2 and ctx.seen == 500
             assert all(layer.num_slots == 70 for layer in ctx.cache.layers)
 
-    def test_heads_and_layers_keep_what_they_need(self, model):
-        """Ragged: budgets hold a layer, heads differ, memory is near that of equal budgets."""
+    def test_heads_compete_for_the_budget_of_a_layer(self, model):
+        """Ragged: the budget of a layer is met, heads differ, memory is near that of snapkv."""
         sizes = {}
         for policy in ("snapkv", "ada_snapkv"):
             params = ContextParams(kv_policy=policy, kv_budget=150, n_batch=64)
@@ -133,16 +133,16 @@ class TestStream:
         prompt = TOKENS[:20]
         expected = model.generate(prompt[None], max_new_tokens=9, do_sample=False)[0, 20:]
         with saccade.Context(model) as ctx:
-            tokens = [piece.token for piece in ctx.stream(prompt, n_predict=9)]
+            tokens = [item.token for item in ctx.stream(prompt, n_predict=9)]
         assert tokens == expected.tolist()
         assert ctx.stats.prompt_tokens == 20 and ctx.stats.decode_tokens == 9
         assert ctx.stats.cache_bytes > 0
 
     def test_stops_at_a_stop_token(self, model):
         with saccade.Context(model) as ctx:
-            free = [piece.token for piece in ctx.stream(TOKENS[:20], n_predict=9)]
+            free = [item.token for item in ctx.stream(TOKENS[:20], n_predict=9)]
         with saccade.Context(model) as ctx:
-            cut = [p.token for p in ctx.stream(TOKENS[:20], n_predict=9, stop=[free[4]])]
+            cut = [item.token for item in ctx.stream(TOKENS[:20], n_predict=9, stop=[free[4]])]
         assert cut == free[: free.index(free[4])]
 
     def test_sampling_repeats_with_its_seed(self, model):
@@ -151,7 +151,7 @@ class TestStream:
             with saccade.Context(model) as ctx:
                 sampler = Sampler(temperature=1.0, seed=5)
                 stream = ctx.stream(TOKENS[:20], n_predict=9, sampler=sampler)
-                runs.append([piece.token for piece in stream])
+                runs.append([item.token for item in stream])
         assert runs[0] == runs[1]
 
     def test_a_full_context_ends(self, model):
@@ -167,7 +167,7 @@ class TestStream:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=50))) == 50
             assert ctx.seen <= 24
 
-    def test_a_window_needs_no_end(self, model):
+    def test_a_window_has_no_limit(self, model):
         params = ContextParams(n_ctx=24, n_swa=8, n_sinks=2)
         with saccade.Context(model, params) as ctx:
             assert len(list(ctx.stream(TOKENS[:20], n_predict=40))) == 40
@@ -181,9 +181,9 @@ def test_shift_is_exact_at_the_first_layer(model):
         shifted = ctx.cache.layers[0].view()
     with saccade.Context(model) as ctx:
         ctx.append(torch.cat((TOKENS[:8], TOKENS[24:40])))
-        fresh = ctx.cache.layers[0].view()
-    assert torch.allclose(shifted.k, fresh.k, atol=1e-5)
-    assert torch.allclose(shifted.v, fresh.v, atol=1e-5)
+        expected = ctx.cache.layers[0].view()
+    assert torch.allclose(shifted.k, expected.k, atol=1e-5)
+    assert torch.allclose(shifted.v, expected.v, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ class TestHybrid:
 
     @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
     @pytest.mark.parametrize("checkpoints", [0, 3])
-    def test_a_prompt_that_begins_alike_is_read_once(self, hybrids, family, checkpoints):
+    def test_a_common_prefix_is_read_once(self, hybrids, family, checkpoints):
         model, other = hybrids[family], torch.cat((TOKENS[:70], TOKENS[:20]))
         params = ContextParams(n_batch=16, ctx_checkpoints=checkpoints)
         with saccade.Context(model, params) as ctx:
@@ -211,16 +211,16 @@ class TestHybrid:
     @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt_oss"])
     def test_shift_is_exact_at_the_first_layer(self, hybrids, family):
         kept = []
-        for fresh in (False, True):
+        for shifted in (True, False):
             with saccade.Context(hybrids[family], ContextParams(n_batch=1)) as ctx:
-                ctx.append(torch.cat((TOKENS[:4], TOKENS[22:40])) if fresh else TOKENS[:40])
-                if not fresh:
+                ctx.append(TOKENS[:40] if shifted else torch.cat((TOKENS[:4], TOKENS[22:40])))
+                if shifted:
                     ctx.shift(4)
                 kept.append(ctx.cache.layers[0].view())
-        held = [dense(view) for view in kept]
-        assert torch.equal(held[0].positions, held[1].positions)
-        assert torch.allclose(held[0].k, held[1].k, atol=1e-5)
-        assert torch.allclose(held[0].v, held[1].v, atol=1e-5)
+        ours, expected = (dense(view) for view in kept)
+        assert torch.equal(ours.positions, expected.positions)
+        assert torch.allclose(ours.k, expected.k, atol=1e-5)
+        assert torch.allclose(ours.v, expected.v, atol=1e-5)
 
     def test_endless_generation_in_a_short_context(self, hybrids):
         params = ContextParams(n_ctx=40, n_keep=4)
@@ -238,8 +238,8 @@ def test_reuse_leaves_a_token_to_read(model):
 
 
 @pytest.mark.parametrize(("bits", "bound"), [("int8", 0.01), ("int4", 0.15)])
-def test_shifted_codes_stay_within_their_error(model, bits, bound):
-    """Five shifts, so that the oldest keys were packed six times."""
+def test_shifted_quantized_keys_stay_within_their_error(model, bits, bound):
+    """Five shifts, so that the oldest keys were quantised six times."""
     keys = []
     tokens = TOKENS.repeat(6)
     for params in (ContextParams(type_k=bits, type_v=bits), ContextParams()):
@@ -293,7 +293,7 @@ class TestBadInput:
     def test_shift_of_nothing(self, model):
         with saccade.Context(model) as ctx:
             ctx.append(TOKENS[:5])
-            with pytest.raises(Unsupported, match="nothing to forget behind n_keep=5"):
+            with pytest.raises(Unsupported, match="nothing to remove after n_keep=5 of 5 tokens"):
                 ctx.shift(5)
 
 

@@ -1,4 +1,4 @@
-"""ContextParams: names, defaults, and a sentence for every option that cannot be."""
+"""ContextParams: names, defaults, and an error for every impossible option."""
 
 import pytest
 

@@ -61,8 +61,8 @@ def test_caches_to_the_byte(model, name):
             assert max(before, ctx.cache_bytes) == planned.most_cache_bytes
 
 
-def test_ragged_caches_to_a_page_a_head():
-    """How heads share a budget is only known when the prompt was read."""
+def test_ragged_caches_to_a_page_per_head():
+    """How heads share a budget is known only after the prompt was read."""
     model = tiny_model(tiny_config("llama"))
     params = ContextParams(n_batch=100, kv_policy="ada_snapkv", kv_budget=0.25)
     planned = saccade.plan(model.config, params, 310, prompt=300)
@@ -90,16 +90,16 @@ def test_reserved_caches_to_the_byte(model, reserve):
 
 
 def checkpointed():
-    """A ring that remembers a position after every step."""
+    """A ring that makes a checkpoint after every append."""
     cache = RingCache(window=50, checkpoints=2)
     append = cache.append
 
-    def remember(k, v):
+    def append_and_checkpoint(k, v):
         view = append(k, v)
         cache.checkpoint()
         return view
 
-    cache.append = remember
+    cache.append = append_and_checkpoint
     return cache
 
 
@@ -122,8 +122,8 @@ CACHES = {
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("steps", [[1] * 90, [100, 100, 37, 1, 1], [700]])
-def test_every_cache_is_its_own_formula(name, steps):
-    """On tensors without memory a cache says what it allocates on real ones."""
+def test_meta_tensors_take_the_same_bytes(name, steps):
+    """`nbytes` on tensors without memory are those on real ones."""
     sizes = []
     for device in ("meta", "cpu"):
         cache = CACHES[name]()
@@ -211,7 +211,7 @@ def test_native_attention_within_5_percent(threads):
     call = [sys.executable, "-c", NATIVE, str(threads)]
     measured = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
     if not measured:
-        pytest.skip("this system does not tell the peak of a process")
+        pytest.skip("this system does not report the peak memory of a process")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -225,14 +225,14 @@ def test_native_attention_within_5_percent(threads):
     assert abs(planned - measured) <= 0.05 * measured, (planned, measured)
 
 
-def test_nothing_fake_stays_behind():
-    """A matrix remembered during a plan would poison every quantised cache after it."""
+def test_plans_leave_no_fake_tensors():
+    """A Hadamard matrix cached during a plan would break every quantised cache after it."""
     AttentionPeak(saccade.plan(tiny_config("llama")).facts, ContextParams(**PARAMS["int8"])).at(99)
     assert type(hadamard_transform(torch.randn(2, 16))) is torch.Tensor
     assert torch.isfinite(hadamard_transform(torch.randn(2, 16))).all()
 
 
-def test_every_description_gives_the_same_plan(tmp_path):
+def test_plans_of_model_config_and_files_are_equal(tmp_path):
     from tests.hf.gguf_files import write_gguf
 
     model = tiny_model(tiny_config("llama", vocab_size=300))
@@ -268,7 +268,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(name):
     assert total(fit.longest) <= memory < total(fit.longest * 102 // 100 + 1024)
 
 
-def test_what_fits_speaks_of_every_setting():
+def test_what_fits_lists_every_setting():
     planned = saccade.plan(tiny_config("llama"), n_ctx=50_000)
     fits = {fit.setting: fit for fit in planned.what_fits(planned.weights_bytes + (16 << 20))}
     assert fits["window 4096 + 4 sinks"].longest is None and fits["window 4096 + 4 sinks"].fits

@@ -1,4 +1,4 @@
-"""Sessions: restored is never stopped, and what does not fit is refused."""
+"""Sessions: a restored context continues exactly, and what does not fit is refused."""
 
 import json
 import os
@@ -47,13 +47,13 @@ def models():
 
 
 def stream(ctx, sampler, n, prompt=()):
-    return [piece.token for piece in ctx.stream(prompt, n_predict=n, sampler=sampler)]
+    return [item.token for item in ctx.stream(prompt, n_predict=n, sampler=sampler)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_restored_is_never_stopped(models, tmp_path, kind, sampling):
-    """Go on without a prompt, then with another one: the same tokens and the same memory."""
+def test_a_restored_context_continues_exactly(models, tmp_path, kind, sampling):
+    """Continue without a prompt, then with another one: the same tokens and the same memory."""
     name, options = KINDS[kind]
     model, params = models(name), ContextParams(**options)
     sampler = Sampler(**SAMPLERS[sampling])
@@ -69,21 +69,21 @@ def test_restored_is_never_stopped(models, tmp_path, kind, sampling):
 
 
 @pytest.mark.parametrize("shown", [1, 4])
-def test_a_stream_that_was_left_goes_on_behind_the_last_token_shown(models, tmp_path, shown):
+def test_an_abandoned_stream_continues_after_the_last_token_yielded(models, tmp_path, shown):
     model = models("llama")
     with saccade.Context(model) as ctx:
         expected = stream(ctx, Sampler(), 10, TOKENS)
     with saccade.Context(model) as ctx:
-        pieces = ctx.stream(TOKENS, n_predict=10)
-        first = [next(pieces).token for _ in range(shown)]
-        pieces.close()
+        generated = ctx.stream(TOKENS, n_predict=10)
+        first = [next(generated).token for _ in range(shown)]
+        generated.close()
         save_session(tmp_path / "s", ctx)
     with saccade.Context(model) as ctx:
         sampler = load_session(tmp_path / "s", ctx)
         assert first + stream(ctx, sampler, 10 - shown) == expected
 
 
-def test_a_session_may_be_restored_over_another(models, tmp_path):
+def test_a_session_can_replace_another(models, tmp_path):
     model = models("llama")
     with saccade.Context(model) as ctx:
         save_session(tmp_path / "empty", ctx)
@@ -107,7 +107,7 @@ def saved(models, tmp_path):
 
 
 def refusal(path, model, params=None):
-    """The sentence; the context is empty or as it was and still works."""
+    """The error text; the context is empty or as it was, and still works."""
     with saccade.Context(model, params) as ctx:
         before = ctx.seen
         with pytest.raises(BadInput) as caught:
@@ -145,7 +145,18 @@ class TestRefusals:
             save_session(saved, ctx)
         monkeypatch.undo()
         said = refusal(saved, models("llama"))
-        assert "newer saccade (session version 7, this one reads up to 1)" in said
+        assert "newer saccade (session version 7, this one reads version 2)" in said
+        assert "Upgrade saccade to continue it" in said
+
+    def test_older(self, models, saved, monkeypatch):
+        """Version 1 had other names for tensors and counts."""
+        monkeypatch.setattr(session_file, "VERSION", 1)
+        with saccade.Context(models("llama")) as ctx:
+            save_session(saved, ctx)
+        monkeypatch.undo()
+        said = refusal(saved, models("llama"))
+        assert "older saccade (session version 1, this one reads version 2)" in said
+        assert "read the prompt again" in said
 
     def test_another_model(self, models, saved):
         other = tiny_model(tiny_config("llama"), seed=1)
@@ -162,7 +173,7 @@ class TestRefusals:
         assert "rope of all layers" in said
 
     def test_contents_that_contradict_each_other(self, models, saved):
-        """With checksums that fit: somebody else's writer."""
+        """With checksums that fit, so written by another program."""
         file = session_file.SessionFile(saved)
         file.record["layers"][2]["progress"]["slots"] = 50
         tensors = load_file(saved)
@@ -172,19 +183,19 @@ class TestRefusals:
         session_file.write(saved, tensors, file.record)
         assert "not written by saccade" in refusal(saved, models("llama"))
 
-    def test_missing_is_an_ordinary_error(self, models, tmp_path):
+    def test_a_missing_file_is_a_file_not_found_error(self, models, tmp_path):
         with saccade.Context(models("llama")) as ctx, pytest.raises(FileNotFoundError):
             load_session(tmp_path / "none", ctx)
 
 
-def test_how_it_is_computed_may_change(models, saved):
+def test_options_that_keys_do_not_depend_on_may_change(models, saved):
     params = ContextParams(n_batch=7, flash_attn="disabled", n_ctx=200, n_keep=4)
     with saccade.Context(models("llama"), params) as ctx:
         load_session(saved, ctx)
         assert ctx.seen == 103
 
 
-def test_a_step_that_was_interrupted_is_not_saved(models, saved):
+def test_an_interrupted_step_is_not_saved(models, saved):
     before = saved.read_bytes()
     with saccade.Context(models("llama")) as ctx:
         stream(ctx, Sampler(), 3, TOKENS)
@@ -194,7 +205,7 @@ def test_a_step_that_was_interrupted_is_not_saved(models, saved):
     assert saved.read_bytes() == before
 
 
-def test_a_disk_that_fills_up_leaves_the_old_session(models, saved, monkeypatch):
+def test_a_full_disk_leaves_the_old_session(models, saved, monkeypatch):
     before = saved.read_bytes()
 
     def full(handle):

@@ -1,4 +1,4 @@
-"""DecodeStep: reading one token where only tensors say where, equal to Context.append."""
+"""DecodeStep: one token at positions given by tensors equals Context.append."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def stepped(model, params, tokens):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_equals_append(model, name):
-    """Long enough for dense storage to grow and for quantised groups to be packed."""
+    """Long enough for dense storage to grow and for groups of tokens to be quantised."""
     tokens = [(7 * i) % 120 + 3 for i in range(150)]
     expected = eager(model, CACHES[name], tokens)
     assert torch.allclose(stepped(model, CACHES[name], tokens), expected, atol=2e-5)

@@ -1,4 +1,4 @@
-"""The contract of patterns: a grid that covers the call, keeps what must stay, and can be exact."""
+"""The contract of patterns: they cover the call, keep sinks and newest keys, and can be exact."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
 @pytest.mark.parametrize(
     "pattern", [Strided(block=8, stride=1), BlockTopK(block=8, top=99), Strided(window_blocks=99)]
 )
-def test_full_density_is_dense(pattern):
+def test_selecting_all_blocks_is_exact(pattern):
     q, view = problem(40, 90)
     blocks = pattern.select(q, view, 50)
     ours = attend(q, view, mask=Mask(), blocks=blocks)
@@ -49,7 +49,7 @@ def test_decoding_one_by_one_reads_fewer_keys(name):
     assert selection.density() < 0.6
 
 
-def test_top_k_finds_the_block_that_matters():
+def test_top_k_selects_the_block_with_the_highest_score():
     q, view = problem(8, 512)
     needle = torch.randn(16)
     q[:] = needle
@@ -59,8 +59,8 @@ def test_top_k_finds_the_block_that_matters():
     assert selection.allowed.sum(-1).max() <= 4
 
 
-def test_no_future_block_wins_a_place():
-    """The best block of a causal call lies in the past: the future is not scored."""
+def test_future_blocks_are_not_scored():
+    """In a causal call the best block lies in the past."""
     q, view = problem(64, 64)
     view.k[:, :, 56:] = q.unflatten(1, (2, 2)).mean((2, 3))[:, :, None] * 100
     selection = BlockTopK(block=8, top=1, window_blocks=1, sink_blocks=0).select(q, view, 0)

@@ -1,10 +1,10 @@
-"""Triton's interpreter with NumPy >= 2.4, which no longer turns one-element arrays into ints."""
+"""Triton's interpreter with NumPy >= 2.4, whose one-element arrays no longer convert to int."""
 
 from triton.runtime import interpreter
 
 
-def mend() -> None:
-    """Let loop bounds of interpreted kernels be one-element arrays, as they are."""
+def patch_interpreter() -> None:
+    """Accept one-element arrays as loop bounds of interpreted kernels."""
     original = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):

@@ -1,9 +1,10 @@
-"""What a decoding step computes beside attention, for one row: products that read weights once.
+"""Batch-1 linear layers and norms of a decoding step, fused so that weights are read once.
 
-A step of batch 1 is bound by reading weights.  Matrix libraries cut a product by one row as they
-would a large one, and each of a layer's seven is a launch or two whose start and end leave memory
-idle; here those with the same input are one launch, the gate is applied where it is computed, and
-additions and norms go together.  Sums are float32, results are rounded once.
+A step of batch 1 is bound by reading weights.  Matrix libraries divide a matrix-vector product as
+they would a large matrix product, and each of a layer's seven is one launch or two, at whose start
+and end memory is idle.  Here linear layers with the same input are one launch, the gate of an MLP
+is applied where it is computed, and a residual addition and the norm behind it are one launch.
+Sums are float32, results are rounded once.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.ops.gpu.support import INTERPRETED, has_triton
+from saccade.ops.gpu.support import architecture, has_triton
+from saccade.ops.tuning.gemv import launches
 
-FEW = 256  # rows of a norm: heads of a token
+MAX_ROWS = 256  # of a norm: the heads of one token
 
 
-def serves(x: Tensor, *weights: Tensor) -> bool:
+def supports(x: Tensor, *weights: Tensor) -> bool:
     """Whether the kernels take a row `x` `[1, .., 1, K]` and matrices `[N, K]`, without gradient.
 
-    Only on Hopper, where they were measured.
+    Only on architectures where they were measured (`tuning/measured/gemv`).
     """
     if x.numel() != x.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -35,43 +37,41 @@ def serves(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
+def supports_rms_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` takes rows `[.., K]`, at most MAX_ROWS of them, without gradient."""
+    few = 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+    plain = weight.dtype == x.dtype and not torch.is_grad_enabled()
+    return few and plain and not torch.compiler.is_compiling() and _measured_on(x.device)
+
+
 def _measured_on(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return INTERPRETED and has_triton(device)
-    return has_triton(device) and torch.cuda.get_device_capability(device)[0] == 9
+    return has_triton(device) and launches(architecture(device)) is not None
 
 
-def products(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
-    """One to three matrices `[N, K]` times a row `[.., K]`, plus biases -> `[.., N]` each."""
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """One to three linear layers `[N, K]` of a row `[.., K]`, with biases -> `[.., N]` each."""
     from saccade.ops.gemv import kernel
 
-    found = kernel.products(x.reshape(-1), weights, biases)
+    found = kernel.linears(x.reshape(-1), weights, biases)
     return [y.view(*x.shape[:-1], -1) for y in found]
 
 
-def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate x) * (up x) of a row `[.., K]` and two matrices `[N, K]` -> `[.., N]`."""
     from saccade.ops.gemv import kernel
 
-    return kernel.gated(x.reshape(-1), gate, up).view(*x.shape[:-1], -1)
+    return kernel.gated_mlp(x.reshape(-1), gate, up).view(*x.shape[:-1], -1)
 
 
-def sum_and_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(a: Tensor, b: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """a + b and its RMS norm, rows `[.., K]`; the norm is of the rounded sum."""
     from saccade.ops.gemv import kernel
 
-    return kernel.sum_and_norm(a.contiguous(), b.contiguous(), weight, eps, 0.0)
+    return kernel.add_rms_norm(a.contiguous(), b.contiguous(), weight, eps, 0.0)
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """RMS norm of rows `[.., K]`, times weight + offset."""
     from saccade.ops.gemv import kernel
 
-    return kernel.sum_and_norm(x.contiguous(), None, weight, eps, offset)[1]
-
-
-def norm_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether `norm` takes rows `[.., K]`, as many as a step has heads, without gradient."""
-    few = 0 < x.numel() <= FEW * x.shape[-1]
-    plain = weight.dtype == x.dtype and not torch.is_grad_enabled()
-    return few and plain and not torch.compiler.is_compiling() and _measured_on(x.device)
+    return kernel.add_rms_norm(x.contiguous(), None, weight, eps, offset)[1]

@@ -1,12 +1,15 @@
-"""The kernels behind `ops.one_row`: a program reads some rows of a matrix once, and all of x.
+"""The kernels behind `ops.gemv`: a program reads some rows of a matrix once, and all of x.
 
-From Hopper on programs begin while the kernel before still runs: they fetch their first weights,
-which nobody writes, and wait for x.
+They are launched with PDL: a program starts while the preceding kernel still runs, issues its first
+loads of weights, which no kernel writes, and then waits before it loads x.
 """
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,28 +17,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from saccade.ops.gpu.intmath import cdiv, power_of_two
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, pdl_options
-
-
-class Cut(NamedTuple):
-    """How a product is cut.
-
-    Attributes:
-        rows: of a program; columns: of one step of its loop; warps: of a program.
-    """
-
-    rows: int
-    columns: int
-    warps: int
-
-
-PRODUCTS, GATED = Cut(2, 1024, 4), Cut(1, 2048, 4)  # lab/LOG_gpu_step.md
+from saccade.ops.gpu.support import architecture
+from saccade.ops.tuning.gemv import GATED_MLP, LINEAR, GemvLaunch, launches
 
 
 @triton.jit
-def fetch(at, columns, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """Numbers at some columns, 0 behind the last one; a mask only where steps do not fit."""
+def load_step(at, columns, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """Load some columns, 0 past the last one; masked only where STEP does not divide COLUMNS."""
     if COLUMNS % STEP == 0:
         found = tl.load(at + columns)
     else:
@@ -44,159 +34,165 @@ def fetch(at, columns, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def dots(x, lines, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-         PDL: tl.constexpr):  # fmt: skip
-    """float32 `[ROWS]`: lines `[ROWS, 1]` of a matrix times x.
+def dot_rows(x, lines, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
+    """float32 `[ROWS]`: rows of a matrix, `lines` `[ROWS, 1]` pointing to them, times x.
 
-    One step of weights is fetched ahead; the sums of threads meet once, at the end.
+    Weights are loaded one iteration ahead; threads' partial sums are added once, at the end.
     """
     columns = tl.arange(0, STEP)
     total = tl.zeros([ROWS, STEP], tl.float32)
-    part = fetch(lines, columns[None, :], COLUMNS, STEP)
+    part = load_step(lines, columns[None, :], COLUMNS, STEP)
     if PDL:
         gdc_wait()
     for first in range(STEP, COLUMNS, STEP):
-        ahead = fetch(lines, first + columns[None, :], COLUMNS, STEP)
-        total += part.to(tl.float32) * fetch(x, first - STEP + columns, COLUMNS, STEP)[None, :]
+        ahead = load_step(lines, first + columns[None, :], COLUMNS, STEP)
+        total += part.to(tl.float32) * load_step(x, first - STEP + columns, COLUMNS, STEP)[None, :]
         part = ahead
     last: tl.constexpr = (COLUMNS - 1) // STEP * STEP
-    total += part.to(tl.float32) * fetch(x, last + columns, COLUMNS, STEP)[None, :]
+    total += part.to(tl.float32) * load_step(x, last + columns, COLUMNS, STEP)[None, :]
     return tl.sum(total, 1)
 
 
 @triton.jit
-def product(x, weight, bias, out, at, count, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-            STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Rows from `at` on of a matrix `[count, COLUMNS]` times x, plus `bias`, into `out`."""
+def linear_rows(x, weight, bias, out, at, count, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+                STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Rows `at` onwards of a linear layer: weight `[count, COLUMNS]` times x, plus `bias`."""
     rows = at + tl.arange(0, ROWS)
-    held = rows < count
+    inside = rows < count
     rows = tl.minimum(rows, count - 1).to(tl.int64)  # so that reads need no mask
-    y = dots(x, weight + rows[:, None] * COLUMNS, COLUMNS, ROWS, STEP, PDL)
+    y = dot_rows(x, weight + rows[:, None] * COLUMNS, COLUMNS, ROWS, STEP, PDL)
     if bias is not None:
         y += tl.load(bias + rows).to(tl.float32)
-    tl.store(out + rows, y.to(out.dtype.element_ty), mask=held)
+    tl.store(out + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def products_kernel(x, a, b, c, a_bias, b_bias, c_bias, out, a_rows, b_rows, c_rows,
-                    COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-                    PDL: tl.constexpr):  # fmt: skip
-    """Up to three matrices times x, one after the other in the programs and in `out`."""
+def linears_kernel(x, a, b, c, a_bias, b_bias, c_bias, out, a_rows, b_rows, c_rows,
+                   COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+                   PDL: tl.constexpr):  # fmt: skip
+    """Up to three linear layers of x: their rows follow each other in the grid and in `out`."""
     if PDL:
         gdc_launch_dependents()
     block = tl.program_id(0)
     a_blocks, b_blocks = tl.cdiv(a_rows, ROWS), tl.cdiv(b_rows, ROWS)
     if block < a_blocks:
-        product(x, a, a_bias, out, block * ROWS, a_rows, COLUMNS, ROWS, STEP, PDL)
+        linear_rows(x, a, a_bias, out, block * ROWS, a_rows, COLUMNS, ROWS, STEP, PDL)
     elif block < a_blocks + b_blocks:
         at = (block - a_blocks) * ROWS
-        product(x, b, b_bias, out + a_rows, at, b_rows, COLUMNS, ROWS, STEP, PDL)
+        linear_rows(x, b, b_bias, out + a_rows, at, b_rows, COLUMNS, ROWS, STEP, PDL)
     else:
         at = (block - a_blocks - b_blocks) * ROWS
-        product(x, c, c_bias, out + a_rows + b_rows, at, c_rows, COLUMNS, ROWS, STEP, PDL)
+        linear_rows(x, c, c_bias, out + a_rows + b_rows, at, c_rows, COLUMNS, ROWS, STEP, PDL)
 
 
 @triton.jit
-def gated_kernel(x, gate, up, out, count, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-                 STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """silu(gate x) * (up x): a program has the same rows of both."""
+def gated_mlp_kernel(x, gate, up, out, count, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+                     STEP: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """silu(gate x) * (up x): a program computes the same rows of both."""
     if PDL:
         gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    held = rows < count
+    inside = rows < count
     rows = tl.minimum(rows, count - 1).to(tl.int64)
     gates, ups = gate + rows[:, None] * COLUMNS, up + rows[:, None] * COLUMNS
     columns = tl.arange(0, STEP)
     left, right = tl.zeros([ROWS, STEP], tl.float32), tl.zeros([ROWS, STEP], tl.float32)
-    a = fetch(gates, columns[None, :], COLUMNS, STEP)
-    b = fetch(ups, columns[None, :], COLUMNS, STEP)
+    a = load_step(gates, columns[None, :], COLUMNS, STEP)
+    b = load_step(ups, columns[None, :], COLUMNS, STEP)
     if PDL:
         gdc_wait()
     for first in range(STEP, COLUMNS, STEP):
-        a_next = fetch(gates, first + columns[None, :], COLUMNS, STEP)
-        b_next = fetch(ups, first + columns[None, :], COLUMNS, STEP)
-        part = fetch(x, first - STEP + columns, COLUMNS, STEP).to(tl.float32)[None, :]
+        a_next = load_step(gates, first + columns[None, :], COLUMNS, STEP)
+        b_next = load_step(ups, first + columns[None, :], COLUMNS, STEP)
+        part = load_step(x, first - STEP + columns, COLUMNS, STEP).to(tl.float32)[None, :]
         left += a.to(tl.float32) * part
         right += b.to(tl.float32) * part
         a, b = a_next, b_next
     last: tl.constexpr = (COLUMNS - 1) // STEP * STEP
-    part = fetch(x, last + columns, COLUMNS, STEP).to(tl.float32)[None, :]
+    part = load_step(x, last + columns, COLUMNS, STEP).to(tl.float32)[None, :]
     y = tl.sum(left + a.to(tl.float32) * part, 1)
     y = y / (1 + tl.exp(-y)) * tl.sum(right + b.to(tl.float32) * part, 1)
-    tl.store(out + rows, y.to(out.dtype.element_ty), mask=held)
+    tl.store(out + rows, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def sum_and_norm_kernel(a, b, weight, total, normed, offset, eps, SIZE: tl.constexpr,
+def add_rms_norm_kernel(a, b, weight, total, normed, offset, eps, SIZE: tl.constexpr,
                         BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """total = a + b; normed = total / sqrt(mean(total^2) + eps) * (weight + offset).
 
-    A program has one row; without b it is the norm of a.
+    One program per row; without b it is the norm of a.
     """
     if PDL:
         gdc_launch_dependents()
     dims = tl.arange(0, BLOCK)
-    held = dims < SIZE
+    inside = dims < SIZE
     at = tl.program_id(0).to(tl.int64) * SIZE + dims
-    factor = tl.load(weight + dims, mask=held, other=0.0).to(tl.float32) + offset
+    factor = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32) + offset
     if PDL:
         gdc_wait()
-    x = tl.load(a + at, mask=held, other=0.0).to(tl.float32)
+    x = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
     if b is not None:
-        x += tl.load(b + at, mask=held, other=0.0).to(tl.float32)
+        x += tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
         x = x.to(total.dtype.element_ty)
-        tl.store(total + at, x, mask=held)
+        tl.store(total + at, x, mask=inside)
         x = x.to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x) / SIZE + eps) * factor
-    tl.store(normed + at, x.to(normed.dtype.element_ty), mask=held)
+    tl.store(normed + at, x.to(normed.dtype.element_ty), mask=inside)
 
 
-def products(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], cut: Cut | None = None
-) -> list[Tensor]:
-    """Up to three matrices `[N, K]` times x `[K]`, plus biases -> `[N]` each, in one buffer."""
-    cut = cut or PRODUCTS
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """Up to three linear layers of x `[K]`, with biases -> `[N]` each, in one buffer."""
+    launch = _launch(x, LINEAR)
     counts = [len(weight) for weight in weights]
     out = torch.empty(sum(counts), dtype=x.dtype, device=x.device)
-    spare = 3 - len(weights)
+    unused = 3 - len(weights)
     with on(x.device):
-        products_kernel[(sum(cdiv(count, cut.rows) for count in counts),)](
+        linears_kernel[(sum(cdiv(count, launch.rows) for count in counts),)](
             x,
             *weights,
-            *weights[-1:] * spare,
+            *weights[-1:] * unused,
             *biases,
-            *biases[-1:] * spare,
+            *biases[-1:] * unused,
             out,
             *counts,
-            *[0] * spare,
-            **_options(x, cut),
+            *[0] * unused,
+            **_options(x, launch),
         )
     return list(out.split(counts))
 
 
-def gated(x: Tensor, gate: Tensor, up: Tensor, cut: Cut | None = None) -> Tensor:
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate x) * (up x) of x `[K]` -> `[N]`."""
-    cut = cut or GATED
-    out = torch.empty(len(gate), dtype=x.dtype, device=x.device)
+    launch, count = _launch(x, GATED_MLP), len(gate)
+    out = torch.empty(count, dtype=x.dtype, device=x.device)
     with on(x.device):
-        gated_kernel[(cdiv(len(gate), cut.rows),)](x, gate, up, out, len(gate), **_options(x, cut))
+        gated_mlp_kernel[(cdiv(count, launch.rows),)](
+            x, gate, up, out, count, **_options(x, launch)
+        )
     return out
 
 
-def _options(x: Tensor, cut: Cut) -> dict[str, Any]:
-    columns = min(cut.columns, power_of_two(len(x)))
-    meaning = {"COLUMNS": len(x), "ROWS": cut.rows, "STEP": columns}
-    return meaning | {"num_warps": cut.warps} | pdl_options(x.device)
+def _launch(x: Tensor, kernel: str) -> GemvLaunch:
+    found = launches(architecture(x.device))
+    assert found is not None  # `supports` has been asked
+    return found[kernel]
 
 
-def sum_and_norm(
+def _options(x: Tensor, launch: GemvLaunch) -> dict[str, Any]:
+    step = min(launch.columns, next_power_of_two(len(x)))
+    sizes = {"COLUMNS": len(x), "ROWS": launch.rows, "STEP": step}
+    return sizes | {"num_warps": launch.warps} | pdl_options(x.device)
+
+
+def add_rms_norm(
     a: Tensor, b: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """a + b `[.., K]`, or a without b, and its RMS norm times weight + offset; contiguous rows."""
     total, normed = a if b is None else torch.empty_like(a), torch.empty_like(a)
     size = a.shape[-1]
     with on(a.device):
-        sum_and_norm_kernel[(a.numel() // size,)](
+        add_rms_norm_kernel[(a.numel() // size,)](
             a,
             b,
             weight,
@@ -205,7 +201,7 @@ def sum_and_norm(
             offset,
             eps,
             SIZE=size,
-            BLOCK=power_of_two(size),
+            BLOCK=next_power_of_two(size),
             num_warps=8 if size > 1024 else 1,
             **pdl_options(a.device),
         )

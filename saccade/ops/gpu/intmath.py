@@ -1,5 +1,7 @@
-"""Whole-number arithmetic of launches.  Triton's own functions do it too, at 5 us a call: they
-serve constants inside kernels, and a launch asks them eight times."""
+"""Integer arithmetic for launch grids.
+
+Triton's host functions of the same names cost about 5 us a call, and a launch needs several.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,6 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, n > 0."""
     return 1 << (n - 1).bit_length()

@@ -1,12 +1,14 @@
-"""Records of pointers and numbers that travel into Triton and Gluon kernels as named tuples.
+"""Named tuples of pointers, strides and numbers, passed to Triton and Gluon kernels as arguments.
 
-A field that is None is known at compile time, so a kernel without a window, bias or padding holds
-no trace of them.
+A field that is None is a compile-time constant, so a kernel compiled without a window, bias or
+padding contains no code for them.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+MAX_SPANS = 4  # contiguous runs of positions of a ring that a decoding kernel takes
 
 
 class StridedTensor(NamedTuple):
@@ -18,72 +20,98 @@ class StridedTensor(NamedTuple):
     row: Any
 
 
+class QuantizedStrided(NamedTuple):
+    """A QuantizedTensor `[B, Hkv, N, D]`: a StridedTensor of each of its tensors."""
+
+    qdata: Any
+    scale: Any
+    offset: Any
+
+
+class PageTable(NamedTuple):
+    """How slots of a row are found: `table` is None where they are contiguous.
+
+    Attributes:
+        table: int32 `[B, Hkv]` rows of page numbers, with strides batch and head.
+        k_page, v_page: strides from page to page.
+        positions: int32 `[pages, page size]`, the position of the key in each slot, or None.
+    """
+
+    table: Any = None
+    batch: Any = None
+    head: Any = None
+    k_page: Any = None
+    v_page: Any = None
+    positions: Any = None
+
+
 class MaskArgs(NamedTuple):
-    """Who sees whom, beyond causality; every field may be None.
+    """The attention mask beyond causality; every field may be None.
 
     Attributes:
         window, sinks: as in Mask.
-        padding: bool `[B, Lk]`, True for real keys; padding_row: its row stride.
-        foreign: bool mask `[B, H, Lq, Lk]`; allowed: selection `[B, Hkv, q blocks, k blocks]` of
-            q_block x k_block; each with its strides.
+        key_padding: bool `[B, Lk]`, True for real keys; key_padding_row: its row stride.
+        attn_mask: bool `[B, H, Lq, Lk]`; block_mask: the blocks of a BlockSelection, bool
+            `[B, Hkv, q blocks, k blocks]`, each q_block x k_block; both with their strides.
     """
 
     window: Any = None
     sinks: Any = None
-    padding: Any = None
-    padding_row: Any = None
-    foreign: Any = None
-    foreign_batch: Any = None
-    foreign_head: Any = None
-    foreign_row: Any = None
-    allowed: Any = None
-    allowed_batch: Any = None
-    allowed_head: Any = None
-    allowed_row: Any = None
+    key_padding: Any = None
+    key_padding_row: Any = None
+    attn_mask: Any = None
+    attn_mask_batch: Any = None
+    attn_mask_head: Any = None
+    attn_mask_row: Any = None
+    block_mask: Any = None
+    block_mask_batch: Any = None
+    block_mask_head: Any = None
+    block_mask_row: Any = None
     q_block: Any = None
     k_block: Any = None
 
 
 class ScoreArgs(NamedTuple):
-    """What turns q.k into a score: `scale` (times log2(e) if raw), softcap, ALiBi slopes, sinks.
+    """How a score is made from q.k: `scale`, softcap, ALiBi slopes, learned sinks.
 
     Attributes:
-        slopes: float32 `[B, H]` or None; slopes_batch: its batch stride.
-        sinks: float32 `[H]` learned logits or None.
+        alibi_slopes: float32 `[B, H]` or None; alibi_slopes_batch: its batch stride.
+        sink_logits: float32 `[H]` or None.
     """
 
     scale: Any
     softcap: Any = None
-    slopes: Any = None
-    slopes_batch: Any = None
-    sinks: Any = None
+    alibi_slopes: Any = None
+    alibi_slopes_batch: Any = None
+    sink_logits: Any = None
 
 
 class SeqlenInfo(NamedTuple):
-    """Where rows begin and end, for what differs over the batch; every field may be None.
+    """Sequence lengths and offsets that differ over the batch; every field may be None.
 
     Attributes:
-        offsets: int64 `[B]`, position of each row's first query.
+        q_offsets: int64 `[B]`, position of each row's first query.
         kv_lens: int32 or int64 `[B, Hkv]` (strides kv_lens_batch, kv_lens_head), keys of each row.
-        cu_q, cu_k: cumulative lengths of packed documents.
-        document: int32 `[tiles]`, the document a tile lies in, -1 for none; first_tile: int32
-            `[documents]`, the first tile of each.
-        origin: int64 `[1]`, the position of key 0; offsets and kv_lens count from it afterwards.
+        cu_q, cu_k: cumulative lengths of packed sequences (varlen).
+        sequence: int32 `[tiles]`, the packed sequence of each tile, -1 for none; first_tile: int32
+            `[sequences]`, the first tile of each.
+        origin: int64 `[1]`, the position of key 0; q_offsets and kv_lens are then made relative
+            to it.
     """
 
-    offsets: Any = None
+    q_offsets: Any = None
     kv_lens: Any = None
     kv_lens_batch: Any = None
     kv_lens_head: Any = None
     cu_q: Any = None
     cu_k: Any = None
-    document: Any = None
+    sequence: Any = None
     first_tile: Any = None
     origin: Any = None
 
 
 class BlockLists(NamedTuple):
-    """Tiles to visit where a BlockSelection decides: the full ones first, then those with holes.
+    """Block-sparse index lists: which tiles to visit, the full ones first, then the partial ones.
 
     Attributes:
         tiles: int32 `[B | 1, Hkv | 1, rows, columns]`; counts: int32 `[B | 1, Hkv | 1, rows, 2]`,

@@ -1,4 +1,4 @@
-"""What every launcher of a kernel needs: strided tensors, the device, programmatic launches, TMA."""
+"""What launchers of kernels share: strided tensors, the device, PDL options, TMA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from saccade.ops.gpu.kernel_args import StridedTensor
+from saccade.core.formats import QuantizedTensor
+from saccade.ops.gpu.kernel_args import QuantizedStrided, StridedTensor
 
 
 def strided(x: Tensor) -> StridedTensor:
@@ -16,8 +17,19 @@ def strided(x: Tensor) -> StridedTensor:
     return StridedTensor(x, batch, head, row)
 
 
+def quantized_strided(x: QuantizedTensor, *, as_bytes: bool = False) -> QuantizedStrided:
+    """Pointers and strides of quantised data, scales and offsets.
+
+    Args:
+        as_bytes: present the data as uint8, whatever its dtype.
+    """
+    qdata, scale, offset = (unit_rows(part) for part in x)
+    qdata = qdata.view(torch.uint8) if as_bytes else qdata
+    return QuantizedStrided(strided(qdata), strided(scale), strided(offset))
+
+
 def tma_strided(x: Tensor) -> StridedTensor:
-    """Pointer and strides as TMA takes them: multiples of 16 bytes, none of them 0."""
+    """Pointer and strides as TMA needs them: multiples of 16 bytes, none of them 0."""
     steps = (x.stride(i) if x.shape[i] > 1 else x.shape[3] for i in (0, 1, 2))
     return StridedTensor(x, *steps)
 
@@ -28,7 +40,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def float32(x: Tensor | None) -> Tensor | None:
-    """Contiguous float32 without gradient, as kernels read the few numbers per head."""
+    """Contiguous float32 without gradient, as kernels read per-head parameters."""
     return None if x is None else x.detach().to(torch.float32).contiguous()
 
 
@@ -40,16 +52,17 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel written for programmatic dependent launch (PDL): Hopper and later.
+    """Launch options for programmatic dependent launch (PDL), on Hopper and later.
 
-    Such a kernel may start before the one in front of it has ended, and waits by itself.
+    A kernel launched with them may start before the preceding kernel has ended, so it has to wait
+    (griddepcontrol.wait) before it touches that kernel's results.
     """
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if supported else {"PDL": False}
 
 
 def tma_loadable(*tensors: Tensor) -> bool:
-    """Whether TMA can read rows of all: 16-byte steps, none broadcast or very long."""
+    """Whether TMA can load all: 16-bit rows of at most 256, aligned to 16 bytes, not broadcast."""
     for x in tensors:
         size = x.element_size()
         steps = (x.data_ptr(), *(x.stride(i) * size for i in (0, 1, 2)))
@@ -60,7 +73,7 @@ def tma_loadable(*tensors: Tensor) -> bool:
 
 
 def set_tma_allocator() -> None:
-    """Give kernels that make TMA descriptors on the device memory for them."""
+    """Register the allocator for TMA descriptors that kernels make on the device."""
     import triton
 
     triton.set_allocator(_descriptor_memory)

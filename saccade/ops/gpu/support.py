@@ -1,6 +1,6 @@
-"""What can run on a device: which Triton is installed, which GPU it is, what that GPU offers.
+"""What can run on a device: the installed Triton, the GPU's architecture and its features.
 
-Nothing here imports Triton, so it can be asked on any machine.
+Nothing here imports Triton, so these functions work on any machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def has_triton(device: torch.device) -> bool:
 
 def gluon_refusal(device: torch.device) -> str | None:
     """Why Gluon kernels for Hopper cannot run over tensors of a device, or None."""
-    if torch.compiler.is_compiling():  # before what is cached: Dynamo warns users of a cache
+    if torch.compiler.is_compiling():  # before cached functions: Dynamo warns about those
         return "it has no torch.compile registration"
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on an NVIDIA GPU"
@@ -58,7 +58,7 @@ def _triton_version() -> str:
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Name of a GPU's tables: "sm_90", or "interpreter" for CPU tensors."""
+    """Name of a GPU's tuning tables: "sm_90", or "interpreter" for CPU tensors."""
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)
@@ -67,12 +67,12 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors; a small number for the interpreter, so that it splits too."""
+    """Number of multiprocessors; 2 for the interpreter, so that it tests split-KV too."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def converts_fp8(device: torch.device) -> bool:
-    """Whether kernels can make float8_e4m3fn there: from Ada on."""
+    """Whether the GPU converts to float8_e4m3fn: Ada (compute capability 8.9) and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

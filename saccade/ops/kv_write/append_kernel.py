@@ -1,4 +1,7 @@
-"""The kernel behind `ops.append`: one program turns, rotates and stores one head of one token."""
+"""The kernel behind `append`: a program does RoPE, Hadamard and store for one head of a token."""
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -8,69 +11,45 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from saccade.ops.gpu.intmath import power_of_two
+from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.launching import on, pdl_options, strided, unit_rows
-from saccade.ops.kv_write.append import KVSlots, PendingRope
+from saccade.ops.kv_write.hadamard_kernel import unscaled_hadamard
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
 @triton.jit
-def mixed(x, HALF: tl.constexpr):
-    """Walsh-Hadamard transform of `[HALF]`, without its factor: sign (-1)^popcount(i & j)."""
-    i = tl.arange(0, HALF)[:, None] & tl.arange(0, HALF)[None, :]
-    i = i ^ (i >> 8)
-    i = i ^ (i >> 4)
-    i = i ^ (i >> 2)
-    i = i ^ (i >> 1)
-    return tl.sum(tl.where((i & 1) != 0, -x[:, None], x[:, None]), 0)
-
-
-@triton.jit
-def carry(at, to, cos, sin, DIM: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr,
-          MIX: tl.constexpr):  # fmt: skip
-    """One head from `at` to `to`, turned by the tables and Hadamard-rotated as asked."""
+def write_head(at, to, cos, sin, DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr,
+               HADAMARD: tl.constexpr):  # fmt: skip
+    """Copy one head from `at` to `to`, with RoPE and the Hadamard transform where wanted."""
     dims = tl.arange(0, HALF)
-    held = dims < DIM // 2
-    low = tl.load(at + dims, mask=held, other=0.0).to(tl.float32)
-    high = tl.load(at + dims + DIM // 2, mask=held, other=0.0).to(tl.float32)
-    if TURN:
-        c_low = tl.load(cos + dims, mask=held, other=0.0).to(tl.float32)
-        c_high = tl.load(cos + dims + DIM // 2, mask=held, other=0.0).to(tl.float32)
-        s_low = tl.load(sin + dims, mask=held, other=0.0).to(tl.float32)
-        s_high = tl.load(sin + dims + DIM // 2, mask=held, other=0.0).to(tl.float32)
+    inside = dims < DIM // 2
+    low = tl.load(at + dims, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(at + dims + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+    if ROPE:
+        c_low = tl.load(cos + dims, mask=inside, other=0.0).to(tl.float32)
+        c_high = tl.load(cos + dims + DIM // 2, mask=inside, other=0.0).to(tl.float32)
+        s_low = tl.load(sin + dims, mask=inside, other=0.0).to(tl.float32)
+        s_high = tl.load(sin + dims + DIM // 2, mask=inside, other=0.0).to(tl.float32)
         low, high = low * c_low - high * s_low, high * c_high + low * s_high
-    if MIX:
+    if HADAMARD:
         factor = 1 / tl.sqrt(tl.cast(DIM, tl.float32))
-        low, high = mixed(low + high, HALF) * factor, mixed(low - high, HALF) * factor
-    tl.store(to + dims, low.to(to.dtype.element_ty), mask=held)
-    tl.store(to + dims + DIM // 2, high.to(to.dtype.element_ty), mask=held)
+        low, high = (
+            unscaled_hadamard(low + high, HALF) * factor,
+            unscaled_hadamard(low - high, HALF) * factor,
+        )
+    tl.store(to + dims, low.to(to.dtype.element_ty), mask=inside)
+    tl.store(to + dims + DIM // 2, high.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def append_kernel(
-    q,
-    k,
-    v,
-    q_out,
-    k_store,
-    v_store,
-    cos,
-    sin,
-    table_batch,
-    table_row,
-    at,
-    origin,
-    heads,
+    q, k, v, q_out, k_store, v_store, cos, sin, table_batch, table_row, at, origin, heads,
     kv_heads,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_HALF: tl.constexpr,
-    TURN: tl.constexpr,
-    MIX: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program (token, head, row): heads of q first (none where not TURN), then of k, then of v."""
-    if PDL:  # attention may start at once: it waits for this kernel, which waits itself
+    DIM: tl.constexpr, HALF: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_HALF: tl.constexpr,
+    ROPE: tl.constexpr, HADAMARD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (token, head, row): heads of q first (none without ROPE), then of k, then of v."""
+    if PDL:  # the next kernel may start now: it waits until this one, which waits too, has ended
         gdc_launch_dependents()
         gdc_wait()
     t = tl.program_id(0).to(tl.int64)  # the only axis of a grid that may exceed 65535
@@ -84,21 +63,23 @@ def append_kernel(
     if h < heads:
         here = q.ptr + b * q.batch + h.to(tl.int64) * q.head + t * q.row
         there = q_out.ptr + b * q_out.batch + h.to(tl.int64) * q_out.head + t * q_out.row
-        carry(here, there, cos, sin, DIM, HALF, TURN, False)
+        write_head(here, there, cos, sin, DIM, HALF, ROPE, False)
     elif h < heads + kv_heads:
         h -= heads
         here = k.ptr + b * k.batch + h.to(tl.int64) * k.head + t * k.row
         there = k_store.ptr + b * k_store.batch + h.to(tl.int64) * k_store.head + slot * k_store.row
-        carry(here, there, cos, sin, DIM, HALF, TURN, MIX)
+        write_head(here, there, cos, sin, DIM, HALF, ROPE, HADAMARD)
     else:
         h -= heads + kv_heads
         here = v.ptr + b * v.batch + h.to(tl.int64) * v.head + t * v.row
         there = v_store.ptr + b * v_store.batch + h.to(tl.int64) * v_store.head + slot * v_store.row
-        carry(here, there, cos, sin, VALUE_DIM, VALUE_HALF, False, MIX)
+        write_head(here, there, cos, sin, VALUE_DIM, VALUE_HALF, False, HADAMARD)
 
 
-def launch(slots: KVSlots, k: Tensor, v: Tensor | None, rope: PendingRope | None) -> Tensor | None:
-    """`ops.append` by one kernel; without `v`, keys alone."""
+def append_by_kernel(
+    slots: KVSlots, k: Tensor, v: Tensor | None, rope: PendingRope | None
+) -> Tensor | None:
+    """`append` by one kernel; without `v`, keys alone."""
     batch, kv_heads, tokens, dim = k.shape
     k = unit_rows(k)
     values = k if v is None else unit_rows(v)
@@ -106,7 +87,7 @@ def launch(slots: KVSlots, k: Tensor, v: Tensor | None, rope: PendingRope | None
     heads = 0 if rope is None else q.shape[1]
     out = k if rope is None else torch.empty_like(q)
     cos, sin = (k, k) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
-    by_row = rope is not None and cos.shape[0] > 1
+    per_row = rope is not None and cos.shape[0] > 1
     with on(k.device):
         append_kernel[(tokens, heads + kv_heads * (1 if v is None else 2), batch)](
             strided(q),
@@ -117,38 +98,19 @@ def launch(slots: KVSlots, k: Tensor, v: Tensor | None, rope: PendingRope | None
             strided(slots.v),
             cos,
             sin,
-            cos.stride(0) if by_row else 0,
+            cos.stride(0) if per_row else 0,
             dim,
             slots.at,
             slots.origin,
             heads,
             kv_heads,
             DIM=dim,
-            HALF=power_of_two(dim // 2),
+            HALF=next_power_of_two(dim // 2),
             VALUE_DIM=values.shape[3],
-            VALUE_HALF=power_of_two(values.shape[3] // 2),
-            TURN=rope is not None,
-            MIX=slots.hadamard,
+            VALUE_HALF=next_power_of_two(values.shape[3] // 2),
+            ROPE=rope is not None,
+            HADAMARD=slots.hadamard,
             num_warps=4 if slots.hadamard else 1,
             **pdl_options(k.device),
         )
     return None if rope is None else out
-
-
-@triton.jit
-def rotate_kernel(x, out, row, DIM: tl.constexpr, HALF: tl.constexpr):
-    """Hadamard rotation of one row."""
-    at = tl.program_id(0).to(tl.int64)
-    carry(x + at * row, out + at * DIM, x, x, DIM, HALF, False, True)
-
-
-def rotate_rows(x: Tensor) -> Tensor:
-    """`ops.hadamard.rotate` for few rows `[..., D]` of a power of two."""
-    rows, dim = x.reshape(-1, x.shape[-1]), x.shape[-1]
-    rows = unit_rows(rows)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with on(x.device):
-        rotate_kernel[(len(rows),)](
-            rows, out, rows.stride(0), DIM=dim, HALF=power_of_two(dim // 2), num_warps=4
-        )
-    return out

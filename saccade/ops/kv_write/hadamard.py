@@ -1,8 +1,8 @@
-"""The orthonormal Walsh-Hadamard rotation that spreads outlier channels before quantising.
+"""The orthonormal Walsh-Hadamard transform that spreads outlier channels before quantising.
 
-Attention is unchanged when q and k are turned by the same orthonormal matrix, and when v is
-turned and the output turned back (QuaRot, arXiv 2404.00456).  The matrix is symmetric, so the
-same function turns back.
+Attention is unchanged when q and k are both multiplied by one orthonormal matrix, and when v is
+multiplied by one and the output by its inverse (QuaRot, arXiv 2404.00456).  The Hadamard matrix is
+symmetric, so the transform is its own inverse.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from saccade.ops.gpu.support import has_triton
 
-FEW = 4096  # rows; a matrix product is faster for more
+MAX_ROWS = 4096  # for more rows a matrix product is faster than the kernel
+MAX_DIM = 512
 
 
 def block_of(dim: int) -> int:
-    """Largest power of two that divides `dim`: heads are rotated in blocks of this size."""
+    """Largest power of two that divides `dim`: heads are transformed in blocks of this size."""
     return dim & -dim
 
 
@@ -31,25 +32,26 @@ def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _by_kernel(x: Tensor) -> bool:
-    """Whether one small kernel does it: a few rows of a whole power of two, and no gradient."""
-    whole = 2 <= x.shape[-1] <= 512 and block_of(x.shape[-1]) == x.shape[-1]
-    few = 0 < x.numel() <= FEW * x.shape[-1]
+    """Whether the kernel computes it: a few rows, a power of two long, without gradient."""
+    dim = x.shape[-1]
+    one_block = 2 <= dim <= MAX_DIM and block_of(dim) == dim
+    few = 0 < x.numel() <= MAX_ROWS * dim
     plain = not x.requires_grad and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return whole and few and plain and has_triton(x.device)
+    return one_block and few and plain and has_triton(x.device)
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
-    """Rotate the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
+    """Transform the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
     block = block_of(x.shape[-1])
     if _by_kernel(x):
-        from saccade.ops.kv_write.append_kernel import rotate_rows
+        from saccade.ops.kv_write.hadamard_kernel import hadamard_rows
 
-        return rotate_rows(x)
+        return hadamard_rows(x)
     compute = torch.promote_types(x.dtype, torch.float32)
     h = _matrix(block, compute, x.device)
     return (x.to(compute).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
 
 
-def forget() -> None:
-    """Drop the matrices that are remembered."""
+def clear_cache() -> None:
+    """Drop the cached matrices."""
     _matrix.cache_clear()

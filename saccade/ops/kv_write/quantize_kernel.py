@@ -1,11 +1,14 @@
-"""Kernels behind `ops.pack`: codes, scale and offset of a group from one reading of its numbers.
+"""Kernels behind `quantize`: a group is loaded once for its offset, scale and quantised values.
 
-    offset = min        scale = (max - min) / (2^bits - 1)       code = round((x - offset) / scale)
-    fp8:  offset = middle    scale = max |x - offset| / 448      code = (x - offset) / scale
+    offset = min        scale = (max - min) / (2^bits - 1)       q = round((x - offset) / scale)
+    fp8:  offset = middle    scale = max |x - offset| / 448      q = (x - offset) / scale
 
-with offset and scale rounded to float16 before codes are taken, as `core.formats` defines it.
-Everything is done by halves of a head, which is how four-bit codes share bytes.
+with offset and scale rounded to float16 first, as `core.formats` defines it.
+A head is processed in two halves, because that is how 4-bit values share bytes.
 """
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -14,26 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.core.formats import FP8, LARGEST, QuantizedTensor
-from saccade.ops.attention.nvidia.triton.quantized_decode import Coded
-from saccade.ops.gpu.intmath import cdiv, power_of_two
-from saccade.ops.gpu.launching import on, strided, unit_rows
+from saccade.core.formats import FP8, FP8_MAX, QuantizedTensor
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.launching import on, quantized_strided, strided, unit_rows
+from saccade.ops.gpu.triton_lang import head_pointer
 
-TOKENS = 32  # of a program that packs or writes out values
+TOKENS = 32  # of a program that quantises values or dequantises
 TINY = tl.constexpr(2.0**-24)  # the smallest scale float16 holds
-FP8_LARGEST = tl.constexpr(LARGEST)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to whole numbers, halves to even
+FP8_LARGEST = tl.constexpr(FP8_MAX)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, ties to even
 
 
 @triton.jit
-def start_of(strided, b, h):
-    """Pointer to the first row of a head."""
-    return strided.ptr + b * strided.batch + h * strided.head
-
-
-@triton.jit
-def range_of(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """(offset, scale) in float16 of groups whose numbers lie between `low` and `high`."""
+def offset_and_scale(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
+    """(offset, scale) in float16 of groups whose values lie between `low` and `high`."""
     if IS_FP8:
         offset = ((low + high) / 2).to(tl.float16)
         middle = offset.to(tl.float32)
@@ -45,17 +42,17 @@ def range_of(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
 
 
 @triton.jit
-def code_of(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """Codes of numbers, as float32."""
-    code = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
+def quantize(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
+    """Quantised values, as float32."""
+    q = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
     if IS_FP8:
-        return tl.minimum(tl.maximum(code, -FP8_LARGEST), FP8_LARGEST)
-    return tl.minimum(tl.maximum((code + ROUND) - ROUND, 0.0), LEVELS)
+        return tl.minimum(tl.maximum(q, -FP8_LARGEST), FP8_LARGEST)
+    return tl.minimum(tl.maximum((q + ROUND) - ROUND, 0.0), LEVELS)
 
 
 @triton.jit
-def store_codes(at, low, high, keep, HALF: tl.constexpr, BITS: tl.constexpr):
-    """Store the codes of both halves of a head from `at` on."""
+def store_quantized(at, low, high, keep, HALF: tl.constexpr, BITS: tl.constexpr):
+    """Store the quantised values of both halves of a head from `at` on."""
     dtype: tl.constexpr = at.dtype.element_ty
     if BITS == 4:
         tl.store(at, (low.to(tl.int32) | (high.to(tl.int32) << 4)).to(dtype), mask=keep)
@@ -68,8 +65,9 @@ def store_codes(at, low, high, keep, HALF: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def keys_kernel(x, coded, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
-                BLOCK_D: tl.constexpr, BITS: tl.constexpr, IS_FP8: tl.constexpr):  # fmt: skip
+def quantize_keys_kernel(x, storage, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+                         HALF: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr,
+                         IS_FP8: tl.constexpr):  # fmt: skip
     """One group of tokens of one head: a scale and an offset for every channel."""
     group = tl.program_id(0).to(tl.int64)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
@@ -77,32 +75,32 @@ def keys_kernel(x, coded, heads, GROUP: tl.constexpr, BLOCK: tl.constexpr, HALF:
     token, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     rows = group * GROUP + token
     keep = (token < GROUP)[:, None] & (dims < HALF)[None, :]
-    x_at = start_of(x, b, h) + rows[:, None] * x.row + dims[None, :]
-    scale_at = start_of(coded.scale, b, h) + group * coded.scale.row + dims
-    offset_at = start_of(coded.offset, b, h) + group * coded.offset.row + dims
+    x_at = head_pointer(x, b, h) + rows[:, None] * x.row + dims[None, :]
+    scale_at = head_pointer(storage.scale, b, h) + group * storage.scale.row + dims
+    offset_at = head_pointer(storage.offset, b, h) + group * storage.offset.row + dims
     low = tl.load(x_at, mask=keep, other=0.0).to(tl.float32)
     high = tl.load(x_at + HALF, mask=keep, other=0.0).to(tl.float32)
     least, most = float("inf"), float("-inf")
-    low_offset, low_scale = range_of(
+    low_offset, low_scale = offset_and_scale(
         tl.min(tl.where(keep, low, least), 0), tl.max(tl.where(keep, low, most), 0), LEVELS, IS_FP8
     )
-    high_offset, high_scale = range_of(
+    high_offset, high_scale = offset_and_scale(
         tl.min(tl.where(keep, high, least), 0), tl.max(tl.where(keep, high, most), 0), LEVELS,
         IS_FP8,
     )  # fmt: skip
-    low = code_of(low, low_offset[None, :], low_scale[None, :], LEVELS, IS_FP8)
-    high = code_of(high, high_offset[None, :], high_scale[None, :], LEVELS, IS_FP8)
-    code_at = start_of(coded.qdata, b, h) + rows[:, None] * coded.qdata.row + dims[None, :]
-    store_codes(code_at, low, high, keep, HALF, BITS)
-    held = dims < HALF
-    tl.store(scale_at, low_scale, mask=held)
-    tl.store(scale_at + HALF, high_scale, mask=held)
-    tl.store(offset_at, low_offset, mask=held)
-    tl.store(offset_at + HALF, high_offset, mask=held)
+    low = quantize(low, low_offset[None, :], low_scale[None, :], LEVELS, IS_FP8)
+    high = quantize(high, high_offset[None, :], high_scale[None, :], LEVELS, IS_FP8)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    store_quantized(qdata_at, low, high, keep, HALF, BITS)
+    keep = dims < HALF
+    tl.store(scale_at, low_scale, mask=keep)
+    tl.store(scale_at + HALF, high_scale, mask=keep)
+    tl.store(offset_at, low_offset, mask=keep)
+    tl.store(offset_at + HALF, high_offset, mask=keep)
 
 
 @triton.jit
-def values_kernel(x, coded, heads, length, TOKENS: tl.constexpr, HALF: tl.constexpr,
+def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF: tl.constexpr,
                   BLOCK_D: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
                   IS_FP8: tl.constexpr):  # fmt: skip
     """Some tokens of one head: a scale and an offset for every group of GROUP channels.
@@ -111,14 +109,14 @@ def values_kernel(x, coded, heads, length, TOKENS: tl.constexpr, HALF: tl.conste
     """
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     LEVELS: tl.constexpr = 2**BITS - 1
-    WHOLE: tl.constexpr = GROUP == 2 * HALF
-    WIDTH: tl.constexpr = BLOCK_D if WHOLE else GROUP
+    WHOLE_HEAD: tl.constexpr = GROUP == 2 * HALF
+    WIDTH: tl.constexpr = BLOCK_D if WHOLE_HEAD else GROUP
     GROUPS: tl.constexpr = BLOCK_D // WIDTH  # in a half
     rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     dims, index = tl.arange(0, BLOCK_D), tl.arange(0, GROUPS)
-    there = rows < length
-    keep = there[:, None] & (dims < HALF)[None, :]
-    x_at = start_of(x, b, h) + rows[:, None] * x.row + dims[None, :]
+    valid = rows < length
+    keep = valid[:, None] & (dims < HALF)[None, :]
+    x_at = head_pointer(x, b, h) + rows[:, None] * x.row + dims[None, :]
     low = tl.load(x_at, mask=keep, other=0.0).to(tl.float32)
     high = tl.load(x_at + HALF, mask=keep, other=0.0).to(tl.float32)
     inside = (dims < HALF)[None, :]
@@ -127,41 +125,45 @@ def values_kernel(x, coded, heads, length, TOKENS: tl.constexpr, HALF: tl.conste
     low_max = tl.max(tl.where(inside, low, float("-inf")).reshape(shape), 2)
     high_min = tl.min(tl.where(inside, high, float("inf")).reshape(shape), 2)
     high_max = tl.max(tl.where(inside, high, float("-inf")).reshape(shape), 2)
-    if WHOLE:
+    if WHOLE_HEAD:
         low_min, low_max = tl.minimum(low_min, high_min), tl.maximum(low_max, high_max)
         high_min, high_max = low_min, low_max
-    low_offset, low_scale = range_of(low_min, low_max, LEVELS, IS_FP8)
-    high_offset, high_scale = range_of(high_min, high_max, LEVELS, IS_FP8)
-    low = code_of(
+    low_offset, low_scale = offset_and_scale(low_min, low_max, LEVELS, IS_FP8)
+    high_offset, high_scale = offset_and_scale(high_min, high_max, LEVELS, IS_FP8)
+    low = quantize(
         low.reshape(shape), low_offset[:, :, None], low_scale[:, :, None], LEVELS, IS_FP8
     ).reshape((TOKENS, BLOCK_D))
-    high = code_of(
+    high = quantize(
         high.reshape(shape), high_offset[:, :, None], high_scale[:, :, None], LEVELS, IS_FP8
     ).reshape((TOKENS, BLOCK_D))
-    code_at = start_of(coded.qdata, b, h) + rows[:, None] * coded.qdata.row + dims[None, :]
-    store_codes(code_at, low, high, keep, HALF, BITS)
-    scale_at = start_of(coded.scale, b, h) + rows[:, None] * coded.scale.row + index[None, :]
-    offset_at = start_of(coded.offset, b, h) + rows[:, None] * coded.offset.row + index[None, :]
-    held = there[:, None] & (index * WIDTH < HALF)[None, :]
-    tl.store(scale_at, low_scale, mask=held)
-    tl.store(offset_at, low_offset, mask=held)
-    if not WHOLE:
-        tl.store(scale_at + HALF // WIDTH, high_scale, mask=held)
-        tl.store(offset_at + HALF // WIDTH, high_offset, mask=held)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    store_quantized(qdata_at, low, high, keep, HALF, BITS)
+    scale_at = (
+        head_pointer(storage.scale, b, h) + rows[:, None] * storage.scale.row + index[None, :]
+    )
+    offset_at = (
+        head_pointer(storage.offset, b, h) + rows[:, None] * storage.offset.row + index[None, :]
+    )
+    keep = valid[:, None] & (index * WIDTH < HALF)[None, :]
+    tl.store(scale_at, low_scale, mask=keep)
+    tl.store(offset_at, low_offset, mask=keep)
+    if not WHOLE_HEAD:
+        tl.store(scale_at + HALF // WIDTH, high_scale, mask=keep)
+        tl.store(offset_at + HALF // WIDTH, high_offset, mask=keep)
 
 
 @triton.jit
-def number_of(coded, code, b, h, rows, dims, keep, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Numbers of codes; a scale holds for TOKENS tokens and CHANNELS channels."""
+def dequantize(storage, q, b, h, rows, dims, keep, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Dequantised values; a scale is shared by TOKENS tokens and CHANNELS channels."""
     row, channel = (rows // TOKENS)[:, None], (dims // CHANNELS)[None, :]
-    scale_at = start_of(coded.scale, b, h) + row * coded.scale.row + channel
-    offset_at = start_of(coded.offset, b, h) + row * coded.offset.row + channel
+    scale_at = head_pointer(storage.scale, b, h) + row * storage.scale.row + channel
+    offset_at = head_pointer(storage.offset, b, h) + row * storage.offset.row + channel
     scale = tl.load(scale_at, mask=keep, other=0.0).to(tl.float32)
-    return code.to(tl.float32) * scale + tl.load(offset_at, mask=keep, other=0.0).to(tl.float32)
+    return q.to(tl.float32) * scale + tl.load(offset_at, mask=keep, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def write_kernel(coded, out, heads, length, ROWS: tl.constexpr, HALF: tl.constexpr,
+def dequantize_kernel(storage, out, heads, length, ROWS: tl.constexpr, HALF: tl.constexpr,
                  BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
                  BITS: tl.constexpr):  # fmt: skip
     """Some tokens of one head in full precision."""
@@ -169,59 +171,70 @@ def write_kernel(coded, out, heads, length, ROWS: tl.constexpr, HALF: tl.constex
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     keep = (rows < length)[:, None] & (dims < HALF)[None, :]
-    code_at = start_of(coded.qdata, b, h) + rows[:, None] * coded.qdata.row + dims[None, :]
-    low = tl.load(code_at, mask=keep)
+    qdata_at = head_pointer(storage.qdata, b, h) + rows[:, None] * storage.qdata.row + dims[None, :]
+    low = tl.load(qdata_at, mask=keep)
     if BITS == 4:
         low, high = low & 15, low >> 4
     else:
-        high = tl.load(code_at + HALF, mask=keep)
-    low = number_of(coded, low, b, h, rows, dims, keep, TOKENS, CHANNELS)
-    high = number_of(coded, high, b, h, rows, dims + HALF, keep, TOKENS, CHANNELS)
-    at = start_of(out, b, h) + rows[:, None] * out.row + dims[None, :]
+        high = tl.load(qdata_at + HALF, mask=keep)
+    low = dequantize(storage, low, b, h, rows, dims, keep, TOKENS, CHANNELS)
+    high = dequantize(storage, high, b, h, rows, dims + HALF, keep, TOKENS, CHANNELS)
+    at = head_pointer(out, b, h) + rows[:, None] * out.row + dims[None, :]
     tl.store(at, low.to(out.ptr.dtype.element_ty), mask=keep)
     tl.store(at + HALF, high.to(out.ptr.dtype.element_ty), mask=keep)
 
 
-def launch_keys(k: Tensor, into: QuantizedTensor, bits: int, group: int) -> None:
-    """`ops.pack.pack_keys` by one kernel."""
+def quantize_keys_by_kernel(k: Tensor, into: QuantizedTensor, bits: int, group: int) -> None:
+    """`quantize_keys_into` by one kernel."""
     batch, heads, length, dim = k.shape
-    block_d = power_of_two(dim // 2)
     with on(k.device):
-        keys_kernel[(length // group, batch * heads)](
-            strided(unit_rows(k)), _planes(into), heads, GROUP=group, BLOCK=power_of_two(group),
-            HALF=dim // 2, BLOCK_D=block_d, BITS=bits, IS_FP8=into.qdata.dtype == FP8, num_warps=4,
-        )  # fmt: skip
+        quantize_keys_kernel[(length // group, batch * heads)](
+            strided(unit_rows(k)),
+            quantized_strided(into),
+            heads,
+            GROUP=group,
+            BLOCK=next_power_of_two(group),
+            HALF=dim // 2,
+            BLOCK_D=next_power_of_two(dim // 2),
+            BITS=bits,
+            IS_FP8=into.qdata.dtype == FP8,
+            num_warps=4,
+        )
 
 
-def launch_values(v: Tensor, into: QuantizedTensor, bits: int, group: int) -> None:
-    """`ops.pack.pack_values` by one kernel."""
+def quantize_values_by_kernel(v: Tensor, into: QuantizedTensor, bits: int, group: int) -> None:
+    """`quantize_values_into` by one kernel."""
     batch, heads, length, dim = v.shape
     with on(v.device):
-        values_kernel[(cdiv(length, TOKENS), batch * heads)](
-            strided(unit_rows(v)), _planes(into), heads, length, TOKENS=TOKENS, HALF=dim // 2,
-            BLOCK_D=power_of_two(dim // 2), GROUP=group, BITS=bits,
-            IS_FP8=into.qdata.dtype == FP8, num_warps=4,
-        )  # fmt: skip
+        quantize_values_kernel[(cdiv(length, TOKENS), batch * heads)](
+            strided(unit_rows(v)),
+            quantized_strided(into),
+            heads,
+            length,
+            TOKENS=TOKENS,
+            HALF=dim // 2,
+            BLOCK_D=next_power_of_two(dim // 2),
+            GROUP=group,
+            BITS=bits,
+            IS_FP8=into.qdata.dtype == FP8,
+            num_warps=4,
+        )
 
 
-def write(
-    qdata: QuantizedTensor, like: Tensor, dim: int, *, bits: int, tokens: int, channels: int
+def dequantize_by_kernel(
+    x: QuantizedTensor, like: Tensor, dim: int, *, bits: int, tokens: int, channels: int
 ) -> Tensor:
-    """Codes as numbers `[B, Hkv, n, dim]` of the dtype of `like`, by one kernel.
+    """The values `[B, Hkv, n, dim]` in the dtype of `like`, by one kernel.
 
     Args:
         tokens, channels: how many of each share a scale.
     """
-    batch, heads, length, _ = qdata.qdata.shape
+    batch, heads, length, _ = x.qdata.shape
     out = torch.empty(batch, heads, length, dim, dtype=like.dtype, device=like.device)
     with on(like.device):
-        write_kernel[(cdiv(length, TOKENS), batch * heads)](
-            _planes(qdata), strided(out), heads, length, ROWS=TOKENS, HALF=dim // 2,
-            BLOCK_D=power_of_two(dim // 2), TOKENS=tokens, CHANNELS=channels, BITS=bits,
+        dequantize_kernel[(cdiv(length, TOKENS), batch * heads)](
+            quantized_strided(x), strided(out), heads, length, ROWS=TOKENS, HALF=dim // 2,
+            BLOCK_D=next_power_of_two(dim // 2), TOKENS=tokens, CHANNELS=channels, BITS=bits,
             num_warps=4,
         )  # fmt: skip
     return out
-
-
-def _planes(qdata: QuantizedTensor) -> Coded:
-    return Coded(*(strided(unit_rows(part)) for part in qdata))

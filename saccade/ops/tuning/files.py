@@ -1,9 +1,9 @@
 """Files of launch configurations: one an architecture, one row a line, checked when read.
 
 A file is JSON: `schema`, `architecture`, `measured` (how the rows were found, for people) and
-`kernels`, which maps the name of a kernel to its rows.  A row serves head dimensions up to its
-`dim`; rows go upwards.  `saccade bench tune` writes such a file, and a file that it wrote can be
-put into the package as it is.
+`kernels`, which maps the name of a kernel to its rows.  A row is for head dimensions up to its
+`dim`; rows are in ascending order.  `saccade bench tune` writes such a file, which can be put into
+the package unchanged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SCHEMA = "saccade.tuning/2"
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is cut and launched.
+    """Tile sizes and launch options of a kernel.
 
     Attributes:
-        block_m, block_n: queries and keys of a tile (decode: keys only, rows follow the group).
+        block_m, block_n: queries and keys of a tile (decode: block_m is an upper bound).
         warps, stages: warps of a program, depth of its load pipeline.
         tma: load tiles by TMA, where strides allow it.
         per_sm: programs to aim for per multiprocessor when decoding splits the keys.
-        registers: most registers a thread may take, 0 for what the compiler likes.
+        registers: limit per thread, 0 for none.
     """
 
     block_m: int
@@ -41,11 +41,11 @@ class Launch:
     registers: int = 0
 
     def __str__(self) -> str:
-        """`128x64 8w 3s`, and what differs from the usual."""
-        named = {"tma": "TMA", "per_sm": f"{self.per_sm} a multiprocessor"}
+        """`128x64 8w 3s`, and the fields that differ from their defaults."""
+        named = {"tma": "TMA", "per_sm": f"{self.per_sm} per multiprocessor"}
         named["registers"] = f"{self.registers} registers"
-        usual = {part.name: part.default for part in fields(self)}
-        more = [text for name, text in named.items() if getattr(self, name) != usual[name]]
+        defaults = {part.name: part.default for part in fields(self)}
+        more = [text for name, text in named.items() if getattr(self, name) != defaults[name]]
         return ", ".join((f"{self.block_m}x{self.block_n} {self.warps}w {self.stages}s", *more))
 
 
@@ -60,13 +60,13 @@ _POWERS = ("block_m", "block_n", "warps")
 
 @dataclass(slots=True, kw_only=True)
 class LaunchFile:
-    """What such a file holds.
+    """The contents of a file.
 
     Attributes:
         architecture: "sm_90", or "default" and "interpreter" of the package.
-        kernels: rows of each kernel, as (largest head dimension, launch) going upwards.
-        measured: card, versions, date, ceilings, or anything else that people should know.
-        trials: how each row was found, for people: one record a launch that was tried.
+        kernels: rows of each kernel, as (largest head dimension, launch) in ascending order.
+        measured: GPU, versions, date, ceilings, or anything else that people should know.
+        trials: how each row was found, for people: one record for each launch that was tried.
     """
 
     architecture: str
@@ -79,7 +79,7 @@ def read(path: Path, known: Collection[str]) -> LaunchFile:
     """The file's contents; `known` are the names of kernels that exist.
 
     Raises:
-        BadInput: no such file, or not such a table; the sentence says which row is wrong and why.
+        BadInput: no such file, or not such a table; the message says which row is wrong and why.
     """
     try:
         data = json.loads(path.read_text())
@@ -88,16 +88,16 @@ def read(path: Path, known: Collection[str]) -> LaunchFile:
     except ValueError as error:
         raise BadInput(f"{path} is not JSON: {error}.") from error
     try:
-        return _parsed(data, known)
+        return _parse(data, known)
     except ValueError as error:
         raise BadInput(f"{path} is not a table of launches: {error}.") from None
 
 
 def to_json(file: LaunchFile) -> str:
-    """The text of a file: one row a line, so that a change of a row is a change of a line."""
+    """The text of a file, one row per line."""
     kernels = ",\n".join(
         f"  {json.dumps(name)}: [\n"
-        + ",\n".join(f"   {json.dumps({'dim': dim} | _told(launch))}" for dim, launch in table)
+        + ",\n".join(f"   {json.dumps({'dim': dim} | _fields_of(launch))}" for dim, launch in table)
         + "\n  ]"
         for name, table in file.kernels.items()
     )
@@ -113,12 +113,12 @@ def to_json(file: LaunchFile) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def joined(below: Table, above: Table) -> Table:
+def overlay(below: Table, above: Table) -> Table:
     """Rows of both; where both have a row for a head dimension, the one of `above`."""
     return tuple(sorted((dict(below) | dict(above)).items()))
 
 
-def as_launch(row: Mapping[str, Any]) -> Launch:
+def parse_launch(row: Mapping[str, Any]) -> Launch:
     """A Launch from its fields.
 
     Raises:
@@ -126,7 +126,7 @@ def as_launch(row: Mapping[str, Any]) -> Launch:
     """
     for name in row:
         if name not in _FIELDS:
-            raise ValueError(f"unknown field {name!r}{_near(name, _FIELDS)}")
+            raise ValueError(f"unknown field {name!r}{_suggestion(name, _FIELDS)}")
     missing = [name for name in ("block_m", "block_n", "warps", "stages") if name not in row]
     if missing:
         raise ValueError(f"{missing[0]} is missing")
@@ -135,29 +135,29 @@ def as_launch(row: Mapping[str, Any]) -> Launch:
     return Launch(**row)
 
 
-def _parsed(data: object, known: Collection[str]) -> LaunchFile:
+def _parse(data: object, known: Collection[str]) -> LaunchFile:
     if not isinstance(data, dict):
         raise ValueError("expected an object")
-    parts = cast(dict[str, Any], data)
-    if parts.get("schema") != SCHEMA:
-        raise ValueError(f'expected "schema": "{SCHEMA}", got {parts.get("schema")!r}')
-    arch, kernels = parts.get("architecture"), parts.get("kernels")
+    entries = cast(dict[str, Any], data)
+    if entries.get("schema") != SCHEMA:
+        raise ValueError(f'expected "schema": "{SCHEMA}", got {entries.get("schema")!r}')
+    arch, kernels = entries.get("architecture"), entries.get("kernels")
     if not isinstance(arch, str) or not isinstance(kernels, dict):
         raise ValueError('expected "architecture" (a name such as "sm_90") and "kernels"')
     tables: dict[str, Table] = {}
     for name, rows in cast(dict[str, Any], kernels).items():
         if name not in known:
-            raise ValueError(f"unknown kernel {name!r}{_near(name, known)}")
-        tables[name] = _table(name, rows)
+            raise ValueError(f"unknown kernel {name!r}{_suggestion(name, known)}")
+        tables[name] = _parse_table(name, rows)
     return LaunchFile(
         architecture=arch,
         kernels=tables,
-        measured=parts.get("measured", {}),
-        trials=parts.get("trials", []),
+        measured=entries.get("measured", {}),
+        trials=entries.get("trials", []),
     )
 
 
-def _table(name: str, rows: object) -> Table:
+def _parse_table(name: str, rows: object) -> Table:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{name} needs a list of rows")
     table: list[tuple[int, Launch]] = []
@@ -165,10 +165,10 @@ def _table(name: str, rows: object) -> Table:
         try:
             dim = row.get("dim")
             if not isinstance(dim, int) or not 1 <= dim <= 4096:
-                raise ValueError(f"dim must be the largest head dimension it serves, got {dim!r}")
+                raise ValueError(f"dim must be the largest head dimension of the row, got {dim!r}")
             if table and dim <= table[-1][0]:
-                raise ValueError(f"rows go upwards, but dim {dim} follows {table[-1][0]}")
-            table.append((dim, as_launch({k: v for k, v in row.items() if k != "dim"})))
+                raise ValueError(f"dims must increase, but {dim} follows {table[-1][0]}")
+            table.append((dim, parse_launch({k: v for k, v in row.items() if k != "dim"})))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{name}, row {at}: {error}") from None
     return tuple(table)
@@ -186,11 +186,11 @@ def _check(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a power of two, got {value}")
 
 
-def _told(launch: Launch) -> dict[str, Any]:
-    """The fields that a row has to say."""
+def _fields_of(launch: Launch) -> dict[str, Any]:
+    """The fields of a row, without those that have their default value."""
     return {k: v for k, v in asdict(launch).items() if v != _FIELDS[k].default}
 
 
-def _near(name: str, known: Collection[str]) -> str:
+def _suggestion(name: str, known: Collection[str]) -> str:
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(known)}"

@@ -2,9 +2,9 @@
 
 The tables are data, `measured/launches/ARCHITECTURE.json`, read when first needed.  An
 architecture without a file gets `default.json`, which fits the 99 KiB of shared memory of
-consumer Ampere, Ada and Blackwell cards, so it is small and safe rather than fast.  The
-environment variable SACCADE_TUNING names one more file, as `saccade bench tune` writes it: its
-rows stand before the package's on cards of its architecture.  Nothing else is looked for.
+consumer Ampere, Ada and Blackwell GPUs, so it is safe rather than fast.  The environment variable
+SACCADE_TUNING names one more file, as `saccade bench tune` writes it: on GPUs of its architecture
+its rows come before the package's.  No other file is searched for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from saccade.core import BadInput
 from saccade.ops.gpu.support import INTERPRETER, architecture
-from saccade.ops.tuning import files as launches
+from saccade.ops.tuning import files
 from saccade.ops.tuning.files import Launch, LaunchFile, Table
 
 DEFAULT = "default"
@@ -30,30 +30,36 @@ FOLDER = Path(__file__).parent / "measured" / "launches"
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A name in the tables, and what for people; `kernel[architecture]` is its table there."""
+    """A kernel of the tables; `kernel[architecture]` is its table there.
+
+    Attributes:
+        name: its key in the files; description: for people.
+    """
 
     name: str
-    what: str
+    description: str
 
     def __getitem__(self, arch: str) -> Table:
         return tables(arch)[self.name]
 
 
 FORWARD = Kernel("forward", "prefill over dense keys")
-FORWARD_SHORT = Kernel("forward_short", "prefill in a window: few tiles a program")
-FORWARD_LISTED = Kernel("forward_listed", "prefill over selected blocks: addresses from lists")
-KEYS = Kernel("keys", "gradients of keys and values")
-QUERIES = Kernel("queries", "gradients of queries")
-DECODE = Kernel("decode", "few queries over keys one after the other in memory")
-DECODE_PAGES = Kernel("decode_pages", "few queries over keys found through a page table")
-DECODE_CODES = Kernel("decode_codes", "few queries over codes; their group bounds block_n too")
-FLOAT32 = Kernel("float32", "any kernel in full float32, outside the matrix units: small tiles")
+FORWARD_WINDOW = Kernel("forward_window", "prefill in a window: few tiles per program")
+FORWARD_BLOCK_SPARSE = Kernel("forward_block_sparse", "prefill over selected blocks")
+BACKWARD_KV = Kernel("backward_kv", "gradients of keys and values")
+BACKWARD_Q = Kernel("backward_q", "gradients of queries")
+DECODE = Kernel("decode", "few queries over keys that are contiguous, or in a ring")
+DECODE_PAGED = Kernel("decode_paged", "few queries over keys found through a page table")
+DECODE_QUANTIZED = Kernel(
+    "decode_quantized", "few queries over quantised keys, whose group is an upper bound of block_n"
+)
+FLOAT32 = Kernel("float32", "any kernel in full float32, without tensor cores: small tiles")
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        FORWARD, FORWARD_SHORT, FORWARD_LISTED, KEYS, QUERIES,
-        DECODE, DECODE_PAGES, DECODE_CODES, FLOAT32,
+        FORWARD, FORWARD_WINDOW, FORWARD_BLOCK_SPARSE, BACKWARD_KV, BACKWARD_Q,
+        DECODE, DECODE_PAGED, DECODE_QUANTIZED, FLOAT32,
     )
 }  # fmt: skip
 
@@ -61,7 +67,7 @@ _trials: dict[str, Launch] = {}
 
 
 def pick(kernel: Kernel, x: torch.Tensor, dim: int) -> Launch:
-    """The configuration of one kernel for tensors like `x` and head dimensions up to `dim`."""
+    """The launch of a kernel for tensors like `x` and a head dimension of `dim`."""
     if _trials and kernel.name in _trials:
         return _trials[kernel.name]
     return _row(kernel.name, architecture(x.device), x.dtype == torch.float32, dim)
@@ -69,9 +75,9 @@ def pick(kernel: Kernel, x: torch.Tensor, dim: int) -> Launch:
 
 @contextmanager
 def trial(kernel: Kernel, launch: Launch) -> Generator[None]:
-    """Inside the `with`, `pick` gives that launch for the kernel, whatever the tables say.
+    """Inside the `with`, `pick` returns that launch for the kernel, whatever the tables say.
 
-    Not a context variable: autograd launches backward kernels from threads of its own.
+    Not a context variable, because autograd launches backward kernels from its own threads.
     """
     before = dict(_trials)
     _trials[kernel.name] = launch
@@ -82,32 +88,36 @@ def trial(kernel: Kernel, launch: Launch) -> Generator[None]:
         _trials.update(before)
 
 
-def forget() -> None:
-    """Read the tables again when they are next needed, SACCADE_TUNING too."""
-    for remembered in (_row, tables, shipped, of_the_user):
-        remembered.cache_clear()
+def clear_cache() -> None:
+    """Read the tables and SACCADE_TUNING again when they are next needed."""
+    for cached in (_row, tables, package_file, user_file):
+        cached.cache_clear()
 
 
 @cache
 def tables(arch: str) -> dict[str, Table]:
-    """Tables of all kernels on an architecture: the default's, the package's, the user's rows."""
-    default, own, user = shipped(DEFAULT), shipped(arch), of_the_user()
+    """Tables of all kernels on an architecture: the default's, the package's, the user's rows.
+
+    Raises:
+        BadInput: SACCADE_TUNING names a file that is missing or wrong.
+    """
+    default, own, user = package_file(DEFAULT), package_file(arch), user_file()
     assert default is not None
     found = default.kernels | (own.kernels if own else {})
     if user is not None and user.architecture == arch:
-        found |= {name: launches.joined(found[name], rows) for name, rows in user.kernels.items()}
+        found |= {name: files.overlay(found[name], rows) for name, rows in user.kernels.items()}
     return found
 
 
 @cache
-def shipped(arch: str) -> LaunchFile | None:
+def package_file(arch: str) -> LaunchFile | None:
     """The package's file for an architecture, None where it has none."""
     path = FOLDER / f"{arch}.json"
-    return launches.read(path, KERNELS) if path.exists() else None
+    return files.read(path, KERNELS) if path.exists() else None
 
 
 @cache
-def of_the_user() -> LaunchFile | None:
+def user_file() -> LaunchFile | None:
     """The file that SACCADE_TUNING names, None where it is not set.
 
     Raises:
@@ -117,7 +127,7 @@ def of_the_user() -> LaunchFile | None:
     if not name:
         return None
     try:
-        return launches.read(Path(name).expanduser(), KERNELS)
+        return files.read(Path(name).expanduser(), KERNELS)
     except BadInput as error:
         raise BadInput(f"{VARIABLE}: {error}") from error.__cause__
 

@@ -19,10 +19,9 @@ from saccade.ops.attention.cpu.binding import (
     extension,
     in_kernel_form,
     is_strided,
-    target,
+    workspace_bytes,
 )
 from saccade.ops.attention.cpu.gradients import backward
-from saccade.ops.attention.cpu.scratch import scratch_bytes
 from saccade.ops.planning import note_workspace, planning
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,7 +85,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     out = torch.empty((*call.q.shape[:3], call.kv.shape[4]), dtype=call.q.dtype)
     lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
     if planning():
-        note_workspace(scratch_bytes(call, target() or kernels.targets()[0]))
+        note_workspace(workspace_bytes(call))
     else:
         kernels.attend(*arguments(call, out, lse))
     return AttentionOutput(out, lse)

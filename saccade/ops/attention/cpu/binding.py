@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from saccade.core import DenseKV, PagedKV, QuantizedKV, RaggedKV
+from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV
 from saccade.ops.attention.call import AttentionCall
 
 _DTYPE_CODES = {
@@ -66,15 +66,12 @@ def is_strided(x: Tensor) -> bool:
 
 def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ...]:
     """The call as the binding reads it; the tensors have to stay alive meanwhile."""
-    mask = call.mask
     return (
         record(call.q),
         record(out),
         record(lse),
         VIEWS[type(call.kv)](call.kv),
-        mask.causal,
-        -1 if mask.window is None else min(mask.window, 2**62),
-        min(mask.sinks, 2**62),
+        *_mask_options(call.mask),
         call.scale,
         call.softcap or 0.0,
         call.q_offset if isinstance(call.q_offset, int) else record(call.q_offset),
@@ -82,6 +79,34 @@ def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ..
         torch.get_num_threads(),
         target(),
     )
+
+
+def workspace_bytes(call: AttentionCall) -> int:
+    """Bytes that the kernels allocate for themselves on all of torch's threads.
+
+    Reads shapes and options only, so `call` may hold fake tensors.  Rows of different lengths
+    (`kv_lens`, pages) count with the longest, packed sequences (`cu_seqlens`) as a single one.
+    """
+    kernels = extension()
+    assert kernels is not None
+    q_len, blocks = call.q.shape[2], call.blocks
+    _, kv_heads, kv_len, _, value_dim = call.kv.shape
+    return kernels.workspace_bytes(
+        tuple(call.q.shape),
+        (kv_heads, kv_len, value_dim),
+        isinstance(call.kv, RaggedKV),
+        *_mask_options(call.mask),
+        call.q_bounds(0, q_len)[1] - q_len + 1,
+        (0, 0) if blocks is None else (blocks.q_block, blocks.k_block),
+        torch.get_num_threads(),
+        target(),
+    )
+
+
+def _mask_options(mask: Mask) -> tuple[bool, int, int]:
+    """(causal, window, sinks) for the binding: -1 for no window, large numbers cut to fit."""
+    window = -1 if mask.window is None else min(mask.window, 2**62)
+    return mask.causal, window, min(mask.sinks, 2**62)
 
 
 def in_kernel_form(call: AttentionCall) -> AttentionCall:
@@ -110,11 +135,11 @@ def _dense(kv: DenseKV) -> tuple[object, ...]:
 
 
 def _paged(kv: PagedKV) -> tuple[object, ...]:
-    return "paged", record(kv.k), record(kv.v), record(kv.table), record(kv.kv_lens)
+    return "paged", record(kv.k), record(kv.v), record(kv.page_table), record(kv.kv_lens)
 
 
 def _ragged(kv: RaggedKV) -> tuple[object, ...]:
-    indices = (record(kv.table), record(kv.kv_lens), record(kv.positions))
+    indices = (record(kv.page_table), record(kv.kv_lens), record(kv.positions))
     return "ragged", record(kv.k), record(kv.v), *indices
 
 

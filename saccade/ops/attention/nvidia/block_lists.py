@@ -1,8 +1,12 @@
-"""From a BlockSelection to lists of tiles: what a program of a kernel has to visit.
+"""Block-sparse index lists: from a BlockSelection to the tiles that each program visits.
 
-Blocks of any size are laid over tiles of any size with a summed-area table, so a tile is skipped
-where none of its blocks is selected, and needs no mask where all of them are and the Mask agrees.
+Blocks and tiles may have any sizes: a summed-area table counts the selected blocks under a tile.
+A tile without any is skipped; one whose blocks are all selected and which the Mask does not cut is
+full and needs no mask.
 """
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.gpu.intmath import power_of_two
+from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import on
 
@@ -21,7 +25,7 @@ def block_lists_of(
     problem: Problem,
     tiles: int,
     block_m: int,
-    k_block: int,
+    block_n: int,
     *,
     groups: int = 1,
     by_keys: bool = False,
@@ -29,74 +33,75 @@ def block_lists_of(
     """Lists of key tiles for each query tile (by_keys: of query tiles for each key tile).
 
     Args:
-        tiles: number of query tiles; tile t holds rows t * block_m onwards, and row r is query
+        tiles: number of query tiles; tile t covers rows t * block_m onwards, and row r is query
             r // groups.
-        k_block: keys of a key tile.
+        block_n: keys of a key tile.
     """
     if problem.block_mask is None:
         return BlockLists()
     first = torch.arange(0, tiles * block_m, block_m, device=problem.q.device)
-    same = groups == 1 and (block_m, k_block) == (problem.q_block, problem.k_block)
-    grid = _classes(problem, first // groups, (first + block_m - 1) // groups + 1, k_block, same)
-    if by_keys:
-        grid = grid.mT
-    order, counts = _listed(grid)
-    batch, head = (0 if order.shape[i] == 1 else order.stride(i) for i in (0, 1))
-    return BlockLists(order, counts, batch, head, order.shape[3])
+    same_tiles = groups == 1 and (block_m, block_n) == (problem.q_block, problem.k_block)
+    stop = (first + block_m - 1) // groups + 1
+    classes = _tile_classes(problem, first // groups, stop, block_n, same_tiles)
+    lists, counts = _index_lists(classes.mT if by_keys else classes)
+    batch, head = (0 if lists.shape[i] == 1 else lists.stride(i) for i in (0, 1))
+    return BlockLists(lists, counts, batch, head, lists.shape[3])
 
 
-def _listed(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of each row of classes `[.., rows, columns]`, whole tiles first, and how many."""
-    grid = grid.contiguous()
-    order = torch.empty(grid.shape, dtype=torch.int32, device=grid.device)
-    counts = torch.empty(*grid.shape[:-1], 2, dtype=torch.int32, device=grid.device)
-    rows, columns = grid.numel() // grid.shape[-1], grid.shape[-1]
-    with on(grid.device):
-        list_kernel[(rows,)](grid, order, counts, columns, BLOCK=power_of_two(columns))
-    return order, counts
+def _index_lists(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Column indices of each row of classes `[.., rows, columns]`, and (full, full + partial)."""
+    classes = classes.contiguous()
+    lists = torch.empty(classes.shape, dtype=torch.int32, device=classes.device)
+    counts = torch.empty(*classes.shape[:-1], 2, dtype=torch.int32, device=classes.device)
+    columns = classes.shape[-1]
+    with on(classes.device):
+        index_list_kernel[(classes.numel() // columns,)](
+            classes, lists, counts, columns, BLOCK=next_power_of_two(columns)
+        )
+    return lists, counts
 
 
 @triton.jit
-def list_kernel(grid, order, counts, columns, BLOCK: tl.constexpr):
-    """One row of classes as a list of columns: whole tiles, those with holes, the others."""
+def index_list_kernel(classes, lists, counts, columns, BLOCK: tl.constexpr):
+    """Column indices of one row of classes: full tiles first, then partial ones, then skipped."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    there = column < columns
-    kind = tl.load(grid + row * columns + column, mask=there, other=0).to(tl.int32)
-    whole, holes = (kind == 2).to(tl.int32), (kind == 1).to(tl.int32)
-    num_whole, num_holes = tl.sum(whole, 0), tl.sum(holes, 0)
-    before_whole, before_holes = tl.cumsum(whole, 0) - whole, tl.cumsum(holes, 0) - holes
-    place = num_whole + num_holes + column - before_whole - before_holes
-    place = tl.where(kind == 1, num_whole + before_holes, place)
-    place = tl.where(kind == 2, before_whole, place)
-    tl.store(order + row * columns + place, column, mask=there)
-    tl.store(counts + 2 * row, num_whole)
-    tl.store(counts + 2 * row + 1, num_whole + num_holes)
+    valid = column < columns
+    kind = tl.load(classes + row * columns + column, mask=valid, other=0).to(tl.int32)
+    full, partial = (kind == 2).to(tl.int32), (kind == 1).to(tl.int32)
+    num_full, num_partial = tl.sum(full, 0), tl.sum(partial, 0)
+    full_before, partial_before = tl.cumsum(full, 0) - full, tl.cumsum(partial, 0) - partial
+    place = num_full + num_partial + column - full_before - partial_before
+    place = tl.where(kind == 1, num_full + partial_before, place)
+    place = tl.where(kind == 2, full_before, place)
+    tl.store(lists + row * columns + place, column, mask=valid)
+    tl.store(counts + 2 * row, num_full)
+    tl.store(counts + 2 * row + 1, num_full + num_partial)
 
 
-def _classes(
-    problem: Problem, first_q: Tensor, stop_q: Tensor, k_block: int, same_tiles: bool
+def _tile_classes(
+    problem: Problem, first_q: Tensor, stop_q: Tensor, block_n: int, same_tiles: bool
 ) -> Tensor:
-    """0 skip, 1 visit with a mask, 2 visit whole: uint8 `[B | 1, Hkv | 1, q tiles, k tiles]`."""
+    """0 skipped, 1 partial, 2 full: uint8 `[B | 1, Hkv | 1, q tiles, k tiles]`."""
     q_len, k_len = problem.q.shape[2], problem.num_keys
     device = problem.q.device
     q0, q1 = first_q[:, None], stop_q.clamp(max=q_len)[:, None]
-    k0 = torch.arange(0, max(k_len, 1), k_block, device=device)[None]
-    k1 = (k0 + k_block).clamp(max=max(k_len, 1))
-    touched, filled = _coverage(problem, q0, q1, k0, k1, same_tiles)
+    k0 = torch.arange(0, max(k_len, 1), block_n, device=device)[None]
+    k1 = (k0 + block_n).clamp(max=max(k_len, 1))
+    visited, selected = _coverage(problem, q0, q1, k0, k1, same_tiles)
     first, last = _positions(problem, q0), _positions(problem, q1 - 1)
-    whole = (stop_q[:, None] <= q_len) & (k0 + k_block <= k_len)
+    full = (stop_q[:, None] <= q_len) & (k0 + block_n <= k_len)
     if problem.causal:
-        touched = touched & (k0 <= last)
-        whole = whole & (k1 - 1 <= first)
+        visited = visited & (k0 <= last)
+        full = full & (k1 - 1 <= first)
     if problem.window is not None:
-        touched = touched & ((k1 - 1 > first - problem.window) | (k0 < problem.sinks))
-        whole = whole & ((k0 > last - problem.window) | (k1 <= problem.sinks))
+        visited = visited & ((k1 - 1 > first - problem.window) | (k0 < problem.sinks))
+        full = full & ((k0 > last - problem.window) | (k1 <= problem.sinks))
     if problem.kv_lens is not None:
-        whole = whole & (k0 + k_block <= problem.kv_lens.view(-1, 1, 1, 1))
+        full = full & (k0 + block_n <= problem.kv_lens.view(-1, 1, 1, 1))
     if problem.key_padding is not None or problem.attn_mask is not None:
-        whole = torch.zeros_like(whole)
-    return touched.to(torch.uint8) + (touched & filled & whole)
+        full = torch.zeros_like(full)
+    return visited.to(torch.uint8) + (visited & selected & full)
 
 
 def _positions(problem: Problem, index: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ def _coverage(
     """Whether any, and whether every, block under a tile is selected.
 
     Args:
-        same_tiles: blocks are tiles.
+        same_tiles: blocks have the size of tiles, so there is nothing to count.
     """
     allowed = problem.block_mask
     assert allowed is not None

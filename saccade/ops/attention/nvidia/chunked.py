@@ -18,7 +18,7 @@ from saccade.core import AttentionOutput, DenseKV, KeyRange, QuantizedKV
 from saccade.core.kv import KVView
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import Combiner, with_sink_logits
-from saccade.ops.kv_write.quantize import write_out
+from saccade.ops.kv_write.quantize import dequantize_range
 
 CHUNK_BYTES = 128 * 2**20
 
@@ -53,13 +53,13 @@ def chunks_of(kv: KVView, ranges: tuple[KeyRange, ...]) -> Iterator[KVChunk]:
     size = CHUNK_BYTES // (batch * heads * (dim + value_dim) * kv.dtype.itemsize)
     if isinstance(kv, QuantizedKV):
         size = max(1, size // kv.k_group) * kv.k_group
-        starts = range(0, kv.num_packed, size)
-        cuts = [KeyRange(start, min(start + size, kv.num_packed)) for start in starts]
+        starts = range(0, kv.num_quantized, size)
+        cuts = [KeyRange(start, min(start + size, kv.num_quantized)) for start in starts]
         for cut in cuts:
             if _overlap(cut, ranges):
-                yield KVChunk(*write_out(kv, *cut), cut.start)
+                yield KVChunk(*dequantize_range(kv, *cut), cut.start)
         if kv.recent_k.shape[2]:
-            yield KVChunk(kv.recent_k, kv.recent_v, kv.num_packed)
+            yield KVChunk(kv.recent_k, kv.recent_v, kv.num_quantized)
         return
     assert isinstance(kv, DenseKV)
     for slot, position, length in kv.spans:

@@ -78,5 +78,5 @@ def _prefill(call: AttentionCall) -> AttentionOutput:
     out = torch.empty_like(call.q)
     if isinstance(kv, PagedKV):
         problem = problem_of(call, kv.k, kv.v, paged_kv_lens(call))
-        return launch.forward(problem, table=kv.table, out=out)
+        return launch.forward(problem, page_table=kv.page_table, out=out)
     return launch.forward(dense_problem(call), out=out)

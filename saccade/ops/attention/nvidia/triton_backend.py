@@ -13,10 +13,11 @@ from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, Quantized
 from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
 from saccade.ops.attention.nvidia import chunked
 from saccade.ops.attention.nvidia.problem import dense_problem
+from saccade.ops.gpu.kernel_args import MAX_SPANS
 from saccade.ops.gpu.support import triton_refusal
 
 MAX_DIM = 512
-MAX_SPANS = 4
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,9 +67,9 @@ def run(call: AttentionCall) -> AttentionOutput:
             return _prefill(call)
     elif many and chunked.suits(call):
         return chunked.run(call, _prefill)
-    from saccade.ops.attention.nvidia.triton.split_kv import run_view
+    from saccade.ops.attention.nvidia.triton.views import attend_view
 
-    return run_view(call)
+    return attend_view(call)
 
 
 def forward(call: AttentionCall) -> AttentionOutput:

@@ -21,6 +21,7 @@ from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import with_sink_logits
 from saccade.ops.attention.masks import bias_of, has_holes, real_keys, visible_pairs
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
+from saccade.ops.attention.sdpa.workspace import kernel_bytes
 from saccade.ops.attention.tiled import visited_tiles
 from saccade.ops.attention.varlen import per_sequence
 from saccade.ops.planning import note_workspace, planning
@@ -197,15 +198,3 @@ def _kernel(
         q, k, v, attn_mask=added, is_causal=causal, scale=call.scale, enable_gqa=True
     )
     return AttentionOutput(out, out.new_full(out.shape[:3], torch.nan, dtype=torch.float32))
-
-
-def kernel_bytes(q: Tensor, k: Tensor) -> int:
-    """Bytes that PyTorch's CPU kernel takes for itself while it runs on q `[B, H, Lq, D]`.
-
-    Scores, maxima, sums and outputs of one tile for each thread (ATen, FlashAttentionKernel.cpp).
-    """
-    length, dim = q.shape[2:]
-    rows = min(length, 256 if length >= 768 else 64 if length >= 192 else 32)
-    keys = min(512, k.shape[2])
-    reduced = 0 if q.dtype == torch.float32 else rows * keys * q.element_size()
-    return torch.get_num_threads() * (4 * rows * (keys + 2 + dim) + reduced)

@@ -1,13 +1,17 @@
-"""Gradients of attention on GPUs: two kernels, no atomics, the same bits every time.
+"""Gradients of attention on GPUs: two kernels without atomics, bitwise deterministic.
 
 With P = exp(S - lse) and delta = rowsum(dO * O) - dlse, the gradients are
 
     dV = P^T dO      dS = P * (dO V^T - delta) * dS/d(qk)      dQ = dS K      dK = dS^T Q
 
-One program of `keys_kernel` owns a tile of keys and walks over all queries of the group that see
-it; one of `queries_kernel` owns a tile of queries.  Each computes S again, which costs two products
-more than sharing them through atomic additions would, and makes the result deterministic.
+A program of `backward_kv_kernel` computes a tile of keys and loops over all queries of the group
+that attend to it; a program of `backward_q_kernel` computes a tile of queries.  Both recompute S.
+One kernel with atomic additions to dQ would save two matrix products, but would not be
+deterministic.
 """
+
+# Triton's language has no types.
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -18,27 +22,27 @@ from saccade.ops.gpu.triton_lang import (
     LOG2E,
     addresses,
     block_list_at,
-    extent,
     key_tiles,
     load_tile,
+    partial_tile,
     query_tiles,
     real_keys,
     scores_of,
-    softcap_slope,
-    tile_with_holes,
+    seqlen_of,
+    softcap_gradient,
+    tile_mask,
     unit_of,
-    visible,
 )
 
 
 @triton.jit
-def row_sums(
+def row_stats(
     out, dout, lse, dlse, b, h, rows, q_len, heads, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What rows of one head contribute: delta = rowsum(dO * O) - dlse, and lse in powers of two.
+    """Statistics of rows of one head: delta = rowsum(dO * O) - dlse, and lse * log2(e).
 
-    Rows that see nothing, or do not exist, get +inf for their lse, so that their P is 0.  out, dout
-    are Planes with DIM columns; lse, dlse `[B, H, Lq]`.
+    Rows whose keys are all masked, and rows that do not exist, get +inf for their lse, so that
+    their P is 0.  out, dout are StridedTensors with DIM columns; lse, dlse `[B, H, Lq]`.
     """
     dims = tl.arange(0, BLOCK)
     keep = rows < q_len
@@ -54,23 +58,14 @@ def row_sums(
 
 @triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
-    out,
-    dout,
-    lse,
-    dlse,
-    delta,
-    lse2,
-    q_len,
-    heads,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """What every row contributes (`row_sums`): delta and lse2 `[B, H, Lq]`."""
+    out, dout, lse, dlse, delta, lse2, q_len, heads,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The statistics of every row (`row_stats`): delta and lse2 `[B, H, Lq]`."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    found, top = row_sums(out, dout, lse, dlse, b, h, rows, q_len, heads, VALUE_DIM, BLOCK_V)
+    found, top = row_stats(out, dout, lse, dlse, b, h, rows, q_len, heads, VALUE_DIM, BLOCK_V)
     at = (b * heads + h) * q_len + rows
     tl.store(delta + at, found, mask=rows < q_len)
     tl.store(lse2 + at, top, mask=rows < q_len)
@@ -78,69 +73,46 @@ def delta_kernel(
 
 @triton.jit
 def weights_of(qk, score_args, slope, q_pos, k_pos, lse2, unit, RAW: tl.constexpr):
-    """P of one tile from the products q.k and the lse of the rows in powers of two."""
+    """P of one tile from the products q.k and the rows' lse * log2(e)."""
     return tl.exp2(scores_of(qk, score_args, slope, q_pos, k_pos, RAW) * unit - lse2)
 
 
 @triton.jit
 def score_gradient(p, dp, delta, qk, score_args):
-    """dS with respect to the scaled products."""
+    """Gradient with respect to the scaled products q.k."""
     ds = p * (dp - delta)
     if score_args.softcap is not None:
-        ds *= softcap_slope(qk, score_args)
+        ds *= softcap_gradient(qk, score_args)
     return ds
 
 
 @triton.jit
 def load_stats(lse2, delta, at, keep, MASKED: tl.constexpr):
-    """(lse in powers of two, delta) of some rows."""
+    """(lse * log2(e), delta) of some rows."""
     if MASKED:
         return tl.load(lse2 + at, mask=keep, other=0.0), tl.load(delta + at, mask=keep, other=0.0)
     return tl.load(lse2 + at), tl.load(delta + at)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
-def keys_kernel(
-    q,
-    k,
-    v,
-    dout,
-    dk,
-    dv,
-    lse2,
-    delta,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-):
+def backward_kv_kernel(
+    q, k, v, dout, dk, dv, lse2, delta, seqlen_info, mask_args, score_args, block_lists, q_len,
+    k_len, q_offset, heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
     """(dK, dV) of one tile of keys of one KV head, summed over its group of query heads."""
     kv_heads = heads // groups
     b = (tl.program_id(0) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     total_rows, stored = q_len, k_len
-    q_first, k_first, q_len, k_len, q_offset, tile = extent(
+    q_first, k_first, q_len, k_len, q_offset, tile = seqlen_of(
         seqlen_info, b, kv_head, tl.program_id(1), q_len, k_len, q_offset
     )
-    if seqlen_info.document is not None:
+    if seqlen_info.sequence is not None:
         stored = k_len
-        if tl.load(seqlen_info.document + tl.program_id(1)) < 0:
+        if tl.load(seqlen_info.sequence + tl.program_id(1)) < 0:
             return
     start = tile * BLOCK_N
     k_pos = start + tl.arange(0, BLOCK_N)
@@ -158,13 +130,13 @@ def keys_kernel(
     first, full_from, full_to, last = query_tiles(
         start, tl.minimum(start + BLOCK_N, k_len) - 1, q_len, q_offset, mask_args, CAUSAL, BLOCK_M
     )
-    if start + BLOCK_N > k_len:  # the end of the row lies in this tile
+    if start + BLOCK_N > k_len:  # the sequence ends in this tile
         full_to = full_from
     num_full = full_to - full_from
     num_all = tl.where(start < k_len, last - first, 0)
     num_full = tl.minimum(num_full, num_all)
     if block_lists.tiles is not None:
-        visited, num_full, num_all = block_list_at(block_lists, b, kv_head, tile)
+        block_list, num_full, num_all = block_list_at(block_lists, b, kv_head, tile)
 
     k_grad = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_grad = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -172,11 +144,11 @@ def keys_kernel(
         h = kv_head * groups + member
         q_ptr = q.ptr + b * q.batch + h * q.head + q_first * q.row
         d_ptr = dout.ptr + b * dout.batch + h * dout.head + q_first * dout.row
-        if TMA:  # the copy engine needs no registers for addresses, which are scarce here
-            q_bulk = tl.make_tensor_descriptor(
+        if TMA:  # needs no registers for addresses, which are scarce here
+            q_desc = tl.make_tensor_descriptor(
                 q_ptr, [q_len, HEAD_DIM], [q.row, 1], [BLOCK_M, BLOCK_D]
             )
-            d_bulk = tl.make_tensor_descriptor(
+            d_desc = tl.make_tensor_descriptor(
                 d_ptr, [q_len, VALUE_DIM], [dout.row, 1], [BLOCK_M, BLOCK_V]
             )
         else:
@@ -184,45 +156,39 @@ def keys_kernel(
             d_at = addresses(d_ptr, columns, dout.row, value_dims)
         stats = (b * heads + h) * total_rows + q_first
         slope = 0.0
-        if score_args.slopes is not None:
-            slope = tl.load(score_args.slopes + b * score_args.slopes_batch + h)
-        for edge in tl.static_range(2):
-            count = num_all - num_full if edge else num_full
+        if score_args.alibi_slopes is not None:
+            slope = tl.load(score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h)
+        for partial in tl.static_range(2):
+            count = num_all - num_full if partial else num_full
             for i in tl.range(0, count, num_stages=STAGES):
                 if block_lists.tiles is not None:
-                    row = tl.load(visited + (num_full + i if edge else i)) * BLOCK_M
-                elif edge:
-                    row = tile_with_holes(i, 0, first, full_from, full_to) * BLOCK_M
+                    row = tl.load(block_list + (num_full + i if partial else i)) * BLOCK_M
+                elif partial:
+                    row = partial_tile(i, 0, first, full_from, full_to) * BLOCK_M
                 else:
                     row = (full_from + i) * BLOCK_M
                 rows = row + columns
                 q_real = rows < q_len
                 q_pos = rows + q_offset
                 if TMA:
-                    q_tile = q_bulk.load([row, 0])
-                    d_tile = d_bulk.load([row, 0])
+                    q_tile = q_desc.load([row, 0])
+                    d_tile = d_desc.load([row, 0])
                 else:
                     at = row.to(tl.int64)
-                    q_tile = load_tile(q_at + at * q.row, q_real, dims, HEAD_DIM, edge)
-                    d_tile = load_tile(d_at + at * dout.row, q_real, value_dims, VALUE_DIM, edge)
-                row_lse, row_delta = load_stats(lse2, delta, stats + rows, q_real, edge)
+                    q_tile = load_tile(q_at + at * q.row, q_real, dims, HEAD_DIM, partial)
+                    d_tile = load_tile(d_at + at * dout.row, q_real, value_dims, VALUE_DIM, partial)
+                row_lse, row_delta = load_stats(lse2, delta, stats + rows, q_real, partial)
                 qk = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)  # [N, M]
                 p = weights_of(
-                    qk,
-                    score_args,
-                    slope,
-                    q_pos[None, :],
-                    k_pos[:, None],
-                    row_lse[None, :],
-                    unit,
+                    qk, score_args, slope, q_pos[None, :], k_pos[:, None], row_lse[None, :], unit,
                     RAW,
-                )
-                if edge:
-                    see = visible(
+                )  # fmt: skip
+                if partial:
+                    mask = tile_mask(
                         mask_args, b, h, kv_head, rows[None, :], q_pos[None, :], k_pos[:, None],
                         real[:, None], q_real[None, :], CAUSAL,
                     )  # fmt: skip
-                    p = tl.where(see, p, 0.0)
+                    p = tl.where(mask, p, 0.0)
                 v_grad = tl.dot(p.to(d_tile.dtype), d_tile, v_grad, input_precision=PRECISION)
                 dp = tl.dot(v_tile, d_tile.T, input_precision=PRECISION)
                 ds = score_gradient(p, dp, row_delta[None, :], qk, score_args)
@@ -242,41 +208,20 @@ def keys_kernel(
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
-def queries_kernel(
-    q,
-    k,
-    v,
-    dout,
-    dq,
-    lse2,
-    delta,
-    seqlen_info,
-    mask_args,
-    score_args,
-    block_lists,
-    q_len,
-    k_len,
-    q_offset,
-    heads,
-    groups,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def backward_q_kernel(
+    q, k, v, dout, dq, lse2, delta, seqlen_info, mask_args, score_args, block_lists, q_len,
+    k_len, q_offset, heads, groups,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dQ of one tile of queries of one head."""
     b = (tl.program_id(0) // heads).to(tl.int64)
     h = (tl.program_id(0) % heads).to(tl.int64)
     kv_head = h // groups
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     stats = (b * heads + h) * q_len
-    q_first, k_first, q_len, k_len, q_offset, tile = extent(
+    q_first, k_first, q_len, k_len, q_offset, tile = seqlen_of(
         seqlen_info, b, kv_head, tile, q_len, k_len, q_offset
     )
     row = tile * BLOCK_M
@@ -301,8 +246,8 @@ def queries_kernel(
         value_dims,
     )  # fmt: skip
     slope = 0.0
-    if score_args.slopes is not None:
-        slope = tl.load(score_args.slopes + b * score_args.slopes_batch + h)
+    if score_args.alibi_slopes is not None:
+        slope = tl.load(score_args.alibi_slopes + b * score_args.alibi_slopes_batch + h)
     unit = unit_of(score_args, RAW)
     last_q = q_offset + tl.minimum(row + BLOCK_M, q_len) - 1
     num_sinks, first, full_from, full_to, last = key_tiles(
@@ -311,32 +256,34 @@ def queries_kernel(
     num_full = full_to - full_from
     num_all = num_sinks + last - first
     if block_lists.tiles is not None:
-        visited, num_full, num_all = block_list_at(block_lists, b, kv_head, tile)
+        block_list, num_full, num_all = block_list_at(block_lists, b, kv_head, tile)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for edge in tl.static_range(2):
-        count = num_all - num_full if edge else num_full
+    for partial in tl.static_range(2):
+        count = num_all - num_full if partial else num_full
         for i in tl.range(0, count, num_stages=STAGES):
             if block_lists.tiles is not None:
-                start = tl.load(visited + (num_full + i if edge else i)) * BLOCK_N
-            elif edge:
-                start = tile_with_holes(i, num_sinks, first, full_from, full_to) * BLOCK_N
+                start = tl.load(block_list + (num_full + i if partial else i)) * BLOCK_N
+            elif partial:
+                start = partial_tile(i, num_sinks, first, full_from, full_to) * BLOCK_N
             else:
                 start = (full_from + i) * BLOCK_N
             k_pos = start + columns
-            real = real_keys(mask_args, b, k_pos, k_len) if edge else k_pos >= 0
-            k_tile = load_tile(k_at + start.to(tl.int64) * k.row, real, dims, HEAD_DIM, edge)
-            v_tile = load_tile(v_at + start.to(tl.int64) * v.row, real, value_dims, VALUE_DIM, edge)
+            real = real_keys(mask_args, b, k_pos, k_len) if partial else k_pos >= 0
+            k_tile = load_tile(k_at + start.to(tl.int64) * k.row, real, dims, HEAD_DIM, partial)
+            v_tile = load_tile(
+                v_at + start.to(tl.int64) * v.row, real, value_dims, VALUE_DIM, partial
+            )
             qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
             p = weights_of(
                 qk, score_args, slope, q_pos[:, None], k_pos[None, :], row_lse[:, None], unit, RAW
             )
-            if edge:
-                see = visible(
+            if partial:
+                mask = tile_mask(
                     mask_args, b, h, kv_head, rows[:, None], q_pos[:, None], k_pos[None, :],
                     real[None, :], q_real[:, None], CAUSAL,
                 )  # fmt: skip
-                p = tl.where(see, p, 0.0)
+                p = tl.where(mask, p, 0.0)
             dp = tl.dot(d_tile, v_tile.T, input_precision=PRECISION)
             ds = score_gradient(p, dp, row_delta[:, None], qk, score_args)
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)

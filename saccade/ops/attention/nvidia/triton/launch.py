@@ -1,4 +1,7 @@
-"""Launchers of the dense Triton kernels: forward and backward of one Problem."""
+"""Launchers of the Triton kernels for plain dense keys: forward and backward of one Problem."""
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from torch import Tensor
 from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.attention.nvidia.triton.backward import delta_kernel, keys_kernel, queries_kernel
+from saccade.ops.attention.nvidia.triton.backward import (
+    backward_kv_kernel,
+    backward_q_kernel,
+    delta_kernel,
+)
 from saccade.ops.attention.nvidia.triton.forward import forward_kernel
-from saccade.ops.gpu.intmath import cdiv, power_of_two
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.kernel_args import MaskArgs, ScoreArgs, SeqlenInfo, StridedTensor
 from saccade.ops.gpu.launching import (
     float32,
@@ -22,22 +29,20 @@ from saccade.ops.gpu.launching import (
 )
 from saccade.ops.tuning import tables as tuning
 
+DELTA_ROWS = 32  # of a program of delta_kernel
+
 
 def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
-    """Output and lse of a problem over dense keys; `out` may say where the output goes."""
+    """Output and lse of a problem over plain dense keys, the output in `out` where it is given."""
     q, k, v = problem.q, problem.k, problem.v
-    batch, heads, q_len, dim = q.shape
-    value_dim = v.shape[3]
+    batch, heads, q_len, _ = q.shape
     if out is None:
-        out = torch.empty(batch, heads, q_len, value_dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(batch, heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return AttentionOutput(out, lse)
-    table = tuning.FORWARD if problem.window is None else tuning.FORWARD_SHORT
-    table = table if problem.block_mask is None else tuning.FORWARD_LISTED
-    launch = tuning.pick(table, q, max(dim, value_dim))
+    launch = _pick(problem, _forward_table(problem))
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_m, by_keys=False)
-    tma = _use_tma(launch, k, v)
     with on(q.device):
         forward_kernel[(batch * heads, tiles)](
             strided(q),
@@ -49,16 +54,9 @@ def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
             mask_args_of(problem),
             score_args_of(problem),
             block_lists_of(problem, tiles, launch.block_m, launch.block_n),
-            q_len,
-            problem.num_keys,
-            problem.q_offset,
-            heads,
-            heads // k.shape[1],
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            TMA=tma,
-            **constants(problem),
-            **schedule(launch),
+            *_lengths(problem),
+            TMA=_use_tma(launch, k, v),
+            **_constants(problem, launch),
         )
     return AttentionOutput(out, lse)
 
@@ -68,15 +66,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, delta), delta being rowsum(dout * out) - dlse `[B, H, Lq]`."""
     q, k, v = problem.q, problem.k, problem.v
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    dq, dk, dv = _gradient_of(q), _gradient_of(k), _gradient_of(v)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     if lse.numel() == 0 or problem.num_keys == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), delta.zero_()
     dout, dlse = unit_rows(dout), dlse.contiguous()
     batch, heads, q_len, _ = q.shape
-    size = constants(problem)
+    sizes = constants(problem)
     with on(q.device):
-        delta_kernel[(batch * heads, cdiv(q_len, 32))](
+        delta_kernel[(batch * heads, cdiv(q_len, DELTA_ROWS))](
             strided(out),
             strided(dout),
             lse,
@@ -85,30 +83,29 @@ def backward(
             lse2,
             q_len,
             heads,
-            VALUE_DIM=size["VALUE_DIM"],
-            BLOCK_V=size["BLOCK_V"],
-            BLOCK_M=32,
+            VALUE_DIM=sizes["VALUE_DIM"],
+            BLOCK_V=sizes["BLOCK_V"],
+            BLOCK_M=DELTA_ROWS,
         )
-        planes = (strided(q), strided(k), strided(v), strided(dout))
-        _keys(problem, planes, dk, dv, lse2, delta)
-        _queries(problem, planes, dq, lse2, delta)
+        inputs = (strided(q), strided(k), strided(v), strided(dout))
+        _backward_kv(problem, inputs, dk, dv, lse2, delta)
+        _backward_q(problem, inputs, dq, lse2, delta)
     return dq, dk, dv, delta
 
 
-def _keys(
+def _backward_kv(
     problem: Problem,
-    planes: tuple[StridedTensor, ...],
+    inputs: tuple[StridedTensor, ...],
     dk: Tensor,
     dv: Tensor,
     lse2: Tensor,
     delta: Tensor,
 ) -> None:
-    heads, q_len, dim = problem.q.shape[1:]
-    launch = tuning.pick(tuning.KEYS, problem.q, max(dim, problem.v.shape[-1]))
+    launch = _pick(problem, tuning.BACKWARD_KV)
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_n, by_keys=True)
-    rows = cdiv(q_len, launch.block_m)
-    keys_kernel[(dk.shape[0] * dk.shape[1], tiles)](
-        *planes,
+    q_tiles = cdiv(problem.q.shape[2], launch.block_m)
+    backward_kv_kernel[(dk.shape[0] * dk.shape[1], tiles)](
+        *inputs,
         strided(dk),
         strided(dv),
         lse2,
@@ -116,28 +113,20 @@ def _keys(
         seqlen_info,
         mask_args_of(problem),
         score_args_of(problem),
-        block_lists_of(problem, rows, launch.block_m, launch.block_n, by_keys=True),
-        q_len,
-        problem.num_keys,
-        problem.q_offset,
-        heads,
-        heads // dk.shape[1],
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        TMA=_use_tma(launch, planes[0].ptr, planes[3].ptr),
-        **constants(problem),
-        **schedule(launch),
+        block_lists_of(problem, q_tiles, launch.block_m, launch.block_n, by_keys=True),
+        *_lengths(problem),
+        TMA=_use_tma(launch, inputs[0].ptr, inputs[3].ptr),
+        **_constants(problem, launch),
     )
 
 
-def _queries(
-    problem: Problem, planes: tuple[StridedTensor, ...], dq: Tensor, lse2: Tensor, delta: Tensor
+def _backward_q(
+    problem: Problem, inputs: tuple[StridedTensor, ...], dq: Tensor, lse2: Tensor, delta: Tensor
 ) -> None:
-    batch, heads, q_len, dim = problem.q.shape
-    launch = tuning.pick(tuning.QUERIES, problem.q, max(dim, problem.v.shape[-1]))
+    launch = _pick(problem, tuning.BACKWARD_Q)
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_m, by_keys=False)
-    queries_kernel[(batch * heads, tiles)](
-        *planes,
+    backward_q_kernel[(dq.shape[0] * dq.shape[1], tiles)](
+        *inputs,
         strided(dq),
         lse2,
         delta,
@@ -145,104 +134,118 @@ def _queries(
         mask_args_of(problem),
         score_args_of(problem),
         block_lists_of(problem, tiles, launch.block_m, launch.block_n),
-        q_len,
-        problem.num_keys,
-        problem.q_offset,
-        heads,
-        heads // problem.k.shape[1],
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        **constants(problem),
-        **schedule(launch),
+        *_lengths(problem),
+        **_constants(problem, launch),
     )
 
 
 def seqlen_info_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[SeqlenInfo, int]:
-    """Where rows begin and end, and how many tiles of `block` queries (or keys) a row needs.
+    """Sequence lengths and offsets, and how many tiles of `block` queries (or keys) there are.
 
-    Packed documents get a map from tile to document; its size is an upper bound known on the host.
+    Packed sequences get a map from tile to sequence; the number of tiles is then an upper bound,
+    because only the device knows cu_seqlens.
     """
+    total = problem.num_keys if by_keys else problem.q.shape[2]
     if problem.cu_q is None or problem.cu_k is None:
-        length = problem.num_keys if by_keys else problem.q.shape[2]
         kv_lens = problem.kv_lens
         strides = (0, 0)
         if kv_lens is not None:
             strides = (kv_lens.stride(0), kv_lens.stride(1) if kv_lens.ndim == 2 else 0)
-        return SeqlenInfo(problem.q_offsets, kv_lens, *strides), cdiv(length, block)
+        return SeqlenInfo(problem.q_offsets, kv_lens, *strides), cdiv(total, block)
     cu = problem.cu_k if by_keys else problem.cu_q
     last = (cu[1:] - cu[:-1] + block - 1).div(block, rounding_mode="floor").cumsum(0)
-    total = problem.num_keys if by_keys else problem.q.shape[2]
     tiles = cdiv(total, block) + len(cu) - 1
     index = torch.arange(tiles, device=cu.device)
-    document = torch.searchsorted(last, index, right=True)
-    document = torch.where(document < len(last), document, -1).to(torch.int32)
+    sequence = torch.searchsorted(last, index, right=True)
+    sequence = torch.where(sequence < len(last), sequence, -1).to(torch.int32)
     first_tile = torch.nn.functional.pad(last, (1, 0)).to(torch.int32)
     return SeqlenInfo(
-        cu_q=problem.cu_q, cu_k=problem.cu_k, document=document, first_tile=first_tile
+        cu_q=problem.cu_q, cu_k=problem.cu_k, sequence=sequence, first_tile=first_tile
     ), tiles
 
 
 def mask_args_of(problem: Problem) -> MaskArgs:
-    """Everything but causality that decides who sees whom."""
+    """The mask of a problem beyond causality."""
     padding = None if problem.key_padding is None else problem.key_padding.contiguous()
     return MaskArgs(
         problem.window,
         problem.sinks or None,
         padding,
         None if padding is None else padding.stride(0),
-        *_grid(problem.attn_mask),
-        *_grid(problem.block_mask),
+        *_flat_strided(problem.attn_mask),
+        *_flat_strided(problem.block_mask),
         None if problem.block_mask is None else problem.q_block,
         None if problem.block_mask is None else problem.k_block,
     )
 
 
-def _grid(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
-    """A plane spread out: nested records would lose strides of 1 on the way into a kernel."""
+def _flat_strided(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
+    """Pointer and strides as fields of the outer tuple: nested ones would lose strides of 1."""
     return (None,) * 4 if x is None else tuple(strided(unit_rows(x)))
 
 
 def score_args_of(problem: Problem) -> ScoreArgs:
-    """What turns a product into a score."""
+    """How the scores of a problem are made from the products q.k."""
     slopes = float32(problem.alibi_slopes)
-    by_row = slopes is not None and slopes.ndim == 2
+    per_row = slopes is not None and slopes.ndim == 2
     return ScoreArgs(
         scale=float(problem.scale),
         softcap=problem.softcap,
-        slopes=slopes,
-        slopes_batch=None if slopes is None else (slopes.stride(0) if by_row else 0),
-        sinks=float32(problem.sink_logits),
+        alibi_slopes=slopes,
+        alibi_slopes_batch=None if slopes is None else (slopes.stride(0) if per_row else 0),
+        sink_logits=float32(problem.sink_logits),
     )
 
 
 def constants(problem: Problem) -> dict[str, int | bool | str]:
-    """Compile-time facts of a problem that all kernels share."""
+    """Compile-time constants of a problem that all kernels share."""
     dim, value_dim = problem.q.shape[-1], problem.v.shape[-1]
     return {
         "HEAD_DIM": dim,
         "VALUE_DIM": value_dim,
-        "BLOCK_D": max(16, power_of_two(dim)),
-        "BLOCK_V": max(16, power_of_two(value_dim)),
+        "BLOCK_D": max(16, next_power_of_two(dim)),
+        "BLOCK_V": max(16, next_power_of_two(value_dim)),
         "CAUSAL": problem.causal,
         "RAW": problem.raw,
         "PRECISION": "ieee" if problem.q.dtype == torch.float32 else "tf32",
     }
 
 
-def schedule(launch: tuning.Launch) -> dict[str, int]:
-    """How a kernel is compiled and pipelined."""
+def compile_options(launch: tuning.Launch) -> dict[str, int]:
+    """Pipeline depth, warps and registers of a launch."""
     found = {"STAGES": launch.stages, "num_warps": launch.warps, "num_stages": launch.stages}
     return found | ({"maxnreg": launch.registers} if launch.registers else {})
 
 
-def _like(x: Tensor) -> Tensor:
+def _constants(problem: Problem, launch: tuning.Launch) -> dict[str, int | bool | str]:
+    tile = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    return tile | constants(problem) | compile_options(launch)
+
+
+def _forward_table(problem: Problem) -> tuning.Kernel:
+    if problem.block_mask is not None:
+        return tuning.FORWARD_BLOCK_SPARSE
+    return tuning.FORWARD if problem.window is None else tuning.FORWARD_WINDOW
+
+
+def _pick(problem: Problem, table: tuning.Kernel) -> tuning.Launch:
+    return tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
+
+
+def _lengths(problem: Problem) -> tuple[int, int, int, int, int]:
+    """(q_len, k_len, q_offset, heads, groups), as the kernels take them."""
+    heads, q_len = problem.q.shape[1:3]
+    return q_len, problem.num_keys, problem.q_offset, heads, heads // problem.k.shape[1]
+
+
+def _gradient_of(x: Tensor) -> Tensor:
     """Contiguous space for the gradient of `x`, which may be an expanded tensor."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _use_tma(launch: tuning.Launch, *tensors: Tensor) -> bool:
-    """Whether tiles of these tensors are loaded by TMA; the memory it needs is then provided."""
-    able = launch.tma and tma_loadable(*tensors)
-    if able:
+    """Whether tiles of these tensors are loaded by TMA; its allocator is then registered."""
+    use = launch.tma and tma_loadable(*tensors)
+    if use:
         set_tma_allocator()
-    return able
+    return use

@@ -41,8 +41,7 @@ from saccade.ops.attention.nvidia.gluon.ptx.mma import (
     mma_m16n8k16,
     movmatrix_trans,
 )
-from saccade.ops.attention.nvidia.triton.decode import pdl_begin, share_of
-from saccade.ops.gpu.triton_lang import LOG2E, LOWEST, key_tiles
+from saccade.ops.gpu.triton_lang import LOG2E, LOWEST, key_tiles, pdl_begin, split_range
 
 WARP_N = gl.constexpr(16)  # keys of a warp's tile
 
@@ -181,7 +180,7 @@ def decode_kernel(
     STAGE: gl.constexpr = WARP_N * D * 4  # bytes of keys and values
     M_TILES: gl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     # The host knows the range of keys: that of all sequences, or (pages) of the longest one.
-    RANGE_ON_HOST: gl.constexpr = (seqlen_info.offsets is None) and (
+    RANGE_ON_HOST: gl.constexpr = (seqlen_info.q_offsets is None) and (
         (seqlen_info.kv_lens is None)
         or ((PAGE_SIZE != 0) and (mask_args.window is None) and K_LEN_IS_MAX)
     )
@@ -193,15 +192,15 @@ def decode_kernel(
     kv_head = gl.program_id(1) % KV_HEADS
     if not RANGE_ON_HOST:
         pdl_begin(True)
-        if seqlen_info.offsets is not None:
-            q_offset = gl.load(seqlen_info.offsets + b).to(gl.int32)
+        if seqlen_info.q_offsets is not None:
+            q_offset = gl.load(seqlen_info.q_offsets + b).to(gl.int32)
         k_len = kv_len_of(seqlen_info, b, kv_head, k_len)
 
     first_q, last_q = q_offset, q_offset + q_len - 1
     num_sinks, first, full_from, full_to, last = key_tiles(
         first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
     )
-    begin, end = share_of(split, splits, first, last, num_sinks)
+    begin, end = split_range(split, splits, first, last, num_sinks)
 
     smem = dynamic_shared_memory(thread, q_len < 0, STAGE * STAGES // 128)
     row, chunk, copy_offset = copy_offsets(lane, D)

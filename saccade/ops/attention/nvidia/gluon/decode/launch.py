@@ -9,10 +9,11 @@ from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.nvidia.gluon.decode.epilogue import BLOCK_M
 from saccade.ops.attention.nvidia.gluon.decode.kernel import WARP_N, decode_kernel
 from saccade.ops.attention.nvidia.problem import Problem, paged_kv_lens, problem_of
-from saccade.ops.attention.nvidia.triton.decode import Pages
+from saccade.ops.attention.nvidia.triton.decode_launch import page_table_of, strided_storage
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of, seqlen_info_of
-from saccade.ops.attention.nvidia.triton.split_kv import Parts, pages_of, stored
-from saccade.ops.gpu.intmath import cdiv, power_of_two
+from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.kernel_args import PageTable
 from saccade.ops.gpu.launching import float32, on, strided, unit_rows
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
@@ -44,17 +45,17 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `decode.refusal` accepts."""
     kv = call.kv
     assert isinstance(kv, (DenseKV, PagedKV))
-    pages, kv_lens = Pages(), call.kv_lens
+    pages, kv_lens = PageTable(), call.kv_lens
     if isinstance(kv, PagedKV):
-        pages, kv_lens = pages_of(kv), paged_kv_lens(call)
+        pages, kv_lens = page_table_of(kv), paged_kv_lens(call)
     problem = problem_of(call, unit_rows(kv.k), unit_rows(kv.v), kv_lens)
     heads, slots = kv.shape[1:3]
     launch = launch_of(problem, heads, slots)
     splits = splits_of(problem, heads, slots, launch)
-    parts = Parts(problem, splits)
+    parts = SplitKVPartials(problem, splits)
     with on(problem.q.device):
         launch_partials(problem, pages, heads, parts, launch, k_len_is_max=call.kv_lens is None)
-        return parts.joined(problem.q.dtype)
+        return parts.combine(problem.q.dtype)
 
 
 def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
@@ -94,9 +95,9 @@ def rows_of(problem: Problem, heads: int) -> int:
 
 def launch_partials(
     problem: Problem,
-    pages: Pages,
+    pages: PageTable,
     heads: int,
-    parts: Parts,
+    parts: SplitKVPartials,
     launch: DecodeLaunch,
     *,
     k_len_is_max: bool,
@@ -106,8 +107,8 @@ def launch_partials(
     seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
     decode_kernel[(parts.splits, q.shape[0] * heads)](
         strided(q),
-        stored(k, pages),
-        stored(v, pages),
+        strided_storage(k, pages),
+        strided_storage(v, pages),
         strided(parts.out[0]),
         parts.lse,
         pages,
@@ -130,7 +131,7 @@ def launch_partials(
         CAUSAL=problem.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        ROWS=power_of_two(rows_of(problem, heads)),
+        ROWS=next_power_of_two(rows_of(problem, heads)),
         launch_pdl=True,
         **options(launch),
     )

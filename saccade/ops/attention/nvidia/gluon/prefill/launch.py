@@ -1,37 +1,39 @@
-"""Launcher of the Gluon forward kernel: which tiles, how many programs, in which order."""
+"""Launcher of the Gluon prefill kernel: tile sizes, pipeline stages, grid and order of the work."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
-from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import RowExtents, documents_of
+from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, varlen_q_tiles
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of
+from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
 from saccade.ops.gpu.support import multiprocessors
+from saccade.ops.tuning import gluon as tuning
 
-REGISTERS_PER_THREAD_SUM = 512  # over the warpgroups of a program that has a multiprocessor alone
-L2_SHARE = 32 * 2**20  # bytes of keys and values that neighbouring programs may read together
+REGISTERS_PER_LANE = 512  # 65536 registers of a multiprocessor over the 128 threads of a warpgroup
 
 
-@dataclass(frozen=True, slots=True)
-class GluonLaunch:
-    """How the kernel is cut.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillLaunch:
+    """Launch of the kernel, a row of `saccade.ops.tuning.gluon.rows("prefill")`.
 
     Attributes:
-        consumers: warpgroups that compute, each 64 queries.
+        consumers: warpgroups that compute, 64 queries each.
         block_n: keys of a tile.
-        q_stages, k_stages, v_stages: tiles of queries, keys and values in flight or in use.
+        q_stages, k_stages, v_stages: pipeline stages, each a tile in shared memory.
         registers: per thread of a consumer.
-        turns: consumers ask the matrix units in turns.
-        direct_out: results leave from registers (there is no room for them in shared memory).
+        l2_bytes: K and V that CTAs read at one time, so that they stay in the L2 cache.
+        pingpong: consumers issue their products in turn.
+        direct_store: O is stored from registers (shared memory has no room for it).
     """
 
     consumers: int
@@ -40,8 +42,9 @@ class GluonLaunch:
     k_stages: int
     v_stages: int
     registers: int
-    turns: bool = True
-    direct_out: bool = False
+    l2_bytes: int
+    pingpong: bool = True
+    direct_store: bool = False
 
     @property
     def block_m(self) -> int:
@@ -49,40 +52,38 @@ class GluonLaunch:
         return 64 * self.consumers
 
 
-LAUNCHES: dict[int, GluonLaunch] = {
-    64: GluonLaunch(3, 128, 2, 3, 3, 160),
-    128: GluonLaunch(2, 128, 2, 2, 2, 240, turns=False),
-    256: GluonLaunch(2, 64, 1, 2, 3, 240, direct_out=True),
-}
-# Tiles of queries that blocks of 128 are multiples of; more registers for more kinds of edges.
-TWO_CONSUMERS = LAUNCHES | {
-    64: GluonLaunch(2, 128, 2, 3, 3, 240),
-    128: replace(LAUNCHES[128], turns=True),
-}
-# Rows of different lengths and pages keep more numbers in the warp that fetches.
-OWN_ROWS = {dim: replace(launch, registers=232) for dim, launch in TWO_CONSUMERS.items()}
+@cache
+def measured_launch(head_dim: int, variant: str = "") -> PrefillLaunch:
+    """The measured launch of a head dimension: variant "", "masked" or "varlen"."""
+    name = f"{head_dim}/{variant}" if variant else str(head_dim)
+    return PrefillLaunch(**tuning.rows("prefill")[name])
 
 
-def launch_of(problem: Problem) -> GluonLaunch:
-    """How a problem is cut."""
+def launch_of(problem: Problem) -> PrefillLaunch:
+    """The launch for a problem.
+
+    Windows and block lists need registers for their masks, and tiles of 128 queries, of which
+    selected blocks are multiples; varlen sequences and pages need registers in the producer.
+    """
     dim = problem.q.shape[3]
-    if any(part is not None for part in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
-        return OWN_ROWS[dim]
-    whole = problem.block_mask is None and problem.window is None
-    return (LAUNCHES if whole else TWO_CONSUMERS)[dim]
+    if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
+        return measured_launch(dim, "varlen")
+    if problem.block_mask is not None or problem.window is not None:
+        return measured_launch(dim, "masked")
+    return measured_launch(dim)
 
 
 def forward(
     problem: Problem,
-    launch: GluonLaunch | None = None,
+    launch: PrefillLaunch | None = None,
     *,
-    table: Tensor | None = None,
+    page_table: Tensor | None = None,
     out: Tensor | None = None,
 ) -> AttentionOutput:
     """Output and lse of a problem that the backend has accepted.
 
     Args:
-        table: the pages of each row, where k and v of the problem are a pool of pages.
+        page_table: the pages of each row, where k and v of the problem are a pool of pages.
         out: where the output goes; default a contiguous tensor.
     """
     q, k, v = problem.q, problem.k, problem.v
@@ -91,18 +92,18 @@ def forward(
     if out is None:
         out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-    row_extents, tiles = extents_of(problem, launch, table)
-    work = tiles * batch * heads
-    # A tile lies in one block of a selection, so lists of tiles say everything about it.
+    varlen, num_q_tiles = varlen_info(problem, launch, page_table)
+    num_work_tiles = num_q_tiles * batch * heads
     set_tma_allocator()
     with on(q.device):
-        forward_kernel[(min(work, multiprocessors(q.device)),)](
+        forward_kernel[(min(num_work_tiles, multiprocessors(q.device)),)](
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
             float32(problem.sink_logits),
+            # A tile lies in one block of a selection: block lists replace its element-wise mask.
             mask_args_of(problem.without_blocks()),
-            block_lists_of(problem, tiles, launch.block_m, launch.block_n),
-            row_extents,
+            block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n),
+            varlen,
             float(problem.scale),
             q_len,
             problem.num_keys,
@@ -110,67 +111,69 @@ def forward(
             batch,
             heads,
             heads // k.shape[1],
-            tiles,
-            section(problem),
-            work,
+            num_q_tiles,
+            heads_per_section(problem, launch.l2_bytes),
+            num_work_tiles,
             k.shape[0],
             CAUSAL=problem.causal,
             D=dim,
-            TAILS=row_extents.documents is not None or row_extents.kv_lens is not None,
-            PAGE=None if table is None else k.shape[2],
+            ZERO_V_TAIL=varlen.q_tiles is not None or varlen.kv_lens is not None,
+            PAGE_SIZE=None if page_table is None else k.shape[2],
             **constants(launch),
-            **options(launch),
+            **options(launch.consumers),
         )
     return AttentionOutput(out, lse)
 
 
-def extents_of(
-    problem: Problem, launch: GluonLaunch, table: Tensor | None
-) -> tuple[RowExtents, int]:
-    """Where rows begin and end, where that differs, and how many tiles of queries a row has."""
-    kv_lens, tiles = problem.kv_lens, triton.cdiv(problem.q.shape[2], launch.block_m)
-    documents = None
+def varlen_info(
+    problem: Problem, launch: PrefillLaunch, page_table: Tensor | None
+) -> tuple[VarlenInfo, int]:
+    """What differs from sequence to sequence, and the number of query tiles of a row."""
+    kv_lens, num_q_tiles = problem.kv_lens, cdiv(problem.q.shape[2], launch.block_m)
+    q_tiles = None
     if problem.cu_q is not None:
-        documents = documents_of(problem, launch.block_m)
-        tiles = len(documents)
-    row_extents = RowExtents(
+        q_tiles = varlen_q_tiles(problem, launch.block_m)
+        num_q_tiles = len(q_tiles)
+    varlen = VarlenInfo(
         problem.q_offsets,
         kv_lens,
         None if kv_lens is None else kv_lens.stride(0),
-        documents,
-        table,
-        None if table is None else table.stride(0),
+        q_tiles,
+        page_table,
+        None if page_table is None else page_table.stride(0),
     )
-    return row_extents, tiles
+    return varlen, num_q_tiles
 
 
-def constants(launch: GluonLaunch) -> dict[str, int | bool]:
+def constants(launch: PrefillLaunch) -> dict[str, int | bool]:
     """Compile-time arguments of the kernel that a launch decides."""
     return {
-        "M": launch.block_m,
-        "N": launch.block_n,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
         "CONSUMERS": launch.consumers,
         "Q_STAGES": launch.q_stages,
         "K_STAGES": launch.k_stages,
         "V_STAGES": launch.v_stages,
-        "TURNS": launch.turns,
-        "DIRECT_OUT": launch.direct_out,
+        "PINGPONG": launch.pingpong,
+        "DIRECT_STORE": launch.direct_store,
         "REGISTERS": launch.registers,
     }
 
 
-def options(launch: GluonLaunch) -> dict[str, int]:
-    """How the kernel is compiled: warps of a warpgroup, registers a thread starts with."""
-    warpgroups = launch.consumers + 1
-    return {"num_warps": 4, "maxnreg": REGISTERS_PER_THREAD_SUM // warpgroups // 8 * 8}
+def options(consumers: int) -> dict[str, int]:
+    """Compiler options of a kernel with one CTA per multiprocessor, by its number of consumers.
+
+    A thread starts with an equal share of registers; setmaxnreg then moves them to the consumers.
+    """
+    return {"num_warps": 4, "maxnreg": REGISTERS_PER_LANE // (consumers + 1) // 8 * 8}
 
 
-def section(problem: Problem) -> int:
-    """Query heads that are worked on together: as many as have their keys in the L2 cache."""
+def heads_per_section(problem: Problem, l2_bytes: int) -> int:
+    """Query heads that are computed together: as many as read K and V of at most `l2_bytes`."""
     batch, kv_heads, dim = problem.q.shape[0], problem.k.shape[1], problem.k.shape[3]
     k_len = problem.num_keys
     reach = k_len if problem.window is None else min(k_len, problem.window + 4096)
-    fitting = max(1, L2_SHARE // (2 * reach * dim * problem.k.element_size()))
-    rows = batch * kv_heads
-    together = next(n for n in range(min(fitting, rows), 0, -1) if rows % n == 0)
-    return together * (problem.q.shape[1] // kv_heads)
+    fitting = max(1, l2_bytes // (2 * reach * dim * problem.k.element_size()))
+    kv_rows = batch * kv_heads
+    section = next(n for n in range(min(fitting, kv_rows), 0, -1) if kv_rows % n == 0)
+    return section * (problem.q.shape[1] // kv_heads)

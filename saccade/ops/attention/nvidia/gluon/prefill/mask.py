@@ -1,4 +1,4 @@
-"""Tiles of keys that some queries see in part: what of them is hidden, and which they are."""
+"""Masks of the prefill kernels: causal, sequence ends, sliding window and attention sinks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def seen_by_all(first_q, k_len, mask_args, CAUSAL: gl.constexpr, ROWS: gl.constexpr):
-    """Keys that queries first_q .. first_q + ROWS - 1 all see: (first, one past the last)."""
+def unmasked_range(first_q_pos, k_len, mask_args, CAUSAL: gl.constexpr, ROWS: gl.constexpr):
+    """Keys visible to all queries first_q_pos .. first_q_pos + ROWS - 1: (first, end)."""
     begin = 0
     if mask_args.window is not None:
-        begin = first_q + ROWS - mask_args.window
+        begin = first_q_pos + ROWS - mask_args.window
     end = k_len
     if CAUSAL:
-        end = gl.minimum(end, first_q + 1)
+        end = gl.minimum(end, first_q_pos + 1)
     return begin, end
 
 
 @gluon.jit
-def hide_right(s, q_pos, start, k_len, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of a tile of keys, -inf past the last key that a query sees: one limit a row."""
-    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+def mask_right(s, q_pos, k_start, k_len, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of a tile of keys with -inf past the last key visible to a query."""
+    k_pos = k_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
     last = k_len - 1
     if CAUSAL:
         last = gl.minimum(q_pos, last)[:, None]
@@ -29,19 +29,19 @@ def hide_right(s, q_pos, start, k_len, CAUSAL: gl.constexpr, LAYOUT: gl.constexp
 
 
 @gluon.jit
-def hide_left(s, q_pos, start, mask_args, LAYOUT: gl.constexpr):
-    """Scores of a tile of keys, -inf before the window, unless a key is a sink."""
-    k_pos = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = k_pos > (q_pos - mask_args.window)[:, None]
+def mask_left(s, q_pos, k_start, mask_args, LAYOUT: gl.constexpr):
+    """Scores of a tile of keys with -inf before the window, attention sinks excepted."""
+    k_pos = k_start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    visible = k_pos > (q_pos - mask_args.window)[:, None]
     if mask_args.sinks is not None:
-        near = near | (k_pos < mask_args.sinks)
-    return gl.where(near, s, float("-inf"))
+        visible = visible | (k_pos < mask_args.sinks)
+    return gl.where(visible, s, float("-inf"))
 
 
 @gluon.jit
-def hide(s, q_pos, start, k_len, mask_args, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of a tile of keys, -inf where a query does not see a key."""
-    s = hide_right(s, q_pos, start, k_len, CAUSAL, LAYOUT)
+def apply_mask(s, q_pos, k_start, k_len, mask_args, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of a tile of keys with -inf where a key is not visible to a query."""
+    s = mask_right(s, q_pos, k_start, k_len, CAUSAL, LAYOUT)
     if mask_args.window is not None:
-        s = hide_left(s, q_pos, start, mask_args, LAYOUT)
+        s = mask_left(s, q_pos, k_start, mask_args, LAYOUT)
     return s

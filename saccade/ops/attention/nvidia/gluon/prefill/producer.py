@@ -1,4 +1,4 @@
-"""The warp of the Gluon kernel that fetches: queries, keys and values, through the copy engine."""
+"""The producer warp of the prefill kernel: it loads Q, K and V by TMA and computes nothing."""
 
 from __future__ import annotations
 
@@ -6,99 +6,103 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import rows_of_tile
+from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
-    amount_of_work,
-    key_tile,
+    kv_tile,
+    kv_tile_plan,
     next_stage,
-    piece_of_work,
-    plan,
+    work_tile,
+    work_tile_count,
 )
 
 
 @gluon.jit
-def describe(x, batch, heads, length, BLOCK: gl.constexpr, D: gl.constexpr):
-    """The copy engine's description of `[batch, heads, length, D]`, read in blocks of rows."""
+def tensor_descriptor(
+    x, batch, heads, rows, width, BOX_ROWS: gl.constexpr, BOX_WIDTH: gl.constexpr
+):
+    """TMA descriptor of a StridedTensor `[batch, heads, rows, width]`, in boxes of its last two."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, BLOCK, D], x.ptr.dtype.element_ty
+        [1, 1, BOX_ROWS, BOX_WIDTH], x.ptr.dtype.element_ty
     )
     return tma.make_tensor_descriptor(
-        x.ptr, [batch, heads, length, D], [x.batch, x.head, x.row, 1], [1, 1, BLOCK, D], LAYOUT
-    )
+        x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1],
+        [1, 1, BOX_ROWS, BOX_WIDTH], LAYOUT,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _fetch(
-    desc, memory, full, empty, phase, b, kv_head, start, keys, row_extents,
-    N: gl.constexpr, PAGE: gl.constexpr,
+def _load_kv_tile(
+    desc, smem, full, empty, phase, b, kv_head, k_start, num_keys, varlen,
+    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """Ask for keys (or values) start .. start + N - 1 as soon as their stage is empty.
+    """Issue the copies of keys (or values) k_start .. k_start + BLOCK_N - 1 into an empty stage.
 
-    Pages shorter than a tile arrive in one stage side by side; where a row has ended, page 0 stands
-    in, and whoever reads hides what it holds.
+    Pages shorter than a tile fill a stage side by side.  Past the end of a sequence page 0 is
+    loaded; consumers mask its scores and zero its values.
     """
-    if PAGE is None:
+    if PAGE_SIZE is None:
         mbarrier.wait(empty, phase)
         mbarrier.expect(full, desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc, [b, kv_head, start, 0], full, memory)
+        tma.async_copy_global_to_shared(desc, [b, kv_head, k_start, 0], full, smem)
     else:
         BOX: gl.constexpr = desc.block_type.shape[2]
-        table = row_extents.pages + b.to(gl.int64) * row_extents.pages_row + start // PAGE
-        # Page numbers are asked for before the wait, which they then do not lengthen.
+        entry = varlen.page_table + b.to(gl.int64) * varlen.page_table_stride + k_start // PAGE_SIZE
+        # Page numbers are loaded before the wait, so that their latency overlaps with it.
         pages = ()
-        for i in gl.static_range(N // BOX):
-            pages += (gl.load(table + i, mask=start + i * BOX < keys, other=0),)
+        for i in gl.static_range(BLOCK_N // BOX):
+            pages += (gl.load(entry + i, mask=k_start + i * BOX < num_keys, other=0),)
         mbarrier.wait(empty, phase)
-        mbarrier.expect(full, N // BOX * desc.block_type.nbytes)
-        for i in gl.static_range(N // BOX):
+        mbarrier.expect(full, BLOCK_N // BOX * desc.block_type.nbytes)
+        for i in gl.static_range(BLOCK_N // BOX):
             tma.async_copy_global_to_shared(
-                desc, [pages[i], kv_head, start % PAGE, 0], full,
-                memory.slice(i * BOX, BOX, dim=2),
+                desc, [pages[i], kv_head, k_start % PAGE_SIZE, 0], full,
+                smem.slice(i * BOX, BOX, dim=2),
             )  # fmt: skip
 
 
 @gluon.jit
 def produce(
-    asked, CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr,
-    CONSUMERS: gl.constexpr, PAGE: gl.constexpr,
+    args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
+    CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """Fetch everything the consumers will read, in their order, as soon as there is room."""
-    q_desc, k_desc, v_desc, memory, sizes, mask_args, block_lists, row_extents = asked
-    q_mem, k_mem, v_mem, bars = memory
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = bars
-    all_q, all_k, offset, heads, groups, tiles, section, num_work = sizes
-    K_STAGES: gl.constexpr = k_mem.shape[0]
-    V_STAGES: gl.constexpr = v_mem.shape[0]
-    Q_STAGES: gl.constexpr = q_mem.shape[0] // CONSUMERS
+    """Load all tiles that the consumers read, in their order, each as soon as a stage is empty."""
+    q_desc, k_desc, v_desc, smem, sizes, mask_args, block_lists, varlen = args
+    q_smem, k_smem, v_smem, bars = smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _pingpong = bars
+    all_q, all_k, offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles = sizes
+    K_STAGES: gl.constexpr = k_smem.shape[0]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
+    Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     k_stage, k_phase, v_stage, v_phase, q_stage, q_phase = 0, 1, 0, 1, 0, 1
-    for w in range(amount_of_work(num_work)):
-        at, tile = piece_of_work(w, tiles, section, num_work)
-        b = at // heads
-        h = at % heads
-        q_first, k_first, q_len, k_len, q_offset, tile = rows_of_tile(
-            row_extents, b, tile, all_q, all_k, offset
+    for i in range(work_tile_count(num_work_tiles)):
+        bh, tile = work_tile(i, num_q_tiles, heads_per_section, num_work_tiles)
+        b = bh // heads
+        h = bh % heads
+        q_start, k_start, q_len, k_len, q_offset, tile = seqlens_of_tile(
+            varlen, b, tile, all_q, all_k, offset
         )
-        arrived = q_full.index(q_stage)
+        full = q_full.index(q_stage)
         mbarrier.wait(q_empty.index(q_stage), q_phase)
-        mbarrier.expect(arrived, CONSUMERS * q_desc.block_type.nbytes)
+        mbarrier.expect(full, CONSUMERS * q_desc.block_type.nbytes)
         for c in gl.static_range(CONSUMERS):
             tma.async_copy_global_to_shared(
-                q_desc, [b, h, q_first + tile * M + c * ROWS, 0], arrived,
-                q_mem.index(q_stage * CONSUMERS + c),
+                q_desc, [b, h, q_start + tile * BLOCK_M + c * ROWS, 0], full,
+                q_smem.index(q_stage * CONSUMERS + c),
             )  # fmt: skip
         q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
-        where, _right, _full, total, num_keys = plan(
-            tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups, CAUSAL, M, N
-        )
-        for j in range(total):
-            start = k_first + key_tile(j, where, block_lists) * N
-            _fetch(
-                k_desc, k_mem.index(k_stage), k_full.index(k_stage), k_empty.index(k_stage),
-                k_phase, b, h // groups, start, num_keys, row_extents, N, PAGE,
+        plan, _right_end, _full_end, num_tiles, num_keys = kv_tile_plan(
+            tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups,
+            CAUSAL, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        for j in range(num_tiles):
+            start = k_start + kv_tile(j, plan, block_lists) * BLOCK_N
+            _load_kv_tile(
+                k_desc, k_smem.index(k_stage), k_full.index(k_stage), k_empty.index(k_stage),
+                k_phase, b, h // groups, start, num_keys, varlen, BLOCK_N, PAGE_SIZE,
             )  # fmt: skip
             k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
-            _fetch(
-                v_desc, v_mem.index(v_stage), v_full.index(v_stage), v_empty.index(v_stage),
-                v_phase, b, h // groups, start, num_keys, row_extents, N, PAGE,
+            _load_kv_tile(
+                v_desc, v_smem.index(v_stage), v_full.index(v_stage), v_empty.index(v_stage),
+                v_phase, b, h // groups, start, num_keys, varlen, BLOCK_N, PAGE_SIZE,
             )  # fmt: skip
             v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)

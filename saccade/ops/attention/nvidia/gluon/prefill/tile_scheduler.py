@@ -1,4 +1,4 @@
-"""Who does what, when, in the Gluon kernel: pieces of work, tiles of keys, rings of stages."""
+"""The tile scheduler: work tiles of a CTA, and the tiles of keys that each of them reads."""
 
 from __future__ import annotations
 
@@ -9,80 +9,83 @@ from saccade.ops.gpu.triton_lang import block_list_at, key_tiles
 
 
 @gluon.jit
-def piece_of_work(k, tiles, section, num_work):
-    """The k-th piece of work of this program: (batch * heads + head, tile of queries).
+def work_tile(i, num_q_tiles, heads_per_section, num_work_tiles):
+    """The i-th work tile of this CTA: (batch * heads + head, tile of queries).
 
-    Work is sorted by length within sections of heads whose keys fit the L2 cache together: longest
-    first in the section that comes last, shortest first in the one before it, and so on in turn.
-    Lengths then never jump, and programs, which take work in snakes, all get about the same.
+    Heads whose K and V fit the L2 cache together are one section.  Within the last section tiles
+    are sorted with the most keys first, in the one before it with the fewest first, and so on
+    alternately, so that lengths never jump.  CTAs take tiles in serpentine order, which balances
+    the keys that each of them reads.
     """
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    place = gl.where(k % 2 == 0, place, programs - 1 - place)
-    still = num_work - 1 - (k * programs + place)  # pieces that come after it
-    per_section = tiles * section
-    number = still // per_section
-    inside = still % per_section
-    tile = inside // section
-    tile = gl.where(number % 2 == 0, tile, tiles - 1 - tile)
-    return number * section + inside % section, tile
+    num_ctas = gl.num_programs(0)
+    cta = gl.program_id(0)
+    cta = gl.where(i % 2 == 0, cta, num_ctas - 1 - cta)
+    remaining = num_work_tiles - 1 - (i * num_ctas + cta)  # work tiles that come after it
+    per_section = num_q_tiles * heads_per_section
+    section = remaining // per_section
+    inside = remaining % per_section
+    tile = inside // heads_per_section
+    tile = gl.where(section % 2 == 0, tile, num_q_tiles - 1 - tile)
+    return section * heads_per_section + inside % heads_per_section, tile
 
 
 @gluon.jit
-def amount_of_work(num_work):
-    """How many pieces of work this program has."""
-    programs = gl.num_programs(0)
-    whole = num_work // programs
-    place = gl.program_id(0)
-    place = gl.where(whole % 2 == 0, place, programs - 1 - place)
-    return whole + gl.where(place < num_work % programs, 1, 0)
+def work_tile_count(num_work_tiles):
+    """How many work tiles this CTA computes."""
+    num_ctas = gl.num_programs(0)
+    rounds = num_work_tiles // num_ctas
+    cta = gl.program_id(0)
+    cta = gl.where(rounds % 2 == 0, cta, num_ctas - 1 - cta)
+    return rounds + gl.where(cta < num_work_tiles % num_ctas, 1, 0)
 
 
 @gluon.jit
 def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The next stage of a ring, and its phase, which flips with every round."""
+    """The next pipeline stage, and its mbarrier phase, which flips whenever the stages wrap."""
     stage += 1
     wrapped = stage == STAGES
     return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
 
 
 @gluon.jit
-def plan(
+def kv_tile_plan(
     tile, q_len, k_len, q_offset, mask_args, block_lists, b, kv_head,
-    CAUSAL: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Key tiles of a tile of queries: (where they are, right edge, right edge + full, all, keys).
+    """Tiles of keys that a tile of queries reads: (plan, right_end, full_end, num_tiles, num_keys).
 
-    They are visited from right to left, then the sinks; or as a list says, the ones with holes
-    first.  A tile of queries that sees nothing visits one tile, and all of its keys are hidden.
+    They are read from right to left, then those of the attention sinks; with a block list, the
+    partly visible ones first.  Tiles 0 .. right_end - 1 need a mask on the right, and tiles
+    right_end .. full_end - 1 need none.  A tile of queries without any visible key still reads one
+    tile, with num_keys = 0, so that all of it is masked.
     """
     if block_lists.tiles is not None:
-        visited, full, total = block_list_at(block_lists, b.to(gl.int64), kv_head, tile)
-        right = total - full
-        within = total
-        where = visited, full, right
+        listed, full, num_tiles = block_list_at(block_lists, b.to(gl.int64), kv_head, tile)
+        right_end = num_tiles - full
+        full_end = num_tiles
+        plan = listed, full, right_end
     else:
-        row = tile * M
-        last_q = q_offset + gl.minimum(row + M, q_len) - 1
+        row = tile * BLOCK_M
+        last_q = q_offset + gl.minimum(row + BLOCK_M, q_len) - 1
         num_sinks, first, full_from, full_to, last = key_tiles(
-            q_offset + row, last_q, k_len, mask_args, CAUSAL, N
+            q_offset + row, last_q, k_len, mask_args, CAUSAL, BLOCK_N
         )
-        right = last - full_to
-        within = last - full_from
-        total = last - first + num_sinks
-        where = last, total, num_sinks
-    keys = gl.where(total > 0, k_len, 0)
-    return where, right, within, gl.maximum(total, 1), keys
+        right_end = last - full_to
+        full_end = last - full_from
+        num_tiles = last - first + num_sinks
+        plan = last, num_tiles, num_sinks
+    num_keys = gl.where(num_tiles > 0, k_len, 0)
+    return plan, right_end, full_end, gl.maximum(num_tiles, 1), num_keys
 
 
 @gluon.jit
-def key_tile(j, where, block_lists):
-    """Which tile of keys is visited j-th."""
+def kv_tile(j, plan, block_lists):
+    """Index of the tile of keys that is read j-th."""
     if block_lists.tiles is not None:
-        visited, full, edges = where
-        tile = gl.load(visited + gl.where(j < edges, full + j, j - edges))
+        listed, full, partial = plan
+        tile = gl.load(listed + gl.where(j < partial, full + j, j - partial))
     else:
-        last, total, num_sinks = where
-        tile = gl.where(j < total - num_sinks, last - 1 - j, total - 1 - j)
+        last, num_tiles, num_sinks = plan
+        tile = gl.where(j < num_tiles - num_sinks, last - 1 - j, num_tiles - 1 - j)
         tile = gl.maximum(tile, 0)
     return tile

@@ -57,8 +57,7 @@ from saccade.ops.attention.nvidia.gluon.quantized_decode.softmax import (
     mask_scores,
     rescale,
 )
-from saccade.ops.attention.nvidia.triton.decode import pdl_begin
-from saccade.ops.gpu.triton_lang import LOG2E, key_tiles
+from saccade.ops.gpu.triton_lang import LOG2E, key_tiles, pdl_begin
 
 
 @gluon.jit
@@ -80,7 +79,7 @@ def quantized_decode_kernel(
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     LENS_ON_DEVICE: gl.constexpr = (
-        seqlen_info.offsets is not None or seqlen_info.kv_lens is not None
+        seqlen_info.q_offsets is not None or seqlen_info.kv_lens is not None
     )
     if LENS_ON_DEVICE:
         pdl_begin(PDL)
@@ -91,8 +90,8 @@ def quantized_decode_kernel(
     split, splits, m_tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
     b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(2) % KV_HEADS
-    if seqlen_info.offsets is not None:
-        q_offset = gl.load(seqlen_info.offsets + b).to(gl.int32)
+    if seqlen_info.q_offsets is not None:
+        q_offset = gl.load(seqlen_info.q_offsets + b).to(gl.int32)
     if seqlen_info.kv_lens is not None:
         at = b * seqlen_info.kv_lens_batch + kv_head * seqlen_info.kv_lens_head
         k_len = gl.minimum(k_len, gl.load(seqlen_info.kv_lens + at).to(gl.int32))

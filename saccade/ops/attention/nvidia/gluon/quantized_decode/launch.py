@@ -13,9 +13,10 @@ from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized
 from saccade.ops.attention.nvidia.gluon.quantized_decode.producer import BLOCK_N
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of, seqlen_info_of
-from saccade.ops.attention.nvidia.triton.split_kv import Parts, Reader, coded
+from saccade.ops.attention.nvidia.triton.quantized_decode_launch import QuantizedReader
+from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv
-from saccade.ops.gpu.launching import float32, strided
+from saccade.ops.gpu.launching import float32, quantized_strided, strided
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -60,7 +61,7 @@ def row_tiles_of(problem: Problem, heads: int) -> int:
 def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     """How many CTAs share the keys of a row tile: enough to fill the GPU, none without keys."""
     launch, heads = launch_of(problem), kv.recent_k.shape[1]
-    visible = kv.num_packed
+    visible = kv.num_quantized
     if problem.window is not None:
         reach = problem.window + problem.q.shape[2] + problem.sinks
         visible = min(visible, reach + BLOCK_N.value)
@@ -71,7 +72,7 @@ def splits_of(problem: Problem, kv: QuantizedKV) -> int:
 
 
 def launch_partials(
-    problem: Problem, kv: QuantizedKV, parts: Parts, splits: int, *, with_sinks: bool
+    problem: Problem, kv: QuantizedKV, parts: SplitKVPartials, splits: int, *, with_sinks: bool
 ) -> None:
     """Fill the first splits of `parts` from quantized keys."""
     heads = kv.recent_k.shape[1]
@@ -79,8 +80,8 @@ def launch_partials(
     seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
     quantized_decode_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
         strided(aligned(problem.q)),
-        coded(kv.k),
-        coded(kv.v),
+        quantized_strided(kv.k, as_bytes=True),
+        quantized_strided(kv.v, as_bytes=True),
         strided(parts.out[0]),
         parts.lse,
         seqlen_info,
@@ -88,7 +89,7 @@ def launch_partials(
         float32(problem.sink_logits) if with_sinks else None,
         float(problem.scale),
         problem.q.shape[2],
-        kv.num_packed,
+        kv.num_quantized,
         problem.q_offset,
         parts.out.stride(0),
         parts.lse.stride(0),
@@ -123,4 +124,4 @@ def aligned(q: Tensor) -> Tensor:
     return q if not q.data_ptr() % 16 and not any(s % 16 for s in steps) else q.contiguous()
 
 
-READER = Reader(splits_of, launch_partials)
+READER = QuantizedReader(splits_of, launch_partials)

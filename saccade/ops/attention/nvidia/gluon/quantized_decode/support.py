@@ -83,8 +83,8 @@ def _in_rows(x: Tensor) -> bool:
 
 
 def run(call: AttentionCall) -> AttentionOutput:
-    """Attention of a call that `refusal` accepts: quantized keys here, recent keys by the split-KV kernel."""
+    """Attention of a call that `refusal` accepts; recent keys are read by the split-KV kernel."""
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import READER
-    from saccade.ops.attention.nvidia.triton.split_kv import run_codes
+    from saccade.ops.attention.nvidia.triton.quantized_decode_launch import attend_quantized
 
-    return run_codes(call, READER)
+    return attend_quantized(call, READER)

@@ -1,0 +1,147 @@
+"""Launcher of the split-KV kernel over full-precision keys: contiguous, in a ring or in pages."""
+
+# Triton's own types know neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saccade.core import AttentionOutput, PagedKV, Span
+from saccade.ops.attention.nvidia.block_lists import block_lists_of
+from saccade.ops.attention.nvidia.problem import Problem
+from saccade.ops.attention.nvidia.triton.decode import decode_kernel
+from saccade.ops.attention.nvidia.triton.launch import (
+    compile_options,
+    constants,
+    mask_args_of,
+    score_args_of,
+    seqlen_info_of,
+)
+from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.kernel_args import MAX_SPANS, PageTable, StridedTensor
+from saccade.ops.gpu.launching import pdl_options, strided
+from saccade.ops.gpu.support import multiprocessors
+from saccade.ops.tuning import tables as tuning
+
+
+class RowTiling(NamedTuple):
+    """How the rows of a KV head, which are queries times heads of its group, are cut into tiles.
+
+    Attributes:
+        launch: the kernel's configuration; block_m: rows of a tile; tiles: number of tiles.
+    """
+
+    launch: tuning.Launch
+    block_m: int
+    tiles: int
+
+
+def page_table_of(kv: PagedKV) -> PageTable:
+    """The page table of a view whose KV heads share their pages."""
+    return PageTable(kv.page_table, kv.page_table.stride(0), 0, kv.k.stride(0), kv.v.stride(0))
+
+
+def flat_spans(spans: tuple[Span, ...]) -> tuple[int, ...]:
+    """(slot, position, length) of MAX_SPANS spans, padded with empty ones: one kernel for all."""
+    padded = (*spans, *(Span(0, 0, 0),) * (MAX_SPANS - len(spans)))
+    return tuple(number for span in padded for number in span)
+
+
+def empty_output(problem: Problem) -> AttentionOutput:
+    """The output of a problem without queries."""
+    return SplitKVPartials(problem, 1).combine(problem.q.dtype)
+
+
+def row_tiling(problem: Problem, heads: int, table: tuning.Kernel) -> RowTiling:
+    """The tiling of a problem over `heads` KV heads by a kernel of the tuning tables."""
+    launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
+    rows = problem.q.shape[1] // heads * problem.q.shape[2]
+    block_m = min(max(16, next_power_of_two(rows)), launch.block_m)
+    return RowTiling(launch, block_m, cdiv(rows, block_m))
+
+
+def num_splits(problem: Problem, heads: int, slots: int, tiling: RowTiling) -> int:
+    """How many programs share the keys of a row tile: as many as fill the GPU and have work."""
+    launch = tiling.launch
+    reach = slots
+    if problem.window is not None:
+        reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
+    programs = problem.q.shape[0] * heads * tiling.tiles
+    wanted = launch.per_sm * multiprocessors(problem.q.device)
+    return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))
+
+
+def decode_into(
+    partials: SplitKVPartials,
+    problem: Problem,
+    pages: PageTable,
+    spans: tuple[int, ...] | None,
+    slots: int,
+    *,
+    first: int,
+    splits: int,
+    origin: Tensor | None = None,
+) -> None:
+    """Compute the splits first .. first + splits - 1 of `partials` over full-precision keys."""
+    (batch, q_heads, q_len), heads = problem.q.shape[:3], kv_heads(problem, pages)
+    launch, block_m, row_tiles = row_tiling(problem, heads, tuning_table(pages))
+    groups = q_heads // heads
+    seqlen_info = seqlen_info_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
+    decode_kernel[(splits * row_tiles, batch * heads)](
+        strided(problem.q),
+        strided_storage(problem.k, pages),
+        strided_storage(problem.v, pages),
+        strided(partials.out[first]),
+        partials.lse[first],
+        pages,
+        spans,
+        seqlen_info,
+        mask_args_of(problem),
+        score_args_of(problem),
+        block_lists_of(problem, row_tiles, block_m, launch.block_n, groups=groups),
+        q_len,
+        slots if pages.positions is not None else problem.num_keys,
+        slots,
+        problem.q_offset,
+        splits,
+        partials.out.stride(0),
+        partials.lse.stride(0),
+        heads,
+        groups,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block_n,
+        PAGE=_page_size(problem.k, pages),
+        **constants(problem),
+        **pdl_options(problem.q.device),
+        **compile_options(launch),
+    )
+
+
+def strided_storage(x: Tensor, pages: PageTable) -> StridedTensor:
+    """Pointer and strides of storage: pages have no batch, and those of a ragged view no heads."""
+    if pages.table is None:
+        return strided(x)
+    if pages.positions is None:
+        return StridedTensor(x, 0, x.stride(1), x.stride(2))
+    return StridedTensor(x, 0, 0, x.stride(1))
+
+
+def kv_heads(problem: Problem, pages: PageTable) -> int:
+    """KV heads of the storage; a ragged view's pages belong to one head each, so its table says."""
+    return problem.k.shape[1] if pages.positions is None else pages.table.shape[1]
+
+
+def tuning_table(pages: PageTable) -> tuning.Kernel:
+    """The tuning table for keys that are stored so."""
+    return tuning.DECODE if pages.table is None else tuning.DECODE_PAGED
+
+
+def _page_size(x: Tensor, pages: PageTable) -> int:
+    """Slots of a page, 1 without pages."""
+    if pages.table is None:
+        return 1
+    return x.shape[2] if pages.positions is None else x.shape[1]
