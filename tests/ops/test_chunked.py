@@ -16,7 +16,8 @@ from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attention.combine import Combiner
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
-from tests.support.cases import nothing_matters, on
+from tests.support.cases import on
+from tests.support.views import in_spans
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 
@@ -92,10 +93,10 @@ def test_quantized_keys_are_dequantized_in_chunks(monkeypatch, mask, extra):
 def test_spans_of_a_ring_are_chunks(mask, extra):
     k, v = torch.randn(2, 2, 60, 16), torch.randn(2, 2, 60, 16)
     spans = (Span(0, 0, 3), Span(25, 3, 40), Span(8, 43, 17))
-    ring = nothing_matters(k, v, spans, 70)
-    moved = DenseKV(*on(DEVICE, *ring), spans)
+    ring = in_spans(k, v, spans, 70)
+    moved = DenseKV(*on(DEVICE, ring.k, ring.v), spans)
     more = options(extra, 33, 60)
-    compare(torch.randn(2, 4, 33, 16), DenseKV(*ring, spans), moved, mask, more)
+    compare(torch.randn(2, 4, 33, 16), ring, moved, mask, more)
 
 
 @runs_kernels

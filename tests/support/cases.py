@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from saccade.core import BlockSelection, Span
+from saccade.core import BlockSelection
 from saccade.ops import explain
 from tests.support.random_inputs import generator
-from tests.support.views import in_spans
 
 # Backends that run on this machine's CPU; those for GPUs have tests of their own.
 HERE = sorted(
@@ -102,14 +101,6 @@ def on(device: str, *values: Any) -> Any:
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
     return move(values[0]) if len(values) == 1 else [move(x) for x in values]
-
-
-def nothing_matters(
-    k: torch.Tensor, v: torch.Tensor, spans: tuple[Span, ...], slots: int
-) -> list[torch.Tensor]:
-    """Keys and values laid out in a ring by `spans`, NaN in every slot that is in none."""
-    view = in_spans(k, v, spans, slots)
-    return [view.k, view.v]
 
 
 def all_cases() -> list[Case]:
