@@ -1,6 +1,6 @@
 """Print the lowest versions that pyproject.toml allows, as requirements for pip.
 
-    python scripts/floors.py          numpy==2.0.0 transformers==5.16.0 gguf==0.17.0
+    python scripts/floors.py          numpy==2.0.0 transformers==5.16.0 ...
 
 torch is left out: its oldest release has no small wheel for CPUs (CONTRIBUTING.md).
 """
