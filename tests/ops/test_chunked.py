@@ -71,7 +71,7 @@ def pairs(masks):
 def test_quantized_keys_are_dequantized_in_chunks(monkeypatch, mask, extra):
     from saccade.ops.attention.nvidia import chunked
 
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
     k, v, recent = torch.randn(2, 2, 80, 16), torch.randn(2, 2, 80, 16), torch.randn(2, 2, 23, 16)
     keys = stored(k, quantize_keys, 8, 16)
     values = stored(v, quantize_values, 4, 16)
@@ -104,7 +104,7 @@ def test_chunks_outside_a_window_are_not_dequantized(monkeypatch):
     """Of a long history only the chunks that a window reaches are dequantised."""
     from saccade.ops.attention.nvidia import chunked
 
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
     ranges = []
     original = chunked.dequantize_range
     monkeypatch.setattr(
