@@ -2,7 +2,6 @@
 
     python benchmarks/caches.py                          # every length and row; hours on one core
     python benchmarks/caches.py --length 8192 --row int  # parts of names
-    python benchmarks/caches.py --publish                # the record's table into docs/caches.md
 
 Rows are added to the record as they finish and never measured twice (`--again` does), so a run
 can be stopped and taken up at any time.  The first row of a length is the baseline; the
@@ -14,11 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +28,17 @@ from saccade.evals.rows import RowSpec
 from saccade.evals.text import default_text
 from saccade.hf.model import HFModel
 from saccade.ops.attention.cpu import binding
-from saccade.report.environment import machine_facts
+from saccade.report.comparison import Row
 from saccade.report.files import write_whole
+from saccade.report.markdown import table_text
 from saccade.report.numbers import MISSING, as_bytes, as_share, significant, with_error
-from saccade.report.record import Row
+from saccade.report.record import as_text, origin
+from saccade.report.table import Cell, Heading, Line, Table
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/caches-smollm2.json"
-KILLS = ROOT / "benchmarks/results/kill-sessions.json"
-PAGE = ROOT / "docs/caches.md"
 KEPT = ROOT / "out/caches"
+SCHEMA, KILLS_SCHEMA = "saccade.caches/1", "saccade.kills/1"
 BASELINE = "dense fp32"
 LENGTHS = (2048, 8192, 16384)
 SCORED, ANSWER, QUESTION = 256, 32, 32
@@ -109,11 +107,8 @@ def facts(runner: HFModel) -> dict[str, Any]:
     """Of the machine and the model, at the time a row is measured."""
     return {
         "model": runner.facts.name,
-        "threads": torch.get_num_threads(),
         "kernels": "C++" if binding.extension() is not None else "torch",
-        "machine": machine_facts(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": saccade.__version__,
+        **origin(),
     }
 
 
@@ -121,7 +116,7 @@ def read_record() -> dict[str, Any]:
     """What has been measured so far."""
     if RECORD.exists():
         return json.loads(RECORD.read_text())
-    return {"schema": "saccade.caches/1", "scored": SCORED, "answer": ANSWER, "rows": []}
+    return {"schema": SCHEMA, "scored": SCORED, "answer": ANSWER, "rows": []}
 
 
 def add(length: int, row: Row, where: dict[str, Any]) -> None:
@@ -137,8 +132,7 @@ def add(length: int, row: Row, where: dict[str, Any]) -> None:
         row.decode_tps = max(row.decode_tps or 0, old["decode_tps"])
     entry = {"length": length, **dataclasses.asdict(row), "runs": runs, "where": where}
     rows = sorted([*others, entry], key=lambda r: (r["length"], names.index(r["name"])))
-    text = json.dumps({**record, "rows": rows}, indent=1, allow_nan=False)
-    write_whole(RECORD, text + "\n")
+    write_whole(RECORD, as_text({**record, **origin(), "rows": rows}))
 
 
 def to_markdown(record: dict[str, Any]) -> str:
@@ -151,18 +145,16 @@ def to_markdown(record: dict[str, Any]) -> str:
         "Same top": lambda r: as_share(r.same_top or 0),
         "Perplexity": lambda r: with_error(r.perplexity or 0, r.perplexity_se),
     }
-    lines = [
-        "| " + " | ".join(["Tokens", "Keys and values", *columns]) + " |",
-        "| ---: | --- |" + " ---: |" * len(columns),
-    ]
+    lines: list[Line] = []
     names = {field.name for field in dataclasses.fields(Row)}
     for entry in record["rows"]:
         row = Row(**{k: v for k, v in entry.items() if k in names})
         tokens = f"{entry['length']:,}"
         tokens += " (YaRN)" if row.options.get("rope_scaling_type") == "yarn" else ""
-        cells = [tokens, row.name, *(show(row) for show in columns.values())]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [Cell(row.name), *(Cell(show(row)) for show in columns.values())]
+        lines.append(Line(tokens, cells))
+    headings = [Heading("Keys and values", right=False), *map(Heading, columns)]
+    return table_text(Table(headings, lines, "Tokens")) + "\n"
 
 
 def _kl(row: Row) -> str:
@@ -183,16 +175,6 @@ def kills_in_words(kills: dict[str, Any]) -> str:
     )
 
 
-def published(page: str, record: dict[str, Any], kills: dict[str, Any]) -> str:
-    """A page with the renderings of both records between their marks."""
-    table = r"(<!-- table: benchmarks/results/caches-smollm2.json -->\n).*?(<!-- end of table -->)"
-    kill_text = (
-        r"(<!-- kills: benchmarks/results/kill-sessions.json -->\n).*?(<!-- end of kills -->)"
-    )
-    page = re.sub(table, lambda m: m[1] + to_markdown(record) + m[2], page, flags=re.DOTALL)
-    return re.sub(kill_text, lambda m: m[1] + kills_in_words(kills) + m[2], page, flags=re.DOTALL)
-
-
 def _means(word: str, name: str) -> bool:
     """Whether a word of the command line is the name of a row, or a part of it."""
     return word == name or (word not in ROWS and word in name)
@@ -202,28 +184,24 @@ def main() -> int:
     """Measure what is asked for and not yet in the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, action="append", help=f"of {LENGTHS}; default all")
-    parser.add_argument("--row", action="append", help=f"parts of {', '.join(ROWS)}; default all")
+    parser.add_argument(
+        "--row", action="append", help="a name in ROWS or a part of one; default all"
+    )
     parser.add_argument("--again", action="store_true", help="measure rows anew")
-    parser.add_argument("--publish", action="store_true", help="only put the table into the page")
     args = parser.parse_args()
-    record = read_record()
-    if not args.publish:
-        names = [n for n in ROWS if args.row is None or any(_means(r, n) for r in args.row)]
-        model = saccade.load_model("smollm2")
-        runner = HFModel(model.model, model.name, model.n_ctx_train)
-        tokens = model.tokenizer(default_text()).input_ids
-        have = {(r["length"], r["name"]) for r in record["rows"]}
-        for length in args.length or LENGTHS:
-            for name in names:
-                if (length, name) in have and not args.again:
-                    continue
-                spec = spec_of(name, length, model.n_ctx_train)
-                row = measured(spec, trial_of(model, runner, tokens, length), length)
-                add(length, row, facts(runner))
-                print(length, json.dumps(dataclasses.asdict(row)), flush=True)
-    elif record["rows"]:
-        kills = json.loads(KILLS.read_text())
-        PAGE.write_text(published(PAGE.read_text(), record, kills))
+    names = [n for n in ROWS if args.row is None or any(_means(r, n) for r in args.row)]
+    model = saccade.load_model("smollm2")
+    runner = HFModel(model.model, model.name, model.n_ctx_train)
+    tokens = model.tokenizer(default_text()).input_ids
+    have = {(r["length"], r["name"]) for r in read_record()["rows"]}
+    for length in args.length or LENGTHS:
+        for name in names:
+            if (length, name) in have and not args.again:
+                continue
+            spec = spec_of(name, length, model.n_ctx_train)
+            row = measured(spec, trial_of(model, runner, tokens, length), length)
+            add(length, row, facts(runner))
+            print(length, json.dumps(dataclasses.asdict(row)), flush=True)
     print(to_markdown(read_record()), end="")
     return 0
 

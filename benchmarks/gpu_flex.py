@@ -42,11 +42,11 @@ def selection_mask(allowed: Tensor, groups: int) -> BlockMask:
         return q >= k
 
     return BlockMask.from_kv_blocks(
-        *_listed(wide & edge), *_listed(wide & below), BLOCK_SIZE=BLOCK, mask_mod=causal
+        *_indices(wide & edge), *_indices(wide & below), BLOCK_SIZE=BLOCK, mask_mod=causal
     )
 
 
-def _listed(seen: Tensor) -> tuple[Tensor, Tensor]:
+def _indices(seen: Tensor) -> tuple[Tensor, Tensor]:
     """Counts `[B, H, rows]` and indices `[B, H, rows, columns]`, int32, seen blocks first."""
     order = torch.argsort(seen.to(torch.int8), dim=-1, descending=True, stable=True)
     return seen.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -1,12 +1,12 @@
 """How many sessions are lost when a process that saves them is killed at random?
 
-A child reads tokens and saves in a loop, and reports through a pipe what it has saved.  After the
-kill the file must load and hold at least what the child reported.  Two ways to be killed:
+A child reads tokens and saves in a loop, reporting through a pipe what it has saved.  Then the file
+must load, and hold no less than what the child reported.  Two ways to die:
 
     at a moment   SIGKILL from outside, anywhere in reading, saving or renaming
     at a byte     the kernel ends the child when its file reaches a random length (RLIMIT_FSIZE)
 
-    python benchmarks/kill_sessions.py --kills 500 --cuts 500 --json record.json
+    python benchmarks/kill_sessions.py --kills 500 --cuts 500 --out record.json
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import struct
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import saccade
-from saccade.report.environment import machine_facts
+from saccade.report.files import write_whole
+from saccade.report.record import as_text, origin
 from saccade.runtime.session import load_session, save_session
 
 
@@ -43,14 +43,14 @@ def tiny_model(seed: int) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def save_forever(model: torch.nn.Module, path: Path, told: int) -> None:
+def save_forever(model: torch.nn.Module, path: Path, pipe: int) -> None:
     """Read a token, save, say how many tokens the file now holds; until killed."""
     with saccade.Context(model) as ctx:
         sampler = load_session(path, ctx)
         while True:
             list(ctx.stream(n_predict=1, sampler=sampler))
             save_session(path, ctx, sampler)
-            os.write(told, struct.pack("<q", ctx.seen))
+            os.write(pipe, struct.pack("<q", ctx.seen))
 
 
 def die_at_byte(size: int) -> None:
@@ -63,7 +63,7 @@ def die_at_byte(size: int) -> None:
 def one_death(
     model: torch.nn.Module, path: Path, *, seconds: float | None = None, size: int | None = None
 ) -> int:
-    """End a saving child; the tokens of the last save it told of, 0 for none."""
+    """End a saving child; the tokens of the last save it reported, 0 for none."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -117,7 +117,7 @@ class Trial:
             part.unlink()
 
 
-def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, object]:
+def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, int]:
     """Kill that many times at a moment and cut that many times at a byte; the figures."""
     torch.set_num_threads(1)  # so that a forked child has all the threads it needs
     chance, trial = random.Random(seed), Trial(folder, seed)
@@ -134,9 +134,6 @@ def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, object]:
         "saves": trial.held - trial.first,
         "bytes_per_session": trial.path.stat().st_size,
         "sessions_lost": trial.lost,
-        "machine": machine_facts(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": saccade.__version__,
     }
 
 
@@ -147,14 +144,13 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=300, help="at a random byte of the file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to save (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="where the record goes")
+    parser.add_argument("--out", type=Path, help="where the record goes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         figures = run(args.kills, args.cuts, args.folder or Path(temporary), args.seed)
-    text = json.dumps(figures, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n")
+    print(json.dumps(figures))
+    if args.out is not None:
+        write_whole(args.out, as_text({"schema": "saccade.kills/1", **origin(), **figures}))
     return 1 if figures["sessions_lost"] else 0
 
 

@@ -1,6 +1,6 @@
 """What quantised keys cost by format and group size, on the real model: bytes and KL divergence.
 
-    python benchmarks/kv_groups.py --context 2048 > benchmarks/results/kv-groups.json
+    python benchmarks/kv_groups.py --context 2048 --out benchmarks/results/kv-groups.json
 
 Every setting reads the same context in chunks of 512 and scores the same continuation in chunks of
 16, teacher-forced; the divergence is relative to caches in the model's own precision.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from saccade.cache import DenseCache, LayerCache, QuantizedCache
 from saccade.evals.text import default_text
 from saccade.hf import SaccadeCache, attach
 from saccade.hf.load import load_model
-from saccade.report.environment import machine_facts
+from saccade.report.files import write_whole
+from saccade.report.record import as_text, origin
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"bits_k": 8, "bits_v": 8},
@@ -67,14 +67,15 @@ def main() -> None:
     parser.add_argument(
         "--no-hadamard", action="store_true", help="also without the Hadamard transform"
     )
+    parser.add_argument("--out", type=Path, help="where the record goes")
     args = parser.parse_args()
     loaded = load_model(args.model)
     ids = loaded.tokenizer(default_text()).input_ids[: args.context + args.scored]
     tokens = torch.tensor(ids)[None]
     exact, size = log_probs(loaded.model, tokens, args.context, DenseCache)
     rows: list[dict[str, Any]] = [{"format": "dense", "bytes": size}]
-    hadamard_options = (True, False) if args.no_hadamard else (True,)
-    for name, group, hadamard in itertools.product(args.formats, args.groups, hadamard_options):
+    ways = (True, False) if args.no_hadamard else (True,)
+    for name, group, hadamard in itertools.product(args.formats, args.groups, ways):
         options = {**FORMATS[name], "group": group, "hadamard": hadamard}
 
         def make(options: dict[str, Any] = options) -> LayerCache:
@@ -83,9 +84,11 @@ def main() -> None:
         ours, size = log_probs(loaded.model, tokens, args.context, make)
         setting = {"format": name, "group": group, "hadamard": hadamard, "bytes": size}
         rows.append({**setting, **compare(ours, exact)})
-        print(rows[-1], file=sys.stderr, flush=True)
+        print(rows[-1], flush=True)
     settings = {"model": loaded.name, "context": args.context, "scored": args.scored}
-    print(json.dumps({"settings": settings, "machine": machine_facts(), "rows": rows}, indent=1))
+    if args.out is not None:
+        record = {"schema": "saccade.kv_groups/1", **origin(), "settings": settings, "rows": rows}
+        write_whole(args.out, as_text(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Numbers as people read and write them; below all floors, because it needs nothing."""
+"""Numbers as people read and write them; it imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def significant(value: float, digits: int = 3) -> str:
 
 def as_bytes(count: float) -> str:
     """Bytes in binary units: `212 MiB`, `1.25 GiB`."""
-    for unit in _UNITS:
-        if abs(count) < 999.5 or unit == _UNITS[-1]:
-            break
-        count /= 1024
-    return f"{count:.0f} B" if unit == "B" else f"{significant(count)} {unit}"
+    power = 0
+    while abs(count) >= 999.5 and power < len(_UNITS) - 1:
+        count, power = count / 1024, power + 1
+    return f"{significant(count)} {_UNITS[power]}" if power else f"{count:.0f} B"
 
 
 def parse_bytes(text: str) -> int:

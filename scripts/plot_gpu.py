@@ -19,6 +19,12 @@ COLORS = {
     "cuDNN": "#c2410c",
     "FlashAttention-2": "#b8860b",
 }
+NAMES = {
+    "gluon": "saccade, Gluon",
+    "triton": "saccade, Triton",
+    "cudnn": "cuDNN",
+    "flash2": "FlashAttention-2",
+}
 Series = dict[str, dict[int, float]]
 
 
@@ -30,26 +36,25 @@ def read(name: str) -> dict:
 def prefill() -> tuple[Series, float]:
     """Causal D 128, TFLOP/s by length, and the rate of a large matrix product."""
     record = read("h200_attention")
-    names = {"gluon": "saccade, Gluon", "triton": "saccade, Triton", "cudnn": "cuDNN"}
-    names["flash2"] = "FlashAttention-2"
-    rows = [r for r in record["rows"] if r["case"] == "forward" and r["dim"] == 128]
-    rows = [r for r in rows if r["causal"] and r["window"] is None]
-    series = {title: {r["length"]: r[key] for r in rows} for key, title in names.items()}
-    return series, record["ceilings"]["matmul_tflops"]
+    rows = [r for r in record["rows"] if r["case"] == "forward" and r["head_dim"] == 128]
+    rows = [r for r in rows if r.get("causal", True)]
+    return _series(rows, NAMES, "tflop"), record["ceilings"]["matmul_tflops"]
 
 
 def decode() -> tuple[Series, float]:
     """Batch 1, bfloat16, GB/s by number of keys, and the read ceiling."""
     record = read("h200_attention")
-    rows = [
-        r
-        for r in record["rows"]
-        if r["case"] == "decode" and r["kind"] == "dense" and r["batch"] == 1 and not r["window"]
-    ]
-    keys = {"gluon_gbs": "saccade, Gluon", "triton_gbs": "saccade, Triton"}
-    keys |= {"cudnn_gbs": "cuDNN", "flash2_gbs": "FlashAttention-2"}
-    series = {title: {r["length"]: r[key] for r in rows} for key, title in keys.items()}
-    return series, record["ceilings"]["read_gbs"]
+    rows = [r for r in record["rows"] if r["case"] == "decode"]
+    rows = [r for r in rows if not {"batch", "storage", "window"} & set(r)]
+    return _series(rows, NAMES, "gbytes"), record["ceilings"]["read_gbs"]
+
+
+def _series(rows: list[dict], names: dict[str, str], work: str) -> Series:
+    """Work a second by number of keys, for each of the backends."""
+    return {
+        title: {r["keys"]: 1e3 * r[work] / r["ms"][key] for r in rows if key in r["ms"]}
+        for key, title in names.items()
+    }
 
 
 def draw(axes: Axes, series: Series, ceiling: float, title: str, unit: str, limit: str) -> None:

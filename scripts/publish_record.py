@@ -1,31 +1,59 @@
-"""Put a record of `make demo` where the README shows it: the record, its table, its picture.
+"""Render stored records where README and docs show them, between `<!-- table: RECORD -->` marks.
 
-python scripts/publish_record.py out/compare.json
+python -m scripts.publish_record                   # every page that has such marks
+python -m scripts.publish_record out/compare.json  # first put a record of `make demo` in its place
 """
 
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from benchmarks import caches, gpu_models, gpu_run, gpu_tables
+from saccade.bench import record as bench
+from saccade.bench import table as bench_table
+from saccade.report import comparison
 from saccade.report.figures import to_png
 from saccade.report.markdown import to_markdown
-from saccade.report.record import read
 
 ROOT = Path(__file__).parents[1]
-RECORD = "benchmarks/results/compare-smollm2-quick.json"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEMO = ROOT / "benchmarks/results/compare-smollm2-quick.json"
+MARKS = re.compile(r"(<!-- table: (\S+) ?(\S*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+# How a record of a schema is shown: its path, its content and the part of it that is asked for.
+RENDER: dict[str, Callable[[Path, dict[str, Any], str], str]] = {
+    comparison.SCHEMA: lambda path, data, part: to_markdown(comparison.read(path)),
+    bench.SCHEMA: lambda path, data, part: bench_table.to_markdown(bench.read(path)),
+    caches.SCHEMA: lambda path, data, part: caches.to_markdown(data),
+    caches.KILLS_SCHEMA: lambda path, data, part: caches.kills_in_words(data),
+    gpu_run.SCHEMA: lambda path, data, part: gpu_tables.to_markdown(data, part),
+    gpu_models.SCHEMA: lambda path, data, part: gpu_tables.model_to_markdown(data),
+}
 
 
-def main(source: str) -> None:
-    """Copy the record, draw the picture, and replace the table between its marks."""
-    report = read(Path(source))
-    report.write(ROOT / RECORD)
-    (ROOT / "docs/img/compare.png").write_bytes(to_png(report))
-    readme = ROOT / "README.md"
-    marks = rf"(<!-- table: {RECORD} -->\n).*?(<!-- end of table -->)"
-    table = to_markdown(report)
-    text = re.sub(marks, lambda m: m[1] + table + m[2], readme.read_text(), flags=re.DOTALL)
-    readme.write_text(text)
+def published(text: str) -> str:
+    """A page with what stands between its marks rendered again."""
+    return MARKS.sub(lambda m: m[1] + _rendered(ROOT / m[2], m[3], m[4]) + m[5], text)
+
+
+def _rendered(path: Path, part: str, before: str) -> str:
+    """The record as text; records from before schemas were written stay as they are."""
+    data = json.loads(path.read_text())
+    return RENDER[data["schema"]](path, data, part) if "schema" in data else before
+
+
+def main() -> None:
+    """Render every page; a record given as an argument becomes the README's."""
+    if len(sys.argv) > 1:
+        report = comparison.read(Path(sys.argv[1]))
+        report.write(DEMO)
+        (ROOT / "docs/img/compare.png").write_bytes(to_png(report))
+    for page in PAGES:
+        page.write_text(published(page.read_text()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

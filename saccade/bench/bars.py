@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from saccade.bench.cases import Bar, Case
 from saccade.bench.reads import READS
-from saccade.bench.record import BarResult, Record, Row
+from saccade.bench.record import BarResult, Benchmark, Row
 
 
-def evaluate(record: Record, row: Row, case: Case) -> list[BarResult]:
+def evaluate(record: Benchmark, row: Row, case: Case) -> list[BarResult]:
     """Results of the bars of `case` for a row of ours."""
     return [_result(bar, value_of(bar, row, record)) for bar in case.bars]
 
@@ -21,14 +21,16 @@ def _result(bar: Bar, value: float | None) -> BarResult:
     )
 
 
-def value_of(bar: Bar, row: Row, record: Record) -> float | None:
+def value_of(bar: Bar, row: Row, record: Benchmark) -> float | None:
     """What the bar measures, None where something it needs was not timed."""
     if row.seconds is None:
         return None
     if bar.measure == "peak":
         return row.flops / row.seconds / record.ceilings.fma_peak
     if bar.measure == "bandwidth":
-        alone = record.find(row.case, READS)  # in the same turns, where it was measured
+        alone = record.find(
+            row.case, READS
+        )  # sampled alternately with the row, where it was measured
         rate = alone.byte_rate if alone is not None else None
         return row.nbytes / row.seconds / (rate or record.ceilings.read_bandwidth)
     peer = bar.measure == "torch"

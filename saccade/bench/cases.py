@@ -2,7 +2,8 @@
 
 Work is counted exactly, from `Mask.num_pairs`: a visible (query, key) pair costs 2 D + 2 Dv
 floating-point operations a head forward, and 2.5 times that backward (five products for two).
-Bytes are those that nobody can avoid: every key, value and query read once, the output written.
+Bytes are the least that any kernel must move: keys, values and queries read once, the output
+written.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Case:
     """One problem: batch 1, causal, the queries at the end of the keys.
 
     Attributes:
-        group: cases of a group are timed together, in turns.
+        group: cases of a group are timed together, their samples alternating.
         storage: of keys and values.  Queries have it too where it is a float type, else `q_type`.
-        rotated: quantised keys and values are Hadamard-rotated, as the cache has them by default.
+        hadamard: quantised keys and values are Hadamard-transformed, as the cache stores them by
+            default.
         peers: whom to time on the same tensors ("torch", "flex").
         quick: belongs to the one-minute subset.
     """
@@ -85,12 +87,12 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells the case from others of its group."""
-        return f"{self.storage} rotated" if self.hadamard else self.storage
+        """What distinguishes the case from others of its group."""
+        return f"{self.storage} hadamard" if self.hadamard else self.storage
 
     @property
     def mask(self) -> Mask:
-        """Who sees whom."""
+        """Which keys each query attends to."""
         return Mask(causal=True, window=self.window)
 
     @property
@@ -111,7 +113,7 @@ class Case:
 
     @property
     def num_quantized(self) -> int:
-        """Tokens stored as codes."""
+        """Tokens that are stored quantized."""
         return max(0, self.kv_len - RECENT) // GROUP * GROUP if self.storage in BITS else 0
 
     @property
@@ -245,7 +247,7 @@ def selected(
 
 
 def batches(cases: Sequence[Case]) -> list[list[Case]]:
-    """Cases that are timed in turns: those of a group, joined with groups their bars refer to."""
+    """Cases that are timed together: those of a group, and of groups that their bars refer to."""
     found: list[list[Case]] = []
     for case in cases:
         against = {bar.against for bar in case.bars}

@@ -18,7 +18,7 @@ import torch
 TARGET = "SACCADE_CPU_TARGET"  # for tests: which of the compiled kernels to use
 EXTENSION = "extension"
 STAND_IN = "torch matmul and sum (a stand-in, below the true ceiling)"
-BUSY = 0.85  # a sample below this share of the best one: somebody else used the machine
+BUSY = 0.85  # a sample below this share of the best one: something else used the machine
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def extension() -> ModuleType | None:
 
 
 def _target() -> str:
-    """The instruction set that the kernels were told to use; the ceiling has to match it."""
+    """The instruction set that the kernels were asked to use; the ceiling has to match it."""
     return os.environ.get(TARGET, "")
 
 

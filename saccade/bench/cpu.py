@@ -1,11 +1,10 @@
-"""The CPU benchmark: every case through the gate, then timed in turns with its peers."""
+"""The CPU benchmark: every case is checked, then timed alternately with its peers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
 
@@ -19,11 +18,11 @@ from saccade.bench.gate import Gate
 from saccade.bench.inputs import Inputs, make
 from saccade.bench.peers import PEERS, Call, backward, forget_compiled
 from saccade.bench.reads import reading
-from saccade.bench.record import Record, Row
+from saccade.bench.record import Benchmark, Row
 from saccade.core import Unsupported
 from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import attend, make_call
-from saccade.report.environment import machine_facts
+from saccade.report.record import origin
 
 BUDGET, QUICK_BUDGET = 2.0, 0.6  # seconds of samples for each candidate
 OnProgress = Callable[[int, int, str], None]
@@ -44,7 +43,7 @@ def run(
     with_flex: bool = False,
     quick: bool = False,
     on_progress: OnProgress = lambda done, total, label: None,
-) -> Record:
+) -> Benchmark:
     """Measure the cases; Ctrl-C ends the run early and keeps the finished batches.
 
     Args:
@@ -71,15 +70,9 @@ def run(
     return record
 
 
-def _empty_record(quick: bool) -> Record:
-    machine = machine_facts()
-    return Record(
-        machine=machine,
-        ceilings=ceilings.measure(torch.get_num_threads()),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=machine["saccade"],
-        quick=quick,
-    )
+def _empty_record(quick: bool) -> Benchmark:
+    found = ceilings.measure(torch.get_num_threads())
+    return Benchmark(**origin(), ceilings=found, quick=quick)
 
 
 def _prepare(
@@ -178,7 +171,7 @@ def _row(case: Case, backend: str, *, ours: bool) -> Row:
 
 
 def _time(candidates: Sequence[Candidate], budget: float) -> None:
-    """Fill in the times of the candidates, measured in turns."""
+    """Fill in the times of the candidates, whose samples alternate."""
     with torch.no_grad():
         times = timing.interleave([candidate.call for candidate in candidates], budget=budget)
     for candidate, taken in zip(candidates, times, strict=True):

@@ -1,7 +1,8 @@
-"""Timing on a GPU by CUDA events, and what the card could do at best.
+"""Timing on a GPU by CUDA events, and what the GPU could do at best.
 
-Random data always: zeros run faster.  The host is kept ahead of the card, so that its own time is
-not counted; short kernels are captured, several caches in turn, into one CUDA graph.
+Random data always: zeros run faster.  The host is kept ahead of the GPU, so that its own time is
+not counted; short kernels are captured, several caches in turn, into one CUDA graph.  Without a
+GPU a call is timed once by the host's clock, so that benchmarks can be tried on a CPU.
 """
 
 from __future__ import annotations
@@ -15,18 +16,32 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
-WARM_SECONDS = 0.1  # of work before the first sample: a card that idled is slow to reach its clocks
-AHEAD = 2_000_000  # cycles the card waits before a sample, while the host queues it
+WARM_SECONDS = 0.1  # of work before the first sample: a GPU that idled is slow to reach its clocks
+AHEAD = 2_000_000  # cycles the GPU waits before a sample, while the host queues it
+
+
+def on_gpu() -> bool:
+    """Whether there is a GPU to measure."""
+    return torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if on_gpu():
+        torch.cuda.synchronize()
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Normal random numbers on the card."""
-    return torch.randn(*shape, device="cuda", dtype=dtype)
+    """Normal random numbers on the GPU, or on the CPU where there is none."""
+    return torch.randn(*shape, device="cuda" if on_gpu() else "cpu", dtype=dtype)
 
 
 def seconds(run: Run, repeats: int = 15, warmup: int = 4) -> float:
     """Median time of one call by CUDA events."""
     begun = time.perf_counter()
+    if not on_gpu():
+        run()
+        return time.perf_counter() - begun
     while warmup > 0 or time.perf_counter() - begun < WARM_SECONDS:
         run()
         torch.cuda.synchronize()
@@ -45,6 +60,8 @@ def seconds(run: Run, repeats: int = 15, warmup: int = 4) -> float:
 
 def graph_seconds(runs: Sequence[Run], loops: int = 1, repeats: int = 15) -> float:
     """Median time of one of `runs`, captured one after the other in a CUDA graph."""
+    if not on_gpu():
+        return sum(map(seconds, runs)) / len(runs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

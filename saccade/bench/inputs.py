@@ -43,8 +43,9 @@ def make(case: Case, *, seed: int = SEED) -> Inputs:
     q = normal(case.heads, case.q_len)
     k, v = normal(case.kv_heads, case.kv_len), normal(case.kv_heads, case.kv_len)
     if case.work == "backward":
-        tensors = [x.requires_grad_() for x in (q, k, v)]
-        return Inputs(tensors[0], (DenseKV(*tensors[1:]),), normal(case.heads, case.q_len))
+        for x in (q, k, v):
+            x.requires_grad_()
+        return Inputs(q, (DenseKV(k, v),), normal(case.heads, case.q_len))
     view = _view(case, k, v)
     copies = [_copy(view) for _ in range(_num_copies(case) - 1)]
     return Inputs(q, (view, *copies))
@@ -88,7 +89,7 @@ def _view(case: Case, k: Tensor, v: Tensor) -> DenseKV | QuantizedKV:
 
 
 def coded(k: Tensor, v: Tensor, kind: str, recent: int = 0, v_group: int = GROUP) -> QuantizedKV:
-    """Codes of KINDS[kind] of all keys and values `[B, H, L, D]` but the last `recent`."""
+    """A quantised view of KINDS[kind] over keys and values `[B, H, L, D]` but the last `recent`."""
     bits_k, bits_v, fp8 = KINDS[kind]
     n = k.shape[2] - recent
     keys = quantize_keys(k[:, :, :n], bits=bits_k, group=GROUP, fp8=fp8)

@@ -34,7 +34,7 @@ QUOTED = (
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer and how its call is made; `title` is what people call it."""
+    """A peer and how its call is made; `title` is its name in tables."""
 
     title: str
     make: Callable[[Case, Inputs], Call]
@@ -112,7 +112,7 @@ def block_mask(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
 
 
 def block_lists(mask: Mask, q_len: int, kv_len: int) -> tuple[list[list[int]], list[list[int]]]:
-    """For each block of queries the blocks of keys it sees in part, and those it sees whole."""
+    """For each block of queries the blocks of keys that are visible in part, and in full."""
     partial: list[list[int]] = []
     full: list[list[int]] = []
     offset = kv_len - q_len

@@ -1,7 +1,7 @@
-"""Reading alone: the bytes of a case read once by a loop that does nothing else, in the same turns.
+"""Reading alone: a loop that only reads the bytes of a case, sampled alternately with the kernels.
 
 A ceiling measured minutes earlier is no ceiling on a machine whose memory others use as well, so
-decoding is compared with a reader that takes turns with it.
+decoding is compared with a reader whose samples alternate with its own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from saccade.ops.attention.cpu.binding import record as tensor_record
 
 READS = "reads"
 TITLE = "reading alone"
-_PIECE = 32 << 10  # floats that a thread reads at a time
+_READ = 32 << 10  # floats that a thread reads at a time
 
 
 def reading(row: Row) -> tuple[Row, Call] | None:
     """A row and a call that reads as many bytes as `row` needs; None without the C++ extension."""
     kernels = ceilings.extension()
-    floats = row.nbytes // 4 // _PIECE * _PIECE
+    floats = row.nbytes // 4 // _READ * _READ
     if kernels is None or floats == 0:
         return None
     vectors = cycle([torch.ones(floats) for _ in range(-(-COLD_BYTES // (4 * floats)))])

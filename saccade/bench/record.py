@@ -1,7 +1,4 @@
-"""The record of a benchmark run: what was measured, where, and how to read it back.
-
-The table, the picture and the docs are renderings of it; nothing is measured twice.
-"""
+"""The record of `saccade bench cpu`: a row for each case and backend, and the bars they met."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from saccade.bench.ceilings import Ceilings
-from saccade.core import BadInput
-from saccade.report.files import write_whole
+from saccade.report import record
+from saccade.report.record import Record
 
 SCHEMA = "saccade.bench.cpu/1"
 
@@ -74,13 +71,10 @@ class Row:
 
 
 @dataclass(slots=True, kw_only=True)
-class Record:
+class Benchmark(Record):
     """One run.  `complete` is False after Ctrl-C; `seconds` is its wall time."""
 
-    machine: dict[str, Any]
     ceilings: Ceilings
-    created: str
-    version: str
     quick: bool = False
     rows: list[Row] = field(default_factory=list)
     seconds: float = 0.0
@@ -97,8 +91,8 @@ class Record:
         found = (r for r in self.rows if r.case == case and r.backend == backend)
         return next((row for row in found if row.seconds is not None), None)
 
-    def to_json(self, *, indent: int | None = None) -> str:
-        """JSON text, one line by default; an infinite error becomes null."""
+    def to_json(self) -> str:
+        """One line of JSON; an infinite error becomes null."""
         data = asdict(self)
         data["ceilings"] |= {
             "fma_peak": self.ceilings.fma_peak,
@@ -107,30 +101,24 @@ class Record:
         for row in data["rows"]:
             if row["error"] is not None and row["error"] == float("inf"):
                 row["error"] = None
-        return json.dumps(data, indent=indent, allow_nan=False)
-
-    def write(self, path: Path) -> None:
-        """Write the record whole or not at all."""
-        write_whole(path, self.to_json(indent=1) + "\n")
+        return json.dumps(data, allow_nan=False)
 
 
-def read(path: Path) -> Record:
+def read(path: Path) -> Benchmark:
     """Read a record back.
 
     Raises:
         BadInput: not a record of this schema.
     """
-    try:
-        data = json.loads(path.read_text())
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema {data.get('schema')!r}")
-        ceilings = data.pop("ceilings")
-        for derived in ("fma_peak", "read_bandwidth"):
-            ceilings.pop(derived)
-        rows = [
-            Row(**{**row, "bars": [BarResult(**bar) for bar in row["bars"]]})
-            for row in data.pop("rows")
-        ]
-        return Record(**data, ceilings=Ceilings(**ceilings), rows=rows)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} is not a {SCHEMA} record ({error}).") from error
+    return record.read(path, SCHEMA, _made)
+
+
+def _made(data: dict[str, Any]) -> Benchmark:
+    ceilings = data.pop("ceilings")
+    for derived in ("fma_peak", "read_bandwidth"):
+        ceilings.pop(derived)
+    rows = [
+        Row(**{**row, "bars": [BarResult(**bar) for bar in row["bars"]]})
+        for row in data.pop("rows")
+    ]
+    return Benchmark(**data, ceilings=Ceilings(**ceilings), rows=rows)

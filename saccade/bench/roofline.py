@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from saccade.bench.record import Record, Row
+from saccade.bench.record import Benchmark, Row
 from saccade.report.numbers import significant
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ COLORS = {
 MARKS = {"prefill": "o", "decode": "s", "window": "D", "backward": "^"}
 WIDTH, HEIGHT, DPI = 9.6, 5.6, 160
 ASIDE = 1.1  # fp16 and bf16 move the same bytes
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -47,7 +47,7 @@ class Point:
     rate: float
 
 
-def points(record: Record) -> list[Point]:
+def points(record: Benchmark) -> list[Point]:
     """The rows that were timed."""
     return [
         Point(row, row.flops / row.nbytes, row.flop_rate / 1e9)
@@ -56,7 +56,7 @@ def points(record: Record) -> list[Point]:
     ]
 
 
-def to_png(record: Record) -> bytes:
+def to_png(record: Benchmark) -> bytes:
     """The picture as PNG bytes.
 
     Raises:
@@ -86,15 +86,17 @@ def to_png(record: Record) -> bytes:
     return out.getvalue()
 
 
-def _subtitle(record: Record) -> str:
+def _subtitle(record: Benchmark) -> str:
     ceilings = record.ceilings
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads != 1 else ''}"
     target = f", {ceilings.target}" if ceilings.target else ""
     stand_in = "" if ceilings.source == "extension" else "; ceilings by torch, a stand-in"
-    return f"{record.machine.get('cpu')}, {threads}{target}{stand_in}"
+    return f"{record.environment.get('cpu')}, {threads}{target}{stand_in}"
 
 
-def _limits(record: Record, found: list[Point]) -> tuple[tuple[float, float], tuple[float, float]]:
+def _limits(
+    record: Benchmark, found: list[Point]
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Axis limits that hold the knee of the roof and every point."""
     knee = record.ceilings.fma_peak / record.ceilings.read_bandwidth
     low = min(knee / 8, *(p.intensity for p in found)) / 2
@@ -120,7 +122,7 @@ def _frame(axes: Axes, x: tuple[float, float], y: tuple[float, float]) -> None:
     axes.set_ylabel("GF/s")
 
 
-def _roof(axes: Axes, record: Record, x: tuple[float, float]) -> None:
+def _roof(axes: Axes, record: Benchmark, x: tuple[float, float]) -> None:
     """The two ceilings, each with its name along it."""
     peak, bandwidth = record.ceilings.fma_peak / 1e9, record.ceilings.read_bandwidth / 1e9
     knee = peak / bandwidth
@@ -186,4 +188,4 @@ def _legend(axes: Axes, found: list[Point]) -> None:
     )  # fmt: skip
     for text in legend.get_texts():
         if text.get_text() in ("work", "storage", "who"):
-            text.set_weight("bold")
+            text.set_fontweight("bold")

@@ -1,4 +1,4 @@
-"""The human card: machine, ceilings, one table with ratios and bars, and what it adds up to."""
+"""The CPU benchmark as text: machine, ceilings, one table, what it adds up to."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import TYPE_CHECKING
 
 from saccade.bench.peers import PEERS, QUOTED
 from saccade.bench.reads import READS, TITLE
-from saccade.bench.record import BarResult, Record, Row
-from saccade.report.numbers import MISSING, as_duration, as_ratio, significant
+from saccade.bench.record import BarResult, Benchmark, Row
+from saccade.report.markdown import escape, table_text
+from saccade.report.numbers import MISSING, as_duration, as_ratio, as_time, significant
+from saccade.report.table import Cell, Heading, Line, Table
+from saccade.report.terminal import drawn
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
 BASES = {"prefill": "fp32", "decode": "bf16"}  # what the other storage types are compared with
 COLUMNS = ("time", "rate", "of ceiling", "vs torch", "vs base", "bars")
 
 
-def print_record(record: Record, console: Console) -> None:
-    """Print the card.  Names from the record are never read as markup."""
+def print_record(record: Benchmark, console: Console) -> None:
+    """Print heading, table and notes."""
     from rich.text import Text
 
     for line in heading(record):
         console.print(Text(line, style="dim"))
     console.print()
-    console.print(_table(record))
+    console.print(drawn(as_table(record)))
     console.print()
     for row in record.rows:
         if row.status != "ok":
@@ -36,9 +37,38 @@ def print_record(record: Record, console: Console) -> None:
         console.print(Text(line, style="dim"))
 
 
-def heading(record: Record) -> list[str]:
+def to_markdown(record: Benchmark) -> str:
+    """The same as GitHub-flavoured Markdown; ends with a newline."""
+    notes = [
+        f"- {row.status}: {row.case}, {title(row)}: {escape(row.note)}"
+        for row in record.rows
+        if row.status != "ok"
+    ]
+    above = "  \n".join(map(escape, heading(record)))
+    below = "  \n".join(map(escape, closing(record)))
+    parts = [above, table_text(as_table(record)), *(["\n".join(notes)] if notes else []), below]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_table(record: Benchmark) -> Table:
+    """Cases in groups, each computed by this package and by its peers."""
+    lines: list[Line] = []
+    for group, rows in groupby(record.rows, key=lambda row: row.group):
+        lines.append(Line(group, kind="group"))
+        for row in rows:
+            texts = [Cell(text) for text in cells(row, record)]
+            if row.status in ("WRONG", "failed"):
+                texts[0] = Cell(row.status, better=False)
+            bars = [Cell(as_bar(bar), better=bar.met) for bar in row.bars]
+            name = f"{row.label}, {title(row)}"
+            lines.append(Line(name, [*texts, bars], "row" if row.ours else "peer"))
+    headings = [Heading(name, right=name != COLUMNS[-1]) for name in COLUMNS]
+    return Table(headings, lines)
+
+
+def heading(record: Benchmark) -> list[str]:
     """Machine and ceilings, as lines."""
-    machine, ceilings = record.machine, record.ceilings
+    machine, ceilings = record.environment, record.ceilings
     target = f", kernels for {ceilings.target}" if ceilings.target else ""
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads != 1 else ''}"
     return [
@@ -48,7 +78,7 @@ def heading(record: Record) -> list[str]:
     ]
 
 
-def closing(record: Record) -> list[str]:
+def closing(record: Benchmark) -> list[str]:
     """What it adds up to, and what to keep in mind."""
     results = [bar for row in record.rows for bar in row.bars]
     met = sum(bar.met is True for bar in results)
@@ -68,13 +98,13 @@ def closing(record: Record) -> list[str]:
 
 
 def title(row: Row) -> str:
-    """Who computed a row, as people call it."""
+    """The name of what computed a row."""
     if row.backend == READS:
         return TITLE
     return f"saccade {row.backend}" if row.ours else PEERS[row.backend].title
 
 
-def cells(row: Row, record: Record) -> list[str]:
+def cells(row: Row, record: Benchmark) -> list[str]:
     """Texts of a row under COLUMNS without the bars."""
     if row.seconds is None:
         return [row.status, *[MISSING] * 4]
@@ -90,15 +120,15 @@ def cells(row: Row, record: Record) -> list[str]:
         ratio = base.seconds / row.seconds if row.work == "decode" else row.seconds / base.seconds
         what = "tokens/s" if row.work == "decode" else "time"
         against = f"{as_ratio(ratio)} {what}"
-    return [as_time(row), *_rates(row, record), faster, against]
+    return [_with_spread(row), *_rates(row, record), faster, against]
 
 
-def _base(row: Row, record: Record) -> Row | None:
+def _base(row: Row, record: Benchmark) -> Row | None:
     storage = BASES.get(row.work)
     return record.find(f"{row.group} {storage}", row.backend) if storage and row.ours else None
 
 
-def _rates(row: Row, record: Record) -> tuple[str, str]:
+def _rates(row: Row, record: Benchmark) -> tuple[str, str]:
     """Rate, and the share of whichever ceiling is the nearer one for this case."""
     assert row.seconds is not None and row.flop_rate is not None and row.byte_rate is not None
     by_fma = row.flops / record.ceilings.fma_peak / row.seconds
@@ -109,11 +139,10 @@ def _rates(row: Row, record: Record) -> tuple[str, str]:
     return f"{significant(rate / 1e9)} {unit}", f"{100 * max(by_fma, by_reads):.0f} % {limit}"
 
 
-def as_time(row: Row) -> str:
+def _with_spread(row: Row) -> str:
     """`171 ms ±2 %`: the median, and half the distance of the quartiles."""
     assert row.seconds is not None and row.spread is not None
-    millis = 1e3 * row.seconds
-    shown = f"{significant(millis)} ms" if millis < 10_000 else f"{significant(row.seconds)} s"
+    shown = as_time(row.seconds)
     return f"{shown} ±{50 * row.spread:.0f} %" if row.samples > 1 else shown
 
 
@@ -138,35 +167,3 @@ def as_bar(bar: BarResult) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(" ")[2]
-
-
-def _table(record: Record) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
-    table.add_column("")
-    for name in COLUMNS[:-1]:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(COLUMNS[-1])
-    for group, rows in groupby(record.rows, key=lambda row: row.group):
-        table.add_row(Text(group, style="bold"))
-        for row in rows:
-            texts: list[Text | str] = [Text(text) for text in cells(row, record)]
-            if row.status in ("WRONG", "failed"):
-                texts[0] = Text(row.status, style="bold red")
-            name = Text(f"  {row.label:12} {title(row)}", style="" if row.ours else "dim")
-            table.add_row(name, *texts, _bars(row))
-    return table
-
-
-def _bars(row: Row) -> Text:
-    from rich.text import Text
-
-    styles = {True: "green", False: "red", None: "dim"}
-    text = Text()
-    for index, bar in enumerate(row.bars):
-        text.append("\n" if index else "")
-        text.append(as_bar(bar), style=styles[bar.met])
-    return text

@@ -1,7 +1,7 @@
-"""Timing that a busy machine disturbs evenly: candidates take turns, medians are compared.
+"""Timing on a busy machine: samples of candidates alternate, medians are compared.
 
 Candidates run A B C A B C, never A A A B B B: a neighbour that steals a core for a second slows
-all of them, and ratios stay true where absolute times do not.  Taking turns has a price: OpenMP
+all of them, and ratios stay true where absolute times do not.  Alternating has a price: OpenMP
 workers of one candidate keep spinning for milliseconds after its last loop and would steal a core
 from the next one.  So a pause and a call that does not count stand before each short sample.
 """
@@ -45,9 +45,9 @@ def interleave(
     budget: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Time each call in turn until everyone has used `budget` seconds of its own.
+    """Sample the calls alternately until each has used `budget` seconds.
 
-    A call that ends its budget leaves the rounds; everyone gets at least three samples, except
+    A call that has used its budget leaves the rounds; each gets at least three samples, except
     calls of more than ten seconds, which get one.  Each call is warmed up first.
     """
     with _no_collection():

@@ -1,8 +1,8 @@
-"""Find the launch of each kernel and head dimension that is fastest on this card.
+"""Find the launch of each kernel and head dimension that is fastest on this GPU.
 
 Each candidate first computes a small odd problem, which is compared with the reference, then the
 problems to time, which have to agree with what the first right candidate made of them; a wrong one
-is refused.  What does not fit the card's shared memory, or does not compile, is passed over.  The
+is refused.  What does not fit the GPU's shared memory, or does not compile, is passed over.  The
 launch in use now stays unless another one wins by more than timings move from run to run.
 """
 
@@ -37,7 +37,7 @@ class Trial:
     """A launch that was tried.
 
     Attributes:
-        status: "ok", "WRONG" (refused), "cannot" (does not fit the card), "slow" or "failed".
+        status: "ok", "WRONG" (refused), "cannot" (does not fit the GPU), "slow" or "failed".
         seconds: geometric mean over the problems, None where it was not timed on all of them.
         note: why, where the status is not "ok".
     """
@@ -149,21 +149,21 @@ def _compare(problem: Problem, standards: list[Result | None], at: int) -> str:
 
 
 def _does_not_fit(error: Exception) -> bool:
-    """Whether Triton says that a launch asks for more than the card has."""
+    """Whether Triton says that a launch asks for more than the GPU has."""
     return type(error).__name__ in ("OutOfResources", "OutOfMemoryError", "PTXASError")
 
 
 def _still_alive(error: Exception) -> None:
-    """Raise where the card can no longer be used by this process, after an illegal access."""
+    """Raise where the GPU can no longer be used by this process, after an illegal access."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError as broken:
-            raise BrokenCard(" ".join(str(error).split())[:200]) from broken
+            raise BrokenGPU(" ".join(str(error).split())[:200]) from broken
 
 
-class BrokenCard(RuntimeError):
-    """A launch left the card in a state that only a new process mends."""
+class BrokenGPU(RuntimeError):
+    """A launch left the GPU in a state that only a new process mends."""
 
 
 @cache
@@ -188,8 +188,8 @@ def _candidates() -> dict[str, list[tuple[tuple[int, int], Launch]]]:
 
 def candidates(kernel: str, dim: int, *, quick: bool = False) -> list[Launch]:
     """Launches to try for a kernel and a head dimension, the most promising first."""
-    listed = [launch for (low, high), launch in _candidates()[kernel] if low <= dim <= high]
-    return listed[:FEW] if quick else listed
+    found = [launch for (low, high), launch in _candidates()[kernel] if low <= dim <= high]
+    return found[:FEW] if quick else found
 
 
 def enter(file: LaunchFile, found: Found) -> None:
@@ -198,10 +198,10 @@ def enter(file: LaunchFile, found: Found) -> None:
         rows = file.kernels.get(found.kernel, ())
         file.kernels[found.kernel] = launches.overlay(rows, ((found.dim, found.best.launch),))
     for trial in found.trials:
-        told = {"kernel": found.kernel, "dim": found.dim, "status": trial.status}
-        told |= {"seconds": trial.seconds} if trial.seconds is not None else {}
-        told |= {"note": trial.note} if trial.note else {}
-        file.trials.append(told | asdict(trial.launch))
+        entry = {"kernel": found.kernel, "dim": found.dim, "status": trial.status}
+        entry |= {"seconds": trial.seconds} if trial.seconds is not None else {}
+        entry |= {"note": trial.note} if trial.note else {}
+        file.trials.append(entry | asdict(trial.launch))
 
 
 def has_row(file: LaunchFile, kernel: str, dim: int) -> bool:

@@ -1,10 +1,8 @@
-"""The options of `saccade bench tune` and what they do."""
+"""What `saccade bench tune` does with its options."""
 
 from __future__ import annotations
 
 import sys
-import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ DIMS = (64, 128, 256)
 KERNELS = tuple(tune_work.SHAPES)
 NO_GPU = (
     "saccade bench tune needs an NVIDIA GPU, Ampere or newer, and torch finds none here. "
-    "Run it on the machine whose card the table is for; saccade doctor says what was found."
+    "Run it on the machine whose GPU the table is for; saccade doctor says what was found."
 )
 
 
@@ -37,7 +35,7 @@ class Bench:
 
     Attributes:
         sizes: of the problems, quick and full.
-        ceilings: what the card does at best, for the record.
+        ceilings: what the GPU does at best, for the record.
     """
 
     device: str
@@ -47,30 +45,25 @@ class Bench:
     ceilings: Callable[[], dict[str, float]]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument(
-        "--kernels", metavar="NAME", nargs="+", choices=KERNELS, default=KERNELS,
-        help=f"which kernels (default: all): {', '.join(KERNELS)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dims", metavar="D", nargs="+", type=_dim, default=DIMS,
-        help="head dimensions; a row serves those up to it (default: 64 128 256)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quick", action="store_true", help="shorter problems and four candidates a row"
-    )
-    parser.add_argument(
-        "--out", metavar="FILE",
-        help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
-        "kept, so a run that was stopped goes on",
-    )  # fmt: skip
-    parser.add_argument(
-        "--again", action="store_true", help="measure rows that the file already holds"
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to tune and where the table goes.
+
+    Attributes:
+        kernels: which ones; dims: head dimensions, a row serves those up to it.
+        quick: shorter problems and four candidates a row.
+        out: the table; default tuning-ARCHITECTURE.json here.
+        again: also measure rows that the file already holds.
+    """
+
+    kernels: Sequence[str] = KERNELS
+    dims: Sequence[int] = DIMS
+    quick: bool = False
+    out: str | None = None
+    again: bool = False
 
 
-def execute(args: Namespace, bench: Bench | None = None) -> int:
+def execute(options: Options, bench: Bench | None = None) -> int:
     """Measure, write the table after every row, show it, and say how it is used.
 
     Returns:
@@ -78,18 +71,18 @@ def execute(args: Namespace, bench: Bench | None = None) -> int:
     """
     bench = bench or on_the_card()
     arch = architecture(torch.device(bench.device))
-    path = Path(args.out or f"tuning-{arch}.json").expanduser()
+    path = Path(options.out or f"tuning-{arch}.json").expanduser()
     file = _file(path, arch)
     found: list[tuner.Found] = []
     complete = True
     try:
         file.measured = facts(bench)
-        _measure(args, bench, path, file, found)
+        _measure(options, bench, path, file, found)
     except KeyboardInterrupt:
         complete = False
-    except tuner.BrokenCard as error:
+    except tuner.BrokenGPU as error:
         complete = False
-        print(f"The card broke down: {error}", file=sys.stderr)
+        print(f"The GPU broke down: {error}", file=sys.stderr)
     _show(file.measured, found, complete=complete)
     if any(file.kernels.values()):
         _say_what_next(path, complete=complete)
@@ -120,38 +113,35 @@ def on_the_card() -> Bench:
 
 
 def facts(bench: Bench) -> dict[str, Any]:
-    """Card, versions, date and ceilings: what rows belong to."""
+    """What rows of a table belong to: the GPU, its ceilings, and what every record says."""
     from saccade.report import environment
+    from saccade.report.record import origin
 
-    names = environment.gpu_names() if bench.device == "cuda" else ["no card: the interpreter"]
+    names = environment.gpu_names() if bench.device == "cuda" else ["no GPU: the interpreter"]
     return {
         "gpu": names[0],
-        "torch": environment.version("torch"),
-        "triton": environment.version("triton"),
-        "cuda": torch.version.cuda,
-        "saccade": environment.machine_facts()["saccade"],
-        "date": time.strftime("%Y-%m-%d"),
+        **origin(),
         "type": str(bench.dtype).removeprefix("torch."),
         "ceilings": {name: round(value, 1) for name, value in bench.ceilings().items()},
     }
 
 
 def _measure(
-    args: Namespace, bench: Bench, path: Path, file: LaunchFile, found: list[tuner.Found]
+    options: Options, bench: Bench, path: Path, file: LaunchFile, found: list[tuner.Found]
 ) -> None:
-    jobs = [(kernel, dim) for kernel in args.kernels for dim in sorted(set(args.dims))]
+    jobs = [(kernel, dim) for kernel in options.kernels for dim in sorted(set(options.dims))]
     for at, (kernel, dim) in enumerate(jobs, 1):
-        if tuner.has_row(file, kernel, dim) and not args.again:
+        if tuner.has_row(file, kernel, dim) and not options.again:
             print(f"[{at}/{len(jobs)}] {kernel} {dim}: kept from {path}", file=sys.stderr)
             continue
-        tried = tuner.candidates(kernel, dim, quick=args.quick)
+        tried = tuner.candidates(kernel, dim, quick=options.quick)
         said = f"[{at}/{len(jobs)}] {kernel} {dim}: {len(tried)} candidates"
         print(said, file=sys.stderr, flush=True)
         example = torch.empty(0, dtype=bench.dtype, device=bench.device)
         each = tuner.Found(kernel, dim, tuning.pick(tuning.KERNELS[kernel], example, dim))
 
         def make(kernel: str = kernel, dim: int = dim) -> tune_work.Work:
-            sizes = bench.sizes(args.quick)
+            sizes = bench.sizes(options.quick)
             return tune_work.work(kernel, dim, sizes, bench.device, bench.dtype)
 
         tuner.tune(each, make, tried, bench.timer)
@@ -165,14 +155,14 @@ def _file(path: Path, arch: str) -> LaunchFile:
     """The file to go on with, or an empty one.
 
     Raises:
-        BadInput: it is another card's table, or none.
+        BadInput: it is the table of another GPU, or none.
     """
     if not path.exists():
         return LaunchFile(architecture=arch)
     file = launches.read(path, tuning.KERNELS)
     if file.architecture != arch:
         raise BadInput(
-            f"{path} is a table for {file.architecture}, and this card is {arch}. "
+            f"{path} is a table for {file.architecture}, and this GPU is {arch}. "
             "Choose another --out."
         )
     return file
@@ -185,22 +175,13 @@ def _write(path: Path, file: LaunchFile) -> None:
 
 
 def _show(measured: dict[str, Any], found: list[tuner.Found], *, complete: bool) -> None:
-    from rich.console import Console
-
-    from saccade.bench.options import PIPE_WIDTH
     from saccade.bench.tune_table import print_found
+    from saccade.report.terminal import to_stdout
 
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    print_found(measured, found, Console(file=sys.stdout, width=width), complete=complete)
+    print_found(measured, found, to_stdout(), complete=complete)
 
 
 def _say_what_next(path: Path, *, complete: bool) -> None:
     if not complete:
         print(f"{path} holds the rows measured so far. The same command goes on with the rest.")
     print(f"Wrote {path}. To use it: export {tuning.VARIABLE}={path.resolve()}")
-
-
-def _dim(text: str) -> int:
-    if not text.isdigit() or not 16 <= int(text) <= 512:
-        raise ArgumentTypeError(f"expected a head dimension from 16 to 512, got {text!r}")
-    return int(text)

@@ -1,6 +1,7 @@
 """What a kernel is tried on: one small odd problem for checking, larger ones for timing.
 
-Every problem goes through the public doors, so that a kernel is tried as it is used.
+Every problem goes through `attend(backend="triton")`, so that Triton's own kernel is tried as it
+is used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Sizes:
     Attributes:
         heads, kv_heads: of every problem.
         check: queries and keys of the problem that is compared with the reference.
-        prefill, narrow, listed, training: tokens to time; window: keys of a window.
+        prefill, narrow, blocks, training: tokens to time; window: keys of a window.
         decode: (batch, keys) of each step to time, judged by the geometric mean.
         cold: bytes that the caches of a step exceed together, so that none is found in the L2.
     """
@@ -41,14 +42,14 @@ class Sizes:
     prefill: int = 8192
     narrow: int = 16384
     window: int = 1024
-    listed: int = 16384
+    blocks: int = 16384
     training: int = 4096
     decode: tuple[tuple[int, int], ...] = ((1, 32768), (16, 8192))
     cold: int = 400_000_000
 
 
 FULL = Sizes()
-QUICK = Sizes(prefill=4096, narrow=8192, listed=8192, training=2048, decode=((1, 16384), (8, 4096)))
+QUICK = Sizes(prefill=4096, narrow=8192, blocks=8192, training=2048, decode=((1, 16384), (8, 4096)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +113,10 @@ def _short(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
     return checked, [Shape(q_len=sizes.narrow, k_len=sizes.narrow, window=sizes.window)]
 
 
-def _listed(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
+def _selected(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
     few, many = sizes.check
     checked = [Shape(q_len=few, k_len=many, blocks=True)]
-    return checked, [Shape(q_len=sizes.listed, k_len=sizes.listed, blocks=True)]
+    return checked, [Shape(q_len=sizes.blocks, k_len=sizes.blocks, blocks=True)]
 
 
 def _training(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
@@ -141,7 +142,7 @@ def _decode(*kinds: str) -> Callable[[Sizes], tuple[Sequence[Shape], Sequence[Sh
 SHAPES: dict[str, Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]] = {
     "forward": _prefill,
     "forward_window": _short,
-    "forward_block_sparse": _listed,
+    "forward_block_sparse": _selected,
     "backward_kv": _training,
     "backward_q": _training,
     "decode": _decode("dense"),
@@ -197,7 +198,7 @@ def _gradient_of(q: Tensor) -> Tensor:
 def _expected_output(
     q: Tensor, view: KVView, mask: Mask, blocks: BlockSelection | None
 ) -> tuple[Expected, ...]:
-    keys, values = stored(view)  # codes as the numbers they mean
+    keys, values = stored(view)  # dequantised
     rows = torch.arange(q.shape[2], device=q.device)
 
     def reference(kind: torch.dtype) -> Tensor:
@@ -210,7 +211,7 @@ def _expected_output(
 def _expected_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Expected, ...]:
     """Gradients in float64, and how far off an eager run in the type of q is."""
 
-    def by_the_book(kind: torch.dtype) -> Result:
+    def reference(kind: torch.dtype) -> Result:
         leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
         queries = leaves[0].unflatten(1, (k.shape[1], -1))
         scores = queries @ leaves[1][:, :, None].mT * q.shape[3] ** -0.5
@@ -219,11 +220,11 @@ def _expected_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Ex
         wide = torch.promote_types(kind, torch.float32)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(kind)
         out = (weights @ leaves[2][:, :, None]).flatten(1, 2)
-        with warnings.catch_warnings():  # cuBLAS in a thread of autograd that is new to the card
+        with warnings.catch_warnings():  # cuBLAS in a thread of autograd that is new to the GPU
             warnings.simplefilter("ignore", UserWarning)
             return torch.autograd.grad(out, leaves, _gradient_of(q).to(kind))
 
-    pairs = zip(by_the_book(torch.float64), by_the_book(q.dtype), strict=True)
+    pairs = zip(reference(torch.float64), reference(q.dtype), strict=True)
     return tuple(
         limits(name, torch.arange(x.shape[2], device=q.device), x, eager, q.dtype, least_share=1.0)
         for name, (x, eager) in zip(("dq", "dk", "dv"), pairs, strict=True)
@@ -252,16 +253,15 @@ def _view(kind: str, k: Tensor, v: Tensor) -> KVView:
 
 def paged(k: Tensor, v: Tensor, page: int) -> PagedKV:
     """The same keys in shuffled pages; the last one may be part empty."""
-    batch, heads, length, dim = k.shape
+    batch, heads, length, _ = k.shape
     count = -(-length // page)
     order = torch.randperm(batch * count, device=k.device)
-    pools = []
-    for x in (k, v):
+
+    def pool(x: Tensor) -> Tensor:
         full = torch.nn.functional.pad(x, (0, 0, 0, count * page - length))
-        pages = full.reshape(batch, heads, count, page, dim).transpose(1, 2).flatten(0, 1)
-        pool = torch.empty_like(pages)
-        pool[order] = pages
-        pools.append(pool)
+        pages = full.reshape(batch, heads, count, page, -1).transpose(1, 2).flatten(0, 1)
+        return torch.empty_like(pages).index_copy_(0, order, pages)
+
     table = order.view(batch, count).to(torch.int32)
     kv_lens = torch.full((batch,), length, dtype=torch.int32, device=k.device)
-    return PagedKV(*pools, table, kv_lens, length)
+    return PagedKV(pool(k), pool(v), table, kv_lens, length)

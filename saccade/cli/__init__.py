@@ -1,1 +1,1 @@
-"""Floor 7: the command line.  One module a subcommand: `add_arguments(parser)`, `run(args)`."""
+"""Floor 7: the command line.  One module a command, a function that typer reads."""

@@ -2,53 +2,135 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from typing import Annotated, Any
 
-from saccade.bench import options, tune_options
+import typer
+from typer.core import TyperCommand
+
 from saccade.cli.failure import need
-from saccade.cli.outputs import check_outputs
-from saccade.cli.parser import Parser
-from saccade.cli.progress import progress
+from saccade.cli.outputs import check_outputs, file_option
+from saccade.cli.values import list_of, one_of, whole_number
 
-EXAMPLES = """examples:
+CPU_EXAMPLES = """examples:
   saccade bench cpu --quick
   saccade bench cpu --cases decode --threads 2 --json record.json
   saccade bench cpu --record record.json --roofline roofline.png
-  saccade bench tune --quick --out tuning.json
 """
 TUNE_EXAMPLES = """examples:
-  saccade bench tune --out tuning.json          # every kernel, some ten minutes
+  saccade bench tune --out tuning.json          # all kernels, ten minutes
   saccade bench tune --quick --kernels forward decode --dims 128
   SACCADE_TUNING=tuning.json python train.py    # use the table
 """
-COMMANDS = {
-    "cpu": "how fast attention is here, next to the limits of the machine",
-    "tune": "find the fastest launch of each GPU kernel on this card, and write a table of them",
-}
 
 
-def add_arguments(parser: Parser) -> None:
-    """The options of `saccade bench`."""
-    cpu = parser.add_command("cpu", help=COMMANDS["cpu"], description=COMMANDS["cpu"])
-    options.add_arguments(cpu)
-    tune = parser.add_command(
-        "tune", help=COMMANDS["tune"], description=COMMANDS["tune"], epilog=TUNE_EXAMPLES
-    )
-    tune_options.add_arguments(tune)
+def kernel(text: str) -> str:
+    """The name of a kernel that can be tuned."""
+    from saccade.bench.tune_options import KERNELS
+
+    return one_of(*KERNELS)(text)
 
 
-def run(args: Namespace) -> int:
-    """Refuse now what would fail after minutes, then measure."""
-    if args.command == "tune":
-        check_outputs({"--out": args.out})
-        bench = tune_options.on_the_card()  # says in a sentence where there is none
+Cases = Annotated[Any, typer.Option(
+    "--cases", metavar="WORD,...", parser=list_of(str),
+    help='only cases with one of the words in their name, such as "decode" or "D64 N2048 bf16"',
+)]  # fmt: skip
+Backends = Annotated[Any, typer.Option(
+    "--backends", metavar="NAME,...", parser=list_of(str),
+    help="backends of saccade to time (default: the one that auto chooses)",
+)]  # fmt: skip
+Threads = Annotated[Any, typer.Option(
+    "--threads", metavar="N", parser=whole_number(1), help="default: torch's own"
+)]  # fmt: skip
+Flex = Annotated[bool, typer.Option(
+    "--flex", help="also FlexAttention; compiles a minute a shape"
+)]  # fmt: skip
+Record = Annotated[
+    str | None, file_option("--record", "show or draw a stored record; nothing is measured")
+]
+Listed = Annotated[bool, typer.Option("--list", help="name the cases and their work")]
+Kernels = Annotated[Any, typer.Option(
+    "--kernels", metavar="NAME...", parser=list_of(kernel),
+    help="which kernels, such as forward and decode (default: all)",
+)]  # fmt: skip
+Dims = Annotated[Any, typer.Option(
+    "--dims", metavar="D...", parser=list_of(whole_number(16, 512)),
+    help="head dimensions; a row serves those up to it (default: 64 128 256)",
+)]  # fmt: skip
+Out = Annotated[str | None, typer.Option(
+    "--out", metavar="FILE",
+    help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
+    "kept, so a run that was stopped goes on",
+)]  # fmt: skip
+Again = Annotated[bool, typer.Option(
+    "--again", help="measure rows that the file already holds"
+)]  # fmt: skip
+
+app = typer.Typer(help="How fast attention is here, and the fastest GPU launches.")
+
+
+class SeveralWords(TyperCommand):
+    """A command that reads `--dims 64 128` as `--dims 64,128`, and `--kernels` likewise."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join what follows these options up to the next one."""
+        joined: list[str] = []
+        collects = False
+        for word in args:
+            if not collects or word.startswith("-") or joined[-1] in ("--kernels", "--dims"):
+                joined.append(word)
+            else:
+                joined[-1] += f",{word}"
+            collects = word in ("--kernels", "--dims") or (collects and not word.startswith("-"))
+        return super().parse_args(ctx, joined)
+
+
+@app.command("cpu", epilog=f"\b\n{CPU_EXAMPLES}")
+def cpu(
+    quick: Annotated[bool, typer.Option("--quick", help="about a minute: a few cases")] = False,
+    cases: Cases = None,
+    backends: Backends = None,
+    threads: Threads = None,
+    flex: Flex = False,
+    json: Annotated[str | None, file_option("--json", "store the record")] = None,
+    roofline: Annotated[str | None, file_option("--roofline", "draw the record as a PNG")] = None,
+    markdown: Annotated[str | None, file_option("--markdown", "the table for the docs")] = None,
+    record: Record = None,
+    listed: Listed = False,
+) -> int:
+    """How fast attention is here, next to the limits of the machine."""
+    check_outputs({"--json": json, "--markdown": markdown, "--roofline": roofline})
+    if not listed:
         need("rich", purpose="the table of saccade bench")
-        return tune_options.execute(args, bench)
-    files = ("json", "markdown", "roofline")
-    check_outputs({f"--{name}": getattr(args, name) for name in files})
-    if args.list:
-        return options.execute(args)
-    need("rich", purpose="the table of saccade bench")
-    if args.roofline:
+    if roofline:
         need("matplotlib", purpose="--roofline")
-    return options.execute(args, progress)
+    from saccade.bench import options
+    from saccade.cli.progress import progress
+
+    chosen = options.Options(
+        quick=quick, cases=cases or (), backends=backends or ("auto",), threads=threads, flex=flex,
+        json=json, roofline=roofline, markdown=markdown, record=record, list=listed,
+    )  # fmt: skip
+    return options.execute(chosen, progress)
+
+
+@app.command("tune", cls=SeveralWords, epilog=f"\b\n{TUNE_EXAMPLES}")
+def tune(
+    kernels: Kernels = None,
+    dims: Dims = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="shorter problems and four candidates a row")
+    ] = False,
+    out: Out = None,
+    again: Again = False,
+) -> int:
+    """Find the fastest launch of each GPU kernel, and write a table."""
+    check_outputs({"--out": out})
+    from saccade.bench import tune_options as tuning
+
+    bench = tuning.on_the_card()  # says in a sentence where there is none
+    need("rich", purpose="the table of saccade bench")
+    chosen = tuning.Options(
+        kernels=kernels or tuning.KERNELS, dims=dims or tuning.DIMS, quick=quick, out=out,
+        again=again,
+    )  # fmt: skip
+    return tuning.execute(chosen, bench)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from saccade.cli.context_options import add_context_options, context_params, in_flags
-from saccade.cli.dialogue import Dialogue, Messages, endless
-from saccade.cli.failure import need
-from saccade.cli.generate import add_sampling_options, end_tokens, next_turn, sampler_from
-from saccade.cli.parser import UsageError, whole_number
+import typer
+
+from saccade.cli import shared_options
+from saccade.cli.dialogue import Dialogue, endless
+from saccade.cli.failure import UsageError, need
 from saccade.cli.sessions import DeferredInterrupt
 from saccade.cli.streaming import TextStream
+from saccade.cli.tokens import end_tokens, tokenizer_of
 from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
-    from saccade.hf.load import LoadedModel
     from saccade.runtime import Context
 
 EXAMPLES = """examples:
@@ -28,40 +27,32 @@ EXAMPLES = """examples:
 
 Without options that bound the memory: a window of the last 2,048 tokens and 4 sinks.
 """
-HELP = "/reset forgets the dialogue, /memory tells what is in use, /exit ends (so does Ctrl-D)."
+HELP = "/reset forgets the dialogue, /memory shows what is in use, /exit ends (so does Ctrl-D)."
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of `saccade chat`."""
-    parser.add_argument(
-        "--model", "-m", metavar="PATH|NAME", required=True,
-        help="a .gguf file, a folder saved by transformers, or a name (smollm2)",
-    )  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument(
-        "--n-predict", "-n", metavar="N", type=whole_number(1), default=256,
-        help="most tokens of an answer (default: %(default)s)",
-    )  # fmt: skip
-    add_sampling_options(parser)
-    add_context_options(parser)
-
-
-def run(args: Namespace) -> int:
-    """Check, load, talk."""
-    params, sampler = context_params(args), sampler_from(args)
+@shared_options.takes(sampling=shared_options.SAMPLING, context=shared_options.CONTEXT)
+def run(
+    model: shared_options.Model,
+    system: Annotated[str | None, typer.Option(
+        "--system", metavar="TEXT", help="what the model reads before the dialogue"
+    )] = None,
+    n_predict: shared_options.NPredict = 256,
+    *,
+    sampling: shared_options.Values,
+    context: shared_options.Values,
+) -> int:  # fmt: skip
+    """Talk without end in memory that does not grow."""
+    params, sampler = shared_options.context_params(context), shared_options.sampler_of(sampling)
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    print(f"Loading {args.model} ...", file=sys.stderr, flush=True)
+    print(f"Loading {model} ...", file=sys.stderr, flush=True)
     from saccade.hf.context import Context
     from saccade.hf.load import load_model
 
-    loaded = load_model(args.model)
-    if loaded.tokenizer is None:
-        raise UsageError(
-            f"{loaded.name} has no tokenizer that can be read. Give a model that brings one."
-        )
+    loaded = load_model(model)
+    tokenizer = tokenizer_of(loaded)
     params = endless(params, loaded.n_ctx_train)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.
     bounded = params.n_swa is not None or params.kv_policy is not None
@@ -69,17 +60,12 @@ def run(args: Namespace) -> int:
     try:
         with Context(loaded, params, reserve=reserve) as ctx:
             dialogue = Dialogue(
-                ctx,
-                lambda messages: encode(loaded, messages),
-                lambda text: encode_next(loaded, text),
-                sampler=sampler,
-                stop=end_tokens(loaded),
-                n_predict=args.n_predict,
-                system=args.system,
-            )
-            talk(dialogue, loaded.tokenizer, lines())
+                ctx=ctx, tokenizer=tokenizer, sampler=sampler, stop=end_tokens(loaded),
+                n_predict=n_predict, system=system,
+            )  # fmt: skip
+            talk(dialogue, lines())
     except (BadInput, Unsupported) as error:
-        raise UsageError(in_flags(str(error))) from error
+        raise UsageError(shared_options.with_flags(str(error))) from error
     return 0
 
 
@@ -97,7 +83,7 @@ def lines() -> Iterator[str]:
             return
 
 
-def talk(dialogue: Dialogue, tokenizer: Any, said: Iterable[str]) -> None:
+def talk(dialogue: Dialogue, said: Iterable[str]) -> None:
     """Answer every line, until there are no more or one is /exit."""
     for line in said:
         text = line.strip()
@@ -111,10 +97,10 @@ def talk(dialogue: Dialogue, tokenizer: Any, said: Iterable[str]) -> None:
         elif text.startswith("/"):
             print(f"There is no command {text.split()[0]}. {HELP}", file=sys.stderr)
         elif text:
-            answer(dialogue, tokenizer, text)
+            answer(dialogue, text)
 
 
-def answer(dialogue: Dialogue, tokenizer: Any, text: str) -> None:
+def answer(dialogue: Dialogue, text: str) -> None:
     """Show one answer as it comes; Ctrl-C ends the answer, not the dialogue."""
     from saccade.core import BadInput
 
@@ -122,14 +108,14 @@ def answer(dialogue: Dialogue, tokenizer: Any, text: str) -> None:
     interrupt = DeferredInterrupt()
     try:
         with interrupt:
-            pieces = decoded(interrupt.until_stopped(dialogue.ask(text)), tokenizer)
-            show(parts, pieces, dialogue)
+            texts = decoded(interrupt.until_stopped(dialogue.ask(text)), dialogue.tokenizer)
+            show(parts, texts, dialogue)
     except KeyboardInterrupt:
         dialogue.spoiled()
         print("(interrupted)", file=sys.stderr)
     except BadInput as error:  # a message that is longer than the context
         dialogue.withdraw()
-        print(in_flags(str(error)), file=sys.stderr)
+        print(shared_options.with_flags(str(error)), file=sys.stderr)
         return
     dialogue.answered("".join(parts))
 
@@ -142,12 +128,12 @@ def decoded(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
     yield stream.flush()
 
 
-def show(parts: list[str], pieces: Iterator[str], dialogue: Dialogue) -> None:
+def show(parts: list[str], texts: Iterator[str], dialogue: Dialogue) -> None:
     """Text on stdout, and the memory: live on a terminal, else behind the answer on stderr."""
     if not sys.stdout.isatty():
-        for piece in pieces:
-            parts.append(piece)
-            print(piece, end="", flush=True)
+        for text in texts:
+            parts.append(text)
+            print(text, end="", flush=True)
         print(flush=True)
         print(memory_line(dialogue), file=sys.stderr)
         return
@@ -161,7 +147,7 @@ def show(parts: list[str], pieces: Iterator[str], dialogue: Dialogue) -> None:
     with Live(
         get_renderable=frame, console=Console(), refresh_per_second=8, vertical_overflow="visible"
     ):
-        parts.extend(pieces)
+        parts.extend(texts)
 
 
 def memory_line(dialogue: Dialogue) -> str:
@@ -180,20 +166,3 @@ def speed(ctx: Context) -> str:
     if not ctx.stats.decode_seconds:
         return ""
     return f"; {significant(ctx.stats.decode_tokens / ctx.stats.decode_seconds)} tokens/s"
-
-
-def encode(loaded: LoadedModel, messages: Messages) -> list[int]:
-    """Tokens of a dialogue that waits for an answer, in the model's template where it has one."""
-    tokenizer: Any = loaded.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer("\n".join(m["content"] for m in messages) + "\n").input_ids)
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(chat, add_special_tokens=False).input_ids)
-
-
-def encode_next(loaded: LoadedModel, text: str) -> list[int]:
-    """Tokens of one more message behind an answer."""
-    tokenizer: Any = loaded.tokenizer
-    has_template = getattr(tokenizer, "chat_template", None)
-    more = next_turn(tokenizer, text) if has_template else f"\n{text}\n"
-    return list(tokenizer(more, add_special_tokens=False).input_ids)

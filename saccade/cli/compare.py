@@ -3,118 +3,100 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from saccade.cli.failure import need
-from saccade.cli.outputs import check_outputs
-from saccade.cli.parser import UsageError, whole_number
+from saccade.cli.outputs import check_outputs, file_option
+from saccade.cli.shared_options import Model
+from saccade.cli.tokens import tokenizer_of
+from saccade.cli.values import list_of, whole_number
 
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
-    from saccade.hf.load import LoadedModel
-    from saccade.report.record import Report
+    from saccade.report.comparison import Report
 
 DEMO_MODEL = "smollm2"
 PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
 
 EXAMPLES = """examples:
   saccade compare --quick
-  saccade compare --model model.gguf --text book.txt --context 8192 --html report.html
+  saccade compare -m model.gguf --text book.txt --context 8192 --html out.html
   saccade compare --rows "flash,window,int8" --json - | tail -1 | jq .rows
 """
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of `saccade compare`."""
-    parser.add_argument(
-        "--model", "-m", metavar="PATH|NAME", default=DEMO_MODEL,
-        help="a .gguf file, a folder saved by transformers, or a name (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to read (default: Python's help topics)"
-    )
-    parser.add_argument(
-        "--context", metavar="N", type=whole_number(1), help="tokens read before the scored ones"
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes: under 3 minutes")
-    parser.add_argument(
-        "--rows", metavar="NAME,...", type=_names,
+def run(
+    model: Model = DEMO_MODEL,
+    text: Annotated[
+        str | None, file_option("--text", "UTF-8 text to read (default: Python's help topics)")
+    ] = None,
+    context: Annotated[Any, typer.Option(
+        "--context", metavar="N", parser=whole_number(1), help="tokens read before the scored ones"
+    )] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes: under 3 minutes")] = False,
+    rows: Annotated[Any, typer.Option(
+        "--rows", metavar="NAME,...", parser=list_of(str),
         help="measure only the rows with these names or parts of names, and the baseline",
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE|-", help="the record; - is the last line of stdout")
-    parser.add_argument("--html", metavar="FILE", help="one self-contained page")
-    parser.add_argument("--png", metavar="FILE", help="the picture")
-    parser.add_argument("--markdown", metavar="FILE", help="the table for a README")
-
-
-def run(args: Namespace) -> int:
-    """Check everything that can be checked, measure, show, write."""
-    _check(args)
-    report = _measure(args)
-    failed = _show(report, args)
+    )] = None,
+    json: Annotated[str | None, typer.Option(
+        "--json", metavar="FILE|-", help="the record; - is the last line of stdout"
+    )] = None,
+    html: Annotated[str | None, file_option("--html", "one self-contained page")] = None,
+    png: Annotated[str | None, file_option("--png", "the picture")] = None,
+    markdown: Annotated[str | None, file_option("--markdown", "the table for a README")] = None,
+) -> int:  # fmt: skip
+    """Measure what each technique saves and costs, on your model."""
+    files = {"html": html, "png": png, "markdown": markdown, "json": json}
+    _check(files)
+    report = _measure(model, text, context=context, quick=quick, rows=rows)
+    failed = _show(report, files)
     if not report.complete:
         print("Stopped. The finished rows are kept.", file=sys.stderr)
         return 130
     return 2 if failed else 0
 
 
-def _check(args: Namespace) -> None:
+def _check(files: dict[str, str | None]) -> None:
     """Refuse now what would fail after minutes."""
-    files = {f"--{name}": getattr(args, name) for name in ("html", "png", "markdown")}
-    if args.json != "-":
-        files = {"--json": args.json, **files}
-    check_outputs(files)
+    written = {f"--{name}": file for name, file in files.items() if (name, file) != ("json", "-")}
+    check_outputs(written)
     need("transformers", purpose="saccade compare")
     need("rich", purpose="the table of saccade compare")
-    if args.html or args.png:
+    if files["html"] or files["png"]:
         need("matplotlib", purpose="the picture")
-    if args.html:
-        need("jinja2", "matplotlib", purpose="--html")
+    if files["html"]:
+        need("jinja2", purpose="--html")
 
 
-def _measure(args: Namespace) -> Report:
+def _measure(name: str, text_file: str | None, **options: Any) -> Report:
     from saccade.evals.text import read_text
 
     # The text first: what follows imports transformers, which takes seconds.
-    text = None if args.text is None else read_text(Path(args.text).expanduser())
+    text = None if text_file is None else read_text(Path(text_file).expanduser())
     from saccade.cli.progress import progress
     from saccade.evals import compare
     from saccade.hf.load import load_model
 
-    print(f"Loading {args.model} ...", file=sys.stderr, flush=True)
-    model = _with_tokenizer(load_model(args.model), args.model)
+    print(f"Loading {name} ...", file=sys.stderr, flush=True)
+    model = load_model(name)
+    for note in model.notes:
+        print(f"Note: {note}", file=sys.stderr)
+    tokenizer_of(model)  # text has to become tokens
     with progress() as show:
 
         def on_progress(state: Progress) -> None:
             show(state.done, state.total, state.label)
 
-        report = compare.run(
-            model,
-            text,
-            context=args.context,
-            quick=args.quick,
-            rows=args.rows,
-            on_progress=on_progress,
-        )
-    if args.text is not None:
-        report.text["source"] = Path(args.text).name
+        report = compare.run(model, text, on_progress=on_progress, **options)
+    if text_file is not None:
+        report.text["source"] = Path(text_file).name
     return report
 
 
-def _with_tokenizer(model: LoadedModel, name: str) -> LoadedModel:
-    for note in model.notes:
-        print(f"Note: {note}", file=sys.stderr)
-    if model.tokenizer is None:
-        raise UsageError(
-            f"{name} has no tokenizer that can be read; text has to become tokens. "
-            "Give a model that brings one."
-        )
-    return model
-
-
-def _show(report: Report, args: Namespace) -> bool:
+def _show(report: Report, files: dict[str, str | None]) -> bool:
     """Table, files, JSON line, in this order; whether a file could not be written.
 
     A file that fails does not take the others with it: the run may have taken long.
@@ -126,9 +108,8 @@ def _show(report: Report, args: Namespace) -> bool:
     width = None if sys.stdout.isatty() else PIPE_WIDTH
     print_report(report, Console(file=sys.stdout, width=width))
     failed = False
-    for name in ("html", "png", "markdown", "json"):
-        target = getattr(args, name)
-        if target in (None, "-"):
+    for name, target in files.items():
+        if target is None or target == "-":
             continue
         try:
             _write(name, Path(target).expanduser(), report)
@@ -138,8 +119,8 @@ def _show(report: Report, args: Namespace) -> bool:
             failed = True
         else:
             print(f"Wrote {target}", file=sys.stderr)
-    if args.json == "-":
-        print(report.to_json(indent=None), flush=True)
+    if files["json"] == "-":
+        print(report.to_json(), flush=True)
     return failed
 
 
@@ -160,10 +141,3 @@ def _write(name: str, path: Path, report: Report) -> None:
         from saccade.report.markdown import to_markdown
 
         write_whole(path, to_markdown(report))
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise UsageError("--rows needs at least one name.")
-    return names

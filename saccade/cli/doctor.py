@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import textwrap
-from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
-from saccade.cli.health import Check, Verdicts, attention_verdicts, checks
+import typer
+
+if TYPE_CHECKING:
+    from saccade.cli.health import Check, Verdicts
 
 EXAMPLES = """examples:
   saccade doctor
@@ -17,17 +20,16 @@ EXAMPLES = """examples:
 _MARKS = {"ok": "ok", "missing": "--", "broken": "!!"}
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of `saccade doctor`."""
-    parser.add_argument("--json", action="store_true", help="the same as one line of JSON")
+def run(
+    as_json: Annotated[bool, typer.Option("--json", help="the same as one line of JSON")] = False,
+) -> int:
+    """What can run here, and what to do about what cannot."""
+    from saccade.cli.health import attention_verdicts, checks
 
-
-def run(args: Namespace) -> int:
-    """Print what was found; 1 where something that everything needs is broken, else 0."""
     found = checks()
     usable = not any(check.status == "broken" for check in found)
     backends = attention_verdicts() if usable else []
-    if args.json:
+    if as_json:
         facts = {"checks": [asdict(c) for c in found], "attention": [asdict(v) for v in backends]}
         print(json.dumps(facts))
     else:
@@ -53,8 +55,8 @@ def _print_backends(backends: list[Verdicts]) -> None:
         chosen = next(
             (name for name, said in call.backends.items() if said.startswith("chosen")), "none"
         )
-        able = [name for name, said in call.backends.items() if said.startswith("able")]
-        also = f"also able: {', '.join(able)}" if able else ""
+        others = [name for name, said in call.backends.items() if said.startswith("able")]
+        also = f"also possible: {', '.join(others)}" if others else ""
         print(f"  {call.call:{width}}  {chosen:10}  {also}")
         for name, said in call.backends.items():
             if said.startswith("cannot"):

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
-from saccade.cli.parser import UsageError
+import typer
 
 _EXTRAS = {
     "hf": ("transformers", "accelerate", "gguf", "safetensors", "tokenizers"),
     "report": ("matplotlib", "rich", "jinja2"),
 }
+_INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out; the text is the sentence to show."""
 
 
 def sentence(error: Exception) -> str | None:
     """What to tell the user, or None where the error is a bug and wants its traceback."""
     if isinstance(error, UsageError):
         return _one_line(error)
+    if isinstance(error, typer.TyperException):
+        return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
     if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
@@ -33,14 +41,28 @@ def sentence(error: Exception) -> str | None:
     return None
 
 
+def _not_understood(error: Any) -> str:
+    """What typer found wrong with a command line: the command, what is wrong, what to do."""
+    context = getattr(error, "ctx", None)
+    command = "saccade" if context is None else context.command_path
+    known = getattr(context and context.command, "commands", None)
+    advice = f"Run {command} --help for the options." if context else ""
+    advice = f"There are {', '.join(known)}." if known else advice
+    if hasattr(error, "possibilities"):  # an unknown option
+        advice = f"Did you mean {error.possibilities[0]}?" if error.possibilities else advice
+        return f"{command} has no option {error.option_name}. {advice}"
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        said = error.message.removeprefix("Value error, ") or "this option is required."
+        return _one_line(f"{command}: {'/'.join(error.param.opts)}: {said}")
+    said = error.format_message().rstrip(".")
+    return _one_line(f"{command}: {said}" if said.endswith("?") else f"{command}: {said}. {advice}")
+
+
 def need(*packages: str, purpose: str) -> None:
     """Raise UsageError unless the packages are installed; asked before long work begins."""
     for package in packages:
         if find_spec(package) is None:
             raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")
-
-
-_INSTALL = 'Run: pip install "saccade[hf,report]"'
 
 
 def _missing(name: str) -> str | None:
@@ -52,7 +74,7 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

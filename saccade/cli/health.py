@@ -1,4 +1,4 @@
-"""What doctor looks at: each check says what was found and, where it fails, what to do."""
+"""The checks of doctor: each says what was found and, where it fails, what to do."""
 
 from __future__ import annotations
 
@@ -148,31 +148,31 @@ def _triton() -> Check:
 
 
 def _launches() -> list[Check]:
-    """Which tables the GPU kernels are launched by: the package's, and one of the user's."""
+    """The tables of launches in use: the package's, and one of the user's."""
     import torch
 
     from saccade.ops.tuning import tables as tuning
 
     found: list[Check] = []
-    card = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+    here = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
     try:
         user = tuning.user_file()
     except BadInput as error:
-        advice = "Nothing runs on a GPU before it is mended or the variable is gone."
-        return [Check("launches", "broken" if card else "missing", str(error), advice)]
-    if card is not None:
-        own = tuning.package_file(card)
+        advice = "Nothing runs on a GPU before the file is corrected or the variable is removed."
+        return [Check("launches", "broken" if here else "missing", str(error), advice)]
+    if here is not None:
+        own = tuning.package_file(here)
         said = (
-            f"{card}, measured on {own.measured.get('gpu')}" if own else f"{card}: safe, not fast"
+            f"{here}, measured on {own.measured.get('gpu')}" if own else f"{here}: safe, not fast"
         )
-        advice = "" if own or user else "Run: saccade bench tune, for a table of this card."
+        advice = "" if own or user else "Run: saccade bench tune, for a table of this GPU."
         found.append(Check("launches", "ok", said, advice))
     if user is not None:
         rows = sum(map(len, user.kernels.values()))
         said = f"{tuning.VARIABLE}: {rows} rows for {user.architecture}"
-        unused = card != user.architecture
-        advice = f"This card is {card}: they are not used." if card and unused else ""
-        advice = "There is no GPU here to use them." if card is None else advice
+        unused = here != user.architecture
+        advice = f"This GPU is {here}: they are not used." if here and unused else ""
+        advice = "There is no GPU here to use them." if here is None else advice
         found.append(Check("launches", "missing" if unused else "ok", said, advice))
     return found
 
@@ -180,7 +180,7 @@ def _launches() -> list[Check]:
 def _transformers() -> Check:
     version, least = environment.version("transformers"), _text(TRANSFORMERS)
     if version is None:
-        advice = 'Models need it. Run: pip install "saccade[hf]"'
+        advice = 'Models need it. Run in the clone: pip install ".[hf]"'
         return Check("transformers", "missing", "not installed", advice)
     if _numbers(version) < TRANSFORMERS:
         advice = f'Older than {least}. Run: pip install "transformers>={least}"'
@@ -192,7 +192,7 @@ def _package(name: str, purpose: str) -> Check:
     version = environment.version(name)
     if version is None:
         extra = "hf" if "GGUF" in purpose else "report"
-        advice = f'For {purpose}. Run: pip install "saccade[{extra}]"'
+        advice = f'For {purpose}. Run in the clone: pip install ".[{extra}]"'
         return Check(name, "missing", "not installed", advice)
     return Check(name, "ok", version)
 

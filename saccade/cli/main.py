@@ -1,7 +1,7 @@
-"""`saccade`: finds the subcommand, runs it, and turns errors into one sentence.
+"""`saccade`: the commands, and errors as one sentence.
 
 Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 something to change in the call,
-130 stopped by Ctrl-C, 141 nobody reads the output.
+130 stopped by Ctrl-C, 141 the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -10,39 +10,60 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from typing import Annotated, Any
 
+import typer
+from typer.core import TyperGroup
+
+from saccade.cli import bench, chat, compare, doctor, generate, plan
 from saccade.cli.failure import sentence
-from saccade.cli.parser import Parser, UsageError, nearest
 
-COMMANDS = {
-    "compare": "measure what each technique saves and costs, on your model and machine",
-    "generate": "continue a prompt, with any of the techniques",
-    "chat": "talk without end in memory that does not grow",
-    "plan": "how much memory a model will need, before it is loaded",
-    "bench": "how fast attention is here, next to the limits of the machine",
-    "doctor": "what can run here, and what to do about what cannot",
-}
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+for _module in (compare, generate, chat, plan, doctor):
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name, epilog=f"\b\n{_module.EXAMPLES}")(_module.run)
+app.add_typer(bench.app, name="bench")
 
-USAGE = """usage: saccade COMMAND [options]
 
-saccade: long-context attention for PyTorch.
+def _version(wanted: bool) -> None:
+    if wanted:
+        from saccade import __version__
 
-{commands}
+        print(f"saccade {__version__}")
+        raise typer.Exit
 
-  saccade COMMAND --help   the options of a command
-  saccade --version        the version
-"""
+
+@app.callback()
+def saccade(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="the version")
+    ] = False,
+) -> None:
+    """saccade: long-context attention for PyTorch."""
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The typer context of the command that `words` name, with the values of its options.
+
+    Raises:
+        TyperException: words that it does not know; typer.Exit: help or the version was printed.
+    """
+    command, path, rest = typer.main.get_command(app), "saccade", list(words)
+    while isinstance(command, TyperGroup) and rest and rest[0] in command.commands:
+        command, path = command.commands[rest[0]], f"{path} {rest.pop(0)}"
+    return command.make_context(path, rest, help_option_names=["-h", "--help"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the result is the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
     for stream in (sys.stdout, sys.stderr):  # a name in the record must not break a table
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        code = _dispatch(words)
+        code = _run(["--help"] if words in ([], ["help"]) else words)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -53,33 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         said = sentence(error)
-        if said is None or "--traceback" in words:
+        if said is None or traceback:
             raise
-        print(said if said.startswith("saccade ") else f"saccade: {said}", file=sys.stderr)
+        print(said if said.startswith("saccade") else f"saccade: {said}", file=sys.stderr)
         return 2
 
 
-def _dispatch(words: list[str]) -> int:
-    command = words[0] if words else ""
-    if command in ("-h", "--help", "help", ""):
-        width = max(map(len, COMMANDS)) + 3
-        listed = "\n".join(f"  {name:{width}}{text}" for name, text in COMMANDS.items())
-        print(USAGE.format(commands=listed), end="")
-        return 0
-    if command == "--version":
-        from saccade import __version__
-
-        print(f"saccade {__version__}")
-        return 0
-    if command not in COMMANDS:
-        hint = nearest(command, COMMANDS) or f" There are {', '.join(COMMANDS)}."
-        raise UsageError(f"there is no command {command!r}.{hint}")
-    module = import_module(f"saccade.cli.{command}")
-    parser = Parser(
-        prog=f"saccade {command}", description=COMMANDS[command], epilog=module.EXAMPLES
-    )
-    module.add_arguments(parser)
-    return module.run(parser.parse(words[1:]))
+def _run(words: list[str]) -> int:
+    """Parse and run; what typer prints by itself, help and the version, ends here."""
+    try:
+        with parse(words) as context:
+            return context.command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
 
 
 if __name__ == "__main__":

@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from saccade.cli.parser import UsageError
+import typer
+
+from saccade.cli.failure import UsageError
+
+
+def file_option(flag: str, help: str) -> Any:
+    """A typer option that takes the name of a file."""
+    return typer.Option(flag, metavar="FILE", help=help)
 
 
 def check_outputs(paths: Mapping[str, str | None]) -> None:

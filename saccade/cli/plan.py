@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from saccade.cli.context_options import add_context_options, context_params, in_flags
-from saccade.cli.failure import need
-from saccade.cli.parser import UsageError, whole_number
+import typer
+
+from saccade.cli import shared_options
+from saccade.cli.failure import UsageError, need
+from saccade.cli.values import whole_number
 from saccade.units import as_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -26,46 +26,34 @@ NOT_COUNTED = (
 )
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of `saccade plan`."""
-    parser.add_argument(
-        "--model", "-m", metavar="PATH|NAME", required=True,
-        help="a .gguf file, a folder saved by transformers, or a name (smollm2); only its config "
-        "is read",
-    )  # fmt: skip
-    parser.add_argument(
-        "--context", metavar="N", type=whole_number(1),
+@shared_options.takes(context=shared_options.CONTEXT)
+def run(
+    model: shared_options.Model,
+    length: Annotated[Any, typer.Option(
+        "--context", metavar="N", parser=whole_number(1),
         help="tokens in context (default: --ctx-size, or what the model was trained for)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory", metavar="SIZE", type=size, help="say which settings fit into this (8GiB)"
-    )
-    add_context_options(parser)
-
-
-def size(text: str) -> int:
-    """The type of an option that takes an amount of memory."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def run(args: Namespace) -> int:
-    """Plan and print."""
-    params = context_params(args)
+    )] = None,
+    memory: Annotated[Any, typer.Option(
+        "--memory", metavar="SIZE", parser=parse_bytes,
+        help="say which settings fit into this (8GiB)",
+    )] = None,
+    *,
+    context: shared_options.Values,
+) -> int:  # fmt: skip
+    """How much memory a model will need, from its config, before it is loaded."""
+    params = shared_options.context_params(context)
     need("transformers", purpose="saccade plan")
     from saccade.core import BadInput, Unsupported
     from saccade.hf.plan import plan
 
     try:
-        made = plan(args.model, params, args.context)
+        made = plan(model, params, length)
         print(made)
-        if args.memory is not None:
-            print(f"\nIn {as_bytes(args.memory)}, {made.n_ctx:,} tokens of context:\n")
-            print(fitting_table(made.what_fits(args.memory)))
+        if memory is not None:
+            print(f"\nIn {as_bytes(memory)}, {made.n_ctx:,} tokens of context:\n")
+            print(fitting_table(made.what_fits(memory)))
     except (BadInput, Unsupported) as error:
-        raise UsageError(in_flags(str(error))) from error
+        raise UsageError(shared_options.with_flags(str(error))) from error
     print(f"\n{NOT_COUNTED}")
     return 0
 

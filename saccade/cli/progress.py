@@ -1,4 +1,4 @@
-"""How far a long run is: a bar where a person watches, plain lines where a file listens."""
+"""How far a long run is: a bar on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from saccade.report.numbers import as_duration
 
@@ -17,12 +17,12 @@ Show = Callable[[int, int, str], None]
 @contextmanager
 def progress(stream: TextIO | None = None) -> Iterator[Show]:
     """Show progress on `stream` (default stderr) inside the `with`."""
-    stream = stream or sys.stderr
-    if stream.isatty():
-        with _bar(stream) as show:
+    target: Any = stream or sys.stderr
+    if target.isatty():
+        with _bar(target) as show:
             yield show
     else:
-        yield _lines(stream)
+        yield _lines(target)
 
 
 class TimeLeft:

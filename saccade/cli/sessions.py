@@ -1,10 +1,9 @@
-"""`--session FILE`: go on from it, save to it, and end between two tokens on Ctrl-C."""
+"""`--session FILE`: continue from it, save to it, and stop between two tokens on Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -18,25 +17,18 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """A session file of a command.
+    """The file of `--session`; one that could not be saved later is refused right away.
 
     Attributes:
         path: where it is or will be.
         exists: whether there is one to go on from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.exists = path.exists()
-
-    @classmethod
-    def asked_for(cls, args: Namespace) -> Session | None:
-        """The session of `--session`, or None; what could not be saved is refused right away."""
-        if args.session is None:
-            return None
-        check_outputs({"--session": args.session})
+    def __init__(self, name: str) -> None:
+        check_outputs({"--session": name})
         need("safetensors", purpose="--session")
-        return cls(Path(args.session).expanduser())
+        self.path = Path(name).expanduser()
+        self.exists = self.path.exists()
 
     def load(self, ctx: Context) -> Sampler:
         """Put it into a context; the sampler it was saved with."""

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: a character whose bytes are still arriving is held back."""
+"""Tokens to text as they come: a character is held back until all of its bytes are there."""
 
 from __future__ import annotations
 
@@ -6,39 +6,32 @@ from typing import Any
 
 
 class TextStream:
-    """Decodes a growing list of tokens piece by piece.
-
-    Text is always decoded together with the tokens before it, because what a token looks like
-    (a leading space, a byte of a character) depends on them.
+    """Decodes tokens one by one (`tokenizers.decoders.DecodeStream`), without special tokens.
 
     Args:
-        tokenizer: anything with `decode(tokens, skip_special_tokens=True)`.
+        tokenizer: of transformers; one without a fast backend gives its text at the end.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        from tokenizers.decoders import DecodeStream
+
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode = (self._backend or tokenizer).decode
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._tokens: list[int] = []
-        self._start = 0  # first token of the piece that is decoded
-        self._shown = 0  # tokens whose text is out
+        self._given = 0  # characters
 
     def push(self, token: int) -> str:
         """The text that this token completes, "" where it is not yet certain."""
         self._tokens.append(token)
-        before, now = self._texts()
-        if now.endswith("\ufffd"):  # the middle of a character
+        if self._backend is None:
             return ""
-        self._start, self._shown = self._shown, len(self._tokens)
-        return now[len(before) :]
+        text = self._stream.step(self._backend, token) or ""
+        self._given += len(text)
+        return text
 
     def flush(self) -> str:
         """Whatever is left at the end, incomplete characters included."""
-        before, now = self._texts()
-        self._start, self._shown = self._shown, len(self._tokens)
-        return now[len(before) :]
-
-    def _texts(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        return (
-            decode(self._tokens[self._start : self._shown], skip_special_tokens=True),
-            decode(self._tokens[self._start :], skip_special_tokens=True),
-        )
+        text = self._decode(self._tokens, skip_special_tokens=True)[self._given :]
+        self._given += len(text)
+        return text

@@ -1,1 +1,1 @@
-"""Floor 6: questions asked of the whole system: quality, memory and speed side by side."""
+"""Floor 6: quality, memory and speed of the whole system, measured side by side."""

@@ -6,24 +6,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import torch
 
-import saccade
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.evals.curves import measure_curve, position_params
 from saccade.evals.measure import Trial, measure
 from saccade.evals.needle import hide, make_needles
-from saccade.evals.rows import BASELINE, RowSpec, largest_piece, specs
+from saccade.evals.rows import BASELINE, RowSpec, specs, unchunked_batch
 from saccade.evals.text import default_text
 from saccade.hf.heads import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
-from saccade.report.environment import machine_facts
-from saccade.report.record import Report, Row
-from saccade.runtime import Context, Model
+from saccade.report.comparison import Report, Row
+from saccade.report.record import origin
+from saccade.runtime import Context, ContextParams, Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +77,17 @@ def run(
         on_progress: called before each step and at the end.
 
     Raises:
-        BadInput: a text too short, or a row that does not exist.
+        BadInput: no tokenizer, a text too short, or a row that does not exist.
     """
     start = time.perf_counter()
     sizes = _sizes(context, quick)
-    tokens = model.tokenizer(default_text() if text is None else text).input_ids
+    tokenizer = _tokenizer(model)
+    tokens = tokenizer(default_text() if text is None else text).input_ids
     runner = HFModel(model.model, name=model.name)
-    trial = _trial(model, runner, tokens, sizes)
+    trial = _trial(model, tokenizer, runner, tokens, sizes)
     facts = runner.facts
-    piece = largest_piece(sizes.context, sizes.batch, facts.num_heads, available_memory())
-    known = specs(sizes.context, sizes.batch, facts.n_ctx_train, piece)
+    unchunked = unchunked_batch(sizes.context, sizes.batch, facts.num_heads, available_memory())
+    known = specs(sizes.context, sizes.batch, facts.n_ctx_train, unchunked)
     chosen = _chosen(known, rows, quick)
     report = _report(model, runner, text, tokens, sizes, quick)
     curves = _curves(runner, sizes, tokens) if rows is None else {}
@@ -97,7 +96,7 @@ def run(
         _warm_up(runner, trial)
         for i, spec in enumerate(chosen):
             on_progress(Progress(i, total, spec.name, report))
-            report.rows.append(_guarded(spec, trial))
+            report.rows.append(_measure_row(spec, trial))
         for i, (name, params) in enumerate(curves.items()):
             label = f"perplexity by position: {name}"
             on_progress(Progress(len(chosen) + i, total, label, report))
@@ -117,8 +116,8 @@ def _warm_up(runner: HFModel, trial: Trial) -> None:
         ctx.append(trial.context[:WARM_UP])
 
 
-def _guarded(spec: RowSpec, trial: Trial) -> Row:
-    """The measured row; a row this model cannot run says why and the others go on."""
+def _measure_row(spec: RowSpec, trial: Trial) -> Row:
+    """The measured row; one that this model cannot run says why, and the others still run."""
     try:
         return measure(spec, trial)
     except (Unsupported, BadInput, MemoryError, RuntimeError) as error:
@@ -141,7 +140,15 @@ def _sizes(context: int | None, quick: bool) -> Sizes:
     return Sizes(context=context, scored=base.scored, needles=base.needles, curve=base.curve)
 
 
-def _trial(model: LoadedModel, runner: HFModel, tokens: list[int], sizes: Sizes) -> Trial:
+def _tokenizer(model: LoadedModel) -> Any:
+    if model.tokenizer is None:
+        raise BadInput(f"{model.name} has no tokenizer. Give a model that brings one.")
+    return model.tokenizer
+
+
+def _trial(
+    model: LoadedModel, tokenizer: Any, runner: HFModel, tokens: list[int], sizes: Sizes
+) -> Trial:
     needed = sizes.context + sizes.scored
     if len(tokens) < needed:
         raise BadInput(
@@ -150,7 +157,7 @@ def _trial(model: LoadedModel, runner: HFModel, tokens: list[int], sizes: Sizes)
         )
 
     def encode(text: str) -> list[int]:
-        return model.tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(text, add_special_tokens=False).input_ids
 
     needles = make_needles(sizes.needles)
     hidden = hide(tokens, needles, encode, sizes.context)
@@ -169,7 +176,7 @@ def _trial(model: LoadedModel, runner: HFModel, tokens: list[int], sizes: Sizes)
         continuation=torch.tensor(tokens[rest : rest + sizes.scored]),
         needles=needles,
         encode=encode,
-        decode=model.tokenizer.decode,
+        decode=tokenizer.decode,
         heads=heads,
     )
 
@@ -187,12 +194,12 @@ def _chosen(known: list[RowSpec], names: Sequence[str] | None, quick: bool) -> l
     return wanted
 
 
-def _curves(runner: HFModel, sizes: Sizes, tokens: list[int]) -> dict[str, object]:
+def _curves(runner: HFModel, sizes: Sizes, tokens: list[int]) -> dict[str, ContextParams]:
     """Curves to measure: none in a quick run, or where the text does not reach that far."""
     past = sizes.curve > runner.facts.n_ctx_train and len(tokens) >= sizes.curve
     if not past:
         return {}
-    return dict(position_params(sizes.curve, runner.facts.n_ctx_train, sizes.batch))
+    return position_params(sizes.curve, runner.facts.n_ctx_train, sizes.batch)
 
 
 def _report(
@@ -205,6 +212,7 @@ def _report(
 ) -> Report:
     facts = runner.facts
     return Report(
+        **origin(),
         model={
             "name": model.name,
             "layers": facts.num_layers,
@@ -217,7 +225,6 @@ def _report(
             "source": "pydoc_data.topics" if text is None else "a file",
             "tokens": len(tokens),
         },
-        machine=machine_facts(),
         settings={
             "n_context": sizes.context,
             "n_scored": sizes.scored,
@@ -227,6 +234,4 @@ def _report(
             "quick": quick,
         },
         baseline=BASELINE,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=saccade.__version__,
     )

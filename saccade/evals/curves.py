@@ -1,4 +1,4 @@
-"""Perplexity by position, inside and past the trained length: the break, and the cures."""
+"""Perplexity by position, inside and past the trained length, with and without RoPE scaling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.evals.quality import perplexity
-from saccade.report.record import Curve
+from saccade.report.comparison import Curve
 from saccade.runtime import Context, ContextParams, Model
 from saccade.runtime.importance import token_log_probs
 
@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 def position_params(length: int, n_ctx_train: int, n_batch: int) -> dict[str, ContextParams]:
-    """The plain model and three ways to stretch it to `length` positions."""
+    """The plain model and three RoPE scalings that reach `length` positions."""
     factor = max(2, math.ceil(length / n_ctx_train))
     stretched = {"n_ctx": factor * n_ctx_train, "yarn_orig_ctx": n_ctx_train}
 

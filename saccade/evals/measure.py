@@ -16,14 +16,14 @@ from saccade.evals import quality
 from saccade.evals.needle import Needle
 from saccade.evals.peak import PeakMemory
 from saccade.evals.rows import RowSpec
-from saccade.report.record import Row
+from saccade.report.comparison import Row
 from saccade.runtime import Context, Model, Sampler
 from saccade.runtime.importance import token_importance
 
 
 @dataclass(slots=True, kw_only=True)
 class Trial:
-    """What every row is given.
+    """What every row measures on.
 
     Attributes:
         context: tokens `[n]` with the needles in them; continuation: scored tokens `[m]`.
@@ -99,10 +99,10 @@ def _ask(ctx: Context, trial: Trial, row: Row) -> None:
     """Ask for every needle, one after another; the answers are also the decode benchmark."""
     found = 0
     for needle in trial.needles:
-        pieces = ctx.stream(
+        generated = ctx.stream(
             trial.encode(needle.question), n_predict=trial.num_answer, sampler=Sampler()
         )
-        found += needle.value in trial.decode([piece.token for piece in pieces])
+        found += needle.value in trial.decode([each.token for each in generated])
     if trial.needles:
         row.needle, row.needle_trials = found / len(trial.needles), len(trial.needles)
     if ctx.stats.decode_tokens:

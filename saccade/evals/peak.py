@@ -1,7 +1,7 @@
-"""Peak memory of a piece of work: what it needed above what was in use before.
+"""Peak memory of some work: what it needed above what was in use before.
 
-On a CPU the kernel's own high-water mark of resident memory is reset and read, so that nothing
-has to be sampled; where that is not possible (not Linux) the peak is None rather than a guess.
+Linux keeps a high-water mark of resident memory, which is reset and read, so that nothing has to
+be sampled (psutil can do neither); elsewhere the peak is None rather than a guess.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import ctypes
 import gc
 from pathlib import Path
 
+from saccade.core.hardware import resident_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-
-
-def _kilobytes(name: str) -> int:
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(f"{name}:"))
-    return int(line.split()[1])
 
 
 class PeakMemory:
@@ -31,12 +28,14 @@ class PeakMemory:
         try:
             ctypes.CDLL(None).malloc_trim(0)
             _CLEAR.write_text("5")
-            self._before = _kilobytes("VmRSS")
-        except (OSError, AttributeError, StopIteration):
+            self._before = resident_memory()
+        except (OSError, AttributeError):
             self._before = None
 
     def bytes(self) -> int | None:
         """Bytes of the peak above the start, or None where the system does not say."""
         if self._before is None:
             return None
-        return max(0, _kilobytes("VmHWM") - self._before) * 1024
+        lines = _STATUS.read_text().splitlines()
+        high_water = next(line for line in lines if line.startswith("VmHWM:"))  # in KiB
+        return max(0, int(high_water.split()[1]) * 1024 - self._before)

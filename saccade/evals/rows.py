@@ -1,7 +1,7 @@
-"""The rows of the comparison: which options stand side by side.
+"""The rows of the comparison: which options are measured side by side.
 
-Adding a row is one entry here.  Everything but the first two reads the context in chunks, so
-those two show what the textbook compares: the whole score matrix against none.
+Adding a row is one entry here.  The first two rows read the whole context at once and compare
+what the textbook compares, the whole score matrix against none; all others read it in chunks.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class RowSpec:
         return changed | {name: value for name, value in extra.items() if value is not None}
 
 
-def largest_piece(n_context: int, n_batch: int, num_heads: int, memory: int | None) -> int:
-    """Tokens the first two rows read at once: the whole context if its score matrices fit.
+def unchunked_batch(n_context: int, n_batch: int, num_heads: int, memory: int | None) -> int:
+    """Tokens that the first two rows read at once: the whole context if its score matrices fit.
 
     Textbook attention holds about four float32 matrices `[heads, n, n]` at a time.
     """
@@ -64,14 +64,14 @@ def _row(default_batch: int, name: str, group: str, **options: Any) -> RowSpec:
 
 
 def specs(
-    n_context: int, n_batch: int, n_ctx_train: int, piece: int | None = None
+    n_context: int, n_batch: int, n_ctx_train: int, unchunked: int | None = None
 ) -> list[RowSpec]:
     """All rows for a context of `n_context` tokens read in chunks of `n_batch`.
 
     Args:
-        piece: tokens that the first two rows read at once; default the whole context.
+        unchunked: tokens that the first two rows read at once; default the whole context.
     """
-    piece = piece or n_context
+    unchunked = unchunked or n_context
     window = max(128, n_context // 4)
     top_k = BlockTopK(top=max(4, n_context // 64 // 8))
     # Scaling by two shows what stretching costs inside the trained length.
@@ -84,8 +84,8 @@ def specs(
     row = partial(_row, n_batch)
 
     return [
-        row(BASELINE, "Attention", flash_attn="disabled", n_batch=piece),
-        row("flash attention", "Attention", n_batch=piece),
+        row(BASELINE, "Attention", flash_attn="disabled", n_batch=unchunked),
+        row("flash attention", "Attention", n_batch=unchunked),
         row("MHA (KV heads repeated)", "Heads", heads="mha"),
         row("GQA (the model as it is)", "Heads"),
         row("MQA (KV heads averaged)", "Heads", heads="mqa"),

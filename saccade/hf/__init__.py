@@ -11,10 +11,9 @@ from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
 from saccade.hf.context import Context
 from saccade.hf.heads import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel, load_model
-from saccade.hf.model import HFModel
+from saccade.hf.model import HFModel, rotary_frequencies
 from saccade.hf.plan import plan
 from saccade.hf.register import KEY, register
-from saccade.hf.rope import rotary_frequencies, scaled_rope
 
 register()
 
@@ -33,5 +32,4 @@ __all__ = [
     "pool_to_mqa",
     "register",
     "rotary_frequencies",
-    "scaled_rope",
 ]

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from typing import Any, Final
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
+from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
-from saccade.hf.deferred_rope import NAME, deferring, rotary_places
-from saccade.hf.fused_layers import one_row_forwards
-from saccade.hf.fused_norms import plain_norms, shifted_norms
-from saccade.hf.layers import attention_modules, layer_windows
-from saccade.hf.register import KEY, register
-from saccade.hf.rope import scaled_rope
-from saccade.hf.settings import ATTRIBUTE, AttentionSettings
-from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
+from saccade.hf.register import KEY
+from saccade.hf.rope import run_rotary
+from saccade.hf.runs import Change, ModelRuns, Run, begun
+from saccade.hf.settings import LayerSettings, needs_own_cache
+from saccade.runtime.layers import layer_cache
 from saccade.runtime.params import ContextParams
-
-_ORIGINAL: Final = "saccade_original"
 
 
 class Attached:
@@ -33,8 +29,9 @@ class Attached:
         params: the options in force.
     """
 
-    def __init__(self, model: PreTrainedModel, params: ContextParams) -> None:
-        self.model, self.params = model, params
+    def __init__(self, run: Run) -> None:
+        self.model, self.params = run.model, run.params
+        self._run = run
 
     def new_cache(self, *, reserve: int = 0) -> SaccadeCache:
         """Empty caches for the params, to be passed as `past_key_values`.
@@ -45,138 +42,120 @@ class Attached:
         Raises:
             Unsupported: a model with layers that our caches do not serve.
         """
-        return new_cache(self.model, self.params, reserve=reserve)
-
-
-def new_cache(model: PreTrainedModel, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
-    """Empty caches for a model under params; see `Attached.new_cache`."""
-
-    staging = None if params.offload_kqv else StagingBuffers()
-
-    def make(layer: int, own: int | None) -> LayerCache:
-        return layer_cache(own, params, staging=staging, reserve=reserve)
-
-    return SaccadeCache(model.config, make)
+        return new_cache(self._run, reserve=reserve)
 
 
 @contextmanager
 def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Iterator[Attached]:
     """Run a transformers model on saccade's attention under these params.
 
-    Everything is put back on exit, also after an exception: attention implementation, rotary
-    modules (the same objects), attributes.  Attached models can be attached again inside.
-    `generate()` works inside; it brings saccade's caches by itself where the params need them.
+    With the default params this changes only what computes attention.  `fused_layers=True` also
+    replaces norms, linear layers, MLPs and decoder layers, those of classes in `allowlist.json`.
+    Nothing outside the model object is changed.
+
+    Everything is put back on exit, also after an exception.  Attached models can be attached again
+    inside: the newest params alone count.  They need not be left in the reverse order.
+    `generate()` works inside; it makes saccade's caches by itself where the params need them.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
-        params: options; default ContextParams(), which changes only who computes attention.
+        params: options; default ContextParams().
 
     Raises:
         Unsupported: options that this model cannot run with.
     """
-    params = params or ContextParams()
-    register()
-    settings = _settings(model, params)
-    with ExitStack() as undo:
-        undo.enter_context(scaled_rope(model, params))
-        _switch_attention(undo, model)
-        modules = attention_modules(model)
-        for index, module in modules:
-            _set(undo, module, ATTRIBUTE, settings(index))
-        for code, usual in rotary_places([module for _, module in modules]):
-            _set(undo, code, NAME, deferring(usual))
-        if model.device.type == "cuda":
-            norms = list(plain_norms(model))
-            rows = one_row_forwards(model, [module for module, _ in norms])
-            for module, forward in [*norms, *shifted_norms(model), *rows]:
-                _set(undo, module, "forward", forward)
-        attached = Attached(model, params)
-        _set(undo, model, "generate", _generate_with_cache(attached))
-        yield attached
+    run = make_run(model, params or ContextParams(), serves_every_call=True)
+    with running(run):
+        yield Attached(run)
 
 
-def _settings(model: PreTrainedModel, params: ContextParams) -> Callable[[int], AttentionSettings]:
-    """Settings of a layer by its index."""
-    narrows = params.n_swa is not None or params.sparse is not None
-    windows = layer_windows(model.config) if narrows else ()
-    backend = backend_of(params)
+def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call: bool) -> Run:
+    """The options of one caller for a model, and what has to change on the model for them.
 
-    def of_layer(index: int) -> AttentionSettings:
-        own = windows[index] if windows else None
-        window, sinks = narrowed_window(own, params)
-        return AttentionSettings(
-            backend=backend,
-            window=window,
-            sinks=sinks,
-            sparse=params.sparse if own is None else None,  # a window is sparse already
-            needs_own_cache=_needs_own_cache(params),
-        )
+    Args:
+        serves_every_call: as `attach` does; a `Context` serves its own calls alone, with a copy of
+            whatever state the model's rotary modules keep.
 
-    return of_layer
-
-
-def _needs_own_cache(params: ContextParams) -> bool:
-    options = (params.type_k, params.page_size, params.kv_policy)
-    return any(option is not None for option in options) or not params.offload_kqv
-
-
-def _switch_attention(undo: ExitStack, model: PreTrainedModel) -> None:
-    """`set_attn_implementation`, with every config it touches put back as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    for config in configs.values():
-        for nested in _with_sub_configs(config):
-            name = "_attn_implementation_internal"
-            undo.callback(setattr, nested, name, getattr(nested, name))
-    model.set_attn_implementation(KEY)
-    if model.config._attn_implementation != KEY:
-        raise Unsupported(
-            f"{type(model).__name__} does not call transformers' attention interface, so its "
-            "attention cannot be replaced. Use a model class that supports attn_implementation."
-        )
+    Raises:
+        Unsupported, ValueError: options that this model cannot run with.
+    """
+    rotary = run_rotary(model, params, isolated=not serves_every_call)
+    fused = params.fused_layers
+    if fused is None:
+        fused = not serves_every_call and model.device.type == "cuda"
+    needed: dict[str, Change] = {"attention": changes.switch_attention}
+    if rotary:
+        needed["rotary"] = changes.dispatch_rotary
+    if fused:
+        needed["layers"] = changes.fuse_layers
+    if serves_every_call:
+        needed |= {"settings": changes.show_runs, "generate": _serve_generate}
+    return Run(
+        model=model,
+        params=params,
+        settings=LayerSettings(model.config, params),
+        rotary=rotary,
+        fused=fused,
+        serves_every_call=serves_every_call,
+        changes=needed,
+    )
 
 
-def _with_sub_configs(config: Any) -> list[Any]:
-    found = [config]
-    for name in getattr(config, "sub_configs", {}):
-        nested = getattr(config, name, None)
-        if nested is not None:
-            found += _with_sub_configs(nested)
-    return found
+@contextmanager
+def running(run: Run) -> Iterator[None]:
+    """The model, ready for this run inside the `with`.
+
+    Raises:
+        Unsupported: the model cannot be changed as the run needs.
+    """
+    with begun(run):
+        implementation = run.model.config._attn_implementation
+        if implementation != KEY:
+            raise Unsupported(
+                f"the attention implementation of this {type(run.model).__name__} was set to "
+                f"{implementation!r} while it was attached. Leave the outer attach or Context, or "
+                f'call set_attn_implementation("{KEY}") first.'
+            )
+        yield
 
 
-def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an instance attribute; on exit the old one comes back, or none where none was."""
-    had = name in vars(owner)
-    if had:
-        undo.callback(setattr, owner, name, vars(owner)[name])
-    else:
-        undo.callback(delattr, owner, name)
-    setattr(owner, name, value)
+def new_cache(run: Run, *, reserve: int = 0) -> SaccadeCache:
+    """Empty caches that follow the options of a run; see `Attached.new_cache`."""
+    staging = None if run.params.offload_kqv else StagingBuffers()
+
+    def make(layer: int, own: int | None) -> LayerCache:
+        return layer_cache(own, run.params, staging=staging, reserve=reserve)
+
+    return SaccadeCache(run.model.config, make, run=run)
 
 
-def _generate_with_cache(attached: Attached) -> Callable[..., Any]:
-    """`generate` that brings the cache the params ask for, unless the caller brings one."""
-    params = attached.params
-    current: Any = attached.model.generate
-    # Attached inside an attached model: what counts are the inner params alone.
-    original: Callable[..., Any] = getattr(current, _ORIGINAL, current)
+def _serve_generate(undo: ExitStack, runs: ModelRuns) -> None:
+    """`generate` makes the cache that the run in force needs, unless the caller brings one."""
+    original: Callable[..., Any] | None = getattr(runs.model, "generate", None)
+    if original is None:
+        return
 
     @wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if params.kv_policy is not None:
-            raise Unsupported(
-                "generate() does not say when the prompt ends, which kv_policy needs to know. "
-                "Use saccade.Context, or attach with kv_policy=None."
-            )
-        if params.n_swa is None and not _needs_own_cache(params):
-            return original(*args, **kwargs)
-        if kwargs.get("past_key_values") is None:
-            _check_no_conflict(kwargs)
-            kwargs["past_key_values"] = attached.new_cache()
+        run = runs.in_force
+        if run is not None:
+            _bring_cache(run, kwargs)
         return original(*args, **kwargs)
 
-    setattr(generate, _ORIGINAL, original)
-    return generate
+    changes.override(undo, runs.model, "generate", generate)
+
+
+def _bring_cache(run: Run, kwargs: dict[str, Any]) -> None:
+    params = run.params
+    if params.kv_policy is not None:
+        raise Unsupported(
+            "generate() does not say when the prompt ends, which kv_policy needs to know. "
+            "Use saccade.Context, or attach with kv_policy=None."
+        )
+    needed = params.n_swa is not None or needs_own_cache(params)
+    if needed and kwargs.get("past_key_values") is None:
+        _check_no_conflict(kwargs)
+        kwargs["past_key_values"] = new_cache(run)
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:

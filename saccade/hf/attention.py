@@ -1,7 +1,7 @@
 """The attention function that transformers calls for `attn_implementation="saccade"`.
 
-It reads what transformers passes (tensors or our handle, a SpecMask, a foreign mask or none),
-says it in the words of `saccade.ops.attend`, and returns `[B, Lq, Hq, Dv]`.
+It turns what transformers passes (tensors or our handle; a SpecMask, another mask or none) into the
+arguments of `saccade.ops.attend`, and returns `[B, Lq, Hq, Dv]`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from saccade.cache import Cursor
 from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
 from saccade.core.host_memo import HostMemo
-from saccade.hf.deferred_rope import settled
+from saccade.hf.deferred_rope import materialize
 from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import attend
 
-_FOREIGN = {
+_UNSUPPORTED = {
     "position_bias": "adds a learned position bias to the scores (T5 and its kin)",
     "indices": "selects single keys by an indexer (DeepSeek sparse attention)",
     "block_indices": "selects blocks of keys by an indexer (MiniMax sparse attention)",
@@ -30,10 +30,10 @@ _FOREIGN = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """One attention problem: the view, where its queries lie, and who sees whom.
+class AttentionArgs:
+    """What is attended to: the view of the keys, the position of the queries, and the mask.
 
-    Positions count from the first key of the view, so `q_offset` and `mask` speak of the view.
+    Positions count from the first key of the view, so `q_offset` and `mask` refer to the view.
     """
 
     kv: KVView
@@ -59,10 +59,10 @@ def saccade_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers asks for it: ([B, Lq, Hq, Dv] contiguous, None).
+    """Attention of one layer, as transformers calls it: ([B, Lq, Hq, Dv] contiguous, None).
 
     Args:
-        query: `[B, Hq, Lq, D]`, rotated.
+        query: `[B, Hq, Lq, D]`, RoPE applied.
         key, value: `[B, Hkv, Lk, D]` and `[.., Dv]`, or the handles of a SaccadeCache.
         attention_mask: a SpecMask, a 4-D mask (bool, or 0 / -inf), a 2-D padding mask, or None.
         s_aux: `[Hq]`, learned logits in the denominator (gpt-oss).
@@ -71,50 +71,53 @@ def saccade_attention(
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     _check_supported(module, dropout, kwargs)
-    query = settled(query)
-    settings, own = settings_of(module), _own_mask(module, is_causal, sliding_window)
+    query = materialize(query)
+    own, settings = _own_mask(module, is_causal, sliding_window), settings_of(module)
     if isinstance(key, KVHandle):
-        problem, observe = _from_handle(query, key, attention_mask, own), key.observe
+        settings = key.settings or settings
+        args, observe = _from_handle(query, key, attention_mask, own), key.observe
     else:
         assert isinstance(value, Tensor)
         kv, observe = DenseKV(key, value), None
-        problem = _from_tensors(query, kv, attention_mask, own, settings, kwargs)
+        args = _from_tensors(query, kv, attention_mask, own, settings, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
-    result = _attended(query, _narrowed(problem, settings), settings, observe is not None, options)
+    result = _attended(query, _narrowed(args, settings), settings, observe is not None, options)
     if observe is not None:
         observe(query.detach(), result.lse.detach(), scale)
     return result.out.transpose(1, 2).contiguous(), None
 
 
 def _own_mask(module: nn.Module, is_causal: bool | None, window: int | None) -> Mask:
-    """What the model says about itself; holds where transformers passes no mask."""
+    """The mask that the model itself implies; used where transformers passes none."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return Mask(causal=causal, window=window if causal else None)
 
 
 def _attended(
     query: Tensor,
-    problem: Geometry,
+    args: AttentionArgs,
     settings: AttentionSettings,
     wants_lse: bool,
     options: dict[str, Any],
 ) -> AttentionOutput:
-    """The problem in the words of the operator; `options` shape the scores."""
+    """The call of the operator; `options` change the scores."""
     blocks = None
     if settings.sparse is not None:
-        if not isinstance(problem.q_offset, int):
-            raise Unsupported("sparse patterns need to know where queries are. Use Context.append.")
-        blocks = settings.sparse.select(query, problem.kv, problem.q_offset)
+        if not isinstance(args.q_offset, int):
+            raise Unsupported(
+                "sparse patterns need the position of the queries on the host. Use Context.append."
+            )
+        blocks = settings.sparse.select(query, args.kv, args.q_offset)
     return attend(
         query,
-        problem.kv,
-        mask=problem.mask,
-        key_padding=problem.key_padding,
-        kv_lens=problem.kv_lens,
-        cu_seqlens=problem.cu_seqlens,
-        attn_mask=problem.attn_mask,
-        q_offset=None if problem.cu_seqlens is not None else problem.q_offset,
+        args.kv,
+        mask=args.mask,
+        key_padding=args.key_padding,
+        kv_lens=args.kv_lens,
+        cu_seqlens=args.cu_seqlens,
+        attn_mask=args.attn_mask,
+        q_offset=None if args.cu_seqlens is not None else args.q_offset,
         blocks=blocks,
         wants_lse=wants_lse,
         backend=settings.backend,
@@ -128,7 +131,7 @@ def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) 
             f"saccade attention has no dropout on attention weights, got dropout={dropout}. "
             "Set config.attention_dropout to 0, or train with another attn_implementation."
         )
-    for name, meaning in _FOREIGN.items():
+    for name, meaning in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise Unsupported(
                 f"saccade attention cannot run {type(module).__name__}: it {meaning}. "
@@ -138,42 +141,42 @@ def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) 
 
 def _from_handle(
     query: Tensor, handle: KVHandle, attention_mask: Tensor | None, own: Mask
-) -> Geometry:
-    """A call on one of our caches: the view knows the positions of its keys."""
+) -> AttentionArgs:
+    """A call on one of our caches: the view has the positions of its keys."""
     if handle.cursor is not None:
         return _from_step(handle, handle.cursor, attention_mask, own)
     end = handle.shape[2]
-    problem = Geometry(kv=handle.view, q_offset=end - query.shape[2], mask=own)
+    args = AttentionArgs(kv=handle.view, q_offset=end - query.shape[2], mask=own)
     if isinstance(attention_mask, SpecMask):
         spec = attention_mask.spec
         _check_length(attention_mask.shape[3] + spec.kv_offset, handle.seen)
-        problem = replace(problem, mask=spec.mask, key_padding=_moved(spec.padding, query))
+        args = replace(args, mask=spec.mask, key_padding=_moved(spec.padding, query))
     elif attention_mask is not None:
-        foreign = _boolean(attention_mask, query, handle.seen)
-        if foreign.ndim == 2:
-            problem = replace(problem, key_padding=foreign)
+        attn_mask = _boolean(attention_mask, query, handle.seen)
+        if attn_mask.ndim == 2:
+            args = replace(args, key_padding=attn_mask)
         else:
-            problem = replace(problem, mask=Mask(causal=False), attn_mask=foreign)
-    padded = problem.key_padding is not None or problem.attn_mask is not None
-    if end != handle.seen and (padded or problem.mask.window is not None):
+            args = replace(args, mask=Mask(causal=False), attn_mask=attn_mask)
+    padded = args.key_padding is not None or args.attn_mask is not None
+    if end != handle.seen and (padded or args.mask.window is not None):
         raise Unsupported(
             f"a compressed cache ({end} keys kept of {handle.seen} tokens) no longer knows which "
-            "slot held which token, so padding, 4-D masks and windows cannot be applied. "
+            "slot belongs to which token, so padding, 4-D masks and windows cannot be applied. "
             "Run unpadded rows, or set no kv_policy."
         )
-    return problem
+    return args
 
 
 def _from_step(
     handle: KVHandle, cursor: Cursor, attention_mask: Tensor | None, own: Mask
-) -> Geometry:
-    """A call of a decoding step: where queries and keys end, the device knows."""
+) -> AttentionArgs:
+    """A call of a decoding step: the positions are tensors on the device."""
     mask = own
     if isinstance(attention_mask, SpecMask) and attention_mask.spec.padding is None:
         mask = attention_mask.spec.mask
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
-    return Geometry(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
+    return AttentionArgs(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
 
 
 def _from_tensors(
@@ -183,7 +186,7 @@ def _from_tensors(
     own: Mask,
     settings: AttentionSettings,
     kwargs: dict[str, Any],
-) -> Geometry:
+) -> AttentionArgs:
     """A call on plain tensors: no cache, or one of transformers'."""
     q_len, kv_len = query.shape[2], kv.k.shape[2]
     if settings.needs_own_cache and kv_len != q_len:
@@ -195,17 +198,17 @@ def _from_tensors(
         return _from_spec(query, kv, attention_mask, settings, kwargs)
     offset = kv_len - q_len
     if attention_mask is None:
-        bounds = _document_bounds(query, kv_len, kwargs)
-        return Geometry(kv=kv, q_offset=offset, mask=own, cu_seqlens=bounds)
-    foreign = _boolean(attention_mask, query, kv_len)
-    if foreign.ndim == 2:
-        return Geometry(kv=kv, q_offset=offset, mask=own, key_padding=foreign)
+        cu_seqlens = _packed_seqlens(query, kv_len, kwargs)
+        return AttentionArgs(kv=kv, q_offset=offset, mask=own, cu_seqlens=cu_seqlens)
+    attn_mask = _boolean(attention_mask, query, kv_len)
+    if attn_mask.ndim == 2:
+        return AttentionArgs(kv=kv, q_offset=offset, mask=own, key_padding=attn_mask)
     if offset and (settings.window is not None or settings.sparse is not None):
         raise Unsupported(
             "a 4-D attention mask over a cache of transformers does not say where the queries are, "
             "which n_swa and sparse need. Pass past_key_values=attached.new_cache()."
         )
-    return Geometry(kv=kv, q_offset=offset, mask=Mask(causal=False), attn_mask=foreign)
+    return AttentionArgs(kv=kv, q_offset=offset, mask=Mask(causal=False), attn_mask=attn_mask)
 
 
 def _from_spec(
@@ -214,8 +217,8 @@ def _from_spec(
     attention_mask: SpecMask,
     settings: AttentionSettings,
     kwargs: dict[str, Any],
-) -> Geometry:
-    """Tensors with a stock mask; positions are counted from the first key that is there."""
+) -> AttentionArgs:
+    """Tensors with a stock mask; positions count from the first key of the tensor."""
     spec, q_len, kv_len = attention_mask.spec, query.shape[2], kv.k.shape[2]
     _check_length(attention_mask.shape[3], kv_len)
     if spec.kv_offset > 0 and settings.sinks:
@@ -225,20 +228,22 @@ def _from_spec(
         )
     offset = spec.q_offset - spec.kv_offset
     padding = _moved(spec.padding, query)
-    bounds = None
+    cu_seqlens = None
     if offset == 0 and q_len == kv_len and padding is None:
-        bounds = _document_bounds(query, kv_len, kwargs)
+        cu_seqlens = _packed_seqlens(query, kv_len, kwargs)
     if spec.mask.causal and offset + q_len < kv_len:  # the empty slots of a static cache
         kv = DenseKV(kv.k.narrow(2, 0, offset + q_len), kv.v.narrow(2, 0, offset + q_len))
         padding = None if padding is None else padding[:, : offset + q_len]
-    return Geometry(kv=kv, q_offset=offset, mask=spec.mask, key_padding=padding, cu_seqlens=bounds)
+    return AttentionArgs(
+        kv=kv, q_offset=offset, mask=spec.mask, key_padding=padding, cu_seqlens=cu_seqlens
+    )
 
 
-def _check_length(masked: int, held: int) -> None:
-    if masked != held:
+def _check_length(masked: int, num_keys: int) -> None:
+    if masked != num_keys:
         raise Unsupported(
-            f"the mask was made for {masked} keys, but this layer holds {held}: transformers makes "
-            "one mask per layer type, so all layers of a type must hold equally many tokens. "
+            f"the mask was made for {masked} keys, but this layer holds {num_keys}: transformers "
+            "makes one mask per layer type, so all layers of a type must hold equally many tokens. "
             "Use a SaccadeCache for budgets that differ between layers."
         )
 
@@ -247,13 +252,13 @@ def _moved(padding: Tensor | None, query: Tensor) -> Tensor | None:
     return None if padding is None else padding.to(query.device)
 
 
-def _document_bounds(
+def _packed_seqlens(
     query: Tensor, kv_len: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Cumulative lengths of documents packed into one row, or None for one document.
+    """cu_seqlens of sequences packed into one row, or None for one sequence.
 
-    Some models (gpt-oss among them) do not tell transformers' mask code about position_ids, so
-    packed documents would see each other.  Positions that go back mean a new document.
+    Some models (gpt-oss among them) do not pass position_ids to transformers' mask code, so packed
+    sequences would attend to each other.  A position that does not increase begins a new sequence.
     """
     batch, _, q_len, _ = query.shape
     if batch != 1 or q_len != kv_len or q_len < 2:
@@ -266,12 +271,12 @@ def _document_bounds(
         return None
     if positions.shape != (1, q_len):
         return None
-    bounds = _restarts(positions)
-    return None if bounds is None else (bounds, bounds)
+    cu_seqlens = _restarts(positions)
+    return None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
 
 
 def _read_restarts(positions: Tensor) -> Tensor | None:
-    """Cumulative lengths of what lies between positions `[1, Lq]` that go back, None if none do."""
+    """cu_seqlens of positions `[1, Lq]` that start anew, None if none do."""
     starts = (positions[0].diff() <= 0).nonzero().flatten() + 1
     if starts.numel() == 0:
         return None
@@ -283,7 +288,7 @@ _restarts = HostMemo(_read_restarts)  # once for all layers
 
 
 def _boolean(attention_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
-    """A foreign mask as bool, True = may be seen: `[B | 1, H | 1, Lq, Lk]` or padding `[B, Lk]`."""
+    """A mask as bool, True = attend: `[B | 1, H | 1, Lq, Lk]`, or padding `[B, Lk]`."""
     if attention_mask.ndim not in (2, 4) or attention_mask.shape[-1] < kv_len:
         raise Unsupported(
             f"attention_mask must be [batch, keys] or [batch, heads, queries, keys] for {kv_len} "
@@ -304,15 +309,15 @@ def _boolean(attention_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
     return visible
 
 
-def _narrowed(problem: Geometry, settings: AttentionSettings) -> Geometry:
-    """The problem with the window of the settings in place of the model's own."""
+def _narrowed(args: AttentionArgs, settings: AttentionSettings) -> AttentionArgs:
+    """The arguments with the window of the settings in place of the model's own."""
     if settings.window is None:
-        return problem
-    if settings.sinks and problem.key_padding is not None:
-        first = problem.key_padding[:, : settings.sinks]
+        return args
+    if settings.sinks and args.key_padding is not None:
+        first = args.key_padding[:, : settings.sinks]
         if not bool(first.all()):
             raise Unsupported(
                 "n_sinks keeps the first slots of every row, but the batch is padded on the left. "
                 "Pad on the right, run the rows one by one, or set n_sinks=0."
             )
-    return replace(problem, mask=Mask(window=settings.window, sinks=settings.sinks))
+    return replace(args, mask=Mask(window=settings.window, sinks=settings.sinks))

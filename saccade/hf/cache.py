@@ -1,4 +1,4 @@
-"""saccade's layer caches in the shape that transformers expects of `past_key_values`."""
+"""saccade's layer caches behind the interface that transformers expects of `past_key_values`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from saccade.cache import Cursor, LayerCache, ShiftKeys, SteppingCache
-from saccade.core import KVView
-from saccade.hf.deferred_rope import Promised, settled
+from saccade.cache import Cursor, LayerCache, SteppingCache
+from saccade.core import KVView, Unsupported
+from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
+from saccade.hf.runs import Run, run_in_force
+from saccade.hf.settings import AttentionSettings
 from saccade.runtime.model import Observer
 
 MakeLayer = Callable[[int, int | None], LayerCache]
@@ -25,20 +27,24 @@ MakeLayer = Callable[[int, int | None], LayerCache]
 class SaccadeCacheLayer(CacheLayerMixin):
     """One of our LayerCaches behind transformers' layer protocol.
 
-    Everything is said in tokens *seen*: how much is stored is the business of the cache alone.
+    Lengths are numbers of tokens *seen*; the cache may store fewer.
 
     Args:
         store: the cache of the layer.
         window: the model's own window of this layer, None for full attention.
+        settings: how attention over this cache computes, None: as the model's run in force says.
     """
 
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, store: LayerCache, window: int | None) -> None:
+    def __init__(
+        self, store: LayerCache, window: int | None, settings: AttentionSettings | None = None
+    ) -> None:
         super().__init__()
         self.store = store
         self.window = window
+        self.settings = settings
         self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
         self.cursor: Cursor | None = None
         self.is_sliding = window is not None
@@ -62,29 +68,29 @@ class SaccadeCacheLayer(CacheLayerMixin):
         """
         if self.cursor is not None:
             return self._step(key_states, value_states, self.cursor)
-        key_states = settled(key_states)
+        key_states = materialize(key_states)
         self.lazy_initialization(key_states, value_states)
         self._batch = key_states.shape[0]
         view = self.store.append(key_states.detach(), value_states.detach())
         seen = self.store.seen
         call: ObserveCall | None = None if self.observe is None else partial(self.observe, view)
-        keys = KVHandle(view, seen=seen, width=view.shape[3], observe=call)
-        return keys, KVHandle(view, seen=seen, width=view.shape[4])
+        handle = partial(KVHandle, view, seen=seen, settings=self.settings)
+        return handle(width=view.shape[3], observe=call), handle(width=view.shape[4])
 
     def _step(
-        self, keys: Tensor | Promised, v: Tensor, cursor: Cursor
+        self, keys: Tensor | DeferredTensor, v: Tensor, cursor: Cursor
     ) -> tuple[KVHandle, KVHandle]:
-        """`update` at a place that the device knows; keys and queries are turned on the way."""
-        assert isinstance(self.store, SteppingCache), "DecodeStep has asked"
-        promise = keys.promise if isinstance(keys, Promised) else None
-        k, rope = (keys, None) if promise is None else (promise.k, promise.rope)
+        """`update` at the position that a cursor on the device says; deferred RoPE is applied."""
+        assert isinstance(self.store, SteppingCache), "DecodeStep has checked"
+        deferred = keys.deferred if isinstance(keys, DeferredTensor) else None
+        k, rope = (keys, None) if deferred is None else (deferred.k, deferred.rope)
         assert isinstance(k, Tensor)
         view, where, q = self.store.write(k, v, cursor, rope)
-        if promise is not None:
-            promise.keep(q)
+        if deferred is not None:
+            deferred.stored(q)
         seen = self.store.seen + k.shape[2]
-        handles = [KVHandle(view, seen=seen, width=view.shape[i], cursor=where) for i in (3, 4)]
-        return handles[0], handles[1]
+        handle = partial(KVHandle, view, seen=seen, settings=self.settings, cursor=where)
+        return handle(width=view.shape[3]), handle(width=view.shape[4])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, first position) of the mask for the next `query_length` tokens."""
@@ -144,16 +150,35 @@ class SaccadeCache(Cache):
     Args:
         config: config of the model.
         make: makes the cache of a layer from its index and the model's own window.
+        run: whose options attention over these caches follows; default those in force for the
+            model when it is called.
 
     Raises:
         Unsupported: a model with layers that are neither full nor sliding attention.
     """
 
-    def __init__(self, config: PreTrainedConfig, make: MakeLayer) -> None:
-        windows = layer_windows(config)
-        self._ours = [SaccadeCacheLayer(make(i, w), w) for i, w in enumerate(windows)]
+    def __init__(
+        self, config: PreTrainedConfig, make: MakeLayer, *, run: Run | None = None
+    ) -> None:
+        self.run = run
+        self._ours = [
+            SaccadeCacheLayer(make(i, w), w, None if run is None else run.settings[i])
+            for i, w in enumerate(layer_windows(config))
+        ]
         self._observer: Observer | None = None
         super().__init__(layers=list(self._ours))
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[KVHandle, KVHandle]:
+        """Store new keys and values of a layer; see `SaccadeCacheLayer.update`.
+
+        Raises:
+            Unsupported: the rotary positions in force are not those of the run.
+        """
+        if layer_idx == 0 and self.run is not None:
+            _check_rope(self.run)
+        return self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     @property
     def stores(self) -> list[LayerCache]:
@@ -172,7 +197,7 @@ class SaccadeCache(Cache):
 
     @property
     def observer(self) -> Observer | None:
-        """Is shown every attention call after it ran; None for nobody."""
+        """Called after every attention call; None for no observer."""
         return self._observer
 
     @observer.setter
@@ -191,10 +216,14 @@ class SaccadeCache(Cache):
         for layer in self._ours:
             layer.cursor = cursor
 
-    def context_shift(self, start: int, stop: int, shift: Callable[[int], ShiftKeys]) -> None:
-        """Context shift in all layers; `shift(i)` re-rotates keys of layer i."""
-        for index, store in enumerate(self.stores):
-            store.context_shift(start, stop, shift(index))
+
+def _check_rope(run: Run) -> None:
+    current = run_in_force(run.model)
+    if current is not run and ({} if current is None else current.ropes) != run.ropes:
+        raise Unsupported(
+            "this cache belongs to a run with other rotary positions than those in force for the "
+            "model now. Use it inside its own attach, or make a cache with new_cache() here."
+        )
 
 
 def _ordered(observer: Observer, layer: int) -> Callable[[KVView, Tensor, Tensor, float], None]:

@@ -1,79 +1,90 @@
-"""Rotary positions left for the cache to apply, so that turning and storing are one kernel.
+"""Deferred RoPE: the cache applies it while it stores K, so that both are one kernel.
 
-transformers turns queries and keys by some ten small kernels, then hands the keys to the cache.
-During a step of decoding its `apply_rotary_pos_emb` returns promises instead.  A model's own code
-passes them on untouched; the cache keeps the promise for both while it stores the keys.  Whoever
-else touches a promise gets the tensor that it stands for, turned the usual way.
+transformers rotates queries and keys by some ten small kernels, then hands the keys to the cache.
+Inside `deferred()` its `apply_rotary_pos_emb` returns DeferredTensors instead.  A model's own code
+passes them on untouched; the cache rotates both while it stores the keys.  Any other operation on
+a DeferredTensor first computes the rotated tensor, as transformers would have.
+
+The function is a global of transformers' module and stays there.  An attention module of a listed
+class gets a copy of its class's `forward` whose globals name the deferring function; the copy is an
+attribute of that module alone.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
+from functools import cache, update_wrapper, wraps
+from types import FunctionType, MethodType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from saccade.ops.kv_write.append import apply_pending, apply_rope_qk
+from saccade.hf.allowlist import is_rotary_function, kind_of
+from saccade.ops.kv_write.append import apply_rope_qk
 from saccade.ops.kv_write.records import PendingRope
 
 NAME: Final = "apply_rotary_pos_emb"
-Rotary = Callable[..., tuple[Tensor, Tensor]]
+RotaryFunction = Callable[..., tuple[Tensor, Tensor]]
 
 _deferring: ContextVar[bool] = ContextVar("saccade_deferring", default=False)
 
 
-class Promise:
-    """Queries and keys that are still to be turned."""
+class DeferredRope:
+    """Queries and keys `[B, H, t, D]` that RoPE has not been applied to yet.
 
-    def __init__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, usual: Rotary) -> None:
+    Attributes:
+        k: the keys; rope: the queries, cos and sin.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, original: RotaryFunction
+    ) -> None:
         self.k, self.rope = k, PendingRope(q, cos, sin)
-        self._usual = usual
-        self._kept: tuple[Tensor, Tensor | None] | None = None
+        self._original = original
+        self._rotated: tuple[Tensor, Tensor | None] | None = None
 
-    def keep(self, q: Tensor | None) -> None:
-        """The cache has turned the queries, and stored the keys."""
+    def stored(self, q: Tensor | None) -> None:
+        """Note the rotated queries: the cache has rotated both, and stored the keys."""
         assert q is not None
-        self._kept = q, None
+        self._rotated = q, None
 
-    def result(self, index: int) -> Tensor:
-        """Queries (0) or keys (1) as tensors."""
-        found = None if self._kept is None else self._kept[index]
+    def rotated(self, index: int) -> Tensor:
+        """Queries (0) or keys (1) with RoPE applied."""
+        found = None if self._rotated is None else self._rotated[index]
         if found is None:
             if self.k.is_cuda:
-                self._kept = apply_rope_qk(self.k, self.rope)
+                self._rotated = apply_rope_qk(self.k, self.rope)
             else:
-                self._kept = self._usual(self.rope.q, self.k, self.rope.cos, self.rope.sin)
-            found = self._kept[index]
+                self._rotated = self._original(self.rope.q, self.k, self.rope.cos, self.rope.sin)
+            found = self._rotated[index]
         assert found is not None
         return found
 
 
-class Promised:
-    """Stands for the queries or for the keys of a Promise."""
+class DeferredTensor:
+    """Stands for the queries or for the keys of a DeferredRope; any operation materializes it."""
 
-    __slots__ = ("_index", "promise")
+    __slots__ = ("_index", "deferred")
 
-    def __init__(self, promise: Promise, index: int) -> None:
-        self.promise, self._index = promise, index
+    def __init__(self, deferred: DeferredRope, index: int) -> None:
+        self.deferred, self._index = deferred, index
 
     def tensor(self) -> Tensor:
-        """What it stands for."""
-        return self.promise.result(self._index)
+        """The rotated tensor."""
+        return self.deferred.rotated(self._index)
 
     @property
     def shape(self) -> torch.Size:
-        """Turning changes no shape."""
-        return (self.promise.k if self._index else self.promise.rope.q).shape
+        """RoPE changes no shape."""
+        return (self.deferred.k if self._index else self.deferred.rope.q).shape
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {name: settled(arg) for name, arg in (kwargs or {}).items()}
-        return func(*(settled(arg) for arg in args), **kwargs)
+        kwargs = {name: materialize(arg) for name, arg in (kwargs or {}).items()}
+        return func(*(materialize(arg) for arg in args), **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
@@ -82,14 +93,14 @@ class Promised:
         return self.tensor()[index]
 
 
-def settled(x: Any) -> Any:
-    """A promise as the tensor it stands for; anything else as it is."""
-    return x.tensor() if isinstance(x, Promised) else x
+def materialize(x: Any) -> Any:
+    """A DeferredTensor as the rotated tensor; anything else as it is."""
+    return x.tensor() if isinstance(x, DeferredTensor) else x
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, models attached by saccade leave rotary positions to the cache."""
+    """Inside, attention modules with a `deferring_forward` leave RoPE to the cache."""
     token = _deferring.set(True)
     try:
         yield
@@ -97,36 +108,39 @@ def deferred() -> Iterator[None]:
         _deferring.reset(token)
 
 
-def deferring(usual: Rotary) -> Rotary:
-    """`apply_rotary_pos_emb` as it was, except inside `deferred()`."""
+def deferring_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of an attention module that defers RoPE inside `deferred()`.
 
-    @wraps(usual)
-    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        whole = cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if not _deferring.get() or args or kwargs or not whole:
-            return usual(q, k, cos, sin, *args, **kwargs)
-        promise = Promise(q, k, cos, sin, usual)
-        return Promised(promise, 0), Promised(promise, 1)
-
-    return apply_rotary_pos_emb
-
-
-def rotary_places(modules: list[nn.Module]) -> list[tuple[Any, Rotary]]:
-    """(module of code, its rotary function) behind attention modules, where it turns by halves."""
-    places = {type(module).__module__: sys.modules[type(module).__module__] for module in modules}
-    found = [(code, getattr(code, NAME, None)) for code in places.values()]
-    return [(code, usual) for code, usual in found if usual is not None and turns_by_halves(usual)]
+    None where the class is not listed, or calls a rotary function that is not.
+    """
+    if kind_of(type(module)) != "attention":
+        return None
+    forward = vars(type(module))["forward"]
+    calls = NAME in forward.__code__.co_names and forward.__closure__ is None
+    if not calls or not is_rotary_function(forward.__globals__.get(NAME)):
+        return None
+    return MethodType(_with_deferring(forward, forward.__globals__[NAME]), module)
 
 
 @cache
-def turns_by_halves(usual: Rotary) -> bool:
-    """Whether a rotary function is the one that our kernel computes: asked by an example."""
-    q, k = torch.linspace(-1, 2, 24).view(1, 2, 3, 4), torch.linspace(3, -2, 12).view(1, 1, 3, 4)
-    half = torch.linspace(0, 1, 6).view(1, 3, 2)
-    cos, sin = torch.cat((half, half), -1), torch.cat((1 - half, 1 - half), -1)
-    try:
-        answer = usual(q, k, cos, sin)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    expected = [apply_pending(x, PendingRope(q, cos, sin)) for x in (q, k)]
-    return all(torch.allclose(ours, a) for ours, a in zip(expected, answer, strict=True))
+def _with_deferring(forward: FunctionType, rotary: RotaryFunction) -> FunctionType:
+    """A copy of `forward` that calls the deferring function; the original is not changed."""
+    names = forward.__globals__ | {NAME: deferring(rotary)}
+    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    update_wrapper(copied, forward)
+    return copied
+
+
+def deferring(original: RotaryFunction) -> RotaryFunction:
+    """`apply_rotary_pos_emb` as it was, except inside `deferred()`."""
+
+    @wraps(original)
+    def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        covers_head = cos.shape[-1] == q.shape[-1] == k.shape[-1]
+        if not _deferring.get() or args or kwargs or not covers_head:
+            return original(q, k, cos, sin, *args, **kwargs)
+        both = DeferredRope(q, k, cos, sin, original)
+        return DeferredTensor(both, 0), DeferredTensor(both, 1)
+
+    return apply_rotary_pos_emb

@@ -1,8 +1,8 @@
 """KVHandle: what our caches give to transformers in place of key and value tensors.
 
 A model's own code passes what `Cache.update` returned to the attention function untouched.  So a
-cache that stores rings, codes or pages need not rebuild dense tensors: it returns a handle, and
-`saccade_attention` opens it.  Anything else that touches a handle is told what is wrong.
+cache that stores rings, quantized keys or pages need not rebuild dense tensors: it returns a
+handle, which `saccade_attention` reads.  Any other operation on a handle raises Unsupported.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from saccade.cache import Cursor
 from saccade.core import KVView, Unsupported
+from saccade.hf.settings import AttentionSettings
 
 ObserveCall = Callable[[Tensor, Tensor, float], None]
-"""Called with q `[B, H, Lq, D]` (rotated), lse `[B, H, Lq]` float32, and the softmax scale."""
+"""Called with q `[B, H, Lq, D]` (RoPE applied), lse `[B, H, Lq]` float32, and the softmax scale."""
 
 
 class KVHandle:
@@ -26,12 +27,13 @@ class KVHandle:
     Attributes:
         view: the keys and values, as an operator reads them.
         seen: tokens the layer has seen, the new ones included; a compressed view holds fewer.
-        shape: `[B, Hkv, end, D]`, for code that peeks.
-        observe: is shown the call after it ran, or None.
+        shape: `[B, Hkv, end, D]`, for code that asks.
+        settings: of the run that the cache belongs to, None for a cache of no run.
+        observe: called after attention ran, or None.
         cursor: where the queries are, if only the device knows; the view is then all storage.
     """
 
-    __slots__ = ("cursor", "observe", "seen", "shape", "view")
+    __slots__ = ("cursor", "observe", "seen", "settings", "shape", "view")
 
     def __init__(
         self,
@@ -39,18 +41,20 @@ class KVHandle:
         *,
         seen: int,
         width: int,
+        settings: AttentionSettings | None = None,
         observe: ObserveCall | None = None,
         cursor: Cursor | None = None,
     ) -> None:
         self.view = view
         self.seen = seen
         self.shape = torch.Size((*view.shape[:3], width))
+        self.settings = settings
         self.observe = observe
         self.cursor = cursor
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the keys once they are decoded."""
+        """Dtype of the keys once they are dequantized."""
         return self.view.dtype
 
     @property
@@ -66,7 +70,7 @@ class KVHandle:
         _refuse(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # protocols such as copy and numpy ask and accept a no
+        if name.startswith("__"):  # copy, numpy and others look for optional methods
             raise AttributeError(name)
         _refuse(name)
 
@@ -76,8 +80,8 @@ class KVHandle:
 
 def _refuse(operation: str) -> NoReturn:
     raise Unsupported(
-        f"a saccade cache hands its keys to saccade's attention alone, but {operation} was asked "
-        "of them by other code. Run the model inside `with attach(model, params)` or with "
+        f"a saccade cache hands its keys to saccade's attention alone, but other code called "
+        f"{operation} on them. Run the model inside `with attach(model, params)` or with "
         'attn_implementation="saccade"; a model whose own code reads cached keys (DeepSeek and '
         "other latent-attention families) needs a cache of transformers."
     )

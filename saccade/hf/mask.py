@@ -1,8 +1,8 @@
 """SpecMask: a mask for transformers that is a description instead of a matrix.
 
 transformers builds one mask per forward pass and layer type and hands it to every layer.  Its
-stock patterns (causal, causal with a window, everybody sees everybody; each with padding) are
-told in five small facts, so nothing of size Lq x Lk is made.  Everything else (packed documents,
+stock patterns (causal, causal with a window, bidirectional; each with padding) are described by
+five small facts, so nothing of size Lq x Lk is made.  Everything else (packed documents,
 chunked attention, overlays for images) becomes a real boolean mask, as for SDPA.
 """
 
@@ -31,8 +31,8 @@ class MaskSpec:
 
     Attributes:
         q_offset: slot of the first query.
-        kv_offset: slot of the first key that the layer holds.
-        mask: who sees whom by slot.
+        kv_offset: slot of the first key in the layer.
+        mask: which key slots a query slot attends to.
         padding: bool `[B, kv_length]`, True for real keys, or None for no padding.
     """
 
@@ -51,7 +51,7 @@ class MaskSpec:
         return pairs & self.padding.to(device)[:, None, None]
 
 
-# What may be asked of a SpecMask without building the matrix.
+# Attributes and methods of a SpecMask that do not build the matrix.
 _FREE: Final = frozenset(
     {
         torch.Tensor.shape.__get__,  # pyright: ignore[reportAttributeAccessIssue]
@@ -92,7 +92,7 @@ class SpecMask(Tensor):
             return visible.expand(batch, 1, q_length, kv_length)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> SpecMask:  # type: ignore[override]
-        """Itself: `generate()` asks for it and there is nothing to lay out."""
+        """Itself: `generate()` calls it, and there is no storage to copy."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> SpecMask:  # type: ignore[override]
@@ -103,15 +103,15 @@ class SpecMask(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func not in _FREE:
-                args = tuple(_materialised(arg) for arg in args)
-                kwargs = {name: _materialised(arg) for name, arg in (kwargs or {}).items()}
+                args = tuple(_densified(arg) for arg in args)
+                kwargs = {name: _densified(arg) for name, arg in (kwargs or {}).items()}
             return func(*args, **(kwargs or {}))
 
 
-def _materialised(arg: Any) -> Any:
+def _densified(arg: Any) -> Any:
     if isinstance(arg, SpecMask):
         return arg.dense()
-    return [_materialised(part) for part in arg] if isinstance(arg, list) else arg
+    return [_densified(part) for part in arg] if isinstance(arg, list) else arg
 
 
 def saccade_mask(
@@ -130,7 +130,7 @@ def saccade_mask(
 
     Args:
         q_offset: slot of the first query; StaticCache hands out its live counter, which the first
-            layer moves on before attention runs, so it is read here and now.
+            layer increments before attention runs, so it is read when the mask is made.
         attention_mask: bool `[B, slots]`, the user's 2-D padding mask.
 
     Returns:
@@ -140,15 +140,15 @@ def saccade_mask(
     if mask is None:
         kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
         sizes: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
-        foreign = sdpa_mask(
+        attn_mask = sdpa_mask(
             *sizes,
             attention_mask=attention_mask,
             local_size=local_size,
             device=device,
             **kwargs,
         )
-        assert foreign is not None, "both ways of skipping the mask are switched off"
-        return foreign
+        assert attn_mask is not None, "both ways of skipping the mask are switched off"
+        return attn_mask
     first = int(q_offset)
     reach = first + q_length - kv_offset if mask.causal else kv_length
     padding = _padding(attention_mask, kv_offset, kv_length, reach)
@@ -187,9 +187,9 @@ def _closure(function: Any, maker: Callable[..., Any], variable: str) -> Any:
 def _padding(
     attention_mask: Tensor | None, kv_offset: int, kv_length: int, reach: int
 ) -> Tensor | None:
-    """The 2-D mask cut to the keys a layer holds; None if all keys in reach are real."""
+    """The 2-D mask cut to the keys of a layer; None if all keys in reach are real."""
     if attention_mask is None:
         return None
-    held = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    held = F.pad(held, (0, kv_length - held.shape[1]))
-    return None if bool(held[:, :reach].all()) else held
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    padding = F.pad(padding, (0, kv_length - padding.shape[1]))
+    return None if bool(padding[:, :reach].all()) else padding

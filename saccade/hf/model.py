@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.cache import Cursor, LayerCache, ShiftKeys
 from saccade.core import Unsupported
-from saccade.hf.attach import Attached, attach, new_cache
+from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
 from saccade.hf.layers import layer_windows, text_config
-from saccade.hf.rope import describe_rope, key_shifter
+from saccade.hf.rope import (
+    Rotary,
+    first_rotary,
+    frequencies_of,
+    key_shifter,
+    ropes_in_force,
+)
+from saccade.hf.runs import Run, activated, run_in_force
+from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts, Observer
 from saccade.runtime.params import ContextParams
 
@@ -71,12 +79,19 @@ class HFModel:
         model: e.g. a LlamaForCausalLM.
         name: what to call it in tables.
         n_ctx_train: length it was trained for; default what its config says.
+        run: the options it computes under, from `attached`; None: what is in force for the model.
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str = "", n_ctx_train: int | None = None
+        self,
+        model: PreTrainedModel,
+        name: str = "",
+        n_ctx_train: int | None = None,
+        *,
+        run: Run | None = None,
     ) -> None:
         self.model = model
+        self.run = run
         self._name = name or type(model).__name__
         self._n_ctx_train = n_ctx_train
 
@@ -97,16 +112,26 @@ class HFModel:
 
     def identity(self) -> dict[str, str]:
         """A fingerprint of the weights (a sample of each) and the rotary positions in force."""
-        ropes = describe_rope(self.model)
-        return {"weights": weights_fingerprint(self.model), **ropes}
+        ropes = ropes_in_force(self.model, self._rotary)
+        described = {f"rope of {kind or 'all'} layers": str(rope) for kind, rope in ropes.items()}
+        return {"weights": weights_fingerprint(self.model), **described}
 
-    def attached(self, params: ContextParams) -> AbstractContextManager[Attached]:
-        """Run the model under these params inside the `with`; see `attach`."""
-        return attach(self.model, params)
+    @contextmanager
+    def attached(self, params: ContextParams) -> Iterator[HFModel]:
+        """The model under these params inside the `with`.
+
+        The params count only for what is computed through the model that is given here.
+        """
+        run = make_run(self.model, params, serves_every_call=False)
+        with running(run):
+            yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> HFModelCache:
         """Empty caches under these params, with room for `reserve` tokens at once."""
-        return HFModelCache(new_cache(self.model, params, reserve=reserve))
+        run = self.run
+        if run is None or run.params != params:
+            run = make_run(self.model, params, serves_every_call=False)
+        return HFModelCache(new_cache(run, reserve=reserve))
 
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
@@ -114,10 +139,11 @@ class HFModel:
         decoder = self.model.get_decoder()
         tokens, options = tokens.to(self.model.device), {}
         with ExitStack() as stack:
+            stack.enter_context(activated(self.run))
             if cache.cursor is not None:
                 steps = torch.arange(tokens.shape[1], device=tokens.device)
                 options["position_ids"] = cache.cursor.start[:, None] + steps
-            if cache.cursor is not None or tokens.is_cuda:
+            if self.run is not None and self.run.fused:
                 stack.enter_context(deferred())
             output = decoder(
                 input_ids=tokens,
@@ -135,29 +161,33 @@ class HFModel:
                 f"{type(self.model).__name__} has no output matrix: load a causal language model "
                 "(AutoModelForCausalLM)."
             )
-        return _finished(matrix(hidden), text_config(self.model))
-
-    def forward(self, tokens: Tensor, cache: ModelCache, want: str | slice = "last") -> Tensor:
-        """Logits of the new tokens: of the "last" one, of "none", or of a slice of them.
-
-        Returns:
-            `[B, wanted, vocab]`.
-
-        Raises:
-            ValueError: another word for `want`.
-        """
-        if want == "last":
-            want = slice(-1, None)
-        elif want == "none":
-            want = slice(0, 0)
-        if not isinstance(want, slice):
-            raise ValueError(f"want must be 'last', 'none' or a slice of the tokens, got {want!r}.")
-        return self.logits(self.hidden(tokens, cache)[:, want])
+        with activated(self.run):
+            return _finished(matrix(hidden), text_config(self.model))
 
     def shift_keys(self, layer: int) -> ShiftKeys:
         """The function that re-rotates the cached keys of a layer by a number of positions."""
         types = getattr(text_config(self.model), "layer_types", None)
-        return key_shifter(self.model, None if types is None else types[layer])
+        layer_type = None if types is None else types[layer]
+        return key_shifter(first_rotary(self.model, self._rotary), layer_type)
+
+    @property
+    def _rotary(self) -> Mapping[nn.Module, Rotary]:
+        """What computes cos and sin in place of the model's rotary modules."""
+        run = self.run or run_in_force(self.model)
+        return {} if run is None else run.rotary
+
+
+def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) -> Frequencies:
+    """The rotary frequencies that a call of the model uses now, float64 on the CPU.
+
+    Args:
+        layer_type: for models whose layer types have frequencies of their own.
+
+    Raises:
+        Unsupported: a model without rotary modules.
+    """
+    run = run_in_force(model)
+    return frequencies_of(first_rotary(model, {} if run is None else run.rotary), layer_type)
 
 
 def facts_of(

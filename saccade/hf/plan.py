@@ -71,7 +71,7 @@ def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, in
 
 
 def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
-    kind = values.get("model_type")
+    kind: Any = values.get("model_type")
     rest = {key: value for key, value in values.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(kind, **rest)

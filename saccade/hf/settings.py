@@ -1,21 +1,25 @@
-"""What one attention module is told, beyond what transformers itself passes to it."""
+"""How the attention layers of a run compute, beyond what transformers itself passes to them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from torch import nn
+from transformers import PreTrainedConfig
 
+from saccade.hf.layers import layer_windows
+from saccade.runtime.layers import backend_of, narrowed_window
+from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern
 
-ATTRIBUTE: Final = "saccade_settings"
-"""Name under which `attach` leaves the settings on an attention module."""
+ATTRIBUTE: Final = "saccade_runs"
+"""Name under which `attach` leaves the model's one list of runs on its attention modules."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSettings:
-    """How one attention module computes; the defaults are what the model itself says.
+    """How one attention layer computes; the defaults are what the model itself says.
 
     Attributes:
         backend: a backend of `saccade.attention` by name.
@@ -35,6 +39,48 @@ class AttentionSettings:
 DEFAULT: Final = AttentionSettings()
 
 
+class LayerSettings:
+    """The settings of every layer of a model under params.
+
+    Raises:
+        Unsupported: n_swa or sparse for a model with layers that are neither full nor sliding.
+    """
+
+    def __init__(self, config: PreTrainedConfig, params: ContextParams) -> None:
+        narrows = params.n_swa is not None or params.sparse is not None
+        windows = layer_windows(config) if narrows else ()
+        self._layers = [_of_layer(own, params) for own in windows]
+        self._any = _of_layer(None, params)
+
+    def __getitem__(self, layer: int) -> AttentionSettings:
+        return self._layers[layer] if self._layers else self._any
+
+
+def _of_layer(own: int | None, params: ContextParams) -> AttentionSettings:
+    """Settings of a layer whose own window is `own`."""
+    window, sinks = narrowed_window(own, params)
+    return AttentionSettings(
+        backend=backend_of(params),
+        window=window,
+        sinks=sinks,
+        sparse=params.sparse if own is None else None,  # a window is sparse already
+        needs_own_cache=needs_own_cache(params),
+    )
+
+
+def needs_own_cache(params: ContextParams) -> bool:
+    """Whether options are in force that only saccade's caches carry out."""
+    options = (params.type_k, params.page_size, params.kv_policy)
+    return any(option is not None for option in options) or not params.offload_kqv
+
+
+class SettingsSource(Protocol):
+    """What says which settings are in force (`saccade.hf.runs.ModelRuns`)."""
+
+    def settings(self, layer: int) -> AttentionSettings: ...
+
+
 def settings_of(module: nn.Module) -> AttentionSettings:
-    """The settings that `attach` left on an attention module, or the defaults."""
-    return getattr(module, ATTRIBUTE, DEFAULT)
+    """The settings in force for an attention module, the defaults where nothing is attached."""
+    source: SettingsSource | None = vars(module).get(ATTRIBUTE)
+    return DEFAULT if source is None else source.settings(getattr(module, "layer_idx", 0))

@@ -1,4 +1,4 @@
-"""Facts about the machine that a number belongs to: no paths, no names of hosts or people."""
+"""Facts about the machine that a number belongs to: no paths, no host names, no user names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+REVISION = "SACCADE_REVISION"  # for a copy of the tree without git metadata: what it is a copy of
+_CODE = ("saccade", "csrc", "benchmarks", "scripts", ":(exclude)benchmarks/results")
 
 
-def machine_facts() -> dict[str, Any]:
-    """What a record keeps of the machine; None where it cannot be found out."""
+def facts() -> dict[str, Any]:
+    """What a record keeps of the machine and of versions; None where it cannot be found out."""
     import torch
 
     return {
@@ -24,12 +26,15 @@ def machine_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
         "gpu": gpu_names() or None,
+        "driver": driver(),
         "os": os_name(),
         "python": platform.python_version(),
         "torch": version("torch"),
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
         "transformers": version("transformers"),
         "saccade": version("saccade") or _own_version(),
-        "revision": revision(),
     }
 
 
@@ -90,14 +95,25 @@ def os_name() -> str:
     return ", ".join(part for part in (name, f"{kernel} {platform.machine()}") if part)
 
 
+def driver() -> str | None:
+    """Version of the NVIDIA driver, None without one."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
 def revision() -> str | None:
-    """Git commit of the sources this package runs from, `-dirty` where they were changed."""
-    tracked = _output("git", "-C", str(_PACKAGE), "ls-files", "--error-unmatch", "__init__.py")
-    if tracked is None:  # installed: a repository around it is somebody else's
-        return None
-    return _output(
-        "git", "-C", str(_PACKAGE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
-    )
+    """Git commit of the sources that run, with "+changes" where code differs from that commit.
+
+    The variable SACCADE_REVISION comes first: a copied tree may lie in a repository of its own.
+    """
+    if given := os.environ.get(REVISION):
+        return given
+    git = ("git", "-C", str(ROOT))
+    if _output(*git, "ls-files", "--error-unmatch", "saccade/__init__.py") is None:
+        return None  # installed: a repository around it is not this one
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
+    changed = _output(*git, "diff", "--name-only", "HEAD", "--", *_CODE)
+    return f"{commit}+changes" if commit and changed else commit
 
 
 def _own_version() -> str:
@@ -123,7 +139,7 @@ def _container_limit() -> int | None:
 
 
 def _output(*command: str) -> str | None:
-    """Standard output of a command, None where it is missing, fails or hangs."""
+    """Standard output of a command, None where it is empty, missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

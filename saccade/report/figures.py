@@ -10,12 +10,13 @@ import io
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from saccade.report.columns import COLUMNS, Column, groups, label, summary
+from saccade.report.comparison import Report, Row
 from saccade.report.numbers import as_position
 from saccade.report.positions import trained_length
-from saccade.report.record import Report, Row
-from saccade.report.table import COLUMNS, Cell, Column, groups, label, summary
+from saccade.report.table import Cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ PANELS = ("peak_bytes", "cache_bytes", "prefill_tps", "decode_tps", "perplexity"
 ROW, HEADER, CURVES = 0.235, 1.12, 3.05  # inches
 WIDTH, DPI = 11.0, 160
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
@@ -247,7 +248,9 @@ def _tick_step(last: float) -> int:
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each name right of the axes at the height of its line, pushed apart where needed."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    inches = axes.get_position().height * axes.get_figure().get_size_inches()[1]
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    inches = axes.get_position().height * figure.get_size_inches()[1]
     gap = 0.165 / inches
     order = sorted(ends, key=lambda end: end[1])
     heights = spread([(math.log(end[1]) - low) / (high - low) for end in order], gap)

@@ -6,17 +6,17 @@ import base64
 from importlib import resources
 from typing import Any
 
+from saccade.report.columns import COLUMNS, comparison_table, notes, summary
+from saccade.report.comparison import Report
 from saccade.report.figures import to_png
 from saccade.report.numbers import as_fact, fact_name
-from saccade.report.positions import as_perplexity, position_table
-from saccade.report.record import Report
-from saccade.report.table import COLUMNS, cells, groups, label, notes, summary
+from saccade.report.positions import position_table
 
 _FACTS = (
     ("Model", "model"),
     ("Text", "text"),
     ("Settings", "settings"),
-    ("Machine", "machine"),
+    ("Environment", "environment"),
 )
 
 
@@ -38,47 +38,12 @@ def to_html(report: Report, *, picture: bytes | None = None) -> str:
         summary=summary(report),
         picture=base64.b64encode(to_png(report) if picture is None else picture).decode(),
         columns=COLUMNS,
-        groups=_rows(report),
-        positions=_positions(report),
+        comparison=comparison_table(report),
+        positions=position_table(report, most=17),
         notes=notes(report),
         facts=[(title, _facts(getattr(report, name))) for title, name in _FACTS],
-        record=_embeddable(report.to_json(indent=None)),
+        record=_embeddable(report.to_json()),
     )
-
-
-def _rows(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
-    baseline = report.baseline_row()
-    return [
-        (
-            name,
-            [
-                {
-                    "name": label(row, report),
-                    "options": as_fact("", row.options),
-                    "is_baseline": row is baseline,
-                    "cells": cells(row, baseline),
-                }
-                for row in rows
-            ],
-        )
-        for name, rows in groups(report)
-    ]
-
-
-def _positions(report: Report) -> dict[str, Any] | None:
-    found = position_table(report, most=17)
-    if found is None:
-        return None
-    lines = [
-        (name, [(as_perplexity(v), found.verdict(i, v)) for i, v in enumerate(values)])
-        for name, values in found.lines
-    ]
-    return {
-        "block": found.block,
-        "marked": any(found.past_training),
-        "headings": found.headings(),
-        "lines": lines,
-    }
 
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:

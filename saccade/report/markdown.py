@@ -1,59 +1,54 @@
-"""The comparison as GitHub-flavoured Markdown."""
+"""Tables and the comparison as GitHub-flavoured Markdown."""
 
 from __future__ import annotations
 
-from saccade.report.positions import PositionTable, as_perplexity, position_table
-from saccade.report.record import Report
-from saccade.report.table import COLUMNS, cells, groups, heading, label, notes, summary
+from collections.abc import Sequence
+
+from saccade.report.columns import comparison_table, notes, summary
+from saccade.report.comparison import Report
+from saccade.report.positions import position_table
+from saccade.report.table import Cell, Line, Table
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~$"} | {"\n": " ", "\r": " "})
 
 
 def to_markdown(report: Report) -> str:
     """Summary, table, perplexity by position and notes; ends with a newline."""
-    parts = [_escape(summary(report)), _comparison(report)]
+    parts = [escape(summary(report)), table_text(comparison_table(report))]
     found = position_table(report)
     if found is not None:
-        parts += [_position_title(found), _by_position(found)]
+        mark = "; \\* lies past the trained length" if any(found.past_training) else ""
+        title = f"Perplexity by position, in blocks of {found.block:,} tokens{mark}:"
+        parts += [title, table_text(found.table())]
     if lines := notes(report):
-        parts.append("\n".join(f"- {_escape(name)}: {_escape(note)}" for name, note in lines))
+        parts.append("\n".join(f"- {escape(name)}: {escape(note)}" for name, note in lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _comparison(report: Report) -> str:
-    baseline = report.baseline_row()
-    lines = [_line(["", *(heading(column) for column in COLUMNS)]), _rule(len(COLUMNS))]
-    for name, rows in groups(report):
-        lines.append(_line([f"**{_escape(name)}**", *[""] * len(COLUMNS)]))
-        for row in rows:
-            shown = [_escape(str(cell)) for cell in cells(row, baseline)]
-            lines.append(_line([_escape(label(row, report)), *shown]))
-    return "\n".join(lines)
+def table_text(table: Table) -> str:
+    """The lines of a table, without a newline at the end."""
+    headings = [escape(table.corner), *(escape(str(heading)) for heading in table.headings)]
+    rule = ["---", *("---:" if heading.right else "---" for heading in table.headings)]
+    return "\n".join([_joined(headings), _joined(rule), *(_line(x, table) for x in table.lines)])
 
 
-def _position_title(found: PositionTable) -> str:
-    mark = "; \\* lies past the trained length" if any(found.past_training) else ""
-    return f"Perplexity by position, in blocks of {found.block:,} tokens{mark}:"
+def _line(line: Line, table: Table) -> str:
+    if line.kind == "group":
+        return _joined([f"**{escape(line.name)}**", *[""] * len(table.headings)])
+    return _joined([escape(line.name), *(_cell(cell, table) for cell in line.cells)])
 
 
-def _by_position(found: PositionTable) -> str:
-    lines = [_line(["from token", *map(_escape, found.headings())]), _rule(len(found.starts))]
-    for name, values in found.lines:
-        shown = []
-        for column, value in enumerate(values):
-            text = as_perplexity(value)
-            shown.append(f"**{text}**" if found.verdict(column, value) else text)
-        lines.append(_line([_escape(name), *shown]))
-    return "\n".join(lines)
+def _cell(cell: Cell | Sequence[Cell], table: Table) -> str:
+    if not isinstance(cell, Cell):
+        return "<br>".join(_cell(part, table) for part in cell)
+    text = escape(str(cell))
+    return f"**{text}**" if table.marks_best and cell.better else text
 
 
-def _line(parts: list[str]) -> str:
+def _joined(parts: Sequence[str]) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
-def _rule(columns: int) -> str:
-    return _line(["---", *["---:"] * columns])
-
-
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text that is never read as markup, on one line."""
     return text.translate(_SPECIAL)

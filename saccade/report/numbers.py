@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, ratios, rates, values with their standard error."""
+"""Numbers as text: bytes, ratios, rates, values with their standard error."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from typing import Any
 from saccade.units import as_bytes, significant
 
 __all__ = [
-    "MISSING",
-    "as_bytes",
-    "as_duration",
-    "as_fact",
-    "as_position",
-    "as_ratio",
-    "as_share",
-    "fact_name",
-    "significant",
-    "with_error",
-]
+    "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_share",
+    "as_time", "fact_name", "significant", "with_error",
+]  # fmt: skip
 
 MISSING = "–"
 
@@ -65,6 +57,13 @@ def as_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def as_time(seconds: float) -> str:
+    """The time of a call: `42.0 µs`, `171 ms`, `12.3 s`."""
+    if seconds < 1e-3:
+        return f"{significant(seconds * 1e6)} µs"
+    return f"{significant(seconds * 1e3)} ms" if seconds < 10 else f"{significant(seconds)} s"
 
 
 def as_position(position: int) -> str:

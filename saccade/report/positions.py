@@ -1,13 +1,14 @@
-"""Perplexity by position as a small table: which positions to show, and who does well there."""
+"""Perplexity by position as a small table: which positions it shows, which curves are good."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from saccade.report.comparison import Curve, Report
 from saccade.report.numbers import MISSING, as_position, significant
-from saccade.report.record import Curve, Report
+from saccade.report.table import Cell, Heading, Line, Table
 
-BROKEN = 1.5  # times the best curve at a position: the model has lost the thread there
+BROKEN = 1.5  # times the best curve at a position: the model has broken down there
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,17 @@ class PositionTable:
         marked = zip(self.starts, self.past_training, strict=True)
         return [as_position(start) + ("*" if past else "") for start, past in marked]
 
+    def table(self) -> Table:
+        """The values, those past the trained length judged."""
+        lines = [
+            Line(name, [Cell(as_perplexity(v), "", self.verdict(i, v)) for i, v in enumerate(row)])
+            for name, row in self.lines
+        ]
+        return Table([Heading(text) for text in self.headings()], lines, "from token", True)
+
     def verdict(self, column: int, value: float | None) -> bool | None:
         """True for the best past the trained length, False where it is broken, else None."""
-        known = [values[column] for _, values in self.lines if values[column] is not None]
+        known = [x for _, values in self.lines if (x := values[column]) is not None]
         if value is None or len(known) < 2 or not self.past_training[column]:
             return None
         if value <= min(known):

@@ -1,118 +1,108 @@
-"""The records of a comparison: what was measured, where, and how to read it back.
+"""What every record on disk says of itself: which tree made it, how to make it again, where, when.
 
-A record is written to disk as JSON and never recomputed: tables, pictures and the README are
-renderings of it.  None means "not measured"; a row that could not run says why in `note`.
+Records are written as JSON and never recomputed: tables, pictures and the docs are renderings of
+them.  `saccade compare`, `saccade bench` and `benchmarks/*.py` write theirs through this file.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saccade.core import BadInput
+from saccade.report import environment
 from saccade.report.files import write_whole
 
-SCHEMA = "saccade.compare/1"
+_Made = TypeVar("_Made")
 
 
 @dataclass(slots=True, kw_only=True)
-class Row:
-    """One configuration and what it cost and gave.
+class Record:
+    """A measurement on disk.
 
     Attributes:
-        name: what a person calls it; group: the heading it stands under.
-        options: the ContextParams that were not default, and what else makes the row.
-        status: "ok", "failed", or "stopped" (Ctrl-C).
-        peak_bytes: most memory in use above the loaded model while the context was read.
-        cache_bytes: bytes allocated by the caches after the context was read.
-        prefill_tps, decode_tps: tokens a second reading the context and writing an answer.
-        perplexity, perplexity_se: of the scored tokens, with its standard error.
-        kl, kl_se: mean KL divergence (nats) of the next-token distribution from the baseline's.
-        same_top: share of scored tokens with the same most likely next token as the baseline.
-        needle: share of the hidden facts found; needle_trials: how many were asked for.
+        revision: git revision of the tree that ran, "+changes" appended where its code differed
+            from that commit; None where there is no checkout.
+        command: how to measure it again, from the root of the repository.
+        environment: the machine and the versions (`environment.facts`).
+        date: when the run began, ISO 8601, UTC.
+        schema: what kind of record this is, and its version.
     """
 
-    name: str
-    group: str
-    options: dict[str, Any] = field(default_factory=dict)
-    status: str = "ok"
-    note: str = ""
-    peak_bytes: int | None = None
-    cache_bytes: int | None = None
-    prefill_tps: float | None = None
-    decode_tps: float | None = None
-    perplexity: float | None = None
-    perplexity_se: float | None = None
-    kl: float | None = None
-    kl_se: float | None = None
-    same_top: float | None = None
-    needle: float | None = None
-    needle_trials: int = 0
+    revision: str | None
+    command: str
+    environment: dict[str, Any]
+    date: str
+    schema: str = ""
 
-
-@dataclass(slots=True, kw_only=True)
-class Curve:
-    """Perplexity by position: `perplexity[i]` is that of `block` tokens from positions[i] on."""
-
-    name: str
-    block: int
-    positions: list[int] = field(default_factory=list)
-    perplexity: list[float] = field(default_factory=list)
-    note: str = ""
-
-
-@dataclass(slots=True, kw_only=True)
-class Report:
-    """One run of `saccade compare`.
-
-    Attributes:
-        model, text, machine: facts as {name: value}.
-        settings: n_context, n_scored, n_answer, n_batch, quick, dtype.
-        baseline: name of the row that ratios and divergences refer to.
-        rows: finished rows in the order they ran; curves: perplexity by position.
-        seconds: wall time of the run; complete: False after Ctrl-C.
-    """
-
-    model: dict[str, Any]
-    text: dict[str, Any]
-    machine: dict[str, Any]
-    settings: dict[str, Any]
-    baseline: str
-    created: str
-    version: str
-    rows: list[Row] = field(default_factory=list)
-    curves: list[Curve] = field(default_factory=list)
-    seconds: float = 0.0
-    complete: bool = True
-    schema: str = SCHEMA
-
-    def baseline_row(self) -> Row | None:
-        """The row that ratios refer to, once it has been measured."""
-        return next((r for r in self.rows if r.name == self.baseline and r.status == "ok"), None)
-
-    def to_json(self, *, indent: int | None = 1) -> str:
-        """The record as JSON text; `indent=None` gives one line."""
-        return json.dumps(asdict(self), indent=indent, allow_nan=False)
+    def to_json(self) -> str:
+        """The record as one line of JSON."""
+        return json.dumps(asdict(self), allow_nan=False)
 
     def write(self, path: Path) -> None:
-        """Write the record beside `path`, then rename: never a half-written file."""
-        write_whole(path, self.to_json() + "\n")
+        """Write the record whole or not at all."""
+        write_whole(path, as_text(json.loads(self.to_json())))
 
 
-def read(path: Path) -> Report:
-    """Read a record back.
+def origin(command: str | None = None) -> dict[str, Any]:
+    """The fields of a `Record` for a run that begins now; default command: that of this process."""
+    return {
+        "revision": environment.revision(),
+        "command": command or this_command(),
+        "environment": environment.facts(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def this_command(argv: Sequence[str] | None = None) -> str:
+    """The command line of this process; absolute paths, which are private, are cut to names."""
+    program, *words = argv or sys.argv
+    path = Path(program)
+    if path.name == "saccade" or path == environment.ROOT / "saccade/__main__.py":
+        called = ["saccade"]
+    elif module := _module(program):
+        called = ["python", "-m", module]
+    elif path.resolve().is_relative_to(environment.ROOT):
+        called = ["python", str(path.resolve().relative_to(environment.ROOT))]
+    else:
+        called = [path.name]
+    return shlex.join([*called, *(Path(w).name if Path(w).is_absolute() else w for w in words)])
+
+
+def _module(program: str) -> str:
+    """The name under which `python -m` runs the program, "" where it was started otherwise."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return "" if spec is None or spec.origin != program else spec.name
+
+
+def as_text(data: Mapping[str, Any]) -> str:
+    """JSON text with a line for each field and for each item of a list, so that diffs are short."""
+    parts: list[str] = []
+    for name, value in data.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in value)
+            text = f"[\n{rows}\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def read(path: Path, schema: str, make: Callable[[dict[str, Any]], _Made]) -> _Made:
+    """What `make` builds from a record of that schema.
 
     Raises:
         BadInput: not a record of this schema.
     """
     try:
         data = json.loads(path.read_text())
-        if data.get("schema") != SCHEMA:
+        if data.get("schema") != schema:
             raise ValueError(f"schema {data.get('schema')!r}")
-        rows = [Row(**row) for row in data.pop("rows")]
-        curves = [Curve(**curve) for curve in data.pop("curves")]
-        return Report(**data, rows=rows, curves=curves)
+        return make(data)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} is not a {SCHEMA} record ({error}).") from error
+        raise BadInput(f"{path} is not a {schema} record ({error}).") from error

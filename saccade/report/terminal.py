@@ -1,38 +1,38 @@
-"""The comparison in a terminal."""
+"""Tables and the comparison in a terminal.  Names from a record are never read as markup."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from saccade.report.positions import as_perplexity, position_table
-from saccade.report.record import Report
-from saccade.report.table import (
-    COLUMNS,
-    COST,
-    QUALITY,
-    Cell,
-    Column,
-    cells,
-    groups,
-    label,
-    notes,
-    summary,
-)
+from saccade.report.columns import COLUMNS, COST, QUALITY, comparison_table, notes, summary
+from saccade.report.comparison import Report
+from saccade.report.positions import position_table
+from saccade.report.table import Cell, Table
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-STYLES = {True: "green", False: "red", None: "dim"}
+STYLES = {True: "green", False: "red", None: ""}
+NAMES = {"group": "bold", "base": "bold", "peer": "dim", "row": ""}
+PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
+
+
+def to_stdout() -> Console:
+    """A console on stdout: as wide as the terminal, wide enough for every table in a pipe."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print summary, table, perplexity by position and notes.
 
     In a narrow console cost and quality become two tables, and in a very narrow one the ratio
-    stands below its value.  Names from the record are never read as markup.
+    stands below its value.
     """
     from rich.text import Text
 
@@ -44,49 +44,47 @@ def print_report(report: Report, console: Console) -> None:
         console.print(part)
 
 
-def _comparison(report: Report, console: Console) -> list[Table]:
+def drawn(table: Table, *, stacked: bool = False) -> RichTable:
+    """A table for a rich console; `stacked` puts ratios below their values."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    grouped = any(line.kind == "group" for line in table.lines)
+    made = RichTable(box=SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+    made.add_column(table.corner)
+    for heading in table.headings:
+        title = f"{heading.title}\n{heading.unit}".strip()
+        made.add_column(title, justify="right" if heading.right else "left", no_wrap=heading.right)
+    for line in table.lines:
+        indent = "  " if grouped and line.kind != "group" else ""
+        name = Text(indent + line.name, style=NAMES[line.kind])
+        made.add_row(name, *(_cell(cell, stacked) for cell in line.cells))
+    return made
+
+
+def _cell(cell: Cell | Sequence[Cell], stacked: bool) -> Text:
+    from rich.text import Text
+
+    if not isinstance(cell, Cell):
+        return Text("\n").join(_cell(part, stacked) for part in cell)
+    if not cell.ratio:
+        return Text(cell.text, style=STYLES[cell.better])
+    ratio = f"\n{cell.ratio}" if stacked else f" ({cell.ratio})"
+    return Text.assemble(cell.text, (ratio, STYLES[cell.better] or "dim"))
+
+
+def _comparison(report: Report, console: Console) -> list[RichTable]:
     """The widest layout that fits."""
     from rich.measure import Measurement
 
     options = console.options.update(max_width=10_000)
+    tables: list[RichTable] = []
     for parts, stacked in (((COLUMNS,), False), ((COST, QUALITY), False), ((COST, QUALITY), True)):
-        tables = [_table(report, part, stacked=stacked) for part in parts]
+        tables = [drawn(comparison_table(report, part), stacked=stacked) for part in parts]
         if all(Measurement.get(console, options, t).maximum <= console.width for t in tables):
             break
     return tables
-
-
-def _table(report: Report, columns: Sequence[Column], *, stacked: bool) -> Table:
-    from rich.text import Text
-
-    table = _frame()
-    table.add_column("")
-    for column in columns:
-        table.add_column(f"{column.title}\n{column.unit}".strip(), justify="right", no_wrap=True)
-    baseline = report.baseline_row()
-    for name, rows in groups(report):
-        table.add_row(Text(name, style="bold"))
-        for row in rows:
-            shown = [_cell(cell, stacked=stacked) for cell in cells(row, baseline, columns)]
-            style = "bold" if row.name == report.baseline else ""
-            table.add_row(Text(f"  {label(row, report)}", style=style), *shown)
-    return table
-
-
-def _frame() -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
-
-
-def _cell(cell: Cell, *, stacked: bool) -> Text:
-    from rich.text import Text
-
-    text = Text(cell.text, style="" if cell.ratio or cell.better is None else STYLES[cell.better])
-    if cell.ratio:
-        text.append(f"\n{cell.ratio}" if stacked else f" ({cell.ratio})", STYLES[cell.better])
-    return text
 
 
 def _by_position(report: Report) -> list[RenderableType]:
@@ -97,17 +95,7 @@ def _by_position(report: Report) -> list[RenderableType]:
         return []
     title = f"\nPerplexity by position, in blocks of {found.block:,} tokens"
     title += " (* past the trained length)" if any(found.past_training) else ""
-    table = _frame()
-    table.add_column("from token")
-    for heading in found.headings():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, values in found.lines:
-        shown = []
-        for column, value in enumerate(values):
-            verdict = found.verdict(column, value)
-            shown.append(Text(as_perplexity(value), "" if verdict is None else STYLES[verdict]))
-        table.add_row(Text(f"  {name}"), *shown)
-    return [Text(title, style="bold"), table]
+    return [Text(title, style="bold"), drawn(found.table())]
 
 
 def _notes(report: Report) -> Text:

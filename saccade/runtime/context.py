@@ -84,8 +84,8 @@ class Context:
         self.stats = Stats()
         self._check_memory(max(reserve, self.params.n_ctx or 0))
         self._stack = ExitStack()
-        self._stack.enter_context(model.attached(self.params))
-        self._cache = model.new_cache(self.params, reserve=reserve)
+        self.model = self._stack.enter_context(model.attached(self.params))
+        self._cache = self.model.new_cache(self.params, reserve=reserve)
         self._observation_window: ObservationWindow | None = None
         self._tokens: list[int] = []
         self._next: NextToken | None = None

@@ -99,12 +99,15 @@ class Model(Protocol):
     def identity(self) -> Mapping[str, str]:
         """Fingerprints of weights and rotary positions, which cached keys depend on.
 
-        Called while the model is attached, so that its rotary positions are those of the params.
+        The positions are those under the params it is `attached` with.
         """
         ...
 
-    def attached(self, params: ContextParams) -> AbstractContextManager[object]:
-        """Run the model under these params inside the `with`; the model is restored on exit."""
+    def attached(self, params: ContextParams) -> AbstractContextManager[Model]:
+        """The model that computes under these params inside the `with`.
+
+        Several may be open for one model, and be closed in any order.
+        """
         ...
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> ModelCache:

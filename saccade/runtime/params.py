@@ -46,6 +46,9 @@ class ContextParams:
             "ada_snapkv" (the heads of a layer compete for one budget).
         kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
+        fused_layers: replace norms, linear layers, MLPs and decoder layers of known transformers
+            classes by fused kernels, and apply RoPE while keys are stored; None: on for a Context
+            on a GPU, off for `attach`.
 
     Raises:
         ValueError: an option outside what is listed above.
@@ -74,6 +77,7 @@ class ContextParams:
     kv_policy: str | None = None
     kv_budget: int | float | None = None
     backend: str | None = None
+    fused_layers: bool | None = None
 
     def __post_init__(self) -> None:
         _one_of("flash_attn", self.flash_attn, FLASH_ATTN)

@@ -24,7 +24,14 @@ from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.session_file import SessionFile, write
 
-_CHANGEABLE: Final = ("n_batch", "flash_attn", "backend", "n_keep", "ctx_checkpoints")
+_CHANGEABLE: Final = (
+    "n_batch",
+    "flash_attn",
+    "backend",
+    "fused_layers",
+    "n_keep",
+    "ctx_checkpoints",
+)
 """Options that cached keys do not depend on: they may differ when a session is restored."""
 
 

@@ -1,10 +1,9 @@
 """One token through the whole model, captured once as a CUDA graph and replayed for every token.
 
-Run eagerly, a step of decoding is a thousand launches and the host is slower than the card: a
+Run eagerly, a step of decoding is a thousand launches and the host is slower than the GPU: a
 Llama-3.1-8B then takes 20 ms a token whatever its length, where reading its weights takes 4 ms.
-Nothing in a step may depend on the host for that: the token, the position and the number of stored
-keys are tensors, and storage stays where it is (`cache.step`).  Without a GPU the same code runs
-eagerly.
+A captured step cannot depend on the host: the token, the position and the number of stored keys are
+tensors, and storage stays where it is (`cache.step`).  Without a GPU the same code runs eagerly.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
 
 
 def in_step() -> bool:
-    """Whether what runs now is a step: captured where there is a GPU, so that launches are free."""
+    """Whether what runs now is a step; on a GPU it is captured, so that launches cost no time."""
     return _stepping.get()
 
 
@@ -37,13 +36,13 @@ def refusal(cache: ModelCache) -> str | None:
 
 
 class DecodeStep:
-    """Reads one token in every row and says what may follow.
+    """Reads one token in every row and returns the logits of the next one.
 
     The cache may be used in other ways between two steps: the step notices, and captures anew
-    where storage has moved.  With one row on Hopper, models of transformers run by `ops.one_row`.
+    where storage has moved.  With one row on Hopper, models of transformers run by `ops.gemv`.
 
     Args:
-        model: attached already, and as it will be for all steps.
+        model: from `Model.attached`, under the options of all steps.
         cache: of that model, not empty.
         batch: rows.
 
@@ -60,9 +59,9 @@ class DecodeStep:
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         start = torch.zeros(batch, dtype=torch.int64, device=model.device)
         self._cursor = Cursor(start, start + 1)
-        self._reached = -1  # what the cursor says
+        self._reached = -1  # the position that the cursor holds
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._places: list[tuple[int, ...]] = []
+        self._graph_keys: list[tuple[int, ...]] = []
         self._logits: Tensor | None = None
 
     @torch.inference_mode()
@@ -73,7 +72,7 @@ class DecodeStep:
             Logits `[B, vocab]` float32, valid until the next step.
 
         Raises:
-            Unsupported: a model that asks the host in the middle of a step; nothing was read.
+            Unsupported: a model that needs the host in the middle of a step; nothing was read.
         """
         for layer in self._layers:
             layer.reserve(1)
@@ -95,7 +94,7 @@ class DecodeStep:
         self._reached = seen
 
     def _run(self) -> Tensor:
-        """The step itself: work for the device alone, ending with the cursor one further on."""
+        """The step itself: work for the device alone; the cursor ends one position further on."""
         self._cache.cursor = self._cursor
         token = _stepping.set(True)
         try:
@@ -104,15 +103,15 @@ class DecodeStep:
         finally:
             self._cache.cursor = None
             _stepping.reset(token)
-        for place in self._cursor:
-            place.add_(1)
+        for position in self._cursor:
+            position.add_(1)
         return logits
 
     def _replayed(self) -> Tensor:
-        places = [layer.place() for layer in self._layers]
-        if self._graph is None or places != self._places:
+        keys = [layer.graph_key() for layer in self._layers]
+        if self._graph is None or keys != self._graph_keys:
             self._capture()
-            self._places = places
+            self._graph_keys = keys
         assert self._graph is not None and self._logits is not None
         self._graph.replay()
         return self._logits

@@ -6,7 +6,7 @@ from saccade.bench.bars import evaluate
 from saccade.bench.cases import CASES, Case
 from saccade.bench.ceilings import EXTENSION, Ceilings
 from saccade.bench.cpu import _row
-from saccade.bench.record import Record, Row
+from saccade.bench.record import Benchmark, Row
 
 PEAK, BANDWIDTH = 200e9, 20e9
 
@@ -23,7 +23,7 @@ def row(name: str, seconds: float | None, *, backend: str = "cpu", ours: bool = 
     return made
 
 
-def record() -> Record:
+def record() -> Benchmark:
     """Prefill, decoding, window and backward, with one wrong kernel and one refusal."""
     ceilings = Ceilings(
         threads=2, source=EXTENSION, target="avx2", peak_samples=[PEAK, 0.97 * PEAK],
@@ -47,9 +47,9 @@ def record() -> Record:
     refused = row("decode 32/8 D128 32k keys int8", None)
     refused.status, refused.note = "cannot", "no kernel for that"
     machine = {"cpu": "Test CPU", "torch": "2.13.0"}
-    made = Record(
-        machine=machine, ceilings=ceilings, created="2026-01-01T00:00:00+00:00", version="0",
-        rows=[*rows, wrong, refused], seconds=61.0,
+    made = Benchmark(
+        revision=None, command="saccade bench cpu", environment=machine, ceilings=ceilings,
+        date="2026-01-01T00:00:00+00:00", rows=[*rows, wrong, refused], seconds=61.0,
     )  # fmt: skip
     for each in made.rows:
         each.bars = evaluate(made, each, case(each.case)) if each.ours else []

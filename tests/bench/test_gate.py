@@ -24,7 +24,7 @@ CASES = {
     "fp16": replace(SMALL, storage="fp16"),
     "int8": replace(SMALL, storage="int8"),
     "int4": replace(SMALL, storage="int4", q_type="bf16"),
-    "int4 rotated": replace(SMALL, storage="int4", q_type="bf16", hadamard=True),
+    "int4 hadamard": replace(SMALL, storage="int4", q_type="bf16", hadamard=True),
     "window": replace(SMALL, window=100),
     "window bf16": replace(SMALL, window=100, storage="bf16"),
     "decode": replace(SMALL, work="window", q_len=1, storage="bf16"),

@@ -12,8 +12,8 @@ from rich.console import Console
 from saccade.bench import bars, roofline, table
 from saccade.bench.cases import Bar
 from saccade.bench.ceilings import Ceilings
-from saccade.bench.markdown import to_markdown
 from saccade.bench.record import read
+from saccade.bench.table import to_markdown
 from saccade.core import BadInput
 from tests.bench import sample
 

@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,39 +13,21 @@ from saccade.cli.streaming import TextStream
 from saccade.hf.context import Context
 from saccade.hf.load import LoadedModel
 from saccade.runtime import ContextParams, Sampler
+from tests.cli.byte_tokenizer import Bytes
 from tests.tiny_models import tiny_config, tiny_model
 
 TRAINED = 160
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes, with a chat template; 0 is special."""
-
-    chat_template = "..."
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=[byte % 128 for byte in text.encode()])
-
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
-        assert add_generation_prompt and messages[-1]["role"] == "user"
-        return "".join(f"<{m['role'][0]}>{m['content']}\n" for m in messages) + "<a>"
-
-    def decode(self, tokens, skip_special_tokens):
-        return bytes(token for token in tokens if token).decode(errors="replace")
-
-
 @pytest.fixture(scope="module")
 def loaded():
     model = tiny_model(tiny_config("llama"))
-    return LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=TRAINED)
+    return LoadedModel(model=model, tokenizer=Bytes("..."), name="tiny", n_ctx_train=TRAINED)
 
 
 def dialogue(loaded, ctx, n_predict=8, system=None):
     return Dialogue(
-        ctx,
-        lambda messages: chat.encode(loaded, messages),
-        lambda text: chat.encode_next(loaded, text),
+        ctx=ctx, tokenizer=loaded.tokenizer,
         sampler=Sampler(temperature=1.0, seed=1), stop=set(), n_predict=n_predict, system=system,
     )  # fmt: skip
 
@@ -68,8 +49,8 @@ def test_memory_stays_however_long_the_dialogue(loaded, options):
         talk = dialogue(loaded, ctx)
         say(talk, "hello")
         first, said = ctx.cache_bytes, 0
-        for turn in range(40):
-            said += len(say(talk, f"and number {turn}?")) + 16
+        for number in range(40):
+            said += len(say(talk, f"and number {number}?")) + 16
             assert ctx.cache_bytes == first and ctx.seen <= talk.limit
         assert said > 3 * talk.limit and talk.rereads >= 2
 
@@ -78,15 +59,15 @@ def test_a_compressed_dialogue_stays_within_its_budget(loaded):
     params = ContextParams(n_ctx=120, kv_policy="snapkv", kv_budget=16)
     with Context(loaded, params) as ctx:
         talk, sizes = dialogue(loaded, ctx), []
-        for turn in range(30):
-            say(talk, f"and number {turn}?")
+        for number in range(30):
+            say(talk, f"and number {number}?")
             sizes.append(ctx.cache_bytes)
         slot = 4 * 2 * 2 * 16 * 4  # bytes of a token in four layers
         assert max(sizes) <= (16 + 64) * slot and talk.rereads >= 1
 
 
 def test_a_dialogue_that_continues_equals_one_that_is_read_whole(loaded):
-    """The next turn is only the new part of the template; what was read stays."""
+    """The next message is only the new part of the template; what was read stays."""
     with Context(loaded, ContextParams()) as ctx:
         talk = dialogue(loaded, ctx, n_predict=5)
         answer = bytes(say(talk, "hi"))
@@ -99,8 +80,8 @@ def test_a_dialogue_that_continues_equals_one_that_is_read_whole(loaded):
 def test_what_is_read_again_are_the_latest_messages_and_the_system_text(loaded):
     with Context(loaded, ContextParams(n_ctx=100)) as ctx:
         talk = dialogue(loaded, ctx, system="be kind")
-        for turn in range(12):
-            say(talk, f"message {turn}")
+        for number in range(12):
+            say(talk, f"message {number}")
         text = Bytes().decode(ctx.tokens, True)
     assert text.startswith("<s>be kind\n<u>message ") and "message 11" in text
     assert "message 2\n" not in text
@@ -111,11 +92,11 @@ def test_reset_and_a_message_that_is_too_long(loaded):
         talk = dialogue(loaded, ctx)
         first = say(talk, "hi")
         talk.reset()
-        talk._sampler = Sampler(temperature=1.0, seed=1)
+        talk.sampler = Sampler(temperature=1.0, seed=1)
         assert ctx.seen == 0 and say(talk, "hi") == first
 
 
-def test_bounded_unless_told_otherwise():
+def test_memory_is_bounded_by_default():
     assert endless(ContextParams(), 8192) == ContextParams(n_swa=2048, n_sinks=4)
     assert endless(ContextParams(), 1000).n_swa == 500
     for options in ({"n_swa": 7}, {"n_ctx": 9}, {"type_k": "int8", "type_v": "int8"}):
@@ -152,7 +133,7 @@ def test_commands(call):
     assert "Forgotten." in said and "There is no command /what. /reset forgets" in said
 
 
-def test_a_message_longer_than_the_context_is_told_and_forgotten(call):
+def test_a_message_longer_than_the_context_is_refused_and_forgotten(call):
     code, _, said = call(f"{'x' * 90}\nhi\n", "-c", "60", "-n", "4")
     assert code == 0
     assert "do not fit into --ctx-size=60" in said and said.count("[cache") == 1

@@ -10,7 +10,7 @@ import pytest
 
 from saccade.cli import main
 from saccade.cli.progress import TimeLeft, progress
-from saccade.report.record import read
+from saccade.report.comparison import read
 
 
 def test_the_last_line_of_stdout_is_the_record(capsys, fake):
@@ -85,7 +85,7 @@ def test_a_missing_package_is_found_before_the_run(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(failure, "find_spec", lambda name: None if name == "jinja2" else object())
     assert main.main(["compare", "--html", str(tmp_path / "r.html")]) == 2
     err = capsys.readouterr().err
-    assert "--html needs the package jinja2" in err and "saccade[hf,report]" in err
+    assert "--html needs the package jinja2" in err and 'pip install ".[hf,report]"' in err
     assert not fake.calls
 
 

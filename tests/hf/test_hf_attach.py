@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from saccade.cache import QuantizedCache, RingCache
@@ -14,27 +11,10 @@ from saccade.core import Unsupported
 from saccade.hf import KEY, attach
 from saccade.runtime.params import ContextParams
 from saccade.sparse import BlockTopK, Strided
+from tests.hf.model_state import different, state_of
 from tests.tiny_models import WINDOW, tiny_config, tiny_model
 
 YARN = ContextParams(n_ctx=2048, rope_scaling_type="yarn")
-
-
-def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Every module with its attributes, submodules, parameters and buffers, by identity."""
-    found = []
-    for path, module in model.named_modules():
-        own = {
-            name: id(value) if isinstance(value, nn.Module | torch.Tensor) else repr(value)
-            for name, value in vars(module).items()
-            if name not in ("_modules", "_parameters", "_buffers", "config", "generation_config")
-        }
-        parts = [
-            {name: id(value) for name, value in getattr(module, group).items()}
-            for group in ("_modules", "_parameters", "_buffers")
-        ]
-        found.append((path, id(module), own, *parts))
-    config = model.config
-    return [*found, (repr(config.to_dict()), config._attn_implementation, id(config))]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +31,7 @@ def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
 def test_restores_exactly(llama, ids, params, fails):
     with torch.no_grad():
         before = llama(ids).logits
-    kept = snapshot(llama)
+    kept = state_of(llama)
     try:
         with attach(llama, params) as attached, torch.no_grad():
             assert llama.config._attn_implementation == KEY
@@ -60,7 +40,7 @@ def test_restores_exactly(llama, ids, params, fails):
                 raise KeyError("anything")
     except KeyError:
         assert fails
-    assert snapshot(llama) == kept
+    assert different(kept, state_of(llama)) == []
     with torch.no_grad():
         assert torch.equal(llama(ids).logits, before)
 
@@ -68,17 +48,17 @@ def test_restores_exactly(llama, ids, params, fails):
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "phi3"])
 def test_restores_other_families(ids, family):
     model = tiny_model(tiny_config(family))
-    kept = snapshot(model)
+    kept = state_of(model)
     with attach(model, YARN):
         model(ids)
-    assert snapshot(model) == kept
+    assert different(kept, state_of(model)) == []
 
 
 def test_failing_to_attach_leaves_nothing(llama):
-    kept = snapshot(llama)
+    kept = state_of(llama)
     with pytest.raises(ValueError, match="needs to know how far to stretch"):
         attach(llama, ContextParams(rope_scaling_type="yarn")).__enter__()
-    assert snapshot(llama) == kept
+    assert different(kept, state_of(llama)) == []
 
 
 @torch.no_grad()
@@ -86,11 +66,11 @@ def test_attached_inside_attached(llama, ids):
     plain = llama(ids).logits
     with attach(llama, ContextParams(n_swa=4)):
         narrow = llama(ids).logits
-        kept = snapshot(llama)
+        kept = state_of(llama)
         with attach(llama):
             torch.testing.assert_close(llama(ids).logits, plain, atol=1e-5, rtol=1e-5)
             inner = llama.generate(ids, max_new_tokens=4, do_sample=False)
-        assert snapshot(llama) == kept
+        assert different(kept, state_of(llama)) == []
         assert torch.equal(llama(ids).logits, narrow)
     assert torch.equal(inner, llama.generate(ids, max_new_tokens=4, do_sample=False))
     assert not torch.allclose(narrow, plain, atol=1e-3)
@@ -209,7 +189,7 @@ def test_sparse_patterns_leave_sliding_layers_alone(ids, family):
 
 def test_models_off_the_attention_interface_are_refused(llama, monkeypatch):
     monkeypatch.setattr(type(llama), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    kept = snapshot(llama)
+    kept = state_of(llama)
     with pytest.raises(Unsupported, match="does not call transformers' attention interface"):
         attach(llama).__enter__()
-    assert snapshot(llama) == kept
+    assert different(kept, state_of(llama)) == []

@@ -209,12 +209,6 @@ def test_runtime_adapter(ids, family):
     hidden = adapter.hidden(ids, cache)
     torch.testing.assert_close(adapter.logits(hidden), model(ids).logits, atol=1e-5, rtol=1e-5)
     assert cache.seen == 24 and len(cache.layers) == 4 and cache.nbytes > 0
-    cache = adapter.new_cache(params)
-    assert adapter.forward(ids, cache).shape == (2, 1, 128)
-    assert adapter.forward(ids, cache, "none").shape == (2, 0, 128)
-    assert adapter.forward(ids, cache, slice(-3, None)).shape == (2, 3, 128)
-    with pytest.raises(ValueError, match="want must be"):
-        adapter.forward(ids, cache, "all")
     facts = adapter.facts
     assert (facts.num_heads, facts.num_kv_heads, facts.head_dim) == (4, 2, 16)
     assert facts.n_ctx_train == 512 and facts.vocab_size == 128 and facts.name == "tiny"

@@ -8,7 +8,7 @@ import torch
 from saccade.core import Unsupported
 from saccade.hf import HFModel, attach, expand_to_mha, pool_to_mqa
 from saccade.runtime.params import ContextParams
-from tests.hf.test_hf_attach import snapshot
+from tests.hf.model_state import different, state_of
 from tests.tiny_models import tiny_config, tiny_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
@@ -18,7 +18,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mha_gives_the_same_output_from_a_larger_cache(ids, family):
     model = tiny_model(tiny_config(family))
-    plain, kept, sizes = model(ids).logits, snapshot(model), []
+    plain, kept, sizes = model(ids).logits, state_of(model), []
     for convert in (None, expand_to_mha):
         with attach(model) as attached:
             if convert is None:
@@ -32,7 +32,7 @@ def test_mha_gives_the_same_output_from_a_larger_cache(ids, family):
             sizes.append(cache.nbytes)
     torch.testing.assert_close(output, plain, atol=1e-5, rtol=1e-5)
     assert sizes[1] == 2 * sizes[0]
-    assert snapshot(model) == kept
+    assert different(kept, state_of(model)) == []
     assert torch.equal(model(ids).logits, plain)
 
 
@@ -40,7 +40,7 @@ def test_mha_gives_the_same_output_from_a_larger_cache(ids, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mqa_is_the_mean_of_the_heads(ids, family):
     model = tiny_model(tiny_config(family))
-    plain, kept = model(ids).logits, snapshot(model)
+    plain, kept = model(ids).logits, state_of(model)
     own = model.model.layers[1].self_attn.k_proj.weight.unflatten(0, (2, 16))
     with pool_to_mqa(model):
         pooled = model.model.layers[1].self_attn.k_proj
@@ -52,7 +52,7 @@ def test_mqa_is_the_mean_of_the_heads(ids, family):
             assert cache.nbytes == 2 * pooled_bytes(cache)
     torch.testing.assert_close(ours, output, atol=1e-5, rtol=1e-5)
     assert output.isfinite().all() and not torch.allclose(output, plain, atol=1e-3)
-    assert snapshot(model) == kept
+    assert different(kept, state_of(model)) == []
 
 
 def pooled_bytes(cache) -> int:
@@ -74,16 +74,16 @@ def test_equal_heads_pool_without_loss(ids):
 
 
 def test_restored_after_an_exception(llama):
-    kept = snapshot(llama)
+    kept = state_of(llama)
     with pytest.raises(KeyError), expand_to_mha(llama):
         raise KeyError
-    assert snapshot(llama) == kept
+    assert different(kept, state_of(llama)) == []
 
 
 @pytest.mark.parametrize("family", ["phi3", "deepseek_v3"])
 def test_other_projections_are_refused(family):
     model = tiny_model(tiny_config(family))
-    kept = snapshot(model)
+    kept = state_of(model)
     with pytest.raises(Unsupported, match="needs a linear k_proj in every attention layer"):
         pool_to_mqa(model).__enter__()
-    assert snapshot(model) == kept
+    assert different(kept, state_of(model)) == []

@@ -7,8 +7,9 @@ import torch
 from transformers import GPT2Config
 
 from saccade.core import Unsupported
-from saccade.hf import rotary_frequencies, scaled_rope
-from saccade.hf.rope import ScaledRotary
+from saccade.hf import attach, rotary_frequencies
+from saccade.hf.rope import ropes_in_force
+from saccade.hf.runs import run_in_force
 from saccade.rope import Linear, Unscaled, YaRN
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import tiny_config, tiny_model
@@ -66,6 +67,12 @@ def rotary(model):
     return model.model.rotary_emb
 
 
+def rule(model):
+    """The scaling rule in force."""
+    run = run_in_force(model)
+    return ropes_in_force(model, {} if run is None else run.rotary)[None].rule
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("case", CASES)
@@ -81,7 +88,7 @@ def test_equals_a_model_built_with_that_config(ids, family, case):
         changes["original_max_position_embeddings"] = trained
     built = tiny_model(tiny_config(family, **changes))
     model = tiny_model(config)
-    with scaled_rope(model, params):
+    with attach(model, params):
         found = rotary_frequencies(model)
         torch.testing.assert_close(
             found.inv_freq.float(), rotary(built).inv_freq, atol=0, rtol=1e-6
@@ -96,7 +103,7 @@ def test_dynamic_grows_with_the_sequence():
     params, parameters = CASES["dynamic"]
     built = rotary(tiny_model(tiny_config("llama", rope_parameters=parameters)))
     model = tiny_model(tiny_config("llama"))
-    with scaled_rope(model, params):
+    with attach(model, params):
         for length in (16, 600, 900, 100):
             x, positions = torch.zeros(1, length, 64), torch.arange(length)[None]
             for ours, theirs in zip(rotary(model)(x, positions), built(x, positions), strict=True):
@@ -106,7 +113,7 @@ def test_dynamic_grows_with_the_sequence():
 @torch.no_grad()
 def test_angles_are_made_in_float64():
     model = tiny_model(tiny_config("llama"))
-    with scaled_rope(model, ContextParams(rope_scaling_type="none")):
+    with attach(model, ContextParams(rope_scaling_type="none")):
         position = torch.tensor([[1_000_003]])
         cos, _ = rotary(model)(torch.zeros(1, 1, 64), position)
         exact = torch.cos(position.double() * rotary_frequencies(model).inv_freq)
@@ -124,7 +131,7 @@ def test_layer_types_of_gemma3_are_scaled_apart(ids):
     }
     config = tiny_config("gemma3", rope_parameters={**parameters, "full_attention": scaled})
     built, model = tiny_model(config), tiny_model(tiny_config("gemma3"))
-    with scaled_rope(model, ContextParams(rope_scaling_type="yarn", n_ctx=2048)):
+    with attach(model, ContextParams(rope_scaling_type="yarn", n_ctx=2048)):
         torch.testing.assert_close(model(ids).logits, built(ids).logits, atol=1e-4, rtol=1e-4)
         for kind in ("full_attention", "sliding_attention"):
             ours = rotary_frequencies(model, kind)
@@ -146,7 +153,7 @@ def test_nested_truncate_is_honoured(truncate):
     parameters = {**tiny_config("gemma3").rope_parameters, "full_attention": flat}
     model = tiny_model(tiny_config("gemma3", rope_parameters=parameters))
     same = ContextParams(rope_scaling_type="yarn", rope_freq_scale=1 / 8)
-    with scaled_rope(model, same):
+    with attach(model, same):
         ours = rotary_frequencies(model, "full_attention").inv_freq.float()
     flat_model = tiny_model(tiny_config("llama", rope_parameters=flat))
     torch.testing.assert_close(ours, rotary(flat_model).inv_freq, atol=0, rtol=1e-6)
@@ -161,22 +168,39 @@ def test_yarn_models_keep_what_they_were_trained_with():
         **BASE,
     }
     model = tiny_model(tiny_config("gpt_oss", rope_parameters=own))
-    with scaled_rope(model, ContextParams(rope_scaling_type="yarn", n_ctx=1024)):
-        rule = rotary(model).ropes[None].rule
-    assert rule == YaRN(factor=8.0, original_max_position=128, truncate=False)
-    with scaled_rope(model, ContextParams(rope_scaling_type="none")):
-        assert rotary(model).ropes[None].rule == Unscaled()
+    with attach(model, ContextParams(rope_scaling_type="yarn", n_ctx=1024)):
+        found = rule(model)
+    assert found == YaRN(factor=8.0, original_max_position=128, truncate=False)
+    with attach(model, ContextParams(rope_scaling_type="none")):
+        assert rule(model) == Unscaled()
 
 
-def test_the_same_modules_come_back(llama):
+def test_the_newest_params_alone_count_and_modules_stay(llama):
     before = rotary(llama)
-    with scaled_rope(llama, ContextParams(rope_freq_scale=0.5)):
-        outer = rotary(llama)
-        assert isinstance(outer, ScaledRotary)
-        with scaled_rope(llama, ContextParams(rope_scaling_type="linear", rope_freq_scale=0.25)):
-            assert rotary(llama).ropes[None].rule == Linear(factor=4.0)
-        assert rotary(llama) is outer
-    assert rotary(llama) is before
+    with attach(llama, ContextParams(rope_freq_scale=0.5)):
+        assert rule(llama) == Linear(factor=2.0)
+        with attach(llama, ContextParams(rope_freq_base=500.0)):
+            assert rule(llama) == Unscaled()
+        with attach(llama):
+            assert rule(llama) == Unscaled()
+        assert rule(llama) == Linear(factor=2.0)
+        assert rotary(llama) is before
+    assert rule(llama) == Unscaled() and "forward" not in vars(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
+def test_a_cache_is_not_read_under_other_positions(llama, ids, kind):
+    params = ContextParams(rope_scaling_type=kind, n_ctx=2048)
+    with attach(llama, params) as outer:
+        cache = outer.new_cache()
+        llama(ids, past_key_values=cache)
+        with attach(llama), pytest.raises(Unsupported, match="with other rotary positions"):
+            llama(ids, past_key_values=cache)
+        with attach(llama, params):  # the same positions
+            llama(ids, past_key_values=cache)
+    with attach(llama), pytest.raises(Unsupported, match="with other rotary positions"):
+        llama(ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +216,12 @@ def test_the_same_modules_come_back(llama):
 )
 def test_options_that_do_not_fit(llama, params, message):
     with pytest.raises(ValueError, match=message):
-        scaled_rope(llama, params).__enter__()
+        attach(llama, params).__enter__()
 
 
 def test_models_without_rotary_positions():
     model = tiny_model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
     with pytest.raises(Unsupported, match="GPT2LMHeadModel has no rotary positions"):
-        scaled_rope(model, ContextParams(rope_freq_scale=0.5)).__enter__()
-    with scaled_rope(model, ContextParams(n_ctx=16)):
+        attach(model, ContextParams(rope_freq_scale=0.5)).__enter__()
+    with attach(model, ContextParams(n_ctx=16)):
         pass

@@ -11,8 +11,8 @@ from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend, binding
 from tests.ops.test_cpu import FLOATS, ROOT, quantized
-from tests.support.random_inputs import normal
 from tests.ops.test_cpu_binding import paged, ragged
+from tests.support.random_inputs import normal
 
 _cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")

@@ -85,7 +85,7 @@ def test_pages(mask, page_size, block_n, batch):
     view = PagedKV(*pools, torch.where(used, order, 10**6).int(), KV_LENS.int(), MAX_LEN)
     call = make_call(q, view, mask=Mask(**mask))
     problem = problem_of(call, view.k, view.v, paged_kv_lens(call))
-    found = gluon_emulator.forward(problem, launch(block_n), view.table)
+    found = gluon_emulator.forward(problem, launch(block_n), view.page_table)
     assert_equal(found, truth_of(batch, mask))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saccade.report.record import Curve, Report, Row
+from saccade.report.comparison import Curve, Report, Row
 
 MIB = 1024**2
 
@@ -21,7 +21,9 @@ def report() -> Report:
             "file_bytes": 98_700_000,
         },
         text={"source": "pydoc_data.topics", "characters": 704_112, "tokens": 112_874},
-        machine={
+        revision="0123456789ab",
+        command="saccade compare --quick",
+        environment={
             "cpu": "Example CPU <9000> & co",
             "cores": 2,
             "threads": 2,
@@ -29,11 +31,11 @@ def report() -> Report:
             "gpu": None,
             "python": "3.11.7",
             "torch": "2.13.0+cpu",
+            "saccade": "0.1.0",
         },
         settings={"n_context": 4096, "n_scored": 1024, "quick": True, "dtype": "float32"},
         baseline="standard attention",
-        created="2026-01-31T12:00:00+00:00",
-        version="0.1.0",
+        date="2026-01-31T12:00:00+00:00",
         rows=_rows(),
         curves=_curves(),
         seconds=151.2,

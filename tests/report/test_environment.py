@@ -7,11 +7,11 @@ import json
 import platform
 from pathlib import Path
 
-from saccade.report.environment import machine_facts
+from saccade.report.environment import facts
 
 
 def test_facts_name_no_host_user_or_path():
-    text = json.dumps(machine_facts())
+    text = json.dumps(facts())
     node = platform.node()
     assert node == "" or node not in text
     for private in (str(Path.home()), str(Path(__file__).parent), f'"{getpass.getuser()}"'):
@@ -19,6 +19,6 @@ def test_facts_name_no_host_user_or_path():
 
 
 def test_facts_are_there():
-    facts = machine_facts()
-    assert facts["cpu"] and facts["cores"] >= 1 and facts["threads"] >= 1
-    assert facts["torch"] and facts["python"].startswith("3.")
+    found = facts()
+    assert found["cpu"] and found["cores"] >= 1 and found["threads"] >= 1
+    assert found["torch"] and found["python"].startswith("3.")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from saccade.core import BadInput
+from saccade.report.comparison import read
 from saccade.report.files import write_whole
-from saccade.report.record import read
 
 
 def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

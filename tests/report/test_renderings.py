@@ -12,11 +12,11 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
+from saccade.report.columns import COLUMNS
+from saccade.report.comparison import Row, read
 from saccade.report.figures import spread, to_png
 from saccade.report.html import to_html
 from saccade.report.markdown import to_markdown
-from saccade.report.record import Row, read
-from saccade.report.table import COLUMNS
 from saccade.report.terminal import print_report
 from tests.report import sample
 
@@ -74,7 +74,7 @@ def test_an_empty_record_can_be_shown(render):
 @pytest.mark.parametrize("render", [to_markdown, to_html, to_png, lambda r: _terminal(r, 100)])
 def test_a_record_without_facts_or_baseline_can_be_shown(render):
     report = sample.report()
-    report.model, report.text, report.machine, report.settings = {}, {}, {}, {}
+    report.model, report.text, report.environment, report.settings = {}, {}, {}, {}
     report.rows = [Row(name="only", group="one"), Row(name="$x_1$", group="$", status="failed")]
     assert render(report)
 

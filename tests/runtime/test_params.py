@@ -2,7 +2,7 @@
 
 import pytest
 
-from saccade.runtime import ContextParams, Sampler
+from saccade.runtime import ContextParams
 
 
 def test_defaults_change_nothing():
@@ -41,29 +41,3 @@ def test_defaults_change_nothing():
 def test_errors(options, text):
     with pytest.raises(ValueError, match=text):
         ContextParams(**options)
-
-
-class TestSampler:
-    def test_greedy(self):
-        import torch
-
-        assert Sampler().pick(torch.tensor([0.0, 3.0, 1.0])) == 1
-
-    def test_seed_repeats(self):
-        import torch
-
-        logits = torch.randn(50)
-        a, b = (Sampler(temperature=1.0, seed=3) for _ in range(2))
-        assert [a.pick(logits) for _ in range(9)] == [b.pick(logits) for _ in range(9)]
-
-    def test_top_k_and_top_p_limit_the_choice(self):
-        import torch
-
-        logits = torch.tensor([5.0, 4.0, 0.0, -1.0])
-        for options in ({"top_k": 2}, {"top_p": 0.9}):
-            sampler = Sampler(temperature=1.0, **options)
-            assert {sampler.pick(logits) for _ in range(200)} == {0, 1}
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match="temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
-            Sampler(top_p=0.0)

@@ -1,12 +1,12 @@
 """DecodeStep: one token at positions given by tensors equals Context.append."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import saccade
 from saccade.core import Unsupported
-from saccade.hf.deferred_rope import turns_by_halves
-from saccade.hf.fused_norms import plain_norms
 from saccade.ops.kv_write import append as appending
 from saccade.runtime import ContextParams, DecodeStep
 from tests.tiny_models import tiny_config, tiny_model
@@ -49,7 +49,8 @@ def test_equals_append(model, name):
     """Long enough for dense storage to grow and for groups of tokens to be quantised."""
     tokens = [(7 * i) % 120 + 3 for i in range(150)]
     expected = eager(model, CACHES[name], tokens)
-    assert torch.allclose(stepped(model, CACHES[name], tokens), expected, atol=2e-5)
+    fused = replace(CACHES[name], fused_layers=True)
+    assert torch.allclose(stepped(model, fused, tokens), expected, atol=2e-5)
 
 
 def test_a_batch(model):
@@ -86,38 +87,25 @@ def test_other_uses_in_between(model, params):
     assert torch.allclose(*logits, atol=2e-5)
 
 
-def test_queries_and_keys_are_turned_by_the_cache(model, monkeypatch):
-    turns = []
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_cache_applies_deferred_rope(model, monkeypatch, fused):
+    """Only with fused layers."""
+    ropes = []
     original = appending.append
 
     def watched(slots, k, v, rope=None):
-        turns.append(rope)
+        ropes.append(rope)
         return original(slots, k, v, rope)
 
     monkeypatch.setattr("saccade.cache.dense.append", watched)
-    stepped(model, ContextParams(), [5])
-    assert len(turns) == 4 and all(rope is not None for rope in turns)
-
-
-def test_a_rotary_function_of_another_layout_is_left_alone():
-    def neighbours(q, k, cos, sin):
-        return q * cos, k * sin
-
-    assert not turns_by_halves(neighbours)
-
-
-def test_the_rotary_function_is_restored(model):
-    code = __import__(type(model).__module__, fromlist=["x"])
-    before = code.apply_rotary_pos_emb
-    with saccade.attach(model):
-        assert code.apply_rotary_pos_emb is not before
-    assert code.apply_rotary_pos_emb is before
+    stepped(model, ContextParams(fused_layers=fused), [5])
+    assert [rope is not None for rope in ropes] == [fused] * 4
 
 
 @pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "phi3", "gpt_oss"])
-def test_promises_are_harmless_to_other_models(family, window):
-    """Rings, hybrids and dense caches of any family are stepped, fused or not."""
+def test_deferred_rope_suits_other_models(family, window):
+    """Rings, hybrids and dense caches of any family are stepped, RoPE deferred or not."""
     config = tiny_config(family)
     if not window and getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
@@ -125,7 +113,8 @@ def test_promises_are_harmless_to_other_models(family, window):
         config.sliding_window = None
     model, tokens = tiny_model(config), [5, 6, *range(10, 50)]
     expected = eager(model, ContextParams(), tokens)
-    assert torch.allclose(stepped(model, ContextParams(), tokens), expected, atol=2e-5)
+    found = stepped(model, ContextParams(fused_layers=True), tokens)
+    assert torch.allclose(found, expected, atol=2e-5)
 
 
 def test_refusals(model):
@@ -135,16 +124,6 @@ def test_refusals(model):
             DecodeStep(ctx.model, ctx.cache)
     with saccade.Context(model) as ctx, pytest.raises(Unsupported, match="the cache is empty"):
         DecodeStep(ctx.model, ctx.cache)
-
-
-def test_norms_are_fused_where_they_are_plain():
-    """LlamaRMSNorm is; Gemma's, which adds one to its weight, is not."""
-    for family, fused in (("llama", 9), ("qwen3", 17), ("gemma2", 0)):
-        found = list(plain_norms(tiny_model(tiny_config(family))))
-        assert len(found) == fused
-        for module, forward in found:
-            x = torch.randn(2, 3, len(module.weight))
-            assert torch.allclose(forward(x), module(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("able", [True, False])

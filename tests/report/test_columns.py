@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from saccade.report.columns import COLUMNS, cells, groups, notes, summary
+from saccade.report.comparison import Row
 from saccade.report.positions import position_table
-from saccade.report.record import Row
-from saccade.report.table import COLUMNS, cells, groups, notes, summary
 from tests.report import sample
 
 

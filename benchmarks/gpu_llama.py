@@ -1,9 +1,11 @@
 """Llama-3.1-8B's shape with random weights on one GPU: prefill and decoding, ours against sdpa.
 
-    python benchmarks/gpu_end_to_end.py --out benchmarks/results/h200_llama_end_to_end.json
+    python -m benchmarks.gpu_llama --out benchmarks/results/h200_llama.json
+    python -m benchmarks.gpu_llama --short --seconds 240 --out benchmarks/results/h200_llama.json
 
 Each part is a process of its own, so that peaks of memory are its own and one that fails costs
-nothing else.  Before anything is timed, the logits of both are compared on a short text.
+nothing else.  Before anything is timed, the logits of both are compared on a short text.  The short
+form leaves out compiled SDPA, SDPA over the longest text, and reading into quantised caches.
 """
 
 from __future__ import annotations
@@ -18,27 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_subjects import (
+from torch import Tensor
+from transformers import LlamaConfig, StaticCache
+
+import saccade
+from benchmarks.gpu_models import (
     CHUNK,
     DEVICE,
     LONG,
+    SCHEMA,
     SHAPE,
     STEPS,
     TINY,
     Ours,
     Sdpa,
     peak,
+    put,
     random_model,
     rate,
     relative,
-    synchronize,
     timed,
     tokens,
 )
-from torch import Tensor
-from transformers import LlamaConfig, StaticCache
-
-import saccade
+from saccade.bench import gpu
+from saccade.report.record import origin
 
 LENGTHS = (4096, 32768, LONG - 256)
 
@@ -89,7 +94,7 @@ def _errors(logits: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
 
 
 def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """Decoding at each length and over codes, prefill of the longest text in chunks and whole."""
+    """Reading each text in chunks and decoding behind it; decoding over quantised caches."""
     subject = Ours(config, lengths[-1] + 256)
     ids = tokens(lengths[-1], config.vocab_size)
     subject.read(ids[:CHUNK], CHUNK)  # compile
@@ -102,27 +107,33 @@ def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
         exact = subject.step(7).clone()
         found["decode"][length] |= rate(subject)
         print(json.dumps(found), flush=True)
-    found["chunks_s"] = found["decode"][lengths[-1]]["first_token_s"]
-    found["chunks_peak_gib"] = found["decode"][lengths[-1]]["prefill_peak_gib"]
     for layer in subject.ctx.cache.layers:
         layer.truncate(len(ids) + 1)
     for kind in ("int8", "fp8", "int4"):
-        found[kind] = over_codes(subject, kind, exact)
+        found[kind] = over_quantized(subject, kind, exact)
         print(json.dumps(found), flush=True)
-    subject.forget()
+    subject.ctx.close()
+    return found
+
+
+def part_reading(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
+    """Reading texts into quantised caches, and the longest one as a single chunk."""
+    subject = Ours(config, lengths[-1] + 256)
+    ids = tokens(lengths[-1], config.vocab_size)
+    found: dict[str, Any] = {}
     for kind, length in (("int8", lengths[1]), ("int4", lengths[1]), ("int8", lengths[2])):
-        found[kind][f"first_token_s {length}"] = reading_into_codes(subject, kind, ids[:length])
+        name = f"{kind} {length}"
+        found[name] = {"first_token_s": reading_into_quantized(subject, kind, ids[:length])}
         print(json.dumps(found), flush=True)
     subject.ctx.close()
     subject.context(lengths[-1])
     peak()
-    found["one_piece_s"] = timed(lambda: subject.read(ids, lengths[-1]))
-    found["one_piece_peak_gib"] = peak()
-    return found
+    took = timed(lambda: subject.read(ids, lengths[-1]))
+    return found | {"one_chunk": {"first_token_s": took, "prefill_peak_gib": peak()}}
 
 
-def reading_into_codes(dense: Ours, kind: str, ids: Tensor) -> float:
-    """Seconds to read a text in chunks into a quantised cache, keys of earlier chunks as codes."""
+def reading_into_quantized(dense: Ours, kind: str, ids: Tensor) -> float:
+    """Seconds to read a text in chunks into a quantised cache, earlier chunks are quantised."""
     params = saccade.ContextParams(n_ctx=dense.room, n_batch=CHUNK, type_k=kind, type_v=kind)
     ctx = saccade.Context(dense.model, params, reserve=dense.room)
     ctx.append(ids[: CHUNK + 512])  # compile
@@ -133,7 +144,7 @@ def reading_into_codes(dense: Ours, kind: str, ids: Tensor) -> float:
     return took
 
 
-def over_codes(dense: Ours, kind: str, exact: Tensor) -> dict:
+def over_quantized(dense: Ours, kind: str, exact: Tensor) -> dict:
     """Decoding over a quantised copy of the caches of `dense`; `exact` is its answer to token 7."""
     length = dense.ctx.seen - 1
     params = saccade.ContextParams(n_ctx=dense.room, type_k=kind, type_v=kind)
@@ -151,7 +162,7 @@ def over_codes(dense: Ours, kind: str, exact: Tensor) -> dict:
 
 
 def part_sdpa(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """The peer: the same, with transformers' own cache."""
+    """The peer: the same with transformers' own cache, texts in one chunk and in several."""
     subject = Sdpa(config)
     ids = tokens(lengths[-1], config.vocab_size)
     subject.read(ids[:2048], 1024)
@@ -165,7 +176,7 @@ def part_sdpa(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
         }
         found["decode"][length] |= rate(subject, 16)
         subject.forget()
-    print(json.dumps(found), flush=True)
+        print(json.dumps(found), flush=True)
     peak()
     found["chunks_s"] = timed(lambda: subject.read(ids, CHUNK))
     found["chunks_peak_gib"] = peak()
@@ -199,7 +210,7 @@ def part_compiled(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
             logits = step(token, position_ids=position, past_key_values=cache).logits
             token = torch.tensor([[int(logits[0, -1].argmax())]], device=DEVICE)
             position = position + 1
-        synchronize()
+        gpu.synchronize()
         ms = (time.perf_counter() - begin) / STEPS * 1e3
         found[length] = {"ms_per_token": ms, "tokens_per_s": 1e3 / ms, "compile_s": compiling}
         print(json.dumps(found), flush=True)
@@ -207,84 +218,82 @@ def part_compiled(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
     return found
 
 
-def read_gbs() -> float:
-    """GB/s of reading memory."""
-    big = torch.randn(2**30, device="cuda")
-    big.sum()
-    return 10 * big.nbytes / timed(lambda: [big.sum() for _ in range(10)]) / 1e9
-
-
 PARTS: dict[str, Callable[..., dict]] = {
-    "check": part_check, "ours": part_ours, "sdpa": part_sdpa, "compiled": part_compiled,
+    "check": part_check, "ours": part_ours, "sdpa": part_sdpa, "reading": part_reading,
+    "compiled": part_compiled,
 }  # fmt: skip
-LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "compiled": 240}
+SHORT = ("check", "ours", "sdpa")
+LIMITS = {"check": 90, "ours": 180, "sdpa": 110, "reading": 120, "compiled": 240}
 
 
 def run_part(name: str, tiny: bool, lengths: tuple[int, ...]) -> None:
     """One part in this process; its record is the last line."""
-    config = LlamaConfig(**(SHAPE | (TINY if tiny else {})))
+    options: dict[str, Any] = SHAPE | (TINY if tiny else {})
+    config = LlamaConfig(**options)
     begin = time.perf_counter()
     record = PARTS[name](config, lengths)
     print(json.dumps(record | {"part_s": time.perf_counter() - begin}), flush=True)
 
 
-def process_of(name: str, tiny: bool, lengths: tuple[int, ...]) -> dict:
+def process_of(name: str, tiny: bool, lengths: tuple[int, ...], limit: float) -> dict:
     """The record of a part that ran in a process of its own, or what became of it."""
-    command = [sys.executable, __file__, "--part", name, *(["--tiny"] * tiny)]
+    command = [sys.executable, "-m", "benchmarks.gpu_llama", "--part", name, *(["--tiny"] * tiny)]
     command += ["--lengths", *map(str, lengths)]
+    limit = min(limit, LIMITS[name])
     try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=LIMITS[name]
-        )
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
         text, failed = done.stdout, {"failed": done.stderr[-1500:]} if done.returncode else {}
     except subprocess.TimeoutExpired as error:
-        text, failed = (error.stdout or b"").decode(), {"failed": f"more than {LIMITS[name]} s"}
+        text, failed = (error.stdout or b"").decode(), {"failed": f"more than {limit:.0f} s"}
     lines = [line for line in text.splitlines() if line.startswith("{")]
     return (json.loads(lines[-1]) if lines else {}) | failed
 
 
-def record_of(name: str, tiny: bool, lengths: tuple[int, ...]) -> dict:
+def record_of(name: str, tiny: bool, lengths: tuple[int, ...], limit: float) -> dict:
     """The record of a part; compiled sdpa has one process a length."""
     if name != "compiled":
-        return process_of(name, tiny, lengths)
-    found = {n: process_of(name, tiny, (n,)) for n in lengths}
+        return process_of(name, tiny, lengths, limit)
+    found = {n: process_of(name, tiny, (n,), limit) for n in lengths}
     return {str(n): record.pop(str(n), {}) | record for n, record in found.items()}
+
+
+def floors() -> dict[str, Any]:
+    """Bandwidth of this GPU, and the milliseconds that reading alone takes for each length."""
+    found = gpu.ceilings()
+    torch.cuda.empty_cache()
+    config = LlamaConfig(**SHAPE)
+    sizes = (("bf16", 2), ("int8", 1.0625), ("fp8", 1.0625), ("int4", 0.5625))
+    floor = {
+        f"{name} {n}": floor_ms(config, n, size, found["read_gbs"])
+        for n in LENGTHS
+        for name, size in sizes
+    }
+    return {"ceilings": found, "floor_ms": floor}
 
 
 def main() -> None:
     """Run parts in processes of their own and write one record."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--short", action="store_true", help=f"only {', '.join(SHORT)}")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop parts after that time")
     parser.add_argument("--tiny", action="store_true", help="a toy, to try the script on a CPU")
     parser.add_argument("--part", help="run one part in this process")
-    parser.add_argument(
-        "--lengths", nargs="*", type=int, help="of the part compiled; others need all three"
-    )
+    parser.add_argument("--lengths", nargs="*", type=int, help="of one part")
     arguments = parser.parse_args()
     lengths = tuple(arguments.lengths or ((96, 160, 300) if arguments.tiny else LENGTHS))
     if arguments.part:
         run_part(arguments.part, arguments.tiny, lengths)
         return
-    record: dict[str, Any] = {
-        "what": "Llama-3.1-8B's shape, random bf16 weights, batch 1; seconds, ms, GiB",
-        "torch": torch.__version__, "saccade": saccade.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
-    if DEVICE == "cuda":
-        record |= {"gpu": torch.cuda.get_device_name(), "read_gbs": read_gbs()}
-        torch.cuda.empty_cache()
-        config = LlamaConfig(**SHAPE)
-        record["floor_ms"] = {
-            f"{name} {n}": floor_ms(config, n, size, record["read_gbs"])
-            for n in LENGTHS
-            for name, size in (("bf16", 2), ("int8", 1.0625), ("fp8", 1.0625), ("int4", 0.5625))
-        }
-    for name in arguments.parts:
-        record[name] = record_of(name, arguments.tiny, lengths)
-        print(name, json.dumps(record[name], indent=1), flush=True)
-        if arguments.out:
-            arguments.out.write_text(json.dumps(record, indent=1))
+    deadline = time.perf_counter() + arguments.seconds
+    what = "Llama-3.1-8B's shape, random bf16 weights, batch 1; seconds, ms, GiB"
+    record = {"schema": SCHEMA, **origin(), "what": what} | (floors() if gpu.on_gpu() else {})
+    for name in SHORT if arguments.short else arguments.parts:
+        some = lengths[:2] if arguments.short and name == "sdpa" else lengths
+        left = max(1.0, deadline - time.perf_counter())
+        record[name] = record_of(name, arguments.tiny, some, left)
+        put(arguments.out, record)
 
 
 if __name__ == "__main__":

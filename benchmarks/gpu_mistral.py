@@ -1,6 +1,7 @@
 """Steps over rings on one GPU: Mistral-7B's shape, window 4096, random bf16 weights.
 
-    python benchmarks/gpu_windows.py --out benchmarks/results/h200_windows.json
+    python -m benchmarks.gpu_mistral --out benchmarks/results/h200_mistral.json
+    python -m benchmarks.gpu_mistral --short     # 8 layers, and no transformers beside them
 
 A windowed model holds 4096 tokens whatever it has read, so the time of a token must not grow.
 Before anything is timed, stepped logits behind a full ring are compared with float32.
@@ -10,12 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_subjects import CHUNK, DEVICE, LONG, TINY, Ours, Sdpa, rate, relative, tokens
 from transformers import MistralConfig
+
+from benchmarks.gpu_models import (
+    CHUNK,
+    LONG,
+    SCHEMA,
+    TINY,
+    Ours,
+    Sdpa,
+    put,
+    rate,
+    relative,
+    tokens,
+)
+from saccade.bench.gpu import on_gpu
+from saccade.report.record import origin
 
 SHAPE = {
     "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -27,7 +43,7 @@ LENGTHS = (4096, 32768, LONG - 256)
 
 def shaped(layers: int) -> MistralConfig:
     """The shape, or a toy of it on a CPU."""
-    small = TINY | {"sliding_window": 64} if DEVICE == "cpu" else {}
+    small = {} if on_gpu() else TINY | {"sliding_window": 64}
     return MistralConfig(**(SHAPE | {"num_hidden_layers": layers} | small))
 
 
@@ -74,30 +90,29 @@ def decoding(subject: Any, config: MistralConfig, lengths: list[int]) -> dict[in
 
 def main() -> None:
     """Check, then time ours and transformers' own sliding cache."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS))
-    parser.add_argument("--only-check", action="store_true")
+    parser.add_argument("--short", action="store_true", help="8 layers, only ours")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no part after that time")
+    parser.add_argument("--tiny", action="store_true", help="a toy, to try the script on a CPU")
     arguments = parser.parse_args()
-    config = shaped(arguments.layers)
-    record: dict[str, Any] = {
-        "what": f"Mistral-7B's shape, {config.num_hidden_layers} layers, window 4096, batch 1",
-        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "none",
-        "torch": torch.__version__,
-    }
-    record["check"] = check(9000 if DEVICE == "cuda" else 150)
-    print(json.dumps(record), flush=True)
-    if arguments.only_check:
-        return
-    subject: Any = Ours(config, LONG)
-    record["ours"] = decoding(subject, config, arguments.lengths)
+    begin = time.perf_counter()
+    config = shaped(8 if arguments.short else 32)
+    lengths = [70, 150, 200] if arguments.tiny else list(LENGTHS)
+    what = f"Mistral-7B's shape, {config.num_hidden_layers} layers, window 4096, batch 1"
+    record: dict[str, Any] = {"schema": SCHEMA, **origin(), "what": what}
+    record["check"] = check(150 if arguments.tiny else 9000)
+    put(arguments.out, record)
+    subject: Any = Ours(config, LONG if on_gpu() else 512)
     record["cache_gib"] = subject.ctx.cache_bytes / 2**30
+    record["ours"] = decoding(subject, config, lengths)
+    put(arguments.out, record)
     subject.ctx.close()
     del subject
-    record["sdpa"] = decoding(Sdpa(config), config, arguments.lengths[:2])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(record, indent=1))
+    if arguments.short or time.perf_counter() - begin > arguments.seconds:
+        return
+    record["sdpa"] = decoding(Sdpa(config), config, lengths[:2])
+    put(arguments.out, record)
 
 
 if __name__ == "__main__":

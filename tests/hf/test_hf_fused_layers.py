@@ -1,4 +1,4 @@
-"""Layers for one row: found by example, used in steps alone, equal to what they replace."""
+"""Fused layers: of listed classes, used in steps of one row, equal to what they replace."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import saccade
-from saccade.hf.attach import _set
-from saccade.hf.fused_layers import is_decoder_layer, is_gated, one_row_forwards
-from saccade.hf.fused_norms import plain_norms, shifted_norms
+from saccade.hf.allowlist import kind_of
+from saccade.hf.fused_layers import fused_forwards, is_decoder_layer, is_gated
 from saccade.ops import gemv
 from saccade.runtime import ContextParams, DecodeStep
 from tests.tiny_models import tiny_config, tiny_model
@@ -49,17 +48,11 @@ def calls(monkeypatch):
     return asked
 
 
-def replaced(model):
-    norms = list(plain_norms(model))
-    rows = one_row_forwards(model, [norm for norm, _ in norms])
-    return [*norms, *shifted_norms(model), *rows]
+FUSED, PLAIN = ContextParams(fused_layers=True), ContextParams(fused_layers=False)
 
 
-def stepped(model, params, replacing):
+def stepped(model, params):
     with saccade.Context(model, params) as ctx:
-        if replacing:
-            for module, forward in replaced(model):
-                _set(ctx._stack, module, "forward", forward)
         ctx.append(PROMPT)
         step = DecodeStep(ctx.model, ctx.cache)
         return torch.cat([step(token) for token in TOKENS])
@@ -68,9 +61,9 @@ def stepped(model, params, replacing):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_stay_what_they_were(family, calls):
     model = tiny_model(tiny_config(family))
-    expected = stepped(model, ContextParams(), False)
+    expected = stepped(model, PLAIN)
     assert not calls
-    assert torch.allclose(stepped(model, ContextParams(), True), expected, atol=2e-5)
+    assert torch.allclose(stepped(model, FUSED), expected, atol=2e-5)
     assert calls
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -78,7 +71,7 @@ def test_steps_stay_what_they_were(family, calls):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_layer_is_six_launches(family, calls):
     model = tiny_model(tiny_config(family))
-    stepped(model, ContextParams(), True)
+    stepped(model, FUSED)
     heads = ["norm of heads"] * 2 if family == "qwen3" else []
     layer = ["norm", 3, *heads, 1, "sum and norm", "gated", 1]
     assert calls == (layer * model.config.num_hidden_layers + ["norm", 1]) * len(TOKENS)
@@ -86,9 +79,7 @@ def test_a_layer_is_six_launches(family, calls):
 
 def test_prompts_and_batches_are_left_alone(calls):
     model = tiny_model(tiny_config("llama"))
-    with saccade.Context(model) as ctx:
-        for module, forward in replaced(model):
-            _set(ctx._stack, module, "forward", forward)
+    with saccade.Context(model, FUSED) as ctx:
         ctx.logits(ctx.append(PROMPT))
         ctx.logits(ctx.append([5]))  # one token, but no step: every launch costs the host
     assert not calls
@@ -98,32 +89,36 @@ def test_biases_come_along(calls):
     model = tiny_model(tiny_config("qwen2"))
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.k_proj.bias)
-    expected = stepped(model, ContextParams(), False)
-    assert torch.allclose(stepped(model, ContextParams(), True), expected, atol=2e-5)
+    expected = stepped(model, PLAIN)
+    assert torch.allclose(stepped(model, FUSED), expected, atol=2e-5)
 
 
 def test_what_differs_from_the_formula_is_not_replaced():
-    model = tiny_model(tiny_config("llama"))
-    layer = model.model.layers[0]
-    norms = {id(layer.post_attention_layernorm)}
-    assert is_gated(layer.mlp) and is_decoder_layer(layer, norms)
-    assert not is_decoder_layer(layer, set())
+    layer = tiny_model(tiny_config("llama")).model.layers[0]
+    assert is_gated(layer.mlp) and is_decoder_layer(layer)
     layer.mlp.act_fn = nn.GELU()
-    assert not is_gated(layer.mlp) and not is_decoder_layer(layer, norms)
+    assert not is_gated(layer.mlp) and not is_decoder_layer(layer)
     gemma = tiny_model(tiny_config("gemma2")).model.layers[0]
-    assert not is_gated(gemma.mlp)
-    assert not is_decoder_layer(gemma, {id(gemma.post_attention_layernorm)})
+    assert not is_gated(gemma.mlp) and not is_decoder_layer(gemma)
 
 
-def test_norms_of_one_plus_weight():
-    """Gemma's, four a layer and one behind the last."""
-    for family, count in (("llama", 0), ("gemma2", 17)):
-        model = tiny_model(tiny_config(family))
-        found = list(shifted_norms(model))
-        assert len(found) == count
-        for module, forward in found:
-            x = torch.randn(2, 3, len(module.weight))
-            assert torch.equal(forward(x), module(x))  # but in steps
+@pytest.mark.parametrize(
+    ("family", "kind", "count"),
+    [
+        ("llama", "rms_norm", 9),
+        ("qwen3", "rms_norm", 17),
+        ("gemma2", "rms_norm_plus_one", 17),
+        ("gpt_oss", "rms_norm", 9),
+    ],
+)
+def test_norms_equal_what_they_replace(family, kind, count):
+    """weight * x / rms(x), and Gemma's with 1 + weight: four a layer and one behind the last."""
+    found = fused_forwards(tiny_model(tiny_config(family)), lambda: True)
+    norms = [pair for pair in found if kind_of(type(pair[0])) == kind]
+    assert len(norms) == count
+    for module, forward in norms:
+        x = torch.randn(2, 3, len(module.weight))
+        assert torch.allclose(forward(x), module(x), atol=1e-6)
 
 
 def test_hooks_and_other_forwards_are_respected():
@@ -131,9 +126,50 @@ def test_hooks_and_other_forwards_are_respected():
     first, second = model.model.layers[:2]
     first.mlp.up_proj.register_forward_hook(lambda *_: None)
     second.self_attn.q_proj.forward = second.self_attn.q_proj.forward
-    found = dict(replaced(model))
+    found = dict(fused_forwards(model, lambda: True))
     assert first not in found and first.mlp not in found and first.mlp.up_proj not in found
     assert second in found and second.self_attn.q_proj not in found
+
+
+def test_an_interrupted_step_leaves_no_products(calls, monkeypatch):
+    """What was computed for k and v is not given to the next input."""
+    model = tiny_model(tiny_config("llama"))
+    expected = stepped(model, PLAIN)
+    key_projection = model.model.layers[1].self_attn.k_proj
+    with saccade.Context(model, FUSED) as ctx:
+        ctx.append(PROMPT)
+        step = DecodeStep(ctx.model, ctx.cache)
+        fused, failing = key_projection.forward, [True]
+
+        def once(x):
+            if failing.pop() if failing else False:
+                raise KeyboardInterrupt
+            return fused(x)
+
+        monkeypatch.setattr(key_projection, "forward", once)
+        with pytest.raises(KeyboardInterrupt):
+            step(TOKENS[0])
+        found = torch.cat([step(token) for token in TOKENS])
+        monkeypatch.undo()
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_fused_layers_are_an_option(calls):
+    """Off on a CPU, off for attach, and each of two live contexts has its own."""
+    model = tiny_model(tiny_config("llama"))
+    stepped(model, ContextParams())
+    with saccade.attach(model):
+        assert not any("forward" in vars(module) for module in model.modules())
+    assert not calls
+    with saccade.Context(model, FUSED) as fused, saccade.Context(model, PLAIN) as plain:
+        for ctx, wanted in ((plain, False), (fused, True), (plain, False)):
+            calls.clear()
+            ctx.append(PROMPT)
+            DecodeStep(ctx.model, ctx.cache)(5)
+            assert bool(calls) == wanted
+    with saccade.attach(model, FUSED):
+        assert any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.gpu
@@ -142,7 +178,7 @@ def test_hooks_and_other_forwards_are_respected():
     "family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"]
 )
 def test_captured_steps_err_no_more_than_eager_ones(family, monkeypatch):
-    """bf16 on a card against float32: at most twice the error of transformers' own sdpa."""
+    """bf16 on a GPU against float32: at most twice the error of transformers' own sdpa."""
     truth_of = tiny_model(tiny_config(family)).cuda()
     model = tiny_model(tiny_config(family)).to("cuda", torch.bfloat16)
     truth_of.load_state_dict(model.state_dict())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 import saccade
+from saccade.bench.gpu import on_gpu, synchronize
+from saccade.report.files import write_whole
+from saccade.report.record import as_text
 from saccade.runtime import DecodeStep
 
+SCHEMA = "saccade.model/1"
 LONG, CHUNK, STEPS = 131072, 8192, 64
 SHAPE = {
     "vocab_size": 128256,
@@ -35,11 +41,11 @@ SHAPE = {
 }
 TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if on_gpu() else "cpu"
 
 
 def random_model(config: PreTrainedConfig, how: str) -> Any:
-    """Random bf16 weights, made on the card; norms 1, rotary tables as the config says."""
+    """Random bf16 weights, made on the GPU; norms 1, rotary tables as the config says."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -59,14 +65,8 @@ def tokens(count: int, vocab: int) -> Tensor:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(1))
 
 
-def synchronize() -> None:
-    """Wait for the card."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of wall time until the card is done."""
+    """Seconds of wall time until the GPU is done."""
     synchronize()
     begin = time.perf_counter()
     run()
@@ -76,7 +76,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 def peak() -> float:
     """Most GiB allocated since the last call."""
-    if DEVICE != "cuda":
+    if not on_gpu():
         return 0.0
     gib = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
@@ -104,7 +104,7 @@ class Sdpa:
         return self.read(torch.tensor([token]), 1)
 
     def forget(self) -> None:
-        """Start anew, memory freed."""
+        """Begin again, memory freed."""
         self.cache = DynamicCache(config=self.config)
 
 
@@ -137,7 +137,7 @@ class Ours:
         return self.decode(token)[0]
 
     def forget(self) -> None:
-        """Start anew in the same memory."""
+        """Begin again in the same memory."""
         for layer in self.ctx.cache.layers:
             layer.reset()
 
@@ -160,3 +160,11 @@ def rate(subject: Any, steps: int = STEPS) -> dict[str, float]:
 def relative(ours: Tensor, truth: Tensor) -> float:
     """||ours - truth|| / ||truth||."""
     return ((ours.float() - truth.float()).norm() / truth.float().norm()).item()
+
+
+def put(path: Path | None, record: dict[str, Any]) -> None:
+    """Write what has been measured so far, and print the newest part."""
+    newest = list(record)[-1]
+    print(newest, json.dumps(record[newest]), flush=True)
+    if path is not None:
+        write_whole(path, as_text(record))

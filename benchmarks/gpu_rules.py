@@ -1,0 +1,145 @@
+"""Which backend is fastest for which call: the figures behind the rules that `auto` follows.
+
+    python -m benchmarks.gpu_rules --out benchmarks/results/h200_rules.json
+
+Every rule of saccade/ops/tuning/measured/backends is measured at the smallest sizes for which it
+speaks and at typical ones: the backends of its order and all others that can run the call.  A row
+says whether its rule holds: `gain` is the time of the fastest other backend over that of the rule's
+first one.  cuDNN makes a plan for every new shape; what that costs the host is a row of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_measure import measure, measure_plan
+from benchmarks.gpu_problems import Problem
+from benchmarks.gpu_run import Row, main
+
+WHAT = "every rule of `auto`: milliseconds of each backend at its smallest and at typical sizes"
+RULES = Path(__file__).parents[1] / "saccade/ops/tuning/measured/backends"
+OURS = ("gluon", "triton")
+HEADS, LONGEST = 32, 32768
+PATTERNS = {"causal": {}, "all": {"causal": False}, "window": {"window": 1024}}
+
+
+def rules(name: str = "sm_90") -> list[dict[str, Any]]:
+    """The rules of an architecture as they stand in the file."""
+    return json.loads((RULES / f"{name}.json").read_text())["rules"]
+
+
+def rule_rows() -> Iterator[Row]:
+    """Two sizes of each rule, for the head dimensions and patterns that it names."""
+    for at, rule in enumerate(rules(), 1):
+        for dim in dims_of(rule):
+            for pattern in rule.get("pattern", list(PATTERNS)):
+                for size in ("smallest", "typical"):
+                    problem = problem_of(rule, dim, pattern, size)
+                    notes = (("rule", at), ("size", size))
+                    how = partial(measure_rule, rule["order"])
+                    yield Row("rule", problem, backends_of(problem), (), notes, how)
+
+
+def backends_of(problem: Problem) -> tuple[str, ...]:
+    """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
+    training = ("gluon_triton",) if problem.training else ()
+    special = problem.window or problem.sequences or problem.kv_lens or problem.storage != "dense"
+    return (*OURS, *training, *(() if special else ("sdpa",)))
+
+
+def dims_of(rule: dict[str, Any]) -> list[int]:
+    """The smallest head dimension of a rule, and the largest multiple of 16 where they differ."""
+    low, high = rule.get("head_dim", [64, 256])
+    return list(dict.fromkeys((low, high // 16 * 16)))
+
+
+def problem_of(rule: dict[str, Any], dim: int, pattern: str, size: str) -> Problem:
+    """The smallest problem that a rule covers, or one of a usual size."""
+    keys, rows = max(rule.get("min_keys", 0), 512), rule.get("min_rows", 1)
+    kind = rule.get("rows", ["even"])[0]
+    if kind == "packed":
+        return _packed(rule, dim, keys, rows, size)
+    queries = min(keys, -(-rows // HEADS))
+    whole = queries == keys or rule.get("square", False) or rule.get("training", False)
+    batch = -(-rows // (HEADS * queries))
+    if size == "typical":
+        keys, batch = min(LONGEST, max(8192, 4 * keys)), batch if kind == "lengths" else 1
+        queries = keys if whole else 2048
+    queries = keys if whole else queries
+    options: dict[str, Any] = {"head_dim": dim, "training": rule.get("training", False)}
+    options |= PATTERNS[pattern]
+    if kind == "pages":
+        options["storage"] = "page16"
+    if kind == "lengths":
+        batch = max(2, batch)
+        queries = -(-rows // (HEADS * batch)) if size == "smallest" else 2048
+        options["kv_lens"] = tuple(keys - i * keys // (2 * batch) for i in range(batch))
+    return Problem(queries=queries, keys=keys, batch=batch, **options)
+
+
+def _packed(rule: dict[str, Any], dim: int, keys: int, rows: int, size: str) -> Problem:
+    """Sequences of the smallest average length, or eight of 4096."""
+    total = -(-rows // HEADS)
+    lengths = (keys,) * -(-total // keys) if size == "smallest" else (4096,) * 8
+    return Problem(queries=sum(lengths), keys=sum(lengths), head_dim=dim, sequences=lengths)
+
+
+def measure_rule(
+    order: Sequence[str], problem: Problem, backends: Sequence[str], peers: Sequence[str]
+) -> dict[str, Any]:
+    """A row of `measure` with `total_ms` (where a call trains with the forward pass) and `gain`.
+
+    `gain` is None where the first of the order, or every other backend, could not be timed.
+    """
+    row = measure(problem, backends, peers)
+    forward = row.get("forward_ms", {})
+    total = {name: ms + forward.get(name, 0.0) for name, ms in row["ms"].items()}
+    others = [ms for name, ms in total.items() if name != order[0]]
+    gain = min(others) / total[order[0]] if order[0] in total and others else None
+    return row | {"order": list(order), "total_ms": total, "gain": gain}
+
+
+def chunk_rows() -> Iterator[Row]:
+    """Chunks of a prompt over rings and quantised caches, for which there are no rules yet."""
+    for dim in (128, 64, 256):
+        for queries in (256, 2048):
+            ring = Problem(
+                queries=queries, keys=16384, head_dim=dim, window=4096, sinks=4, storage="ring"
+            )
+            yield Row("chunk", ring, OURS)
+            for kind in ("int8", "int4"):
+                quantized = Problem(queries=queries, keys=16384, head_dim=dim, storage=kind)
+                yield Row("chunk", quantized, OURS)
+
+
+def plan_rows() -> Iterator[Row]:
+    """What a new shape costs with cuDNN, for the head dimensions of its rules."""
+    for dim, causal, training in (
+        (192, True, False), (192, False, False), (80, False, False), (96, True, True),
+        (192, True, True), (128, True, True),
+    ):  # fmt: skip
+        problem = Problem(queries=1000, keys=1000, head_dim=dim, causal=causal, training=training)
+        yield Row("plan", problem, measure=measure_plan)
+
+
+def half_rows() -> Iterator[Row]:
+    """float16 beside the bfloat16 of everything else."""
+    for dim in (64, 128, 256):
+        problem = Problem(queries=8192, keys=8192, head_dim=dim, dtype="fp16")
+        yield Row("fp16", problem, backends_of(problem))
+
+
+def rows() -> list[Row]:
+    """Rules first; a problem that several rules ask about is measured once for each."""
+    return [*rule_rows(), *chunk_rows(), *plan_rows(), *half_rows()]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(WHAT, rows())

@@ -1,0 +1,187 @@
+"""Options that several commands have: ContextParams and sampling, in the spelling of llama.cpp.
+
+One table each: adding a field of ContextParams is one line here, and a test finds what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saccade.cli.failure import UsageError
+from saccade.cli.values import budget, number, one_of, switch, whole_number
+
+if TYPE_CHECKING:
+    from saccade.runtime import Sampler
+    from saccade.runtime.params import ContextParams
+
+MODEL_HELP = "a .gguf file, a folder saved by transformers, or a name (smollm2)"
+Model = Annotated[str, typer.Option("--model", "-m", metavar="PATH|NAME", help=MODEL_HELP)]
+NPredict = Annotated[
+    Any,
+    typer.Option(
+        "--n-predict", "-n", metavar="N", parser=whole_number(1), help="most tokens to write"
+    ),
+]
+Values = dict[str, Any]
+"""The values of a table of options by field, None where an option was not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option.
+
+    Attributes:
+        field: the name of its value; flags: its spellings, the one to show in messages first.
+        parse: text to value; choices: what the value may be, where it is a word.
+    """
+
+    field: str
+    flags: tuple[str, ...]
+    help: str
+    parse: Callable[[str], Any] = str
+    metavar: str = "N"
+    choices: tuple[str, ...] = ()
+
+    def parameter(self) -> inspect.Parameter:
+        """What typer reads from a function that has this option."""
+        check, metavar = one_of(*self.choices), "|".join(self.choices) or self.metavar
+        parse = (lambda text: check(self.parse(text))) if self.choices else self.parse
+        info = typer.Option(*self.flags, parser=parse, metavar=metavar, help=self.help)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.field, kind, default=None, annotation=Annotated[Any, info])
+
+
+STORAGE = ("f32", "bf16", "f16", "int8", "int4", "fp8")
+CONTEXT = (
+    Option("n_ctx", ("--ctx-size", "-c"),
+           "most tokens in context (default: what the model was trained for)", whole_number(1)),
+    Option("n_batch", ("--batch-size", "-b"),
+           "most tokens read in one step (default: 512)", whole_number(1)),
+    Option("flash_attn", ("--flash-attn", "-fa"),
+           "auto, enabled (or on), disabled (or off: materialised scores)",
+           lambda text: {"on": "enabled", "off": "disabled"}.get(text, text),
+           choices=("auto", "enabled", "disabled")),
+    Option("type_k", ("--cache-type-k", "-ctk", "--type-k"), "storage of keys", choices=STORAGE),
+    Option("type_v", ("--cache-type-v", "-ctv", "--type-v"), "storage of values", choices=STORAGE),
+    Option("page_size", ("--page-size",),
+           "keep keys in pages of N tokens instead of one buffer", whole_number(1)),
+    Option("offload_kqv", ("--kv-offload",),
+           "off keeps keys in host memory, fetched layer by layer (default: on)", switch, "on|off"),
+    Option("rope_scaling_type", ("--rope-scaling",), "how positions are stretched",
+           choices=("none", "linear", "ntk", "dynamic", "yarn")),
+    Option("rope_scale", ("--rope-scale",), "factor of the stretch", number, "FACTOR"),
+    Option("rope_freq_base", ("--rope-freq-base",), "base of the rotary frequencies", number),
+    Option("rope_freq_scale", ("--rope-freq-scale",), "1 / factor of the stretch", number),
+    Option("yarn_orig_ctx", ("--yarn-orig-ctx",),
+           "length the model was trained for before stretching", whole_number(1)),
+    Option("yarn_ext_factor", ("--yarn-ext-factor",),
+           "1 mixes in unscaled high frequencies, 0 interpolates them all", number),
+    Option("yarn_attn_factor", ("--yarn-attn-factor",), "magnitude of the rotary tables", number),
+    Option("yarn_beta_fast", ("--yarn-beta-fast",), "upper end of the ramp, in rotations", number),
+    Option("yarn_beta_slow", ("--yarn-beta-slow",), "lower end of the ramp, in rotations", number),
+    Option("n_keep", ("--keep",),
+           "when the context is full, keep the first N tokens and forget half of the rest",
+           whole_number(0)),
+    Option("n_swa", ("--swa",),
+           "window: a token attends to the last N tokens, itself counted", whole_number(1)),
+    Option("n_sinks", ("--sinks",),
+           "first tokens that stay visible outside the window", whole_number(0)),
+    Option("ctx_checkpoints", ("--ctx-checkpoints",),
+           "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
+    Option("sparse", ("--sparse",), "read only chosen blocks of keys",
+           choices=("strided", "block_topk")),
+    Option("kv_policy", ("--kv-policy",),
+           "how the cache is compressed after the prompt: snapkv, ada_snapkv", metavar="NAME"),
+    Option("kv_budget", ("--kv-budget",),
+           "what it keeps of the prompt: tokens (512) or a share (0.25, 25%)", budget, "N|SHARE"),
+    Option("backend", ("--backend",),
+           "the attention backend by name, which never falls back", metavar="NAME"),
+    Option("fused_layers", ("--fused-layers",),
+           "fused norms, linear layers and MLPs (default: on for a GPU)", switch, "on|off"),
+)  # fmt: skip
+
+SAMPLING = (
+    Option("temperature", ("--temperature", "--temp"),
+           "0 always takes the most likely token (default)", number, "T"),
+    Option("top_k", ("--top-k",), "sample among the N most likely tokens (default: 0, all)",
+           whole_number(0)),
+    Option("top_p", ("--top-p",),
+           "sample among the most likely tokens that together reach P (default: 1)", number, "P"),
+    Option("seed", ("--seed", "-s"), "the same seed gives the same tokens (default: 0)",
+           whole_number(0)),
+)  # fmt: skip
+
+
+def takes(**tables: tuple[Option, ...]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command the options of each table; their values come as its argument of that name."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def run(**given: Any) -> int:
+            values = {
+                name: {option.field: given.pop(option.field) for option in table}
+                for name, table in tables.items()
+            }
+            return command(**given, **values)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for name, p in signature.parameters.items() if name not in tables]
+        shared = [option.parameter() for table in tables.values() for option in table]
+        run.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
+        run.__annotations__ = {}  # the signature says everything
+        return run
+
+    return decorate
+
+
+def context_params(values: Values) -> ContextParams:
+    """The ContextParams of the values of CONTEXT.
+
+    Raises:
+        UsageError: options that contradict each other, in the words of the command line.
+    """
+    from saccade.runtime.params import ContextParams
+    from saccade.sparse import PATTERNS
+
+    given = {name: value for name, value in values.items() if value is not None}
+    if "sparse" in given:
+        given["sparse"] = PATTERNS[given["sparse"]]()
+    factor = given.pop("rope_scale", None)
+    if factor is not None:
+        if "rope_freq_scale" in given:
+            raise UsageError("--rope-scale and --rope-freq-scale say the same thing. Give one.")
+        if factor < 1:
+            raise UsageError(f"--rope-scale is a factor of at least 1, got {factor:g}.")
+        given["rope_freq_scale"] = 1 / factor
+    try:
+        return ContextParams(**given)
+    except ValueError as error:
+        raise UsageError(with_flags(str(error))) from error
+
+
+def with_flags(message: str) -> str:
+    """A message about fields of ContextParams, about options instead."""
+    for option in CONTEXT:
+        if "_" in option.field:  # the others are words of English too
+            message = re.sub(rf"(?<![\w-]){option.field}\b", option.flags[0], message)
+    return message
+
+
+def sampler_of(values: Values, saved: Sampler | None = None) -> Sampler:
+    """The sampler of the values of SAMPLING; what is not given stays as a saved one has it."""
+    from saccade.runtime import Sampler
+
+    given = {name: value for name, value in values.items() if value is not None}
+    if saved is None:
+        return Sampler(**given)
+    sampler = Sampler(**{name: getattr(saved, name) for name in values} | given)
+    if "seed" not in given:
+        sampler.restore(saved.state())
+    return sampler

@@ -1,0 +1,113 @@
+"""Which classes of transformers may be replaced by fused kernels: those whose source was read.
+
+`allowlist.json` names them by kind, each with the sha256 of the source it had when it was read, one
+for each version of transformers in which it differs.  A class that is not listed, whose source is
+another one, or whose `forward` was patched, runs as it is.  `scripts/read_transformers_classes.py`
+adds the hashes of another version.
+
+    rms_norm            weight * x / rms(x)
+    rms_norm_plus_one   (1 + weight) * x / rms(x), Gemma's
+    gated_mlp           down_proj(act_fn(gate_proj(x)) * up_proj(x))
+    decoder_layer       h = x + self_attn(input_layernorm(x)); h + mlp(post_attention_layernorm(h))
+    attention           its forward calls the global `apply_rotary_pos_emb` on queries and keys
+    rotary_function     RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import textwrap
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import modeling_layers
+
+FILE: Final = Path(__file__).with_name("allowlist.json")
+KINDS: Final = (
+    "rms_norm",
+    "rms_norm_plus_one",
+    "gated_mlp",
+    "decoder_layer",
+    "attention",
+    "rotary_function",
+)
+
+
+def kind_of(module_class: type) -> str | None:
+    """The kind of a class whose source is listed and whose `forward` is still that of its source.
+
+    None for every other class.
+    """
+    listed = _entries().get(_qualified(module_class))
+    if listed is None or listed[0] == "rotary_function":
+        return None
+    return _checked(module_class, vars(module_class).get("forward"))
+
+
+def is_rotary_function(function: Any) -> bool:
+    """Whether a function is a listed `apply_rotary_pos_emb` that rotates by halves."""
+    kind, hashes = _entries().get(_qualified(function), (None, ()))
+    rotate_half = getattr(function, "__globals__", {}).get("rotate_half")
+    if kind != "rotary_function" or rotate_half is None:
+        return False
+    sources = [_source(function), _source(rotate_half)]
+    return None not in sources and source_hash(*map(str, sources)) in hashes
+
+
+def source_hash(*sources: str) -> str:
+    """sha256 of source texts, without the indentation of the first line and trailing spaces."""
+    lines = "\n".join(textwrap.dedent(source).strip() for source in sources).splitlines()
+    return hashlib.sha256("\n".join(line.rstrip() for line in lines).encode()).hexdigest()
+
+
+def read_entries() -> dict[str, dict[str, list[str]]]:
+    """The file: kind -> qualified name -> hashes."""
+    return json.loads(FILE.read_text())
+
+
+@cache
+def _entries() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Qualified name -> (kind, hashes)."""
+    return {
+        name: (kind, tuple(hashes))
+        for kind, names in read_entries().items()
+        for name, hashes in names.items()
+    }
+
+
+@cache
+def _checked(module_class: type, forward: Any) -> str | None:
+    """The kind of a class with this `forward`, if both are what was read."""
+    kind, hashes = _entries()[_qualified(module_class)]
+    source, of_forward = _source(module_class), _source(_without_checkpointing(forward))
+    if source is None or of_forward is None or source_hash(source) not in hashes:
+        return None
+    return kind if of_forward in source else None
+
+
+def _without_checkpointing(forward: Any) -> Any:
+    """`forward` without the wrapper that transformers puts around every decoder layer's.
+
+    It calls what it wraps, except in training with gradient checkpointing.
+    """
+    code: Any = getattr(forward, "__code__", None)
+    name, file = getattr(code, "co_qualname", ""), getattr(code, "co_filename", "")
+    wraps = name.startswith("GradientCheckpointingLayer.__init_subclass__.")
+    return forward.__wrapped__ if wraps and file == modeling_layers.__file__ else forward
+
+
+def _qualified(thing: Any) -> str:
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
+
+
+def _source(thing: Any) -> str | None:
+    """Source text, None for what has none; a wrapped function is not what its source says."""
+    if hasattr(thing, "__wrapped__"):
+        return None
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return None

@@ -1,0 +1,103 @@
+"""What is different on a model object while it has runs, each change with what undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from saccade.core import Unsupported
+from saccade.hf.fused_layers import fused_forwards
+from saccade.hf.layers import attention_modules
+from saccade.hf.register import KEY, register
+from saccade.hf.rope import Rotary, rotary_modules
+from saccade.hf.runs import ModelRuns
+from saccade.hf.settings import ATTRIBUTE
+
+_ABSENT: Final = object()
+
+
+def switch_attention(undo: ExitStack, runs: ModelRuns) -> None:
+    """`set_attn_implementation("saccade")`; every config it touches is put back as it was."""
+    register()
+    model = runs.model
+    before = [(config, dict(vars(config))) for config in _configs(model)]
+    try:
+        model.set_attn_implementation(KEY)
+    finally:
+        for config, values in before:
+            for name in vars(config).keys() | values.keys():
+                old = values.get(name, _ABSENT)
+                if vars(config).get(name, _ABSENT) is not old:
+                    undo.callback(_put_back, config, name, old)
+    if model.config._attn_implementation != KEY:
+        raise Unsupported(
+            f"{type(model).__name__} does not call transformers' attention interface, so its "
+            "attention cannot be replaced. Use a model class that supports attn_implementation."
+        )
+
+
+def show_runs(undo: ExitStack, runs: ModelRuns) -> None:
+    """Attention modules can ask which settings are in force."""
+    for _, module in attention_modules(runs.model):
+        override(undo, module, ATTRIBUTE, runs)
+
+
+def dispatch_rotary(undo: ExitStack, runs: ModelRuns) -> None:
+    """Rotary modules leave cos and sin to the run in force, if it scales positions."""
+    for module in rotary_modules(runs.model):
+        override(undo, module, "forward", _rotary_forward(module, module.forward, runs))
+
+
+def _rotary_forward(
+    module: nn.Module, original: Callable[..., Any], runs: ModelRuns
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rotary: Rotary | None = runs.rotary().get(module)
+        return original(*args, **kwargs) if rotary is None else rotary(*args, **kwargs)
+
+    return forward
+
+
+def fuse_layers(undo: ExitStack, runs: ModelRuns) -> None:
+    """Listed modules are computed by fused kernels where the run in force wants it."""
+    for module, forward in fused_forwards(runs.model, runs.fused):
+        override(undo, module, "forward", forward)
+
+
+def override(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an instance attribute; undone, the old one is back, or none where none was.
+
+    An attribute that other code has replaced since stays as that code left it.
+    """
+    undo.callback(partial(_restore, owner, name, vars(owner).get(name, _ABSENT), value))
+    setattr(owner, name, value)
+
+
+def _restore(owner: Any, name: str, old: Any, ours: Any) -> None:
+    if vars(owner).get(name, _ABSENT) is ours:
+        _put_back(owner, name, old)
+
+
+def _put_back(owner: Any, name: str, old: Any) -> None:
+    if old is _ABSENT:
+        vars(owner).pop(name, None)
+    else:
+        vars(owner)[name] = old
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every config of the model and of the models inside it, each once."""
+    found: dict[int, Any] = {}
+    waiting = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+            waiting += [part for part in nested if part is not None]
+    return list(found.values())

@@ -1,0 +1,134 @@
+"""Which RoPE scaling a model gets: what its config says, changed as the params say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from saccade.rope import (
+    DynamicNTK,
+    Linear,
+    LongRoPE,
+    NTKAware,
+    ParsedRope,
+    Unscaled,
+    YaRN,
+    parse,
+)
+from saccade.rope.rules import Rule
+from saccade.runtime.params import ContextParams
+
+_YARN_OPTIONS: Final = {
+    "yarn_ext_factor": "ext_factor",
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
+def asks_for_rope(params: ContextParams) -> bool:
+    """Whether any option changes the rotary positions (n_ctx alone does not)."""
+    names = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", *_YARN_OPTIONS)
+    return any(getattr(params, name) is not None for name in names)
+
+
+def depends_on_length(rule: Rule) -> bool:
+    """Whether the frequencies of a rule change with the length of the sequence."""
+    return isinstance(rule, DynamicNTK | LongRoPE)
+
+
+def configured_ropes(config: Any) -> dict[str | None, ParsedRope]:
+    """The rule of each layer type, or of all layers under None, as the config says."""
+    given: Mapping[str, Any] = config.rope_parameters
+    nested = any(isinstance(value, Mapping) for value in given.values())
+    parts: dict[str | None, Any] = {**given} if nested else {None: given}
+    return {
+        kind: parse(
+            part,
+            max_position_embeddings=config.max_position_embeddings,
+            original_max_position_embeddings=getattr(
+                config, "original_max_position_embeddings", None
+            ),
+        )
+        for kind, part in parts.items()
+        if part is not None
+    }
+
+
+def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:
+    """The model's own rule changed as the params say.
+
+    Raises:
+        ValueError: yarn options for another rule, or a factor that nothing determines.
+    """
+    trained = params.yarn_orig_ctx or _trained(rope.rule, config.max_position_embeddings)
+    rule = _rule(rope.rule, params, trained)
+    yarn = {
+        theirs: getattr(params, ours)
+        for ours, theirs in _YARN_OPTIONS.items()
+        if getattr(params, ours) is not None
+    }
+    if yarn and not isinstance(rule, YaRN):
+        raise ValueError(
+            f"yarn options need rope_scaling_type='yarn', but the rule in force is "
+            f"{type(rule).__name__}. Set it, or leave the yarn_* options unset."
+        )
+    base = rope.base if params.rope_freq_base is None else params.rope_freq_base
+    return rope._replace(rule=replace(rule, **yarn), base=float(base))
+
+
+def _rule(own: Rule, params: ContextParams, trained: int) -> Rule:
+    """The scaling rule, yarn options apart."""
+    kind = params.rope_scaling_type
+    if kind == "none":
+        return Unscaled()
+    if kind is None and params.rope_freq_scale is None:
+        return own
+    factor = _factor(params, trained, kind or "linear")
+    if kind is None:
+        return _refactored(own, factor)
+    return _named(kind, own, factor, trained)
+
+
+def _refactored(own: Rule, factor: float) -> Rule:
+    """The model's own rule with another factor; plain interpolation where it has none."""
+    if isinstance(own, Linear | NTKAware | DynamicNTK | YaRN):
+        return replace(own, factor=factor)
+    if isinstance(own, Unscaled):
+        return Linear(factor=factor)
+    raise ValueError(
+        f"rope_freq_scale cannot be applied to the model's own {type(own).__name__} scaling. "
+        "Set rope_scaling_type too."
+    )
+
+
+def _named(kind: str, own: Rule, factor: float, trained: int) -> Rule:
+    """The rule of that name."""
+    if kind == "linear":
+        return Linear(factor=factor)
+    if kind == "ntk":
+        return NTKAware(factor=factor)
+    if kind == "dynamic":
+        return DynamicNTK(factor=factor, original_max_position=trained)
+    if isinstance(own, YaRN):  # keeps what this model was trained with: ramp, mscale, truncate
+        return replace(own, factor=factor, original_max_position=trained)
+    return YaRN(factor=factor, original_max_position=trained)
+
+
+def _trained(own: Rule, served: int) -> int:
+    """Length the model was trained for before any scaling."""
+    if isinstance(own, Linear):
+        return max(2, round(served / own.factor))
+    return getattr(own, "original_max_position", served)
+
+
+def _factor(params: ContextParams, trained: int, kind: str) -> float:
+    if params.rope_freq_scale is not None:
+        return 1.0 / params.rope_freq_scale
+    if params.n_ctx is None:
+        raise ValueError(
+            f"rope_scaling_type={kind!r} needs to know how far to stretch: set n_ctx (beyond the "
+            f"{trained} tokens of training) or rope_freq_scale."
+        )
+    return max(1.0, params.n_ctx / trained)

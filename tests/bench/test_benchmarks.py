@@ -1,0 +1,151 @@
+"""The scripts of benchmarks/: each imports and reads its options; small versions run on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_attention, gpu_problems, gpu_rules, gpu_run, gpu_tables, gpu_visit
+from benchmarks.gpu_problems import Problem
+from saccade.bench.gate import stored
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = [p.stem for p in FOLDER.glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a CPU")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_benchmark_can_be_imported(name):
+    assert import_module(f"benchmarks.{name}").__doc__
+
+
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in ("gpu_attention", "gpu_rules")])
+def test_options_are_read(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        import_module(f"benchmarks.{name}").main()
+    assert left.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def different(rows):
+    """One row of each kind."""
+    kinds = {}
+    for row in rows:
+        p = row.problem
+        key = (
+            row.case,
+            p.storage,
+            p.window,
+            p.causal,
+            p.training,
+            bool(p.sequences),
+            p.queries > 1,
+        )
+        kinds.setdefault((*key, bool(p.kv_lens)), row)
+    return list(kinds.values())
+
+
+@CPU
+@pytest.mark.parametrize("module", [gpu_attention, gpu_rules])
+def test_every_kind_of_row_can_be_measured(module, tmp_path, capsys):
+    rows = different(module.rows())
+    path = tmp_path / "record.json"
+    record = gpu_run.main("what", rows, ["--tiny", "--out", str(path)])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record)) and record["complete"]
+    assert {"revision", "command", "environment", "date", "schema"} <= set(record)
+    for row in record["rows"]:
+        failed = {name for name in row.get("failed", {}) if name != "flex"}
+        assert not failed, row
+        assert "plan_ms" in row or "host_us" in row or row["ms"]["tiled"] > 0
+    for case in ("forward", "decode"):
+        table = gpu_tables.to_markdown(record, case)
+        assert table.startswith("| ") and table.endswith("|\n")
+
+
+@CPU
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    right = gpu_problems.run
+    monkeypatch.setattr(
+        "benchmarks.gpu_measure.run", lambda call, name: right(call, name) * (1 + (name == "tiled"))
+    )
+    row = gpu_run._measured(gpu_run.Row("forward", Problem(queries=64, keys=64)), True)
+    assert "WrongResult: relative error" in row["failed"]["tiled"] and row["ms"] == {}
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_run, "on_gpu", lambda: False)
+    with pytest.raises(SystemExit, match="There is no GPU here"):
+        gpu_run.main("what", [], [])
+
+
+def test_time_that_is_up_ends_a_run(tmp_path, monkeypatch):
+    rows = [gpu_run.Row("forward", Problem(queries=8, keys=8))]
+    record = gpu_run.main("what", rows, ["--tiny", "--seconds", "-1"])
+    assert not record["complete"] and record["rows"] == []
+
+
+def test_every_rule_is_measured_where_it_begins_to_speak():
+    rows = list(gpu_rules.rule_rows())
+    rules = gpu_rules.rules()
+    assert {dict(row.notes)["rule"] for row in rows} == set(range(1, len(rules) + 1))
+    for row in rows:
+        rule, p = rules[dict(row.notes)["rule"] - 1], row.problem
+        average = p.keys // max(1, len(p.sequences))
+        assert average >= rule.get("min_keys", 0)
+        assert rule["head_dim"][0] <= p.head_dim <= rule["head_dim"][1]
+        assert p.training == rule.get("training", False)
+        assert rule["order"][0] in row.backends and len(row.backends) > 1
+        if dict(row.notes)["size"] == "smallest":
+            reach = p.batch * p.heads * p.queries / max(1, rule.get("min_rows", 1))
+            assert 1 <= reach < 4, rule
+
+
+def test_gains_are_of_forward_and_backward_together(monkeypatch):
+    def measured(*_):
+        return {"ms": {"gluon": 2.0, "triton": 3.0}, "forward_ms": {"gluon": 1.0, "triton": 1.5}}
+
+    monkeypatch.setattr(gpu_rules, "measure", measured)
+    problem = Problem(queries=1, keys=1)
+    row = gpu_rules.measure_rule(["gluon"], problem, (), ())
+    assert row["total_ms"] == {"gluon": 3.0, "triton": 4.5} and row["gain"] == 1.5
+    assert gpu_rules.measure_rule(["sdpa"], problem, (), ())["gain"] is None
+
+
+def test_a_ring_holds_what_its_window_reaches():
+    problem = Problem(
+        queries=32, keys=300, window=100, sinks=4, storage="ring", heads=4, kv_heads=2, head_dim=16
+    )
+    view = gpu_problems.build(problem).calls[0].kv
+    held = [p for span in view.spans for p in range(span.position, span.position + span.length)]
+    assert held == [*range(4), *range(168, 300)] and len(view.spans) == 4
+
+
+def test_quantized_probe_is_what_the_cache_holds():
+    problem = Problem(queries=1, keys=192, storage="int8", heads=4, kv_heads=2, head_dim=64)
+    made = gpu_problems.build(problem)
+    assert torch.equal(made.probe.kv.k, stored(made.calls[0].kv)[0][:1, :1].double())
+    bytes_of = sum(x.nbytes for part in (made.calls[0].kv.k, made.calls[0].kv.v) for x in part)
+    assert made.gbytes == pytest.approx(bytes_of / 1e9)
+
+
+def test_the_visit_names_modules_and_options_that_exist(tmp_path):
+    for part in gpu_visit.PARTS.values():
+        assert (FOLDER / f"{part.module}.py").exists()
+        text = (FOLDER / f"{part.module}.py").read_text() + (FOLDER / "gpu_run.py").read_text()
+        for option in ("--out", "--seconds", "--tiny", *part.options):
+            assert f'"{option}"' in text, (part, option)
+
+
+def test_the_visit_goes_on_after_a_part_that_fails(tmp_path, monkeypatch, capsys):
+    broken = gpu_visit.Part("a", "no_such_module")
+    monkeypatch.setattr(gpu_visit, "PARTS", {"a": broken, "b": broken})
+    monkeypatch.setattr(
+        sys, "argv", ["visit", "--tiny", "--out", str(tmp_path), "--only", "a", "b"]
+    )
+    assert gpu_visit.main() == 2
+    assert capsys.readouterr().out.count("exit 1") == 2
