@@ -1,11 +1,12 @@
 # make demo    set up, then compare every technique on a real model (under 3 minutes after set-up)
-# make test    set up, then lint, types and all tests
+# make test    set up, then lint, types and all tests, some of them with the oldest versions too
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 READY := $(VENV)/.saccade-ready
 
-.PHONY: demo compare test lint clean sanitize
+.PHONY: demo compare test test-oldest lint clean sanitize
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@echo "== Set-up: a virtual environment in $(VENV), then torch, transformers and the demo model"
@@ -41,8 +42,25 @@ $(VENV)/.triton-ready: $(READY)
 test: lint $(VENV)/.triton-ready
 	@echo "== Tests"
 	$(BIN)/python -m pytest -n 2
+	$(MAKE) --no-print-directory test-oldest
 	@if command -v g++ >/dev/null; then $(MAKE) --no-print-directory sanitize; \
 	else echo "== No g++: the C++ kernels were neither built nor sanitised"; fi
+
+# The lowest versions that pyproject.toml allows lie in front of the packages of $(VENV).
+$(OLDEST)/.saccade-ready: $(READY) constraints-oldest.txt scripts/floors.py
+	@echo "== Set-up: the oldest versions that pyproject.toml allows in $(OLDEST)"
+	@test -x $(OLDEST)/bin/python || $(BIN)/python -m venv $(OLDEST)
+	@place='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	newer="$$($(BIN)/python -c "$$place")"; own="$$($(OLDEST)/bin/python -c "$$place")"; \
+	echo "import site; site.addsitedir('$$newer')" > "$$own/newer.pth"
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt \
+		$$($(BIN)/python scripts/floors.py)
+	@touch $@
+
+test-oldest: $(OLDEST)/.saccade-ready
+	@echo "== Tests of models, caches and sessions with the oldest versions"
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not real_model" -k "not plan and not kill_9" \
+		tests/hf tests/runtime
 
 # Address and undefined-behaviour checks of the C++ kernels.
 sanitize: $(READY)
@@ -50,4 +68,4 @@ sanitize: $(READY)
 	VENV=$(VENV) scripts/sanitize.sh address
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build out .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ Importing the package loads neither triton nor transformers nor matplotlib; each
 arrives when it is first used.
 """
 
+# pyright: reportUnusedImport=false
 from __future__ import annotations
 
 from importlib import import_module

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.random_inputs import SEED
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each take every core spend their time waiting for one another.
     torch.set_num_threads(1)
@@ -16,11 +18,11 @@ settings.load_profile("repeatable")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton's kernels are then interpreted on the CPU and tested there.
-    from tests.ops.interpreted import patch_interpreter
+    from tests.support.interpreted import patch_interpreter
 
     patch_interpreter()
 
 
 @pytest.fixture(autouse=True)
 def _same_numbers_in_every_run():
-    torch.manual_seed(2205)
+    torch.manual_seed(SEED)

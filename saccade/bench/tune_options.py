@@ -69,7 +69,7 @@ def execute(options: Options, bench: Bench | None = None) -> int:
     Returns:
         0; 1 where a row has no right launch; 130 after Ctrl-C.
     """
-    bench = bench or on_the_card()
+    bench = bench or on_gpu()
     arch = architecture(torch.device(bench.device))
     path = Path(options.out or f"tuning-{arch}.json").expanduser()
     file = _file(path, arch)
@@ -91,7 +91,7 @@ def execute(options: Options, bench: Bench | None = None) -> int:
     return 1 if any(each.best is None for each in found) else 0
 
 
-def on_the_card() -> Bench:
+def on_gpu() -> Bench:
     """The bench of this machine's GPU.
 
     Raises:

@@ -127,7 +127,7 @@ def tune(
     check_outputs({"--out": out})
     from saccade.bench import tune_options as tuning
 
-    bench = tuning.on_the_card()  # says in a sentence where there is none
+    bench = tuning.on_gpu()  # says in a sentence where there is none
     need("rich", purpose="the table of saccade bench")
     chosen = tuning.Options(
         kernels=kernels or tuning.KERNELS, dims=dims or tuning.DIMS, quick=quick, out=out,

@@ -129,7 +129,7 @@ def bench(kernel):
 
 def run(capsys, kernel, *words):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tune_options, "on_the_card", lambda: bench(kernel))
+        patch.setattr(tune_options, "on_gpu", lambda: bench(kernel))
         code = cli.main(["bench", "tune", "--traceback", *words])
     return code, capsys.readouterr()
 

@@ -8,7 +8,7 @@ import torch
 from saccade.cache import RaggedCache, snapshot
 from saccade.core import BadInput, DenseKV, Mask, RaggedKV, Unsupported
 from saccade.ops import attend, attention, make_call
-from tests.ops.cases import HERE
+from tests.support.cases import HERE
 
 BATCH, HEADS, DIM = 2, 2, 16
 PROMPT, LENGTH = 60, 75

@@ -125,7 +125,7 @@ def test_hybrids_crop_to_where_their_rings_reach(models, ids, family):
         if isinstance(store, RingCache):
             store.checkpoint()
     read(model, ids[:, 15:], cache)
-    assert cache.is_croppable is False  # transformers asks before it speculates
+    assert not getattr(cache, "is_croppable", False)  # transformers asks before it speculates
     with pytest.raises(Unsupported, match=r"cannot go back to position 20.* at \[15\]"):
         cache.layers[0].crop(-4)
     cache.crop(-9)

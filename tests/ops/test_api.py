@@ -6,14 +6,7 @@ import torch
 import saccade
 from saccade.core import Mask, PagedKV, Unsupported
 from saccade.ops.attention.api import make_call
-
-
-def qkv(heads=4, kv_heads=2, q_len=6, k_len=6, dim=16):
-    return (
-        torch.randn(2, heads, q_len, dim),
-        torch.randn(2, kv_heads, k_len, dim),
-        torch.randn(2, kv_heads, k_len, dim),
-    )
+from tests.support.random_inputs import normal, qkv
 
 
 def test_matches_torch_where_torch_can():
@@ -32,10 +25,10 @@ def test_queries_sit_at_the_end():
 
 def test_one_token_over_pages_costs_no_kernels_for_its_place():
     """It sees all keys of its row from any position behind them; several tokens do not."""
-    pool = torch.randn(4, 2, 16, 16)
+    pool = normal(4, 2, 16, 16)
     table = torch.arange(4, dtype=torch.int32).view(2, 2)
     view = PagedKV(pool, pool, table, torch.tensor([20, 7], dtype=torch.int32), 20)
-    q = torch.randn(2, 4, 2, 16)
+    q = normal(2, 4, 2, 16)
     offsets = [
         make_call(q[:, :, :rows], view, mask=mask).q_offset
         for rows, mask in ((1, Mask()), (2, Mask(causal=False)), (2, Mask()), (1, Mask(window=3)))

@@ -1,4 +1,4 @@
-"""A million tokens, and tensors of more than 2^31 elements, on a card: every kernel, right there.
+"""A million tokens, and tensors of more than 2^31 elements, on a GPU: every kernel.
 
 Results are compared on the rows where an address or a position that wraps would show: the last
 ones, of the last head of the last row of the batch.
@@ -13,16 +13,15 @@ from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, attention, make_call
-from saccade.ops.gpu import support
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots
+from tests.support.gpu import HOPPER
 
-CARD = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-ROOM = torch.cuda.get_device_properties(0).total_memory if CARD else 0
-HOPPER = CARD and torch.cuda.get_device_capability() == support.HOPPER
+GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+MEMORY = torch.cuda.get_device_properties(0).total_memory if GPU else 0
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(ROOM < 70 * 2**30, reason="needs an NVIDIA GPU with 70 GiB"),
+    pytest.mark.skipif(MEMORY < 70 * 2**30, reason="needs an NVIDIA GPU with 70 GiB"),
 ]
 KERNELS = ["triton", pytest.param("gluon", marks=pytest.mark.skipif(not HOPPER, reason="Hopper"))]
 MILLION = 2**20
@@ -30,6 +29,7 @@ HUGE = 2**31
 
 
 def normal(*shape):
+    """Drawn in bfloat16: a float32 copy of the largest tensors would not fit."""
     return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
 
 

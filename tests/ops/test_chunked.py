@@ -15,8 +15,9 @@ from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, make_call
 from saccade.ops.attention.combine import Combiner
-from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
+from tests.support.cases import on
+from tests.support.views import in_spans
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 
@@ -70,7 +71,7 @@ def pairs(masks):
 def test_quantized_keys_are_dequantized_in_chunks(monkeypatch, mask, extra):
     from saccade.ops.attention.nvidia import chunked
 
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 2 * 16 * 2 * 4 * 40)  # 32 keys
     k, v, recent = torch.randn(2, 2, 80, 16), torch.randn(2, 2, 80, 16), torch.randn(2, 2, 23, 16)
     keys = stored(k, quantize_keys, 8, 16)
     values = stored(v, quantize_values, 4, 16)
@@ -92,10 +93,10 @@ def test_quantized_keys_are_dequantized_in_chunks(monkeypatch, mask, extra):
 def test_spans_of_a_ring_are_chunks(mask, extra):
     k, v = torch.randn(2, 2, 60, 16), torch.randn(2, 2, 60, 16)
     spans = (Span(0, 0, 3), Span(25, 3, 40), Span(8, 43, 17))
-    ring = nothing_matters(k, v, spans, 70)
-    moved = DenseKV(*on(DEVICE, *ring), spans)
+    ring = in_spans(k, v, spans, 70)
+    moved = DenseKV(*on(DEVICE, ring.k, ring.v), spans)
     more = options(extra, 33, 60)
-    compare(torch.randn(2, 4, 33, 16), DenseKV(*ring, spans), moved, mask, more)
+    compare(torch.randn(2, 4, 33, 16), ring, moved, mask, more)
 
 
 @runs_kernels
@@ -103,7 +104,7 @@ def test_chunks_outside_a_window_are_not_dequantized(monkeypatch):
     """Of a long history only the chunks that a window reaches are dequantised."""
     from saccade.ops.attention.nvidia import chunked
 
-    monkeypatch.setattr(chunked, "PIECE_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys
     ranges = []
     original = chunked.dequantize_range
     monkeypatch.setattr(

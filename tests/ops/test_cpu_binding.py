@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from saccade.core import DenseKV, Mask, PagedKV, RaggedKV
 from saccade.ops import attend, attention, make_call
 from saccade.ops.attention.cpu import binding
-from tests.ops.test_cpu import quantized, random
+from tests.ops.test_cpu import quantized
+from tests.support.random_inputs import normal
 
 _cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kern
 
 def raw_call(kv=None):
     """Arguments of a valid call, as a list to spoil, and the tensors they point to."""
-    q = random(2, 4, 3, 16)
-    kv = kv or DenseKV(random(2, 2, 20, 16), random(2, 2, 20, 16))
+    q = normal(2, 4, 3, 16)
+    kv = kv or DenseKV(normal(2, 2, 20, 16), normal(2, 2, 20, 16))
     out, lse = torch.empty(2, 4, 3, 16), torch.empty(2, 4, 3)
     records = [binding.record(x) for x in (q, out, lse)]
     view = binding.VIEWS[type(kv)](kv)
@@ -25,15 +26,15 @@ def raw_call(kv=None):
 
 
 def paged():
-    k, table = random(6, 2, 8, 16), torch.arange(6, dtype=torch.int32).view(2, 3)
-    return PagedKV(k, random(6, 2, 8, 16), table, torch.tensor([20, 9], dtype=torch.int32), 20)
+    k, table = normal(6, 2, 8, 16), torch.arange(6, dtype=torch.int32).view(2, 3)
+    return PagedKV(k, normal(6, 2, 8, 16), table, torch.tensor([20, 9], dtype=torch.int32), 20)
 
 
 def ragged():
     table = torch.arange(8, dtype=torch.int32).view(2, 2, 2)
     kv_lens = torch.tensor([[16, 3], [0, 9]], dtype=torch.int32)
     at = torch.randint(0, 20, (8, 8), dtype=torch.int32)
-    return RaggedKV(random(8, 8, 16), random(8, 8, 16), at, table, kv_lens, 20, 16)
+    return RaggedKV(normal(8, 8, 16), normal(8, 8, 16), at, table, kv_lens, 20, 16)
 
 
 def views():
@@ -126,10 +127,10 @@ def test_bad_block_table(entry):
     kv = paged()
     kv.page_table[1, 1] = entry
     with pytest.raises(ValueError, match="table entry"):
-        attend(make_call(random(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
+        attend(make_call(normal(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
     kv.page_table[1, 1] = 4
     kv.page_table[1, 2] = entry  # behind the length of its row: never read
-    attend(make_call(random(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
+    attend(make_call(normal(2, 4, 3, 16), kv, mask=Mask()), backend="cpu")
 
 
 def test_bad_lengths():
@@ -137,9 +138,9 @@ def test_bad_lengths():
     for length in (-1, 25):
         kv.kv_lens[0] = length
         with pytest.raises(ValueError, match="length"):
-            attend(make_call(random(2, 4, 3, 16), kv, mask=Mask(), q_offset=3), backend="cpu")
+            attend(make_call(normal(2, 4, 3, 16), kv, mask=Mask(), q_offset=3), backend="cpu")
     with pytest.raises(ValueError, match="lengths must not be negative"):
-        q = random(2, 4, 3, 16)
+        q = normal(2, 4, 3, 16)
         attention(q, q, q, kv_lens=torch.tensor([3, -1]), backend="cpu")
 
 

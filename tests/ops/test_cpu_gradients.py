@@ -6,6 +6,8 @@ import torch
 from saccade.core import Unsupported
 from saccade.ops import attention
 from saccade.ops.attention.cpu import binding
+from tests.support.random_inputs import normal, qkv
+from tests.support.tolerance import assert_as_exact
 
 _cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -54,10 +56,9 @@ def gradients(backend, dtype, tensors, weights, options):
 
 def problem(shape, name):
     batch, heads, kv_heads, q_len, kv_len, dim, value_dim = shape
-    q, k = torch.randn(batch, heads, q_len, dim), torch.randn(batch, kv_heads, kv_len, dim)
-    v = torch.randn(batch, kv_heads, kv_len, value_dim)
-    weights = torch.randn(batch, heads, q_len, value_dim), torch.randn(batch, heads, q_len)
-    return (q, k, v), weights, OPTIONS[name](batch, heads, q_len, kv_len)
+    tensors = qkv(heads, kv_heads, q_len, kv_len, dim, value_dim=value_dim, batch=batch)
+    weights = normal(batch, heads, q_len, value_dim), normal(batch, heads, q_len)
+    return tensors, weights, OPTIONS[name](batch, heads, q_len, kv_len)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
@@ -69,7 +70,7 @@ def test_gradients(monkeypatch, target, name, shape):
     truth = gradients("reference", torch.float64, *case)
     eager = gradients("reference", torch.float32, *case)
     for ours, near, exact in zip(gradients("cpu", torch.float32, *case), eager, truth, strict=True):
-        assert (ours - exact).abs().max() <= 2 * (near - exact).abs().max() + 2e-6
+        assert_as_exact(ours, near, exact, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,8 +83,7 @@ def test_gradients_in_half_precision(dtype, name):
     for ours, near, exact in zip(
         gradients("cpu", dtype, rounded, *case[1:]), eager, truth, strict=True
     ):
-        rounding = exact.abs().max() * torch.finfo(dtype).eps
-        assert (ours - exact).abs().max() <= 2 * (near - exact).abs().max() + rounding
+        assert_as_exact(ours, near, exact, float(exact.abs().max()) * torch.finfo(dtype).eps)
 
 
 def test_gradients_do_not_depend_on_who_was_first():

@@ -10,8 +10,9 @@ import torch
 from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend, binding
-from tests.ops.test_cpu import FLOATS, ROOT, quantized, random
+from tests.ops.test_cpu import FLOATS, ROOT, quantized
 from tests.ops.test_cpu_binding import paged, ragged
+from tests.support.random_inputs import normal
 
 _cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -43,8 +44,8 @@ def call_of(q, kv, mask=None, **options):
 @pytest.mark.parametrize("q_len", [1, 2, 50, 700])
 def test_workspace_of_shapes(target, q_len, mask):
     for heads, dim, value_dim in [(1, 64, 64), (8, 40, 72), (4, 576, 512)]:
-        kv = DenseKV(random(2, 1, 800, dim), random(2, 1, 800, value_dim))
-        planned, allocated = new_workspace(call_of(random(2, heads, q_len, dim), kv, mask))
+        kv = DenseKV(normal(2, 1, 800, dim), normal(2, 1, 800, value_dim))
+        planned, allocated = new_workspace(call_of(normal(2, heads, q_len, dim), kv, mask))
         assert planned == allocated > 0
 
 
@@ -56,14 +57,14 @@ def test_workspace_of_views(target, q_len):
         quantized(2, 2, 32, 5, 16, 8, group=16, v_group=16, dtype=FLOATS[0]),
     ]
     for kv in kinds:
-        planned, allocated = new_workspace(call_of(random(2, 4, q_len, 16), kv, q_offset=17))
+        planned, allocated = new_workspace(call_of(normal(2, 4, q_len, 16), kv, q_offset=17))
         assert planned == allocated > 0
 
 
 @pytest.mark.parametrize("blocks", [(4, 16), (16, 1), (64, 300)])
 @pytest.mark.parametrize("q_len", [1, 60])
 def test_workspace_of_block_selection(target, q_len, blocks):
-    q, kv = random(2, 6, q_len, 32), DenseKV(random(2, 2, 3000, 32), random(2, 2, 3000, 32))
+    q, kv = normal(2, 6, q_len, 32), DenseKV(normal(2, 2, 3000, 32), normal(2, 2, 3000, 32))
     grid = torch.rand(2, 1, -(-q_len // blocks[0]), -(-3000 // blocks[1])) > 0.5
     selection = BlockSelection(allowed=grid, q_block=blocks[0], k_block=blocks[1])
     planned, allocated = new_workspace(call_of(q, kv, blocks=selection))

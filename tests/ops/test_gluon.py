@@ -18,8 +18,9 @@ from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.prefill import support as prefill_support
 from saccade.ops.gpu.kernel_args import MaskArgs
-from tests.ops.cases import MASKS, Case, on
-from tests.ops.hopper import BOUND, on_the_card
+from tests.support.cases import MASKS, Case, on
+from tests.support.gpu import on_gpu
+from tests.support.reference import check_case
 
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
 VARLEN_MASKS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
@@ -27,23 +28,11 @@ LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
 def check(case, dtype):
-    """At most twice the error of an eager run in the same precision, as every backend."""
-    q, k, v, options = case.inputs()
-    q, k, v = (x.to(dtype) for x in (q, k, v))
-    wide = [x.double() for x in (q, k, v)]
-    truth = attention(*wide, **options, return_lse=True, backend="reference")
-    eager = attention(q, k, v, **options, return_lse=True, backend="reference")
-    ours = attention(*on("cuda", q, k, v), **on("cuda", options), return_lse=True, backend="gluon")
-    allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
-    assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
-    assert (ours.out.cpu() - truth.out).abs().max() <= allowed
-    assert torch.equal(ours.lse.cpu().isneginf(), truth.lse.isneginf())
-    lse, expected = (x.nan_to_num(neginf=0) for x in (ours.lse.cpu(), truth.lse))
-    assert (lse - expected).abs().max() <= 1e-4
+    check_case(case, "gluon", dtype, "cuda")
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("dim", prefill_support.DIMS)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

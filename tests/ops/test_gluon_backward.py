@@ -16,8 +16,10 @@ from saccade.ops import attention
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.backward import support as gluon_gradients
 from saccade.ops.gpu.kernel_args import MaskArgs
-from tests.ops.cases import Case, on
-from tests.ops.hopper import BOUND, on_the_card
+from tests.support.cases import Case, on
+from tests.support.gpu import on_gpu
+from tests.support.reference import gradients
+from tests.support.tolerance import ALLOWANCE, assert_as_exact
 
 MASKS = {
     "causal": {},
@@ -43,35 +45,21 @@ def backward_calls(monkeypatch):
     return ran
 
 
-def gradients(backend, tensors, weights, options):
-    """Gradients of a loss that uses the outputs and the lse."""
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    options = dict(options)
-    if "sink_logits" in options:
-        leaves.append(options["sink_logits"].detach().clone().requires_grad_())
-        options["sink_logits"] = leaves[3]
-    out, lse = attention(*leaves[:3], **options, return_lse=True, backend=backend)
-    loss = (out.double() * weights[0]).sum() + (lse.double() * weights[1]).sum()
-    return torch.autograd.grad(loss, leaves)
-
-
 def check(case, dtype):
     """At most twice the error of an eager run in the same precision, as every backend."""
     q, k, v, options = case.inputs()
     tensors = on("cuda", *(x.to(dtype) for x in (q, k, v)))
     options = on("cuda", options)
     weights = on("cuda", torch.randn_like(q), 0.1 * torch.randn(q.shape[:3], dtype=q.dtype))
-    truth = gradients("reference", [x.double() for x in tensors], weights, options)
-    eager = gradients("reference", tensors, weights, options)
-    ours = gradients("gluon", tensors, weights, options)
+    truth = gradients("reference", [x.double() for x in tensors], weights, **options)
+    eager = gradients("reference", tensors, weights, **options)
+    ours = gradients("gluon", tensors, weights, **options)
     for found, other, true in zip(ours, eager, truth, strict=True):
-        allowed = 2 * (other - true).abs().max() + BOUND[dtype] * max(1, true.abs().max())
-        assert found.dtype == other.dtype
-        assert (found - true).abs().max() <= allowed
+        assert_as_exact(found, other, true, ALLOWANCE[dtype] * max(1.0, float(true.abs().max())))
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (8, 1)], ids=str)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

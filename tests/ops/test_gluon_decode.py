@@ -17,7 +17,9 @@ from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia import gluon_backend as gluon
 from saccade.ops.attention.nvidia.gluon.decode import support as gluon_decode
 from saccade.ops.gpu import support
-from tests.ops.hopper import BOUND, assert_a_graph_replays, on_the_card
+from tests.support.gpu import BOUND, assert_a_graph_replays, on_gpu
+from tests.support.random_inputs import normal
+from tests.support.tolerance import assert_output
 
 TYPES = [torch.float16, torch.bfloat16]
 
@@ -44,7 +46,7 @@ def paged(k, v, page, kv_lens=None):
 
 
 def random(*shape, dtype=torch.bfloat16, device="cuda"):
-    return torch.randn(*shape, device=device).to(dtype)
+    return normal(*shape, dtype=dtype, device=device)
 
 
 # (heads, KV heads), batch, keys, queries, head_dim, mask
@@ -61,7 +63,7 @@ SHAPES = [
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("page", [0, 16, 64])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -78,10 +80,7 @@ class TestOnGPU:
         ours = attend(
             make_call(q, paged(k, v, page) if page else DenseKV(k, v), **mask_args), backend="gluon"
         )
-        allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
-        assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
-        assert (ours.out - truth.out).abs().max() <= allowed
-        assert (ours.lse - truth.lse).abs().max() <= 1e-3
+        assert_output(ours, eager, truth, lse_allowance=1e-3)
 
     @pytest.mark.parametrize("page", [0, 16, 64])
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=100, sinks=3)], ids=str)

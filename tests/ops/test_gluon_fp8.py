@@ -15,8 +15,8 @@ from saccade.core import PerHeadFP8, Unsupported, quantize_fp8_per_head
 from saccade.core.formats import FP8
 from saccade.ops import attention, explain
 from saccade.ops.attention.nvidia import gluon_fp8_backend as gluon_fp8
-from tests.ops.cases import MASKS, Case, on
-from tests.ops.hopper import on_the_card
+from tests.support.cases import MASKS, Case, on
+from tests.support.gpu import on_gpu
 
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
@@ -43,7 +43,7 @@ def error(ours, truth):
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("dim", gluon_fp8.DIMS)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)

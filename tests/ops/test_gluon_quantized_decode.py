@@ -18,11 +18,13 @@ from saccade.core.kv import dense
 from saccade.ops import attend
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.quantized_decode import support as gluon_quantized
-from tests.ops.hopper import assert_a_graph_replays, on_the_card
+from tests.support.gpu import assert_a_graph_replays, on_gpu
+from tests.support.random_inputs import normal
+from tests.support.tolerance import assert_output
 
 
 def random(*shape, dtype=torch.float16, device="cuda"):
-    return torch.randn(*shape, dtype=dtype, device=device)
+    return normal(*shape, dtype=dtype, device=device)
 
 
 # (heads, KV heads), batch, keys, recent keys, queries, head_dim, group of values, mask
@@ -38,7 +40,7 @@ SHAPES = [
 
 
 class TestOnGPU:
-    pytestmark = on_the_card
+    pytestmark = on_gpu
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,11 +62,7 @@ class TestOnGPU:
         )
         eager = attend(make_call(q, DenseKV(low.k, low.v), mask=mask), backend="reference")
         ours = attend(make_call(q, view, mask=mask), backend="gluon")
-        bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-        allowed = 2 * (eager.out - truth.out).abs().max() + bound
-        assert ours.out.dtype == dtype and ours.lse.dtype == torch.float32
-        assert (ours.out - truth.out).abs().max() <= allowed
-        assert (ours.lse - truth.lse).abs().max() <= 1e-3
+        assert_output(ours, eager, truth, lse_allowance=1e-3)
 
     @pytest.mark.parametrize("recent", [0, 64])
     def test_learned_sinks(self, recent):

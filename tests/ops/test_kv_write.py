@@ -18,8 +18,8 @@ from saccade.ops.kv_write.quantize import (
     quantize_values_into,
 )
 from saccade.ops.kv_write.records import KVSlots, PendingRope
-from tests.ops.cases import on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
+from tests.support.cases import on
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 

@@ -8,19 +8,16 @@ from saccade.core import DenseKV, PerHeadFP8, PerHeadFP8KV, Span, Unsupported, q
 from saccade.core.formats import FP8
 from saccade.ops import attend, make_call
 from saccade.ops.attention.dispatch import BACKENDS
-from tests.ops.cases import EXTRAS, MASKS, Case
+from tests.support.cases import EXTRAS, MASKS, Case
+from tests.support.random_inputs import qkv
 
 SERVING = ["reference", "tiled"]
 NAN = 0x7F  # as a code
 OTHERS = [name for name in BACKENDS if name not in SERVING]
 
 
-def scaled(*shapes):
-    return [quantize_fp8_per_head(torch.randn(*shape)) for shape in shapes]
-
-
-def qkv():
-    return scaled((2, 4, 6, 16), (2, 2, 6, 16), (2, 2, 6, 16))
+def fp8_qkv():
+    return [quantize_fp8_per_head(x) for x in qkv()]
 
 
 def numbers(x):
@@ -74,13 +71,13 @@ def test_is_attention_over_what_the_codes_stand_for(mask, extra, backend):
 
 
 def test_bare_codes_have_a_scale_of_one():
-    bare = [x.qdata for x in qkv()]
+    bare = [x.qdata for x in fp8_qkv()]
     ones = [PerHeadFP8(x, torch.ones(x.shape[:2])) for x in bare]
     assert torch.equal(saccade.attention(*bare), saccade.attention(*ones))
 
 
 def test_no_queries_and_no_keys():
-    q, k, v = qkv()
+    q, k, v = fp8_qkv()
     nothing = PerHeadFP8(q.qdata[:, :, :0], q.scale)
     assert saccade.attention(nothing, k, v).shape == (2, 4, 0, 16)
     k, v = (PerHeadFP8(x.qdata[:, :, :0], x.scale) for x in (k, v))
@@ -89,7 +86,7 @@ def test_no_queries_and_no_keys():
 
 
 def test_a_ring_of_codes_is_a_view_too():
-    q, k, v = qkv()
+    q, k, v = fp8_qkv()
     spans = (Span(4, 0, 2), Span(0, 2, 4))  # positions 0 1 in slots 4 5, then 2 .. 5 in 0 .. 3
     ring = DenseKV(*(x.qdata.view(torch.uint8).roll(4, 2).view(FP8) for x in (k, v)), spans)
     expected = saccade.attention(q, k, v)
@@ -98,7 +95,7 @@ def test_a_ring_of_codes_is_a_view_too():
 
 
 def test_auto_serves_them_on_any_machine():
-    verdicts = dict(saccade.explain(*qkv()))
+    verdicts = dict(saccade.explain(*fp8_qkv()))
     assert verdicts["tiled"] == "chosen"
     assert verdicts["sdpa"] == "cannot: PyTorch's kernels have no fp8"
 
@@ -106,11 +103,11 @@ def test_auto_serves_them_on_any_machine():
 @pytest.mark.parametrize("backend", OTHERS)
 def test_every_other_backend_refuses(backend):
     with pytest.raises(Unsupported, match=f'backend="{backend}".* cannot run this call: '):
-        saccade.attention(*qkv(), backend=backend)
+        saccade.attention(*fp8_qkv(), backend=backend)
 
 
 def test_all_three_or_none():
-    q, k, v = qkv()
+    q, k, v = fp8_qkv()
     with pytest.raises(
         TypeError, match="all be float8_e4m3fn or none of them, got float8_e4m3fn, "
     ):

@@ -8,21 +8,17 @@ from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.sdpa import backend as sdpa
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
-from tests.ops.cases import Case, on
-
-AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-on_the_card = [pytest.mark.gpu, pytest.mark.skipif(not AMPERE, reason="needs an NVIDIA GPU")]
-BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+from tests.support.cases import Case, on
+from tests.support.gpu import on_ampere, pretend_hopper
+from tests.support.random_inputs import normal
+from tests.support.reference import check_case
+from tests.support.tolerance import assert_lse
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A card that is not there."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: True)
-    monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: True)
-    monkeypatch.setattr(torch.backends.cuda, "mem_efficient_sdp_enabled", lambda: True)
+    """A GPU that is not there."""
+    pretend_hopper(monkeypatch)
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -75,7 +71,7 @@ def test_gradients_that_have_to_be_the_same_again(hopper):
         torch.use_deterministic_algorithms(False)
 
 
-def test_flash_first_where_cudnn_is_not_made_for_the_card(hopper, monkeypatch):
+def test_flash_first_where_cudnn_is_not_made_for_the_gpu(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     assert chosen() == ("flash", "")
     assert chosen(dim=256, needs_grad=True)[0] == "efficient"
@@ -103,8 +99,8 @@ def test_what_needs_no_mask(mask, q_len, k_len, kind):
     assert sdpa.plain_kind(make_call(q, DenseKV(k, k), mask=Mask(**mask))) == kind
 
 
-class TestOnTheCard:
-    pytestmark = on_the_card
+class TestOnGPU:
+    pytestmark = on_ampere
 
     @pytest.mark.parametrize("dim", [64, 96, 128, 256])
     @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
@@ -118,16 +114,9 @@ class TestOnTheCard:
     )  # fmt: skip
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
     def test_equals_the_reference(self, mask, kv_lens, heads, dim, dtype):
-        """At most twice the error of an eager run in the same precision, lse included."""
-        q, k, v, options = Case(heads, kv_lens, mask, "plain", head_dim=dim).inputs()
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        wide = [x.double() for x in (q, k, v)]
-        truth = attention(*wide, **options, return_lse=True, backend="reference")
-        eager = attention(q, k, v, **options, return_lse=True, backend="reference")
-        ours = attention(*on("cuda", q, k, v), **options, return_lse=True, backend="sdpa")
-        allowed = 2 * (eager.out - truth.out).abs().max() + BOUND[dtype]
-        assert (ours.out.cpu() - truth.out).abs().max() <= allowed
-        assert (ours.lse.cpu() - truth.lse).abs().max() <= 1e-3
+        case = Case(heads, kv_lens, mask, "plain", head_dim=dim)
+        allowance = 1e-5 if dtype == torch.float32 else None
+        check_case(case, "sdpa", dtype, "cuda", allowance=allowance, lse_allowance=1e-3)
 
     @pytest.mark.parametrize("extra", ["padding", "alibi", "blocks", "sink_logits"])
     def test_masks_and_sinks(self, extra):
@@ -137,15 +126,15 @@ class TestOnTheCard:
             *on("cuda", q, k, v), **on("cuda", options), return_lse=True, backend="sdpa"
         )
         assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-4)
-        assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-4)
+        assert_lse(ours.lse, truth.lse)
 
     @pytest.mark.parametrize("dim", [64, 128, 256])
     @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
     def test_gradients(self, heads, kv_heads, dim):
         shapes = [(2, h, 300, dim) for h in (heads, kv_heads, kv_heads)]
-        leaves = [torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes]
+        leaves = [normal(*s, dtype=torch.bfloat16, device="cuda").requires_grad_() for s in shapes]
         wide = [x.detach().double().requires_grad_() for x in leaves]
-        dout = torch.randn(2, heads, 300, dim, device="cuda").bfloat16()
+        dout = normal(2, heads, 300, dim, dtype=torch.bfloat16, device="cuda")
         for tensors, backend in ((leaves, "sdpa"), (wide, "reference")):
             out = attention(*tensors, backend=backend)
             out.backward(dout.to(out.dtype))
@@ -175,7 +164,7 @@ class TestOnTheCard:
         y = x.clone().requires_grad_()
         assert "gradients under a mask" in dict(explain(y, x, x, window=8))["sdpa"]
 
-    def test_a_block_that_nobody_sees(self):
+    def test_a_block_that_no_query_may_read(self):
         x = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
         allowed = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device="cuda")
         blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)

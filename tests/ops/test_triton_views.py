@@ -20,8 +20,9 @@ from saccade.core import (
 from saccade.core.formats import QuantizedTensor, quantize_keys, quantize_values
 from saccade.core.kv import dense
 from saccade.ops import attend, make_call
-from tests.ops.cases import nothing_matters, on
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
+from tests.support.cases import on
+from tests.support.views import in_spans
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 
@@ -33,9 +34,9 @@ def test_ring(mask, queries):
     k, v = torch.randn(2, 2, 30, 16), torch.randn(2, 2, 30, 16)
     q = torch.randn(2, 4, queries, 16)
     spans = (Span(0, 0, 2), Span(12, 2, 20), Span(4, 22, 8))
-    ring = nothing_matters(k, v, spans, 40)
+    ring = in_spans(k, v, spans, 40)
     truth = attend(make_call(q, DenseKV(k, v), mask=mask), backend="reference")
-    q2, *stored = on(DEVICE, q, *ring)
+    q2, *stored = on(DEVICE, q, ring.k, ring.v)
     ours = attend(make_call(q2, DenseKV(*stored, spans), mask=mask), backend="triton")
     assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
     assert torch.allclose(ours.lse.cpu(), truth.lse, atol=1e-5)

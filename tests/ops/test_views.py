@@ -3,36 +3,24 @@
 import pytest
 import torch
 
-from saccade.core import DenseKV, Mask, PagedKV, QuantizedKV, RaggedKV, Span, Unsupported
-from saccade.core.formats import quantize_keys, quantize_values
+from saccade.core import DenseKV, Mask, Unsupported
 from saccade.core.kv import dense
 from saccade.ops import attend, make_call
-from tests.ops.cases import HERE
+from tests.support import matrix, views
+from tests.support.cases import HERE
+from tests.support.random_inputs import normal, qkv
 
 MASKS = [Mask(), Mask(window=9), Mask(window=9, sinks=2)]
 OTHERS = [name for name in HERE if name != "reference"]
-
-
-def random(*shape):
-    return torch.randn(*shape)
-
-
-def nan(*shape):
-    return torch.full(shape, torch.nan)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_spans(backend, mask):
     """A ring: sinks, then the newer run before the older one, around poisoned slots."""
-    k, v, q = random(2, 2, 30, 16), random(2, 2, 30, 16), random(2, 4, 5, 16)
-    spans = (Span(0, 0, 2), Span(12, 2, 20), Span(4, 22, 8))
-    ring_k, ring_v = nan(2, 2, 40, 16), nan(2, 2, 40, 16)
-    for slot, position, length in spans:
-        ring_k[:, :, slot : slot + length] = k[:, :, position : position + length]
-        ring_v[:, :, slot : slot + length] = v[:, :, position : position + length]
+    q, k, v = qkv(q_len=5, k_len=30)
     expected = attend(make_call(q, DenseKV(k, v), mask=mask), backend="reference")
-    ours = attend(make_call(q, DenseKV(ring_k, ring_v, spans), mask=mask), backend=backend)
+    ours = attend(make_call(q, views.ring(k, v), mask=mask), backend=backend)
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
     assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
 
@@ -42,16 +30,8 @@ def test_spans(backend, mask):
 @pytest.mark.parametrize("page", [1, 4, 16])
 def test_pages(backend, mask, page):
     kv_lens = [30, 17, 5]
-    k, v, q = random(3, 2, 30, 16), random(3, 2, 30, 16), random(3, 4, 3, 16)
-    pages_per_row = -(-30 // page)
-    order = torch.randperm(3 * pages_per_row)
-    pool_k, pool_v = nan(3 * pages_per_row, 2, page, 16), nan(3 * pages_per_row, 2, page, 16)
-    table = order.view(3, pages_per_row).to(torch.int32)
-    for row, length in enumerate(kv_lens):
-        for p in range(length):
-            pool_k[table[row, p // page], :, p % page] = k[row, :, p]
-            pool_v[table[row, p // page], :, p % page] = v[row, :, p]
-    view = PagedKV(pool_k, pool_v, table, torch.tensor(kv_lens, dtype=torch.int32), 30)
+    q, k, v = qkv(q_len=3, k_len=30, batch=3)
+    view = views.paged(k, v, page, kv_lens)
     ours = attend(make_call(q, view, mask=mask), backend=backend)
     for row, length in enumerate(kv_lens):
         alone = DenseKV(k[row : row + 1, :, :length], v[row : row + 1, :, :length])
@@ -62,16 +42,10 @@ def test_pages(backend, mask, page):
 @pytest.mark.parametrize("backend", ["reference", *OTHERS])
 def test_padding_over_pages_of_different_length(backend):
     """Row 0 is the shorter one: what it lacks must not decide for the others."""
-    k, v, q = random(2, 1, 8, 16), random(2, 1, 8, 16), random(2, 2, 1, 16)
-    table = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
-    kv_lens = torch.tensor([3, 8], dtype=torch.int32)
-    pool_k, pool_v = (x.unflatten(2, (2, 4)).transpose(1, 2).flatten(0, 1) for x in (k, v))
-    view = PagedKV(pool_k, pool_v, table, kv_lens, 8)
+    q, k, v = qkv(heads=2, kv_heads=1, q_len=1, k_len=8)
+    view = views.paged(k, v, 4, [3, 8])
     padding = torch.tensor([[True] * 8, [False, True, True, True, True, False, True, True]])
-    try:
-        ours = attend(make_call(q, view, mask=Mask(), key_padding=padding), backend=backend)
-    except Unsupported:
-        return
+    ours = attend(make_call(q, view, mask=Mask(), key_padding=padding), backend=backend)
     for row, length in enumerate((3, 8)):
         expected = attend(
             make_call(
@@ -86,37 +60,26 @@ def test_padding_over_pages_of_different_length(backend):
 
 
 def test_ragged_views_refuse_blocks():
-    k, table, kv_lens = random(1, 4, 16), torch.zeros(1, 1, 1), torch.ones(1, 1)
-    view = RaggedKV(k, k, torch.zeros(1, 4), table, kv_lens, 4, 4)
+    q, k, v = qkv(q_len=1, k_len=4)
+    view = views.ragged(k, v, torch.ones(2, 2, 4, dtype=torch.bool))
     with pytest.raises(Unsupported, match="a ragged view has none"):
-        attend(
-            make_call(random(1, 1, 1, 16), view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0)
-        )
+        attend(make_call(q, view, mask=Mask(), attn_mask=torch.ones(1, 1, 1, 4) > 0))
 
 
 @pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("mask", [Mask(), Mask(window=12)])
 def test_ragged(backend, mask):
     """Every head keeps its own positions; the answer is attention over just those."""
-    k, v, q = random(2, 2, 40, 16), random(2, 2, 40, 16), random(2, 4, 3, 16)
-    kv_lens = torch.tensor([[25, 9], [40, 3]], dtype=torch.int32)
-    page, pages = 8, 5
-    pool_k, pool_v = nan(2 * 2 * pages, page, 16), nan(2 * 2 * pages, page, 16)
-    positions = torch.full((2 * 2 * pages, page), -1, dtype=torch.int32)
-    table = torch.randperm(2 * 2 * pages).view(2, 2, pages).to(torch.int32)
+    q, k, v = qkv(q_len=3, k_len=40)
     kept = torch.zeros(2, 2, 40, dtype=torch.bool)
-    for b in range(2):
-        for h in range(2):
-            stay = torch.randperm(37)[: int(kv_lens[b, h]) - 3].sort().values.tolist()
-            for slot, p in enumerate([*stay, 37, 38, 39]):
-                at = table[b, h, slot // page], slot % page
-                pool_k[at], pool_v[at], positions[at] = k[b, h, p], v[b, h, p], p
-                kept[b, h, p] = True
-    view = RaggedKV(pool_k, pool_v, positions, table, kv_lens, 40, 40)
+    for head, length in zip(kept.flatten(0, 1), (25, 9, 40, 3), strict=True):
+        head[torch.randperm(37)[: length - 3]] = True
+    kept[..., 37:] = True
+    view = views.ragged(k, v, kept)
     ours = attend(make_call(q, view, mask=mask), backend=backend)
-    foreign = kept[:, :, None].expand(2, 2, 3, 40).repeat_interleave(2, 1)
+    of_heads = kept[:, :, None].expand(2, 2, 3, 40).repeat_interleave(2, 1)
     expected = attend(
-        make_call(q, DenseKV(k, v), mask=mask, attn_mask=foreign), backend="reference"
+        make_call(q, DenseKV(k, v), mask=mask, attn_mask=of_heads), backend="reference"
     )
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
     assert torch.allclose(ours.lse, expected.lse, atol=1e-5)
@@ -126,17 +89,8 @@ def test_ragged(backend, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_equals_its_dequantized_self(backend, mask, bits):
-    k, v, q = random(2, 2, 64, 32), random(2, 2, 64, 32), random(2, 4, 7, 32)
-    recent_k, recent_v = random(2, 2, 9, 32), random(2, 2, 9, 32)
-    view = QuantizedKV(
-        k=quantize_keys(k, bits=bits, group=16),
-        v=quantize_values(v, bits=bits, group=32),
-        recent_k=recent_k,
-        recent_v=recent_v,
-        bits_k=bits,
-        bits_v=bits,
-        k_group=16,
-    )
+    q, k, v = qkv(q_len=7, k_len=73, dim=32)
+    view = views.quantized(k, v, recent=9, bits=bits, group=16)
     whole = dense(view)
     assert whole.k.shape == (2, 2, 73, 32)
     expected = attend(make_call(q, DenseKV(whole.k, whole.v), mask=mask), backend="reference")
@@ -145,28 +99,24 @@ def test_quantized_equals_its_dequantized_self(backend, mask, bits):
 
 
 @pytest.mark.parametrize("backend", ["auto", *OTHERS])
-def test_fp8_codes_are_read_or_refused(backend):
-    k, v, q = random(2, 2, 64, 32), random(2, 2, 64, 32), random(2, 4, 7, 32)
-    coded = (
-        quantize_keys(k, bits=8, group=16, fp8=True),
-        quantize_values(v, bits=8, group=32, fp8=True),
-    )
-    view = QuantizedKV(*coded, k[:, :, :0], v[:, :, :0], bits_k=8, bits_v=8, k_group=16)
-    whole = dense(view)
-    try:
-        ours = attend(make_call(q, view, mask=Mask()), backend=backend)
-    except Unsupported as error:
-        assert backend != "auto" and "fp8 codes" in str(error)
+def test_fp8_keys_are_read_or_refused(backend):
+    q, k, v = qkv(q_len=7, k_len=64, dim=32)
+    view = views.quantized(k, v, recent=0, group=16, fp8=True)
+    if backend != "auto" and "P" not in matrix.ROWS["quantized_fp8"][backend]:
+        with pytest.raises(Unsupported, match="fp8"):
+            attend(make_call(q, view, mask=Mask()), backend=backend)
         return
+    whole = dense(view)
     expected = attend(make_call(q, DenseKV(whole.k, whole.v), mask=Mask()), backend="reference")
+    ours = attend(make_call(q, view, mask=Mask()), backend=backend)
     assert torch.allclose(ours.out, expected.out, atol=1e-5)
 
 
-def test_hadamard_turns_back():
+def test_hadamard_is_its_own_inverse():
     from saccade.ops.kv_write.hadamard import block_of, hadamard_transform
 
     assert [block_of(d) for d in (64, 80, 96, 128)] == [64, 16, 32, 128]
     for dim in (16, 80, 128):
-        x = random(2, 3, dim)
+        x = normal(2, 3, dim)
         assert torch.allclose(hadamard_transform(hadamard_transform(x)), x, atol=1e-5)
         assert torch.allclose(hadamard_transform(x).norm(dim=-1), x.norm(dim=-1), atol=1e-4)

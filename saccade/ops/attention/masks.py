@@ -57,11 +57,15 @@ def has_holes(call: AttentionCall) -> bool:
 
 
 def bias_of(call: AttentionCall, start: int, stop: int, tile: KVTile) -> Tensor | None:
-    """ALiBi term (arXiv 2108.12409): -slope * |q_pos - k_pos|, `[B | 1, Hkv, G, q, t]` float32."""
+    """ALiBi term (arXiv 2108.12409): -slope * |q_pos - k_pos|, `[B | 1, Hkv, G, q, t]`.
+
+    In float64 where the queries are, in float32 otherwise.
+    """
     if call.alibi_slopes is None:
         return None
-    slopes = call.alibi_slopes.float()
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    slopes = call.alibi_slopes.to(dtype)
     slopes = slopes[None] if slopes.ndim == 1 else slopes  # [B | 1, H]
     slopes = slopes.unflatten(1, (-1, call.num_groups))[..., None, None]
     distance = call.q_positions(start, stop)[..., None] - tile.positions[..., None, :]
-    return -slopes * distance.abs().float()[:, :, None]
+    return -slopes * distance.abs().to(dtype)[:, :, None]

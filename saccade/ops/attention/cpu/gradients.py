@@ -16,7 +16,7 @@ _DQ_ALIGNMENT = 32  # floats, for every SIMD width
 def backward(
     call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, delta) of a call over plain keys; delta is rowsum(dout * out) - dlse `[B, H, Lq]`.
+    """(dq, dk, dv, delta) of a call over plain keys; delta: rowsum(dout * out) - dlse `[B, H, Lq]`.
 
     The result does not depend on how threads are scheduled.
     """

@@ -39,6 +39,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
         return "PyTorch's lse has no gradient"
+    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+        return "alibi_slopes get no gradient"
     if call.q.device.type == "cuda":
         return _gpu_refusal(call)
     if call.q.shape[3] != call.kv.shape[4]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from saccade.core import BlockSelection, Span
+from saccade.core import BlockSelection
 from saccade.ops import explain
+from tests.support.random_inputs import generator
 
-# Backends that run on this machine's CPU; the others have tests of their own.
+# Backends that run on this machine's CPU; those for GPUs have tests of their own.
 HERE = sorted(
     name
     for name, verdict in explain(*(torch.zeros(1, 1, 1, 16) for _ in range(3)))
@@ -48,30 +49,31 @@ class Case:
 
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
         """(q, k, v, options of saccade.attention); padded keys are poisoned with NaN."""
-        torch.manual_seed(self.seed)
+        source = generator(self.seed)
         (heads, kv_heads), (q_len, k_len) = self.heads, self.kv_lens
         batch = 1 if self.extra == "packed" else self.batch
-        q = torch.randn(batch, heads, q_len, self.head_dim, dtype=torch.float64)
-        k = torch.randn(batch, kv_heads, k_len, self.head_dim, dtype=torch.float64)
-        v = torch.randn(batch, kv_heads, k_len, self.head_dim, dtype=torch.float64)
+        shapes = ((heads, q_len), (kv_heads, k_len), (kv_heads, k_len))
+        q, k, v = (
+            torch.randn(batch, *shape, self.head_dim, dtype=torch.float64, generator=source)
+            for shape in shapes
+        )
         options: dict[str, Any] = {**self.mask, **self.options}
         if self.extra == "padding":
-            options["key_padding"] = torch.rand(batch, k_len) > 0.3
+            options["key_padding"] = torch.rand(batch, k_len, generator=source) > 0.3
             poison(k, v, ~options["key_padding"])
         elif self.extra == "lengths":
-            options["kv_lens"] = torch.randint(1, k_len + 1, (batch,))
+            options["kv_lens"] = torch.randint(1, k_len + 1, (batch,), generator=source)
             poison(k, v, torch.arange(k_len)[None] >= options["kv_lens"][:, None])
         elif self.extra == "softcap":
             options["softcap"] = 2.0
         elif self.extra == "sink_logits":
-            options["sink_logits"] = torch.randn(heads)
+            options["sink_logits"] = torch.randn(heads, generator=source)
         elif self.extra == "alibi":
-            options["alibi_slopes"] = torch.rand(batch, heads)
+            options["alibi_slopes"] = torch.rand(batch, heads, generator=source)
         elif self.extra == "blocks":
             shape = (batch, kv_heads, -(-q_len // 8), -(-k_len // 16))
-            options["blocks"] = BlockSelection(
-                allowed=torch.rand(shape) > 0.4, q_block=8, k_block=16
-            )
+            allowed = torch.rand(shape, generator=source) > 0.4
+            options["blocks"] = BlockSelection(allowed=allowed, q_block=8, k_block=16)
         elif self.extra == "packed":
             options["cu_seqlens"] = (
                 torch.tensor([0, q_len // 3, q_len // 3, q_len]),
@@ -99,19 +101,6 @@ def on(device: str, *values: Any) -> Any:
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
     return move(values[0]) if len(values) == 1 else [move(x) for x in values]
-
-
-def nothing_matters(
-    k: torch.Tensor, v: torch.Tensor, spans: tuple[Span, ...], slots: int
-) -> list[torch.Tensor]:
-    """Keys and values laid out in a ring by `spans`, NaN in every slot that is in none."""
-    rings = []
-    for x in (k, v):
-        ring = torch.full((*x.shape[:2], slots, x.shape[3]), torch.nan)
-        for slot, position, length in spans:
-            ring[:, :, slot : slot + length] = x[:, :, position : position + length]
-        rings.append(ring)
-    return rings
 
 
 def all_cases() -> list[Case]:

@@ -1,0 +1,54 @@
+"""Marks of tests that need a GPU, and what they share."""
+
+import pytest
+import torch
+
+from saccade.core import Mask
+from saccade.ops import attend, make_call
+from saccade.ops.attention.nvidia import (
+    gluon_backend,
+    gluon_fp8_backend,
+    gluon_triton_backend,
+    triton_backend,
+)
+from saccade.ops.gpu import support
+from tests.support.tolerance import ALLOWANCE as BOUND  # beyond twice the error of an eager run
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+HOPPER = CAPABILITY == support.HOPPER
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")]
+on_ampere = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CAPABILITY < (8, 0), reason="needs an NVIDIA GPU from Ampere on"),
+]
+__all__ = [
+    "BOUND",
+    "CAPABILITY",
+    "HOPPER",
+    "assert_a_graph_replays",
+    "on_ampere",
+    "on_gpu",
+    "pretend_hopper",
+]
+
+
+def assert_a_graph_replays(q, view):
+    """A captured step gives what an eager one gives, after the queries have changed in place."""
+    attend(make_call(q, view, mask=Mask()), backend="gluon")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(make_call(q, view, mask=Mask()), backend="gluon").out
+    q.copy_(q.flip(1))
+    graph.replay()
+    assert torch.equal(out, attend(make_call(q, view, mask=Mask()), backend="gluon").out)
+
+
+def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every question for the device be answered as on an H200 with a current PyTorch."""
+    for module in (gluon_backend, gluon_fp8_backend, gluon_triton_backend):
+        monkeypatch.setattr(module, "gluon_refusal", lambda device: None)
+    monkeypatch.setattr(triton_backend, "triton_refusal", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: support.HOPPER)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    for kernel in ("cudnn", "flash", "mem_efficient"):
+        monkeypatch.setattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: True)
