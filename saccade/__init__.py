@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from saccade.version import __version__
+
 if TYPE_CHECKING:
     from saccade.compress import compress_context
     from saccade.core import (
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from saccade.hf import Context, attach, load_model, plan
     from saccade.ops import AttentionCall, attend, attention, explain, make_call
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
-
-__version__ = "0.1.0"
 
 _HOME = {
     "AttentionCall": "saccade.ops",

@@ -14,7 +14,7 @@ from saccade.cli.failure import UsageError, need
 from saccade.cli.sessions import DeferredInterrupt
 from saccade.cli.streaming import TextStream
 from saccade.cli.tokens import end_tokens, tokenizer_of
-from saccade.core.units import as_bytes, significant
+from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
     from saccade.runtime import Context

@@ -20,7 +20,7 @@ from saccade.cli.tokens import (
     end_tokens,
     tokenizer_of,
 )
-from saccade.core.units import as_bytes, significant
+from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel

@@ -27,7 +27,7 @@ app.add_typer(bench.app, name="bench")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from saccade import __version__
+        from saccade.version import __version__
 
         print(f"saccade {__version__}")
         raise typer.Exit

@@ -10,7 +10,7 @@ import typer
 from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
 from saccade.cli.values import whole_number
-from saccade.core.units import as_bytes, parse_bytes
+from saccade.units import as_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from saccade.runtime.plan import Fit

@@ -117,7 +117,7 @@ def revision() -> str | None:
 
 
 def _own_version() -> str:
-    from saccade import __version__
+    from saccade.version import __version__
 
     return __version__
 

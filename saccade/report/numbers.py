@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from saccade.core.units import as_bytes, significant
+from saccade.units import as_bytes, significant
 
 __all__ = [
     "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_share",

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from saccade.core import BadInput
-from saccade.core.units import as_bytes
 from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
+from saccade.units import as_bytes
 
 WINDOW: dict[str, object] = {"n_swa": 4096, "n_sinks": 4}
 ALTERNATIVES: dict[str, dict[str, object]] = {

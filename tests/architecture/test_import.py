@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.architecture.source import ROOT
+
 HEAVY = ("triton", "transformers", "matplotlib", "rich", "gguf", "accelerate", "jinja2")
 
 
@@ -24,6 +26,21 @@ def test_the_operator_loads_nothing_heavy():
 
 def test_this_test_can_fail():
     assert loaded_after("import rich") == {"rich"}
+
+
+def test_importing_the_package_does_not_load_torch():
+    code = "import sys, saccade; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_version_is_that_of_the_project():
+    import tomllib
+
+    import saccade
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert saccade.__version__ == project["version"]
 
 
 def test_public_names_resolve():

@@ -92,7 +92,11 @@ EXACTLY = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "row", "kind", "expected"), EXACTLY, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "row", "kind", "expected"),
+    EXACTLY,
+    ids=lambda x: "+".join(sorted(x)) if isinstance(x, set) else x,
+)
 def test_which_kernels_serve_a_call(backend, row, kind, expected, monkeypatch):
     cell = matrix.Cell(backend, row, kind, True)
     assert places(recorded(cell, monkeypatch)) - {"combine"} == expected

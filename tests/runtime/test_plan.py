@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
 from saccade.core import BadInput, Mask, Unsupported
-from saccade.core.units import as_bytes, parse_bytes
 from saccade.ops import attend, make_call
 from saccade.ops.attention.cpu import binding
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime import ContextParams
 from saccade.runtime.memory import AttentionPeak
+from saccade.units import as_bytes, parse_bytes
 from tests.tiny_models import tiny_config, tiny_model
 
 PARAMS = {

@@ -72,6 +72,17 @@ def tma_loadable(*tensors: Tensor) -> bool:
     return True
 
 
+def tma_aligned(x: Tensor) -> bool:
+    """Unit last stride, and every other step a positive multiple of 16 bytes."""
+    return aligned(x, 16) and all(x.stride(i) > 0 for i in range(3) if x.shape[i] > 1)
+
+
+def aligned(x: Tensor, step: int) -> bool:
+    """Unit last stride, and all others multiples of `step` bytes."""
+    steps = [x.stride(i) * x.element_size() for i in range(3) if x.shape[i] > 1]
+    return x.stride(3) == 1 and x.data_ptr() % step == 0 and all(s % step == 0 for s in steps)
+
+
 def set_tma_allocator() -> None:
     """Register the allocator for TMA descriptors that kernels make on the device."""
     import triton

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
-from saccade.ops.attention.nvidia.gluon.support import copyable
+from saccade.ops.gpu.launching import tma_aligned
 
 Kind = Literal["all", "square", "end"]
 """Who sees whom without a mask in memory: everybody everything; causal with as many queries as
@@ -60,7 +60,7 @@ def _cudnn(
         return reason
     if k.shape[2] < 2 or q.shape[2] == 0 or max(q.shape[:2]) > 65535:
         return "it takes no empty queries and no single key"
-    if not all(map(copyable, (q, k, v))):
+    if not all(map(tma_aligned, (q, k, v))):
         return "it needs rows at distinct multiples of 16 bytes"
     if needs_grad and version in CUDNN_WRONG_GRADIENTS:
         return f"its version {version} is known for wrong gradients"

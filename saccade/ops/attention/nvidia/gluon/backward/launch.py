@@ -16,11 +16,10 @@ from saccade.ops.attention.nvidia.gluon.backward.postprocess import (
 from saccade.ops.attention.nvidia.gluon.backward.preprocess import preprocess_kernel
 from saccade.ops.attention.nvidia.gluon.backward.tile_scheduler import BLOCK_M, CONSUMERS, KEYS
 from saccade.ops.attention.nvidia.gluon.prefill.launch import options
-from saccade.ops.attention.nvidia.gluon.support import copyable
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of
 from saccade.ops.gpu.intmath import cdiv
-from saccade.ops.gpu.launching import on, set_tma_allocator, tma_strided
+from saccade.ops.gpu.launching import on, set_tma_allocator, tma_aligned, tma_strided
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -73,7 +72,7 @@ def backward(
     dq, delta = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty_like(lse)
     dtype = q.dtype if splits == 1 else torch.float32
     dk, dv = (q.new_empty(batch, k.shape[1] * splits, *k.shape[2:], dtype=dtype) for _ in range(2))
-    dout = dout if copyable(dout) else dout.contiguous()
+    dout = dout if tma_aligned(dout) else dout.contiguous()
     lse_delta = lse.new_empty(batch * heads * tiles * 2, Q_ROWS)
     dq_accum = lse.new_empty(1 + batch * heads * tiles, Q_ROWS * dim)[1:]
     with on(q.device):

@@ -9,7 +9,8 @@ import torch
 
 from saccade.core import AttentionOutput, DenseKV, PagedKV
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.nvidia.gluon.support import in_steps, score_refusal
+from saccade.ops.attention.nvidia.gluon.support import score_refusal
+from saccade.ops.gpu.launching import aligned
 
 DIMS = (64, 128)
 MOST_ROWS = 16  # query heads of a group times queries
@@ -47,7 +48,7 @@ def _layout(call: AttentionCall) -> str | None:
             return f"head_dim {dim} is not one of {', '.join(map(str, DIMS))} for few queries"
     if isinstance(kv, PagedKV) and kv.page_size % PAGE:
         return f"pages have to hold {PAGE} n keys, got {kv.page_size}"
-    if not in_steps(call.q, 4) or not all(in_steps(x, 16) for x in (kv.k, kv.v)):
+    if not aligned(call.q, 4) or not all(aligned(x, 16) for x in (kv.k, kv.v)):
         return "rows of keys have to begin at multiples of 16 bytes, of queries at multiples of 4"
     if call.q.numel() == 0 or kv.k.numel() == 0:
         return "there are no queries or no keys"
