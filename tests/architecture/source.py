@@ -179,5 +179,12 @@ def _definition(path: Path, name: str, where: str) -> Iterator[tuple[str, ast.AS
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             yield where, node
             if isinstance(node, ast.ClassDef):
-                methods = (m for m in node.body if isinstance(m, ast.FunctionDef))
-                yield from ((f"{where}.{m.name}", m) for m in methods if m.name[0] != "_")
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and _is_public(method):
+                        yield f"{where}.{method.name}", method
+
+
+def _is_public(method: ast.FunctionDef) -> bool:
+    """Whether a method needs a docstring; that of a property's getter serves its setter too."""
+    setter = any(ast.unparse(d).endswith(".setter") for d in method.decorator_list)
+    return method.name[0] != "_" and not setter

@@ -92,10 +92,15 @@ EXACTLY = [
 ]
 
 
+def in_order(x):
+    """Names of tests are the same in every process: sets are sorted."""
+    return "+".join(sorted(x)) if isinstance(x, set) else str(x)
+
+
 @pytest.mark.parametrize(
     ("backend", "row", "kind", "expected"),
     EXACTLY,
-    ids=lambda x: "+".join(sorted(x)) if isinstance(x, set) else x,
+    ids=in_order,
 )
 def test_which_kernels_serve_a_call(backend, row, kind, expected, monkeypatch):
     cell = matrix.Cell(backend, row, kind, True)
@@ -110,7 +115,7 @@ def test_a_selection_of_blocks_is_listed_by_its_own_kernel(monkeypatch):
 class TestOnGPU:
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize(("backend", "row", "kind", "expected"), EXACTLY, ids=str)
+    @pytest.mark.parametrize(("backend", "row", "kind", "expected"), EXACTLY, ids=in_order)
     def test_the_profiler_sees_the_launches_that_were_recorded(
         self, backend, row, kind, expected, monkeypatch
     ):
