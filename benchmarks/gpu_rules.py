@@ -37,14 +37,9 @@ def rules(name: str = "sm_90") -> list[dict[str, Any]]:
 
 
 def rule_rows() -> Iterator[Row]:
-    """Two sizes of each rule, for the head dimensions, patterns and storage that it names.
-
-    Prompts over rings and quantized keys have rows of their own, see `chunk_rows`.
-    """
+    """Two sizes of each rule, for the head dimensions, patterns and storage that it names."""
     for at, rule in enumerate(rules(), 1):
-        chunked = () if is_decoding(rule) else ("ring", "quantized")
-        kinds = [kind for kind in rule.get("storage", ["dense"]) if kind not in chunked]
-        patterns = rule.get("pattern", list(PATTERNS))
+        kinds, patterns = rule.get("storage", ["dense"]), rule.get("pattern", list(PATTERNS))
         for dim, pattern, kind in product(dims_of(rule), patterns, kinds):
             for size in SIZES:
                 problem = problem_of(rule, dim, pattern, kind, size)
@@ -86,6 +81,12 @@ def problem_of(rule: dict[str, Any], dim: int, pattern: str, kind: str, size: st
     keys, rows = max(least(rule, "keys"), 512), least(rule, "rows")
     if kind == "packed":
         return _packed(dim, keys, rows, size)
+    if kind in ("ring", "quantized"):
+        queries = -(-rows // HEADS) if size == "smallest" else 2048
+        storage = {"storage": kind if kind == "ring" else "int8"}
+        window = {"window": 4096, "sinks": 4} if kind == "ring" else {}
+        keys = keys if size == "smallest" else 32768
+        return Problem(queries=queries, keys=keys, **options | storage | window)
     queries = min(keys, -(-rows // HEADS))
     square = queries == keys or rule.get("square", False) or rule.get("training", False)
     batch = -(-rows // (HEADS * queries))

@@ -47,21 +47,22 @@ def expected(qkv, alive, first, window=None):
         seen &= at[first:, None] - at[None] < window
     mask = (alive[:, :, None] & seen).repeat_interleave(2, 1)
     q = q[:, :, first:]
-    everything = {"mask": Mask(causal=False), "backend": "reference"}
-    return attend(make_call(q, DenseKV(k, v), attn_mask=mask, **everything)).out
+    call = make_call(q, DenseKV(k, v), mask=Mask(causal=False), attn_mask=mask)
+    return attend(call, backend="reference").out
 
 
 def alive_of(kept):
     return torch.cat((kept, torch.ones(BATCH, HEADS, LENGTH - PROMPT, dtype=torch.bool)), -1)
 
 
-def read_on(cache, qkv, first, chunks, mask=None, **options):
+def read_on(cache, qkv, first, chunks, mask=None, backend="auto", **options):
     q, k, v = qkv
     outs, at = [], first
     for size in chunks:
         part = slice(at, at + size)
         view = cache.append(k[:, :, part], v[:, :, part])
-        outs.append(attend(make_call(q[:, :, part], view, mask=mask or Mask(), **options)).out)
+        call = make_call(q[:, :, part], view, mask=mask or Mask(), **options)
+        outs.append(attend(call, backend=backend).out)
         at += size
     return torch.cat(outs, 2)
 

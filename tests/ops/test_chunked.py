@@ -145,11 +145,12 @@ def test_combining_splits(splits, dim):
 
 def test_combining_parts_of_the_keys():
     q, k, v = (torch.randn(1, h, n, 8).double() for h, n in ((4, 6), (2, 20), (2, 20)))
-    call = {"mask": Mask(causal=False), "backend": "reference"}
-    truth = attend(make_call(q, DenseKV(k, v), **call))
+    mask = Mask(causal=False)
+    truth = attend(make_call(q, DenseKV(k, v), mask=mask), backend="reference")
     combiner = Combiner((1, 4, 6, 8), q)
     for part in (slice(0, 7), slice(7, 7), slice(7, 20)):
-        combiner.add(attend(make_call(q, DenseKV(k[:, :, part], v[:, :, part]), **call)), 0, 6)
+        call = make_call(q, DenseKV(k[:, :, part], v[:, :, part]), mask=mask)
+        combiner.add(attend(call, backend="reference"), 0, 6)
     found = combiner.result()
     assert torch.allclose(found.out, truth.out, atol=1e-6)
     assert torch.allclose(found.lse, truth.lse.float(), atol=1e-6)

@@ -173,7 +173,7 @@ def test_the_rules_for_hopper():
     assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
     assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
     found = {name: first_on_hopper(call) for name, call in calls_by_storage(32768).items()}
-    assert found == dict.fromkeys(rules.STORAGE, "gluon") | {"short": None}
+    assert found == dict.fromkeys(rules.STORAGE, "gluon") | {"ring": None, "short": None}
 
 
 def test_the_rules_for_decoding_on_hopper():
@@ -195,7 +195,8 @@ def test_the_rules_for_gradients_on_hopper():
     won = first(512), first(8192, 64), first(1024, causal=False), first(2048, window=512)
     assert won == ("gluon",) * 4
     assert first(256) is first(512, causal=False) is first(1024, window=512) is None
-    assert first(8192, 256) == "sdpa" and first(8192, 256, causal=False) == "gluon_triton"
+    assert first(8192, 256) == first(8192, 256, causal=False) == "sdpa"
+    assert first(4096, 256, causal=False) == first(8192, 256, window=512) == "gluon_triton"
 
 
 def test_training_is_a_condition():

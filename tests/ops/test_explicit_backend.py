@@ -124,7 +124,7 @@ class TestOnGPU:
         given = on_cuda(matrix.call_of(matrix.Cell(backend, row, kind, True)))
         solve(given, backend)  # compiles
         launches = record(monkeypatch, run=True)
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
             solve(given, backend)
             torch.cuda.synchronize()
         names = Counter(launch.kernel for launch in launches)

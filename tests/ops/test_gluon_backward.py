@@ -111,7 +111,7 @@ class TestOnGPU:
         torch.use_deterministic_algorithms(True)
         try:
             first, second = (
-                torch.autograd.grad(attention(q, k, v, backend="gluon"), (q, k, v), dout)
+                torch.autograd.grad(attention(q, k, v, backend="gluon_triton"), (q, k, v), dout)
                 for _ in range(2)
             )
         finally:

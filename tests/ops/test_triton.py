@@ -276,8 +276,7 @@ def test_one_offset_for_all_rows():
     q, k, v = (torch.randn(2, 2, n, 16) for n in (2, 9, 9))
     offset = torch.tensor([3, 7])[:1].expand(2)
     truth = attend(make_call(q, DenseKV(k, v), mask=Mask(), q_offset=offset), backend="reference")
-    where = {"mask": Mask(), "backend": "triton"}
-    ours = attend(
-        make_call(q.to(DEVICE), DenseKV(*on(DEVICE, k, v)), q_offset=offset.to(DEVICE), **where)
-    )
+    there = DenseKV(*on(DEVICE, k, v))
+    call = make_call(q.to(DEVICE), there, mask=Mask(), q_offset=offset.to(DEVICE))
+    ours = attend(call, backend="triton")
     assert torch.allclose(ours.out.cpu(), truth.out, atol=2e-5)

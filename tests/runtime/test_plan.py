@@ -134,7 +134,7 @@ def test_meta_tensors_take_the_same_bytes(name, steps):
     assert sizes[0] == sizes[1] > 0
 
 
-def step(make, length, chunk, counter, dim=32, **options):
+def step(make, length, chunk, counter, dim=32, backend="auto", **options):
     """One step of attention over a cache of `length` tokens, inside `counter`."""
     cache = make()
 
@@ -146,7 +146,8 @@ def step(make, length, chunk, counter, dim=32, **options):
     q, k, v = new(6, chunk), new(2, chunk), new(2, chunk)
     with counter as found:
         view = cache.append(k, v)
-        attend(make_call(q, view, q_offset=view.shape[2] - chunk, **options))
+        call = make_call(q, view, q_offset=view.shape[2] - chunk, **options)
+        attend(call, backend=backend)
     return found
 
 

@@ -133,8 +133,18 @@ def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) 
     return _kernels(call, flat[-1]).backward(call, out, lse, dout, dlse)
 
 
+def _checked_forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    """`_forward` in a traced graph, where a named backend has not seen the real tensors yet."""
+    if flat[-1] != "auto":
+        dispatch.choose(_call_of(flat), flat[-1])
+    return _forward(*flat)
+
+
 attention = torch.library.custom_op(
-    "saccade::attention", _forward, mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)"
+    "saccade::attention",
+    _checked_forward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor)",
 )
 attention_backward = torch.library.custom_op(
     "saccade::attention_backward",

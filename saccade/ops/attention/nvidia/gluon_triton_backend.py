@@ -6,6 +6,7 @@ For what the Gluon gradients do not serve: head_dim 256, and runs under
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
@@ -17,6 +18,8 @@ from saccade.ops.gpu.support import gluon_refusal
 
 def refusal(call: AttentionCall) -> str | None:
     """Why this pair cannot run the call, or None."""
+    if torch.compiler.is_compiling() and call.is_plain_storage:
+        return None  # becomes an operator, which asks again when it runs
     reason = gluon_refusal(call.q.device)
     if reason is not None:
         return reason
