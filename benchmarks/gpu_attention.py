@@ -68,7 +68,7 @@ def sequences() -> list[Row]:
 
 
 def chunked() -> list[Row]:
-    """A chunk of a prompt over what a ring or a quantised cache holds."""
+    """A chunk of a prompt over what a ring or a quantized cache holds."""
     ring = Problem(queries=4096, keys=32768, window=4096, sinks=4, storage="ring")
     rows = [Row("chunk", ring, OURS)]
     for kind in ("int8", "fp8", "int4"):
@@ -85,7 +85,7 @@ def fp8() -> list[Row]:
 
 
 def decode() -> list[Row]:
-    """Steps over plain keys, pages, quantised caches and windows."""
+    """Steps over plain keys, pages, quantized caches and windows."""
     sizes = [(1, 4096), (1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
     rows = [
         Row("decode", Problem(queries=1, keys=keys, batch=batch), OURS, TORCH)

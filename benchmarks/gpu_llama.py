@@ -5,7 +5,7 @@
 
 Each part is a process of its own, so that peaks of memory are its own and one that fails costs
 nothing else.  Before anything is timed, the logits of both are compared on a short text.  The short
-form leaves out compiled SDPA, SDPA over the longest text, and reading into quantised caches.
+form leaves out compiled SDPA, SDPA over the longest text, and reading into quantized caches.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _errors(logits: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
 
 
 def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """Reading each text in chunks and decoding behind it; decoding over quantised caches."""
+    """Reading each text in chunks and decoding behind it; decoding over quantized caches."""
     subject = Ours(config, lengths[-1] + 256)
     ids = tokens(lengths[-1], config.vocab_size)
     subject.read(ids[:CHUNK], CHUNK)  # compile
@@ -117,7 +117,7 @@ def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
 
 
 def part_reading(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
-    """Reading texts into quantised caches, and the longest one as a single chunk."""
+    """Reading texts into quantized caches, and the longest one as a single chunk."""
     subject = Ours(config, lengths[-1] + 256)
     ids = tokens(lengths[-1], config.vocab_size)
     found: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def part_reading(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
 
 
 def reading_into_quantized(dense: Ours, kind: str, ids: Tensor) -> float:
-    """Seconds to read a text in chunks into a quantised cache, earlier chunks are quantised."""
+    """Seconds to read a text in chunks into a quantized cache, earlier chunks are quantized."""
     params = saccade.ContextParams(n_ctx=dense.room, n_batch=CHUNK, type_k=kind, type_v=kind)
     ctx = saccade.Context(dense.model, params, reserve=dense.room)
     ctx.append(ids[: CHUNK + 512])  # compile
@@ -145,7 +145,7 @@ def reading_into_quantized(dense: Ours, kind: str, ids: Tensor) -> float:
 
 
 def over_quantized(dense: Ours, kind: str, exact: Tensor) -> dict:
-    """Decoding over a quantised copy of the caches of `dense`; `exact` is its answer to token 7."""
+    """Decoding over a quantized copy of the caches of `dense`; `exact` is its answer to token 7."""
     length = dense.ctx.seen - 1
     params = saccade.ContextParams(n_ctx=dense.room, type_k=kind, type_v=kind)
     ctx = saccade.Context(dense.model, params, reserve=dense.room)

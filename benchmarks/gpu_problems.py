@@ -41,7 +41,7 @@ class Problem:
     """One attention problem; the queries end where the keys end.
 
     Attributes:
-        storage: "dense", "pageN" (pages of N tokens), a name of bench.inputs.KINDS (a quantised
+        storage: "dense", "pageN" (pages of N tokens), a name of bench.inputs.KINDS (a quantized
             cache; a prompt's own keys are in full precision), "ring" (sinks, two runs of one
             window and the chunk), or "e4m3" (q, k and v in fp8 with a scale a head).
         kv_lens: keys of each row of the batch, where rows differ; sequences: lengths of sequences

@@ -1,4 +1,4 @@
-"""What quantised keys cost by format and group size, on the real model: bytes and KL divergence.
+"""What quantized keys cost by format and group size, on the real model: bytes and KL divergence.
 
     python benchmarks/kv_groups.py --context 2048 --out benchmarks/results/kv-groups.json
 

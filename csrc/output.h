@@ -23,7 +23,7 @@ SACCADE_INLINE void store_row(Dtype dtype, char* out, const float* o, float fact
   }
 }
 
-// Writes a finished row: `o` unnormalised, sum of exponentials l * 2^m.
+// Writes a finished row: `o` unnormalized, sum of exponentials l * 2^m.
 static void write_row(const Problem& p, const Sequence& s, int64_t query, int64_t head,
                       const float* o, float m, float l) {
   char* out = p.out.data + s.batch * p.out.batch + head * p.out.head +

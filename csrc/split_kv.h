@@ -5,7 +5,7 @@
 
 namespace saccade::SACCADE_TARGET {
 
-// Unnormalised results, one row each: the output is o / l, the sum of exponentials l * 2^m.
+// Unnormalized results, one row each: the output is o / l, the sum of exponentials l * 2^m.
 struct Partials {
   float* o;  // [rows][value_dim]
   float* m;  // [rows], in powers of two

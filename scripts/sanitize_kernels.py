@@ -23,7 +23,7 @@ from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.quantize import dequantize_range, quantize_keys_into, quantize_values_into
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
-RECENT = 60  # full-precision keys after the quantised ones
+RECENT = 60  # full-precision keys after the quantized ones
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ def fp8() -> None:
 
 
 def kv_write() -> None:
-    """RoPE, Hadamard and write of a token; quantise groups of tokens and dequantise a range."""
+    """RoPE, Hadamard and write of a token; quantize groups of tokens and dequantize a range."""
     q, k, v = qkv(1, 1, 128)
     cos, sin = torch.rand(1, 1, 128).cuda(), torch.rand(1, 1, 128).cuda()
     for hadamard in (False, True):

@@ -22,7 +22,7 @@ Measure = Literal["peak", "bandwidth", "torch", "time", "rate", "pairs"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {"int8": 8, "int4": 4}
 GROUP = 64  # tokens that share a key scale, channels that share a value scale: the cache's own
-RECENT = 64  # newest tokens that the quantised cache keeps in full precision
+RECENT = 64  # newest tokens that the quantized cache keeps in full precision
 BACKWARD_FACTOR = 2.5
 
 
@@ -59,7 +59,7 @@ class Case:
     Attributes:
         group: cases of a group are timed together, their samples alternating.
         storage: of keys and values.  Queries have it too where it is a float type, else `q_type`.
-        hadamard: quantised keys and values are Hadamard-transformed, as the cache stores them by
+        hadamard: quantized keys and values are Hadamard-transformed, as the cache stores them by
             default.
         peers: whom to time on the same tensors ("torch", "flex").
         quick: belongs to the one-minute subset.

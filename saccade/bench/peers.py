@@ -90,7 +90,7 @@ def backward(forward: Callable[[], Tensor], inputs: Inputs) -> Call:
 
 
 def block_mask(mask: Mask, q_len: int, kv_len: int) -> BlockMask:
-    """FlexAttention's mask from ours: its own builder materialises every pair."""
+    """FlexAttention's mask from ours: its own builder materializes every pair."""
     from torch.nn.attention.flex_attention import BlockMask
 
     partial, full = block_lists(mask, q_len, kv_len)

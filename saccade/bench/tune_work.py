@@ -200,7 +200,7 @@ def _gradient_of(q: Tensor) -> Tensor:
 def _expected_output(
     q: Tensor, view: KVView, mask: Mask, blocks: BlockSelection | None
 ) -> tuple[Expected, ...]:
-    keys, values = stored(view)  # dequantised
+    keys, values = stored(view)  # dequantized
     rows = torch.arange(q.shape[2], device=q.device)
 
     def reference(kind: torch.dtype) -> Tensor:

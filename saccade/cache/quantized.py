@@ -1,9 +1,9 @@
 """A cache in int8, int4 or fp8, the newest tokens in full precision (KIVI, arXiv 2402.02750).
 
-Keys are quantised per channel in groups of tokens, values per token; the newest tokens stay in full
-precision until a whole group of them can be quantised.  `hadamard_transform` is applied to keys and
+Keys are quantized per channel in groups of tokens, values per token; the newest tokens stay in full
+precision until a whole group of them can be quantized.  `hadamard_transform` is applied to keys and
 values first, which spreads outlier channels (QuaRot, arXiv 2404.00456); the operator applies it to
-queries and output.  Kernels dequantise tile by tile; no dequantised copy of the history exists.
+queries and output.  Kernels dequantize tile by tile; no dequantized copy of the history exists.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class QuantizedCache:
         group: tokens that share a key scale (per channel) and channels that share a value scale
             (per token; the whole head when head_dim is no multiple of it).
         recent: newest tokens that stay in full precision, at least.
-        hadamard: apply `hadamard_transform` to keys and values before quantising.
+        hadamard: apply `hadamard_transform` to keys and values before quantizing.
         fp8: float8_e4m3fn instead of uint8.
         reserve: tokens to allocate for at once, when the final length is known.
 
@@ -75,7 +75,7 @@ class QuantizedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of quantised storage, scales, offsets and the recent buffer."""
+        """Bytes of quantized storage, scales, offsets and the recent buffer."""
         parts: list[Tensor] = [*(self._k or ()), *(self._v or ())]
         others = (self._recent_k, self._recent_v, self._num_quantized_tensor)
         parts += [x for x in others if x is not None]
@@ -97,7 +97,7 @@ class QuantizedCache:
         return self._append_large(k, v)
 
     def reserve(self, count: int) -> None:
-        """See SteppingCache; whole groups are quantised here, between two steps."""
+        """See SteppingCache; whole groups are quantized here, between two steps."""
         if self._recent_k is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         self._quantize_oldest(self._num_recent - self._min_recent)
@@ -105,7 +105,7 @@ class QuantizedCache:
         room = self._recent_k.shape[2] - self._num_recent
         if count > room:
             raise Unsupported(
-                f"a quantised cache takes up to {room} tokens a step, not {count}. Append them."
+                f"a quantized cache takes up to {room} tokens a step, not {count}. Append them."
             )
         self._sync_num_quantized(self._recent_k.device)
 
@@ -144,8 +144,8 @@ class QuantizedCache:
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on.
 
-        Where that cuts a quantised group, the rest of the group is dequantised into the recent
-        buffer; its quantisation error stays.
+        Where that cuts a quantized group, the rest of the group is dequantized into the recent
+        buffer; its quantization error stays.
         """
         if length >= self._num_quantized:
             self._num_recent = min(self._num_recent, length - self._num_quantized)
@@ -162,9 +162,9 @@ class QuantizedCache:
         return min(length, self.seen)
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
-        """Remove positions start .. stop-1; later keys move down, re-rotated and quantised again.
+        """Remove positions start .. stop-1; later keys move down, re-rotated and quantized again.
 
-        Quantising once more adds about as much error as the first time.  Meanwhile the tokens from
+        Quantizing once more adds about as much error as the first time.  Meanwhile the tokens from
         `start` on are in full precision, in this one layer.
         """
         first = min(start, self._num_quantized) // self._group * self._group
@@ -225,7 +225,7 @@ class QuantizedCache:
         self._recent_v = _extended(parts["recent.v"], slots)
 
     def _sync_num_quantized(self, device: torch.device) -> None:
-        """Write the number of quantised tokens to the tensor that captured steps read."""
+        """Write the number of quantized tokens to the tensor that captured steps read."""
         if self._num_quantized_tensor is None:
             self._num_quantized_tensor = torch.empty(1, dtype=torch.int64, device=device)
         if self._num_quantized_synced != self._num_quantized:
@@ -233,7 +233,7 @@ class QuantizedCache:
             self._num_quantized_synced = self._num_quantized
 
     def _append_large(self, k: Tensor, v: Tensor) -> QuantizedKV:
-        """Append more than the recent buffer takes: the view has it whole, storage is quantised."""
+        """Append more than the recent buffer takes: the view has it whole, storage is quantized."""
         assert self._recent_k is not None and self._recent_v is not None
         k = torch.cat((self._recent_k[:, :, : self._num_recent], k), dim=2)
         v = torch.cat((self._recent_v[:, :, : self._num_recent], v), dim=2)
@@ -246,7 +246,7 @@ class QuantizedCache:
         return view
 
     def _quantize_oldest(self, ready: int) -> None:
-        """Quantise as many whole groups as fit in the `ready` oldest recent tokens."""
+        """Quantize as many whole groups as fit in the `ready` oldest recent tokens."""
         count = max(0, ready) // self._group * self._group
         if not count:
             return
@@ -258,7 +258,7 @@ class QuantizedCache:
         self._num_recent = rest
 
     def _append_quantized(self, k: Tensor, v: Tensor) -> None:
-        """Quantise whole groups and store them after the quantised history."""
+        """Quantize whole groups and store them after the quantized history."""
         count = k.shape[2]
         if not count:
             return

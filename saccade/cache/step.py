@@ -3,7 +3,7 @@
 A decoding step does the same work for every token, apart from the position it writes to.  As a
 host number the position would be fixed in the captured kernel arguments; as a device tensor it
 changes between replays.  The host keeps its own count beside it (`commit`) and does what is rare,
-growing and quantising, between two steps (`reserve`).
+growing and quantizing, between two steps (`reserve`).
 """
 
 from __future__ import annotations

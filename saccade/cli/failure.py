@@ -30,7 +30,7 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
         return (
             "not enough memory for this. Use a smaller --ctx-size or --context, a window, "
-            f"or a quantised cache. ({_one_line(error) or 'the system gave no details'})"
+            f"or a quantized cache. ({_one_line(error) or 'the system gave no details'})"
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

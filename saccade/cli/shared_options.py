@@ -65,7 +65,7 @@ CONTEXT = (
     Option("n_batch", ("--batch-size", "-b"),
            "most tokens read in one step (default: 512)", whole_number(1)),
     Option("flash_attn", ("--flash-attn", "-fa"),
-           "auto, enabled (or on), disabled (or off: materialised scores)",
+           "auto, enabled (or on), disabled (or off: materialized scores)",
            lambda text: {"on": "enabled", "off": "disabled"}.get(text, text),
            choices=("auto", "enabled", "disabled")),
     Option("type_k", ("--cache-type-k", "-ctk", "--type-k"), "storage of keys", choices=STORAGE),

@@ -1,6 +1,6 @@
-"""The storage formats of quantised keys and values, and their bit packing.
+"""The storage formats of quantized keys and values, and their bit packing.
 
-Quantised values are unsigned integers, `x = qdata * scale + offset`, with scale and offset in
+Quantized values are unsigned integers, `x = qdata * scale + offset`, with scale and offset in
 float16 (KIVI, arXiv 2402.02750: keys have outlier channels, values do not):
 
     keys     one scale per channel and per group of `group` consecutive tokens
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class QuantizedTensor(NamedTuple):
-    """A quantised tensor, `x = qdata * scale + offset`.
+    """A quantized tensor, `x = qdata * scale + offset`.
 
     Attributes:
         qdata: uint8 (8 bits, or two 4-bit values a byte) or float8_e4m3fn.
@@ -57,7 +57,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def _quantize_integers(x: Tensor, dim: int, bits: int) -> QuantizedTensor:
     """Affine integers of x with one scale and offset along `dim` (kept with size 1)."""
     low, high = x.amin(dim, keepdim=True).float(), x.amax(dim, keepdim=True).float()
-    # Dequantisation uses the stored float16 scale and offset, so round them before quantising.
+    # Dequantization uses the stored float16 scale and offset, so round them before quantizing.
     offset = low.half()
     scale = ((high - offset.float()) / (2**bits - 1)).clamp_min(2.0**-24).half()
     qdata = ((x.float() - offset.float()) / scale.float()).round().clamp(0, 2**bits - 1)

@@ -1,4 +1,4 @@
-"""Host copies of small device tensors, remembered because every read synchronises the device."""
+"""Host copies of small device tensors, remembered because every read synchronizes the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HostMemo(Generic[T]):
     and are read every time.
 
     Args:
-        read: makes a host value of a tensor, as a rule with a device synchronisation.
+        read: makes a host value of a tensor, as a rule with a device synchronization.
     """
 
     def __init__(self, read: Callable[[Tensor], T]) -> None:

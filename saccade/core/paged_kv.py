@@ -22,7 +22,7 @@ class PagedKV:
         k: `[num_pages, Hkv, page_size, D]`; v: `[num_pages, Hkv, page_size, Dv]`.
         page_table: int32 `[B, max_pages]`; entries past a row's length are ignored.
         kv_lens: int32 `[B]`, keys of each row.
-        end: the largest of kv_lens, on the host, so that reading it needs no synchronisation.
+        end: the largest of kv_lens, on the host, so that reading it needs no synchronization.
         hadamard: see KVView.
     """
 

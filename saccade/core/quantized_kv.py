@@ -1,4 +1,4 @@
-"""Views of quantised storage: a quantised history and recent keys in full precision."""
+"""Views of quantized storage: a quantized history and recent keys in full precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saccade.core.mask import KeyRange
 
 @dataclass(frozen=True, slots=True)
 class QuantizedKV:
-    """A quantised history (positions 0 .. N-1) and a full-precision recent part behind it.
+    """A quantized history (positions 0 .. N-1) and a full-precision recent part behind it.
 
     Args:
         k: of `formats.quantize_keys`, scales per channel and `k_group` tokens.
@@ -37,7 +37,7 @@ class QuantizedKV:
 
     @property
     def num_quantized(self) -> int:
-        """Number of quantised keys, a multiple of `k_group`."""
+        """Number of quantized keys, a multiple of `k_group`."""
         return self.k.qdata.shape[2]
 
     @property
@@ -90,14 +90,14 @@ class QuantizedKV:
 
 @dataclass(frozen=True, slots=True)
 class GrowingKV:
-    """A quantised view in a captured decoding step, where how much is filled is a device tensor.
+    """A quantized view in a captured decoding step, where how much is filled is a device tensor.
 
     Recent slot i holds position num_quantized + i.  How many recent slots are filled is in the
     `kv_lens` of the call.
 
     Args:
         stored: all storage, filled or not.
-        num_quantized: int64 `[1]`, quantised keys that are filled.
+        num_quantized: int64 `[1]`, quantized keys that are filled.
     """
 
     stored: QuantizedKV

@@ -66,7 +66,7 @@ def is_untouched(module: Any) -> bool:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is `nn.Linear` itself, not one of a quantising or adapter library."""
+    """Whether a module is `nn.Linear` itself, not one of a quantizing or adapter library."""
     return type(module) is nn.Linear and is_untouched(module)
 
 

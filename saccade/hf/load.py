@@ -60,7 +60,7 @@ class LoadedModel:
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a model from a `.gguf` file, a transformers folder, or a name ("smollm2").
 
-    Nothing is ever fetched.  GGUF weights are dequantised by transformers to `dtype`.
+    Nothing is ever fetched.  GGUF weights are dequantized by transformers to `dtype`.
 
     Args:
         dtype: of the weights; default float32 for GGUF and what the config says for folders.

@@ -70,7 +70,7 @@ _FREE: Final = frozenset(
 class SpecMask(Tensor):
     """A 4-D boolean tensor without storage that carries a MaskSpec.
 
-    It has to be a 4-D tensor, because that is how transformers recognises a mask that is ready.
+    It has to be a 4-D tensor, because that is how transformers recognizes a mask that is ready.
     Any operation on it builds the real matrix first, so code that slices or adds masks stays
     right.
     """
@@ -159,7 +159,7 @@ def saccade_mask(
 def stock_pattern(mask_function: Callable[..., Any], local_size: int | None) -> Mask | None:
     """The Mask that one of transformers' own pattern functions means, or None for any other.
 
-    The window pattern is recognised by the closure that transformers builds.  If that ever looks
+    The window pattern is recognized by the closure that transformers builds.  If that ever looks
     different the answer is None, which costs memory and not correctness.
     """
     if mask_function is causal_mask_function:

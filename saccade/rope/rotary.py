@@ -95,7 +95,7 @@ def _check_apply(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
             "x must be a floating-point tensor of shape [batch, heads, length, head_dim], got "
-            f"{_name(x.dtype)} {list(x.shape)}. Rotate before quantising."
+            f"{_name(x.dtype)} {list(x.shape)}. Rotate before quantizing."
         )
     if cos.shape != sin.shape:
         raise ValueError(

@@ -306,7 +306,7 @@ class Context:
             try:
                 self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
                 logits = self._decode_step(token)[0]
-            except Unsupported:  # some models synchronise with the host, which cannot be captured
+            except Unsupported:  # some models synchronize with the host, which cannot be captured
                 self._use_step = False
             else:
                 self._tokens.append(token)
@@ -376,5 +376,5 @@ class Context:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
-                "quantise the cache (type_k=type_v='int8')."
+                "quantize the cache (type_k=type_v='int8')."
             )

@@ -20,10 +20,10 @@ class ContextParams:
     Args:
         n_ctx: largest number of tokens in context; None: the length the model was trained for.
         n_batch: most tokens that are read at once (chunked prefill).
-        flash_attn: "enabled": O(N) memory or an error; "disabled": materialised scores, the
+        flash_attn: "enabled": O(N) memory or an error; "disabled": materialized scores, the
             standard attention of textbooks; "auto": the fastest backend that supports each call.
         type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8, int4 or fp8 (e4m3);
-            None: the dtype of the model.  Quantised types need both to be quantised, fp8 both fp8.
+            None: the dtype of the model.  Quantized types need both to be quantized, fp8 both fp8.
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
         rope_freq_base: base of the rotary frequencies.
         rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).
@@ -114,22 +114,22 @@ class ContextParams:
         quantized = [t for t in (self.type_k, self.type_v) if t in QUANTIZED]
         if len(quantized) == 1 or quantized.count("fp8") == 1:
             raise ValueError(
-                f"type_k={self.type_k!r} with type_v={self.type_v!r}: quantised caches store both "
+                f"type_k={self.type_k!r} with type_v={self.type_v!r}: quantized caches store both "
                 "keys and values as int8 or int4, or both as fp8. Set both."
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
         if quantized and (self.n_swa is not None or self.kv_policy is not None):
-            raise ValueError("a quantised cache cannot be combined with n_swa or kv_policy yet.")
+            raise ValueError("a quantized cache cannot be combined with n_swa or kv_policy yet.")
         if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
             raise ValueError(
                 "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "
-                "quantised types, page_size or kv_policy."
+                "quantized types, page_size or kv_policy."
             )
         if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
             raise ValueError(
                 f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
-                "with quantised types, n_swa or kv_policy."
+                "with quantized types, n_swa or kv_policy."
             )
 
 

@@ -1,4 +1,4 @@
-"""Storage formats: bit packing is exact, quantisation errs by half a step at most."""
+"""Storage formats: bit packing is exact, quantization errs by half a step at most."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_error_is_at_most_half_a_step(bits):
     keys = quantize_keys(x, bits=bits, group=32)
     error = (dequantize_keys(keys, bits=bits, group=32, dtype=torch.float32) - x).abs()
     step = keys.scale.float().repeat_interleave(32, 2)
-    # The offset is rounded to float16 before quantising: at most one such step more.
+    # The offset is rounded to float16 before quantizing: at most one such step more.
     slack = x.abs().max() * 2**-10
     assert (error <= step / 2 + slack).all()
     values = quantize_values(x, bits=bits, group=16)

@@ -136,7 +136,7 @@ def test_conflicting_generate_options(llama, ids):
 
 
 @torch.no_grad()
-def test_quantised_params_refuse_a_cache_of_transformers(llama, ids):
+def test_quantized_params_refuse_a_cache_of_transformers(llama, ids):
     with attach(llama, ContextParams(type_k="int8", type_v="int8")):
         output = llama(ids)
         with pytest.raises(Unsupported, match=r"past_key_values=attached\.new_cache"):

@@ -189,7 +189,7 @@ def test_compressed_cache_goes_on(ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_quantised_cache_stays_close(ids, bits):
+def test_quantized_cache_stays_close(ids, bits):
     model = tiny_model(tiny_config("llama"), KEY)
     long = ids.repeat(1, 16)
     exact = model(long).logits

@@ -33,7 +33,7 @@ def made(**changes):
     return saccade_mask(**{**options, **changes})
 
 
-def test_stock_patterns_are_recognised():
+def test_stock_patterns_are_recognized():
     """Private closures of transformers: if they change, masks become dense, slower but right."""
     window = sliding_window_causal_mask_function(4)
     assert stock_pattern(causal_mask_function, None) == Mask()

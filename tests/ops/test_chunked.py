@@ -1,4 +1,4 @@
-"""Prefill over rings and quantised keys in KV chunks, and the combination of partial results.
+"""Prefill over rings and quantized keys in KV chunks, and the combination of partial results.
 
 As test_triton.py: on a GPU, or in the interpreter that it starts.
 """
@@ -101,7 +101,7 @@ def test_spans_of_a_ring_are_chunks(mask, extra):
 
 @runs_kernels
 def test_chunks_outside_a_window_are_not_dequantized(monkeypatch):
-    """Of a long history only the chunks that a window reaches are dequantised."""
+    """Of a long history only the chunks that a window reaches are dequantized."""
     from saccade.ops.attention.nvidia import chunked
 
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 16 * 2 * 4 * 16)  # 16 keys

@@ -140,7 +140,7 @@ class TestOnGPU:
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
     def test_cu_seqlens_are_copied_to_the_host_once_and_read_anew_by_graphs(self):
-        """The second call does not synchronise; a graph reads cu_seqlens in every replay."""
+        """The second call does not synchronize; a graph reads cu_seqlens in every replay."""
         q, k, v = (torch.randn(1, h, 512, 64, device="cuda").bfloat16() for h in (6, 2, 2))
         cu = torch.tensor([0, 100, 512], device="cuda", dtype=torch.int32)
 
@@ -314,8 +314,8 @@ def test_compiles_for_hopper_with_overlapped_products(dim):
     ],
     ids=["128", "256", "window", "blocks", "packed", "pages"],
 )
-def test_products_are_not_serialised_and_nothing_spills(tmp_path, dim, variant):
-    """ptxas reports both, and serialises the products when they are issued in another order."""
+def test_products_are_not_serialized_and_nothing_spills(tmp_path, dim, variant):
+    """ptxas reports both, and serializes the products when they are issued in another order."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_gluon

@@ -153,8 +153,8 @@ class TestOnGPU:
         (64, MaskArgs(window=1024, sinks=4), True),
     ],
 )
-def test_products_are_not_serialised(tmp_path, dim, mask_args, causal):
-    """ptxas reports it, and serialises the products when they are issued in another order.
+def test_products_are_not_serialized(tmp_path, dim, mask_args, causal):
+    """ptxas reports it, and serializes the products when they are issued in another order.
 
     At D 128 it spills a few registers, never an accumulator; at D 64 none.
     """

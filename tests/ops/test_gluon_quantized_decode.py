@@ -46,7 +46,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     def test_equals_the_reference(self, kind, shape, dtype):
-        """At most twice the error of an eager run over the dequantised keys."""
+        """At most twice the error of an eager run over the dequantized keys."""
         heads, batch, keys, recent, queries, dim, v_group, mask = shape
         k, v = (random(batch, heads[1], keys + recent, dim, dtype=dtype) for _ in range(2))
         k += 3 * random(1, heads[1], 1, dim, dtype=dtype)  # channels have offsets of their own
@@ -173,7 +173,7 @@ def test_number_of_splits(monkeypatch, batch, keys, mask, splits):
     ("kinds", "dim"), [(("int4", "int4"), 128), (("fp8", "fp8"), 128), (("int8", "int4"), 64)]
 )
 def test_quantized_keys_reach_tensor_cores_without_shuffles(kinds, dim, tmp_path):
-    """Copied by cp.async, synchronised within one warp, no ldmatrix; nothing spills."""
+    """Copied by cp.async, synchronized within one warp, no ldmatrix; nothing spills."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_quantized_decode

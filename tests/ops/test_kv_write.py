@@ -1,4 +1,4 @@
-"""Writes into a cache: RoPE, Hadamard transform, quantising; by PyTorch, and by kernels as PyTorch.
+"""Writes into a cache: RoPE, Hadamard transform, quantizing; by PyTorch, and by kernels as PyTorch.
 
 As test_triton.py, on a GPU or in the interpreter that it starts; the PyTorch part anywhere.
 """
@@ -118,7 +118,7 @@ def empty_storage(shape, bits, fp8, rows, groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("bits", "fp8"), FORMATS)
 @pytest.mark.parametrize(("dim", "group"), [(16, 8), (24, 6), (64, 64), (80, 32)])
-def test_quantising_is_the_definition(bits, fp8, dim, group, dtype):
+def test_quantizing_is_the_definition(bits, fp8, dim, group, dtype):
     x = torch.randn(2, 3, 4 * group, dim).to(dtype)
     x[0, 0, :group] = 0.25  # a group without any range
     v_group = dim if dim % group else group
@@ -136,7 +136,7 @@ def test_quantising_is_the_definition(bits, fp8, dim, group, dtype):
 
 @runs_kernels
 @pytest.mark.parametrize(("bits", "fp8"), FORMATS)
-def test_dequantising_is_the_definition(bits, fp8):
+def test_dequantizing_is_the_definition(bits, fp8):
     k, v = torch.randn(2, 2, 64, 48), torch.randn(2, 2, 64, 48)
     keys, values = (
         stored(k, quantize_keys, bits, 16, fp8),

@@ -142,7 +142,7 @@ class TestOnGPU:
             error = (ours.grad.double() - truth.grad).norm() / truth.grad.norm()
             assert error < 2e-2
 
-    def test_never_the_path_that_materialises_scores(self):
+    def test_never_the_path_that_materializes_scores(self):
         q = torch.randn(1, 8, 8192, 100, device="cuda", dtype=torch.bfloat16)
         with pytest.raises(Unsupported, match=r"no fused kernel .* head_dim 100"):
             attention(q, q, q, backend="sdpa")

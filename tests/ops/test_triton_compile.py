@@ -151,7 +151,7 @@ def test_combining_splits_compiles(rows, splits):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
-def test_quantising_compiles(dtype):
+def test_quantizing_compiles(dtype):
     """A group is loaded once, without local memory; fp8 codes by one conversion."""
     from saccade.ops.kv_write.quantize_kernel import (
         dequantize_kernel,

@@ -1,4 +1,4 @@
-"""Triton's kernels over rings, pages, ragged, quantised and growing views.
+"""Triton's kernels over rings, pages, ragged, quantized and growing views.
 
 As test_triton.py: on a GPU, or in the interpreter that it starts.
 """
@@ -152,7 +152,7 @@ def test_growing_views(bits, packed, recent):
 
 
 def moved(view, device):
-    """A quantised view on a device."""
+    """A quantized view on a device."""
     tensors = [QuantizedTensor(*(x.to(device) for x in part)) for part in (view.k, view.v)]
     recents = view.recent_k.to(device), view.recent_v.to(device)
     return QuantizedKV(*tensors, *recents, view.bits_k, view.bits_v, view.k_group)

@@ -1,4 +1,4 @@
-"""Views: attention over ring, paged, ragged and quantised storage equals that over plain keys."""
+"""Views: attention over ring, paged, ragged and quantized storage equals that over plain keys."""
 
 import pytest
 import torch

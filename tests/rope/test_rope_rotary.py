@@ -151,6 +151,6 @@ def test_tables_of_different_shapes() -> None:
         apply(torch.zeros(1, 2, 7, 16), torch.zeros(7, 8), torch.zeros(7, 4))
 
 
-def test_quantised_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"got int8 .*Rotate before quantising"):
+def test_quantized_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got int8 .*Rotate before quantizing"):
         apply(torch.zeros(1, 2, 7, 16, dtype=torch.int8), torch.zeros(7, 8), torch.zeros(7, 8))

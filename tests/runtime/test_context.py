@@ -73,7 +73,7 @@ def test_wanted_hidden_states_are_the_last_ones(model):
     assert some.shape == (10, 64) and torch.allclose(some, everything[-10:], atol=1e-6)
 
 
-def test_quantised_is_close_and_smaller(model, exact):
+def test_quantized_is_close_and_smaller(model, exact):
     params = ContextParams(type_k="int8", type_v="int8", n_batch=16)
     ours = logits_of(model, params, TOKENS.repeat(4))[:100]
     assert (ours - exact).abs().max() < 0.1
@@ -239,7 +239,7 @@ def test_reuse_leaves_a_token_to_read(model):
 
 @pytest.mark.parametrize(("bits", "bound"), [("int8", 0.01), ("int4", 0.15)])
 def test_shifted_quantized_keys_stay_within_their_error(model, bits, bound):
-    """Five shifts, so that the oldest keys were quantised six times."""
+    """Five shifts, so that the oldest keys were quantized six times."""
     keys = []
     tokens = TOKENS.repeat(6)
     for params in (ContextParams(type_k=bits, type_v=bits), ContextParams()):

@@ -227,7 +227,7 @@ def test_native_attention_within_5_percent(threads):
 
 
 def test_plans_leave_no_fake_tensors():
-    """A Hadamard matrix cached during a plan would break every quantised cache after it."""
+    """A Hadamard matrix cached during a plan would break every quantized cache after it."""
     AttentionPeak(saccade.plan(tiny_config("llama")).facts, ContextParams(**PARAMS["int8"])).at(99)
     assert type(hadamard_transform(torch.randn(2, 16))) is torch.Tensor
     assert torch.isfinite(hadamard_transform(torch.randn(2, 16))).all()

@@ -46,7 +46,7 @@ def stepped(model, params, tokens):
 
 @pytest.mark.parametrize("name", CACHES)
 def test_equals_append(model, name):
-    """Long enough for dense storage to grow and for groups of tokens to be quantised."""
+    """Long enough for dense storage to grow and for groups of tokens to be quantized."""
     tokens = [(7 * i) % 120 + 3 for i in range(150)]
     expected = eager(model, CACHES[name], tokens)
     fused = replace(CACHES[name], fused_layers=True)

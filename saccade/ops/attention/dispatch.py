@@ -158,7 +158,7 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
         if reason is not None:
             verdict = f"cannot: {reason}"
         elif name not in asked:
-            verdict = "able, but only by name: it materialises the scores"
+            verdict = "able, but only by name: it materializes the scores"
         elif _passed_over(name, rule):
             found = rules.rules_for(call.q.device)
             verdict = f"able, but {found.unmeasured(name, rules.facts_of(call))}"

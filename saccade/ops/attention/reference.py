@@ -1,4 +1,4 @@
-"""The specification: attention with materialised scores, in plain PyTorch.
+"""The specification: attention with materialized scores, in plain PyTorch.
 
 This is the "standard attention" of the comparison: O(Lq * Lk) memory.  It computes in float32
 (float64 for float64 inputs), differentiates by autograd, and every other backend is tested

@@ -28,7 +28,7 @@ def supports(x: Tensor, *weights: Tensor) -> bool:
     return (
         _measured_on(x.device)
         and all(
-            type(weight.data) is Tensor  # not one of a quantising library
+            type(weight.data) is Tensor  # not one of a quantizing library
             and weight.is_contiguous()
             and (weight.dtype, weight.device) == (x.dtype, x.device)
             and weight.shape[1:] == x.shape[-1:]

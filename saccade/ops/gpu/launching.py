@@ -18,7 +18,7 @@ def strided(x: Tensor) -> StridedTensor:
 
 
 def quantized_strided(x: QuantizedTensor, *, as_bytes: bool = False) -> QuantizedStrided:
-    """Pointers and strides of quantised data, scales and offsets.
+    """Pointers and strides of quantized data, scales and offsets.
 
     Args:
         as_bytes: present the data as uint8, whatever its dtype.

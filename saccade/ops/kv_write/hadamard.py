@@ -1,4 +1,4 @@
-"""The orthonormal Walsh-Hadamard transform that spreads outlier channels before quantising.
+"""The orthonormal Walsh-Hadamard transform that spreads outlier channels before quantizing.
 
 Attention is unchanged when q and k are both multiplied by one orthonormal matrix, and when v is
 multiplied by one and the output by its inverse (QuaRot, arXiv 2404.00456).  The Hadamard matrix is

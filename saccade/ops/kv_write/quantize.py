@@ -1,4 +1,4 @@
-"""Quantising whole groups of tokens into a cache, and dequantising a range of it.
+"""Quantizing whole groups of tokens into a cache, and dequantizing a range of it.
 
 By one kernel where Triton runs; elsewhere by the definition (`core.formats`).
 """
@@ -16,7 +16,7 @@ MAX_DIM, MAX_GROUP = 512, 256
 
 
 def quantize_keys_into(k: Tensor, into: QuantizedTensor, *, bits: int, group: int) -> None:
-    """Quantise keys `[B, Hkv, N, D]`, N a multiple of `group`, into storage.
+    """Quantize keys `[B, Hkv, N, D]`, N a multiple of `group`, into storage.
 
     Args:
         into: qdata `[B, Hkv, N, D(/2)]` (uint8, or float8_e4m3fn for fp8), float16 scale and
@@ -31,7 +31,7 @@ def quantize_keys_into(k: Tensor, into: QuantizedTensor, *, bits: int, group: in
 
 
 def quantize_values_into(v: Tensor, into: QuantizedTensor, *, bits: int, group: int) -> None:
-    """Quantise values `[B, Hkv, N, D]`, D a multiple of `group`, into storage.
+    """Quantize values `[B, Hkv, N, D]`, D a multiple of `group`, into storage.
 
     Args:
         into: as for keys, but scale and offset `[B, Hkv, N, D/group]`.
@@ -47,7 +47,7 @@ def quantize_values_into(v: Tensor, into: QuantizedTensor, *, bits: int, group: 
 
 
 def dequantize_range(kv: QuantizedKV, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Quantised keys and values start .. stop-1 in full precision, `[B, Hkv, n, D]` each.
+    """Quantized keys and values start .. stop-1 in full precision, `[B, Hkv, n, D]` each.
 
     Args:
         start, stop: multiples of `kv.k_group` below `kv.num_quantized`.

@@ -1,4 +1,4 @@
-"""Kernels behind `quantize`: a group is loaded once for its offset, scale and quantised values.
+"""Kernels behind `quantize`: a group is loaded once for its offset, scale and quantized values.
 
     offset = min        scale = (max - min) / (2^bits - 1)       q = round((x - offset) / scale)
     fp8:  offset = middle    scale = max |x - offset| / 448      q = (x - offset) / scale
@@ -22,7 +22,7 @@ from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, quantized_strided, strided, unit_rows
 from saccade.ops.gpu.triton_lang import head_pointer
 
-TOKENS = 32  # of a program that quantises values or dequantises
+TOKENS = 32  # of a program that quantizes values or dequantizes
 TINY = tl.constexpr(2.0**-24)  # the smallest scale float16 holds
 FP8_LARGEST = tl.constexpr(FP8_MAX)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, ties to even
@@ -43,7 +43,7 @@ def offset_and_scale(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
 
 @triton.jit
 def quantize(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """Quantised values, as float32."""
+    """Quantized values, as float32."""
     q = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
     if IS_FP8:
         return tl.minimum(tl.maximum(q, -FP8_LARGEST), FP8_LARGEST)
@@ -52,7 +52,7 @@ def quantize(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
 
 @triton.jit
 def store_quantized(at, low, high, keep, HALF: tl.constexpr, BITS: tl.constexpr):
-    """Store the quantised values of both halves of a head from `at` on."""
+    """Store the quantized values of both halves of a head from `at` on."""
     dtype: tl.constexpr = at.dtype.element_ty
     if BITS == 4:
         tl.store(at, (low.to(tl.int32) | (high.to(tl.int32) << 4)).to(dtype), mask=keep)
@@ -154,7 +154,7 @@ def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF
 
 @triton.jit
 def dequantize(storage, q, b, h, rows, dims, keep, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Dequantised values; a scale is shared by TOKENS tokens and CHANNELS channels."""
+    """Dequantized values; a scale is shared by TOKENS tokens and CHANNELS channels."""
     row, channel = (rows // TOKENS)[:, None], (dims // CHANNELS)[None, :]
     scale_at = head_pointer(storage.scale, b, h) + row * storage.scale.row + channel
     offset_at = head_pointer(storage.offset, b, h) + row * storage.offset.row + channel

@@ -51,7 +51,7 @@ BACKWARD_Q = Kernel("backward_q", "gradients of queries")
 DECODE = Kernel("decode", "few queries over keys that are contiguous, or in a ring")
 DECODE_PAGED = Kernel("decode_paged", "few queries over keys found through a page table")
 DECODE_QUANTIZED = Kernel(
-    "decode_quantized", "few queries over quantised keys, whose group is an upper bound of block_n"
+    "decode_quantized", "few queries over quantized keys, whose group is an upper bound of block_n"
 )
 FLOAT32 = Kernel("float32", "any kernel in full float32, without tensor cores: small tiles")
 

@@ -1,4 +1,4 @@
-"""Backend `gluon`: warp-specialised Gluon kernels on Hopper GPUs.
+"""Backend `gluon`: warp-specialized Gluon kernels on Hopper GPUs.
 
 Five kinds of call, each with its own kernel and its own reasons to refuse: gradients, decoding over
 quantized keys, decoding over dense keys or pages, prefill over rings and quantized keys chunk by

@@ -51,7 +51,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 
 def _gpu_refusal(call: AttentionCall) -> str | None:
-    """On a GPU: why no fused kernel runs it; PyTorch itself would materialise the scores."""
+    """On a GPU: why no fused kernel runs it; PyTorch itself would materialize the scores."""
     kv, kind = call.kv, plain_kind(call)
     if not isinstance(kv, DenseKV) or call.cu_seqlens is not None:
         return "PyTorch's GPU kernels take plain dense keys and no packed documents here"

@@ -1,6 +1,6 @@
 """PyTorch's fused attention kernels on a GPU, each asked for by name.
 
-scaled_dot_product_attention chooses among them and falls to its "math" path, which materialises
+scaled_dot_product_attention chooses among them and falls to its "math" path, which materializes
 the scores, without a word.  Here the kernel is chosen explicitly and a call that none of them can
 run is refused with the reason.  The names are those of torch.nn.attention: cuDNN, FlashAttention-2
 ("flash") and the memory-efficient one ("efficient"), which alone takes a mask and float32.

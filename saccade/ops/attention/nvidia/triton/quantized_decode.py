@@ -1,4 +1,4 @@
-"""Attention over quantised keys and values on GPUs, without ever writing them back in full.
+"""Attention over quantized keys and values on GPUs, without ever writing them back in full.
 
 A tile of keys lies in one group of tokens, so its scales and offsets are one row; those of values
 are one column.  Integers become float16 by bit operations alone: 0x6400 | n is 1024 + n in
@@ -74,7 +74,7 @@ def unpack_fp8_ptx():
 @triton.jit
 def unpack_nth(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
               FLOAT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The n-th quantised value of each 32-bit integer as a float, minus FROM."""
+    """The n-th quantized value of each 32-bit integer as a float, minus FROM."""
     value = nth_value(packed, n, BITS, SIDE)
     if FLOAT:
         bits = ((value & 0x80) << 8) | ((value & 0x7F) << 7)
@@ -93,7 +93,7 @@ def nth_value(packed, n: tl.constexpr, BITS: tl.constexpr, SIDE: tl.constexpr):
 @triton.jit
 def unpack(packed, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
            FLOAT: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Quantised values of one half of a head as floats, minus FROM; 4-bit `packed` has both."""
+    """Quantized values of one half of a head as floats, minus FROM; 4-bit `packed` has both."""
     if FAST and DTYPE == tl.float16:
         text: tl.constexpr = unpack_fp8_ptx() if FLOAT else unpack_ptx(BITS, SIDE, FROM)
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
@@ -110,7 +110,7 @@ def unpack(packed, BITS: tl.constexpr, SIDE: tl.constexpr, FROM: tl.constexpr,
 
 @triton.jit
 def load_packed(strided, b, kv_head, at, real, index, HALF: tl.constexpr, SIDE: tl.constexpr):
-    """Quantised values of one half of a head for tokens `at`, four bytes per 32-bit integer."""
+    """Quantized values of one half of a head for tokens `at`, four bytes per 32-bit integer."""
     where = (head_pointer(strided, b, kv_head) + at * strided.row + SIDE * HALF).to(
         tl.pointer_type(tl.int32)
     )
@@ -136,7 +136,7 @@ def load_tokens(strided, b, kv_head, at, real, group):
 def load_quantized(k, v, b, kv_head, start, real, columns, dims, value_dims, HALF: tl.constexpr,
           V_HALF: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
           K_GROUP: tl.constexpr, V_GROUP: tl.constexpr):  # fmt: skip
-    """Quantised K and V, scales and offsets of a tile of tokens: (lower, upper half) of each."""
+    """Quantized K and V, scales and offsets of a tile of tokens: (lower, upper half) of each."""
     at = (start + columns).to(tl.int64)
     group = (start // K_GROUP).to(tl.int64)
     other: tl.constexpr = V_HALF // V_GROUP  # channel group of the upper half, where a half has one

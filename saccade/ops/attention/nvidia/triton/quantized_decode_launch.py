@@ -1,4 +1,4 @@
-"""Attention over quantised storage: splits over the quantised keys, more over the recent ones."""
+"""Attention over quantized storage: splits over the quantized keys, more over the recent ones."""
 
 # Triton's own types know neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -38,10 +38,10 @@ from saccade.ops.tuning import tables as tuning
 
 
 class QuantizedReader(NamedTuple):
-    """A kernel that attends to quantised keys, and how its launcher splits them.
+    """A kernel that attends to quantized keys, and how its launcher splits them.
 
     Attributes:
-        num_splits: of a problem over its quantised keys, 1 or more.
+        num_splits: of a problem over its quantized keys, 1 or more.
         decode_into: `(problem, kv, partials, splits, *, with_sinks)` computes the first splits.
     """
 
@@ -50,7 +50,7 @@ class QuantizedReader(NamedTuple):
 
 
 def attend_quantized(call: AttentionCall, reader: QuantizedReader) -> AttentionOutput:
-    """Attention of a call over quantised storage, its quantised keys read by `reader`."""
+    """Attention of a call over quantized storage, its quantized keys read by `reader`."""
     if isinstance(call.kv, GrowingKV):
         return _attend(call, call.kv.stored, reader, call.kv.num_quantized)
     assert isinstance(call.kv, QuantizedKV)
@@ -60,10 +60,10 @@ def attend_quantized(call: AttentionCall, reader: QuantizedReader) -> AttentionO
 def _attend(
     call: AttentionCall, kv: QuantizedKV, reader: QuantizedReader, packed: Tensor | None = None
 ) -> AttentionOutput:
-    """Splits over the quantised keys, and more over the recent keys of full precision.
+    """Splits over the quantized keys, and more over the recent keys of full precision.
 
     Args:
-        packed: the number of quantised keys, where only the device knows it; the recent keys'
+        packed: the number of quantized keys, where only the device knows it; the recent keys'
             positions then start from it.
     """
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.kv_lens)

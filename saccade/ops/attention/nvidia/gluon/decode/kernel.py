@@ -1,7 +1,7 @@
 """Split-KV decoding over dense or paged keys of 16 bits on Hopper: each warp has keys of its own.
 
 A CTA is a few warps; warp w takes every WARPS-th tile of sixteen keys.  A warp fills a ring of
-stages in its part of shared memory by cp.async, several tiles ahead, and synchronises with the
+stages in its part of shared memory by cp.async, several tiles ahead, and synchronizes with the
 others only at the end, so no barrier stands between memory and the copies.  Page numbers are loaded
 two tiles before the copies that need them.  Keys and values are the A operands of both products,
 

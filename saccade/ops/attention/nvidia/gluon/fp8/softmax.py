@@ -84,7 +84,7 @@ def p_operand(packed, zero, O: gl.constexpr):
 
     A 32-bit register stands for its four weights, so it is named four times and read once.  `zero`
     is 0, which the compiler does not know: a register that went straight into wgmma would be
-    written while the product before still reads it, and ptxas then serialises all products.
+    written while the product before still reads it, and ptxas then serializes all products.
     """
     ROWS: gl.constexpr = packed.shape[0]
     GROUPS: gl.constexpr = packed.shape[1]

@@ -2,7 +2,7 @@
 
 One CTA per multiprocessor computes its work tiles, those with most keys first.  One producer warp
 loads Q, K and V by TMA; two or three consumer warpgroups of 64 queries each compute.  They
-synchronise by mbarriers: a pipeline stage is full when its bytes have arrived, and empty when every
+synchronize by mbarriers: a pipeline stage is full when its bytes have arrived, and empty when every
 consumer has read it.
 Source: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608).
 """

@@ -29,7 +29,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 
 def stored(call: AttentionCall) -> QuantizedKV:
-    """The quantised storage of a view."""
+    """The quantized storage of a view."""
     if isinstance(call.kv, GrowingKV):
         return call.kv.stored
     assert isinstance(call.kv, QuantizedKV)
