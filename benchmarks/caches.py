@@ -71,7 +71,7 @@ def trial_of(model: Any, runner: HFModel, tokens: list[int], length: int) -> Tri
         return model.tokenizer(text, add_special_tokens=False).input_ids
 
     def heads(kind: str) -> AbstractContextManager[Any]:
-        raise NotImplementedError(f"no row asks for {kind} heads")
+        raise NotImplementedError(f"no row has {kind} heads")
 
     needles = make_needles(1)
     context = length - SCORED - ANSWER - QUESTION
@@ -181,7 +181,7 @@ def _means(word: str, name: str) -> bool:
 
 
 def main() -> int:
-    """Measure what is asked for and not yet in the record."""
+    """Measure the requested rows that are not yet in the record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--length", type=int, action="append", help=f"of {LENGTHS}; default all")
     parser.add_argument(

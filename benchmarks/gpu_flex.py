@@ -1,7 +1,7 @@
 """FlexAttention as a peer on a GPU: tuned options, fresh compile state, and really fused.
 
 FlexAttention compiles anew for every mask function; after eight of them it runs unfused and does
-not say so.  So the compile state is dropped before each case, a few sets of options are compiled
+not say so.  So the compile state is cleared before each case, a few sets of options are compiled
 and the fastest counts, and a call that takes as much memory as the scores would is refused.
 """
 

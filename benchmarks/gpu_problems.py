@@ -1,4 +1,4 @@
-"""Attention problems as data, and the calls that they stand for.
+"""Attention problems as data, and the calls that they describe.
 
 A problem is run by `saccade.attend`.  Beside
 its calls it has a probe: the last queries of one group of heads, in float64, for the reference.
@@ -182,7 +182,7 @@ def _view(problem: Problem, k: Tensor, v: Tensor) -> KVView:
 
 
 def _ring(problem: Problem, k: Tensor, v: Tensor) -> DenseKV:
-    """What a ring hands out for a chunk: its sinks, an older and a newer run, the chunk itself."""
+    """The view of a ring for a chunk: its sinks, an older and a newer run, the chunk itself."""
     assert problem.window is not None
     start, sinks = problem.keys - problem.queries, problem.sinks
     first = max(sinks, start - problem.window)

@@ -174,7 +174,7 @@ def half_rows() -> Iterator[Row]:
 
 
 def rows() -> list[Row]:
-    """Rules first; a problem that several rules ask about is measured once for each."""
+    """Rules first; a problem that several rules cover is measured once for each."""
     return [*rule_rows(), *chunk_rows(), *plan_rows(), *half_rows()]
 
 

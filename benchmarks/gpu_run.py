@@ -47,7 +47,7 @@ class Row:
 
 
 def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure the rows that the command line asks for, print each, and write the record."""
+    """Measure the rows that the command line selects, print each, and write the record."""
     args = _arguments(what, argv)
     chosen = [row for row in rows if not args.only or row.case in args.only]
     if args.warm:

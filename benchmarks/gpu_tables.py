@@ -34,11 +34,11 @@ def to_markdown(record: dict[str, Any], case: str) -> str:
 
 
 def model_to_markdown(record: dict[str, Any]) -> str:
-    """A whole model: a row for each length, ours and SDPA's; ends with a newline."""
+    """A model end to end: a row for each length, ours and SDPA's; ends with a newline."""
     headings = [Heading(name) for name in ("first token, s", "peak, GiB", "ms a token")]
     lines: list[Line] = []
-    for who, title in (("ours", "saccade"), ("sdpa", "SDPA"), ("compiled", "compiled SDPA")):
-        part = record.get(who, {})
+    for key, title in (("ours", "saccade"), ("sdpa", "SDPA"), ("compiled", "compiled SDPA")):
+        part = record.get(key, {})
         for length, row in part.get("decode", part).items():
             if length.isdigit() and "ms_per_token" in row:
                 name = f"{title}, {_tokens(int(length))}"

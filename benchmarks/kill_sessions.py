@@ -90,7 +90,7 @@ class Trial:
     """A session on disk, and what became of it.
 
     Attributes:
-        held: tokens that the file holds; lost: how often it held fewer than it had to.
+        in_file: tokens that the file stores; lost: how often it stored fewer than were saved.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -98,20 +98,20 @@ class Trial:
         with saccade.Context(self.model) as ctx:
             list(ctx.stream(torch.arange(1, 400) % 120, n_predict=1))
             save_session(self.path, ctx)
-            self.held = self.first = ctx.seen
+            self.in_file = self.first = ctx.seen
         self.lost = self.while_writing = 0
 
     def kill(self, *, seconds: float | None = None, size: int | None = None) -> None:
-        """One child, one death, one look at the file."""
-        promised = max(self.held, one_death(self.model, self.path, seconds=seconds, size=size))
+        """Start a child, kill it, and load the file."""
+        saved = max(self.in_file, one_death(self.model, self.path, seconds=seconds, size=size))
         try:
             with saccade.Context(self.model) as ctx:
                 load_session(self.path, ctx)
-                self.held = ctx.seen
+                self.in_file = ctx.seen
         except (saccade.BadInput, OSError) as error:
             print(error, file=sys.stderr)
-            self.held = 0
-        self.lost += self.held < promised
+            self.in_file = 0
+        self.lost += self.in_file < saved
         for part in self.folder.glob(".session.*.part"):
             self.while_writing += 1
             part.unlink()
@@ -131,7 +131,7 @@ def run(kills: int, cuts: int, folder: Path, seed: int) -> dict[str, int]:
         "of_these_while_writing": caught,
         "kills_at_a_byte": cuts,
         "of_these_while_writing_at_a_byte": trial.while_writing - caught,
-        "saves": trial.held - trial.first,
+        "saves": trial.in_file - trial.first,
         "bytes_per_session": trial.path.stat().st_size,
         "sessions_lost": trial.lost,
     }

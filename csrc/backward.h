@@ -4,7 +4,7 @@
 //
 //     dV = P^T dO     dS = P * (dO V^T - delta)     dK = dS^T Q * scale     dQ = dS K * scale
 //
-// A work item owns a chunk of the keys of one (sequence, KV head): it walks its tiles, and for each
+// A work item is a chunk of the keys of one (sequence, KV head): it loops over tiles, and for each
 // tile the blocks of rows that attend to it.  dK and dV of a tile are complete when the rows are
 // done.  dQ is summed over tiles in float32, in a buffer of its own for each chunk, so that threads
 // never add to the same number and the result does not depend on their order.

@@ -11,7 +11,7 @@
 //       decode               few rows: decode_plain, decode_quantized, integer_dot, loaders
 //       split_kv, output     partial results, finished rows
 //     backward             gradients
-//     tiles, key_ranges    which keys are visited, and where they lie
+//     tiles, key_ranges    which keys are read, and where they lie
 //     rows, softmax        masks and the online softmax of a row
 //     simd_*               vector operations of a target; intmath, arena
 //   pool, workspace      threads, and the memory that they keep for the kernels

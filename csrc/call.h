@@ -9,7 +9,7 @@
 namespace saccade {
 
 // A tensor as Python describes it; strides in elements.  `reach` is the number of bytes from
-// `data` to the end of its storage, so that its extent can be checked against real memory.
+// `data` to the end of its storage, which bounds the bytes that the tensor may span.
 struct TensorArg {
   static constexpr int kMaxDims = 5;
   char* data;

@@ -60,7 +60,7 @@ void Checker::check_dense() {
   }
 }
 
-// Every table entry that a length makes reachable must name a page.
+// Every table entry below the length of its row must be the number of a page.
 void Checker::check_table_row(const int32_t* row, int64_t max_pages, int64_t length) {
   const int64_t size = p_.kv.page_size, pages = c_.kv.k.shape[0];
   if (length < 0 || length > max_pages * size)
@@ -147,11 +147,11 @@ void Checker::check_quantized() {
           "a quantized view needs qdata, scale and offset of keys and values.");
   check_tensor(*kv.k_qdata, "qdata", 4);
   const int64_t tokens = kv.k_qdata->shape[2], group = kv.k_group;
-  require(group >= 1 && tokens % group == 0, "quantized keys must fill whole groups.");
+  require(group >= 1 && tokens % group == 0, "quantized keys must fill full groups.");
   require(kv.v_scale->ndim == 4, "scales must have 4 dimensions.");
   const int64_t channels = kv.v_scale->shape[3];
   require(channels >= 1 && p_.value_dim % channels == 0,
-          "the channels of a value must fill whole groups.");
+          "the channels of a value must fill full groups.");
   p_.kv.num_quantized = tokens;
   p_.kv.quantized_k = quantized_tensor(*kv.k_qdata, *kv.k_scale, *kv.k_offset, kv.bits_k,
                                        p_.head_dim, tokens / group, p_.head_dim);

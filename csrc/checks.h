@@ -1,4 +1,4 @@
-// The boundary: nothing from Python reaches a kernel before it was checked here.
+// Checks of everything that comes from Python, before a kernel runs.
 #pragma once
 #include <vector>
 

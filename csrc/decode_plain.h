@@ -158,7 +158,7 @@ class DecodePlain : protected DecodeState {
     }
   }
 
-  // The channels after the last whole chunk.
+  // The channels after the last full chunk.
   template <class Source, int R>
   void add_last_values(int row, int at, int n) {
     constexpr int parts = Source::kParts;

@@ -43,7 +43,7 @@ class DecodeQuantized : protected DecodePlain {
       }
 #endif
       scale_queries<Source, R>(row, group);
-      // Whole blocks of keys are computed; those from `end` on are overwritten by the next group.
+      // Full blocks of keys are computed; those from `end` on are overwritten by the next group.
       const int length = (int)p_.head_dim / Source::kParts;
       dot<Source, R>(scaled_q_[0], kDimPad, length, row, begin, end);
       for (int r = 0; r < R; ++r)

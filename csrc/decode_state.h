@@ -1,4 +1,4 @@
-// The state of a few rows (query heads x queries, at most 8) while they walk their keys.
+// The state of a few rows (query heads x queries, at most 8) during the loop over their keys.
 #pragma once
 #include "loaders.h"
 #include "pack.h"
@@ -71,7 +71,7 @@ class DecodeState {
     return p_.kv.v.dtype == Dtype::bf16 && p_.kv.kind != ViewKind::quantized;
   }
 
-  // Rows that may be kept as even and odd channels take room for whole chunks.
+  // Rows that may be kept as even and odd channels take room for full chunks.
   static int padded_dim(int dim) { return (int)ceil_div(dim, 2 * W) * 2 * W; }
 
   int padded_count() const { return (int)ceil_div(tile_->count, kTilePad) * kTilePad; }
@@ -119,7 +119,7 @@ class DecodeState {
   // speed).
   static constexpr int kToL2 = 2;
 
-  // Asks for bytes [begin, end) of N rows that will be read soon, while there is arithmetic to do:
+  // Prefetches bytes [begin, end) of N rows that will be read soon, during the arithmetic:
   // spread evenly, because the requests in flight are few.
   template <int N>
   SACCADE_INLINE void prefetch(const char* const* rows, int first, int count, int64_t begin,

@@ -19,7 +19,7 @@ struct IntegerQuery {
 
 // Queries times the scales of a key group as integers, and bias = q . offset.  What rounding leaves
 // over joins the bias times the middle of the range, which halves the error.  Rows advance side by
-// side, so that none waits for its own sums.  Everything is padded with zeros to whole registers.
+// side, so that none waits for its own sums.  Everything is padded with zeros to full registers.
 template <int R>
 SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scale,
                                         const float* offset, int dim, float middle,

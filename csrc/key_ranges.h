@@ -67,7 +67,7 @@ SACCADE_INLINE int64_t ragged_keys(const Problem& p, const Sequence& s, int64_t 
   return p.kv.lengths[s.batch * p.kv.lengths_batch + head * p.kv.lengths_head];
 }
 
-// The ascending ranges of view positions that the queries [first, last] of a KV head visit.
+// The ascending ranges of view positions that the queries [first, last] of a KV head attend to.
 static int64_t visited_ranges(const Problem& p, const Sequence& s, int64_t head, int64_t first,
                               int64_t last, Range* out) {
   if (p.kv.kind == ViewKind::ragged) {

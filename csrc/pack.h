@@ -68,7 +68,7 @@ SACCADE_INLINE void unpack_bits(const uint8_t* qdata, int dim, int bits, uint8_t
   }
 }
 
-// A row as float32 times a factor; `x` has room for whole registers.
+// A row as float32 times a factor; `x` has room for full registers.
 template <class T>
 static void widen(const T* row, int dim, float factor, float* x) {
   for (int d = 0; d < dim; d += W) {
@@ -80,7 +80,7 @@ static void widen(const T* row, int dim, float factor, float* x) {
 // x = qdata * scale + offset along a row whose scale and offset are rows too (keys).
 SACCADE_INLINE void dequantize_row(const uint8_t* bytes, const float* scale, const float* offset,
                                    int dim, float* x) {
-  for (int d = 0; d < dim; d += W)  // rows are padded to whole registers
+  for (int d = 0; d < dim; d += W)  // rows are padded to full registers
     store(x + d, fma(load(bytes + d), load(scale + d), load(offset + d)));
 }
 

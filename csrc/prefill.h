@@ -1,8 +1,8 @@
 // Many queries: strips of rows against packed tiles of keys, everything float32 in cache.
 //
-// A work item walks the tiles of keys that its rows attend to.  A tile is packed once; then every
+// A work item loops over the tiles of keys that its rows attend to.  A tile is packed once; then every
 // strip of MR rows computes its scores (QK^T), takes the online-softmax step while they are still
-// in L1, and adds P V to its accumulators.  Strips to which the whole tile is masked skip it, and
+// in L1, and adds P V to its accumulators.  Strips for which the full tile is masked skip it, and
 // strips that attend to all of it skip the mask.
 #pragma once
 #include "arena.h"

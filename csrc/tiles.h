@@ -1,4 +1,4 @@
-// Walks the keys of a view tile by tile, in the order of their positions, without copying them.
+// Iterates over the keys of a view tile by tile, in the order of positions, without copying them.
 //
 // A Tile is a list of pointers: where each key and value lies and which position it has.  A slot
 // that must not be read (padding, an empty slot, one past the end) points at zeros and has the
@@ -17,7 +17,7 @@ constexpr int kTilePad = 32;  // kernels may read this far past the end
 constexpr int32_t kNoKey = INT32_MAX;            // position of a slot without a key
 constexpr int32_t kAnyPosition = INT32_MAX - 1;  // last position that a non-causal query attends to
 
-constexpr int kDimPad = kMaxDim + 32;  // rows in a workspace are padded to whole registers
+constexpr int kDimPad = kMaxDim + 32;  // rows in a workspace are padded to full registers
 
 struct Tile {
   int count;          // slots; the next kTilePad entries are kNoKey
@@ -34,7 +34,7 @@ alignas(64) inline constexpr char kZeros[4096] = {};
 
 class TileWalk {
  public:
-  // Visits the positions of `ranges` from the `skip`-th on, `take` of them.
+  // Iterates over the positions of `ranges` from the `skip`-th on, `take` of them.
   TileWalk(const Problem& problem, const Sequence& sequence, int64_t kv_head, const Range* ranges,
           int64_t num_ranges, int64_t skip, int64_t take)
       : p_(problem), s_(sequence), head_(kv_head), range_(ranges), end_(ranges + num_ranges),

@@ -58,7 +58,7 @@ static int64_t choose_splits(const Problem& p, int64_t blocks, int64_t keys) {
   return max(1, min(wanted, keys / (4 * kTile)));
 }
 
-// The part of `total` keys that a split takes, in whole tiles.
+// The part of `total` keys that a split takes, in full tiles.
 SACCADE_INLINE Range split_range(int64_t total, int64_t split, int64_t splits) {
   const int64_t tiles = ceil_div(total, kTile);
   return {min(total, tiles * split / splits * kTile),

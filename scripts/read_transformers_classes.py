@@ -4,7 +4,7 @@
     python scripts/read_transformers_classes.py /tmp/unpacked    a wheel that was unpacked there
     python scripts/read_transformers_classes.py --check          change nothing, fail if some differ
 
-A name is added by hand, with an empty list, once somebody has read the class and knows that it is
+A name is added by hand, with an empty list, after reading the class and finding that it is
 what `saccade/hf/allowlist.py` says of its kind.  Then this script adds the hash.  A hash that
 changes with a new version means that the class has to be read again before it is added.
 """

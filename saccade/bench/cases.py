@@ -138,7 +138,7 @@ class Case:
 
 
 def value_group(head_dim: int) -> int:
-    """Channels that share a value scale: the whole head where it is no multiple of the group."""
+    """Channels that share a value scale: the full head where it is no multiple of the group."""
     return GROUP if head_dim % GROUP == 0 else head_dim
 
 
@@ -146,7 +146,7 @@ def prefill(heads: int, kv_heads: int, head_dim: int, length: int, *, quick: boo
     """One shape over every storage type."""
     group = f"prefill {heads}/{kv_heads} D{head_dim} N{length}"
     base = f"{group} fp32"
-    everyone = ("torch", "flex") if length < 8192 else ()  # peers need minutes there
+    peers = ("torch", "flex") if length < 8192 else ()  # peers need minutes there
     plain = Case(
         group=group, work="prefill", heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         q_len=length, kv_len=length, storage="fp32", quick=quick, peers=("torch", "flex"),
@@ -156,8 +156,8 @@ def prefill(heads: int, kv_heads: int, head_dim: int, length: int, *, quick: boo
     qdata = (Bar(measure="time", limit=1.2, against=base),)
     return [
         plain,
-        replace(plain, storage="bf16", bars=half, peers=everyone),
-        replace(plain, storage="fp16", bars=half, peers=everyone, quick=False),
+        replace(plain, storage="bf16", bars=half, peers=peers),
+        replace(plain, storage="fp16", bars=half, peers=peers, quick=False),
         replace(plain, storage="int8", bars=qdata, peers=()),
         replace(plain, storage="int4", bars=qdata, peers=()),
     ]

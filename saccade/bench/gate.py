@@ -1,14 +1,14 @@
 """The correctness gate: a kernel whose result is wrong is never timed.
 
-The yardstick is attention in float64 over the very keys and values that the view holds.  What a
-kernel may be off by is measured too: an eager run in the storage type is compared with the same
-yardstick, and twice its error is allowed.  Errors count relative to their own row (late rows of a
+The reference is attention in float64 over the same keys and values as the view stores.  The allowed
+error is measured too: an eager run in the storage type is compared with the same reference, and
+twice its error is allowed.  Errors count relative to their own row (late rows of a
 causal prefill average over many keys and are small), once as the largest of a row and once as a
 root mean square over everything; the second one notices a scale that is wrong by a per cent.
 
-Large problems are checked on a random subset of query rows, one from each stretch of the queries
-and those at the edges; that every output lies between the smallest and largest value is checked
-for all rows.
+Large problems are checked on a random subset of query rows, one from each section of the queries,
+and on rows where the mask changes; that every output lies between the smallest and largest value is
+checked for all rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Expected:
         row_limit: `[1, H, R, 1]`, largest allowed error of an element.
         rms_limit: largest allowed root mean square error, in units of `row_size`.
         row_size: `[1, H, R, 1]`, root mean square of each exact row.
-        bounds: smallest and largest value of any element of the whole tensor, or None.
+        bounds: smallest and largest value of any element of the full tensor, or None.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Expected:
     bounds: tuple[float, float] | None = None
 
     def judge(self, got: Tensor) -> Verdict:
-        """Compare the whole tensor `[1, H, L, D]` with what is expected."""
+        """Compare the full tensor `[1, H, L, D]` with what is expected."""
         if not bool(got.isfinite().all()):
             return Verdict(float("inf"), f"{self.name} has elements that are not finite")
         if self.bounds is not None:
@@ -91,7 +91,7 @@ class Expected:
 
 
 class Gate:
-    """Expected results of one case, computed once and asked for every backend."""
+    """Expected results of one case, computed once and compared with every backend."""
 
     def __init__(self, case: Case, inputs: Inputs, *, seed: int = 0) -> None:
         make = _expected_grads if case.work == "backward" else _expected_out
@@ -110,14 +110,14 @@ class Gate:
 
 
 def rows_to_check(case: Case, seed: int) -> Tensor:
-    """All rows of a small problem; else one of each stretch, and those where masks change."""
+    """All rows of a small problem; else one of each section, and those where masks change."""
     if 4.0 * case.head_dim * case.heads * case.q_len * case.kv_len <= ALL_ROWS:
         return torch.arange(case.q_len)
     source = torch.Generator().manual_seed(seed)
-    edges = torch.linspace(0, case.q_len, NUM_ROWS + 1).long()
-    random = torch.rand(NUM_ROWS, generator=source) * (edges[1:] - edges[:-1])
+    bounds = torch.linspace(0, case.q_len, NUM_ROWS + 1).long()
+    random = torch.rand(NUM_ROWS, generator=source) * (bounds[1:] - bounds[:-1])
     special = [0, 1, case.q_len - 1, *((case.window - 1, case.window) if case.window else ())]
-    return torch.cat((edges[:-1] + random.long(), torch.tensor(special))).unique()
+    return torch.cat((bounds[:-1] + random.long(), torch.tensor(special))).unique()
 
 
 def _expected_out(case: Case, inputs: Inputs, seed: int) -> tuple[Expected, ...]:

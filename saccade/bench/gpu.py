@@ -1,8 +1,8 @@
 """Timing on a GPU by CUDA events, and what the GPU could do at best.
 
 Random data always: zeros run faster.  The host is kept ahead of the GPU, so that its own time is
-not counted; short kernels are captured, several caches in turn, into one CUDA graph.  Without a
-GPU a call is timed once by the host's clock, so that benchmarks can be tried on a CPU.
+not counted; short kernels, over several caches alternately, are captured in one CUDA graph.
+Without a GPU a call is timed once by the host's clock, so that benchmarks can be tried on a CPU.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class Inputs:
 
     Attributes:
         q: `[1, H, Lq, D]`; grad: of the output, for backward.
-        views: equal views in different memory.  Decoding walks through them in turn, as it walks
-            through the layers of a model, so that no token finds its keys in the CPU's caches.
+        views: equal views in different memory.  Decoding reads one after another, as it
+            does with the layers of a model, so that no keys are still in the CPU's caches.
     """
 
     q: Tensor

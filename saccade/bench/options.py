@@ -81,7 +81,7 @@ def _measured(options: Options, on_progress: OnProgress) -> Benchmark:
 
     for name in options.backends:
         if name != "auto":
-            dispatch.load(name)  # an unknown name is told before minutes are spent
+            dispatch.load(name)  # raises for an unknown name before minutes are spent
     cases = selected(CASES, words=options.cases, quick=options.quick)
     with _threads(options.threads):
         return run(
@@ -115,7 +115,7 @@ def _show(record: Benchmark) -> None:
 
 
 def _write(record: Benchmark, options: Options) -> None:
-    """The files that were asked for; the record first, since nothing can bring it back."""
+    """Write the requested files; the record first, since it cannot be computed from the others."""
     from saccade.report.files import write_whole
 
     if options.json:

@@ -76,7 +76,7 @@ PEERS = {"torch": Peer("torch sdpa", sdpa), "flex": Peer("torch flex", flex)}
 
 
 def forget_compiled() -> None:
-    """Drop compiled kernels: after eight of them FlexAttention runs unfused and does not say so."""
+    """Clear compiled kernels: after eight of them FlexAttention silently runs unfused."""
     torch._dynamo.reset()
 
 

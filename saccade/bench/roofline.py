@@ -1,7 +1,7 @@
 """The roofline of a record: what each case reaches, under what the machine allows.
 
 A kernel that performs `x` operations for each byte it has to move cannot be faster than the FMA
-rate, nor than x times the read bandwidth (Williams, Waterman and Patterson 2009).  Decoding lives
+rate, nor than x times the read bandwidth (Williams, Waterman and Patterson 2009).  Decoding is
 under the slope, prefill under the flat part.  Drawn without pyplot: no global state, no display.
 """
 

@@ -1,9 +1,9 @@
 """Timing on a busy machine: samples of candidates alternate, medians are compared.
 
-Candidates run A B C A B C, never A A A B B B: a neighbour that steals a core for a second slows
-all of them, and ratios stay true where absolute times do not.  Alternating has a price: OpenMP
-workers of one candidate keep spinning for milliseconds after its last loop and would steal a core
-from the next one.  So a pause and a call that does not count stand before each short sample.
+Candidates run A B C A B C, never A A A B B B: another process that takes a core for a second slows
+all of them, and ratios stay right where absolute times do not.  Alternating has a price: OpenMP
+workers of one candidate keep spinning for milliseconds after its last loop and would take a core
+from the next one.  So a pause and an untimed call come before each short sample.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _compare(problem: Problem, standards: list[Result | None], at: int) -> str:
 
 
 def _does_not_fit(error: Exception) -> bool:
-    """Whether Triton says that a launch asks for more than the GPU has."""
+    """Whether Triton raised because a launch needs more resources than the GPU has."""
     return type(error).__name__ in ("OutOfResources", "OutOfMemoryError", "PTXASError")
 
 

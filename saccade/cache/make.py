@@ -32,7 +32,7 @@ def make_layer_cache(
     """The cache of a layer: a ring where there is a window, else as storage types and options say.
 
     Args:
-        window: keys a token sees, itself counted; None for all.
+        window: keys a token attends to, itself counted; None for all.
         sinks: first tokens that stay visible outside the window.
         chunk: most tokens appended at once.
         checkpoints: positions that a ring can roll back to; see RingCache.

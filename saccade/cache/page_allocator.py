@@ -86,7 +86,7 @@ class PageAllocator:
         return self._sequences[seq].pages
 
     def create(self, tokens: Sequence[int] = ()) -> int:
-        """A new sequence that begins with the longest cached prefix of `tokens`, in whole pages.
+        """A new sequence that begins with the longest cached prefix of `tokens`, in full pages.
 
         Returns:
             Id of the sequence; its `length` is the number of tokens found in the prefix cache.

@@ -1,7 +1,7 @@
 """A cache in int8, int4 or fp8, the newest tokens in full precision (KIVI, arXiv 2402.02750).
 
 Keys are quantized per channel in groups of tokens, values per token; the newest tokens stay in full
-precision until a whole group of them can be quantized.  `hadamard_transform` is applied to keys and
+precision until a full group of them can be quantized.  `hadamard_transform` is applied to keys and
 values first, which spreads outlier channels (QuaRot, arXiv 2404.00456); the operator applies it to
 queries and output.  Kernels dequantize tile by tile; no dequantized copy of the history exists.
 """
@@ -29,7 +29,7 @@ class QuantizedCache:
     Args:
         bits_k, bits_v: 8 or 4.
         group: tokens that share a key scale (per channel) and channels that share a value scale
-            (per token; the whole head when head_dim is no multiple of it).
+            (per token; the full head when head_dim is no multiple of it).
         recent: newest tokens that stay in full precision, at least.
         hadamard: apply `hadamard_transform` to keys and values before quantizing.
         fp8: float8_e4m3fn instead of uint8.
@@ -97,7 +97,7 @@ class QuantizedCache:
         return self._append_large(k, v)
 
     def reserve(self, count: int) -> None:
-        """See SteppingCache; whole groups are quantized here, between two steps."""
+        """See SteppingCache; full groups are quantized here, between two steps."""
         if self._recent_k is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         self._quantize_oldest(self._num_recent - self._min_recent)
@@ -233,7 +233,7 @@ class QuantizedCache:
             self._num_quantized_synced = self._num_quantized
 
     def _append_large(self, k: Tensor, v: Tensor) -> QuantizedKV:
-        """Append more than the recent buffer takes: the view has it whole, storage is quantized."""
+        """Append more than the recent buffer takes: exact in the view, quantized in storage."""
         assert self._recent_k is not None and self._recent_v is not None
         k = torch.cat((self._recent_k[:, :, : self._num_recent], k), dim=2)
         v = torch.cat((self._recent_v[:, :, : self._num_recent], v), dim=2)
@@ -246,7 +246,7 @@ class QuantizedCache:
         return view
 
     def _quantize_oldest(self, ready: int) -> None:
-        """Quantize as many whole groups as fit in the `ready` oldest recent tokens."""
+        """Quantize as many full groups as fit in the `ready` oldest recent tokens."""
         count = max(0, ready) // self._group * self._group
         if not count:
             return
@@ -258,7 +258,7 @@ class QuantizedCache:
         self._num_recent = rest
 
     def _append_quantized(self, k: Tensor, v: Tensor) -> None:
-        """Quantize whole groups and store them after the quantized history."""
+        """Quantize full groups and store them after the quantized history."""
         count = k.shape[2]
         if not count:
             return

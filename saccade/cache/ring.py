@@ -5,7 +5,7 @@ O(window)).  Position p >= sinks lives in slot sinks + (p - sinks) % ring.  The 
 `window - 1 + chunk` slots: the oldest query of a chunk still needs its window after the newest key
 of the chunk is written.
 
-In a captured decoding step the host does not know which slot is next.  There the positions of the
+In a captured decoding step the next slot is computed on the device.  There the positions of the
 slots are a device tensor, and the view of the ring is a RaggedKV with one page a head.
 
 Keys before the window are overwritten, so a ring alone can hardly roll back.  A checkpoint copies
@@ -25,7 +25,7 @@ from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 UNBOUNDED = 2**30
-"""`end` of the view of a captured step: past every position, as the host does not know the last."""
+"""`end` of the view of a captured step: past every position, as the last one is on the device."""
 
 
 class RingCache:
@@ -142,7 +142,7 @@ class RingCache:
     def checkpoint(self) -> None:
         """Copy the window before this position, so that `truncate` can come back to it.
 
-        Where there are too many checkpoints, the one closest to its neighbours is dropped.
+        Where there are too many checkpoints, the one closest to its neighbours is freed.
         """
         if self._k is None or not self._max_checkpoints or self._seen in self._checkpoints:
             return

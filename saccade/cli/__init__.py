@@ -1,1 +1,1 @@
-"""Floor 7: the command line.  One module a command, a function that typer reads."""
+"""The command line: one module a command, each a function that typer reads."""

@@ -73,15 +73,15 @@ class SeveralWords(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Join what follows these options up to the next one."""
-        joined: list[str] = []
+        words: list[str] = []
         collects = False
         for word in args:
-            if not collects or word.startswith("-") or joined[-1] in ("--kernels", "--dims"):
-                joined.append(word)
+            if not collects or word.startswith("-") or words[-1] in ("--kernels", "--dims"):
+                words.append(word)
             else:
-                joined[-1] += f",{word}"
+                words[-1] += f",{word}"
             collects = word in ("--kernels", "--dims") or (collects and not word.startswith("-"))
-        return super().parse_args(ctx, joined)
+        return super().parse_args(ctx, words)
 
 
 @app.command("cpu", epilog=f"\b\n{CPU_EXAMPLES}")

@@ -20,7 +20,7 @@ WINDOW, SINKS = 2048, 4
 
 
 def endless(params: ContextParams, n_ctx_train: int) -> ContextParams:
-    """The params, with a window and sinks where nothing in them says how to bound memory."""
+    """The params, with a window and sinks where no option of them bounds memory."""
     chosen = (params.n_swa, params.n_ctx, params.kv_policy, params.type_k)
     if any(option is not None for option in chosen):
         return params
@@ -60,7 +60,7 @@ class Dialogue:
         self.ctx.reset()
 
     def ask(self, text: str) -> Iterator[int]:
-        """Tokens of the answer; call `answered` with its text, however it ended."""
+        """Tokens of the answer; afterwards call `answered` with its text, however it ended."""
         follows = self._in_context and self._messages
         self._messages.append({"role": "user", "content": text})
         tokens = encode_next_message(self.tokenizer, text) if follows else []

@@ -55,7 +55,7 @@ def _print_backends(backends: list[Verdicts]) -> None:
         chosen = next(
             (name for name, said in call.backends.items() if said.startswith("chosen")), "none"
         )
-        others = [name for name, said in call.backends.items() if said.startswith("able")]
+        others = [name for name, said in call.backends.items() if said.startswith("supported")]
         also = f"also possible: {', '.join(others)}" if others else ""
         print(f"  {call.call:{width}}  {chosen:10}  {also}")
         for name, said in call.backends.items():

@@ -59,7 +59,7 @@ def _not_understood(error: Any) -> str:
 
 
 def need(*packages: str, purpose: str) -> None:
-    """Raise UsageError unless the packages are installed; asked before long work begins."""
+    """Raise UsageError unless the packages are installed; called before long work begins."""
     for package in packages:
         if find_spec(package) is None:
             raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")

@@ -46,7 +46,7 @@ def parse(words: Sequence[str]) -> Any:
     """The typer context of the command that `words` name, with the values of its options.
 
     Raises:
-        TyperException: words that it does not know; typer.Exit: help or the version was printed.
+        TyperException: unknown words; typer.Exit: help or the version was printed.
     """
     command, path, rest = typer.main.get_command(app), "saccade", list(words)
     while isinstance(command, TyperGroup) and rest and rest[0] in command.commands:

@@ -1,4 +1,4 @@
-"""Output files of a command: checked before the work begins, written whole when it is done."""
+"""Output files of a command: checked before the work begins, written atomically at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: a character is held back until all of its bytes are there."""
+"""Tokens to text as they come: a character is shown once all of its bytes are there."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SnapKV:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaSnapKV:
-    """SnapKV whose heads compete for one budget a layer (Ada-KV, arXiv 2407.11550).
+    """SnapKV with one budget a layer, shared by its heads by score (Ada-KV, arXiv 2407.11550).
 
     Heads that attend to a few keys keep fewer than heads that attend to many.  The cache is ragged.
 

@@ -1,4 +1,4 @@
-"""Floor 0: masks, views of stored keys, storage formats, checks.  Needs only torch and psutil."""
+"""Masks, views of stored keys, storage formats, checks.  Needs only torch and psutil."""
 
 from saccade.core.errors import BadInput, Unsupported
 from saccade.core.fp8 import PerHeadFP8, quantize_fp8_per_head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Unsupported(ValueError):
-    """A correct request that the chosen backend, cache or model cannot serve.
+    """A correct request that the chosen backend, cache or model does not support.
 
     An explicit choice never falls back silently, so this is raised instead.
     """

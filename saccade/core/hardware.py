@@ -1,4 +1,4 @@
-"""Facts about the machine, read when asked for and never at import."""
+"""Facts about the machine, read when a function is called and never at import."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class HostMemo(Generic[T]):
             self._memo[tensor] = entry
         return entry[1]
 
-    def knows(self, tensor: Tensor) -> bool:
+    def is_current(self, tensor: Tensor) -> bool:
         """Whether the tensor was read and has not been written to since."""
         entry = None if tensor.is_inference() else self._memo.get(tensor)
         return entry is not None and entry[0] == _state(tensor)

@@ -1,7 +1,7 @@
 """Views of a cache that operators read: what is stored where, without copying it.
 
 A backend either walks the keys tile by tile (`tiles`), or passes the raw storage to a kernel that
-knows the layout.  Keys carry absolute positions; a position of -1 marks an empty slot, whose
+supports the layout.  Keys carry absolute positions; a position of -1 marks an empty slot, whose
 contents must never change a result.
 """
 

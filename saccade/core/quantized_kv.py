@@ -130,7 +130,7 @@ class GrowingKV:
         for tile in self.stored.tiles(within, size):
             filled = tile.positions < self.num_quantized
             yield tile._replace(positions=tile.positions.where(filled, -1))
-        # The host does not know the positions of recent keys, so all of them are read.
+        # The positions of recent keys are on the device, so all of them are read.
         end = self.stored.shape[2]
         for tile in self.stored.tiles((KeyRange(history, end),) if ranges else (), size):
             yield tile._replace(positions=tile.positions - history + self.num_quantized)

@@ -1,1 +1,1 @@
-"""Floor 6: quality, memory and speed of the whole system, measured side by side."""
+"""Quality, memory and speed of a model under different options, measured side by side."""

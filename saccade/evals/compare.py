@@ -112,7 +112,7 @@ def run(
 
 
 def _warm_up(runner: HFModel, trial: Trial) -> None:
-    """Read a little untimed, so that the first row does not pay for cold pages and threads."""
+    """Read a little untimed: cold pages and starting threads would slow the first row."""
     with Context(runner) as ctx:
         ctx.append(trial.context[:WARM_UP])
 

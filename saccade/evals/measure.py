@@ -1,4 +1,4 @@
-"""One row of the comparison: read the context, score a continuation, ask for the needles."""
+"""One row of the comparison: read the context, score a continuation, retrieve the needles."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measure(spec: RowSpec, trial: Trial) -> Row:
 
 
 def _length(context: Tensor, trial: Trial) -> int:
-    """Tokens the caches will see in all, so that they are allocated once."""
+    """Tokens the caches will store in all, so that they are allocated once."""
     questions = sum(len(trial.encode(n.question)) + trial.num_answer for n in trial.needles)
     return len(context) + len(trial.continuation) + questions
 
@@ -91,7 +91,7 @@ def _score(ctx: Context, last: Tensor, trial: Trial, row: Row) -> None:
 
 
 def _known(value: float) -> float | None:
-    """None for what is no number: a broken model's perplexity has no place in a record."""
+    """None for what is no number: a record does not store a broken model's perplexity."""
     return value if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Floor 5: transformers and GGUF.
+"""Models of transformers and GGUF files.
 
 Importing this package registers the attention implementation "saccade" with transformers:
 

@@ -149,7 +149,7 @@ def _bring_cache(run: Run, kwargs: dict[str, Any]) -> None:
     params = run.params
     if params.kv_policy is not None:
         raise Unsupported(
-            "generate() does not say when the prompt ends, which kv_policy needs to know. "
+            "kv_policy compresses at the end of the prompt, which generate() does not signal. "
             "Use saccade.Context, or attach with kv_policy=None."
         )
     needed = params.n_swa is not None or needs_own_cache(params)
@@ -164,6 +164,6 @@ def _check_no_conflict(kwargs: dict[str, Any]) -> None:
         value = kwargs.get(name, getattr(config, name, None))
         if value is False or isinstance(value, str):
             raise Unsupported(
-                f"{name}={value!r} conflicts with the cache that the params ask for. "
+                f"{name}={value!r} conflicts with the cache that the params require. "
                 f"Leave {name} out."
             )

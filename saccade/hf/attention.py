@@ -1,7 +1,7 @@
 """The attention function that transformers calls for `attn_implementation="saccade"`.
 
-It turns what transformers passes (tensors or our handle; a SpecMask, another mask or none) into the
-arguments of `saccade.ops.attend`, and returns `[B, Lq, Hq, Dv]`.
+It converts what transformers passes (tensors or our handle; a SpecMask, another mask or none) to
+the arguments of `saccade.ops.attend`, and returns `[B, Lq, Hq, Dv]`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _from_handle(
     padded = args.key_padding is not None or args.attn_mask is not None
     if end != handle.seen and (padded or args.mask.window is not None):
         raise Unsupported(
-            f"a compressed cache ({end} keys kept of {handle.seen} tokens) no longer knows which "
+            f"a compressed cache ({end} keys kept of {handle.seen} tokens) does not store which "
             "slot belongs to which token, so padding, 4-D masks and windows cannot be applied. "
             "Run unpadded rows, or set no kv_policy."
         )
@@ -190,7 +190,7 @@ def _from_tensors(
     q_len, kv_len = query.shape[2], kv.k.shape[2]
     if settings.needs_own_cache and kv_len != q_len:
         raise Unsupported(
-            "the options in force (cache type or compression policy) live in saccade's caches, but "
+            "the options in force (cache type or compression policy) need saccade's caches, but "
             "the keys came from a cache of transformers. Pass past_key_values=attached.new_cache()."
         )
     if isinstance(attention_mask, SpecMask):

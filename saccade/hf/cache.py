@@ -32,7 +32,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
     Args:
         store: the cache of the layer.
         window: the model's own window of this layer, None for full attention.
-        settings: how attention over this cache computes, None: as the model's run in force says.
+        settings: of attention over this cache; None: those of the model's run in force.
     """
 
     is_compileable = False
@@ -80,7 +80,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
     def _step(
         self, keys: Tensor | DeferredTensor, v: Tensor, cursor: Cursor
     ) -> tuple[KVHandle, KVHandle]:
-        """`update` at the position that a cursor on the device says; deferred RoPE is applied."""
+        """`update` at the position of a device cursor; deferred RoPE is applied."""
         assert isinstance(self.store, SteppingCache), "DecodeStep has checked"
         deferred = keys.deferred if isinstance(keys, DeferredTensor) else None
         k, rope = (keys, None) if deferred is None else (deferred.k, deferred.rope)

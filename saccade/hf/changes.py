@@ -42,7 +42,7 @@ def switch_attention(undo: ExitStack, runs: ModelRuns) -> None:
 
 
 def show_runs(undo: ExitStack, runs: ModelRuns) -> None:
-    """Attention modules can ask which settings are in force."""
+    """Attention modules get a reference to the runs, to look up the settings in force."""
     for _, module in attention_modules(runs.model):
         override(undo, module, ATTRIBUTE, runs)
 
@@ -64,7 +64,7 @@ def _rotary_forward(
 
 
 def fuse_layers(undo: ExitStack, runs: ModelRuns) -> None:
-    """Listed modules are computed by fused kernels where the run in force wants it."""
+    """Modules of allowlisted classes run by fused kernels while the run in force enables them."""
     for module, forward in fused_forwards(runs.model, runs.fused):
         override(undo, module, "forward", forward)
 

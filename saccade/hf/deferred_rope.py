@@ -1,12 +1,12 @@
 """Deferred RoPE: the cache applies it while it stores K, so that both are one kernel.
 
-transformers rotates queries and keys by some ten small kernels, then hands the keys to the cache.
+transformers rotates queries and keys by some ten small kernels, then passes the keys to the cache.
 Inside `deferred()` its `apply_rotary_pos_emb` returns DeferredTensors instead.  A model's own code
-passes them on untouched; the cache rotates both while it stores the keys.  Any other operation on
+passes them on unchanged; the cache rotates both while it stores the keys.  Any other operation on
 a DeferredTensor first computes the rotated tensor, as transformers would have.
 
-The function is a global of transformers' module and stays there.  An attention module of a listed
-class gets a copy of its class's `forward` whose globals name the deferring function; the copy is an
+The global function of transformers is not replaced.  An attention module of an allowlisted class
+gets a copy of its class's `forward` in which that global is the deferring function; the copy is an
 attribute of that module alone.
 """
 
@@ -47,7 +47,7 @@ class DeferredRope:
         self._rotated: tuple[Tensor, Tensor | None] | None = None
 
     def stored(self, q: Tensor | None) -> None:
-        """Note the rotated queries: the cache has rotated both, and stored the keys."""
+        """Keep the rotated queries: the cache has rotated both, and stored the keys."""
         assert q is not None
         self._rotated = q, None
 

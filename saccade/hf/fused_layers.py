@@ -31,7 +31,7 @@ def fused_forwards(model: nn.Module, enabled: Enabled) -> list[tuple[nn.Module, 
     RoPE is deferred to the cache.
 
     Args:
-        enabled: whether the run in force wants fused layers.
+        enabled: whether the run in force has `fused_layers` on.
     """
     found: dict[nn.Module, Forward] = {}
     for module in model.modules():  # a block comes before its parts
@@ -107,7 +107,7 @@ def _linear(linear: Any, enabled: Enabled) -> Forward:
 class FusedQKV:
     """Linear layers of one input as one product: the first one called computes for all.
 
-    The products wait as an attribute of the input, so they live no longer than it does.
+    The other products are kept as an attribute of the input, so they are freed with it.
     """
 
     def __init__(self, linears: list[nn.Linear], enabled: Enabled) -> None:

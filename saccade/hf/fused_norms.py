@@ -27,7 +27,7 @@ def norm_forward(norm: Any, kind: str | None, enabled: Enabled) -> Forward | Non
     """What replaces the forward of an RMS norm of a listed kind; None for anything else.
 
     Args:
-        enabled: whether the run in force wants fused layers.
+        enabled: whether the run in force has `fused_layers` on.
     """
     if kind not in _EPS:
         return None

@@ -55,11 +55,11 @@ class GGUFHeader:
 
 @contextmanager
 def shared_reading() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once, however often transformers asks.
+    """Inside, a GGUF file is parsed once, however often transformers reads it.
 
     The reader needs seconds for the token list of a header, and transformers builds it anew for
     config, weights and tokenizer, and the table of tensor names once per module.  Both are looked
-    up in the package `gguf` at call time, so remembering versions stand there meanwhile.
+    up in the package `gguf` at call time, so they are replaced there by caching versions meanwhile.
     """
     import gguf
 
@@ -90,10 +90,10 @@ def check_gguf(path: Path) -> GGUFHeader:
     header = _header(fields)
     known = _SPELLED.get(header.architecture, header.architecture)
     if known not in GGUF_SUPPORTED_ARCHITECTURES:
-        listed = ", ".join(a for a in GGUF_SUPPORTED_ARCHITECTURES if a not in _NOT_MODELS)
+        supported = ", ".join(a for a in GGUF_SUPPORTED_ARCHITECTURES if a not in _NOT_MODELS)
         raise BadInput(
             f"{path} holds a model of the architecture {header.architecture!r}, which this version "
-            f"of transformers cannot load from GGUF; it knows {listed}."
+            f"of transformers cannot load from GGUF; it supports {supported}."
         )
     return header
 

@@ -30,7 +30,7 @@ class KVHandle:
         shape: `[B, Hkv, end, D]`, for code that reads it.
         settings: of the run that the cache belongs to, None for a cache of no run.
         observe: called after attention ran, or None.
-        cursor: where the queries are, if only the device knows; the view is then all storage.
+        cursor: position of the queries on the device, or None; with it the view is all storage.
     """
 
     __slots__ = ("cursor", "observe", "seen", "settings", "shape", "view")
@@ -80,7 +80,7 @@ class KVHandle:
 
 def _refuse(operation: str) -> NoReturn:
     raise Unsupported(
-        f"a saccade cache hands its keys to saccade's attention alone, but other code called "
+        f"a saccade cache passes its keys to saccade's attention alone, but other code called "
         f"{operation} on them. Run the model inside `with attach(model, params)` or with "
         'attn_implementation="saccade"; a model whose own code reads cached keys (DeepSeek and '
         "other latent-attention families) needs a cache of transformers."

@@ -1,8 +1,8 @@
 """SpecMask: a mask for transformers that is a description instead of a matrix.
 
-transformers builds one mask per forward pass and layer type and hands it to every layer.  Its
+transformers builds one mask per forward pass and layer type and passes it to every layer.  Its
 stock patterns (causal, causal with a window, bidirectional; each with padding) are described by
-five small facts, so nothing of size Lq x Lk is made.  Everything else (packed documents,
+five small facts, so nothing of size Lq x Lk is made.  Everything else (packed sequences,
 chunked attention, overlays for images) becomes a real boolean mask, as for SDPA.
 """
 
@@ -129,7 +129,7 @@ def saccade_mask(
     """The mask function that is registered with transformers next to the attention function.
 
     Args:
-        q_offset: slot of the first query; StaticCache hands out its live counter, which the first
+        q_offset: slot of the first query; StaticCache passes its live counter, which the first
             layer increments before attention runs, so it is read when the mask is made.
         attention_mask: bool `[B, slots]`, the user's 2-D padding mask.
 
@@ -160,7 +160,7 @@ def stock_pattern(mask_function: Callable[..., Any], local_size: int | None) -> 
     """The Mask that one of transformers' own pattern functions means, or None for any other.
 
     The window pattern is recognized by the closure that transformers builds.  If that ever looks
-    different the answer is None, which costs memory and not correctness.
+    different the result is None, which costs memory and not correctness.
     """
     if mask_function is causal_mask_function:
         return Mask()

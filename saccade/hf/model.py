@@ -1,4 +1,4 @@
-"""A transformers model as the runtime sees it: tokens and caches in, hidden states out."""
+"""A transformers model as a `runtime.Model`: tokens and caches in, hidden states out."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SAMPLES = 64
 
 
 class HFModelCache:
-    """The caches of all layers, as the runtime sees them.
+    """The caches of all layers, as `runtime.model.Caches`.
 
     Attributes:
-        past_key_values: the same caches, as transformers sees them.
+        past_key_values: the same caches, behind transformers' protocol.
     """
 
     def __init__(self, past_key_values: SaccadeCache) -> None:
@@ -107,7 +107,7 @@ class HFModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its caches live."""
+        """Device of its caches."""
         return self.model.device
 
     def identity(self) -> dict[str, str]:

@@ -78,7 +78,7 @@ def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(
             f"no model is described by this dict: expected what a config.json holds, with a "
-            f"model_type that transformers knows, got {kind!r}."
+            f"model_type that transformers supports, got {kind!r}."
         ) from error
 
 

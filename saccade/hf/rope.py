@@ -1,9 +1,9 @@
 """RoPE of a loaded model: the rotary tables of a run, and the frequencies in force.
 
 Changing `config.rope_parameters` of a loaded transformers model does nothing: the frequencies
-live in its rotary modules.  A run that scales positions brings a ScaledRotary for each of them,
+are buffers of its rotary modules.  A run that scales positions has a ScaledRotary for each of them,
 which computes angles in float64; `saccade.hf.runs` calls it in place of the module's forward while
-that run is in force.  The modules themselves stay where they are.
+that run is in force.  The modules themselves are not replaced.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from saccade.rope import Frequencies, ParsedRope, inverse_frequencies, shift_key
 from saccade.runtime.params import ContextParams
 
 _SCALED_TYPE: Final = "full_attention"
-"""The layer type whose positions are scaled where each type has its own; the others see only a
-window, which training has covered."""
+"""The layer type whose positions are scaled where each type has its own; the others attend only to
+a window, which is shorter than the trained length."""
 
 
 class ScaledRotary:
@@ -117,7 +117,7 @@ def _keeps_length(module: nn.Module) -> bool:
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """The module with state of its own, which sees none of the runs of the original."""
+    """A copy of the module with its own state, independent of the runs of the original."""
     copied = copy.copy(module)
     copied._buffers = dict(module._buffers)
     vars(copied).pop("forward", None)

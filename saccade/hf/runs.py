@@ -1,10 +1,10 @@
-"""Runs: the options under which a model computes, and who shares the changes to its modules.
+"""Runs: the options of each caller of a model, and the changes to its modules that they share.
 
-A Run holds the options of one caller.  They travel with the caches it makes; the model object gets
-none of them.  What does have to change on the model object (the attention implementation, a
-`forward` that asks which run is in force) is the same for all runs, so it is made when the first
-run that needs it begins and undone when the last one ends: runs of one model may be interleaved and
-end in any order.
+A Run holds the options of one caller.  They are stored in the caches that it makes, never on the
+model object.  The changes that the model object does need (the attention implementation, a
+`forward` that looks up the run in force) are the same for all runs.  Each is made when the first
+run that needs it begins, and undone when the last such run ends: runs of one model may be
+interleaved and end in any order.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Run:
 
     Attributes:
         settings: of each attention layer.
-        rotary: rotary module -> what computes cos and sin instead; empty for the model's own.
-        fused: whether fused norms, linear layers, MLPs and decoder layers compute.
+        rotary: rotary module -> its replacement for cos and sin; empty for the model's own.
+        fused: whether norms, linear layers, MLPs and decoder layers run by fused kernels.
         serves_every_call: whether it is in force for all calls of the model (`attach`), or only
             for those inside `activated` (`Context`).
         changes: by name, what has to be different on the model object.
@@ -72,12 +72,12 @@ class ModelRuns:
         self._undo: dict[str, ExitStack] = {}
 
     def __deepcopy__(self, memo: Any) -> ModelRuns:
-        """A copy of the model goes on asking the runs of the original."""
+        """A copy of the model shares the runs of the original."""
         return self
 
     @property
     def in_force(self) -> Run | None:
-        """The run whose options count now: the activated one, else the newest that serves all."""
+        """The run whose options apply: the activated one, else the newest for every call."""
         run = _activated.get()
         if run is not None and run in self._begun:
             return run
@@ -95,12 +95,12 @@ class ModelRuns:
         return {} if run is None else run.rotary
 
     def fused(self) -> bool:
-        """Whether fused layers compute."""
+        """Whether the run in force has fused layers on."""
         run = self.in_force
         return run is not None and run.fused
 
     def begin(self, run: Run) -> None:
-        """Make the changes that no other run has made yet; all or none of them."""
+        """Make the changes that no other run has made yet; on an error none of them stays."""
         with ExitStack() as failed:
             failed.callback(self._undo_unused)
             self._begun.append(run)
@@ -164,7 +164,7 @@ def activated(run: Run | None) -> Iterator[None]:
 
 
 def run_in_force(model: nn.Module) -> Run | None:
-    """The run whose options count for a model now, None for none."""
+    """The run whose options apply to a model now, None for none."""
     runs: ModelRuns | None = vars(model).get(ATTRIBUTE)
     return None if runs is None else runs.in_force
 

@@ -25,7 +25,7 @@ class AttentionSettings:
         backend: a backend of `saccade.attention` by name.
         window, sinks: replace the model's own window; None and 0 leave it as it is.
         sparse: picks blocks of keys for each call.
-        needs_own_cache: the options in force live in saccade's caches, so tokens kept by a
+        needs_own_cache: the options in force need saccade's caches, so tokens kept by a
             cache of transformers would silently ignore them.
     """
 

@@ -1,4 +1,4 @@
-"""The operators.  A name says the mathematics, `backend=` says who computes it."""
+"""The operators: attention, fused linear layers of a decoding step, writing keys and values."""
 
 from saccade.ops.attention.api import attend, attention, explain, make_call
 from saccade.ops.attention.call import AttentionCall

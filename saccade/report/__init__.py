@@ -1,1 +1,1 @@
-"""Floor 5: records of what was measured, and their renderings."""
+"""Records of what was measured, and their renderings."""

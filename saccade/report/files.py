@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files written atomically: they are complete or not there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, then rename over it; an interrupted write leaves the old file whole.
+    """Write beside `path`, then rename over it; an interrupted write leaves the old file as it was.
 
     Raises:
         OSError: the folder does not exist or cannot be written.

@@ -46,7 +46,7 @@ class Record:
         return json.dumps(asdict(self), allow_nan=False)
 
     def write(self, path: Path) -> None:
-        """Write the record whole or not at all."""
+        """Write the record atomically."""
         write_whole(path, as_text(json.loads(self.to_json())))
 
 

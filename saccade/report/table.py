@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What stands in one place; `better` is None where it is neither good nor bad."""
+    """One cell of a table; `better` is None where it is neither good nor bad."""
 
     text: str
     ratio: str = ""

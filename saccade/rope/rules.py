@@ -228,9 +228,9 @@ def parse(
 ) -> ParsedRope:
     """(rule, base, partial_rotary_factor) of a transformers `rope_parameters` dict, taken verbatim.
 
-    Follows transformers: a missing factor of "yarn" and "longrope" is served over trained length,
-    and the trained length defaults to `max_position_embeddings`.  Stricter in one way: a key or
-    type it does not know is an error, because ignoring one silently changes the model's results.
+    Follows transformers: a missing factor of "yarn" and "longrope" is n_ctx over trained length,
+    and the trained length defaults to `max_position_embeddings`.  Stricter in one way: an unknown
+    key or type is an error, because ignoring one silently changes the model's results.
     Keys that hold None count as absent.
 
     Args:

@@ -93,7 +93,7 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its caches live."""
+        """Device of its caches."""
         ...
 
     def identity(self) -> Mapping[str, str]:

@@ -34,7 +34,7 @@ class ContextParams:
         n_swa: sliding window, the number of last keys a token attends to, itself counted.
         n_sinks: first tokens that stay visible outside the window.
         ctx_checkpoints: positions that sliding layers can roll back to, for prompts with a common
-            prefix (`Context.reuse`): one after every chunk of a prompt, the most redundant dropped.
+            prefix (`Context.reuse`): one after every chunk of a prompt, the most redundant freed.
         n_keep: first tokens kept by the context shift of a full context during generation; None:
             a full context ends the generation.
         page_size: tokens of a page, which sequences and beams share (paged cache); None: one
@@ -43,7 +43,7 @@ class ContextParams:
             prefetches each layer's keys during the layer before.  Without effect on a CPU.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
         kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
-            "ada_snapkv" (the heads of a layer compete for one budget).
+            "ada_snapkv" (the heads of a layer share one budget).
         kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
         fused_layers: replace norms, linear layers, MLPs and decoder layers of known transformers
@@ -51,7 +51,7 @@ class ContextParams:
             on a GPU, off for `attach`.
 
     Raises:
-        ValueError: an option outside what is listed above.
+        ValueError: an option with a value that is not listed above.
     """
 
     n_ctx: int | None = None

@@ -39,7 +39,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
     """Write a context to a file, which replaces an older session atomically.
 
     Args:
-        path: the file; if the process is killed, the old file stays whole.
+        path: the file; if the process is killed, the old file is unchanged.
         ctx: between two tokens, not in the middle of a step.
         sampler: the one in use; default greedy.
 
@@ -89,7 +89,7 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
         The sampler of the session, with the state of its random generator.
 
     Raises:
-        BadInput: a file that is truncated, foreign, damaged or of another version, another model
+        BadInput: a file that is truncated, damaged, of another version or no session, another model
             or other options.  The context is then as it was, or empty.
         OSError: the file cannot be read.
     """

@@ -1,9 +1,9 @@
 """A safetensors file that is replaced atomically and checked by sha256.
 
 The file is written under a temporary name, flushed to the disk and renamed, so a kill at any moment
-leaves the old file whole.  A JSON record is stored in the metadata of safetensors, with a sha256 of
-every tensor (dtype and shape included) and of the record itself.  The checksums find damage; they
-are no signature, because anybody can compute them.
+leaves the old file as it was.  A JSON record is stored in the metadata of safetensors, with a
+sha256 of every tensor (dtype and shape included) and of the record itself.  The checksums find
+damage; they are no signature, because anybody can compute them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> 
 
     Args:
         path: the file; a symbolic link is followed.
-        tensors: by name, of the dtypes that safetensors knows.
+        tensors: by name, of the dtypes that safetensors supports.
         record: JSON.
 
     Raises:
@@ -85,7 +85,7 @@ class SessionFile:
         path: the file.
 
     Raises:
-        BadInput: truncated, foreign, of another version or damaged; the sentence says which.
+        BadInput: truncated, damaged, of another version or not a session; the error says which.
         OSError: the file cannot be read.
 
     Attributes:
@@ -121,8 +121,8 @@ class SessionFile:
                 yield file
         except SafetensorError as error:
             raise BadInput(
-                f"{self._path} is not a whole session: it is truncated, or something else "
-                "altogether. Expected a file written by saccade; delete it to start anew."
+                f"{self._path} is not a complete session: it is truncated or not a session "
+                "file. Expected a file written by saccade; delete it to start anew."
             ) from error
 
 

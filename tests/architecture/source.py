@@ -1,4 +1,4 @@
-"""The package's source as data: its files, who imports whom, its functions, its lines of code."""
+"""The package's source as data: its files, imports, functions and lines of code."""
 
 from __future__ import annotations
 

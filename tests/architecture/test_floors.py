@@ -96,9 +96,9 @@ def test_every_kind_of_import_is_seen(tmp_path, text, target):
     (package / "__init__.py").write_text("from saccade.a import y\n")
     (package / "a.py").write_text(text + "\n")
     (package / "b.py").write_text("from saccade import a\n")
-    edges = imports(package)
-    assert ("saccade.a", target) in {(edge.here, edge.target) for edge in edges}
-    assert components(edges) == [
+    found = imports(package)
+    assert ("saccade.a", target) in {(each.here, each.target) for each in found}
+    assert components(found) == [
         sorted({"saccade.a", target, *(["saccade"] * (target == "saccade"))})
     ]
 

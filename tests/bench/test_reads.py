@@ -1,4 +1,4 @@
-"""Reading alone, the ceiling that takes turns with decoding."""
+"""Reading alone, the ceiling whose samples alternate with decoding."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Who is called when; no test measures real time."""
+"""The order in which candidates are called; no test measures real time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def no_pause(monkeypatch):
 def test_candidates_take_turns():
     clock = Clock()
     first, second = interleave([clock.call("a", 1.0), clock.call("b", 1.0)], budget=4, clock=clock)
-    assert clock.log == "ab" + "abababab"  # warm-up, then in turns
+    assert clock.log == "ab" + "abababab"  # warm-up, then alternately
     assert first.seconds == second.seconds == 1.0
     assert first.samples == 4 and first.spread == 0
 

@@ -149,7 +149,7 @@ def test_states_of_other_caches_are_refused():
 
 
 def test_ring_rolls_back_by_its_extra_slots():
-    """A ring holds chunk - 1 tokens more than a window after a whole chunk."""
+    """A ring holds chunk - 1 tokens more than a window after a full chunk."""
     cache, (_, k, v) = RingCache(window=9, chunk=4), qkv()
     for at in range(0, 40, 4):
         cache.append(k[:, :, at : at + 4], v[:, :, at : at + 4])

@@ -50,12 +50,12 @@ def test_every_missing_check_says_what_to_do():
         assert check.status == "ok" or check.advice
 
 
-def launch_checks(monkeypatch, table=None, card=None):
+def launch_checks(monkeypatch, table=None, gpu=None):
     """What doctor says of launch tables on a GPU of that architecture."""
     if table is not None:
         monkeypatch.setenv(tuning.VARIABLE, str(table))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
-    monkeypatch.setattr(health, "architecture", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(health, "architecture", lambda device: gpu)
     tuning.clear_cache()
     try:
         return health._launches()
@@ -67,16 +67,16 @@ def launch_checks(monkeypatch, table=None, card=None):
 def test_launch_tables_in_use(monkeypatch, tmp_path):
     measured = tuning.FOLDER / "sm_90.json"
     assert launch_checks(monkeypatch) == []
-    (own,) = launch_checks(monkeypatch, card="sm_90")
+    (own,) = launch_checks(monkeypatch, gpu="sm_90")
     assert (own.status, own.found) == ("ok", "sm_90, measured on NVIDIA H200")
-    (safe,) = launch_checks(monkeypatch, card="sm_89")
+    (safe,) = launch_checks(monkeypatch, gpu="sm_89")
     assert safe.found == "sm_89: safe, not fast" and "saccade bench tune" in safe.advice
-    own, user = launch_checks(monkeypatch, measured, card="sm_90")
+    own, user = launch_checks(monkeypatch, measured, gpu="sm_90")
     assert user.status == "ok" and user.found.startswith("SACCADE_TUNING: ")
     assert user.found.endswith(" rows for sm_90") and not user.advice
-    _, user = launch_checks(monkeypatch, measured, card="sm_89")
+    _, user = launch_checks(monkeypatch, measured, gpu="sm_89")
     assert user.status == "missing" and user.advice == "This GPU is sm_89: they are not used."
     (user,) = launch_checks(monkeypatch, measured)
     assert user.advice == "There is no GPU here to use them."
-    (wrong,) = launch_checks(monkeypatch, tmp_path / "none.json", card="sm_90")
+    (wrong,) = launch_checks(monkeypatch, tmp_path / "none.json", gpu="sm_90")
     assert wrong.status == "broken" and "cannot be read: No such file" in wrong.found

@@ -1,4 +1,4 @@
-"""`saccade generate`: options, the prompt, and text that arrives in pieces."""
+"""`saccade generate`: options, the prompt, and streamed text."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class TestSession:
         assert code == 2 and "except to go on with a --session that exists" in said
         path.write_text("something else")
         code, out, said = self.call(capsys, "--session", str(path), "-p", "x")
-        assert code == 2 and out == "" and "is not a whole session" in said
+        assert code == 2 and out == "" and "is not a complete session" in said
         assert path.read_text() == "something else"
         path.unlink()
         self.call(capsys, "--session", str(path), "-p", "x", "-n", "2")

@@ -19,18 +19,18 @@ TEXTS = [
 
 
 def streamed(tokenizer, tokens):
-    """The pieces of text, the last one from `flush`."""
+    """The parts of the text, the last one from `flush`."""
     stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in tokens] + [stream.flush()]
+    parts = [stream.push(token) for token in tokens] + [stream.flush()]
     assert stream.flush() == ""
-    return pieces
+    return parts
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_characters_arrive_whole(text):
-    pieces = streamed(Bytes(), text.encode())
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    parts = streamed(Bytes(), text.encode())
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)
 
 
 def test_a_character_that_never_ends_is_shown_at_the_end():
@@ -50,9 +50,9 @@ def test_spaces_of_sentencepiece():
          decoders.Strip(" ", 1, 0)]
     )  # fmt: skip
     tokens = [0, 1, 2, 3, 4, 5, 6, 7, 1, 4]
-    pieces = streamed(SimpleNamespace(backend_tokenizer=made), tokens)
-    assert "".join(pieces) == made.decode(tokens) == "a bc 🌍 b\ufffd"
-    assert pieces[0] == "a" and pieces[-1] == "\ufffd"
+    parts = streamed(SimpleNamespace(backend_tokenizer=made), tokens)
+    assert "".join(parts) == made.decode(tokens) == "a bc 🌍 b\ufffd"
+    assert parts[0] == "a" and parts[-1] == "\ufffd"
 
 
 def test_without_a_fast_tokenizer_the_text_comes_at_the_end():

@@ -91,7 +91,7 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # Whoever runs the tests in the background may have told their children to ignore it.
+        # A test run in the background may have been started with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     try:

@@ -40,7 +40,7 @@ def test_the_script_finds_nothing_new(monkeypatch, capsys):
 
 
 def test_a_class_that_clamps_is_not_known():
-    """By examples of moderate numbers it could not be told from the original."""
+    """On examples with moderate numbers its outputs equal those of the original."""
 
     class LlamaRMSNorm(modeling_llama.LlamaRMSNorm):
         def forward(self, hidden_states):

@@ -139,7 +139,7 @@ def test_other_attention_functions_are_refused(ids, family, implementation):
     if (family, implementation) == ("gpt_oss", "sdpa"):
         pytest.skip("transformers has no sdpa for gpt-oss")
     model = tiny_model(tiny_config(family), implementation)
-    with pytest.raises(Unsupported, match="hands its keys to saccade's attention alone"):
+    with pytest.raises(Unsupported, match="passes its keys to saccade's attention alone"):
         model(ids, past_key_values=exact_cache(model))
 
 

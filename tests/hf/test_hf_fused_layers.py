@@ -1,4 +1,4 @@
-"""Fused layers: of listed classes, used in steps of one row, equal to what they replace."""
+"""Fused layers: of allowlisted classes, in steps of one row, equal to what they replace."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ def test_operations_find_the_real_mask():
 
 def test_full_padding_mask_costs_nothing():
     assert made(attention_mask=torch.ones(2, 6, dtype=torch.bool)).spec.padding is None
-    # Slots of a static cache that nobody has reached are hidden by causality.
+    # Slots of a static cache that were not written yet are masked by causality.
     seen = torch.ones(2, 4, dtype=torch.bool)
     assert made(q_length=1, attention_mask=seen).spec.padding is None
     short = made(attention_mask=seen)

@@ -73,7 +73,7 @@ def test_chunked_prefill_and_decode(pair, ids, padded, kind, padding):
 
 
 @torch.no_grad()
-def test_packed_documents_do_not_see_each_other(pair, ids):
+def test_packed_sequences_do_not_attend_to_each_other(pair, ids):
     lengths = (10, 8, 6)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = pair.ours(ids[:1], position_ids=positions, use_cache=False).logits
@@ -82,7 +82,7 @@ def test_packed_documents_do_not_see_each_other(pair, ids):
 
 
 @torch.no_grad()
-def test_cumulative_lengths_of_packed_documents(ids):
+def test_cumulative_lengths_of_packed_sequences(ids):
     """What DataCollatorWithFlattening passes; the model itself builds no packed mask from it."""
     from tests.hf.conftest import Pair
 
@@ -140,7 +140,9 @@ def test_generate(pair, ids, padded, how):
 
 def test_gradients(pair, ids, padded):
     labels = ids.masked_fill(~padded.bool(), -100)
-    labels[0, 5] = -100  # its prediction comes from a pad, which transformers lets see everything
+    labels[
+        0, 5
+    ] = -100  # its prediction comes from a pad, which in transformers attends to everything
     grads = []
     for model in (pair.ours, pair.eager):
         model.zero_grad()

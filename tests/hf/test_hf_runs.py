@@ -185,7 +185,7 @@ def test_rotary_modules_with_state_are_not_shared(kind):
 
 
 def test_streams_of_two_contexts(model):
-    """Token by token, in turn."""
+    """Token by token, alternately."""
     names = ("window", "yarn")
     expected = {}
     for name in names:

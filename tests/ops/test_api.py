@@ -24,7 +24,7 @@ def test_queries_sit_at_the_end():
 
 
 def test_one_token_over_pages_costs_no_kernels_for_its_place():
-    """It sees all keys of its row from any position behind them; several tokens do not."""
+    """It attends to all keys of its row from any later position; several tokens do not."""
     pool = normal(4, 2, 16, 16)
     table = torch.arange(4, dtype=torch.int32).view(2, 2)
     view = PagedKV(pool, pool, table, torch.tensor([20, 7], dtype=torch.int32), 20)

@@ -60,7 +60,7 @@ def test_a_million_tokens_in_a_window(backend, dim):
     for stop in (300, MILLION // 2 + 77, MILLION):
         first = max(0, stop - 200)
         start = max(0, first - 1023)
-        # The sinks stand before the window; the mask is that of the whole by position.
+        # The sinks come before the window; the mask is that of all keys by position.
         kept = torch.arange(start, stop, device="cuda")
         kept = torch.cat((torch.arange(min(4, start), device="cuda"), kept))
         seen = Mask(window=1024, sinks=4).allows(

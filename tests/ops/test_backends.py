@@ -70,7 +70,7 @@ def test_half_precision(backend, dtype):
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_unseen_keys_never_matter(backend):
-    """NaN in a key that a query does not see leaves that query alone."""
+    """NaN in a key that a query does not attend to does not change that query."""
     q, k, v, _ = Case((2, 1), (8, 8), {}, "plain").inputs()
     clean = attention(q, k, v, backend="reference")
     k[:, :, 5], v[:, :, 5] = torch.nan, torch.nan

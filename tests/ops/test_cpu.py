@@ -86,7 +86,7 @@ def test_mixed_storage(target, q_dtype, kv_dtype):
 @pytest.mark.parametrize("groups", [(32, 64), (64, 16), (16, 32), (40, 8)], ids=str)
 def test_quantized(target, bits, dtype, groups):
     kv = quantized(2, 2, 320, 7, 64, bits, group=groups[0], v_group=groups[1], dtype=dtype)
-    # Yardstick: the codes decoded exactly, in double.
+    # Reference: the quantized values dequantized exactly, in float64.
     exact = in_double(
         QuantizedKV(kv.k, kv.v, kv.recent_k.double(), kv.recent_v.double(), bits, bits, groups[0])
     )

@@ -96,7 +96,7 @@ def test_spoilt_tensors(view, part, what, amount):
     if what == "unaligned" and spoilt[1] == 3:
         return  # bytes are aligned anywhere
     if what == "strides" and spoilt[2][amount % len(spoilt[2])] == 1:
-        return  # nobody steps along a dimension of size 1
+        return  # the stride of a dimension of size 1 is never used
     with pytest.raises(ValueError):
         _cpu.attend(*args)
     assert (out == 7).all() and (lse == 7).all()  # nothing ran
@@ -109,7 +109,7 @@ def test_spoilt_tensors(view, part, what, amount):
 )
 def test_spoilt_numbers(field, value):
     args, alive = raw_call()
-    assert len(alive) == 4  # the binding sees addresses: the tensors have to live
+    assert len(alive) == 4  # the binding gets addresses: the tensors have to stay alive
     places = {"window": 5, "sinks": 6, "softcap": 8, "q_offset": 9, "threads": 11, "target": 12}
     args[places[field]] = "riscv" if field == "target" else value
     harmless = (field in ("window", "sinks", "softcap") and value > 0) or (

@@ -1,4 +1,4 @@
-"""Who computes a call: measured rules as data, the order of `auto`, and what explain says of it."""
+"""Which backend computes a call: measured rules as data, the order of `auto`, and `explain`."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_a_rule_puts_its_backends_first_and_says_why(with_rules):
     lines = explain(*meta())
     assert [name for name, _ in lines][:4] == ["sdpa", "gluon", "gluon_triton", "triton"]
     assert lines[0][1] == "chosen: twice the speed (some_record)"
-    assert lines[1][1] == lines[3][1] == "able, slower here"
+    assert lines[1][1] == lines[3][1] == "supported, slower here"
     assert dispatch.choose(call_of(), "auto") is sdpa
 
 
@@ -76,12 +76,12 @@ def test_gluon_is_taken_only_where_it_was_measured(with_rules):
     short = dict(explain(*meta(queries=100)))
     assert short["triton"] == "chosen"
     assert short["gluon"] == (
-        "able, but it was measured to win only from 131072 rows (batch x heads x queries) on, "
+        "supported, but it was measured to win only from 131072 rows (batch x heads x queries) on, "
         "here 3200"
     )
     with_rules()
     assert dict(explain(*meta()))["gluon"] == (
-        "able, but it was measured to win only for other calls"
+        "supported, but it was measured to win only for other calls"
     )
 
 
@@ -239,7 +239,7 @@ def gradient_call(dim=128, dtype=torch.bfloat16, **options):
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"softcap": 9.0}, "window and sinks, and nothing else"),
+        ({"softcap": 9.0}, "only plain dense keys, window and sinks"),
         ({"dim": 256}, "head_dim 256 is not one of 64, 128"),
         ({"dtype": torch.float32}, "float32 is not one of"),
         ({"scale": -1.0}, "scale must be positive"),

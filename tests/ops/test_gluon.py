@@ -51,7 +51,7 @@ class TestOnGPU:
         "mask", [{}, {"causal": False}, {"window": 300}, {"window": 300, "sinks": 5}], ids=str
     )
     def test_selected_blocks(self, mask, lengths, dim):
-        """A third of the blocks; some rows see nothing at all."""
+        """A third of the blocks; some rows attend to nothing at all."""
         torch.manual_seed(1)
         allowed = torch.rand(2, 2, -(-lengths[0] // 128), -(-lengths[1] // 128)) < 0.33
         blocks = BlockSelection(allowed=allowed, q_block=128, k_block=128)
@@ -120,7 +120,7 @@ class TestOnGPU:
         assert (token_major - truth).abs().max() < 2.5e-2
 
     def test_pages_with_one_query_offset_for_all_rows(self):
-        """As a paged cache calls it: the host knows the offset, only the device the lengths."""
+        """As a paged cache calls it: the offset is on the host, the lengths on the device."""
         ends = torch.tensor([700, 650], device="cuda")
         q, k, v = (
             torch.randn(2, h, n, 64, device="cuda").bfloat16()

@@ -102,7 +102,7 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("page", [16, 64])
     def test_one_query_without_q_offset(self, page):
-        """The host knows the longest sequence only; kv_lens on the device end the shorter ones."""
+        """The host has the longest length only; kv_lens on the device end the shorter rows."""
         k, v, q = random(4, 2, 2077, 128), random(4, 2, 2077, 128), random(4, 8, 1, 128)
         kv_lens = torch.tensor([2077, 0, 303, 1], device="cuda")
         wide = DenseKV(k.double(), v.double())

@@ -77,7 +77,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("packed", [0, 64, 320, 448])
     def test_growing_views(self, kind, packed):
-        """Counts that only the device knows; behind them lies nan."""
+        """Counts on the device; storage behind them is NaN."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
         view = coded(k, v, kind, 64)
         alone = QuantizedKV(

@@ -1,4 +1,4 @@
-"""fp8 queries, keys and values: what they mean, who serves them, and the sentences of refusals."""
+"""fp8 queries, keys and values: their definition, the backends that take them, and refusals."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def fp8_qkv():
 
 
 def numbers(x):
-    """What codes stand for, in float64: the definition."""
+    """The dequantized values in float64: the definition."""
     return x.qdata.double() * x.scale.double()[..., None, None]
 
 
@@ -59,7 +59,7 @@ def test_is_attention_over_what_the_codes_stand_for(mask, extra, backend):
     q, k, v, options = Case((6, 2), (40, 50), mask, extra).inputs()
     q, k, v = (quantize_fp8_per_head(x.nan_to_num()) for x in (q, k, v))
     hidden = options.get("key_padding")
-    if hidden is not None:  # padding holds NaN codes, which must never matter
+    if hidden is not None:  # padding holds fp8 NaNs, which must never matter
         for x in (k, v):
             x.qdata.view(torch.uint8).masked_fill_(~hidden[:, None, :, None], NAN)
     wide = [numbers(x) for x in (q, k, v)]

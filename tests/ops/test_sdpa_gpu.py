@@ -1,4 +1,4 @@
-"""PyTorch's kernels on a GPU: which one is asked for, why not, and that each computes the call."""
+"""PyTorch's kernels on a GPU: which one is chosen, why not, and that each computes the call."""
 
 import pytest
 import torch
@@ -159,7 +159,7 @@ class TestOnGPU:
         cu = torch.tensor([0, 20, 40])
         verdict = dict(explain(x, x, x, cu_seqlens=cu))["sdpa"]
         assert verdict == (
-            "cannot: PyTorch's GPU kernels take plain dense keys and no packed documents here"
+            "cannot: PyTorch's GPU kernels take plain dense keys and no cu_seqlens here"
         )
         y = x.clone().requires_grad_()
         assert "gradients under a mask" in dict(explain(y, x, x, window=8))["sdpa"]

@@ -1,4 +1,4 @@
-"""The support matrix (tests/support/matrix.py) is what the backends do: each cell is run or asked.
+"""The support matrix (tests/support/matrix.py) is what the backends do: each cell is tested.
 
 Supported cells equal the reference; all others raise Unsupported with a sentence.  Backends for
 GPUs are asked on tensors without one, their question for the device answered with yes.

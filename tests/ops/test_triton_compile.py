@@ -116,7 +116,7 @@ def test_quantized_keys_are_dequantized_in_registers(bits, fp8):
         K_GROUP=64, V_GROUP=64, FAST=True, **(DECODING | {"BLOCK_D": 64, "BLOCK_V": 64}),
     )  # fmt: skip
     assert "f16.f16" in ptx
-    # Codes are loaded asynchronously, four at a time, and converted by byte permutations.
+    # Quantized keys are loaded asynchronously, four at a time, converted by byte permutations.
     assert "cp.async.cg" in ptx and "ldmatrix" in ptx and "prmt.b32" in ptx
 
 
@@ -152,7 +152,7 @@ def test_combining_splits_compiles(rows, splits):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
 def test_quantizing_compiles(dtype):
-    """A group is loaded once, without local memory; fp8 codes by one conversion."""
+    """A group is loaded once, without local memory; fp8 values by one conversion."""
     from saccade.ops.kv_write.quantize_kernel import (
         dequantize_kernel,
         quantize_keys_kernel,

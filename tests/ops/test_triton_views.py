@@ -122,7 +122,7 @@ def test_quantized(bits, fp8, queries, dim, v_group):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("packed", "recent"), [(0, 5), (64, 1), (96, 33), (128, 48)])
 def test_growing_views(bits, packed, recent):
-    """Storage whose fill only the device knows equals the filled part alone."""
+    """Storage whose fill is a device tensor equals the filled part alone."""
     k, v, q = torch.randn(1, 2, 128, 32), torch.randn(1, 2, 128, 32), torch.randn(1, 4, 2, 32)
     parts = quantize_keys(k, bits=bits, group=32), quantize_values(v, bits=bits, group=32)
     for part in parts:  # values past the end must never matter

@@ -75,7 +75,7 @@ def test_positions_keep_both_sides_of_the_trained_length():
     assert found.verdict(len(plain) - 1, plain[-1]) is False
     yarn = dict(found.lines)["YaRN x2"]
     assert found.verdict(len(yarn) - 1, yarn[-1]) is True
-    assert found.verdict(0, yarn[0]) is None  # inside the trained length nobody is judged
+    assert found.verdict(0, yarn[0]) is None  # inside the trained length there is no verdict
 
 
 def test_no_curves_no_table():

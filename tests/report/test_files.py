@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files are complete or not there."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_pages_change_nothing(model, exact, n_batch):
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("n_batch", [1, 9, 100])
 def test_ring_equals_masked_dense(model, sinks, n_batch):
-    """Any chunking of a windowed run equals one whole pass with a window mask."""
+    """Any chunking of a windowed run equals one pass over all tokens with a window mask."""
     params = ContextParams(n_swa=16, n_sinks=sinks, n_batch=n_batch)
     whole = ContextParams(n_swa=16, n_sinks=sinks, n_batch=512, backend="reference")
     assert torch.allclose(logits_of(model, params), logits_of(model, whole), atol=2e-5)

@@ -126,7 +126,7 @@ class TestRefusals:
 
     def test_foreign(self, models, saved):
         saved.write_bytes(b"GGUF" + bytes(1000))
-        assert "not a whole session" in refusal(saved, models("llama"))
+        assert "not a complete session" in refusal(saved, models("llama"))
         save_file({"x": torch.ones(3)}, saved)
         assert "but no session of saccade" in refusal(saved, models("llama"))
 
@@ -137,7 +137,7 @@ class TestRefusals:
             damaged[at] ^= 1
             saved.write_bytes(bytes(damaged))
             said = refusal(saved, models("llama"))
-            assert "not a whole session" in said or "was changed after it was saved" in said
+            assert "not a complete session" in said or "was changed after it was saved" in said
 
     def test_newer(self, models, saved, monkeypatch):
         monkeypatch.setattr(session_file, "VERSION", 7)

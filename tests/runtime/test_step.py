@@ -143,7 +143,7 @@ def test_streams_take_steps_where_they_can(model, monkeypatch, able):
     monkeypatch.setattr(DecodeStep, "__call__", call)
     monkeypatch.setattr(saccade.runtime.Context, "_can_step", lambda self: True)
     with saccade.Context(model) as ctx:
-        tokens = [piece.token for piece in ctx.stream(prompt, n_predict=9)]
+        tokens = [each.token for each in ctx.stream(prompt, n_predict=9)]
         assert ctx.tokens == [*prompt.tolist(), *tokens] and ctx.seen == 29
     assert tokens == expected.tolist()
     assert len(steps) == (9 if able else 1)

@@ -27,7 +27,7 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
     queries = torch.arange(q_len)
     visible = selection.visible(queries, torch.arange(past + q_len))
     own = visible[:, :, queries, past + queries]
-    assert own.all(), "a query always sees itself"
+    assert own.all(), "a query always attends to itself"
     assert visible[..., 0].all(), "the first block is a sink"
 
 

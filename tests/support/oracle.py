@@ -6,7 +6,8 @@ is tested against it.  For a query at position p and a key at position j
     score = scale * q.k,   softcap * tanh(score / softcap),   - slope * |p - j|
     out   = sum(exp(score) * v) / sum(exp(score)),   lse = log(sum(exp(score)))
 
-over the keys that the query sees; a learned sink adds exp(sink_logit) to the sum without a value.
+over the keys that the query attends to; a learned sink adds exp(sink_logit) to the sum without a
+value.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Problem:
         return ((index, index - first) for index in range(first, stop))
 
     def sees(self, batch: int, head: int, query: int, key: int, distance: int, at: int) -> bool:
-        """Whether a query sees a key `distance` positions before it, at position `at`."""
+        """Whether a query attends to a key `distance` positions before it, at position `at`."""
         if self.causal and distance < 0:
             return False
         if self.window is not None and distance >= self.window and at >= self.sinks:
@@ -103,7 +104,7 @@ class Problem:
 
 
 def attention(problem: Problem) -> tuple[Array, Array]:
-    """Output `[B, H, Lq, Dv]` and lse `[B, H, Lq]`; rows that see nothing are 0 and -inf."""
+    """Output `[B, H, Lq, Dv]` and lse `[B, H, Lq]`; rows without keys are 0 and -inf."""
     batch, heads, q_len, _ = problem.q.shape
     out = np.zeros((batch, heads, q_len, problem.v.shape[3]))
     lse = np.full((batch, heads, q_len), -np.inf)

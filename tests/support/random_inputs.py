@@ -43,5 +43,5 @@ def qkv(
 
 
 def nan(*shape: int) -> Tensor:
-    """Storage that nobody may read before it is written."""
+    """Storage filled with NaN, which shows a read before the write."""
     return torch.full(shape, torch.nan)

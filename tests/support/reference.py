@@ -33,7 +33,7 @@ def check_case(
     allowance: float | None = None,
     lse_allowance: float = LSE_ALLOWANCE,
 ) -> None:
-    """Fail unless a backend solves a case as exactly as tests/support/tolerance.py asks."""
+    """Fail unless a backend solves a case as exactly as tests/support/tolerance.py requires."""
     *tensors, options = case.inputs()
     tensors = [x.to(dtype) for x in tensors]
     moved = on(device, *tensors)

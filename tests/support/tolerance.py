@@ -56,6 +56,6 @@ def assert_output(
     allowance: float | None = None,
     lse_allowance: float = LSE_ALLOWANCE,
 ) -> None:
-    """Fail unless output and lse of a kernel are as exact as the rule asks."""
+    """Fail unless output and lse of a kernel are as exact as the rule requires."""
     assert_as_exact(ours.out, eager.out, truth.out, allowance)
     assert_lse(ours.lse, truth.lse, lse_allowance)

@@ -91,5 +91,5 @@ def quantized(
 
 
 def growing(view: QuantizedKV) -> GrowingKV:
-    """A quantized view whose length only the device knows; all of it is filled."""
+    """A quantized view whose length is a device tensor; all of it is filled."""
     return GrowingKV(view, torch.tensor([view.k.qdata.shape[2]]))

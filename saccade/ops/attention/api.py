@@ -45,7 +45,7 @@ def attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | AttentionOutput:
-    """softmax(q k^T * scale) v over the keys each query may see; O(length) memory by default.
+    """softmax(q k^T * scale) v over the visible keys of each query; O(length) memory by default.
 
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16; or, like k
@@ -54,9 +54,9 @@ def attention(
         k: `[batch, kv_heads, kv_len, head_dim]`; heads is a multiple of kv_heads (GQA, MQA:
             query head h reads key head h // (heads // kv_heads); nothing is repeated in memory).
         v: `[batch, kv_heads, kv_len, value_dim]`.
-        causal: no query sees a later key.  With q_len < kv_len queries sit at the end
+        causal: no query attends to a later key.  With q_len < kv_len queries sit at the end
             (bottom-right alignment).
-        window: a query sees the last `window` keys, itself counted.
+        window: a query attends to the last `window` keys, itself counted.
         sinks: the first `sinks` keys stay visible outside the window (StreamingLLM).
         scale: default head_dim ** -0.5.
         softcap: scores become softcap * tanh(scores / softcap), after scale, before mask (Gemma 2).
@@ -65,15 +65,15 @@ def attention(
         key_padding: bool `[batch, kv_len]`, True for real keys (any pattern of holes).
         kv_lens: int64 `[batch]`, keys of each row from the start; queries then sit at the end of
             their own row.
-        cu_seqlens: int32 or int64 `[documents + 1]` cumulative lengths of documents packed into
+        cu_seqlens: int32 or int64 `[sequences + 1]` cumulative lengths of sequences packed into
             one row (batch 1), or one such tensor for queries and one for keys.
         blocks: BlockSelection, which blocks of keys a block of queries may read.
         return_lse: return AttentionOutput(out, lse) instead of out alone.
         backend: "auto", or a name that never falls back (see `saccade.explain`).
 
     Returns:
-        `[batch, heads, q_len, value_dim]` in the dtype of q (bfloat16 for fp8); rows that see
-        nothing are 0.
+        `[batch, heads, q_len, value_dim]` in the dtype of q (bfloat16 for fp8); rows
+        that attend to nothing are 0.
 
     Raises:
         TypeError, ValueError: inputs that do not fit together.
@@ -105,7 +105,7 @@ def _view(k: Tensor | PerHeadFP8, v: Tensor | PerHeadFP8) -> DenseKV | PerHeadFP
 
 
 def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
-    """Run a call that `make_call` described, over any view that a cache lends.
+    """Run a call made by `make_call`, over any view of a cache.
 
     Args:
         call: the problem; `attention` builds one of plain tensors.
@@ -131,7 +131,7 @@ def explain(
     """One (backend, verdict) pair per backend for the same arguments as `attention`.
 
     The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
-    "able, slower here", "able, but " or "cannot: " and the reason.
+    "supported, slower here", "supported, but " or "cannot: " and the reason.
     """
     check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
     names = ("causal", "window", "sinks")
@@ -167,7 +167,7 @@ def make_call(
             everything else.
         q_offset: position of the first query, an int or int64 `[batch]`; default: the queries
             end where the view (or each row of it) ends.
-        wants_lse: some kernels save work when nobody reads the lse (it is then undefined).
+        wants_lse: if False, the lse is undefined; some kernels then save work.
 
     The other arguments are those of `attention`.  Queries over a view that holds Hadamard-
     transformed keys are transformed here.
@@ -181,7 +181,7 @@ def make_call(
     check_heads(q, kv_heads, head_dim)
     _check_masks(q, kv, key_padding, kv_lens, blocks, attn_mask)
     _check_scores(q, softcap, sink_logits, alibi_slopes)
-    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q, kv)
+    bounds = None if cu_seqlens is None else _sequence_bounds(cu_seqlens, q, kv)
     if bounds is not None and any(
         extra is not None for extra in (key_padding, kv_lens, blocks, attn_mask, q_offset)
     ):
@@ -218,7 +218,7 @@ def _check_masks(
     blocks: BlockSelection | None,
     attn_mask: Tensor | None,
 ) -> None:
-    """Raise unless everything that says who sees whom fits the queries and the view."""
+    """Raise unless every mask fits the queries and the view."""
     batch, end = kv.shape[0], kv.shape[2]
     check_optional("key_padding", key_padding, torch.bool, (batch, end))
     check_optional("kv_lens", kv_lens, torch.int64, (batch,))
@@ -226,7 +226,7 @@ def _check_masks(
         blocks.check_covers(q.shape[2], end)
     if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
         raise Unsupported(
-            "blocks and attn_mask speak of positions that all heads share, and a ragged view has "
+            "blocks and attn_mask need positions that all heads share, and a ragged view has "
             "none. Leave them out, or attend before the cache is compressed."
         )
 
@@ -252,25 +252,25 @@ def _default_offset(
 ) -> int | Tensor:
     """Queries end where their keys end: each row of the batch, or the view as a whole.
 
-    A last query that sees all keys of its row sees them from any position behind, so one token
-    costs no kernels for its place.
+    A last query that attends to all keys of its row may have any position after them, so for one
+    token no kernel computes its position.
     """
     ends = kv.kv_lens if isinstance(kv, PagedKV) else kv_lens
-    sees_all = mask.window is None and (q.shape[2] == 1 or not mask.causal)
-    if ends is None or (sees_all and slopes is None):
+    all_keys = mask.window is None and (q.shape[2] == 1 or not mask.causal)
+    if ends is None or (all_keys and slopes is None):
         return kv.shape[2] - q.shape[2]
     return ends.long() - q.shape[2]
 
 
-def _document_bounds(
+def _sequence_bounds(
     cu_seqlens: Tensor | tuple[Tensor, Tensor], q: Tensor, kv: KVView
 ) -> tuple[Tensor, Tensor]:
-    """Cumulative document lengths of queries and keys, checked against the packed tensors."""
+    """Cumulative sequence lengths of queries and keys, checked against the packed tensors."""
     bounds = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
     if q.shape[0] != 1 or not isinstance(kv, DenseKV | PerHeadFP8KV):
         raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
     for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
         check_cu_seqlens(name, cu, total)
     if bounds[0].shape != bounds[1].shape:
-        raise ValueError("cu_seqlens for queries and keys must name the same number of documents.")
+        raise ValueError("cu_seqlens for queries and keys must have the same number of sequences.")
     return bounds

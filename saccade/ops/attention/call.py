@@ -18,11 +18,11 @@ class AttentionCall:
     """One attention problem; see `saccade.attention` for the meaning of each field.
 
     Attributes:
-        q: `[B, H, Lq, D]`; float8_e4m3fn codes of numbers `q * q_scale` too.
+        q: `[B, H, Lq, D]`; float8_e4m3fn stands for `q * q_scale`.
         q_scale: float32 `[B, H]`, None for 1.
         kv: a view of keys and values with Hkv heads, H a multiple of Hkv.
         q_offset: position of the first query: an int, or int64 `[B]` where rows differ.
-        attn_mask: bool `[B | 1, H | 1, Lq, Lk]`, True = may be seen (for masks of other
+        attn_mask: bool `[B | 1, H | 1, Lq, Lk]`, True = visible (for masks of other
             libraries that have no structure); intersected with everything else.
         wants_lse: the caller reads the lse.
         training: whether gradients are needed; None: what autograd says of the tensors.
@@ -68,7 +68,7 @@ class AttentionCall:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether gradients will be asked for."""
+        """Whether gradients are needed."""
         if self.training is not None:
             return self.training
         if not torch.is_grad_enabled():
@@ -78,7 +78,7 @@ class AttentionCall:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """Dtype of the output: that of the queries, bfloat16 where they are codes."""
+        """Dtype of the output: that of the queries, bfloat16 where they are fp8."""
         return torch.bfloat16 if self.q.dtype == FP8 else self.q.dtype
 
     def queries(self, start: int, stop: int) -> Tensor:

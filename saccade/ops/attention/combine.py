@@ -1,8 +1,8 @@
-"""Attention over parts of the keys, joined into attention over all of them by their lse.
+"""Attention over parts of the keys, combined into attention over all of them by their lse.
 
     out = sum over parts of exp(lse_part - lse) out_part        lse = log sum exp(lse_part)
 
-A row that sees nothing in a part has an lse of -inf there, and that part then weighs nothing.
+A row that attends to nothing in a part has an lse of -inf there, and the weight of that part is 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Combiner:
         self._dtype = like.dtype
 
     def add(self, part: AttentionOutput, start: int, stop: int) -> None:
-        """Take in a part that the queries start .. stop-1 alone have seen."""
+        """Add a part to which the queries start .. stop-1 alone attend."""
         out, lse = self._out[:, :, start:stop], self._lse[:, :, start:stop]
         total = torch.logaddexp(lse, part.lse)
         weight = (part.lse - total).exp().nan_to_num_(0.0)[..., None]

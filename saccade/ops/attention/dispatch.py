@@ -1,7 +1,7 @@
-"""Who computes a call: an explicit backend never falls back, `auto` takes the first that can.
+"""Which backend computes a call: a named one never falls back, `auto` takes the first that can.
 
-`auto` asks in AUTO_ORDER, behind what a measured rule puts first on this GPU (rules.py).  This is
-the only place where that is decided; the chosen backend runs its own kernels and no other's.
+`auto` tries what a measured rule puts first on this GPU (rules.py), then AUTO_ORDER.  This is the
+only place where that is decided; the chosen backend runs its own kernels and no other's.
 
 Adding a backend is one module with `refusal(call)` and `run(call)` and one line in BACKENDS; with
 `forward` and `backward` it is differentiable too.  A backend's module is imported here, so it
@@ -119,7 +119,7 @@ def _named(call: AttentionCall, name: str) -> str:
 
 def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
     rule = preferred(call)
-    for name in _asked(rule):
+    for name in _order(rule):
         taken = name in among and not _passed_over(name, rule)
         if taken and load(name).refusal(call) is None:
             return name
@@ -137,8 +137,8 @@ def preferred(call: AttentionCall) -> rules.Rule | None:
     return None
 
 
-def _asked(rule: rules.Rule | None) -> tuple[str, ...]:
-    """Backends in the order in which `auto` asks them."""
+def _order(rule: rules.Rule | None) -> tuple[str, ...]:
+    """Backends in the order in which `auto` tries them."""
     first = () if rule is None else rule.order
     return (*first, *(name for name in AUTO_ORDER if name not in first))
 
@@ -149,21 +149,21 @@ def _passed_over(name: str, rule: rules.Rule | None) -> bool:
 
 
 def explain(call: AttentionCall) -> list[tuple[str, str]]:
-    """(backend, verdict) for each backend, in the order in which `auto` asks them."""
+    """(backend, verdict) for each backend, in the order in which `auto` tries them."""
     lines: list[tuple[str, str]] = []
     rule = preferred(call)
-    asked, taken = _asked(rule), False
-    for name in (*asked, *(n for n in BACKENDS if n not in asked)):
+    order, taken = _order(rule), False
+    for name in (*order, *(n for n in BACKENDS if n not in order)):
         reason = load(name).refusal(call)
         if reason is not None:
             verdict = f"cannot: {reason}"
-        elif name not in asked:
-            verdict = "able, but only by name: it materializes the scores"
+        elif name not in order:
+            verdict = "supported, but only by name: it materializes the scores"
         elif _passed_over(name, rule):
             found = rules.rules_for(call.q.device)
-            verdict = f"able, but {found.unmeasured(name, rules.facts_of(call))}"
+            verdict = f"supported, but {found.unmeasured(name, rules.facts_of(call))}"
         elif taken:
-            verdict = "able, slower here"
+            verdict = "supported, slower here"
         else:
             verdict, taken = _chosen(name, rule), True
         lines.append((name, verdict))

@@ -1,4 +1,4 @@
-"""Who sees whom in one tile: the Mask, padding, lengths, blocks and foreign masks in one tensor."""
+"""The mask of one tile: Mask, key_padding, kv_lens, blocks and attn_mask in one bool tensor."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def visible_pairs(call: AttentionCall, start: int, stop: int, tile: KVTile) -> T
         visible = visible & call.blocks.visible(index, shared_positions(tile))
     grouped = visible[:, :, None]
     if call.attn_mask is not None:
-        foreign = call.attn_mask[:, :, start:stop][..., shared_positions(tile)]
-        heads = foreign.shape[1]
+        attn_mask = call.attn_mask[:, :, start:stop][..., shared_positions(tile)]
+        heads = attn_mask.shape[1]
         kv_heads = heads // call.num_groups if heads > 1 else 1
-        grouped = grouped & foreign.unflatten(1, (kv_heads, -1))
+        grouped = grouped & attn_mask.unflatten(1, (kv_heads, -1))
     return grouped
 
 

@@ -93,7 +93,7 @@ def flatten(call: AttentionCall, backend: str) -> tuple[Any, ...]:
 
 
 def _call_of(flat: tuple[Any, ...]) -> AttentionCall:
-    """The call that `flatten` was given; whether it trains is said, not asked of its tensors."""
+    """The call that `flatten` was given; `training` is an argument, not read from its tensors."""
     q, k, v, sinks, slopes, padding, kv_lens, offsets, cu_q, cu_k, block_mask, attn_mask = flat[:12]
     causal, window, num_sinks, scale, softcap, offset, q_block, k_block = flat[12:20]
     blocks = None
@@ -134,7 +134,7 @@ def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) 
 
 
 def _checked_forward(*flat: Any) -> tuple[Tensor, Tensor]:
-    """`_forward` in a traced graph, where a named backend has not seen the real tensors yet."""
+    """`_forward` in a traced graph, where a named backend has not checked the real tensors yet."""
     if flat[-1] != "auto":
         dispatch.choose(_call_of(flat), flat[-1])
     return _forward(*flat)
@@ -197,7 +197,7 @@ attention.register_autograd(_gradients, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator as autograd alone knows it."""
+    """The operator as an autograd.Function, without the torch.library dispatch."""
 
     @staticmethod
     def forward(*flat: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 This is the "standard attention" of the comparison: O(Lq * Lk) memory.  It computes in float32
 (float64 for float64 inputs), differentiates by autograd, and every other backend is tested
-against it.  A key that a query does not see contributes nothing, whatever its contents.
+against it.  A key that a query does not attend to contributes nothing, whatever its contents.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(call: AttentionCall) -> AttentionOutput:
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax weights and lse over the last dimension; a row that sees nothing weighs nothing."""
+    """Softmax weights and lse over the last dimension; a row without visible keys weighs 0."""
     if scores.shape[-1] == 0:
         lse = scores.new_full(scores.shape[:-1], -torch.inf)
         peak = torch.zeros_like(lse)[..., None]

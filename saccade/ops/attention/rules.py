@@ -3,13 +3,14 @@
 `ops/tuning/measured/backends/ARCHITECTURE.json` lists rules; the first one that fits a call says
 which backends `dispatch` puts before its usual order.  A rule is one line: conditions, the order,
 why, and the record that shows it.  Architectures without a file, and calls that no rule fits, have
-the usual order.  Nothing here asks a backend: what a rule needs to know of a call are its `Facts`.
+the usual order.  Nothing here calls a backend: rules are matched against the `Facts` of a call.
 
 cuDNN is a special case.  It builds a plan for every new shape, 50 to 70 milliseconds of the host's
 time, while a call saves microseconds to a few milliseconds.  Where lengths change from call to
-call that never pays, and `auto` cannot know.  So a rule prefers it only where the plan is paid
-back within 16 calls of one shape (one pass over the layers of a small model), or within 64 for
-training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always available.
+call the plan costs more than it saves, and `auto` cannot predict that.  So a rule prefers cuDNN
+only where 16 calls of one shape save more than the plan costs (one pass over the layers of a small
+model), or 64 calls for training, whose shapes repeat step after step.  `backend="sdpa"` always
+allows it.
 """
 
 from __future__ import annotations
@@ -36,12 +37,11 @@ LARGEST = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What rules ask of a call.
-
+    """What rules compare of a call.
     Attributes:
         head_dim: of queries and keys.
         pattern: of PATTERNS; a window that holds every key is none.
-        training: whether gradients will be asked for.
+        training: whether gradients are needed.
         storage: of STORAGE, how keys are stored: rows of one length, sequences packed by
             cu_seqlens, rows with kv_lens of their own, pages, a ring's spans, quantized; or the
             name of another view, for which nothing was measured.
@@ -155,7 +155,7 @@ def rules_for(device: torch.device) -> RuleSet:
 
 
 def facts_of(call: AttentionCall) -> Facts:
-    """What rules ask of a call."""
+    """What rules compare of a call."""
     batch, heads, queries, dim = call.q.shape
     sequences = 1 if call.cu_seqlens is None else max(1, len(call.cu_seqlens[1]) - 1)
     keys, mask = call.kv.shape[2], call.mask

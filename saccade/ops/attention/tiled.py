@@ -1,7 +1,7 @@
 """Flash attention in plain PyTorch: tiles, an online softmax, O(N) memory.
 
-The algorithm of FlashAttention (arXiv 2205.14135), written to be read.  For every tile of queries
-walk over the tiles of keys that the mask lets it see, and keep three running quantities a row:
+The algorithm of FlashAttention (arXiv 2205.14135), written to be read.  Every tile of queries loops
+over the tiles of keys with a visible key, and keeps three running quantities a row:
 
     m   the largest score so far
     l   the sum of exp(score - m)
@@ -12,7 +12,7 @@ When a tile raises the maximum to m', what was summed before shrinks by exp(m - 
     o = o * exp(m - m') + exp(S - m') @ V        l = l * exp(m - m') + sum(exp(S - m'))
 
 The output is o / l, divided once, at the end.  Query heads that share a KV head are stacked as
-rows of one matrix, so keys and values are read once for the whole group and never repeated.
+rows of one matrix, so keys and values are read once for all heads of the group, never repeated.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _absorb(
     visible = visible_pairs(call, start, stop, tile)
     scores = scores.where(visible, -torch.inf)
     m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
-    anchor = m_new.masked_fill(m_new == -torch.inf, 0)  # rows that have seen nothing yet
+    anchor = m_new.masked_fill(m_new == -torch.inf, 0)  # rows without a visible key so far
     shrink = (m - anchor).exp()
     p = (scores - anchor).exp()
     if v.isfinite().all():
@@ -109,7 +109,7 @@ def _absorb(
 
 
 def visited_tiles(call: AttentionCall, start: int, stop: int) -> Iterator[KVTile]:
-    """Tiles of keys that some query in start .. stop-1 may see."""
+    """Tiles of keys with a key that may be visible to some query in start .. stop-1."""
     ranges = call.mask.key_ranges(*call.q_bounds(start, stop), call.kv.shape[2])
     if call.blocks is not None:
         ranges = _selected(call, start, stop, ranges)

@@ -1,7 +1,6 @@
-"""Packed documents: where they begin and end, and how to run a backend one by one.
+"""Packed sequences (cu_seqlens): their bounds on the host, and running a backend one by one.
 
-Documents are disjoint, so attention inside each is the whole answer; positions restart at every
-document.
+Queries attend only to keys of their own sequence, and positions restart at every sequence.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ def _numbers(cu: Tensor) -> tuple[int, ...] | None:
     return tuple(cu.tolist()) if cu.ndim == 1 else None
 
 
-numbers = HostMemo(_numbers)  # cumulative lengths as the host knows them, None for other shapes
+numbers = HostMemo(_numbers)  # cumulative lengths as a tuple of the host, None for other shapes
 
 
 def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
     """Raise ValueError unless cumulative lengths rise from 0 to `total`.
 
-    While a CUDA graph is recorded only those are checked that were read before.
+    While a CUDA graph is captured, only tensors that were read before are checked.
     """
-    if capturing(cu.device) and not numbers.knows(cu):
+    if capturing(cu.device) and not numbers.is_current(cu):
         return
     steps = numbers(cu)
     if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
@@ -42,7 +41,7 @@ def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
 def per_sequence(
     call: AttentionCall, run: Callable[[AttentionCall], AttentionOutput]
 ) -> AttentionOutput:
-    """`run` on every document of a packed call (batch 1), joined along the length.
+    """`run` on every sequence of a packed call (batch 1), concatenated along the length.
 
     For backends without kernels of their own for `cu_seqlens`.
     """

@@ -1,9 +1,10 @@
 """Batch-1 linear layers and norms of a decoding step, fused so that weights are read once.
 
 A step of batch 1 is bound by reading weights.  Matrix libraries divide a matrix-vector product as
-they would a large matrix product, and each of a layer's seven is one launch or two, at whose start
-and end memory is idle.  Here linear layers with the same input are one launch, the gate of an MLP
-is applied where it is computed, and a residual addition and the norm behind it are one launch.
+they would a large matrix product, and each of a layer's seven is one launch or two, with idle
+memory at the start and end of each.  Here linear layers with the same input are one launch, the
+gate of an MLP is applied where it is computed, and a residual addition and the norm behind it are
+one launch.
 Sums are float32, results are rounded once.
 """
 

@@ -4,7 +4,7 @@ They are launched with PDL: a program starts while the preceding kernel still ru
 loads of weights, which no kernel writes, and then waits before it loads x.
 """
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

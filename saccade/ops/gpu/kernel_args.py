@@ -111,11 +111,11 @@ class SeqlenInfo(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """Block-sparse index lists: which tiles to visit, the full ones first, then the partial ones.
+    """Block-sparse index lists: which tiles to compute, full ones first, then partial ones.
 
     Attributes:
         tiles: int32 `[B | 1, Hkv | 1, rows, columns]`; counts: int32 `[B | 1, Hkv | 1, rows, 2]`,
-            how many are full and how many are to be visited at all.
+            how many are full and how many are listed at all.
     """
 
     tiles: Any = None

@@ -66,7 +66,7 @@ def seqlen_of(seqlen_info, b, kv_head, tile, q_len, k_len, q_offset):
 def key_tiles(first_q, last_q, k_len, mask_args, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
     """Key tiles that queries attend to: (sink tiles, first, full from, full to, stop).
 
-    Tiles [0, sinks) and [first, stop) are visited; [full from, full to) of them need no mask.
+    Tiles [0, sinks) and [first, stop) are computed; [full from, full to) of them need no mask.
     """
     stop = k_len
     full_stop = k_len

@@ -57,7 +57,7 @@ def apply_pending(x: Tensor, rope: PendingRope) -> Tensor:
 
 
 def _fits_kernel(slots: KVSlots | None, k: Tensor, v: Tensor, rope: PendingRope | None) -> bool:
-    """Whether the kernel computes it: even head dimensions, Hadamard blocks of whole heads."""
+    """Whether the kernel computes it: even head dimensions, Hadamard blocks of full heads."""
     dims = k.shape[3], v.shape[3]
     if any(dim % 2 for dim in dims) or (rope is not None and rope.cos.shape[-1] != dims[0]):
         return False

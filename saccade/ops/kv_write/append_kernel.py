@@ -1,6 +1,6 @@
 """The kernel behind `append`: a program does RoPE, Hadamard and store for one head of a token."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from saccade.ops.kv_write.records import KVSlots, PendingRope
 @triton.jit
 def write_head(at, to, cos, sin, DIM: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr,
                HADAMARD: tl.constexpr):  # fmt: skip
-    """Copy one head from `at` to `to`, with RoPE and the Hadamard transform where wanted."""
+    """Copy one head from `at` to `to`, with RoPE and the Hadamard transform if enabled."""
     dims = tl.arange(0, HALF)
     inside = dims < DIM // 2
     low = tl.load(at + dims, mask=inside, other=0.0).to(tl.float32)

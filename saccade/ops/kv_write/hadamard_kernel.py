@@ -1,6 +1,6 @@
 """The Walsh-Hadamard transform as a Triton kernel, one row per program."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantizing whole groups of tokens into a cache, and dequantizing a range of it.
+"""Quantizing full groups of tokens into a cache, and dequantizing a range of it.
 
 By one kernel where Triton runs; elsewhere by the definition (`core.formats`).
 """

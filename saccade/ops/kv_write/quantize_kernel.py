@@ -7,7 +7,7 @@ with offset and scale rounded to float16 first, as `core.formats` defines it.
 A head is processed in two halves, because that is how 4-bit values share bytes.
 """
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF
                   IS_FP8: tl.constexpr):  # fmt: skip
     """Some tokens of one head: a scale and an offset for every group of GROUP channels.
 
-    GROUP is the whole head, or a power of two that divides half of it.
+    GROUP is the full head, or a power of two that divides half of it.
     """
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     LEVELS: tl.constexpr = 2**BITS - 1

@@ -65,7 +65,7 @@ class LaunchFile:
     Attributes:
         architecture: "sm_90", or "default" and "interpreter" of the package.
         kernels: rows of each kernel, as (largest head dimension, launch) in ascending order.
-        measured: GPU, versions, date, ceilings, or anything else that people should know.
+        measured: GPU, versions, date, ceilings, and other facts of the measurement.
         trials: how each row was found, for people: one record for each launch that was tried.
     """
 

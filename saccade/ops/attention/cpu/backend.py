@@ -1,7 +1,7 @@
 """Attention by the package's own C++ kernels: prefill and decoding on CPUs, over every view.
 
 The kernels (csrc/) stack the query heads of a group as rows, pack and convert each tile of keys
-once for all of them, and visit only the tiles in which the mask leaves a row any key.
+once for all of them, and skip tiles in which every key is masked for all rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def refusal(call: AttentionCall) -> str | None:
         )
     q, kv = call.q, call.kv
     if type(kv) not in VIEWS:
-        return f"it does not know views of type {type(kv).__name__}"
+        return f"it does not support views of type {type(kv).__name__}"
     k, v = _full_precision(kv)
     if not (q.is_cpu and k.is_cpu):
         return f"tensors are on {q.device} and {k.device}, not on the CPU"
@@ -53,14 +53,14 @@ def refusal(call: AttentionCall) -> str | None:
     if is_strided(k) or is_strided(v):
         return "keys and values need a unit last stride"
     if isinstance(kv, QuantizedKV) and FP8 in (kv.k.qdata.dtype, kv.v.qdata.dtype):
-        return "its kernels do not read fp8 codes; int8 takes as many bytes and is closer"
+        return "its kernels do not read fp8 keys; int8 takes as many bytes and is more exact"
     if isinstance(kv, RaggedKV) and any(getattr(call, name) is not None for name in _BY_POSITION):
         return "a ragged view takes no key_padding, blocks or attn_mask"
     return None
 
 
 def _full_precision(kv: KVView) -> tuple[Tensor, Tensor]:
-    """The keys and values of a known view that are not codes."""
+    """The keys and values of a supported view that are not quantized."""
     if isinstance(kv, QuantizedKV):
         return kv.recent_k, kv.recent_v
     assert isinstance(kv, DenseKV | PagedKV | RaggedKV)
@@ -69,8 +69,9 @@ def _full_precision(kv: KVView) -> tuple[Tensor, Tensor]:
 
 def _has_gradient(call: AttentionCall) -> bool:
     learned_slopes = call.alibi_slopes is not None and call.alibi_slopes.requires_grad
-    foreign = call.blocks is not None or call.attn_mask is not None or learned_slopes
-    return isinstance(call.kv, DenseKV) and call.kv.is_plain and not foreign
+    if call.blocks is not None or call.attn_mask is not None or learned_slopes:
+        return False
+    return isinstance(call.kv, DenseKV) and call.kv.is_plain
 
 
 def run(call: AttentionCall) -> AttentionOutput:

@@ -123,7 +123,7 @@ def in_kernel_form(call: AttentionCall) -> AttentionCall:
 
 
 def record(x: Tensor) -> _Record:
-    """What the kernels have to know of a tensor; strides in elements, the reach in bytes."""
+    """A tensor as the kernels take it; strides in elements, the reach in bytes."""
     size = x.element_size()
     reach = int(x.untyped_storage().nbytes() - x.storage_offset() * size)
     return x.data_ptr(), _DTYPE_CODES[x.dtype], tuple(x.shape), x.stride(), reach

@@ -1,11 +1,11 @@
-"""Block-sparse index lists: from a BlockSelection to the tiles that each program visits.
+"""Block-sparse index lists: from a BlockSelection to the tiles that each program computes.
 
 Blocks and tiles may have any sizes: a summed-area table counts the selected blocks under a tile.
 A tile without any is skipped; one whose blocks are all selected and which the Mask does not cut is
 full and needs no mask.
 """
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class KVChunk(NamedTuple):
 
 
 def suits(call: AttentionCall) -> bool:
-    """Whether a call can be cut: everything it says of keys is by position, or by column."""
+    """Whether a call can be cut into chunks: its masks are by position, or by column."""
     return isinstance(call.kv, (DenseKV, QuantizedKV)) and call.blocks is None
 
 
@@ -72,7 +72,7 @@ def _overlap(keys: KeyRange, ranges: tuple[KeyRange, ...]) -> bool:
 
 
 def _visible_ranges(call: AttentionCall) -> tuple[KeyRange, ...]:
-    """Positions that any query may see; all where only the device knows where queries are."""
+    """Positions visible to any query; all of them where the q_offset is a device tensor."""
     end = call.kv.shape[2]
     if not isinstance(call.q_offset, int):
         return (KeyRange(0, end),)
@@ -80,7 +80,7 @@ def _visible_ranges(call: AttentionCall) -> tuple[KeyRange, ...]:
 
 
 def _attending_queries(call: AttentionCall, chunk: KVChunk) -> tuple[int, int]:
-    """The queries start .. stop-1 that see any key of a chunk by position (or may do so)."""
+    """The queries start .. stop-1 that, by position, may attend to a key of a chunk."""
     num_queries, last = call.q.shape[2], chunk.first + chunk.k.shape[2] - 1
     start, stop = 0, num_queries
     if isinstance(call.q_offset, int) and call.mask.causal:

@@ -19,7 +19,7 @@ def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call, or None."""
     if call.q.dtype != FP8 or not isinstance(call.kv, PerHeadFP8KV):
         return (
-            "it knows float8_e4m3fn queries, keys and values alone (saccade.quantize_fp8_per_head)"
+            "it takes only float8_e4m3fn queries, keys and values (saccade.quantize_fp8_per_head)"
         )
     qdata = call.kv.qdata
     tensors = (call.q, qdata.k, qdata.v)
@@ -33,7 +33,7 @@ def refusal(call: AttentionCall) -> str | None:
 def _problem_refusal(call: AttentionCall, qdata: DenseKV) -> str | None:
     """What the kernel does not compute."""
     if not qdata.is_plain or not call.is_plain:
-        return "it knows plain dense keys, causal or not, with window and sinks, and nothing else"
+        return "it supports only plain dense keys, causal or not, with window and sinks"
     reason = score_refusal(call)
     if reason is not None:
         return reason

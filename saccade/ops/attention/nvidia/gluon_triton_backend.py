@@ -19,7 +19,7 @@ from saccade.ops.gpu.support import gluon_refusal
 def refusal(call: AttentionCall) -> str | None:
     """Why this pair cannot run the call, or None."""
     if torch.compiler.is_compiling() and call.is_plain_storage:
-        return None  # becomes an operator, which asks again when it runs
+        return None  # becomes an operator, which checks again when it runs
     reason = gluon_refusal(call.q.device)
     if reason is not None:
         return reason

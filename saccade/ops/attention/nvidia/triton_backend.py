@@ -55,7 +55,7 @@ def _view_refusal(call: AttentionCall) -> str | None:
         if kv.k_group % 16 or any(dim % 8 for dim in kv.shape[3:]):
             return f"quantized keys need groups of 16 n, got {kv.k_group}, and heads of 8 n"
     elif not isinstance(kv, (DenseKV, PagedKV, RaggedKV)):
-        return f"it does not know views of type {type(kv).__name__}"
+        return f"it does not support views of type {type(kv).__name__}"
     return None
 
 

@@ -1,11 +1,11 @@
 """Attention through PyTorch's scaled_dot_product_attention kernels.
 
-Three shapes of call reach a fused kernel without any mask in memory: a square causal prefill, a
-call in which everybody sees everything, and a single new token (whose query heads are packed as
-rows, so that a group reads its KV head once).  The rest goes tile by tile of queries: only the
-keys in reach of a tile are handed over, with a mask of that tile alone.  On CPU the kernel is
-called directly because that form returns the lse and takes grouped heads as they are; on a GPU
-each kernel is asked for by name (sdpa_gpu).
+Three shapes of call run by a fused kernel without any mask in memory: a square causal prefill, a
+call in which all queries attend to all keys, and a single new token (whose query heads are packed
+as rows, so that a group reads its KV head once).  All others run by tiles of queries: each with the
+keys that it attends to and a mask of that tile alone.  On CPU the kernel is called directly
+because that form returns the lse and supports GQA; on a GPU each kernel is called by name
+(sdpa_gpu).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def refusal(call: AttentionCall) -> str | None:
     if call.q.shape[3] != call.kv.shape[4]:
         return "PyTorch's CPU kernel needs value_dim equal to head_dim"
     if call.q.device.type != "cpu" and (call.wants_lse or call.sink_logits is not None):
-        return "PyTorch's GPU kernels do not return the lse through the public door"
+        return "PyTorch's public API does not return the lse on this device"
     return None
 
 
@@ -54,7 +54,7 @@ def _gpu_refusal(call: AttentionCall) -> str | None:
     """On a GPU: why no fused kernel runs it; PyTorch itself would materialize the scores."""
     kv, kind = call.kv, plain_kind(call)
     if not isinstance(kv, DenseKV) or call.cu_seqlens is not None:
-        return "PyTorch's GPU kernels take plain dense keys and no packed documents here"
+        return "PyTorch's GPU kernels take plain dense keys and no cu_seqlens here"
     if kind is not None:
         name, reasons = sdpa_gpu.choose(call.q, kv.k, kv.v, kind, needs_grad=call.needs_grad)
         if name is not None:
@@ -62,7 +62,7 @@ def _gpu_refusal(call: AttentionCall) -> str | None:
         if kind != "end":
             return f"no fused kernel of PyTorch takes it ({reasons})"
     if call.needs_grad:
-        return "PyTorch's gradients under a mask are not exact where a row sees nothing"
+        return "PyTorch's gradients under a mask are not exact where a row attends to nothing"
     reason = sdpa_gpu.masked_refusal(call.q, kv.k, kv.v)
     return None if reason is None else f"no fused kernel of PyTorch takes a mask here ({reason})"
 
@@ -86,7 +86,7 @@ def run(call: AttentionCall) -> AttentionOutput:
 
 
 def plain_kind(call: AttentionCall) -> sdpa_gpu.Kind | None:
-    """What needs no mask in memory: "all" see all, causal and "square", or causal at the "end"."""
+    """The Kind of a call that needs no mask in memory, None for others."""
     kv, q_len, end = call.kv, call.q.shape[2], call.kv.shape[2]
     if not (isinstance(kv, DenseKV) and call.is_plain and call.alibi_slopes is None):
         return None
@@ -176,7 +176,7 @@ def _one_tile(
 
 
 def _nothing(call: AttentionCall, q: Tensor) -> AttentionOutput:
-    """Queries that see no key at all."""
+    """Queries that attend to no key at all."""
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
     return AttentionOutput(q.new_zeros(*q.shape[:3], call.kv.shape[4]), lse)
 

@@ -1,7 +1,7 @@
-"""PyTorch's fused attention kernels on a GPU, each asked for by name.
+"""PyTorch's fused attention kernels on a GPU, each called by name.
 
-scaled_dot_product_attention chooses among them and falls to its "math" path, which materializes
-the scores, without a word.  Here the kernel is chosen explicitly and a call that none of them can
+scaled_dot_product_attention chooses among them and silently falls back to its "math" path, which
+materializes the scores.  Here the kernel is chosen explicitly, and a call that none of them can
 run is refused with the reason.  The names are those of torch.nn.attention: cuDNN, FlashAttention-2
 ("flash") and the memory-efficient one ("efficient"), which alone takes a mask and float32.
 
@@ -20,8 +20,8 @@ from saccade.core import AttentionOutput
 from saccade.ops.gpu.launching import tma_aligned
 
 Kind = Literal["all", "square", "end"]
-"""Who sees whom without a mask in memory: everybody everything; causal with as many queries as
-keys; causal with the queries at the end of more keys."""
+"""Masks that need no memory: "all" keys are visible to every query; "square" is causal with as many
+queries as keys; "end" is causal with the queries at the end of more keys."""
 
 HALVES = (torch.bfloat16, torch.float16)
 HOPPER, BLACKWELL = (9, 0), (10, 0)
@@ -51,7 +51,7 @@ def _cudnn(
 ) -> str | None:
     version = torch.backends.cudnn.version() or 0
     if not torch.backends.cuda.cudnn_sdp_enabled() or version < CUDNN:
-        return f"not to be had here (version {version})"
+        return f"not available here (version {version})"
     if kind == "end":
         return "its causal mask is aligned to the first key, not to the last"
     wide = capability == HOPPER and version >= CUDNN_WIDE
@@ -112,7 +112,7 @@ REFUSALS = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
 
 
 def _halves(q: Tensor, v: Tensor, capability: tuple[int, int], limit: int) -> str | None:
-    """What cuDNN and FlashAttention ask of types and head dimensions alike."""
+    """Requirements of cuDNN and FlashAttention alike: dtypes and head dimensions."""
     if capability < (8, 0):
         return "the GPU is older than Ampere"
     if q.dtype not in HALVES:
@@ -143,7 +143,7 @@ def unmasked(
 def by_groups(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, *, causal: bool, scale: float
 ) -> AttentionOutput:
-    """The memory-efficient kernel, once for each query head of a group: it knows no groups.
+    """The memory-efficient kernel, once for each query head of a group: it does not support GQA.
 
     Repeating the keys would take one launch and their memory once more a query head.
     """
@@ -162,7 +162,7 @@ def by_groups(
 
 
 def _bias(added: Tensor, g: int, groups: int, q: Tensor, k: Tensor) -> Tensor:
-    """The additive mask of one head of each group, its rows 16 bytes apart as the kernel asks."""
+    """The additive mask of one head of each group, its rows padded to 16 bytes for the kernel."""
     if added.shape[1] > 1:
         added = added.unflatten(1, (-1, groups))[:, :, g]
     width = k.shape[2]

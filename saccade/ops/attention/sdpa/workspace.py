@@ -1,7 +1,7 @@
 """What PyTorch's CPU attention kernel allocates for itself, measured by running it once.
 
-A plan runs on tensors without memory, so nobody sees these buffers there; and their sizes are
-ATen's own affair (FlashAttentionKernel.cpp), so no formula here copies them.
+A plan runs on tensors without memory, where these buffers are not allocated; and their sizes are
+internal to ATen (FlashAttentionKernel.cpp), so no formula here copies them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Gluon kernels for Hopper do not compute or cannot fetch, each in a sentence.
+"""What Gluon kernels for Hopper do not compute or cannot load, each in a sentence.
 
 Loaded on any machine, by the modules that say which calls a kernel takes.
 """
@@ -14,14 +14,14 @@ from saccade.ops.gpu.launching import tma_aligned
 def score_refusal(call: AttentionCall) -> str | None:
     """What none of the Gluon kernels computes, whatever its keys are."""
     if call.softcap is not None or call.alibi_slopes is not None:
-        return "it knows no softcap and no alibi_slopes"
+        return "it supports no softcap and no alibi_slopes"
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     return None
 
 
 def layout_refusal(tensors: tuple[Tensor, Tensor, Tensor], dims: tuple[int, ...]) -> str | None:
-    """Why queries, keys and values `[B, H, L, D]` cannot be fetched by tiles, or None."""
+    """Why queries, keys and values `[B, H, L, D]` cannot be loaded by tiles, or None."""
     for x in tensors:
         if x.shape[3] not in dims or x.shape[3] != tensors[0].shape[3]:
             return f"head_dim {x.shape[3]} is not one of {', '.join(map(str, dims))}"

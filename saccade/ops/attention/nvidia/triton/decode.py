@@ -81,7 +81,7 @@ def decode_kernel(
     first_q = q_offset + tile * BLOCK_M // groups
     last_q = q_offset + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, q_len - 1)
     num_sinks, first, _, _, last = key_tiles(first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N)
-    if pages.positions is not None:  # a slot may hold any position: visit all slots
+    if pages.positions is not None:  # a slot may hold any position: read all slots
         num_slots = k_len
         k_len = NO_LIMIT
         num_sinks, first, last = 0, 0, tl.cdiv(num_slots, BLOCK_N)

@@ -1,6 +1,6 @@
 """Launcher of the split-KV kernel over full-precision keys: contiguous, in a ring or in pages."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def forward_kernel(
     q_tile = load_tile(q_at, q_real, dims, HEAD_DIM, True)
     k_ptr = k.ptr + b * k.batch + kv_head * k.head + k_first * k.row
     v_ptr = v.ptr + b * v.batch + kv_head * v.head + k_first * v.row
-    if TMA:  # loads whole tiles, with zeros for rows past the end
+    if TMA:  # loads full tiles, with zeros for rows past the end
         k_desc = tl.make_tensor_descriptor(k_ptr, [k_len, HEAD_DIM], [k.row, 1], [BLOCK_N, BLOCK_D])
         v_desc = tl.make_tensor_descriptor(
             v_ptr, [k_len, VALUE_DIM], [v.row, 1], [BLOCK_N, BLOCK_V]

@@ -1,6 +1,6 @@
 """Launchers of the Triton kernels for plain dense keys: forward and backward of one Problem."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def seqlen_info_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Seql
     """Sequence lengths and offsets, and how many tiles of `block` queries (or keys) there are.
 
     Packed sequences get a map from tile to sequence; the number of tiles is then an upper bound,
-    because only the device knows cu_seqlens.
+    because cu_seqlens are on the device.
     """
     total = problem.num_keys if by_keys else problem.q.shape[2]
     if problem.cu_q is None or problem.cu_k is None:

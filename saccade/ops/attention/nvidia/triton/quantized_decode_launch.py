@@ -1,6 +1,6 @@
 """Attention over quantized storage: splits over the quantized keys, more over the recent ones."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _attend(
     """Splits over the quantized keys, and more over the recent keys of full precision.
 
     Args:
-        packed: the number of quantized keys, where only the device knows it; the recent keys'
+        packed: the number of quantized keys as a device tensor, where they grow; the recent keys'
             positions then start from it.
     """
     problem = problem_of(call, unit_rows(kv.recent_k), unit_rows(kv.recent_v), call.kv_lens)

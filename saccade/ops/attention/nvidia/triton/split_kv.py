@@ -1,6 +1,6 @@
 """Split-KV: outputs and lse of the splits of the keys, and the kernel that combines them."""
 
-# Triton's own types know neither constexpr arguments of a launch nor its options.
+# Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations

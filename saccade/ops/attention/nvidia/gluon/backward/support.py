@@ -18,7 +18,7 @@ DIMS = (64, 128)
 def refusal(call: AttentionCall) -> str | None:
     """Why the Gluon kernels cannot compute the gradients of a call, or None."""
     if torch.are_deterministic_algorithms_enabled():
-        return "its dQ is summed in no fixed order, and deterministic algorithms are asked for"
+        return "its dQ is summed in no fixed order, and deterministic algorithms are enabled"
     return _refusal(call, DIMS)
 
 
@@ -31,7 +31,7 @@ def _refusal(call: AttentionCall, dims: tuple[int, ...]) -> str | None:
     kv = call.kv
     plain = isinstance(kv, DenseKV) and kv.is_plain and call.is_plain
     if not plain or call.softcap is not None or call.alibi_slopes is not None:
-        return "with gradients it knows plain dense keys, window and sinks, and nothing else"
+        return "with gradients it supports only plain dense keys, window and sinks"
     assert isinstance(kv, DenseKV) and isinstance(call.q_offset, int)
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"

@@ -179,7 +179,7 @@ def decode_kernel(
     BLOCK_N: gl.constexpr = WARP_N * WARPS
     STAGE: gl.constexpr = WARP_N * D * 4  # bytes of keys and values
     M_TILES: gl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
-    # The host knows the range of keys: that of all sequences, or (pages) of the longest one.
+    # The range of keys is computed on the host: for all sequences, or (pages) for the longest.
     RANGE_ON_HOST: gl.constexpr = (seqlen_info.q_offsets is None) and (
         (seqlen_info.kv_lens is None)
         or ((PAGE_SIZE != 0) and (mask_args.window is None) and K_LEN_IS_MAX)

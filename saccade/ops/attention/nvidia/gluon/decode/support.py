@@ -32,7 +32,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 def _meaning(call: AttentionCall) -> str | None:
     if call.key_padding is not None or call.attn_mask is not None:
-        return "with few queries it knows no key_padding and no attn_mask"
+        return "with few queries it supports no key_padding and no attn_mask"
     return score_refusal(call)
 
 

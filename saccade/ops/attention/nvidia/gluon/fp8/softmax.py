@@ -83,7 +83,7 @@ def p_operand(packed, zero, O: gl.constexpr):
     """Packed P as the register operand of wgmma, without data movement.
 
     A 32-bit register stands for its four weights, so it is named four times and read once.  `zero`
-    is 0, which the compiler does not know: a register that went straight into wgmma would be
+    is 0, which the compiler cannot prove: a register that went straight into wgmma would be
     written while the product before still reads it, and ptxas then serializes all products.
     """
     ROWS: gl.constexpr = packed.shape[0]

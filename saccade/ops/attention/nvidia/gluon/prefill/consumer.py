@@ -2,7 +2,7 @@
 
 A consumer issues S = Q K^T of the next tile of keys before O += P V of this one, so that the tensor
 cores have work while it computes exponentials.  With PINGPONG scheduling the consumers also issue
-in turn, so that the softmax of one overlaps with the products of the other.
+alternately (ping-pong), so that the softmax of one overlaps with the products of the other.
 Source: Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608).
 """
 

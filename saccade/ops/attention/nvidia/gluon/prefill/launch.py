@@ -32,7 +32,7 @@ class PrefillLaunch:
         q_stages, k_stages, v_stages: pipeline stages, each a tile in shared memory.
         registers: per thread of a consumer.
         l2_bytes: K and V that CTAs read at one time, so that they stay in the L2 cache.
-        pingpong: consumers issue their products in turn.
+        pingpong: consumers issue their products alternately.
         direct_store: O is stored from registers (shared memory has no room for it).
     """
 

@@ -1,6 +1,6 @@
 """Sequence lengths in the prefill kernel: packed sequences, per-row key lengths, paged keys.
 
-TMA loads whole tiles, so keys past the end of a sequence are loaded too: those of the next packed
+TMA loads full tiles, so keys past the end of a sequence are loaded too: those of the next packed
 sequence, or whatever an unfinished page holds.  Their scores are masked like any other, and their
 values are overwritten with zeros (`zero_v_tail`), because a weight of 0 times NaN is NaN.
 """
@@ -112,7 +112,7 @@ _TABLES: dict[Any, Tensor] = {}
 
 
 def _q_tiles(cu_q: Tensor, cu_k: Tensor, problem: Problem, block_m: int) -> Tensor:
-    """The host knows only an upper bound of the number of tiles; the surplus has no queries."""
+    """The host launches an upper bound of the number of tiles; surplus tiles have no queries."""
     cu_q, cu_k = cu_q.to(torch.int32), cu_k.to(torch.int32)
     tiles = cdiv(problem.q.shape[2], block_m) + len(cu_q) - 1
     tiles_of_each = (cu_q.diff() + block_m - 1).div(block_m, rounding_mode="floor")

@@ -21,7 +21,7 @@ def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run a call over dense keys or pages, or None."""
     kv = call.kv
     if not isinstance(kv, PagedKV) and not (isinstance(kv, DenseKV) and kv.is_plain):
-        return "it knows plain dense keys and pages, and no other view"
+        return "it supports plain dense keys and pages, and no other view"
     return (
         _mask_refusal(call)
         or score_refusal(call)
@@ -54,12 +54,12 @@ def _dims_refusal(kv: QuantizedKV) -> str | None:
 
 def _mask_refusal(call: AttentionCall) -> str | None:
     if call.key_padding is not None or call.attn_mask is not None:
-        return "it knows no key_padding and no attn_mask"
+        return "it supports no key_padding and no attn_mask"
     return None
 
 
 def _page_refusal(call: AttentionCall) -> str | None:
-    """A tile of keys has to be whole pages, or to lie in one."""
+    """A tile of keys has to consist of full pages, or to lie in one."""
     dim = call.q.shape[3]
     if not isinstance(call.kv, PagedKV) or dim not in DIMS:
         return None

@@ -62,7 +62,7 @@ from saccade.ops.gpu.triton_lang import LOG2E, key_tiles, pdl_begin
 
 @gluon.jit
 def tile_index(i, num_sinks, first):
-    """The i-th tile to visit: sink tiles come first, then those of the window."""
+    """The i-th tile to compute: sink tiles come first, then those of the window."""
     return gl.where(i < num_sinks, i, i - num_sinks + first)
 
 

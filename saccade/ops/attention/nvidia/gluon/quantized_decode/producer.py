@@ -61,7 +61,7 @@ def copy_v(smem, gmem, lane, size, ROW: gl.constexpr):
 def copy_qparams(smem, scale, offset, lane, size, SIZE: gl.constexpr):
     """Issue copies of SIZE bytes of scales and as many of offsets, which lie behind them.
 
-    Lanes that are left over copy the same bytes to places that are never read.
+    Surplus lanes copy the same bytes to addresses that are never read.
     """
     LANES: gl.constexpr = SIZE // 16  # for each of the two
     at = lane % LANES

@@ -39,7 +39,7 @@ def stored(call: AttentionCall) -> QuantizedKV:
 def _meaning(call: AttentionCall) -> str | None:
     extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
     if any(extra is not None for extra in extras):
-        return "over quantized keys it knows no key_padding, blocks, attn_mask or cu_seqlens"
+        return "over quantized keys it supports no key_padding, blocks, attn_mask or cu_seqlens"
     if isinstance(call.kv, GrowingKV) and call.kv_lens is None:
         return "a growing view takes kv_lens"
     reason = score_refusal(call)
