@@ -1,7 +1,7 @@
 """The support matrix (tests/support/matrix.py) is what the backends do: each cell is tested.
 
-Supported cells equal the reference; all others raise Unsupported with a sentence.  Backends for
-GPUs are asked on tensors without one, their question for the device answered with yes.
+Supported cells equal the reference; all others raise Unsupported with the reason.  Without a GPU
+only `refusal` of GPU backends is tested, with their check of the device patched.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Which backend computes what: the support matrix as data, and the calls that stand for its cells.
+"""Which backend supports what: the support matrix as data, and a call for each of its cells.
 
 A cell holds letters: P a prompt, D decoding (one query), G gradients; "." for none of them, "-"
-where the question makes no sense.  The tests run every cell that can run here and ask `refusal` for
-the others (test_support_matrix.py); docs/support.md is `markdown()`.
+where the combination makes no sense.  The tests run every cell that can run here and call `refusal`
+for the others (test_support_matrix.py); docs/support.md is `markdown()`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One backend, row and kind of call, and whether the matrix says that they go together."""
+    """One backend, row and kind of call, and whether the backend supports it."""
 
     backend: str
     row: str
@@ -130,11 +130,11 @@ def kinds_of(row: str) -> str:
 def cells() -> list[Cell]:
     """All cells of the matrix, supported or not."""
     return [
-        Cell(backend, row, kind, kind in held[backend])
-        for row, held in ROWS.items()
+        Cell(backend, row, kind, kind in kinds[backend])
+        for row, kinds in ROWS.items()
         for backend in COLUMNS
         for kind in kinds_of(row)
-        if held[backend] != "-" and not (BASE.get(backend) == "fp8" and kind == "G")
+        if kinds[backend] != "-" and not (BASE.get(backend) == "fp8" and kind == "G")
     ]
 
 
@@ -250,19 +250,20 @@ def markdown() -> str:
     lines = [
         "# What each backend computes",
         "",
-        "Rows are what a call of `saccade.attention` or `saccade.attend` may ask for, columns the "
+        "Rows are features of a call of `saccade.attention` or `saccade.attend`, columns the "
         "backends that `backend=` names (`sdpa` on the CPU and on a GPU). P: prompts of many "
-        "queries, D: decoding, one query, G: gradients; `-`: the backend raises `Unsupported` and "
-        'says why. `backend="auto"` takes one that can. `gluon_fp8` takes fp8 queries, keys and '
-        "values, the others are asked with plain ones. The tests run or ask every cell "
-        "(`tests/ops/test_support_matrix.py`); this page is written from the same table, "
-        "`tests/support/matrix.py`: `python -m tests.support.matrix > docs/support.md`.",
+        "queries; D: decoding, one query; G: gradients; `-`: the backend raises `Unsupported` with "
+        'the reason. `backend="auto"` takes one that supports the call. In the column of '
+        "`gluon_fp8` queries, keys and values are fp8, elsewhere they are bf16 or fp32 unless the "
+        "row names a dtype. Every cell is tested (`tests/ops/test_support_matrix.py`): run where "
+        "the hardware allows it, else compared with the backend's `refusal`. This page is written "
+        "from `tests/support/matrix.py`: `python -m tests.support.matrix > docs/support.md`.",
         "",
         "| | " + " | ".join(_title(name) for name in COLUMNS) + " | |",
         "|---" * (len(COLUMNS) + 2) + "|",
     ]
-    for row, held in ROWS.items():
-        shown = (NOTHING.get(held[name], " ".join(held[name])) for name in COLUMNS)
+    for row, kinds in ROWS.items():
+        shown = (NOTHING.get(kinds[name], " ".join(kinds[name])) for name in COLUMNS)
         lines.append(f"| `{row}` | " + " | ".join(shown) + f" | {MEANING.get(row, row)} |")
     return "\n".join(lines) + "\n"
 
