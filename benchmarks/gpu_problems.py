@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.bench.gate import stored
 from saccade.bench.gpu import random
-from saccade.bench.inputs import GROUP, KINDS, coded
+from saccade.bench.inputs import GROUP, KINDS, quantized_view
 from saccade.bench.tune_work import paged
 from saccade.core import (
     BlockSelection,
@@ -172,7 +172,9 @@ def _view(problem: Problem, k: Tensor, v: Tensor) -> KVView:
     if storage.startswith("page"):
         return paged(k, v, int(storage.removeprefix("page")))
     if storage in KINDS:
-        return coded(k, v, storage, k.shape[2] % GROUP if problem.is_step else problem.queries)
+        return quantized_view(
+            k, v, storage, k.shape[2] % GROUP if problem.is_step else problem.queries
+        )
     if storage == "ring":
         return _ring(problem, k, v)
     if storage == "e4m3":

@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DEMO = ROOT / "benchmarks/results/compare-smollm2-quick.json"
 MARKS = re.compile(r"(<!-- table: (\S+) ?(\S*) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
-# How a record of a schema is shown: its path, its content and the part of it that is asked for.
+# How a record of a schema is shown: its path, its content and the part of it that is shown.
 RENDER: dict[str, Callable[[Path, dict[str, Any], str], str]] = {
     comparison.SCHEMA: lambda path, data, part: to_markdown(comparison.read(path)),
     bench.SCHEMA: lambda path, data, part: bench_table.to_markdown(bench.read(path)),

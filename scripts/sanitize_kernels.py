@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from saccade.bench.inputs import coded
+from saccade.bench.inputs import quantized_view
 from saccade.bench.tune_work import paged
 from saccade.core import BlockSelection, DenseKV, Mask, quantize_fp8_per_head
 from saccade.ops import attend, attention, gemv
@@ -102,7 +102,9 @@ def quantized_decode(backend: str, dims: tuple[int, ...] = (128,)) -> None:
         for kind in ("int8", "fp8", "int4"):
             for queries in (1, 3):
                 q, k, v = qkv(queries, 700, dim)
-                attend(make_call(q, coded(k, v, kind, RECENT), mask=Mask()), backend=backend)
+                attend(
+                    make_call(q, quantized_view(k, v, kind, RECENT), mask=Mask()), backend=backend
+                )
 
 
 def fp8() -> None:
@@ -123,7 +125,7 @@ def kv_write() -> None:
         append(slots, k, v, PendingRope(q, cos, sin))
     _, k, v = qkv(1, 700, 128)
     for kind in ("int8", "fp8", "int4"):
-        view = coded(k, v, kind, RECENT)
+        view = quantized_view(k, v, kind, RECENT)
         quantize_keys_into(k[:, :, :640], view.k, bits=view.bits_k, group=64)
         quantize_values_into(v[:, :, :640], view.v, bits=view.bits_v, group=64)
         dequantize_range(view, 64, 320)

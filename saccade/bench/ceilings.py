@@ -78,7 +78,7 @@ def extension() -> ModuleType | None:
 
 
 def _target() -> str:
-    """The instruction set that the kernels were asked to use; the ceiling has to match it."""
+    """The instruction set that the kernels use; the ceiling has to match it."""
     return os.environ.get(TARGET, "")
 
 

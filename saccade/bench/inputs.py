@@ -88,7 +88,9 @@ def _view(case: Case, k: Tensor, v: Tensor) -> DenseKV | QuantizedKV:
     )
 
 
-def coded(k: Tensor, v: Tensor, kind: str, recent: int = 0, v_group: int = GROUP) -> QuantizedKV:
+def quantized_view(
+    k: Tensor, v: Tensor, kind: str, recent: int = 0, v_group: int = GROUP
+) -> QuantizedKV:
     """A quantized view of KINDS[kind] over keys and values `[B, H, L, D]` but the last `recent`."""
     bits_k, bits_v, fp8 = KINDS[kind]
     n = k.shape[2] - recent

@@ -163,7 +163,7 @@ def _still_alive(error: Exception) -> None:
 
 
 class BrokenGPU(RuntimeError):
-    """A launch left the GPU in a state that only a new process mends."""
+    """A launch left the GPU in a state in which only a new process can use it."""
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.bench.gate import Expected, limits, stored
-from saccade.bench.inputs import coded
+from saccade.bench.inputs import quantized_view
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV
 from saccade.ops.attention.api import attend, make_call
 
@@ -250,7 +250,7 @@ def _view(kind: str, k: Tensor, v: Tensor) -> KVView:
         return DenseKV(k, v)
     if kind == "pages":
         return paged(k, v, PAGE)
-    return coded(k, v, kind, k.shape[2] % GROUP, min(GROUP, k.shape[3]))
+    return quantized_view(k, v, kind, k.shape[2] % GROUP, min(GROUP, k.shape[3]))
 
 
 def paged(k: Tensor, v: Tensor, page: int) -> PagedKV:

@@ -74,7 +74,7 @@ class PageAllocator:
 
     @property
     def num_available(self) -> int:
-        """Pages that can be handed out: free ones, and cached ones without a reference."""
+        """Pages that can be allocated: free ones, and cached ones without a reference."""
         return len(self._free) + len(self._evictable)
 
     def length(self, seq: int) -> int:

@@ -1,4 +1,4 @@
-"""`saccade chat`: a dialogue without end in memory that does not grow."""
+"""`saccade chat`: a dialogue of any length in constant memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
     sampling: shared_options.Values,
     context: shared_options.Values,
 ) -> int:  # fmt: skip
-    """Talk without end in memory that does not grow."""
+    """A dialogue of any length in constant memory."""
     params, sampler = shared_options.context_params(context), shared_options.sampler_of(sampling)
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")

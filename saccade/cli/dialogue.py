@@ -1,4 +1,4 @@
-"""A dialogue without end in memory that does not grow.
+"""A dialogue of any length in constant memory.
 
 The caches hold what the options let them hold.  Positions are the other thing that grows: before
 they pass what the model was trained for (or a full context), the latest messages are read again

@@ -1,4 +1,4 @@
-"""Which errors are answered with a sentence, and the sentence."""
+"""Errors that are shown as one sentence instead of a traceback, and the sentence."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def _repair_rope(config: Any, header: GGUFHeader) -> list[str]:
         scaling |= _yarn_options(header, config.max_position_embeddings, float(factor))
     config.rope_parameters = {**rope, **scaling}
     return [
-        f"transformers drops the {kind} scaling (factor {factor:g}) that the GGUF header asks for; "
+        f"transformers drops the {kind} scaling (factor {factor:g}) that the GGUF header has; "
         "it was put back."
     ]
 

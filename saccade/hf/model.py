@@ -34,7 +34,7 @@ SAMPLES = 64
 
 
 class HFModelCache:
-    """The caches of all layers, as `runtime.model.Caches`.
+    """The caches of all layers, a `runtime.model.ModelCache`.
 
     Attributes:
         past_key_values: the same caches, behind transformers' protocol.

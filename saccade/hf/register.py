@@ -1,4 +1,4 @@
-"""Making `attn_implementation="saccade"` known to transformers."""
+"""Registering `attn_implementation="saccade"` with transformers."""
 
 from __future__ import annotations
 

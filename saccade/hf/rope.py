@@ -202,7 +202,7 @@ def _num_pairs(module: nn.Module, kind: str | None) -> int:
 
 
 def _layout(module: nn.Module, kind: str | None, pairs: int) -> str:
-    """How the module lays out its cos, found by asking a copy of it for one position."""
+    """How the module lays out its cos, found by calling a copy of it for one position."""
     probe = _copied(module)  # modules of dynamic rules change their state when called
     device = next(probe.buffers()).device
     x = torch.zeros(1, 1, 2 * pairs, device=device)

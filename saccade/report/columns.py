@@ -35,7 +35,7 @@ class Column:
         title: its heading; unit: what the numbers count, "" where the cell says it.
         lower_is_better: the direction of a gain.
         compared: whether the ratio to the baseline says something.
-        show: the text of a row and its value, asked for only where there is a value.
+        show: the text of a row and its value, called only where there is a value.
         meaning: how to read it; measured: how it was obtained.
     """
 

@@ -108,7 +108,7 @@ def _keep_equally(
 def _keep_by_head(
     layer: RaggedCache, policy: Policy, budget: int | float, q: Tensor, scale: float
 ) -> None:
-    """Keep the budget on average over the heads, which compete for it by their scores."""
+    """Keep the budget on average over the heads, divided among them by their scores."""
     kv_lens = layer.kv_lens
     mean = int(kv_lens.sum()) // kv_lens.numel()
     kept = resolve_budget(budget, mean)

@@ -19,7 +19,7 @@ def test_import_loads_nothing_heavy():
 
 
 def test_the_operator_loads_nothing_heavy():
-    # torch itself may bring triton where it is installed, so ask what we add to plain torch.
+    # torch itself may bring triton where it is installed, so compare with plain torch.
     plain = loaded_after("import torch; import torch.nn.functional")
     assert loaded_after("import saccade; saccade.attention; saccade.Mask") <= plain
 

@@ -1,4 +1,4 @@
-"""`saccade chat`: a dialogue without end, in memory that stays as it is."""
+"""`saccade chat`: a dialogue of any length, in constant memory."""
 
 import io
 import os

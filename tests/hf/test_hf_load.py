@@ -66,8 +66,7 @@ def test_yarn_of_llama_files_is_put_back(folder):
     )
     (note,) = loaded.notes
     assert note == (
-        "transformers drops the yarn scaling (factor 4) that the GGUF header asks for; "
-        "it was put back."
+        "transformers drops the yarn scaling (factor 4) that the GGUF header has; it was put back."
     )
 
 

@@ -103,11 +103,11 @@ def test_a_token_over_a_million_keys(kind, window):
         view = PagedKV(*pools, order[None].to(torch.int32), kv_lens, MILLION)
     elif kind != "dense":
         bits, packed = int(kind[3:]), MILLION - 64
-        coded = (
+        quantized = (
             quantize_keys(k[:, :, :packed], bits=bits, group=64),
             quantize_values(v[:, :, :packed], bits=bits, group=64),
         )
-        view = QuantizedKV(*coded, k[:, :, packed:], v[:, :, packed:], bits, bits, 64)
+        view = QuantizedKV(*quantized, k[:, :, packed:], v[:, :, packed:], bits, bits, 64)
     tile = dense(view)
     truth = attention(*wide(q, tile.k, tile.v), window=window, return_lse=True, backend="reference")
     ours = attend(make_call(q, view, mask=Mask(window=window)), backend="triton")
@@ -144,14 +144,14 @@ def test_a_token_over_more_than_two_to_the_31_elements(kind):
         k, v = last, last
     elif kind == "int8":
         x = normal(1, heads, length, 128)
-        coded = (quantize_keys(x, bits=8, group=64), quantize_values(x, bits=8, group=64))
+        quantized = (quantize_keys(x, bits=8, group=64), quantize_values(x, bits=8, group=64))
         # Rows of the batch differ: each is rolled by so many groups of tokens.
         rolled = [
             QuantizedTensor(*(
                 torch.cat([part.roll(b * (part.shape[2] // 32), 2) for b in range(batch)])
                 for part in qdata
             ))
-            for qdata in coded
+            for qdata in quantized
         ]  # fmt: skip
         empty = normal(batch, heads, 0, 128)
         view = QuantizedKV(*rolled, empty, empty, 8, 8, 64)

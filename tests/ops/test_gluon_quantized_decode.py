@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
-from saccade.bench.inputs import KINDS, coded
+from saccade.bench.inputs import KINDS, quantized_view
 from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
@@ -51,7 +51,7 @@ class TestOnGPU:
         k, v = (random(batch, heads[1], keys + recent, dim, dtype=dtype) for _ in range(2))
         k += 3 * random(1, heads[1], 1, dim, dtype=dtype)  # channels have offsets of their own
         q = random(batch, heads[0], queries, dim, dtype=dtype)
-        view = coded(k, v, kind, recent, v_group)
+        view = quantized_view(k, v, kind, recent, v_group)
         wide = QuantizedKV(
             view.k, view.v, view.recent_k.double(), view.recent_v.double(), view.bits_k,
             view.bits_v, 64,
@@ -68,7 +68,7 @@ class TestOnGPU:
     def test_learned_sinks(self, recent):
         """They count once, whichever kernel reads the first keys."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 1, 128)
-        view, sinks = coded(k, v, "int8", recent), torch.randn(8).cuda()
+        view, sinks = quantized_view(k, v, "int8", recent), torch.randn(8).cuda()
         truth = attend(make_call(q, view, mask=Mask(), sink_logits=sinks), backend="tiled")
         ours = attend(make_call(q, view, mask=Mask(), sink_logits=sinks), backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
@@ -79,7 +79,7 @@ class TestOnGPU:
     def test_growing_views(self, kind, packed):
         """Counts on the device; storage behind them is NaN."""
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
-        view = coded(k, v, kind, 64)
+        view = quantized_view(k, v, kind, 64)
         alone = QuantizedKV(
             QuantizedTensor(
                 view.k.qdata[:, :, :packed], *(x[:, :, : packed // 64] for x in view.k[1:])
@@ -102,7 +102,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("kind", KINDS)
     def test_sequences_of_different_length(self, kind):
         k, v, q = random(2, 2, 512, 128), random(2, 2, 512, 128), random(2, 8, 2, 128)
-        view, kv_lens = coded(k, v, kind), torch.tensor([300, 77], device="cuda")
+        view, kv_lens = quantized_view(k, v, kind), torch.tensor([300, 77], device="cuda")
         where = {"kv_lens": kv_lens, "q_offset": kv_lens - 2, "mask": Mask()}
         truth = attend(make_call(q, view, **where), backend="tiled")
         for row, length in enumerate(kv_lens.tolist()):
@@ -114,7 +114,7 @@ class TestOnGPU:
 
     def test_inside_a_cuda_graph(self):
         k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
-        assert_a_graph_replays(q, coded(k, v, "int4"))
+        assert_a_graph_replays(q, quantized_view(k, v, "int4"))
 
 
 REFUSALS = [
@@ -133,7 +133,7 @@ def test_refuses_in_a_sentence(options, how, reason):
     dim, dtype = how.get("dim", 64), how.get("dtype", torch.float16)
     k = random(1, 2, 64, dim, dtype=dtype, device="cpu")
     q = random(1, 4, how.get("queries", 1), dim, dtype=dtype, device="cpu")
-    view = coded(k, k, "int8", v_group=how.get("v_group", 32))
+    view = quantized_view(k, k, "int8", v_group=how.get("v_group", 32))
     call = make_call(q, view, **({"mask": Mask()} | options))
     assert reason in str(gluon_quantized.refusal(call))
 
@@ -141,7 +141,7 @@ def test_refuses_in_a_sentence(options, how, reason):
 def test_accepts_quantized_keys_and_nothing_runs_without_a_gpu():
     k, q = random(1, 2, 128, 128, device="cpu"), random(1, 8, 1, 128, device="cpu")
     for kind in KINDS:
-        view = coded(k, k, kind, 64)
+        view = quantized_view(k, k, kind, 64)
         assert gluon_quantized.refusal(make_call(q, view, mask=Mask())) is None
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(make_call(q, view, mask=Mask()), backend="gluon")

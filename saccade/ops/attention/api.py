@@ -1,4 +1,4 @@
-"""The public door of attention: check, describe the call, choose a backend, run it."""
+"""The public functions of attention: check, describe the call, choose a backend, run it."""
 
 from __future__ import annotations
 

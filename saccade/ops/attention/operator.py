@@ -2,7 +2,7 @@
 
 Calls over plain dense keys that train, or that torch.compile traces, go through the operator
 `saccade::attention` whatever the backend.  An operator takes tensors and plain numbers, so a call
-is flattened in the order of `_SCHEMA`.  The backend travels as its name; "auto" is resolved by
+is flattened in the order of `_SCHEMA`.  The backend is passed by name; "auto" is resolved by
 `dispatch` when the operator runs, with the tensors that it then gets, so a compiled model runs the
 kernels that an eager one runs.
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.utils._python_dispatch import (  # no public way to ask
+from torch.utils._python_dispatch import (  # there is no public way
     _get_current_dispatch_mode,  # type: ignore[attr-defined]
 )
 
@@ -38,7 +38,7 @@ _SINK_LOGITS = 3  # their place in the schema
 
 
 def needed(call: AttentionCall, backend: dispatch.Backend) -> bool:
-    """Whether a call has to run as an operator: it trains or is traced, and the backend can."""
+    """Whether a call has to run as an operator: it trains or is traced, and the backend supports it."""
     if not (call.needs_grad or torch.compiler.is_compiling()):
         return False
     plain = isinstance(call.kv, DenseKV) and call.kv.is_plain and call.q_scale is None

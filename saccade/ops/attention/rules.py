@@ -38,6 +38,7 @@ LARGEST = 2**62
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What rules compare of a call.
+
     Attributes:
         head_dim: of queries and keys.
         pattern: of PATTERNS; a window that holds every key is none.
@@ -123,7 +124,7 @@ _UNITS = {
 
 
 class RuleSet:
-    """The rules of one architecture, in their order; which ones fit is remembered per Facts."""
+    """The rules of one architecture, in their order; which ones fit is cached per Facts."""
 
     def __init__(self, rules: Iterable[Rule] = ()) -> None:
         self.rules = tuple(rules)

@@ -64,7 +64,7 @@ def _attend_rows(call: AttentionCall, start: int, stop: int) -> AttentionOutput:
     if call.sink_logits is not None:  # the learned sink is a first score without a value
         m = call.sink_logits.to(q.dtype).view(1, *rows[1:3], 1, 1).expand(*rows, 1)
         l = torch.ones_like(l)
-    for tile in visited_tiles(call, start, stop):
+    for tile in visible_tiles(call, start, stop):
         m, l, o = _absorb(call, start, stop, tile, q, m, l, o)
     empty = l == 0
     out = o / l.masked_fill(empty, 1)
@@ -108,7 +108,7 @@ def _absorb(
     return m_new, l * shrink + p.sum(-1, keepdim=True), o * shrink + gained
 
 
-def visited_tiles(call: AttentionCall, start: int, stop: int) -> Iterator[KVTile]:
+def visible_tiles(call: AttentionCall, start: int, stop: int) -> Iterator[KVTile]:
     """Tiles of keys with a key that may be visible to some query in start .. stop-1."""
     ranges = call.mask.key_ranges(*call.q_bounds(start, stop), call.kv.shape[2])
     if call.blocks is not None:

@@ -175,7 +175,7 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 def _launch(x: Tensor, kernel: str) -> GemvLaunch:
     found = launches(architecture(x.device))
-    assert found is not None  # `supports` has been asked
+    assert found is not None  # checked by `supports`
     return found[kernel]
 
 

@@ -1,6 +1,6 @@
 """Attention over fp8 queries, keys and values by a Gluon kernel on Hopper GPUs, for inference.
 
-This module is what the chooser loads, on any machine, so it imports Triton only to run.
+`dispatch` loads this module on any machine, so it imports Triton only to run.
 """
 
 from __future__ import annotations

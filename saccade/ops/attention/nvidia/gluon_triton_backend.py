@@ -1,6 +1,6 @@
 """Backend `gluon_triton`: training with the forward pass by Gluon and the gradients by Triton.
 
-For what the Gluon gradients do not serve: head_dim 256, and runs under
+For what the Gluon gradients do not support: head_dim 256, and runs under
 `torch.use_deterministic_algorithms(True)`, since Triton's gradients are the same bits every time.
 """
 

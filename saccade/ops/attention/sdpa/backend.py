@@ -22,7 +22,7 @@ from saccade.ops.attention.combine import with_sink_logits
 from saccade.ops.attention.masks import bias_of, has_holes, real_keys, visible_pairs
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 from saccade.ops.attention.sdpa.workspace import kernel_bytes
-from saccade.ops.attention.tiled import visited_tiles
+from saccade.ops.attention.tiled import visible_tiles
 from saccade.ops.attention.varlen import per_sequence
 from saccade.ops.planning import note_workspace, planning
 
@@ -81,7 +81,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention by fused PyTorch kernels."""
     if call.cu_seqlens is not None:
         return per_sequence(call, run)
-    result = _whole(call) or _by_query_tiles(call)
+    result = _without_mask(call) or _by_query_tiles(call)
     return result if call.sink_logits is None else with_sink_logits(result, call.sink_logits)
 
 
@@ -102,7 +102,7 @@ def plain_kind(call: AttentionCall) -> sdpa_gpu.Kind | None:
     return "end" if first >= 0 and last + 1 == end else None
 
 
-def _whole(call: AttentionCall) -> AttentionOutput | None:
+def _without_mask(call: AttentionCall) -> AttentionOutput | None:
     """The calls that need no mask in memory; None for all others."""
     kind = plain_kind(call)
     if kind is None:
@@ -133,7 +133,7 @@ def _by_query_tiles(call: AttentionCall) -> AttentionOutput:
     parts = []
     for start in range(0, call.q.shape[2], Q_TILE):
         stop = min(start + Q_TILE, call.q.shape[2])
-        tiles = list(visited_tiles(call, start, stop))
+        tiles = list(visible_tiles(call, start, stop))
         q = call.q[:, :, start:stop]
         parts.append(_one_tile(call, q, start, stop, _join(tiles)) if tiles else _nothing(call, q))
     if not parts:

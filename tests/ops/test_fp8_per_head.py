@@ -28,11 +28,11 @@ def numbers(x):
 class TestQuantizeHeads:
     def test_one_scale_for_every_row_and_head(self):
         x = torch.randn(2, 3, 50, 16) * torch.tensor([1e-4, 1.0, 300.0])[:, None, None]
-        coded = quantize_fp8_per_head(x)
-        assert coded.qdata.dtype == FP8 and coded.scale.shape == (2, 3)
-        assert (coded.qdata.float().abs().amax((2, 3)) == 448).all()
+        quantized = quantize_fp8_per_head(x)
+        assert quantized.qdata.dtype == FP8 and quantized.scale.shape == (2, 3)
+        assert (quantized.qdata.float().abs().amax((2, 3)) == 448).all()
         assert torch.allclose(
-            coded.dequantize(), x, rtol=1 / 16, atol=x.abs().amax().item() * 2**-18
+            quantized.dequantize(), x, rtol=1 / 16, atol=x.abs().amax().item() * 2**-18
         )
 
     def test_zeros_stay_zeros_and_half_precision_is_taken(self):
