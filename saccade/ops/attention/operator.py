@@ -38,7 +38,7 @@ _SINK_LOGITS = 3  # their place in the schema
 
 
 def needed(call: AttentionCall, backend: dispatch.Backend) -> bool:
-    """Whether a call has to run as an operator: it trains or is traced, and the backend supports it."""
+    """Whether a call has to run as an operator: it trains or is traced, by a backend that can."""
     if not (call.needs_grad or torch.compiler.is_compiling()):
         return False
     plain = isinstance(call.kv, DenseKV) and call.kv.is_plain and call.q_scale is None
