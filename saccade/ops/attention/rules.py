@@ -5,11 +5,12 @@ which backends `dispatch` puts before its usual order.  A rule is one line: cond
 why, and the record that shows it.  Architectures without a file, and calls that no rule fits, have
 the usual order.  Nothing here asks a backend: what a rule needs to know of a call are its `Facts`.
 
-cuDNN is a special case.  It builds a plan for every new shape, 50 to 70 milliseconds of the host's
-time, while a call saves microseconds to a few milliseconds.  Where lengths change from call to
-call that never pays, and `auto` cannot know.  So a rule prefers it only where the plan is paid
-back within 16 calls of one shape (one pass over the layers of a small model), or within 64 for
-training, whose shapes repeat step after step.  By name, `backend="sdpa"`, it is always available.
+cuDNN is a special case.  It builds a plan for every new shape, about 70 milliseconds of the host's
+time and 145 with gradients, while most calls save microseconds to a few milliseconds.  Where
+lengths change from call to call that never pays, and `auto` cannot know.  So a rule prefers it only
+where the plan is paid back within 16 calls of one shape (one pass over the layers of a small
+model), or within 150 for training (five steps of 32 layers), whose shapes repeat.  By name,
+`backend="sdpa"`, it is always available.
 """
 
 from __future__ import annotations
