@@ -13,18 +13,6 @@ RESULTS = ROOT / "benchmarks/results"
 RULES = ROOT / "saccade/ops/tuning/measured/backends"
 NAMES = sorted(path.stem for path in RESULTS.glob("*.json"))
 
-# Records from before revision and command were written, until they are measured again.
-STALE = {
-    "h100_backends": "kernels have changed; benchmarks/gpu_rules.py replaces it",
-    "h200_attention": "kernels have moved; benchmarks/gpu_attention.py makes it",
-    "h200_gluon_rows": "printed by a deleted script; benchmarks/gpu_rules.py replaces it",
-    "h200_gluon_windows": "printed by a deleted script; benchmarks/gpu_rules.py replaces it",
-    "h200_gradients": "made by a deleted script; benchmarks/gpu_rules.py replaces it",
-    "h200_llama": "kernels have moved; benchmarks/gpu_llama.py makes it",
-    "h200_mistral": "kernels have moved; benchmarks/gpu_mistral.py makes it",
-    "h200_triton_attention": "launches were chosen by it; benchmarks/gpu_attention.py replaces it",
-}
-
 
 def record(name):
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -50,11 +38,7 @@ def exists(command):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_record_says_which_tree_made_it_and_how(name):
-    assert says_all(record(name)) != (name in STALE), STALE.get(name)
-
-
-def test_every_stale_record_is_there():
-    assert set(STALE) <= set(NAMES)
+    assert says_all(record(name))
 
 
 def test_every_record_is_cited():
