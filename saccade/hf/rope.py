@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -178,11 +177,8 @@ def key_shifter(rotary: Rotary, layer_type: str | None = None) -> ShiftKeys:
             "length. Use yarn, ntk or linear scaling with n_keep."
         )
     inv_freq = frequencies_of(rotary, layer_type).inv_freq
-    return partial(_shifted, inv_freq=inv_freq, interleaved=layout == "neighbours")
-
-
-def _shifted(k: Tensor, delta: int, *, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    return shift_keys(k, inv_freq, delta, interleaved=interleaved)
+    interleaved = layout == "neighbours"
+    return lambda k, delta: shift_keys(k, inv_freq, delta, interleaved=interleaved)
 
 
 def _scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> ScaledRotary:

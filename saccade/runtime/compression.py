@@ -80,7 +80,7 @@ def compress_cache(
         Unsupported: a layer cache that cannot remove keys.
     """
     policy = POLICIES[policy_name]()
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.stores):
         if isinstance(layer, RingCache):
             continue
         if isinstance(layer, RaggedCache):

@@ -149,14 +149,9 @@ class Context:
 
     def reset(self) -> None:
         """Remove everything that was read; memory of caches stays allocated."""
-        for layer in self._cache.layers:
+        for layer in self._cache.stores:
             layer.reset()
         self.resume([], None, None)
-
-    @property
-    def can_continue(self) -> bool:
-        """Whether `stream` can go on without a prompt: a token was chosen and not yet read."""
-        return self._next is not None
 
     @property
     def cache_bytes(self) -> int:
@@ -187,7 +182,7 @@ class Context:
                 hidden = self.model.hidden(chunk[None], self._cache)[0]
                 self._tokens += chunk.tolist()
                 if len(chunk) > 1:
-                    checkpoint(self._cache.layers)
+                    checkpoint(self._cache.stores)
                 states.append(hidden)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
@@ -212,7 +207,7 @@ class Context:
                 break
             common += 1
         with torch.inference_mode():
-            kept = roll_back(self._cache.layers, common)
+            kept = roll_back(self._cache.stores, common)
         self.resume(self._tokens[:kept], None, None)
         return kept
 
@@ -340,7 +335,7 @@ class Context:
             raise Unsupported(
                 f"nothing to remove after n_keep={n_keep} of {self.seen} tokens. Lower n_keep."
             )
-        layers = list(enumerate(self._cache.layers))
+        layers = list(enumerate(self._cache.stores))
         # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
         layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
