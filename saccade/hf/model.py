@@ -154,10 +154,7 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
 def facts_of(
     model_config: PreTrainedConfig, *, name: str, n_ctx_train: int | None, dtype: torch.dtype
 ) -> ModelFacts:
-    """What a config says of a model that need not be loaded.
-
-    Args:
-        n_ctx_train: length it was trained for; None: what the config says.
+    """What a config says of a model that need not be loaded; its trained length unless given.
 
     Raises:
         Unsupported: layers that our caches do not serve.

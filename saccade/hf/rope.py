@@ -81,7 +81,6 @@ def run_rotary(
     """Rotary module -> what a run under these params calls instead; empty for the model's own.
 
     Args:
-        params: `rope_*` and `yarn_*` options and `n_ctx`.
         isolated: copy modules whose state depends on the lengths they have seen (dynamic NTK,
             LongRoPE), so that runs of one model do not change each other's frequencies.
 
@@ -124,10 +123,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def first_rotary(model: PreTrainedModel, in_force: Mapping[nn.Module, Rotary]) -> Rotary:
-    """What computes cos and sin in the text decoder.
-
-    Args:
-        in_force: `Run.rotary` of the run in force, empty for none.
+    """What computes cos and sin in the text decoder under `Run.rotary` of the run in force.
 
     Raises:
         Unsupported: a model without rotary modules.

@@ -24,11 +24,7 @@ from saccade.runtime.step import DecodeStep, refusal
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token of `Context.stream`.
-
-    Attributes:
-        token: its id.
-    """
+    """One token of `Context.stream`, as its id."""
 
     token: int
 
@@ -136,7 +132,6 @@ class Context:
         """Set what the caches hold, after they were restored or rolled back; see `runtime.session`.
 
         Args:
-            tokens: the tokens in the caches.
             next_token: chosen but not yet read.
             observed: state of the observation window, where a kv_policy was observing.
         """
@@ -194,9 +189,6 @@ class Context:
         Sliding layers can roll back within their ring or to a checkpoint (`ctx_checkpoints`), a
         compressed cache not before its compression.  At least the last token is left to read.
 
-        Args:
-            tokens: ids `[n]` of the new prompt.
-
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
         """
@@ -242,9 +234,7 @@ class Context:
         Args:
             prompt: token ids `[n]`; without any, generation continues where the last stream (or a
                 restored session) stopped.
-            n_predict: most tokens to generate.
             sampler: chooses tokens; default greedy.
-            stop: token ids that end the generation.
 
         Raises:
             BadInput: neither prompt nor a token to continue from, or a prompt longer than n_ctx.

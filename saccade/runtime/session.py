@@ -39,7 +39,6 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
     """Write a context to a file, which replaces an older session atomically.
 
     Args:
-        path: the file; if the process is killed, the old file stays whole.
         ctx: between two tokens, not in the middle of a step.
         sampler: the one in use; default greedy.
 
@@ -79,11 +78,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
 
 
 def load_session(path: str | Path, ctx: Context) -> Sampler:
-    """Restore a saved session into a context, whose own contents are removed.
-
-    Args:
-        path: a file of `save_session`.
-        ctx: of the same model and the same options.
+    """Restore a session into a context of the same model and options; what it held is removed.
 
     Returns:
         The sampler of the session, with the state of its random generator.

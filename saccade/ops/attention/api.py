@@ -108,7 +108,6 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
     """Run a call that `make_call` described, over any view that a cache lends.
 
     Args:
-        call: the problem; `attention` builds one of plain tensors.
         backend: "auto", or a name that never falls back.
 
     Raises:
