@@ -107,7 +107,7 @@ def part_ours(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
         exact = subject.step(7).clone()
         found["decode"][length] |= rate(subject)
         print(json.dumps(found), flush=True)
-    for layer in subject.ctx.cache.layers:
+    for layer in subject.ctx.cache.stores:
         layer.truncate(len(ids) + 1)
     for kind in ("int8", "fp8", "int4"):
         found[kind] = over_quantized(subject, kind, exact)
@@ -137,7 +137,7 @@ def reading_into_quantized(dense: Ours, kind: str, ids: Tensor) -> float:
     params = saccade.ContextParams(n_ctx=dense.room, n_batch=CHUNK, type_k=kind, type_v=kind)
     ctx = saccade.Context(dense.model, params, reserve=dense.room)
     ctx.append(ids[: CHUNK + 512])  # compile
-    for layer in ctx.cache.layers:
+    for layer in ctx.cache.stores:
         layer.reset()
     took = timed(lambda: ctx.logits(ctx.append(ids)[-1]))
     ctx.close()
@@ -150,7 +150,7 @@ def over_quantized(dense: Ours, kind: str, exact: Tensor) -> dict:
     params = saccade.ContextParams(n_ctx=dense.room, type_k=kind, type_v=kind)
     ctx = saccade.Context(dense.model, params, reserve=dense.room)
     with torch.inference_mode():
-        for ours, theirs in zip(ctx.cache.layers, dense.ctx.cache.layers, strict=True):
+        for ours, theirs in zip(ctx.cache.stores, dense.ctx.cache.stores, strict=True):
             view = theirs.view()
             ours.append(view.k[:, :, :length], view.v[:, :, :length])
     kept, dense.ctx, dense.decode = (dense.ctx, dense.decode), ctx, None
@@ -197,7 +197,7 @@ def part_compiled(config: LlamaConfig, lengths: tuple[int, ...]) -> dict:
     for length in lengths:
         cache = StaticCache(config=config, max_cache_len=length + 128)
         model(ids[None].to(DEVICE), past_key_values=cache, logits_to_keep=1)
-        for layer in cache.layers:
+        for layer in cache.stores:
             for stored in (layer.keys, layer.values):
                 stored.normal_()
             layer.cumulative_length.fill_(length)

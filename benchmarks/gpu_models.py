@@ -138,7 +138,7 @@ class Ours:
 
     def forget(self) -> None:
         """Begin again in the same memory."""
-        for layer in self.ctx.cache.layers:
+        for layer in self.ctx.cache.stores:
             layer.reset()
 
 

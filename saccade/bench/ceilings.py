@@ -10,10 +10,10 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
-from types import ModuleType
 
 import torch
+
+from saccade.ops.attention.cpu.binding import extension
 
 TARGET = "SACCADE_CPU_TARGET"  # for tests: which of the compiled kernels to use
 EXTENSION = "extension"
@@ -67,14 +67,6 @@ def measure(threads: int) -> Ceilings:
     ceilings = Ceilings(threads=threads, source=source, target=target)
     ceilings.sample()
     return ceilings
-
-
-def extension() -> ModuleType | None:
-    """The C++ extension, None where it was not built."""
-    try:
-        return import_module("saccade._cpu")
-    except ImportError:
-        return None
 
 
 def _target() -> str:

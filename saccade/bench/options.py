@@ -46,9 +46,6 @@ class Options:
 def execute(options: Options, progress: Progress) -> int:
     """Measure or read, show the table, write files, and end stdout with one line of JSON.
 
-    Args:
-        progress: a context that gives something to report progress to.
-
     Returns:
         0; 1 where a kernel was wrong or broke down; 130 after Ctrl-C.
     """
@@ -56,22 +53,21 @@ def execute(options: Options, progress: Progress) -> int:
         _list(options)
         return 0
     if options.record:
-        record = _stored(options.record)
+        from saccade.bench.record import read
+
+        record = read(Path(options.record).expanduser())
     else:
         with progress() as show:
             record = _measured(options, show)
-    _show(record)
+    from saccade.bench.table import print_record
+    from saccade.report.terminal import to_stdout
+
+    print_record(record, to_stdout())
     _write(record, options)
     print(record.to_json(), flush=True)
     if record.is_wrong:
         return 1
     return 0 if record.complete or options.record else 130
-
-
-def _stored(name: str) -> Benchmark:
-    from saccade.bench.record import read
-
-    return read(Path(name).expanduser())
 
 
 def _measured(options: Options, on_progress: OnProgress) -> Benchmark:
@@ -105,13 +101,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _show(record: Benchmark) -> None:
-    from saccade.bench.table import print_record
-    from saccade.report.terminal import to_stdout
-
-    print_record(record, to_stdout())
 
 
 def _write(record: Benchmark, options: Options) -> None:

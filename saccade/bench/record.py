@@ -117,8 +117,7 @@ def _made(data: dict[str, Any]) -> Benchmark:
     ceilings = data.pop("ceilings")
     for derived in ("fma_peak", "read_bandwidth"):
         ceilings.pop(derived)
-    rows = [
-        Row(**{**row, "bars": [BarResult(**bar) for bar in row["bars"]]})
-        for row in data.pop("rows")
-    ]
-    return Benchmark(**data, ceilings=Ceilings(**ceilings), rows=rows)
+    rows = data.pop("rows")
+    for row in rows:
+        row["bars"] = [BarResult(**bar) for bar in row["bars"]]
+    return Benchmark(**data, ceilings=Ceilings(**ceilings), rows=[Row(**row) for row in rows])

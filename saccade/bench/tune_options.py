@@ -17,6 +17,7 @@ from saccade.ops.gpu.support import architecture
 from saccade.ops.tuning import files as launches
 from saccade.ops.tuning import tables as tuning
 from saccade.ops.tuning.files import LaunchFile
+from saccade.report.files import write_whole
 
 if TYPE_CHECKING:
     from saccade.bench.tune_work import Sizes
@@ -83,7 +84,10 @@ def execute(options: Options, bench: Bench | None = None) -> int:
     except tuner.BrokenGPU as error:
         complete = False
         print(f"The GPU broke down: {error}", file=sys.stderr)
-    _show(file.measured, found, complete=complete)
+    from saccade.bench.tune_table import print_found
+    from saccade.report.terminal import to_stdout
+
+    print_found(file.measured, found, to_stdout(), complete=complete)
     if any(file.kernels.values()):
         _say_what_next(path, complete=complete)
     if not complete:
@@ -148,7 +152,7 @@ def _measure(
         found.append(each)
         file.trials = [t for t in file.trials if (t.get("kernel"), t.get("dim")) != (kernel, dim)]
         tuner.enter(file, each)
-        _write(path, file)
+        write_whole(path, launches.to_json(file))
 
 
 def _file(path: Path, arch: str) -> LaunchFile:
@@ -166,19 +170,6 @@ def _file(path: Path, arch: str) -> LaunchFile:
             "Choose another --out."
         )
     return file
-
-
-def _write(path: Path, file: LaunchFile) -> None:
-    from saccade.report.files import write_whole
-
-    write_whole(path, launches.to_json(file))
-
-
-def _show(measured: dict[str, Any], found: list[tuner.Found], *, complete: bool) -> None:
-    from saccade.bench.tune_table import print_found
-    from saccade.report.terminal import to_stdout
-
-    print_found(measured, found, to_stdout(), complete=complete)
 
 
 def _say_what_next(path: Path, *, complete: bool) -> None:

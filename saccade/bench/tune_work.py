@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,6 +87,10 @@ class Shape:
     kind: str = "dense"
 
 
+Shapes = Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]
+"""The problems to check and those to time."""
+
+
 def work(kernel: str, dim: int, sizes: Sizes, device: str, dtype: torch.dtype) -> Work:
     """The problems of a kernel for heads of `dim`."""
     checked, timed = SHAPES[kernel](sizes)
@@ -101,31 +106,24 @@ def work(kernel: str, dim: int, sizes: Sizes, device: str, dtype: torch.dtype) -
     return Work(small, large)
 
 
-def _prefill(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
-    few, many = sizes.check
-    checked = [Shape(q_len=few, k_len=many)]
-    return checked, [Shape(q_len=sizes.prefill, k_len=sizes.prefill)]
+def _square(length: str, *, blocks: bool = False, gradients: bool = False) -> Shapes:
+    """A small odd problem to check, and a square one of the `length` in Sizes to time."""
+
+    def shapes(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
+        (few, many), timed = sizes.check, getattr(sizes, length)
+        shape = partial(Shape, blocks=blocks, gradients=gradients)
+        return [shape(q_len=few, k_len=many)], [shape(q_len=timed, k_len=timed)]
+
+    return shapes
 
 
-def _short(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
+def _window(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
     few, many = sizes.check
     checked = [Shape(q_len=few, k_len=many, window=max(1, many // 7))]
     return checked, [Shape(q_len=sizes.narrow, k_len=sizes.narrow, window=sizes.window)]
 
 
-def _selected(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
-    few, many = sizes.check
-    checked = [Shape(q_len=few, k_len=many, blocks=True)]
-    return checked, [Shape(q_len=sizes.blocks, k_len=sizes.blocks, blocks=True)]
-
-
-def _training(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
-    few, many = sizes.check
-    checked = [Shape(q_len=few, k_len=many, gradients=True)]
-    return checked, [Shape(q_len=sizes.training, k_len=sizes.training, gradients=True)]
-
-
-def _decode(*kinds: str) -> Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]:
+def _decode(*kinds: str) -> Shapes:
     def shapes(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
         many = sizes.check[1]
         checked = [Shape(q_len=1, k_len=many, kind=kind) for kind in kinds]
@@ -139,12 +137,12 @@ def _decode(*kinds: str) -> Callable[[Sizes], tuple[Sequence[Shape], Sequence[Sh
     return shapes
 
 
-SHAPES: dict[str, Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]] = {
-    "forward": _prefill,
-    "forward_window": _short,
-    "forward_block_sparse": _selected,
-    "backward_kv": _training,
-    "backward_q": _training,
+SHAPES: dict[str, Shapes] = {
+    "forward": _square("prefill"),
+    "forward_window": _window,
+    "forward_block_sparse": _square("blocks", blocks=True),
+    "backward_kv": _square("training", gradients=True),
+    "backward_q": _square("training", gradients=True),
     "decode": _decode("dense"),
     "decode_paged": _decode("pages"),
     "decode_quantized": _decode("int8", "int4"),

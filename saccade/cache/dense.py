@@ -165,8 +165,8 @@ class DenseCache:
         self._k = self._v = None
         if state.tensors:
             room = max(slots, capacity)
-            self._k = copied_into_buffer(state.tensors["k"], room, device)
-            self._v = copied_into_buffer(state.tensors["v"], room, device)
+            self._k = extended(state.tensors["k"], room, device)
+            self._v = extended(state.tensors["v"], room, device)
         self._seen, self._slots = state.progress["seen"], slots
 
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
@@ -188,24 +188,21 @@ def grown_capacity(have: int, wanted: int, reserve: int) -> int:
 def _grown(
     old: Tensor | None, like: Tensor, capacity: int, used: int, dtype: torch.dtype | None
 ) -> Tensor:
-    batch, heads, _, dim = like.shape
-    new = torch.empty(batch, heads, capacity, dim, dtype=dtype or like.dtype, device=like.device)
     if old is not None:
-        new[:, :, :used] = old[:, :, :used]
-    return new
+        return extended(old[:, :, :used], capacity)
+    batch, heads, _, dim = like.shape
+    return like.new_empty(batch, heads, capacity, dim, dtype=dtype or like.dtype)
 
 
-def copied_into_buffer(x: Tensor, capacity: int, device: torch.device) -> Tensor:
-    """A new buffer of `capacity` slots on `device` that begins with `x` `[B, H, n, D]`."""
+def extended(x: Tensor, capacity: int, device: torch.device | None = None) -> Tensor:
+    """A copy of `x` `[B, H, n, D]` with room for `capacity` slots, on its own device by default."""
     batch, heads, used, dim = x.shape
-    new = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=device)
+    new = x.new_empty(batch, heads, capacity, dim, device=device)
     new[:, :, :used] = x
     return new
 
 
 def _gather(x: Tensor, index: Tensor, capacity: int) -> Tensor:
     """A new buffer of `capacity` slots that begins with the slots `index` of `x`."""
-    batch, heads, _, dim = x.shape
-    kept = torch.empty(batch, heads, capacity, dim, dtype=x.dtype, device=x.device)
-    kept[:, :, : index.shape[2]] = x.gather(2, index[..., None].expand(-1, -1, -1, dim))
-    return kept
+    slots = index[..., None].expand(-1, -1, -1, x.shape[3])
+    return extended(x.gather(2, slots), capacity)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.dense import copied_into_buffer, grown_capacity
+from saccade.cache.dense import extended, grown_capacity
 from saccade.core import DenseKV
 
 
@@ -212,7 +212,7 @@ class OffloadedCache:
         self._k, self._v, self._device, self._slots = None, None, device, slots
         if state.tensors:
             capacity, cpu = max(slots, state.progress["capacity"]), torch.device("cpu")
-            k, v = (copied_into_buffer(state.tensors[name], capacity, cpu) for name in "kv")
+            k, v = (extended(state.tensors[name], capacity, cpu) for name in "kv")
             self._k, self._v = _pinned(k, device), _pinned(v, device)
 
     def _is_staged(self) -> bool:

@@ -140,8 +140,6 @@ class PageAllocator:
         """Allocate pages for `count` more tokens of a sequence, which are written next.
 
         Args:
-            seq: the sequence.
-            count: tokens to add.
             tokens: their ids, where known; full pages of known tokens enter the prefix cache.
 
         Returns:
@@ -192,21 +190,6 @@ class PageAllocator:
         first = len(self._refcounts)
         self._refcounts += [0] * (num_pages - first)
         self._free[:0] = range(num_pages - 1, first - 1, -1)
-
-    def assert_consistent(self) -> None:
-        """Assert that reference counts, free list and prefix cache agree; for tests."""
-        counts = [0] * self.num_pages
-        for seq in self._sequences.values():
-            assert len(seq.pages) == -(-seq.length // self.page_size)
-            assert len(set(seq.pages)) == len(seq.pages)
-            for page in seq.pages:
-                counts[page] += 1
-        assert counts == self._refcounts
-        idle = sorted([*self._free, *self._evictable])
-        assert idle == [page for page, count in enumerate(counts) if count == 0]
-        assert all(page in self._cached for page in self._evictable)
-        assert not any(page in self._cached for page in self._free)
-        assert {key: page for page, (key, _) in self._cached.items()} == self._prefix_cache
 
     def _add(self, seq: _Sequence) -> int:
         self._next_sequence += 1

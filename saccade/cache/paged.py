@@ -63,8 +63,6 @@ class PagePool:
         """Append keys `[B, Hkv, t, D]` and values `[B, Hkv, t, Dv]` to B sequences of one length.
 
         Args:
-            seqs: ids of `allocator.create` or `allocator.fork`.
-            k, v: the new keys and values.
             tokens: their token ids, where B is 1 and the pages shall enter the prefix cache.
 
         Raises:
@@ -90,7 +88,6 @@ class PagePool:
         """A view of some sequences, without a copy; they may differ in length.
 
         Args:
-            seqs: ids of the sequences.
             page_table: their `page_table`, where the caller still has it.
         """
         assert self._k is not None and self._v is not None

@@ -68,7 +68,6 @@ class PerHeadPages:
         """Append keys `[B, Hkv, t, D]` and values to each head.
 
         Args:
-            k, v: the new keys and values.
             positions: of the keys, `[B | 1, Hkv | 1, t]`.
             kept: bool `[B, Hkv, t]`, which of them to append; None for all.
         """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
+from saccade.cache.dense import extended
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
 from saccade.core.formats import FP8, QuantizedTensor
@@ -217,12 +218,12 @@ class QuantizedCache:
         capacity = max(quantized, state.progress["capacity"])
         rooms = (capacity, capacity // self._group, capacity // self._group)
         names = ("qdata", "scale", "offset")
-        keys = [_extended(parts[f"k.{n}"], room) for n, room in zip(names, rooms, strict=True)]
+        keys = [extended(parts[f"k.{n}"], room) for n, room in zip(names, rooms, strict=True)]
         self._k = QuantizedTensor(*keys)
-        self._v = QuantizedTensor(*(_extended(parts[f"v.{n}"], capacity) for n in names))
+        self._v = QuantizedTensor(*(extended(parts[f"v.{n}"], capacity) for n in names))
         slots = self._min_recent + 2 * self._group
-        self._recent_k = _extended(parts["recent.k"], slots)
-        self._recent_v = _extended(parts["recent.v"], slots)
+        self._recent_k = extended(parts["recent.k"], slots)
+        self._recent_v = extended(parts["recent.v"], slots)
 
     def _sync_num_quantized(self, device: torch.device) -> None:
         """Write the number of quantized tokens to the tensor that captured steps read."""
@@ -326,19 +327,15 @@ class QuantizedCache:
         self._recent_v = v.new_empty(batch, heads, slots, value_dim)
         v_groups = value_dim // self._v_group(value_dim)
 
-        def empty(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(batch, heads, 0, width, dtype=dtype, device=k.device)
+        def empty(num_bytes: int, scales: int) -> QuantizedTensor:
+            qdata, scale, offset = (
+                torch.empty(batch, heads, 0, width, dtype=dtype, device=k.device)
+                for width, dtype in ((num_bytes, torch.uint8), *[(scales, torch.float16)] * 2)
+            )
+            return QuantizedTensor(qdata, scale, offset)
 
-        self._k = QuantizedTensor(
-            empty(dim * self._bits_k // 8, torch.uint8),
-            empty(dim, torch.float16),
-            empty(dim, torch.float16),
-        )
-        self._v = QuantizedTensor(
-            empty(value_dim * self._bits_v // 8, torch.uint8),
-            empty(v_groups, torch.float16),
-            empty(v_groups, torch.float16),
-        )
+        self._k = empty(dim * self._bits_k // 8, dim)
+        self._v = empty(value_dim * self._bits_v // 8, v_groups)
 
     def _make_room(self, tokens: int) -> None:
         assert self._k is not None and self._v is not None
@@ -348,13 +345,7 @@ class QuantizedCache:
         capacity = max(-(-tokens // step) * step, -(-self._reserve // step) * step)
         groups = capacity // self._group
         self._k = QuantizedTensor(
-            _extended(self._k.qdata, capacity), *(_extended(s, groups) for s in self._k[1:])
+            extended(self._k.qdata, capacity),
+            *(extended(s, groups) for s in self._k[1:]),
         )
-        self._v = QuantizedTensor(*(_extended(part, capacity) for part in self._v))
-
-
-def _extended(x: Tensor, length: int) -> Tensor:
-    """A copy of `x` `[B, H, n, ...]` with room for `length` entries."""
-    new = x.new_empty(*x.shape[:2], length, *x.shape[3:])
-    new[:, :, : x.shape[2]] = x
-    return new
+        self._v = QuantizedTensor(*(extended(part, capacity) for part in self._v))

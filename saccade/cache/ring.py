@@ -147,7 +147,7 @@ class RingCache:
         if self._k is None or not self._max_checkpoints or self._seen in self._checkpoints:
             return
         first = max(self._sinks, self._seen - self._window + 1)
-        self._checkpoints[self._seen] = self._copy(first, self._seen)
+        self._checkpoints[self._seen] = self._copy(self._spans(first, self._seen))
         if len(self._checkpoints) > self._max_checkpoints:
             del self._checkpoints[self._most_redundant_checkpoint()]
 
@@ -198,7 +198,7 @@ class RingCache:
                 f"position {start} on. Set n_keep to at least the sinks."
             )
         first, moved = max(self._oldest, stop), stop - start
-        k, v = self._copy(first, self._seen)
+        k, v = self._copy(self._spans(first, self._seen))
         self._oldest = min(self._oldest, start) if self._oldest < stop else self._oldest - moved
         self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= start}
         self._seen = start
@@ -223,9 +223,7 @@ class RingCache:
         }
         tensors: dict[str, Tensor] = {}
         if self._k is not None and self._v is not None and self._seen:
-            slots = [slice(slot, slot + length) for slot, _, length in self._stored_spans()]
-            tensors["k"] = torch.cat([self._k[:, :, s] for s in slots], dim=2)
-            tensors["v"] = torch.cat([self._v[:, :, s] for s in slots], dim=2)
+            tensors["k"], tensors["v"] = self._copy(self._stored_spans())
         return CacheState(settings, {"seen": self._seen, "oldest": self._oldest}, tensors)
 
     def restore(self, state: CacheState, device: torch.device) -> None:
@@ -307,31 +305,25 @@ class RingCache:
             found[slot : slot + length] = torch.arange(position, position + length)
         return found
 
-    def _copy(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values at the positions first .. stop-1, which must be stored."""
+    def _copy(self, spans: list[Span]) -> tuple[Tensor, Tensor]:
+        """Keys and values of stored spans, one after the other."""
         assert self._k is not None and self._v is not None
-        slots = [slice(at, at + length) for at, _, length in self._spans(first, stop)]
+        slots = [slice(slot, slot + length) for slot, _, length in spans]
         k = torch.cat([self._k[:, :, :0], *(self._k[:, :, s] for s in slots)], dim=2)
         v = torch.cat([self._v[:, :, :0], *(self._v[:, :, s] for s in slots)], dim=2)
         return k, v
 
     def _append_large(self, k: Tensor, v: Tensor) -> DenseKV:
         """Append a chunk larger than `chunk`; the view is a copy of the ring and the chunk."""
-        assert self._k is not None and self._v is not None
-        old_k, old_v, spans, at = [], [], [], 0
-        for slot, position, length in self._stored_spans():
-            old_k.append(self._k[:, :, slot : slot + length].clone())
-            old_v.append(self._v[:, :, slot : slot + length].clone())
+        stored, spans, at = self._stored_spans(), list[Span](), 0
+        old_k, old_v = self._copy(stored)
+        for _, position, length in (*stored, Span(0, self._seen, k.shape[2])):
             spans.append(Span(at, position, length))
             at += length
-        spans.append(Span(at, self._seen, k.shape[2]))
-        view = DenseKV(
-            torch.cat([*old_k, k.to(self._k.dtype)], dim=2),
-            torch.cat([*old_v, v.to(self._v.dtype)], dim=2),
-            tuple(spans),
-        )
+        both_k = torch.cat((old_k, k.to(old_k.dtype)), dim=2)
+        both_v = torch.cat((old_v, v.to(old_v.dtype)), dim=2)
         self._write_sinks_and_newest(k, v)
-        return view
+        return DenseKV(both_k, both_v, tuple(spans))
 
     def _write_sinks_and_newest(self, k: Tensor, v: Tensor) -> None:
         """Write the sinks and the last tokens of a large chunk; the others would be overwritten."""

@@ -68,8 +68,6 @@ class SteppingCache(LayerCache, Protocol):
         """Store keys `[B, Hkv, t, D]` and values at the cursor; `seen` changes with `commit`.
 
         Args:
-            k, v: the new keys and values.
-            cursor: their positions.
             rope: rotary tables and queries, where RoPE is still to be applied to keys and queries.
         """
         ...

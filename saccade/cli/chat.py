@@ -155,10 +155,9 @@ def memory_line(dialogue: Dialogue) -> str:
     from saccade.core.hardware import resident_memory
 
     ctx = dialogue.ctx
-    resident = resident_memory()
-    process = "" if resident is None else f", process {as_bytes(resident)}"
+    memory = f"cache {as_bytes(ctx.cache_bytes)}, process {as_bytes(resident_memory())}"
     again = f", read again {dialogue.rereads}x" if dialogue.rereads else ""
-    return f"[cache {as_bytes(ctx.cache_bytes)}{process}; {ctx.seen:,} tokens{again}{speed(ctx)}]"
+    return f"[{memory}; {ctx.seen:,} tokens{again}{speed(ctx)}]"
 
 
 def speed(ctx: Context) -> str:

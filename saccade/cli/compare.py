@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from saccade.report.comparison import Report
 
 DEMO_MODEL = "smollm2"
-PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
 
 EXAMPLES = """examples:
   saccade compare --quick
@@ -101,12 +100,9 @@ def _show(report: Report, files: dict[str, str | None]) -> bool:
 
     A file that fails does not take the others with it: the run may have taken long.
     """
-    from rich.console import Console
+    from saccade.report.terminal import print_report, to_stdout
 
-    from saccade.report.terminal import print_report
-
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    print_report(report, Console(file=sys.stdout, width=width))
+    print_report(report, to_stdout())
     failed = False
     for name, target in files.items():
         if target is None or target == "-":

@@ -49,11 +49,6 @@ class Dialogue:
     _messages: Messages = field(default_factory=list, init=False)
     _in_context: bool = field(default=False, init=False)  # the context holds all the messages
 
-    @property
-    def limit(self) -> int:
-        """Positions that the dialogue may use before it reads its latest messages again."""
-        return self.ctx.n_ctx
-
     def reset(self) -> None:
         """Forget everything that was said."""
         self._messages, self._in_context = [], False
@@ -64,7 +59,7 @@ class Dialogue:
         follows = self._in_context and self._messages
         self._messages.append({"role": "user", "content": text})
         tokens = encode_next_message(self.tokenizer, text) if follows else []
-        if not follows or self.ctx.seen + len(tokens) + self.n_predict > self.limit:
+        if not follows or self.ctx.seen + len(tokens) + self.n_predict > self.ctx.n_ctx:
             tokens = self._from_the_start()
         self._in_context = False
         generated = self.ctx.stream(
@@ -93,7 +88,7 @@ class Dialogue:
         self.rereads += self.ctx.seen > 0
         self.ctx.reset()
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        room = self.limit // 2
+        room = self.ctx.n_ctx // 2
         if self.ctx.params.n_swa is not None:
             room = min(room, self.ctx.params.n_swa)
         while True:

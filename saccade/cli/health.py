@@ -122,8 +122,7 @@ def _memory() -> Check:
     total, free = environment.memory_bytes(), available_memory()
     if total is None:
         return Check("memory", "missing", "unknown", "This system does not say how much it has.")
-    rest = "" if free is None else f", {as_bytes(min(free, total))} available"
-    return Check("memory", "ok", as_bytes(total) + rest)
+    return Check("memory", "ok", f"{as_bytes(total)}, {as_bytes(min(free, total))} available")
 
 
 def _gpu() -> list[Check]:

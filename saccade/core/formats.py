@@ -95,9 +95,8 @@ def quantize_values(v: Tensor, *, bits: int, group: int, fp8: bool = False) -> Q
 
     Args:
         v: values; D is a multiple of `group`.
-        bits: 4 or 8.
+        bits, fp8: as for keys.
         group: consecutive channels that share the scale and offset of a token.
-        fp8: eight-bit data is float8_e4m3fn instead of uint8.
     """
     batch, heads, length, dim = v.shape
     grouped = v.reshape(batch, heads, length, dim // group, group)

@@ -75,14 +75,17 @@ def dense(view: KVView) -> KVTile:
     """The whole view as one tile; a copy unless the view is dense with one span."""
     end = view.shape[2]
     tiles = list(view.tiles((KeyRange(0, end),), max(end, 1)))
+    return joined(tiles) if tiles else _empty_tile(view)
+
+
+def joined(tiles: Sequence[KVTile]) -> KVTile:
+    """Tiles one after the other as one; a copy unless there is only one."""
     if len(tiles) == 1:
         return tiles[0]
-    if not tiles:
-        return _empty_tile(view)
     return KVTile(
-        torch.cat([t.k for t in tiles], dim=2),
-        torch.cat([t.v for t in tiles], dim=2),
-        torch.cat([t.positions for t in tiles], dim=-1),
+        torch.cat([tile.k for tile in tiles], dim=2),
+        torch.cat([tile.v for tile in tiles], dim=2),
+        torch.cat([tile.positions for tile in tiles], dim=-1),
     )
 
 
@@ -104,8 +107,25 @@ def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, device=device)[None, None]
 
 
+class TensorView:
+    """dtype and device of a view whose keys are the tensor `k`."""
+
+    __slots__ = ()
+    k: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See KVView."""
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """See KVView."""
+        return self.k.device
+
+
 @dataclass(frozen=True, slots=True)
-class DenseKV:
+class DenseKV(TensorView):
     """Contiguous slots `[B, Hkv, slots, D]` described by at most a few spans (a ring has three).
 
     Args:
@@ -129,16 +149,6 @@ class DenseKV:
         last = self.spans[-1]
         batch, heads, _, dim = self.k.shape
         return batch, heads, last.position + last.length, dim, self.v.shape[3]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See KVView."""
-        return self.k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """See KVView."""
-        return self.k.device
 
     @property
     def is_plain(self) -> bool:

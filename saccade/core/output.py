@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +20,8 @@ class AttentionOutput(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[AttentionOutput]) -> AttentionOutput:
+        """Results of consecutive queries as one."""
+        return cls(*(torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core.kv import KVTile, split_ranges
+from saccade.core.kv import KVTile, TensorView, split_ranges
 from saccade.core.mask import KeyRange
 
 
 @dataclass(frozen=True, slots=True)
-class PagedKV:
+class PagedKV(TensorView):
     """Pages of a shared pool (PagedAttention, arXiv 2309.06180).
 
     Position p of row b lies in page `page_table[b, p // page_size]`, slot `p % page_size`.
@@ -40,16 +40,6 @@ class PagedKV:
         return self.page_table.shape[0], heads, self.end, dim, self.v.shape[3]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """See KVView."""
-        return self.k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """See KVView."""
-        return self.k.device
-
-    @property
     def page_size(self) -> int:
         """Slots of a page."""
         return self.k.shape[2]
@@ -67,7 +57,7 @@ class PagedKV:
 
 
 @dataclass(frozen=True, slots=True)
-class RaggedKV:
+class RaggedKV(TensorView):
     """A different number of keys for every row and KV head, in pages that belong to one head.
 
     Args:
@@ -92,16 +82,6 @@ class RaggedKV:
         """See KVView."""
         batch, heads, _ = self.page_table.shape
         return batch, heads, self.end, self.k.shape[2], self.v.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See KVView."""
-        return self.k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """See KVView."""
-        return self.k.device
 
     @property
     def page_size(self) -> int:

@@ -48,7 +48,3 @@ class BlockSelection:
     def visible(self, q_index: Tensor, k_pos: Tensor) -> Tensor:
         """Visibility `[batch | 1, kv_heads | 1, q, k]` for 1-D query indices and key positions."""
         return self.allowed[:, :, q_index // self.q_block][..., k_pos // self.k_block]
-
-    def density(self) -> float:
-        """Share of the grid that is allowed, between 0 and 1 (the mask is not counted)."""
-        return self.allowed.float().mean().item()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,6 @@ def run(
     """Measure all rows (or those named) and the curves; Ctrl-C ends it with what is finished.
 
     Args:
-        model: a loaded model.
         text: what it reads; default the help topics of this Python.
         context: tokens of context; default 1536 (quick) or 3072.
         quick: small sizes and no curves past the trained length.
@@ -138,7 +137,7 @@ def _sizes(context: int | None, quick: bool) -> Sizes:
     least = 256
     if context < least:
         raise BadInput(f"a comparison needs a context of at least {least} tokens, got {context}.")
-    return Sizes(context=context, scored=base.scored, needles=base.needles, curve=base.curve)
+    return replace(base, context=context)
 
 
 def _tokenizer(model: LoadedModel) -> Any:

@@ -59,8 +59,8 @@ def unchunked_batch(n_context: int, n_batch: int, num_heads: int, memory: int | 
 
 def _row(default_batch: int, name: str, group: str, **options: Any) -> RowSpec:
     extra = {key: options.pop(key) for key in ("heads", "token_share", "quick") if key in options}
-    chosen = {"n_batch": default_batch, "flash_attn": "enabled"} | options
-    return RowSpec(name=name, group=group, params=ContextParams(**chosen), **extra)
+    params = partial(ContextParams, n_batch=default_batch, flash_attn="enabled")
+    return RowSpec(name=name, group=group, params=params(**options), **extra)
 
 
 def specs(

@@ -22,12 +22,7 @@ from saccade.runtime.params import ContextParams
 
 
 class Attached:
-    """A model inside `with attach(...)`.
-
-    Attributes:
-        model: the transformers model.
-        params: the options in force.
-    """
+    """A model inside `with attach(...)`."""
 
     def __init__(self, run: Run) -> None:
         self.model, self.params = run.model, run.params

@@ -22,6 +22,7 @@ from saccade.runtime.step import in_step
 
 Forward = Callable[..., Any]
 Enabled = Callable[[], bool]
+"""Whether the run in force wants fused layers."""
 
 
 def fused_forwards(model: nn.Module, enabled: Enabled) -> list[tuple[nn.Module, Forward]]:
@@ -29,9 +30,6 @@ def fused_forwards(model: nn.Module, enabled: Enabled) -> list[tuple[nn.Module, 
 
     These are norms, linear layers, gated MLPs and decoder layers; and attention modules, whose
     RoPE is deferred to the cache.
-
-    Args:
-        enabled: whether the run in force has `fused_layers` on.
     """
     found: dict[nn.Module, Forward] = {}
     for module in model.modules():  # a block comes before its parts

@@ -18,17 +18,14 @@ from saccade.runtime.step import in_step
 
 Forward = Callable[..., Any]
 Enabled = Callable[[], bool]
+"""Whether the run in force wants fused layers."""
 
 _EPS: Final = {"rms_norm": "variance_epsilon", "rms_norm_plus_one": "eps"}
 """Under which name a kind of norm keeps what it adds to the mean of squares."""
 
 
 def norm_forward(norm: Any, kind: str | None, enabled: Enabled) -> Forward | None:
-    """What replaces the forward of an RMS norm of a listed kind; None for anything else.
-
-    Args:
-        enabled: whether the run in force has `fused_layers` on.
-    """
+    """What replaces the forward of an RMS norm of a listed kind; None for anything else."""
     if kind not in _EPS:
         return None
     eps, weight = getattr(norm, _EPS[kind], None), getattr(norm, "weight", None)

@@ -41,10 +41,8 @@ class GGUFHeader:
     """
 
     architecture: str
-    name: str | None
     context_length: int | None
     key_length: int | None
-    rope_base: float | None
     rope_scaling: str | None
     rope_factor: float | None
     rope_original: int | None
@@ -134,10 +132,8 @@ def _header(fields: dict[str, Any]) -> GGUFHeader:
 
     return GGUFHeader(
         architecture=architecture,
-        name=fields.get("general.name"),
         context_length=own("context_length"),
         key_length=own("attention.key_length"),
-        rope_base=own("rope.freq_base"),
         rope_scaling=own("rope.scaling.type"),
         rope_factor=own("rope.scaling.factor"),
         rope_original=own("rope.scaling.original_context_length"),
@@ -173,9 +169,8 @@ def _yarn_options(header: GGUFHeader, served: int, factor: float) -> dict[str, A
     """The options of YaRN in transformers' words."""
     original = header.rope_original or (header.context_length or served) / factor
     options: dict[str, Any] = {"original_max_position_embeddings": int(original)}
-    if (
-        header.rope_magnitude is not None
-    ):  # GGUF's multiplies the formula, transformers' replaces it
+    if header.rope_magnitude is not None:
+        # GGUF's multiplies the formula, transformers' replaces it.
         formula = 0.1 * math.log(factor) + 1.0
         options["attention_factor"] = header.rope_magnitude * formula
     if header.rope_beta_fast is not None:

@@ -89,16 +89,13 @@ def _check_projections(module: nn.Module) -> None:
 @torch.no_grad()
 def _converted(linear: nn.Linear, num_heads: int, convert: Callable[[Tensor], Tensor]) -> nn.Linear:
     """A new linear layer whose output rows, head by head, went through `convert`."""
-    weight = convert(linear.weight.unflatten(0, (num_heads, -1))).flatten(0, 1).contiguous()
-    new = nn.Linear(
-        linear.in_features,
-        weight.shape[0],
-        bias=linear.bias is not None,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    new.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
-        bias = convert(linear.bias.unflatten(0, (num_heads, -1))).flatten(0, 1).contiguous()
-        new.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+    own = {name: getattr(linear, name) for name in ("weight", "bias")}
+    rows = {
+        name: convert(part.unflatten(0, (num_heads, -1))).flatten(0, 1).contiguous()
+        for name, part in own.items()
+        if part is not None
+    }
+    new = nn.Linear(linear.in_features, len(rows["weight"]), bias="bias" in rows, device="meta")
+    for name, part in rows.items():
+        setattr(new, name, nn.Parameter(part, requires_grad=own[name].requires_grad))
     return new.train(linear.training)

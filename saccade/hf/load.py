@@ -72,7 +72,9 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> Loade
     path = _located(source)
     if path.is_dir():
         return _load_folder(path, dtype)
-    return _load_gguf(path, dtype)
+    _need_gguf()
+    with shared_reading():
+        return _load_gguf(path, dtype)
 
 
 def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
@@ -115,12 +117,6 @@ def _located(source: str | Path) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
-    _need_gguf()
-    with shared_reading():
-        return _read_gguf(path, dtype)
-
-
 def _need_gguf() -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
@@ -139,21 +135,12 @@ def _gguf_config(path: Path) -> tuple[PreTrainedConfig, GGUFHeader, list[str]]:
         return config, header, repair_config(config, header)
 
 
-def _read_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
     config, header, notes = _gguf_config(path)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with _quiet(), _as_bad_input(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=config,
-            dtype=dtype or torch.float32,
-            attn_implementation=KEY,
-            local_files_only=True,
-        )
-    tokenizer = _tokenizer(where, notes)
     return LoadedModel(
-        model=model.eval(),
-        tokenizer=tokenizer,
+        model=_weights(path, where, config, dtype or torch.float32),
+        tokenizer=_tokenizer(where, notes),
         name=path.stem,
         n_ctx_train=header.context_length or _trained_length(config),
         notes=notes,
@@ -177,14 +164,7 @@ def _trained_length(config: PreTrainedConfig) -> int:
 def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
     config = _folder_config(path)
     where = {"pretrained_model_name_or_path": path}
-    with _quiet(), _as_bad_input(path):
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation=KEY,
-            local_files_only=True,
-        )
+    model = _weights(path, where, config, dtype or "auto")
     notes: list[str] = []
     if any((path / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = _tokenizer(where, notes)
@@ -192,12 +172,21 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         tokenizer = None
         notes.append(f"the folder {path.name} holds no tokenizer.")
     return LoadedModel(
-        model=model.eval(),
+        model=model,
         tokenizer=tokenizer,
         name=path.name,
         n_ctx_train=_trained_length(config),
         notes=notes,
     )
+
+
+def _weights(
+    path: Path, where: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    with _quiet(), _as_bad_input(path):
+        return AutoModelForCausalLM.from_pretrained(
+            **where, config=config, dtype=dtype, attn_implementation=KEY, local_files_only=True
+        ).eval()
 
 
 def _tokenizer(where: dict[str, Any], notes: list[str]) -> Any | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from saccade.cache import Cursor, LayerCache, ShiftKeys
+from saccade.cache import ShiftKeys
 from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
@@ -26,50 +26,11 @@ from saccade.hf.rope import (
 )
 from saccade.hf.runs import Run, activated, run_in_force
 from saccade.rope import Frequencies
-from saccade.runtime.model import ModelCache, ModelFacts, Observer
+from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
 
 SAMPLES = 64
 """Numbers of each weight that go into the fingerprint of a model."""
-
-
-class HFModelCache:
-    """The caches of all layers, a `runtime.model.ModelCache`.
-
-    Attributes:
-        past_key_values: the same caches, behind transformers' protocol.
-    """
-
-    def __init__(self, past_key_values: SaccadeCache) -> None:
-        self.past_key_values = past_key_values
-
-    @property
-    def layers(self) -> Sequence[LayerCache]:
-        return self.past_key_values.stores
-
-    @property
-    def seen(self) -> int:
-        return self.past_key_values.seen
-
-    @property
-    def nbytes(self) -> int:
-        return self.past_key_values.nbytes
-
-    @property
-    def observer(self) -> Observer | None:
-        return self.past_key_values.observer
-
-    @observer.setter
-    def observer(self, observer: Observer | None) -> None:
-        self.past_key_values.observer = observer
-
-    @property
-    def cursor(self) -> Cursor | None:
-        return self.past_key_values.cursor
-
-    @cursor.setter
-    def cursor(self, cursor: Cursor | None) -> None:
-        self.past_key_values.cursor = cursor
 
 
 class HFModel:
@@ -126,16 +87,16 @@ class HFModel:
         with running(run):
             yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
 
-    def new_cache(self, params: ContextParams, *, reserve: int = 0) -> HFModelCache:
+    def new_cache(self, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
         """Empty caches under these params, with room for `reserve` tokens at once."""
         run = self.run
         if run is None or run.params != params:
             run = make_run(self.model, params, serves_every_call=False)
-        return HFModelCache(new_cache(run, reserve=reserve))
+        return new_cache(run, reserve=reserve)
 
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
-        assert isinstance(cache, HFModelCache), "caches come from new_cache"
+        assert isinstance(cache, SaccadeCache), "caches come from new_cache"
         decoder = self.model.get_decoder()
         tokens, options = tokens.to(self.model.device), {}
         with ExitStack() as stack:
@@ -147,7 +108,7 @@ class HFModel:
                 stack.enter_context(deferred())
             output = decoder(
                 input_ids=tokens,
-                past_key_values=cache.past_key_values,
+                past_key_values=cache,
                 use_cache=True,
                 **options,
             )
@@ -193,10 +154,7 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
 def facts_of(
     model_config: PreTrainedConfig, *, name: str, n_ctx_train: int | None, dtype: torch.dtype
 ) -> ModelFacts:
-    """What a config says of a model that need not be loaded.
-
-    Args:
-        n_ctx_train: length it was trained for; None: what the config says.
+    """What a config says of a model that need not be loaded; its trained length unless given.
 
     Raises:
         Unsupported: layers that our caches do not serve.

@@ -38,7 +38,6 @@ def plan(
         params: options; default ContextParams().
         n_ctx: tokens of context; default what the params say, or the length of the training.
         prompt: how many of them are read at once, in chunks of `n_batch`; default all.
-        reserve: what is given to `Context(reserve=...)`.
         dtype: of weights and queries; default what `load_model` takes.
 
     Raises:

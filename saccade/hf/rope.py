@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -82,7 +81,6 @@ def run_rotary(
     """Rotary module -> what a run under these params calls instead; empty for the model's own.
 
     Args:
-        params: `rope_*` and `yarn_*` options and `n_ctx`.
         isolated: copy modules whose state depends on the lengths they have seen (dynamic NTK,
             LongRoPE), so that runs of one model do not change each other's frequencies.
 
@@ -125,10 +123,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def first_rotary(model: PreTrainedModel, in_force: Mapping[nn.Module, Rotary]) -> Rotary:
-    """What computes cos and sin in the text decoder.
-
-    Args:
-        in_force: `Run.rotary` of the run in force, empty for none.
+    """What computes cos and sin in the text decoder under `Run.rotary` of the run in force.
 
     Raises:
         Unsupported: a model without rotary modules.
@@ -178,11 +173,8 @@ def key_shifter(rotary: Rotary, layer_type: str | None = None) -> ShiftKeys:
             "length. Use yarn, ntk or linear scaling with n_keep."
         )
     inv_freq = frequencies_of(rotary, layer_type).inv_freq
-    return partial(_shifted, inv_freq=inv_freq, interleaved=layout == "neighbours")
-
-
-def _shifted(k: Tensor, delta: int, *, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    return shift_keys(k, inv_freq, delta, interleaved=interleaved)
+    interleaved = layout == "neighbours"
+    return lambda k, delta: shift_keys(k, inv_freq, delta, interleaved=interleaved)
 
 
 def _scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> ScaledRotary:

@@ -60,11 +60,7 @@ class Run:
 
 
 class ModelRuns:
-    """The runs of one model that have begun and not ended, and the changes they share.
-
-    Attributes:
-        model: the object that is changed while there are runs.
-    """
+    """The runs of one model that have begun and not ended, and the changes they share."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -30,8 +30,7 @@ class ObservationWindow:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._queries: dict[int, Tensor] = {}
-        self._scales: dict[int, float] = {}
+        self._observed: dict[int, tuple[Tensor, float]] = {}
 
     @classmethod
     def for_policy(cls, name: str) -> ObservationWindow:
@@ -41,23 +40,21 @@ class ObservationWindow:
     def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
         """Add the queries `[B, H, t, D]` of one layer; see `runtime.model.Observer`."""
         newest = q[:, :, -self._width :]
-        if layer in self._queries and newest.shape[2] < self._width:
-            newest = torch.cat((self._queries[layer], newest), dim=2)[:, :, -self._width :]
-        self._queries[layer] = newest.clone()
-        self._scales[layer] = scale
+        if layer in self._observed and newest.shape[2] < self._width:
+            newest = torch.cat((self._observed[layer][0], newest), dim=2)[:, :, -self._width :]
+        self._observed[layer] = newest.clone(), scale
 
     def state(self) -> dict[int, tuple[Tensor, float]]:
         """Queries `[B, H, w, D]` and softmax scale of each layer observed so far."""
-        return {layer: (q, self._scales[layer]) for layer, q in self._queries.items()}
+        return dict(self._observed)
 
     def restore(self, state: dict[int, tuple[Tensor, float]]) -> None:
         """Replace everything observed by a `state`."""
-        self._queries = {layer: q for layer, (q, _) in state.items()}
-        self._scales = {layer: scale for layer, (_, scale) in state.items()}
+        self._observed = dict(state)
 
     def of(self, layer: int) -> tuple[Tensor, float]:
         """Queries `[B, H, w, D]` and softmax scale of a layer."""
-        return self._queries[layer], self._scales[layer]
+        return self._observed[layer]
 
 
 def wants_ragged(policy_name: str | None) -> bool:
@@ -71,16 +68,13 @@ def compress_cache(
     """Remove keys of every full-attention layer down to the budget; rings are left as they are.
 
     Args:
-        cache: caches of all layers.
-        window: queries that were observed while the prompt was read.
-        policy_name: one of POLICIES.
         budget: keys to keep of each KV head, on average: a number, or a share as a float.
 
     Raises:
         Unsupported: a layer cache that cannot remove keys.
     """
     policy = POLICIES[policy_name]()
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.stores):
         if isinstance(layer, RingCache):
             continue
         if isinstance(layer, RaggedCache):

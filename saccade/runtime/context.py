@@ -24,11 +24,7 @@ from saccade.runtime.step import DecodeStep, refusal
 
 @dataclass(frozen=True, slots=True)
 class GeneratedToken:
-    """One token of `Context.stream`.
-
-    Attributes:
-        token: its id.
-    """
+    """One token of `Context.stream`, as its id."""
 
     token: int
 
@@ -136,7 +132,6 @@ class Context:
         """Set what the caches hold, after they were restored or rolled back; see `runtime.session`.
 
         Args:
-            tokens: the tokens in the caches.
             next_token: chosen but not yet read.
             observed: state of the observation window, where a kv_policy was observing.
         """
@@ -149,14 +144,9 @@ class Context:
 
     def reset(self) -> None:
         """Remove everything that was read; memory of caches stays allocated."""
-        for layer in self._cache.layers:
+        for layer in self._cache.stores:
             layer.reset()
         self.resume([], None, None)
-
-    @property
-    def can_continue(self) -> bool:
-        """Whether `stream` can go on without a prompt: a token was chosen and not yet read."""
-        return self._next is not None
 
     @property
     def cache_bytes(self) -> int:
@@ -187,7 +177,7 @@ class Context:
                 hidden = self.model.hidden(chunk[None], self._cache)[0]
                 self._tokens += chunk.tolist()
                 if len(chunk) > 1:
-                    checkpoint(self._cache.layers)
+                    checkpoint(self._cache.stores)
                 states.append(hidden)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
@@ -199,9 +189,6 @@ class Context:
         Sliding layers can roll back within their ring or to a checkpoint (`ctx_checkpoints`), a
         compressed cache not before its compression.  At least the last token is left to read.
 
-        Args:
-            tokens: ids `[n]` of the new prompt.
-
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
         """
@@ -212,7 +199,7 @@ class Context:
                 break
             common += 1
         with torch.inference_mode():
-            kept = roll_back(self._cache.layers, common)
+            kept = roll_back(self._cache.stores, common)
         self.resume(self._tokens[:kept], None, None)
         return kept
 
@@ -247,9 +234,7 @@ class Context:
         Args:
             prompt: token ids `[n]`; without any, generation continues where the last stream (or a
                 restored session) stopped.
-            n_predict: most tokens to generate.
             sampler: chooses tokens; default greedy.
-            stop: token ids that end the generation.
 
         Raises:
             BadInput: neither prompt nor a token to continue from, or a prompt longer than n_ctx.
@@ -340,7 +325,7 @@ class Context:
             raise Unsupported(
                 f"nothing to remove after n_keep={n_keep} of {self.seen} tokens. Lower n_keep."
             )
-        layers = list(enumerate(self._cache.layers))
+        layers = list(enumerate(self._cache.stores))
         # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
         layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():

@@ -79,19 +79,16 @@ def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_atte
     kinds = ("self_information", "received_attention", "both")
     if kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(kinds)}.")
-    received = ReceivedAttention()
+    received, ranks = ReceivedAttention(), list[Tensor]()
     ctx.cache.observer = received.observe if kind != "self_information" else None
     if kind == "received_attention":
         ctx.append(tokens)
-        information = None
     else:
-        information = _ranks(self_information(ctx, tokens))
+        ranks.append(_ranks(self_information(ctx, tokens)))
     ctx.cache.observer = None
-    if information is None:
-        return _ranks(received.scores())
-    return (
-        information if kind == "self_information" else (information + _ranks(received.scores())) / 2
-    )
+    if kind != "self_information":
+        ranks.append(_ranks(received.scores()))
+    return torch.stack(ranks).mean(0)
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -21,13 +21,10 @@ def layer_cache(
     staging: StagingBuffers | None = None,
     reserve: int = 0,
 ) -> LayerCache:
-    """An empty cache for a layer.
+    """An empty cache for a layer; see `make_layer_cache` for `staging` and `reserve`.
 
     Args:
         own: the model's own window of this layer, None for full attention.
-        params: options of the run.
-        staging: for keys in host memory, the buffers on the device, shared by all layers.
-        reserve: tokens to allocate for at once, when the final length is known.
     """
     window, sinks = narrowed_window(own, params)
     return make_layer_cache(

@@ -38,15 +38,7 @@ def filled_cache(
     *,
     reserve: int = 0,
 ) -> LayerCache:
-    """The cache of a layer after appends of so many tokens each, on meta tensors.
-
-    Args:
-        facts: of the model.
-        params: options of the run.
-        own: the model's own window of this layer, None for full attention.
-        steps: tokens of each append, in order.
-        reserve: tokens to allocate for at once.
-    """
+    """The cache of a layer after appends of so many tokens each, on meta tensors."""
     cache = layer_cache(own, params, reserve=reserve)
     _append(cache, facts, steps)
     return cache
@@ -63,11 +55,8 @@ def cache_bytes(
     """Bytes that the caches of all layers allocate, exactly; see `Plan` for ragged ones.
 
     Args:
-        facts: of the model.
-        params: options of the run.
         read: tokens of each append while a prompt is read, in order (see `chunks`).
         written: tokens of each append after it; if given, the `kv_policy` is applied in between.
-        reserve: tokens to allocate for at once.
     """
     read, after, sizes = list(read), list(written or ()), {}
     for own in set(facts.windows):
@@ -86,10 +75,6 @@ class AttentionPeak:
     keys, scores or tiles of them, masks, output, lse, and the workspaces of native kernels on all
     of torch's threads.  Not counted: queries, new keys, the cache, the selection of a sparse
     pattern.
-
-    Args:
-        facts: of the model.
-        params: options of the run.
     """
 
     def __init__(self, facts: ModelFacts, params: ContextParams) -> None:

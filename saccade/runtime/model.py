@@ -52,7 +52,7 @@ class ModelCache(Protocol):
     """The caches of all layers of a running model."""
 
     @property
-    def layers(self) -> Sequence[LayerCache]:
+    def stores(self) -> Sequence[LayerCache]:
         """One cache a layer, in order."""
         ...
 

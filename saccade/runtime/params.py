@@ -85,14 +85,10 @@ class ContextParams:
         _one_of("type_v", self.type_v, CACHE_TYPES)
         _one_of("rope_scaling_type", self.rope_scaling_type, ROPE_SCALING_TYPES)
         _one_of("kv_policy", self.kv_policy, tuple(POLICIES))
-        _at_least("n_ctx", self.n_ctx, 1)
-        _at_least("n_batch", self.n_batch, 1)
-        _at_least("n_swa", self.n_swa, 1)
-        _at_least("n_sinks", self.n_sinks, 0)
-        _at_least("ctx_checkpoints", self.ctx_checkpoints, 0)
-        _at_least("n_keep", self.n_keep, 0)
-        _at_least("page_size", self.page_size, 1)
-        _at_least("yarn_orig_ctx", self.yarn_orig_ctx, 1)
+        for name in ("n_ctx", "n_batch", "n_swa", "page_size", "yarn_orig_ctx"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("n_sinks", "ctx_checkpoints", "n_keep"):
+            _at_least(name, getattr(self, name), 0)
         self._check_storage()
         if self.n_sinks and self.n_swa is None:
             raise ValueError(f"n_sinks={self.n_sinks} needs a window: set n_swa.")

@@ -136,14 +136,6 @@ def make_plan(
 ) -> Plan:
     """The plan for a model of these facts; see `saccade.plan`.
 
-    Args:
-        facts: of the model.
-        params: options; default ContextParams().
-        n_ctx: tokens in context; default params.n_ctx, else the trained length.
-        prompt: how many of them are read in chunks; default all.
-        reserve: tokens that caches allocate for at once; 0: they grow.
-        weights_bytes: of the model's parameters, None where unknown.
-
     Raises:
         BadInput: n_ctx below 1, a prompt outside 1 .. n_ctx, reserve below 0.
     """

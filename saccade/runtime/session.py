@@ -48,7 +48,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         Unsupported: a cache that cannot be saved.
         OSError: the file cannot be written.
     """
-    layers = ctx.cache.layers
+    layers = ctx.cache.stores
     if {layer.seen for layer in layers} != {len(ctx.tokens)}:
         raise BadInput(
             "this context was interrupted in the middle of a step and cannot be saved: its layers "
@@ -79,11 +79,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
 
 
 def load_session(path: str | Path, ctx: Context) -> Sampler:
-    """Restore a saved session into a context, whose own contents are removed.
-
-    Args:
-        path: a file of `save_session`.
-        ctx: of the same model and the same options.
+    """Restore a session into a context of the same model and options; what it held is removed.
 
     Returns:
         The sampler of the session, with the state of its random generator.
@@ -108,7 +104,7 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
 def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
     record = file.record
     _check_identity(path, record, ctx)
-    layers, saved = ctx.cache.layers, record["layers"]
+    layers, saved = ctx.cache.stores, record["layers"]
     states = [CacheState(part["settings"], part["progress"], {}) for part in saved]
     for layer, part, state in zip(layers, saved, states, strict=True):
         snapshot.check(layer, part["kind"], state)

@@ -45,7 +45,7 @@ _STALE_SECONDS: Final = 3600
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-    """Replace `path` atomically by a file with these tensors and this JSON record.
+    """Replace `path` (links are followed) atomically by a file of these tensors and this record.
 
     One tensor at a time is copied to host memory.  The file is readable by its owner alone.
 
@@ -80,9 +80,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> 
 
 class SessionFile:
     """A file made by `write`; every checksum is verified when it is opened.
-
-    Args:
-        path: the file.
 
     Raises:
         BadInput: truncated, damaged, of another version or not a session; the error says which.

@@ -27,7 +27,7 @@ def in_step() -> bool:
 
 def refusal(cache: ModelCache) -> str | None:
     """Why a cache cannot be stepped, or None."""
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(cache.stores):
         if not isinstance(layer, SteppingCache):
             return (
                 f"layer {index} has a {type(layer).__name__}, which needs the host for each token"
@@ -55,7 +55,7 @@ class DecodeStep:
         if reason is not None:
             raise Unsupported(f"these caches cannot be stepped: {reason}. Use Context.append.")
         self._model, self._cache = model, cache
-        self._layers = [layer for layer in cache.layers if isinstance(layer, SteppingCache)]
+        self._layers = [layer for layer in cache.stores if isinstance(layer, SteppingCache)]
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         start = torch.zeros(batch, dtype=torch.int64, device=model.device)
         self._cursor = Cursor(start, start + 1)

@@ -13,6 +13,7 @@ from saccade.cache.paged import PagedCache, PagePool
 from saccade.core import Mask, Unsupported
 from saccade.core.kv import dense
 from saccade.ops import attend, attention, make_call
+from tests.support.pages import assert_consistent
 
 SIZE = 3
 
@@ -96,13 +97,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def no_page_leaks_and_every_token_is_stored(self):
-        self.allocator.assert_consistent()
+        assert_consistent(self.allocator)
         assert {seq: self.read(seq) for seq in self.expected} == self.expected
 
     def teardown(self):
         for seq in self.expected:
             self.allocator.release(seq)
-        self.allocator.assert_consistent()
+        assert_consistent(self.allocator)
         assert self.allocator.num_available == self.allocator.num_pages
 
 
@@ -270,7 +271,7 @@ def test_random_operations_leak_no_page():
         elif what == "end" and (len(caches) > 6 or stored.shape[2] > 40):
             cache.reset()
             del caches[at], expected[at]
-        pool.allocator.assert_consistent()
+        assert_consistent(pool.allocator)
     for cache, stored in zip(caches, expected, strict=True):
         if cache.seen:
             tile = dense(cache.view())

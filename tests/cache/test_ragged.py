@@ -9,6 +9,7 @@ from saccade.cache import RaggedCache, snapshot
 from saccade.core import BadInput, DenseKV, Mask, RaggedKV, Unsupported
 from saccade.ops import attend, attention, make_call
 from tests.support.cases import HERE
+from tests.support.pages import assert_consistent
 
 BATCH, HEADS, DIM = 2, 2, 16
 PROMPT, LENGTH = 60, 75
@@ -244,7 +245,7 @@ def moved(item, start, stop):
 
 def check(cache, rows):
     if cache._pages is not None:
-        cache._pages._allocator.assert_consistent()
+        assert_consistent(cache._pages._allocator)
     at = cache.gather()
     for b, heads in enumerate(rows):
         for h, stored in enumerate(heads):

@@ -51,8 +51,8 @@ def test_memory_stays_however_long_the_dialogue(loaded, options):
         first, said = ctx.cache_bytes, 0
         for number in range(40):
             said += len(say(talk, f"and number {number}?")) + 16
-            assert ctx.cache_bytes == first and ctx.seen <= talk.limit
-        assert said > 3 * talk.limit and talk.rereads >= 2
+            assert ctx.cache_bytes == first and ctx.seen <= talk.ctx.n_ctx
+        assert said > 3 * talk.ctx.n_ctx and talk.rereads >= 2
 
 
 def test_a_compressed_dialogue_stays_within_its_budget(loaded):

@@ -185,7 +185,7 @@ class Emulation:
 
     @property
     def mask_args(self) -> MaskArgs:
-        return MaskArgs(self.problem.window, self.problem.sinks or None)
+        return MaskArgs(self.problem.mask.window, self.problem.mask.sinks or None)
 
     def run(self, cta: Cta) -> None:
         """Let the producer load everything, then compute every work tile as its consumers would."""
@@ -209,7 +209,7 @@ class Emulation:
         args = (q_desc, k_desc, v_desc, (*smem, bars), self.sizes, self.mask_args, BlockLists(),
                 self.varlen)  # fmt: skip
         tile = (launch.block_m, block_n, ROWS, consumers)
-        cta.producer.produce(args, problem.causal, *tile, self.page_size)
+        cta.producer.produce(args, problem.mask.causal, *tile, self.page_size)
         return smem
 
     def _work_tile(self, cta: Cta, i: int) -> WorkTile:
@@ -222,7 +222,7 @@ class Emulation:
         )
         plan, right_end, full_end, count, num_keys = scheduler.kv_tile_plan(
             tile, q_len, k_len, q_offset, self.mask_args, lists, b, h // groups,
-            self.problem.causal, self.launch.block_m, block_n,
+            self.problem.mask.causal, self.launch.block_m, block_n,
         )  # fmt: skip
         k_tiles = [scheduler.kv_tile(Integer(j), plan, lists) for j in range(count)]
         masked = [j == 0 or j < right_end or j >= full_end for j in range(count)]
@@ -240,7 +240,7 @@ class Emulation:
             k, v = smem.k[first_stage + j], smem.v[first_stage + j].clone()
             if j == 0 and (self.varlen.q_tiles is not None or self.varlen.kv_lens is not None):
                 v[max(work.num_keys - k_start, 0) :] = 0
-            s = q_tile @ k.mT * self.problem.scale
+            s = q_tile @ k.mT * self.problem.call.scale
             if work.masked[j]:
                 k_pos = k_start + torch.arange(len(k))
                 s = s.masked_fill(~self._visible(q_pos, k_pos, work.num_keys), -torch.inf)
@@ -259,11 +259,11 @@ class Emulation:
     def _visible(self, q_pos: Tensor, k_pos: Tensor, num_keys: int) -> Tensor:
         """Which keys are visible to which queries, `[queries, keys]`."""
         visible = (k_pos < num_keys)[None].expand(len(q_pos), -1)
-        if self.problem.causal:
+        if self.problem.mask.causal:
             visible = visible & (k_pos[None] <= q_pos[:, None])
-        if self.problem.window is not None:
-            near = q_pos[:, None] - k_pos[None] < self.problem.window
-            visible = visible & (near | (k_pos < self.problem.sinks)[None])
+        if self.problem.mask.window is not None:
+            near = q_pos[:, None] - k_pos[None] < self.problem.mask.window
+            visible = visible & (near | (k_pos < self.problem.mask.sinks)[None])
         return visible
 
 

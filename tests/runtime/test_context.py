@@ -97,7 +97,7 @@ class TestPolicy:
             before = ctx.cache_bytes
             ctx.compress()
             assert ctx.cache_bytes < before / 2 and ctx.seen == 500
-            assert all(layer.num_slots == 70 for layer in ctx.cache.layers)
+            assert all(layer.num_slots == 70 for layer in ctx.cache.stores)
 
     def test_heads_compete_for_the_budget_of_a_layer(self, model):
         """Ragged: the budget of a layer is met, heads differ, memory is near that of snapkv."""
@@ -109,7 +109,7 @@ class TestPolicy:
                 before = ctx.cache_bytes
                 ctx.compress()
                 sizes[policy] = ctx.cache_bytes
-        kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.layers])
+        kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.stores])
         assert (kv_lens.sum((1, 2)) == 2 * 150).all() and len(kv_lens.unique()) > 2
         assert before / 3 > sizes["ada_snapkv"] and sizes["ada_snapkv"] < 1.1 * sizes["snapkv"]
 
@@ -118,7 +118,7 @@ class TestPolicy:
         with saccade.Context(model, params) as ctx:
             for _ in range(3):
                 assert len(list(ctx.stream(TOKENS, n_predict=5))) == 5
-            kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.layers])
+            kv_lens = torch.stack([layer.kv_lens for layer in ctx.cache.stores])
             assert (kv_lens.sum((1, 2)) == 2 * (80 + 5)).all() and ctx.seen == 3 * 105
 
     def test_a_full_ragged_context_shifts(self, model):
@@ -178,10 +178,10 @@ def test_shift_is_exact_at_the_first_layer(model):
     with saccade.Context(model) as ctx:
         ctx.append(TOKENS[:40])
         ctx.shift(8)
-        shifted = ctx.cache.layers[0].view()
+        shifted = ctx.cache.stores[0].view()
     with saccade.Context(model) as ctx:
         ctx.append(torch.cat((TOKENS[:8], TOKENS[24:40])))
-        expected = ctx.cache.layers[0].view()
+        expected = ctx.cache.stores[0].view()
     assert torch.allclose(shifted.k, expected.k, atol=1e-5)
     assert torch.allclose(shifted.v, expected.v, atol=1e-5)
 
@@ -216,7 +216,7 @@ class TestHybrid:
                 ctx.append(TOKENS[:40] if shifted else torch.cat((TOKENS[:4], TOKENS[22:40])))
                 if shifted:
                     ctx.shift(4)
-                kept.append(ctx.cache.layers[0].view())
+                kept.append(ctx.cache.stores[0].view())
         ours, expected = (dense(view) for view in kept)
         assert torch.equal(ours.positions, expected.positions)
         assert torch.allclose(ours.k, expected.k, atol=1e-5)
@@ -249,7 +249,7 @@ def test_shifted_quantized_keys_stay_within_their_error(model, bits, bound):
                 ctx.shift(100)
             nothing = torch.zeros(1, 2, 0, 16)
             with torch.inference_mode():
-                keys.append(dense(ctx.cache.layers[0].append(nothing, nothing)).k)
+                keys.append(dense(ctx.cache.stores[0].append(nothing, nothing)).k)
     assert keys[0].shape == keys[1].shape
     error = (hadamard_transform(keys[0]) - keys[1]).norm() / keys[1].norm()
     assert 0 < error < bound

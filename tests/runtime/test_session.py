@@ -91,7 +91,7 @@ def test_a_session_can_replace_another(models, tmp_path):
         save_session(tmp_path / "s", ctx)
         expected = stream(ctx, Sampler(), 5)
         load_session(tmp_path / "empty", ctx)
-        assert ctx.seen == 0 and ctx.tokens == [] and not ctx.can_continue
+        assert ctx.seen == 0 and ctx.tokens == [] and ctx.next_token is None
         stream(ctx, Sampler(), 5, MORE)
         load_session(tmp_path / "s", ctx)
         assert stream(ctx, Sampler(), 5) == expected
@@ -199,7 +199,7 @@ def test_an_interrupted_step_is_not_saved(models, saved):
     before = saved.read_bytes()
     with saccade.Context(models("llama")) as ctx:
         stream(ctx, Sampler(), 3, TOKENS)
-        ctx.cache.layers[0].truncate(50)
+        ctx.cache.stores[0].truncate(50)
         with pytest.raises(BadInput, match="interrupted in the middle of a step"):
             save_session(saved, ctx)
     assert saved.read_bytes() == before

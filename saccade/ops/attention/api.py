@@ -108,7 +108,6 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
     """Run a call made by `make_call`, over any view of a cache.
 
     Args:
-        call: the problem; `attention` builds one of plain tensors.
         backend: "auto", or a name that never falls back.
 
     Raises:

@@ -47,13 +47,14 @@ def shared_positions(tile: KVTile) -> Tensor:
     return tile.positions.flatten(0, 1).amax(0).clamp_min(0)
 
 
-def has_holes(call: AttentionCall) -> bool:
-    """Whether tiles may hold slots that must not be read: padding, short rows, ragged heads."""
-    return (
-        call.key_padding is not None
-        or call.kv_lens is not None
-        or getattr(call.kv, "kv_lens", None) is not None
-    )
+def real_kv(call: AttentionCall, tile: KVTile, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of a tile, 0 in slots that must not be read: padding, past a row's end."""
+    k, v = tile.k.to(dtype), tile.v.to(dtype)
+    lens = (call.key_padding, call.kv_lens, getattr(call.kv, "kv_lens", None))
+    if all(x is None for x in lens):
+        return k, v
+    real = real_keys(call, tile)[..., None]
+    return k.where(real, 0), v.where(real, 0)
 
 
 def bias_of(call: AttentionCall, start: int, stop: int, tile: KVTile) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput
 from saccade.core.kv import dense
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.masks import bias_of, has_holes, real_keys, visible_pairs
+from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
 from saccade.ops.attention.varlen import per_sequence
 
 
@@ -29,10 +29,7 @@ def run(call: AttentionCall) -> AttentionOutput:
     length = call.q.shape[2]
     q = call.queries(0, length)
     tile = dense(call.kv)
-    k, v = tile.k.to(q.dtype), tile.v.to(q.dtype)
-    if has_holes(call):
-        real = real_keys(call, tile)[..., None]
-        k, v = k.where(real, 0), v.where(real, 0)
+    k, v = real_kv(call, tile, q.dtype)
     q = q.unflatten(1, (-1, call.num_groups))  # [B, Hkv, G, Lq, D]
     scores = q @ k[:, :, None].mT * call.scale  # [B, Hkv, G, Lq, Lk]
     if call.softcap is not None:

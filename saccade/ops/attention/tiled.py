@@ -25,7 +25,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.kv import KVTile
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.masks import bias_of, has_holes, real_keys, visible_pairs
+from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
 from saccade.ops.attention.varlen import per_sequence
 
 Q_TILE = 256
@@ -48,10 +48,7 @@ def run(call: AttentionCall) -> AttentionOutput:
             call.q.new_zeros(*call.q.shape[:3], call.kv.shape[4], dtype=call.out_dtype),
             call.q[..., 0].float(),
         )
-    return AttentionOutput(
-        torch.cat([tile.out for tile in tiles], dim=2),
-        torch.cat([tile.lse for tile in tiles], dim=2),
-    )
+    return AttentionOutput.joined(tiles)
 
 
 def _attend_rows(call: AttentionCall, start: int, stop: int) -> AttentionOutput:
@@ -85,10 +82,7 @@ def _absorb(
     o: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the online softmax: take a tile of keys and values into (m, l, o)."""
-    k, v = tile.k.to(q.dtype), tile.v.to(q.dtype)
-    if has_holes(call):
-        real = real_keys(call, tile)[..., None]
-        k, v = k.where(real, 0), v.where(real, 0)
+    k, v = real_kv(call, tile, q.dtype)
     scores = q @ k[:, :, None].mT
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, PerHeadFP8KV
@@ -54,10 +53,7 @@ def per_sequence(
         kv = _part(call.kv, k_bounds[i], k_len)
         q = call.q.narrow(2, q_bounds[i], q_len)
         parts.append(run(call.with_(q=q, kv=kv, q_offset=k_len - q_len, cu_seqlens=None)))
-    return AttentionOutput(
-        torch.cat([part.out for part in parts], dim=2),
-        torch.cat([part.lse for part in parts], dim=2),
-    )
+    return AttentionOutput.joined(parts)
 
 
 def _part(kv: DenseKV | PerHeadFP8KV, first: int, length: int) -> DenseKV | PerHeadFP8KV:

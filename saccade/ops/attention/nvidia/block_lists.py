@@ -91,15 +91,15 @@ def _tile_classes(
     visited, selected = _coverage(problem, q0, q1, k0, k1, same_tiles)
     first, last = _positions(problem, q0), _positions(problem, q1 - 1)
     full = (stop_q[:, None] <= q_len) & (k0 + block_n <= k_len)
-    if problem.causal:
+    if problem.mask.causal:
         visited = visited & (k0 <= last)
         full = full & (k1 - 1 <= first)
-    if problem.window is not None:
-        visited = visited & ((k1 - 1 > first - problem.window) | (k0 < problem.sinks))
-        full = full & ((k0 > last - problem.window) | (k1 <= problem.sinks))
+    if problem.mask.window is not None:
+        visited = visited & ((k1 - 1 > first - problem.mask.window) | (k0 < problem.mask.sinks))
+        full = full & ((k0 > last - problem.mask.window) | (k1 <= problem.mask.sinks))
     if problem.kv_lens is not None:
         full = full & (k0 + block_n <= problem.kv_lens.view(-1, 1, 1, 1))
-    if problem.key_padding is not None or problem.attn_mask is not None:
+    if problem.call.key_padding is not None or problem.call.attn_mask is not None:
         full = torch.zeros_like(full)
     return visited.to(torch.uint8) + (visited & selected & full)
 

@@ -38,7 +38,8 @@ def suits(call: AttentionCall) -> bool:
 
 def run(call: AttentionCall, attend: Callable[[AttentionCall], AttentionOutput]) -> AttentionOutput:
     """Attention of a call that `suits`, each chunk by `attend`, a kernel for plain dense keys."""
-    combined = Combiner((*call.q.shape[:3], call.kv.shape[4]), call.q)
+    batch, heads, num_queries, _ = call.q.shape
+    combined = Combiner((batch, heads, num_queries, call.kv.shape[4]), call.q)
     for chunk in chunks_of(call.kv, _visible_ranges(call)):
         start, stop = _attending_queries(call, chunk)
         if start < stop:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saccade.core import DenseKV, PagedKV
+from saccade.core import DenseKV, Mask, PagedKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.gpu.launching import unit_rows
 
@@ -17,7 +17,7 @@ class Problem:
     """A call with its storage: unit last strides, one kv_lens for all ways to say it.
 
     Attributes:
-        call: what is computed; the properties below read from it.
+        call: what is computed, with its mask and what changes the scores.
         q: `[B, H, Lq, D]`; k, v: storage in the layout of the call's view.
         kv_lens: int32 or int64 `[B]` or `[B, Hkv]`, keys of each row, None where all have
             `num_keys`.
@@ -35,20 +35,8 @@ class Problem:
     block_mask: Tensor | None
 
     @property
-    def sink_logits(self) -> Tensor | None:
-        return self.call.sink_logits
-
-    @property
-    def alibi_slopes(self) -> Tensor | None:
-        return self.call.alibi_slopes
-
-    @property
-    def key_padding(self) -> Tensor | None:
-        return self.call.key_padding
-
-    @property
-    def attn_mask(self) -> Tensor | None:
-        return self.call.attn_mask
+    def mask(self) -> Mask:
+        return self.call.mask
 
     @property
     def cu_q(self) -> Tensor | None:
@@ -57,26 +45,6 @@ class Problem:
     @property
     def cu_k(self) -> Tensor | None:
         return None if self.call.cu_seqlens is None else self.call.cu_seqlens[1]
-
-    @property
-    def causal(self) -> bool:
-        return self.call.mask.causal
-
-    @property
-    def window(self) -> int | None:
-        return self.call.mask.window
-
-    @property
-    def sinks(self) -> int:
-        return self.call.mask.sinks
-
-    @property
-    def scale(self) -> float:
-        return self.call.scale
-
-    @property
-    def softcap(self) -> float | None:
-        return self.call.softcap
 
     @property
     def q_offset(self) -> int:
@@ -99,7 +67,8 @@ class Problem:
     @property
     def raw(self) -> bool:
         """Scores are plain products: the kernels fold scale and log2(e) into one multiply-add."""
-        return self.softcap is None and self.alibi_slopes is None and self.scale > 0
+        call = self.call
+        return call.softcap is None and call.alibi_slopes is None and call.scale > 0
 
     def without_blocks(self) -> Problem:
         """The same problem over all blocks, for kernels whose block lists already say which."""

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.formats import FP8
-from saccade.core.kv import DenseKV, KVTile
+from saccade.core.kv import DenseKV, KVTile, joined
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import with_sink_logits
-from saccade.ops.attention.masks import bias_of, has_holes, real_keys, visible_pairs
+from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 from saccade.ops.attention.sdpa.workspace import kernel_bytes
 from saccade.ops.attention.tiled import visible_tiles
@@ -135,32 +135,16 @@ def _by_query_tiles(call: AttentionCall) -> AttentionOutput:
         stop = min(start + Q_TILE, call.q.shape[2])
         tiles = list(visible_tiles(call, start, stop))
         q = call.q[:, :, start:stop]
-        parts.append(_one_tile(call, q, start, stop, _join(tiles)) if tiles else _nothing(call, q))
+        parts.append(_one_tile(call, q, start, stop, joined(tiles)) if tiles else _nothing(call, q))
     if not parts:
         return _nothing(call, call.q)
-    return AttentionOutput(
-        torch.cat([part.out for part in parts], dim=2),
-        torch.cat([part.lse for part in parts], dim=2),
-    )
-
-
-def _join(tiles: list[KVTile]) -> KVTile:
-    if len(tiles) == 1:
-        return tiles[0]
-    return KVTile(
-        torch.cat([tile.k for tile in tiles], dim=2),
-        torch.cat([tile.v for tile in tiles], dim=2),
-        torch.cat([tile.positions for tile in tiles], dim=-1),
-    )
+    return AttentionOutput.joined(parts)
 
 
 def _one_tile(
     call: AttentionCall, q: Tensor, start: int, stop: int, tile: KVTile
 ) -> AttentionOutput:
-    k, v = tile.k, tile.v
-    if has_holes(call):
-        real = real_keys(call, tile)[..., None]
-        k, v = k.where(real, 0), v.where(real, 0)
+    k, v = real_kv(call, tile, tile.k.dtype)
     visible = visible_pairs(call, start, stop, tile)
     bias = bias_of(call, start, stop, tile)
     scores = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)

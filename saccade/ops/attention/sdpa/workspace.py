@@ -38,7 +38,10 @@ def _allocated(dtype: torch.dtype, rows: int, keys: int, dim: int, threads: int)
     torch.set_num_threads(threads)  # the calling thread's number is not inherited
     q, k = (torch.zeros(1, 1, length, dim, dtype=dtype) for length in (rows, keys))
     # torch.profiler would print to stderr, and allows no second profiler beside the caller's.
-    with profiler_legacy.profile(profile_memory=True) as found:
+    profile = profiler_legacy.profile(profile_memory=True)
+    with profile:
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)
-    allocated = sum(max(0, event.self_cpu_memory_usage) for event in found.function_events)
+    events = profile.function_events
+    assert events is not None, "the profiler fills them in when it ends"
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in events)
     return allocated - sum(x.nbytes for x in results)

@@ -67,9 +67,9 @@ def row_tiling(problem: Problem, heads: int, table: tuning.Kernel) -> RowTiling:
 def num_splits(problem: Problem, heads: int, slots: int, tiling: RowTiling) -> int:
     """How many programs share the keys of a row tile: as many as fill the GPU and have work."""
     launch = tiling.launch
-    reach = slots
-    if problem.window is not None:
-        reach = min(slots, problem.window + problem.q.shape[2] + problem.sinks + launch.block_n)
+    reach, mask = slots, problem.mask
+    if mask.window is not None:
+        reach = min(slots, mask.window + problem.q.shape[2] + mask.sinks + launch.block_n)
     programs = problem.q.shape[0] * heads * tiling.tiles
     wanted = launch.per_sm * multiprocessors(problem.q.device)
     return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))

@@ -166,13 +166,13 @@ def seqlen_info_of(problem: Problem, block: int, *, by_keys: bool) -> tuple[Seql
 
 def mask_args_of(problem: Problem) -> MaskArgs:
     """The mask of a problem beyond causality."""
-    padding = None if problem.key_padding is None else problem.key_padding.contiguous()
+    padding = None if problem.call.key_padding is None else problem.call.key_padding.contiguous()
     return MaskArgs(
-        problem.window,
-        problem.sinks or None,
+        problem.mask.window,
+        problem.mask.sinks or None,
         padding,
         None if padding is None else padding.stride(0),
-        *_flat_strided(problem.attn_mask),
+        *_flat_strided(problem.call.attn_mask),
         *_flat_strided(problem.block_mask),
         None if problem.block_mask is None else problem.q_block,
         None if problem.block_mask is None else problem.k_block,
@@ -186,14 +186,14 @@ def _flat_strided(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
 
 def score_args_of(problem: Problem) -> ScoreArgs:
     """How the scores of a problem are made from the products q.k."""
-    slopes = float32(problem.alibi_slopes)
+    slopes = float32(problem.call.alibi_slopes)
     per_row = slopes is not None and slopes.ndim == 2
     return ScoreArgs(
-        scale=float(problem.scale),
-        softcap=problem.softcap,
+        scale=float(problem.call.scale),
+        softcap=problem.call.softcap,
         alibi_slopes=slopes,
         alibi_slopes_batch=None if slopes is None else (slopes.stride(0) if per_row else 0),
-        sink_logits=float32(problem.sink_logits),
+        sink_logits=float32(problem.call.sink_logits),
     )
 
 
@@ -205,7 +205,7 @@ def constants(problem: Problem) -> dict[str, int | bool | str]:
         "VALUE_DIM": value_dim,
         "BLOCK_D": max(16, next_power_of_two(dim)),
         "BLOCK_V": max(16, next_power_of_two(value_dim)),
-        "CAUSAL": problem.causal,
+        "CAUSAL": problem.mask.causal,
         "RAW": problem.raw,
         "PRECISION": "ieee" if problem.q.dtype == torch.float32 else "tf32",
     }
@@ -225,7 +225,7 @@ def _constants(problem: Problem, launch: tuning.Launch) -> dict[str, int | bool 
 def _forward_table(problem: Problem) -> tuning.Kernel:
     if problem.block_mask is not None:
         return tuning.FORWARD_BLOCK_SPARSE
-    return tuning.FORWARD if problem.window is None else tuning.FORWARD_WINDOW
+    return tuning.FORWARD if problem.mask.window is None else tuning.FORWARD_WINDOW
 
 
 def _pick(problem: Problem, table: tuning.Kernel) -> tuning.Launch:

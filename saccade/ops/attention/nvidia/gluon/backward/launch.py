@@ -82,8 +82,9 @@ def backward(
         )  # fmt: skip
         _products(problem, launch, splits, dout, (dk, dv, lse_delta, dq_accum))
         convert_dq_kernel[(batch * heads, tiles)](
-            dq_accum, tma_strided(dq), float(problem.scale), q_len, heads, D=dim, BLOCK_M=Q_ROWS
-        )
+            dq_accum, tma_strided(dq), float(problem.call.scale), q_len, heads, D=dim,
+            BLOCK_M=Q_ROWS,
+        )  # fmt: skip
         if splits > 1:
             dk, dv = _sum_splits(problem, dk, dv, splits)
     return dq, dk, dv, delta
@@ -117,7 +118,7 @@ def _products(
         lse_delta,
         dq_accum,
         mask_args_of(problem),
-        float(problem.scale),
+        float(problem.call.scale),
         q_len,
         problem.num_keys,
         problem.q_offset,
@@ -126,7 +127,7 @@ def _products(
         heads // num_splits,
         gqa_splits,
         splits_per_section(problem, launch.l2_bytes, gqa_splits),
-        CAUSAL=problem.causal,
+        CAUSAL=problem.mask.causal,
         D=dim,
         **constants(launch),
         **options(int(CONSUMERS)),
@@ -147,7 +148,7 @@ def gqa_splits_of(problem: Problem, min_waves: float) -> int:
     batch, kv_heads, _, _ = problem.k.shape
     groups = problem.q.shape[1] // kv_heads
     ctas = batch * kv_heads * cdiv(problem.num_keys, CTA_KEYS)
-    uneven = problem.causal and problem.window is None
+    uneven = problem.mask.causal and problem.mask.window is None
     wanted = min_waves * multiprocessors(problem.q.device) * (2 if uneven else 1)
     divisors = (n for n in range(1, groups + 1) if groups % n == 0)
     return next((n for n in divisors if ctas * n >= wanted), groups)

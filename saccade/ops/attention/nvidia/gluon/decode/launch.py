@@ -75,7 +75,7 @@ def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
 def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) -> int:
     """How many CTAs share the keys of a KV head: enough to fill the GPU, none without keys."""
     block_n, visible = WARP_N.value * launch.warps, max_visible_keys(problem, slots)
-    if problem.window is not None:
+    if problem.mask.window is not None:
         visible = min(slots, visible + block_n)  # a window may begin inside a tile
     num_ctas = launch.per_sm * multiprocessors(problem.q.device)
     return max(1, min(num_ctas // (problem.q.shape[0] * heads), cdiv(visible, block_n)))
@@ -83,9 +83,9 @@ def splits_of(problem: Problem, heads: int, slots: int, launch: DecodeLaunch) ->
 
 def max_visible_keys(problem: Problem, slots: int) -> int:
     """How many keys the queries of a sequence attend to at most."""
-    if problem.window is None:
+    if problem.mask.window is None:
         return slots
-    return min(slots, problem.window + problem.q.shape[2] + problem.sinks)
+    return min(slots, problem.mask.window + problem.q.shape[2] + problem.mask.sinks)
 
 
 def rows_of(problem: Problem, heads: int) -> int:
@@ -114,8 +114,8 @@ def launch_partials(
         pages,
         seqlen_info,
         mask_args_of(problem),
-        float32(problem.sink_logits),
-        float(problem.scale),
+        float32(problem.call.sink_logits),
+        float(problem.call.scale),
         q.shape[2],
         problem.num_keys,
         problem.q_offset,
@@ -128,7 +128,7 @@ def launch_partials(
         V_STRIDE=v.stride(2) * 2,
         PAGE_SIZE=0 if pages.table is None else k.shape[2],
         K_LEN_IS_MAX=k_len_is_max,
-        CAUSAL=problem.causal,
+        CAUSAL=problem.mask.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
         ROWS=next_power_of_two(rows_of(problem, heads)),

@@ -68,7 +68,7 @@ def launch_of(problem: Problem) -> PrefillLaunch:
     dim = problem.q.shape[3]
     if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
         return measured_launch(dim, "varlen")
-    if problem.block_mask is not None or problem.window is not None:
+    if problem.block_mask is not None or problem.mask.window is not None:
         return measured_launch(dim, "masked")
     return measured_launch(dim)
 
@@ -99,12 +99,12 @@ def forward(
         forward_kernel[(min(num_work_tiles, multiprocessors(q.device)),)](
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
-            float32(problem.sink_logits),
+            float32(problem.call.sink_logits),
             # A tile lies in one block of a selection: block lists replace its element-wise mask.
             mask_args_of(problem.without_blocks()),
             block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n),
             varlen,
-            float(problem.scale),
+            float(problem.call.scale),
             q_len,
             problem.num_keys,
             problem.q_offset,
@@ -115,7 +115,7 @@ def forward(
             heads_per_section(problem, launch.l2_bytes),
             num_work_tiles,
             k.shape[0],
-            CAUSAL=problem.causal,
+            CAUSAL=problem.mask.causal,
             D=dim,
             ZERO_V_TAIL=varlen.q_tiles is not None or varlen.kv_lens is not None,
             PAGE_SIZE=None if page_table is None else k.shape[2],
@@ -172,7 +172,7 @@ def heads_per_section(problem: Problem, l2_bytes: int) -> int:
     """Query heads that are computed together: as many as read K and V of at most `l2_bytes`."""
     batch, kv_heads, dim = problem.q.shape[0], problem.k.shape[1], problem.k.shape[3]
     k_len = problem.num_keys
-    reach = k_len if problem.window is None else min(k_len, problem.window + 4096)
+    reach = k_len if problem.mask.window is None else min(k_len, problem.mask.window + 4096)
     fitting = max(1, l2_bytes // (2 * reach * dim * problem.k.element_size()))
     kv_rows = batch * kv_heads
     section = next(n for n in range(min(fitting, kv_rows), 0, -1) if kv_rows % n == 0)

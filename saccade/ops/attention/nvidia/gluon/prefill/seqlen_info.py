@@ -100,7 +100,7 @@ def varlen_q_tiles(problem: Problem, block_m: int) -> Tensor:
     if capturing(device) or cu_q.is_inference() or cu_k.is_inference():
         return _q_tiles(cu_q, cu_k, problem, block_m)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    key = (numbers(cu_q), numbers(cu_k), block_m, problem.causal, problem.window, device, stream)
+    key = (numbers(cu_q), numbers(cu_k), block_m, problem.mask, device, stream)
     if key not in _TABLES:
         while len(_TABLES) >= MAX_TABLES:
             del _TABLES[next(iter(_TABLES))]
@@ -125,11 +125,11 @@ def _q_tiles(cu_q: Tensor, cu_k: Tensor, problem: Problem, block_m: int) -> Tens
     tile = torch.where(used, index - torch.nn.functional.pad(last, (1, 0))[at], 0)
     row = tile * block_m
     stop = k_len
-    if problem.causal:
+    if problem.mask.causal:
         stop = torch.minimum(k_len, k_len - q_len + torch.minimum(row + block_m, q_len))
     first = torch.zeros_like(stop)
-    if problem.window is not None:
-        first = (k_len - q_len + row - problem.window + 1).clamp(min=0)
+    if problem.mask.window is not None:
+        first = (k_len - q_len + row - problem.mask.window + 1).clamp(min=0)
     order = torch.argsort(torch.where(used, stop - first, -1))
     fields = (cu_q[at], q_len, cu_k[at], k_len, tile, tile, tile, tile)
     return torch.stack(fields, 1)[order].contiguous()

@@ -62,8 +62,8 @@ def splits_of(problem: Problem, kv: QuantizedKV) -> int:
     """How many CTAs share the keys of a row tile: enough to fill the GPU, none without keys."""
     launch, heads = launch_of(problem), kv.recent_k.shape[1]
     visible = kv.num_quantized
-    if problem.window is not None:
-        reach = problem.window + problem.q.shape[2] + problem.sinks
+    if problem.mask.window is not None:
+        reach = problem.mask.window + problem.q.shape[2] + problem.mask.sinks
         visible = min(visible, reach + BLOCK_N.value)
     row_tiles = problem.q.shape[0] * heads * row_tiles_of(problem, heads)
     num_ctas = launch.per_sm * multiprocessors(problem.q.device)
@@ -86,8 +86,8 @@ def launch_partials(
         parts.lse,
         seqlen_info,
         mask_args_of(problem),
-        float32(problem.sink_logits) if with_sinks else None,
-        float(problem.scale),
+        float32(problem.call.sink_logits) if with_sinks else None,
+        float(problem.call.scale),
         problem.q.shape[2],
         kv.num_quantized,
         problem.q_offset,
@@ -95,7 +95,7 @@ def launch_partials(
         parts.lse.stride(0),
         KV_HEADS=heads,
         GROUPS=problem.q.shape[1] // heads,
-        CAUSAL=problem.causal,
+        CAUSAL=problem.mask.causal,
         PDL=True,
         **constants(kv),
         **options(launch_of(problem)),
