@@ -104,8 +104,8 @@ def main() -> None:
     record["check"] = check(150 if arguments.tiny else 9000)
     put(arguments.out, record)
     subject: Any = Ours(config, LONG if on_gpu() else 512)
-    record["cache_gib"] = subject.ctx.cache_bytes / 2**30
     record["ours"] = decoding(subject, config, lengths)
+    record["cache_gib"] = subject.ctx.cache_bytes / 2**30  # behind the longest prompt
     put(arguments.out, record)
     subject.ctx.close()
     del subject
