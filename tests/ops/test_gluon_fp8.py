@@ -126,7 +126,7 @@ def test_refuses_other_devices_and_dtypes_in_a_sentence():
     quantized = quantize_fp8_per_head(x)
     with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
         attention(quantized, quantized, quantized, backend="gluon_fp8")
-    with pytest.raises(Unsupported, match="float8_e4m3fn queries, keys and values alone"):
+    with pytest.raises(Unsupported, match="takes only float8_e4m3fn queries, keys and values"):
         attention(x, x, x, backend="gluon_fp8")
 
 

@@ -122,7 +122,7 @@ class TestRefusals:
         whole = saved.read_bytes()
         for cut in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
             saved.write_bytes(whole[:cut])
-            assert "truncated, or something else altogether" in refusal(saved, models("llama"))
+            assert "it is truncated or not a session file" in refusal(saved, models("llama"))
 
     def test_foreign(self, models, saved):
         saved.write_bytes(b"GGUF" + bytes(1000))
