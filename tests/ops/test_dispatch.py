@@ -1,6 +1,7 @@
 """Which backend computes a call: measured rules as data, the order of `auto`, and `explain`."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,11 +48,13 @@ def fits(rule, call):
     return rule.fits(rules.facts_of(call))
 
 
-def test_every_rule_of_the_package_can_be_read():
+def test_every_rule_of_the_package_has_a_record_with_a_revision():
+    results = Path(__file__).parents[2] / "benchmarks/results"
     for path in rules.FOLDER.glob("*.json"):
         for rule in rules.read(path):
-            assert set(rule.order) <= set(dispatch.AUTO_ORDER)
-            assert rule.why and rule.source
+            assert set(rule.order) <= set(dispatch.AUTO_ORDER) and rule.why
+            record = json.loads((results / f"{rule.source}.json").read_text())
+            assert record["revision"] and record["command"] and record["complete"]
 
 
 def test_a_rule_puts_its_backends_first_and_says_why(with_rules):
