@@ -1,7 +1,7 @@
 """Every GPU record in order of importance, within a time; each is written as soon as it is made.
 
-    python -m benchmarks.gpu_visit --out $OUT --seconds 570
-    python -m benchmarks.gpu_visit --out $OUT --seconds 570 --only llama mistral
+    python -m benchmarks.gpu_visit --out results --seconds 570
+    python -m benchmarks.gpu_visit --out results --seconds 570 --only llama mistral
     SACCADE_REVISION=abc123 python -m benchmarks.gpu_visit ...   # on a copy without git metadata
 
 Kernels are compiled first, by several processes into Triton's cache, so that the time of the GPU
