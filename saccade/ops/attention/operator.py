@@ -118,19 +118,14 @@ def _call_of(flat: tuple[Any, ...]) -> AttentionCall:
     )
 
 
-def _kernels(call: AttentionCall, name: str) -> dispatch.Differentiable:
-    """The backend of that name, or for "auto" the one that dispatch picks among those here."""
-    return dispatch.differentiable(call, name)
-
-
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
     call = _call_of(flat)
-    return tuple(_kernels(call, flat[-1]).forward(call))  # type: ignore[return-value]
+    return tuple(dispatch.differentiable(call, flat[-1]).forward(call))  # type: ignore[return-value]
 
 
 def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:
     call = _call_of(flat)
-    return _kernels(call, flat[-1]).backward(call, out, lse, dout, dlse)
+    return dispatch.differentiable(call, flat[-1]).backward(call, out, lse, dout, dlse)
 
 
 def _checked_forward(*flat: Any) -> tuple[Tensor, Tensor]:

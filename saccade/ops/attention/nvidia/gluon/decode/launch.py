@@ -67,7 +67,7 @@ def launch_of(problem: Problem, heads: int, slots: int) -> DecodeLaunch:
     ragged = problem.kv_lens is not None and problem.q.shape[0] > 1 and is_long
     if num_sms < 2 * num_ctas <= 2 * num_sms and not ragged:
         return LAUNCHES[f"{dim}/single_cta"]
-    if 2 * num_ctas <= num_sms and (not is_long or rows_of(problem, heads) > BLOCK_M.value):
+    if 2 * num_ctas <= num_sms and (not is_long or problem.call.group_rows > BLOCK_M.value):
         return short
     return LAUNCHES[f"{dim}/split_kv"]
 
@@ -86,11 +86,6 @@ def max_visible_keys(problem: Problem, slots: int) -> int:
     if problem.mask.window is None:
         return slots
     return min(slots, problem.mask.window + problem.q.shape[2] + problem.mask.sinks)
-
-
-def rows_of(problem: Problem, heads: int) -> int:
-    """Query rows that share their keys: query heads of a group times queries."""
-    return problem.q.shape[1] // heads * problem.q.shape[2]
 
 
 def launch_partials(
@@ -131,7 +126,7 @@ def launch_partials(
         CAUSAL=problem.mask.causal,
         WARPS=launch.warps,
         STAGES=launch.stages,
-        ROWS=next_power_of_two(rows_of(problem, heads)),
+        ROWS=next_power_of_two(problem.call.group_rows),
         launch_pdl=True,
         **options(launch),
     )
