@@ -31,6 +31,7 @@ class DenseCache:
         self._v: Tensor | None = None
         self._slots = 0
         self._seen = 0
+        self._compressed_at = 0  # tokens seen when keys were last removed
 
     @property
     def seen(self) -> int:
@@ -111,6 +112,7 @@ class DenseCache:
         self._v = _gather(self._v, index, kept + room)
         self._slots = kept
         self._reserve = 0
+        self._compressed_at = self._seen
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
@@ -119,16 +121,17 @@ class DenseCache:
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
-        if length < self._seen and self.is_compressed:
+        if length < self._compressed_at:
             raise Unsupported(
                 f"a compressed cache cannot go back to position {length}: removed keys are gone. "
                 "Reset it and read the prompt again."
             )
-        self._seen = self._slots = min(length, self._slots)
+        count = max(0, self._seen - length)
+        self._seen, self._slots = self._seen - count, self._slots - count
 
     def max_rollback(self, length: int) -> int:
-        """Any position, until `keep` has removed keys."""
-        return min(length, self._seen) if length >= self._seen or not self.is_compressed else 0
+        """Any position from the last `keep` on."""
+        return min(length, self._seen) if length >= self._compressed_at else 0
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated in place."""
@@ -146,7 +149,7 @@ class DenseCache:
 
     def reset(self) -> None:
         """Remove everything; memory stays allocated."""
-        self._slots = self._seen = 0
+        self._slots = self._seen = self._compressed_at = 0
 
     def state(self) -> CacheState:
         """See LayerCache."""
@@ -168,6 +171,7 @@ class DenseCache:
             self._k = extended(state.tensors["k"], room, device)
             self._v = extended(state.tensors["v"], room, device)
         self._seen, self._slots = state.progress["seen"], slots
+        self._compressed_at = self._seen if self.is_compressed else 0
 
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
         have = 0 if self._k is None else self._k.shape[2]

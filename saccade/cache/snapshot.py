@@ -1,4 +1,4 @@
-"""Saving and restoring caches: kind, settings, progress and tensors, checked before use.
+"""Saving and restoring caches: kind, settings, progress and tensors, all checked before use.
 
 The table of kinds is explicit.  Restoring never looks up a class by a name that a file contains
 (which is what makes pickled sessions dangerous): the caches exist already, made from the options
@@ -7,9 +7,11 @@ of the running context, and a state either fits them or is refused.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, cast
 
 import torch
+from torch import Tensor
 
 from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
@@ -44,8 +46,12 @@ def kind_of(cache: LayerCache) -> str:
     )
 
 
-def check(cache: LayerCache, kind: str, state: CacheState) -> None:
-    """Raise BadInput unless `state` is that of a cache of the same kind, made the same way."""
+def check(cache: LayerCache, kind: str, state: CacheState, tokens: int | None = None) -> None:
+    """Raise BadInput unless `state` is that of a cache of the same kind, made the same way.
+
+    Args:
+        tokens: how many the cache has to have seen; None: as many as it says.
+    """
     own = kind_of(cache)
     if kind != own:
         raise BadInput(
@@ -60,12 +66,32 @@ def check(cache: LayerCache, kind: str, state: CacheState) -> None:
                 f"cache, this context has {value!r}. Give the options it was saved with."
             )
     numbers = [state.progress.get(name) for name in here.progress]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+    possible = all(type(n) is int and n >= 0 for n in numbers)
+    if not possible or not _counts_fit(own, state, tokens):
         raise BadInput(
-            f"the session has impossible counts for a {own} cache: expected "
-            f"{', '.join(here.progress)} of 0 or more, got {dict(state.progress)}. "
-            "Delete the session to start anew."
+            f"the session has impossible counts for a {own} cache"
+            f"{'' if tokens is None else f' of {tokens} tokens'}: expected "
+            f"{', '.join(here.progress)} of 0 or more that fit together, got "
+            f"{dict(state.progress)}. Delete the session to start anew."
         )
+
+
+def _counts_fit(kind: str, state: CacheState, tokens: int | None) -> bool:
+    """Whether the counts of a cache can be those of one that has seen so many tokens."""
+    counts, made = state.progress, cast(Mapping[str, int], state.settings)
+    if tokens is None:
+        tokens = sum(counts[name] for name in ("seen", "quantized", "recent") if name in counts)
+    if kind == "quantized":
+        whole = counts["quantized"] % made["group"] == 0
+        fits = counts["recent"] <= made["recent"] + 2 * made["group"]
+        return whole and fits and counts["quantized"] + counts["recent"] == tokens
+    if kind == "ring":
+        sinks, ring = made["sinks"], made["window"] - 1 + made["chunk"]
+        oldest = max(sinks, tokens - ring)
+        if not oldest <= counts["oldest"] <= max(sinks, tokens):
+            return False
+    smaller = {"dense": "slots", "ragged": "compressed_at"}.get(kind, "seen")
+    return counts.get("seen", tokens) == tokens and counts.get(smaller, tokens) <= tokens
 
 
 def restore(cache: LayerCache, kind: str, state: CacheState, device: torch.device) -> None:
@@ -80,3 +106,65 @@ def restore(cache: LayerCache, kind: str, state: CacheState, device: torch.devic
     except BadInput:
         cache.reset()
         raise
+
+
+def check_tensors(state: CacheState, like: CacheState) -> None:
+    """Raise BadInput unless the tensors can be those of a cache that holds one like `like`.
+
+    Args:
+        like: of the same layer after it has read something; only shapes and dtypes are used.
+    """
+    expected = dict(like.tensors)
+    if state.progress.get("pages"):  # a ragged cache that was compressed
+        at = torch.empty(*like.tensors["k"].shape[:3], dtype=torch.int64, device="meta")
+        expected["positions"] = at
+    if state.tensors and set(state.tensors) != set(expected):
+        raise BadInput(
+            f"the saved cache contradicts itself: expected the tensors {', '.join(expected)}, got "
+            f"{', '.join(state.tensors)}. Delete the session to start anew."
+        )
+    for name, tensor in state.tensors.items():
+        _check_tensor(name, tensor, expected[name])
+    if "positions" in state.tensors:
+        _check_positions(state.tensors["positions"], state.progress["seen"])
+
+
+def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+    # Lengths in tokens, the third dimension, are compared with the counts by `restore`.
+    found, expected = list(tensor.shape), list(like.shape)
+    if len(found) > 2:
+        found[2] = expected[2]
+    if found != expected or tensor.dtype != like.dtype:
+        raise BadInput(
+            f"the saved cache contradicts itself: its {name} has shape {list(tensor.shape)} and "
+            f"{tensor.dtype}, expected {expected} but for the length, and {like.dtype}. Delete the "
+            "session to start anew."
+        )
+    if tensor.dtype.is_floating_point and not tensor.float().isfinite().all():
+        raise BadInput(
+            f"the saved cache holds numbers in {name} that are NaN or infinite. Delete the session "
+            "and read the prompt again; check the model's dtype if that happens again."
+        )
+
+
+def _check_positions(at: Tensor, seen: int) -> None:
+    """Ascending in each head, behind -1 in front of heads with fewer keys."""
+    steps = at[..., 1:] - at[..., :-1]
+    ascending = (steps > 0) | ((at[..., 1:] == -1) & (at[..., :-1] == -1))
+    if at.numel() and not (ascending.all() and at.min() >= -1 and at.max() < seen):
+        raise BadInput(
+            "the saved cache contradicts itself: the positions of its keys do not ascend. Delete "
+            "the session to start anew."
+        )
+
+
+def bounded(state: CacheState, slots: int) -> CacheState:
+    """The state with room for no more than `slots` tokens, whatever it claims was allocated."""
+    progress = dict(state.progress)
+    if "capacity" in progress:
+        progress["capacity"] = min(progress["capacity"], slots)
+    if progress.get("pages"):
+        k, size = state.tensors["k"], cast(int, state.settings["page_size"])
+        heads = k.shape[0] * k.shape[1]
+        progress["pages"] = min(progress["pages"], heads * (slots // size + 1))
+    return state._replace(progress=progress)

@@ -161,6 +161,7 @@ class SaccadeCache(Cache):
         self, config: PreTrainedConfig, make: MakeLayer, *, run: Run | None = None
     ) -> None:
         self.run = run
+        self.writing = False  # see ModelCache
         self._ours = [
             SaccadeCacheLayer(make(i, w), w, None if run is None else run.settings[i])
             for i, w in enumerate(layer_windows(config))
@@ -178,7 +179,10 @@ class SaccadeCache(Cache):
         """
         if layer_idx == 0 and self.run is not None:
             _check_rope(self.run)
-        return self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
+        self.writing = self.cursor is None  # a step counts what it wrote when it ends
+        handles = self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
+        self.writing = False
+        return handles
 
     @property
     def stores(self) -> list[LayerCache]:

@@ -6,20 +6,21 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.cache import RingCache
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
-from saccade.runtime.compression import ObservationWindow, compress_cache
+from saccade.runtime.cached_text import CachedText, NextToken
+from saccade.runtime.compression import ObservationWindow
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
-from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
-from saccade.runtime.step import DecodeStep, refusal
+from saccade.runtime.step import refusal
+from saccade.runtime.token_ids import stop_tokens, token_ids, whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,20 +47,11 @@ class Stats:
     cache_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class NextToken:
-    """A token that was chosen but not yet read by the model.
-
-    Attributes:
-        shown: whether `stream` has yielded it.
-    """
-
-    token: int
-    shown: bool
-
-
 class Context:
     """A running model under ContextParams; the model is restored when the context closes.
+
+    An exception or Ctrl-C at any moment leaves it usable: `tokens` are those in the caches of all
+    layers (see `runtime.cached_text`).
 
     Args:
         model: a `runtime.Model`.
@@ -67,26 +59,30 @@ class Context:
         reserve: tokens to allocate caches for at once, when the length is known beforehand.
 
     Raises:
-        BadInput: n_ctx needs more memory for caches than the machine has.
+        BadInput: n_ctx or a window needs more memory for caches than the machine has, or n_keep
+            leaves nothing to remove.
+        TypeError: not a model, or not ContextParams.
         Unsupported: options that this model cannot run with.
     """
 
     def __init__(
         self, model: Model, params: ContextParams | None = None, *, reserve: int = 0
     ) -> None:
+        _check_types(model, params)
         self.model = model
         self.params = params or ContextParams()
+        self.reserve = whole_number("reserve", reserve, least=0)
         self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
         self.stats = Stats()
+        self._check_keep()
         self._check_memory(max(reserve, self.params.n_ctx or 0))
-        self._stack = ExitStack()
-        self.model = self._stack.enter_context(model.attached(self.params))
-        self._cache = self.model.new_cache(self.params, reserve=reserve)
-        self._observation_window: ObservationWindow | None = None
-        self._tokens: list[int] = []
-        self._next: NextToken | None = None
-        self._decode_step: DecodeStep | None = None
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
+        self._closed = False
+        with ExitStack() as stack:
+            self.model = stack.enter_context(model.attached(self.params))
+            self._check_shift()
+            self._text = self.new_text()
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Context:
         return self
@@ -96,65 +92,62 @@ class Context:
 
     def close(self) -> None:
         """Restore the model; the context cannot be used afterwards."""
+        self._closed = True
+        self._text.close()
         self._stack.close()
 
     @property
     def cache(self) -> ModelCache:
         """The caches of all layers."""
-        return self._cache
+        return self._text.cache
 
     @property
     def seen(self) -> int:
         """Tokens read so far."""
-        return self._cache.seen
+        return self._text.cache.seen
 
     @property
     def tokens(self) -> list[int]:
         """The tokens in the caches: read so far, without those that a context shift removed."""
-        return list(self._tokens)
+        return self._text.tokens
 
     @property
     def next_token(self) -> NextToken | None:
         """The token that was chosen but not yet read by the model, after a stream."""
-        return self._next
+        return self._text.held.next_token
 
     @property
     def observation_window(self) -> ObservationWindow | None:
         """The newest queries of each layer, while a kv_policy observes them."""
-        return self._observation_window
+        return self._text.window
 
-    def resume(
-        self,
-        tokens: Sequence[int],
-        next_token: NextToken | None,
-        observed: dict[int, tuple[Tensor, float]] | None,
-    ) -> None:
-        """Set what the caches hold, after they were restored or rolled back; see `runtime.session`.
+    @property
+    def text(self) -> CachedText:
+        """What the caches hold; see `runtime.session`."""
+        return self._text
 
-        Args:
-            next_token: chosen but not yet read.
-            observed: state of the observation window, where a kv_policy was observing.
-        """
-        self._tokens, self._next = list(tokens), next_token
-        self._cache.observer = self._observation_window = None
-        if observed is not None:
-            self._start_observing()
-            assert self._observation_window is not None, "params were compared before"
-            self._observation_window.restore(observed)
+    @text.setter
+    def text(self, text: CachedText) -> None:
+        self._text = text
+
+    def new_text(self) -> CachedText:
+        """New, empty caches under the options of this context."""
+        return CachedText(self.model, self.params, reserve=self.reserve)
 
     def reset(self) -> None:
         """Remove everything that was read; memory of caches stays allocated."""
-        for layer in self._cache.stores:
-            layer.reset()
-        self.resume([], None, None)
+        self._text.reset()
 
     @property
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return self._cache.nbytes
+        return self._text.cache.nbytes
 
     def append(self, tokens: Sequence[int] | Tensor, *, wanted: int = 1) -> Tensor:
         """Read tokens after those already seen, at most `n_batch` at a time.
+
+        A token that `stream` has yielded and not yet read is read before them; one that it has
+        chosen and not yielded is dropped.
 
         Args:
             tokens: ids `[n]`.
@@ -164,24 +157,19 @@ class Context:
             Hidden states `[min(wanted, n), hidden]` of the last tokens.
 
         Raises:
-            BadInput: no tokens, or more than fit into n_ctx.
+            BadInput: no token ids of this model, none at all, or more than fit into n_ctx.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
-        if ids.numel() == 0:
+        ids = token_ids(tokens, self.model.facts.vocab_size)
+        wanted = min(whole_number("wanted", wanted, least=1), len(ids))
+        if not len(ids):
             raise BadInput("the prompt is empty: give at least one token to read.")
-        self._check_room(len(ids))
-        self._start_observing()
-        states: list[Tensor] = []
-        with torch.inference_mode():
-            for chunk in ids.split(self.params.n_batch):
-                hidden = self.model.hidden(chunk[None], self._cache)[0]
-                self._tokens += chunk.tolist()
-                if len(chunk) > 1:
-                    checkpoint(self._cache.stores)
-                states.append(hidden)
-                while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
-                    states.pop(0)
-        return torch.cat(states)[-wanted:]
+        return self._append(ids, wanted)
+
+    def _append(self, ids: Tensor, wanted: int) -> Tensor:
+        self._check_open()
+        waiting = torch.tensor(self._text.waiting, dtype=torch.int64)
+        self._check_room(len(waiting) + len(ids))
+        return self._text.read(torch.cat((waiting, ids)), wanted=wanted)
 
     def reuse(self, tokens: Sequence[int] | Tensor) -> int:
         """Roll back to the common prefix of `tokens` and what was read, or earlier.
@@ -192,16 +180,14 @@ class Context:
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
         """
-        wanted = torch.as_tensor(tokens, dtype=torch.int64).tolist()
+        wanted = token_ids(tokens, self.model.facts.vocab_size).tolist()
+        self._check_open()
         common = 0
-        for ours, theirs in zip(self._tokens, wanted[:-1], strict=False):
+        for ours, theirs in zip(self.tokens, wanted[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
-        with torch.inference_mode():
-            kept = roll_back(self._cache.stores, common)
-        self.resume(self._tokens[:kept], None, None)
-        return kept
+        return self._text.roll_back(common)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` float32 of hidden states `[..., hidden]`."""
@@ -210,13 +196,8 @@ class Context:
 
     def compress(self) -> None:
         """Apply `kv_policy` to the caches; without a policy nothing happens."""
-        window = self._observation_window
-        if window is None:
-            return
-        assert self.params.kv_policy is not None and self.params.kv_budget is not None
-        with torch.inference_mode():
-            compress_cache(self._cache, window, self.params.kv_policy, self.params.kv_budget)
-        self._cache.observer = self._observation_window = None
+        self._check_open()
+        self._text.compress()
 
     def stream(
         self,
@@ -230,73 +211,91 @@ class Context:
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
         None; with n_keep tokens in the middle of the context are removed instead (context shift).
+        Several streams of one context continue one text, each behind what the others have read.
 
         Args:
-            prompt: token ids `[n]`; without any, generation continues where the last stream (or a
-                restored session) stopped.
+            prompt: token ids `[n]`; without any, generation continues behind what was read last, by
+                a stream, by `append`, or in a restored session.
             sampler: chooses tokens; default greedy.
 
         Raises:
-            BadInput: neither prompt nor a token to continue from, or a prompt longer than n_ctx.
+            BadInput: neither prompt nor a token to continue from, a prompt longer than n_ctx, or
+                arguments of another type.
         """
-        sampler, ends = sampler or Sampler(), set(stop)
-        if len(prompt) or self._next is None:
-            self._read(prompt, sampler)
+        ids = token_ids(prompt, self.model.facts.vocab_size)
+        count, ends = whole_number("n_predict", n_predict, least=0), stop_tokens(stop)
+        return self._stream(ids, count, sampler or Sampler(), ends)
+
+    def _stream(
+        self, ids: Tensor, n_predict: int, sampler: Sampler, ends: set[int]
+    ) -> Iterator[GeneratedToken]:
+        if len(ids):
+            self._read(ids, sampler)
         for _ in range(n_predict):
             self.stats.cache_bytes = self.cache_bytes
             token = self._unshown_token(sampler)
             if token is None or token in ends:
                 return
-            self._next = NextToken(token, shown=True)
+            self._text.choose(token, shown=True)
             yield GeneratedToken(token)
         self._unshown_token(sampler)
 
     def _unshown_token(self, sampler: Sampler) -> int | None:
         """The next token to yield, chosen by a step where none is left; None: no room for it."""
-        assert self._next is not None
-        if self._next.shown and not self._step(sampler):
-            return None
-        return self._next.token
+        following = self.next_token
+        if following is None:
+            return self._choose(sampler)
+        if not following.shown:
+            return following.token
+        return self._choose(sampler) if self._step(following.token) else None
 
-    def _read(self, prompt: Sequence[int] | Tensor, sampler: Sampler) -> None:
-        """Read a prompt, after the last token of the stream before it if that is still unread."""
+    def _choose(self, sampler: Sampler) -> int:
+        """Choose the token behind the last one that was read."""
         start = time.perf_counter()
-        tokens = torch.as_tensor(prompt, dtype=torch.int64)
-        if self._next is not None and self._next.shown:
-            tokens = torch.cat((torch.tensor([self._next.token]), tokens))
-        hidden = self.append(tokens)
+        logits = self._text.next_logits()
+        if logits is None:
+            raise BadInput(
+                "there is nothing to continue from: the prompt is empty and no token was read "
+                "since the context was opened, reset or rolled back. Give a prompt."
+            )
+        token = sampler.pick(logits)
+        self._text.choose(token, shown=False)
+        self.stats.decode_seconds += time.perf_counter() - start
+        return token
+
+    def _read(self, ids: Tensor, sampler: Sampler) -> None:
+        """Read a prompt, apply the policy and choose the token behind it."""
+        start, before = time.perf_counter(), self.stats.decode_seconds
+        self._append(ids, 1)
         self.compress()
-        self._next = NextToken(sampler.pick(self.logits(hidden[-1])), shown=False)
-        self.stats.prompt_tokens += len(prompt)
+        self._choose(sampler)
+        self.stats.decode_seconds = before
+        self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
 
-    def _step(self, sampler: Sampler) -> bool:
-        """Read the token just yielded and choose the next one; False where no room is left."""
-        assert self._next is not None
+    def _step(self, token: int) -> bool:
+        """Read the token just yielded; False where no room is left."""
+        self._check_open()
         if not self._room_for_one():
             return False
         start = time.perf_counter()
-        logits = self._read_one(self._next.token)
-        self._next = NextToken(sampler.pick(logits), shown=False)
+        self._read_one(token)
         self.stats.decode_tokens += 1
         self.stats.decode_seconds += time.perf_counter() - start
         return True
 
-    def _read_one(self, token: int) -> Tensor:
-        """Logits `[vocab]` after one more token; on a GPU by a CUDA graph (DecodeStep)."""
-        self._start_observing()
+    def _read_one(self, token: int) -> None:
+        """Read one more token; on a GPU by a CUDA graph (DecodeStep)."""
+        cache = self._text.cache
         if self._use_step is None:
-            self._use_step = self._can_step() and refusal(self._cache) is None
-        if self._use_step and self._cache.observer is None:
+            self._use_step = self._can_step() and refusal(cache) is None
+        if self._use_step and self.params.kv_policy is None and cache.observer is None:
             try:
-                self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
-                logits = self._decode_step(token)[0]
+                self._text.step(token)
+                return
             except Unsupported:  # some models synchronize with the host, which cannot be captured
                 self._use_step = False
-            else:
-                self._tokens.append(token)
-                return logits
-        return self.logits(self.append([token])[-1])
+        self._text.read(torch.tensor([token]), wanted=1)
 
     def _can_step(self) -> bool:
         """Whether DecodeStep may run here: a GPU, and options that its kernels support."""
@@ -306,32 +305,23 @@ class Context:
         served = stored and params.backend in (None, "triton")
         return self.model.device.type == "cuda" and plain and served
 
-    def _start_observing(self) -> None:
-        """Under a kv_policy: keep the newest queries of each layer from here on."""
-        if self.params.kv_policy is not None and self._observation_window is None:
-            self._observation_window = ObservationWindow.for_policy(self.params.kv_policy)
-            self._cache.observer = self._observation_window.observe
-
     def shift(self, n_keep: int) -> None:
         """Context shift: remove half of the tokens after the first `n_keep`, re-rotate later keys.
 
         Exact for the first layer; later layers keep keys computed from the removed tokens.
 
         Raises:
-            Unsupported: a cache that cannot shift.
+            BadInput: n_keep is no whole number of at least 0.
+            Unsupported: a cache that cannot shift, or nothing to remove.
         """
+        whole_number("n_keep", n_keep, least=0)
+        self._check_open()
         n_discard = (self.seen - n_keep) // 2
         if n_discard < 1:
             raise Unsupported(
                 f"nothing to remove after n_keep={n_keep} of {self.seen} tokens. Lower n_keep."
             )
-        layers = list(enumerate(self._cache.stores))
-        # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
-        layers.sort(key=lambda item: isinstance(item[1], RingCache))
-        with torch.inference_mode():
-            for i, layer in layers:
-                layer.context_shift(n_keep, n_keep + n_discard, self.model.shift_keys(i))
-        del self._tokens[n_keep : n_keep + n_discard]
+        self._text.shift(n_keep, n_discard)
 
     @property
     def _bounded(self) -> bool:
@@ -354,12 +344,44 @@ class Context:
                 "or give a shorter prompt."
             )
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BadInput("this context is closed: open a new Context to go on.")
+
+    def _check_keep(self) -> None:
+        n_keep = self.params.n_keep
+        if n_keep is not None and self._bounded and n_keep >= self.n_ctx - 1:
+            raise BadInput(
+                f"n_keep={n_keep} leaves nothing to remove from a full context of n_ctx="
+                f"{self.n_ctx} tokens: expected n_keep of at most n_ctx - 2. Lower n_keep."
+            )
+
+    def _check_shift(self) -> None:
+        """Refuse n_keep for a model whose keys cannot be moved, before any text is generated."""
+        if self.params.n_keep is not None and self._bounded:
+            for layer in range(self.model.facts.num_layers):
+                self.model.shift_keys(layer)
+
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()
-        needed = cache_bytes(self.model.facts, self.params, [tokens], reserve=tokens)
+        # One token at least: rings and pages are allocated whole.
+        needed = cache_bytes(self.model.facts, self.params, [max(1, tokens)], reserve=tokens)
         if needed > free:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
                 "quantize the cache (type_k=type_v='int8')."
             )
+
+
+def _check_types(model: Any, params: Any) -> None:
+    if not hasattr(model, "attached"):
+        raise TypeError(
+            f"expected a loaded model, a model of transformers or a runtime.Model, got "
+            f"{type(model).__name__}. Load one with saccade.load_model."
+        )
+    if params is not None and not isinstance(params, ContextParams):
+        raise TypeError(
+            f"expected ContextParams or None, got {type(params).__name__}. Give "
+            "ContextParams(n_ctx=...)."
+        )

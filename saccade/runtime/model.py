@@ -82,6 +82,17 @@ class ModelCache(Protocol):
     @cursor.setter
     def cursor(self, cursor: Cursor | None) -> None: ...
 
+    @property
+    def writing(self) -> bool:
+        """Whether a layer is in the middle of a change.
+
+        It stays True where that was interrupted: then nobody knows what the layer holds.
+        """
+        ...
+
+    @writing.setter
+    def writing(self, writing: bool) -> None: ...
+
 
 class Model(Protocol):
     """A causal language model that can be run under ContextParams."""

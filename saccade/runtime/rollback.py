@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saccade.cache import LayerCache, RingCache
+from saccade.cache import LayerCache, RingCache, SteppingCache
 
 
 def checkpoint(layers: Sequence[LayerCache]) -> None:
@@ -14,17 +14,36 @@ def checkpoint(layers: Sequence[LayerCache]) -> None:
             layer.checkpoint()
 
 
-def roll_back(layers: Sequence[LayerCache], length: int) -> int:
-    """Remove all tokens from position `length` on, or from the last one before that all can reach.
-
-    Returns:
-        The position that was reached; 0: everything was removed.
-    """
+def reachable(layers: Sequence[LayerCache], length: int) -> int:
+    """The largest position up to `length` that all layers can go back to; 0: only by a reset."""
     while (nearest := min(layer.max_rollback(length) for layer in layers)) < length:
         length = nearest
+    return length
+
+
+def roll_back(layers: Sequence[LayerCache], length: int) -> None:
+    """Remove all tokens from a `reachable` position on; 0: everything."""
     for layer in layers:
         if length:
             layer.truncate(length)
         else:
             layer.reset()
-    return length
+
+
+def undo_read(layers: Sequence[LayerCache], length: int, *, stepped: bool) -> bool:
+    """Bring every layer back to `length` tokens after reading was interrupted.
+
+    Args:
+        stepped: by a step, which writes a token in all layers before it counts it in any.  A ring
+            has then lost its oldest key, so the token is counted before it is removed.
+
+    Returns:
+        False where a layer cannot go back that far; layers may differ afterwards.
+    """
+    for layer in layers:
+        if stepped and layer.seen == length and isinstance(layer, SteppingCache):
+            layer.commit(1)
+    if min(layer.seen for layer in layers) < length or reachable(layers, length) < length:
+        return False
+    roll_back(layers, length)
+    return True

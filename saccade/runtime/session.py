@@ -2,13 +2,16 @@
 
 Saved are the caches of all layers, their tokens, the token chosen but not yet read, the sampler
 with the state of its random generator, and what cached keys depend on: a fingerprint of the
-weights, the rotary positions, and the options.  A session is restored only where all of that is the
-same; anything else is refused with a sentence, before the context changes.
+weights, the config, the rotary positions, and the options.  A session is restored only where all of
+that is the same.  Everything is built beside the context and takes its place at once: a session
+that is refused leaves the context as it was.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +20,9 @@ from torch import Tensor
 
 from saccade.cache import snapshot
 from saccade.cache.base import CacheState
-from saccade.core import BadInput
-from saccade.runtime.context import Context, NextToken
+from saccade.core import BadInput, Unsupported
+from saccade.runtime.cached_text import CachedText, Held, NextToken, Observed
+from saccade.runtime.context import Context
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
@@ -33,6 +37,16 @@ _CHANGEABLE: Final = (
     "ctx_checkpoints",
 )
 """Options that cached keys do not depend on: they may differ when a session is restored."""
+_CONTRADICTIONS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What building a context from contents that contradict each other may raise."""
 
 
 def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None) -> None:
@@ -40,42 +54,45 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
 
     Args:
         path: the file; if the process is killed, the old file is unchanged.
-        ctx: between two tokens, not in the middle of a step.
+        ctx: between two tokens; after an interrupt it is what `ctx.tokens` says.
         sampler: the one in use; default greedy.
 
     Raises:
-        BadInput: a step was interrupted, so that layers have read different tokens.
+        BadInput: other code interrupted in the middle of a step of its own, so that layers have
+            read different tokens.
         Unsupported: a cache that cannot be saved.
         OSError: the file cannot be written.
     """
-    layers = ctx.cache.stores
-    if {layer.seen for layer in layers} != {len(ctx.tokens)}:
+    held, layers = ctx.text.held, ctx.cache.stores
+    if {layer.seen for layer in layers} != {held.length}:
         raise BadInput(
             "this context was interrupted in the middle of a step and cannot be saved: its layers "
             "have read different tokens. The session on disk is as it was."
         )
     sampler = sampler or Sampler()
-    tensors: dict[str, Tensor] = {
-        "tokens": torch.tensor(ctx.tokens, dtype=torch.int64),
-        "sampler": sampler.state(),
-    }
+    tokens = torch.tensor(ctx.tokens, dtype=torch.int64)
+    tensors: dict[str, Tensor] = {"tokens": tokens, "sampler": sampler.state()}
+    logits = None if held.next_token is not None else ctx.text.next_logits()
+    if logits is not None and len(logits) == ctx.model.facts.vocab_size:
+        tensors["logits"] = logits
     described: list[dict[str, Any]] = []
     for index, layer in enumerate(layers):
         state = layer.state()
         kind = snapshot.kind_of(layer)
         described.append({"kind": kind, "settings": state.settings, "progress": state.progress})
         tensors |= {f"layer.{index}.{name}": x for name, x in state.tensors.items()}
-    window = ctx.observation_window
-    observed = None if window is None else window.state()
+    observed = held.observed
     tensors |= {f"observed.{index}": q for index, (q, _) in (observed or {}).items()}
+    identity, key = _identity(ctx)
     record = {
-        **_identity(ctx),
+        **identity,
         "sampler": _options(sampler),
-        "next": None if ctx.next_token is None else asdict(ctx.next_token),
+        "next": None if held.next_token is None else held.next_token._asdict(),
+        "compressed_at": held.compressed_at,
         "layers": described,
         "observed": None if observed is None else {str(i): s for i, (_, s) in observed.items()},
     }
-    write(Path(path), tensors, record)
+    write(Path(path), tensors, record, key=key)
 
 
 def load_session(path: str | Path, ctx: Context) -> Sampler:
@@ -86,60 +103,146 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
 
     Raises:
         BadInput: a file that is truncated, damaged, of another version or no session, another model
-            or other options.  The context is then as it was, or empty.
+            or other options.  The context is then as it was.
         OSError: the file cannot be read.
     """
     path = Path(path)
     file = SessionFile(path)
+    identity, key = _identity(ctx)
+    _check_identity(path, file.record, identity, ctx.params)
+    like = _Like(ctx)
     try:
-        return _restore(path, file, ctx)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        ctx.reset()
+        text, sampler = _built(file, ctx, like)
+    except (BadInput, Unsupported):
+        raise
+    except _CONTRADICTIONS as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise BadInput(
+                f"{path} needs more memory than is free. Free some, or start a new session."
+            ) from error
         raise BadInput(
             f"{path} has checksums that fit, but its contents contradict each other, so it was not "
             "written by saccade. Delete it to start anew."
         ) from error
-
-
-def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
-    record = file.record
-    _check_identity(path, record, ctx)
-    layers, saved = ctx.cache.stores, record["layers"]
-    states = [CacheState(part["settings"], part["progress"], {}) for part in saved]
-    for layer, part, state in zip(layers, saved, states, strict=True):
-        snapshot.check(layer, part["kind"], state)
-    sampler = Sampler(**record["sampler"])
-    sampler.restore(file.tensors("sampler")[""].clone())
-    tokens = file.tensors("tokens")[""].tolist()
-    scales = record["observed"]
-    observed: dict[int, tuple[Tensor, float]] | None = None
-    if scales is not None:  # copied, because tensors of the file are memory-mapped
-        queries, device = file.tensors("observed."), ctx.model.device
-        observed = {int(i): (queries[i].to(device, copy=True), s) for i, s in scales.items()}
-    unread = record["next"]
-    try:
-        for index, (layer, part) in enumerate(zip(layers, saved, strict=True)):
-            state = states[index]._replace(tensors=file.tensors(f"layer.{index}."))
-            snapshot.restore(layer, part["kind"], state, ctx.model.device)
-    except BadInput:
-        ctx.reset()
-        raise
-    ctx.resume(tokens, unread and NextToken(**unread), observed)
+    file.check_seal(key)
+    ctx.text = text
     return sampler
 
 
-def _identity(ctx: Context) -> dict[str, Any]:
-    """What cached keys depend on, as JSON."""
-    return {
-        "model": {**_facts(ctx.model.facts), **ctx.model.identity()},
-        "params": _params(ctx.params),
-    }
+class _Like:
+    """What a context of these options holds after one token: shapes and dtypes, without memory."""
+
+    def __init__(self, ctx: Context) -> None:
+        probe = CachedText(ctx.model, ctx.params)
+        probe.read(torch.zeros(1, dtype=torch.int64), wanted=1)
+        self.layers = [_without_memory(layer.state()) for layer in probe.cache.stores]
+        self.observed = {
+            index: (q.to("meta"), scale)
+            for index, (q, scale) in (probe.held.observed or {}).items()
+        }
+
+
+def _without_memory(state: CacheState) -> CacheState:
+    return state._replace(tensors={name: x.to("meta") for name, x in state.tensors.items()})
+
+
+def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sampler]:
+    """The caches and the sampler of a session, beside those of the context."""
+    record, unread = file.record, set(file.names)
+    vocab_size = ctx.model.facts.vocab_size
+    sampler = Sampler(**record["sampler"])
+    sampler.restore(file.tensor("sampler"))
+    tokens = _checked(file.tensor("tokens"), vocab_size)
+    text, saved = ctx.new_text(), record["layers"]
+    room = max(ctx.n_ctx, 2 * len(tokens), ctx.reserve) + 4096
+    for index, (layer, part, model) in enumerate(
+        zip(text.cache.stores, saved, like.layers, strict=True)
+    ):
+        prefix = f"layer.{index}."
+        state = CacheState(part["settings"], part["progress"], {})
+        snapshot.check(layer, part["kind"], state, len(tokens))
+        state = state._replace(tensors=file.tensors(prefix))
+        snapshot.check_tensors(state, model)
+        snapshot.restore(layer, part["kind"], snapshot.bounded(state, room), ctx.model.device)
+        if layer.seen != len(tokens):
+            raise ValueError("a layer has seen other tokens")
+        unread -= {prefix + name for name in state.tensors}
+    observed = _observed(file, record["observed"], like, ctx.model.device)
+    following = _next_token(record["next"], vocab_size)
+    logits = _logits(file, vocab_size, ctx.model.device)
+    unread -= {"sampler", "tokens", "logits", *(f"observed.{i}" for i in observed or ())}
+    at = record["compressed_at"]
+    if unread or type(at) is not int or not 0 <= at <= len(tokens):
+        raise ValueError(f"tensors that belong to nothing: {sorted(unread)}, or compressed at {at}")
+    text.restore(Held(tokens, len(tokens), following, None, logits, at, observed))
+    return text, sampler
+
+
+def _checked(tokens: Tensor, vocab_size: int) -> list[int]:
+    if tokens.ndim != 1 or tokens.dtype != torch.int64:
+        raise ValueError("tokens are int64 [n]")
+    known = (tokens >= 0) & (tokens < vocab_size)
+    if not known.all():
+        raise ValueError("tokens outside the vocabulary")
+    return tokens.tolist()
+
+
+def _next_token(saved: Any, vocab_size: int) -> NextToken | None:
+    if saved is None:
+        return None
+    following = NextToken(**saved)
+    known = type(following.token) is int and 0 <= following.token < vocab_size
+    if not known or type(following.shown) is not bool:
+        raise ValueError("the next token is outside the vocabulary")
+    return following
+
+
+def _logits(file: SessionFile, vocab_size: int, device: torch.device) -> Tensor | None:
+    if "logits" not in file.names:
+        return None
+    logits = file.tensor("logits")
+    if logits.shape != (vocab_size,) or logits.dtype != torch.float32:
+        raise ValueError("logits are float32 [vocab]")
+    return logits.to(device)
+
+
+def _observed(
+    file: SessionFile, scales: Mapping[str, float] | None, like: _Like, device: torch.device
+) -> Observed | None:
+    """The observation window, where a kv_policy was observing."""
+    if scales is None:
+        return None
+    found: Observed = {}
+    for name, scale in scales.items():
+        q, (expected, own) = file.tensor(f"observed.{name}"), like.observed[int(name)]
+        shape = (*expected.shape[:2], q.shape[2], expected.shape[3])
+        if q.shape != shape or q.dtype != expected.dtype or scale != own or not q.shape[2]:
+            raise ValueError("observed queries of another shape")
+        if not q.isfinite().all():
+            raise ValueError("observed queries that are no numbers")
+        found[int(name)] = q.to(device), scale
+    if found and set(found) != set(like.observed):
+        raise ValueError("queries of other layers than are observed")
+    return found
+
+
+def _identity(ctx: Context) -> tuple[dict[str, Any], bytes]:
+    """What cached keys depend on, as JSON, and the key of the seal.
+
+    The key is the fingerprint of the weights, of which the file only has a hash: a program without
+    the weights cannot seal what it has changed.
+    """
+    model = dict(ctx.model.identity())
+    key = model.get("weights", "").encode()
+    if key:
+        model["weights"] = hashlib.sha256(key).hexdigest()
+    return {"model": {**_facts(ctx.model.facts), **model}, "params": _params(ctx.params)}, key
 
 
 def _facts(facts: ModelFacts) -> dict[str, Any]:
     """The facts that caches depend on; weights have a fingerprint of their own."""
     values = {f.name: getattr(facts, f.name) for f in fields(facts)}
-    for name in ("name", "n_ctx_train", "softcap", "learned_sinks"):
+    for name in ("name", "n_ctx_train"):
         del values[name]
     return {**values, "dtype": str(facts.dtype), "windows": list(facts.windows)}
 
@@ -154,20 +257,27 @@ def _options(sampler: Sampler) -> dict[str, Any]:
     return {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.init}
 
 
-def _check_identity(path: Path, record: dict[str, Any], ctx: Context) -> None:
+def _check_identity(
+    path: Path, record: dict[str, Any], here: dict[str, Any], params: ContextParams
+) -> None:
     """Raise BadInput where the session belongs to another model or to other options."""
-    here = _identity(ctx)
-    for name, value in here["model"].items():
-        there = record["model"].get(name)
+    saved = [record.get("model"), record.get("params")]
+    if not all(isinstance(part, dict) for part in saved):
+        raise BadInput(
+            f"{path} does not say which model and options it belongs to, so it was not written by "
+            "saccade. Delete it to start anew."
+        )
+    for name in (*here["model"], *record["model"]):
+        there, value = record["model"].get(name), here["model"].get(name)
         if there != value:
             raise BadInput(
                 f"{path} was saved with another model: its {name} is {there}, this model has "
                 f"{value}. Load the model it was saved with."
             )
-    scaled = ctx.params.rope_scaling_type is not None  # the scaling factor may follow n_ctx
+    scaled = params.rope_scaling_type is not None  # the scaling factor may follow n_ctx
     changeable = _CHANGEABLE if scaled else (*_CHANGEABLE, "n_ctx")
-    for name, value in here["params"].items():
-        there = record["params"].get(name)
+    for name in (*here["params"], *record["params"]):
+        there, value = record["params"].get(name), here["params"].get(name)
         if name not in changeable and there != value:
             raise BadInput(
                 f"{path} was saved with {name}={there!r}, this context has {value!r}. "

@@ -74,24 +74,27 @@ class DecodeStep:
         Raises:
             Unsupported: a model that needs the host in the middle of a step; nothing was read.
         """
+        self._cache.writing = True  # full groups of a quantized cache are quantized here
         for layer in self._layers:
             layer.reserve(1)
+        self._cache.writing = False
         if isinstance(tokens, Tensor):
             self._tokens.copy_(tokens.view(-1, 1))
         else:
             self._tokens.fill_(tokens)
-        if self._reached != self._cache.seen:
-            self._move_cursor(self._cache.seen)
-        logits = self._replayed() if self._tokens.is_cuda else self._run()
+        seen = self._cache.seen
+        if self._reached != seen:
+            self._move_cursor(seen)
+        self._reached = -1  # unknown, should this step be interrupted
+        logits = self._replayed(seen) if self._tokens.is_cuda else self._run()
         for layer in self._layers:
             layer.commit(1)
-        self._reached += 1
+        self._reached = seen + 1
         return logits
 
     def _move_cursor(self, seen: int) -> None:
         self._cursor.start.fill_(seen)
         self._cursor.stop.fill_(seen + 1)
-        self._reached = seen
 
     def _run(self) -> Tensor:
         """The step itself: work for the device alone; the cursor ends one position further on."""
@@ -107,23 +110,23 @@ class DecodeStep:
             position.add_(1)
         return logits
 
-    def _replayed(self) -> Tensor:
+    def _replayed(self, seen: int) -> Tensor:
         keys = [layer.graph_key() for layer in self._layers]
         if self._graph is None or keys != self._graph_keys:
-            self._capture()
+            self._capture(seen)
             self._graph_keys = keys
         assert self._graph is not None and self._logits is not None
         self._graph.replay()
         return self._logits
 
-    def _capture(self) -> None:
+    def _capture(self, seen: int) -> None:
         """Run once, so that kernels are compiled and libraries are set up; then record."""
         self._graph = self._logits = None
         stream = torch.cuda.Stream(self._tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run()
-            self._move_cursor(self._reached)  # the recorded step writes the same slots again
+            self._move_cursor(seen)  # the recorded step writes the same slots again
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:

@@ -145,17 +145,17 @@ class TestRefusals:
             save_session(saved, ctx)
         monkeypatch.undo()
         said = refusal(saved, models("llama"))
-        assert "newer saccade (session version 7, this one reads version 2)" in said
+        assert "newer saccade (session version 7, this one reads version 3)" in said
         assert "Upgrade saccade to continue it" in said
 
     def test_older(self, models, saved, monkeypatch):
-        """Version 1 had other names for tensors and counts."""
-        monkeypatch.setattr(session_file, "VERSION", 1)
+        """Version 2 did not say which config the model had."""
+        monkeypatch.setattr(session_file, "VERSION", 2)
         with saccade.Context(models("llama")) as ctx:
             save_session(saved, ctx)
         monkeypatch.undo()
         said = refusal(saved, models("llama"))
-        assert "older saccade (session version 1, this one reads version 2)" in said
+        assert "older saccade (session version 2, this one reads version 3)" in said
         assert "read the prompt again" in said
 
     def test_another_model(self, models, saved):

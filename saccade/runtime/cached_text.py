@@ -1,0 +1,354 @@
+"""The text in a model's caches: the listed tokens and the caches agree, whatever was interrupted.
+
+`_held` is the record of what the caches hold.  It is replaced by one assignment when an operation
+has come to its end, so an interrupt at any moment leaves either the old record or the new one.  The
+caches themselves change layer by layer.  After an interrupt they are brought back to the record:
+layers that read too much are rolled back, and where that is impossible (keys of a ring were
+overwritten, a layer was in the middle of a change) the listed tokens are read again into new
+caches at the next use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.cache import RingCache
+from saccade.core import Unsupported
+from saccade.runtime.compression import ObservationWindow, compress_cache
+from saccade.runtime.model import Model, ModelCache
+from saccade.runtime.params import ContextParams
+from saccade.runtime.rollback import checkpoint, reachable, roll_back, undo_read
+from saccade.runtime.step import DecodeStep
+
+Observed = dict[int, tuple[Tensor, float]]
+"""State of an observation window: queries and softmax scale of each layer."""
+
+
+class NextToken(NamedTuple):
+    """A token that was chosen but not yet read by the model.
+
+    Attributes:
+        shown: whether `stream` has yielded it.
+    """
+
+    token: int
+    shown: bool
+
+
+class Held(NamedTuple):
+    """What the caches hold.
+
+    Attributes:
+        tokens: the first `length` of them are in the caches; an interrupted operation may leave
+            more in the list.
+        next_token: chosen but not yet read.
+        hidden: hidden state `[hidden]` of the last token, where it is known.
+        logits: logits `[vocab]` behind the last token, where they are known.
+        compressed_at: tokens in the caches when they were compressed last; 0 for never.
+        observed: of the observation window, None where nothing observes.
+    """
+
+    tokens: list[int]
+    length: int = 0
+    next_token: NextToken | None = None
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    compressed_at: int = 0
+    observed: Observed | None = None
+
+
+class Caches(Enum):
+    """How the caches compare with the record while an operation runs, and after its interrupt."""
+
+    AGREE = auto()
+    READING = auto()  # some layers may hold more tokens, by `append`
+    STEPPING = auto()  # the same, and some may have written a token that they do not count
+    CHANGING = auto()  # they may hold anything
+
+
+class CachedText:
+    """Tokens, the caches that hold them, and what comes after them.
+
+    Args:
+        model: from `Model.attached`.
+        params: those it is attached under.
+        reserve: tokens to allocate caches for at once.
+    """
+
+    def __init__(self, model: Model, params: ContextParams, *, reserve: int = 0) -> None:
+        self._model, self._params, self._reserve = model, params, reserve
+        self._caches = Caches.AGREE
+        self._closed = False
+        self._held = Held([])
+        self._start()
+
+    def _start(self) -> None:
+        """New, empty caches."""
+        self._decode_step: DecodeStep | None = None
+        self._window: ObservationWindow | None = None
+        self._unlisted = 0  # tokens that other code has read into the caches
+        self._cache = self._model.new_cache(self._params, reserve=self._reserve)
+
+    def close(self) -> None:
+        """The model cannot read any more."""
+        self._closed = True
+
+    @property
+    def cache(self) -> ModelCache:
+        """The caches of all layers."""
+        self.settle()
+        return self._cache
+
+    @property
+    def held(self) -> Held:
+        """What the caches hold."""
+        self.settle()
+        return self._held
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the caches."""
+        held = self.held
+        return held.tokens[: held.length]
+
+    @property
+    def window(self) -> ObservationWindow | None:
+        """The newest queries of each layer, while a kv_policy observes them."""
+        self.settle()
+        return self._window
+
+    @property
+    def waiting(self) -> list[int]:
+        """The token that was shown and is still to be read, if there is one."""
+        following = self.held.next_token
+        return [following.token] if following is not None and following.shown else []
+
+    def settle(self) -> None:
+        """Bring the caches back to the record after an operation that did not come to its end."""
+        if self._caches is Caches.AGREE or self._undone():
+            return
+        if self._closed:  # it cannot be read again
+            self._held = Held([])
+        self._read_again()
+
+    def _undone(self) -> bool:
+        """Whether the layers could be rolled back to the record, without reading anything."""
+        if self._caches is Caches.CHANGING or self._cache.writing:
+            return False
+        self._cache.cursor = None
+        stepped = self._caches is Caches.STEPPING
+        length = self._held.length + self._unlisted
+        with torch.inference_mode():
+            self._cache.writing = True  # layers are in the middle of a change until this ends
+            if not undo_read(self._cache.stores, length, stepped=stepped):
+                return False
+        self._cache.writing = False
+        self._decode_step = None
+        self._observe(self._held.observed)
+        self._caches = Caches.AGREE
+        return True
+
+    def _read_again(self) -> None:
+        """Read the listed tokens into new caches, which are compressed where the old ones were."""
+        self._caches, held = Caches.CHANGING, self._held
+        self._start()
+        tokens = torch.tensor(held.tokens[: held.length], dtype=torch.int64)
+        with torch.inference_mode():
+            self._run_chunks(tokens[: held.compressed_at])
+            self._compress()
+            self._run_chunks(tokens[held.compressed_at :])
+        self._held = held._replace(observed=self._observed())
+        self._caches = Caches.AGREE
+
+    @contextmanager
+    def _operation(self, caches: Caches) -> Iterator[Held]:
+        """What runs inside may leave the caches so; where it fails they are brought back."""
+        self.settle()
+        self._unlisted = self._cache.seen - self._held.length
+        self._caches = caches
+        try:
+            yield self._held
+        except BaseException:
+            if self._caches is not Caches.AGREE:
+                self._undone()
+            raise
+        self._caches = Caches.AGREE
+
+    def read(self, tokens: Tensor, *, wanted: int) -> Tensor:
+        """Read int64 `[n]`, at most `n_batch` at a time.
+
+        Returns:
+            The last `wanted` hidden states `[wanted, hidden]`.
+        """
+        states: list[Tensor] = []
+        with torch.inference_mode():
+            for chunk in tokens.split(self._params.n_batch):
+                states.append(self._read_chunk(chunk))
+                while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
+                    states.pop(0)
+        return torch.cat(states)[-wanted:]
+
+    def _read_chunk(self, chunk: Tensor) -> Tensor:
+        with self._operation(Caches.READING) as held:
+            hidden = self._run(chunk)
+            self._hold(held, chunk.tolist(), hidden=hidden[-1].clone())
+        return hidden
+
+    def _run_chunks(self, tokens: Tensor) -> None:
+        for chunk in tokens.split(self._params.n_batch):
+            if len(chunk):
+                self._run(chunk)
+
+    def _run(self, chunk: Tensor) -> Tensor:
+        """Hidden states `[n, hidden]` of new tokens, which are in the caches afterwards."""
+        self._start_observing()
+        hidden = self._model.hidden(chunk[None], self._cache)[0]
+        if len(chunk) > 1:
+            checkpoint(self._cache.stores)
+        return hidden
+
+    def step(self, token: int) -> Tensor:
+        """Read one token by a DecodeStep -> logits `[vocab]` float32, valid until the next one.
+
+        Raises:
+            Unsupported: the model cannot be stepped; nothing was read.
+        """
+        with self._operation(Caches.STEPPING) as held:
+            self._decode_step = self._decode_step or DecodeStep(self._model, self._cache)
+            logits = self._decode_step(token)[0]
+            self._hold(held, [token], logits=logits)
+        return logits
+
+    def _hold(
+        self,
+        held: Held,
+        tokens: list[int],
+        *,
+        hidden: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> None:
+        """Record that the caches hold these tokens too."""
+        known = held.tokens
+        del known[held.length :]
+        known.extend(tokens)
+        at, observed = held.compressed_at, self._observed()
+        self._held = Held(known, len(known), None, hidden, logits, at, observed)
+
+    def choose(self, token: int, *, shown: bool) -> None:
+        """Record which token comes next."""
+        self._held = self.held._replace(next_token=NextToken(token, shown))
+
+    def next_logits(self) -> Tensor | None:
+        """Logits `[vocab]` float32 behind the last token; None where they are not known."""
+        held = self.held
+        if held.hidden is None:
+            return held.logits
+        with torch.inference_mode():
+            return self._model.logits(held.hidden).float()
+
+    def roll_back(self, length: int) -> int:
+        """Remove all tokens from `length` on, or from the last position before that can be reached.
+
+        Returns:
+            The position that was reached.
+        """
+        with self._operation(Caches.CHANGING) as held, torch.inference_mode():
+            kept = reachable(self._cache.stores, length)
+            tokens, at = held.tokens[:kept], min(kept, held.compressed_at)
+            self._held = Held(tokens, len(tokens), compressed_at=at)
+            self._observe(None)
+            roll_back(self._cache.stores, kept)
+        return kept
+
+    def shift(self, n_keep: int, n_discard: int) -> None:
+        """Remove `n_discard` tokens after the first `n_keep` and re-rotate the keys after them.
+
+        Raises:
+            Unsupported: a cache that cannot shift.
+        """
+        with self._operation(Caches.CHANGING) as held, torch.inference_mode():
+            stop, before = n_keep + n_discard, self._cache.seen
+            try:
+                self._shift_layers(n_keep, stop)
+            except Unsupported:
+                if all(layer.seen == before for layer in self._cache.stores):
+                    self._caches = Caches.AGREE  # refused before anything was changed
+                raise
+            tokens = held.tokens[: held.length]
+            del tokens[n_keep:stop]
+            at = held.compressed_at
+            at = max(min(n_keep, at), at - n_discard)
+            observed = self._shifted(held.observed, n_discard)
+            self._observe(observed)
+            self._held = held._replace(
+                tokens=tokens, length=len(tokens), compressed_at=at, observed=observed
+            )
+
+    def _shift_layers(self, start: int, stop: int) -> None:
+        layers = [(each, self._model.shift_keys(i)) for i, each in enumerate(self._cache.stores)]
+        # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
+        layers.sort(key=lambda item: isinstance(item[0], RingCache))
+        for layer, shift in layers:
+            layer.context_shift(start, stop, shift)
+
+    def _shifted(self, observed: Observed | None, count: int) -> Observed | None:
+        """Observed queries, which move with the keys that they attend to."""
+        if observed is None:
+            return None
+        return {i: (self._model.shift_keys(i)(q, -count), s) for i, (q, s) in observed.items()}
+
+    def compress(self) -> None:
+        """Apply `kv_policy` to the caches; without observed queries nothing happens."""
+        if not self.held.observed:
+            return
+        with self._operation(Caches.CHANGING) as held, torch.inference_mode():
+            self._compress()
+            self._held = held._replace(compressed_at=self._cache.seen, observed=None)
+
+    def _compress(self) -> None:
+        window, params = self._window, self._params
+        if window is None:
+            return
+        assert params.kv_policy is not None and params.kv_budget is not None
+        compress_cache(self._cache, window, params.kv_policy, params.kv_budget)
+        self._observe(None)
+
+    def reset(self) -> None:
+        """Remove everything; memory of caches stays allocated."""
+        agreed, self._caches = self._caches is Caches.AGREE, Caches.CHANGING
+        self._held = Held([])
+        if agreed:
+            for layer in self._cache.stores:
+                layer.reset()
+        else:
+            self._start()
+        self._observe(None)
+        self._caches = Caches.AGREE
+
+    def restore(self, held: Held) -> None:
+        """Record what the caches hold, which was restored into them."""
+        self._observe(held.observed)
+        self._held = held
+
+    def _observe(self, observed: Observed | None) -> None:
+        """Go on observing from a state, or with None stop."""
+        self._cache.observer = self._window = None
+        if observed is not None:
+            self._start_observing()
+            assert self._window is not None, "only a kv_policy observes"
+            self._window.restore(observed)
+
+    def _observed(self) -> Observed | None:
+        return None if self._window is None else self._window.state()
+
+    def _start_observing(self) -> None:
+        """Under a kv_policy: keep the newest queries of each layer from here on."""
+        if self._params.kv_policy is not None and self._window is None:
+            self._window = ObservationWindow.for_policy(self._params.kv_policy)
+            self._cache.observer = self._window.observe
