@@ -57,8 +57,14 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
         params: options; default ContextParams().
 
     Raises:
+        TypeError: params that are no ContextParams.
         Unsupported: options that this model cannot run with.
     """
+    if params is not None and not isinstance(params, ContextParams):
+        raise TypeError(
+            f"expected ContextParams or None, got {type(params).__name__}. Give "
+            "ContextParams(n_swa=...), say."
+        )
     run = make_run(model, params or ContextParams(), serves_every_call=True)
     with running(run):
         yield Attached(run)
@@ -74,6 +80,11 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
     Raises:
         Unsupported, ValueError: options that this model cannot run with.
     """
+    if params.yarn_orig_ctx is not None and params.rope_scaling_type in (None, "none"):
+        raise ValueError(
+            f"yarn_orig_ctx={params.yarn_orig_ctx} changes nothing without a scaling of positions: "
+            "set rope_scaling_type, or leave yarn_orig_ctx unset."
+        )
     rotary = run_rotary(model, params, isolated=not serves_every_call)
     fused = params.fused_layers
     if fused is None:

@@ -16,7 +16,7 @@ def as_model(model: Model | LoadedModel | PreTrainedModel) -> Model:
         return HFModel(model.model, model.name, model.n_ctx_train)
     if isinstance(model, PreTrainedModel):
         return HFModel(model)
-    return model
+    return model  # the runtime's Context checks it
 
 
 class Context(runtime.Context):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
+from saccade.hf.identity import model_identity
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import (
     Rotary,
@@ -28,9 +28,6 @@ from saccade.hf.runs import Run, activated, run_in_force
 from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
-
-SAMPLES = 64
-"""Numbers of each weight that go into the fingerprint of a model."""
 
 
 class HFModel:
@@ -72,10 +69,13 @@ class HFModel:
         return self.model.device
 
     def identity(self) -> dict[str, str]:
-        """A fingerprint of the weights (a sample of each) and the rotary positions in force."""
-        ropes = ropes_in_force(self.model, self._rotary)
+        """What `model_identity` says of the model, and the rotary positions in force."""
+        try:
+            ropes = ropes_in_force(self.model, self._rotary)
+        except ValueError:  # keys that are not known here; the config is compared as it is
+            ropes = {}
         described = {f"rope of {kind or 'all'} layers": str(rope) for kind, rope in ropes.items()}
-        return {"weights": weights_fingerprint(self.model), **described}
+        return {**model_identity(self.model), **described}
 
     @contextmanager
     def attached(self, params: ContextParams) -> Iterator[HFModel]:
@@ -175,21 +175,6 @@ def facts_of(
         softcap=getattr(config, "attn_logit_softcapping", None),
         learned_sinks=config.model_type == "gpt_oss",
     )
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 of names, shapes and evenly spaced numbers of all weights: a sample, so it is fast.
-
-    It tells models and fine-tunes apart, not a model whose few numbers were edited by hand.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().reshape(-1)
-        at = torch.linspace(0, max(0, len(flat) - 1), SAMPLES, dtype=torch.float64).long()
-        sample = flat[at.to(flat.device)].float().cpu() if len(flat) else flat.float().cpu()
-        digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _finished(logits: Tensor, config: Any) -> Tensor:

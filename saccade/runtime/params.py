@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from saccade.compress import POLICIES
+from saccade.ops.attention.dispatch import BACKENDS
 from saccade.sparse import Pattern
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
 CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
 QUANTIZED = ("int8", "int4", "fp8")
 ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
+_LARGEST: Final = 2**48
+"""Above every number that makes sense; tensors could not even name sizes far beyond."""
+_WHOLE_NUMBERS: Final = {
+    "n_ctx": 1,
+    "n_batch": 1,
+    "n_swa": 1,
+    "page_size": 1,
+    "yarn_orig_ctx": 1,
+    "n_sinks": 0,
+    "ctx_checkpoints": 0,
+    "n_keep": 0,
+}
+"""Whole numbers and the least each may be."""
+_NEVER_NONE: Final = ("n_batch", "n_sinks", "ctx_checkpoints")
+_NUMBERS: Final = (
+    "rope_freq_base",
+    "rope_freq_scale",
+    "yarn_ext_factor",
+    "yarn_attn_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,30 +105,61 @@ class ContextParams:
 
     def __post_init__(self) -> None:
         _one_of("flash_attn", self.flash_attn, FLASH_ATTN)
-        _one_of("type_k", self.type_k, CACHE_TYPES)
-        _one_of("type_v", self.type_v, CACHE_TYPES)
-        _one_of("rope_scaling_type", self.rope_scaling_type, ROPE_SCALING_TYPES)
-        _one_of("kv_policy", self.kv_policy, tuple(POLICIES))
-        for name in ("n_ctx", "n_batch", "n_swa", "page_size", "yarn_orig_ctx"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("n_sinks", "ctx_checkpoints", "n_keep"):
-            _at_least(name, getattr(self, name), 0)
+        _one_of("type_k", self.type_k, (*CACHE_TYPES, None))
+        _one_of("type_v", self.type_v, (*CACHE_TYPES, None))
+        _one_of("rope_scaling_type", self.rope_scaling_type, (*ROPE_SCALING_TYPES, None))
+        _one_of("kv_policy", self.kv_policy, (*POLICIES, None))
+        _one_of("backend", self.backend, (*BACKENDS, None))
+        _one_of("offload_kqv", self.offload_kqv, (True, False))
+        _one_of("fused_layers", self.fused_layers, (True, False, None))
+        for name, least in _WHOLE_NUMBERS.items():
+            _whole_number(name, getattr(self, name), least)
+        for name in _NUMBERS:
+            _number(name, getattr(self, name))
+        self._check_pattern()
+        self._check_rope()
         self._check_storage()
+        self._check_policy()
         if self.n_sinks and self.n_swa is None:
             raise ValueError(f"n_sinks={self.n_sinks} needs a window: set n_swa.")
+
+    def _check_pattern(self) -> None:
+        select: object = getattr(self.sparse, "select", None)
+        if self.sparse is not None and (isinstance(self.sparse, type) or not callable(select)):
+            raise ValueError(
+                f"sparse must be a pattern with its sizes, such as saccade.sparse.Strided(...), "
+                f"got {self.sparse!r}. Make one, or leave sparse unset."
+            )
+
+    def _check_rope(self) -> None:
         if self.rope_freq_scale is not None and not 0 < self.rope_freq_scale <= 1:
             raise ValueError(
                 f"rope_freq_scale is 1 / factor, in (0, 1], got {self.rope_freq_scale}."
             )
+        for name in ("rope_freq_base", "yarn_attn_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}. Leave it unset.")
+
+    def _check_policy(self) -> None:
         if (self.kv_policy is None) != (self.kv_budget is None):
             raise ValueError(
                 "kv_policy and kv_budget go together: a policy and how much it may keep, got "
                 f"{self.kv_policy!r} and {self.kv_budget!r}."
             )
-        if isinstance(self.kv_budget, float) and not 0 < self.kv_budget <= 1:
-            raise ValueError(f"kv_budget as a share must be in (0, 1], got {self.kv_budget}.")
-        if isinstance(self.kv_budget, int):
-            _at_least("kv_budget", self.kv_budget, 1)
+        if isinstance(self.kv_budget, float):
+            if not 0 < self.kv_budget <= 1:
+                raise ValueError(f"kv_budget as a share must be in (0, 1], got {self.kv_budget}.")
+        else:
+            _whole_number("kv_budget", self.kv_budget, 1)
+        if self.kv_policy is None or self.n_keep is None:
+            return
+        if POLICIES[self.kv_policy]().floor is None:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} with n_keep={self.n_keep}: a compressed cache "
+                "cannot be shifted, because its positions have gaps. Use "
+                "kv_policy='ada_snapkv', which stores positions, or leave n_keep unset."
+            )
 
     def _check_storage(self) -> None:
         quantized = [t for t in (self.type_k, self.type_v) if t in QUANTIZED]
@@ -129,11 +184,25 @@ class ContextParams:
             )
 
 
-def _one_of(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(known)}.")
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    # Types too: 1 is no bool, although it equals True.
+    if not any(type(value) is type(each) and value == each for each in known):
+        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(str, known))}.")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
+def _whole_number(name: str, value: object, least: int) -> None:
+    if value is None and name not in _NEVER_NONE:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(
+            f"{name} must be a whole number, got {value!r}. Give an int of at least {least}."
+        )
+    if not least <= value <= _LARGEST:
+        bound = f"at least {least}" if value < least else f"at most {_LARGEST}"
+        raise ValueError(f"{name} must be {bound}, got {str(value)[:40]}.")
+
+
+def _number(name: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and -_LARGEST < value < _LARGEST):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.40}. Give a float.")
