@@ -20,6 +20,7 @@ from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint, roll_back
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.step import DecodeStep, refusal
+from saccade.runtime.tables import outgrown, prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ class Context:
         self._next: NextToken | None = None
         self._decode_step: DecodeStep | None = None
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
+        if self.params.n_keep is not None and self._bounded:
+            self._check_can_shift()
 
     def __enter__(self) -> Context:
         return self
@@ -170,6 +173,8 @@ class Context:
         if ids.numel() == 0:
             raise BadInput("the prompt is empty: give at least one token to read.")
         self._check_room(len(ids))
+        again = torch.tensor(self._take_back(self.seen + len(ids)), dtype=torch.int64)
+        wanted, ids = min(wanted, len(ids)), torch.cat((again, ids))
         self._start_observing()
         states: list[Tensor] = []
         with torch.inference_mode():
@@ -182,6 +187,13 @@ class Context:
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
         return torch.cat(states)[-wanted:]
+
+    def _take_back(self, length: int) -> list[int]:
+        """Tokens to read again, where a text of that length needs other rotary tables."""
+        again = prepare(self.model, self._cache, self._tokens, length)
+        if again:
+            self._cache.observer = self._observation_window = self._decode_step = None
+        return again
 
     def reuse(self, tokens: Sequence[int] | Tensor) -> int:
         """Roll back to the common prefix of `tokens` and what was read, or earlier.
@@ -287,7 +299,8 @@ class Context:
         self._start_observing()
         if self._use_step is None:
             self._use_step = self._can_step() and refusal(self._cache) is None
-        if self._use_step and self._cache.observer is None:
+        grown = outgrown(self.model, self._cache, self.seen + 1)
+        if self._use_step and self._cache.observer is None and not grown:
             try:
                 self._decode_step = self._decode_step or DecodeStep(self.model, self._cache)
                 logits = self._decode_step(token)[0]
@@ -312,6 +325,14 @@ class Context:
             self._observation_window = ObservationWindow.for_policy(self.params.kv_policy)
             self._cache.observer = self._observation_window.observe
 
+    def _check_can_shift(self) -> None:
+        """Raise before anything is read where the model's keys cannot be moved."""
+        try:
+            self.model.shift_keys(0, self.n_ctx)
+        except Unsupported:
+            self.close()
+            raise
+
     def shift(self, n_keep: int) -> None:
         """Context shift: remove half of the tokens after the first `n_keep`, re-rotate later keys.
 
@@ -325,13 +346,19 @@ class Context:
             raise Unsupported(
                 f"nothing to remove after n_keep={n_keep} of {self.seen} tokens. Lower n_keep."
             )
+        kept = self._tokens[:n_keep] + self._tokens[n_keep + n_discard :]
+        if self._take_back(len(kept)):
+            self.append(kept)
+            return
         layers = list(enumerate(self._cache.stores))
         # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
         layers.sort(key=lambda item: isinstance(item[1], RingCache))
         with torch.inference_mode():
             for i, layer in layers:
-                layer.context_shift(n_keep, n_keep + n_discard, self.model.shift_keys(i))
-        del self._tokens[n_keep : n_keep + n_discard]
+                layer.context_shift(
+                    n_keep, n_keep + n_discard, self.model.shift_keys(i, self._cache.reaches)
+                )
+        self._tokens = kept
 
     @property
     def _bounded(self) -> bool:

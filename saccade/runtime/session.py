@@ -70,6 +70,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
     tensors |= {f"observed.{index}": q for index, (q, _) in (observed or {}).items()}
     record = {
         **_identity(ctx),
+        "reaches": ctx.cache.reaches,
         "sampler": _options(sampler),
         "next": None if ctx.next_token is None else asdict(ctx.next_token),
         "layers": described,
@@ -125,6 +126,7 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
         ctx.reset()
         raise
     ctx.resume(tokens, unread and NextToken(**unread), observed)
+    ctx.cache.reaches = record["reaches"]
     return sampler
 
 
