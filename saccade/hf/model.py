@@ -22,12 +22,13 @@ from saccade.hf.key_rotation import Cached, KeyRotation, find_rotations
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import (
     Rotary,
-    all_frequencies,
+    distinct_frequencies,
     first_rotary,
     frequencies_of,
-    ropes_in_force,
+    rotary_tables,
     table_key,
 )
+from saccade.hf.rope_labels import rope_labels
 from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import Run, activated, run_in_force
 from saccade.rope import Frequencies
@@ -79,9 +80,8 @@ class HFModel:
 
     def identity(self) -> dict[str, str]:
         """A fingerprint of the weights (a sample of each) and the rotary positions in force."""
-        ropes = ropes_in_force(self.model, self._rotary)
-        described = {f"rope of {kind or 'all'} layers": str(rope) for kind, rope in ropes.items()}
-        return {"weights": weights_fingerprint(self.model), **described}
+        positions = rope_labels(self.model, self._rotary)
+        return {"weights": weights_fingerprint(self.model), **positions}
 
     @contextmanager
     def attached(self, params: ContextParams) -> Iterator[HFModel]:
@@ -152,7 +152,7 @@ class HFModel:
         with reaching(length), activated(self.run):
             return find_rotations(
                 self._read_keys,
-                all_frequencies(self.model, self._rotary, length),
+                distinct_frequencies(rotary_tables(self.model, self._rotary, length)),
                 vocab_size=self.facts.vocab_size,
                 longest=self.facts.n_ctx_train,
             )

@@ -199,31 +199,36 @@ def ropes_in_force(
     return rotary.ropes if isinstance(rotary, ScaledRotary) else configured_ropes(config)
 
 
-def all_frequencies(
-    model: nn.Module, in_force: Mapping[nn.Module, Rotary], length: int | None
-) -> list[Tensor]:
-    """The frequencies `[R/2]` float64 of every layer type, for a text of `length` tokens."""
-    found: list[Tensor] = []
+def rotary_tables(
+    model: nn.Module, in_force: Mapping[nn.Module, Rotary], length: int | None = None
+) -> list[Frequencies]:
+    """What every rotary module computes with, for a text of `length` tokens."""
+    found: list[Frequencies] = []
     with reaching(length):
         for module in model.modules():
             if any(name.endswith("inv_freq") for name in module._buffers):
-                found += _all_of(in_force.get(module, module), length)
-    return _distinct(found)
+                found += _tables_of(in_force.get(module, module), length)
+    return found
 
 
-def _all_of(rotary: Rotary, length: int | None) -> list[Tensor]:
+def _tables_of(rotary: Rotary, length: int | None) -> list[Frequencies]:
     if isinstance(rotary, ScaledRotary):
-        return [rotary.frequencies(kind, length).inv_freq for kind in rotary.ropes]
-    module = rotary.asked() if isinstance(rotary, FittedRotary) else rotary
-    held = [buffer for name, buffer in module._buffers.items() if name.endswith("inv_freq")]
-    return [buffer.double().cpu() for buffer in held if buffer is not None and buffer.dim() == 1]
+        return [rotary.frequencies(kind, length) for kind in rotary.ropes]
+    module = rotary.asked() if isinstance(rotary, FittedRotary) else pristine(rotary)
+    found: list[Frequencies] = []
+    for name, buffer in module._buffers.items():
+        if name.endswith("inv_freq") and buffer is not None and buffer.dim() == 1:
+            magnitude = getattr(module, f"{name.removesuffix('inv_freq')}attention_scaling", 1.0)
+            found.append(Frequencies(buffer.double().cpu(), float(magnitude)))
+    return found
 
 
-def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+def distinct_frequencies(tables: Iterable[Frequencies]) -> list[Tensor]:
+    """The frequencies `[R/2]` of the tables, each once."""
     kept: list[Tensor] = []
-    for tensor in tensors:
-        if not any(torch.equal(tensor, other) for other in kept):
-            kept.append(tensor)
+    for inv_freq, _ in tables:
+        if not any(torch.equal(inv_freq, other) for other in kept):
+            kept.append(inv_freq)
     return kept
 
 
