@@ -1,15 +1,13 @@
 """RoPE of a loaded model: the rotary tables of a run, and the frequencies in force.
 
-Changing `config.rope_parameters` of a loaded transformers model does nothing: the frequencies
-are buffers of its rotary modules.  A run that scales positions has a ScaledRotary for each of them,
-which computes angles in float64; `saccade.hf.runs` calls it in place of the module's forward while
-that run is in force.  The modules themselves are not replaced.
+A run that scales positions has a ScaledRotary for each rotary module, and one whose tables follow
+the length of the text a FittedRotary; `saccade.hf.runs` calls them in place of the module's forward
+while that run is in force.  The modules themselves are not replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,84 +15,11 @@ from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
 from saccade.hf.layers import text_config
-from saccade.hf.rope_options import asks_for_rope, configured_ropes, depends_on_length, scaled
+from saccade.hf.rope_options import asks_for_rope, configured_ropes
 from saccade.hf.rope_tables import FittedRotary, follows_length, pristine, reached, reaching
-from saccade.rope import (
-    DynamicNTK,
-    Frequencies,
-    LongRoPE,
-    ParsedRope,
-    Rule,
-    inverse_frequencies,
-    tables,
-)
+from saccade.hf.scaled_rotary import ScaledRotary, scaled_rotary
+from saccade.rope import Frequencies, ParsedRope
 from saccade.runtime.params import ContextParams
-
-_SCALED_TYPE: Final = "full_attention"
-"""The layer type whose positions are scaled where each type has its own; the others attend only to
-a window, which is shorter than the trained length."""
-
-
-class ScaledRotary:
-    """cos and sin of scaled positions; the same call and the same layout as the module's forward.
-
-    Args:
-        ropes: base and scaling rule of each layer type; one entry under None where all agree.
-        pairs: number of rotated pairs of each layer type.
-        layout: "half" `[.., R/2]`, "halves" (the half twice) or "neighbours" (each value twice).
-    """
-
-    def __init__(
-        self, ropes: dict[str | None, ParsedRope], pairs: dict[str | None, int], layout: str
-    ) -> None:
-        self.ropes, self.pairs, self.layout = ropes, pairs, layout
-        self.positions: Tensor | None = None
-        self._fixed = {kind: self.frequencies(kind) for kind in ropes}
-
-    def frequencies(self, kind: str | None = None, seq_len: int | None = None) -> Frequencies:
-        """Frequencies of a layer type for a sequence of that length."""
-        rope, dim = self.ropes[kind], 2 * self.pairs[kind]
-        return inverse_frequencies(rope.rule, base=rope.base, rotary_dim=dim, seq_len=seq_len)
-
-    @property
-    def follows_length(self) -> bool:
-        """Whether any table changes with the length of the text."""
-        return any(depends_on_length(rope.rule) for rope in self.ropes.values())
-
-    @torch.no_grad()
-    def __call__(
-        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions `[B, L]`, in the dtype of x."""
-        kind = layer_type if layer_type in self.ropes else None
-        found, self.positions = self._fixed[kind], position_ids
-        if depends_on_length(self.ropes[kind].rule):
-            length = reached()
-            length = int(position_ids.max()) + 1 if length is None else length
-            found = self.frequencies(kind, seq_len=length)
-        cos, sin = tables(
-            found.inv_freq, position_ids.to(x.device), found.attention_factor, dtype=x.dtype
-        )
-        return _laid_out(cos, self.layout), _laid_out(sin, self.layout)
-
-    def table_key(self, length: int) -> Hashable:
-        """Equal for two lengths that have the same tables."""
-        return tuple(_table_key(rope.rule, length) for rope in self.ropes.values())
-
-
-def _table_key(rule: Rule, length: int) -> Hashable:
-    if isinstance(rule, DynamicNTK):
-        return max(length, rule.original_max_position)
-    return isinstance(rule, LongRoPE) and length > rule.original_max_position
-
-
-def _laid_out(table: Tensor, layout: str) -> Tensor:
-    if layout == "half":
-        return table
-    if layout == "halves":
-        return torch.cat((table, table), dim=-1)
-    return table.repeat_interleave(2, dim=-1)
-
 
 Rotary = ScaledRotary | FittedRotary | nn.Module
 """What computes cos and sin: ours, or a rotary module of transformers."""
@@ -115,8 +40,8 @@ def run_rotary(model: PreTrainedModel, params: ContextParams) -> dict[nn.Module,
             f"rope options were given, but {type(model).__name__} has no rotary positions that "
             "could be scaled. Leave rope_* and yarn_* unset for this model."
         )
-    config = text_config(model)
-    return {module: _scaled_rotary(module, config, params) for module in modules}
+    text = text_config(model)  # a model with several rotary modules gives each a config of its own
+    return {m: scaled_rotary(m, getattr(m, "config", text), params) for m in modules}
 
 
 def rotary_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -230,37 +155,3 @@ def distinct_frequencies(tables: Iterable[Frequencies]) -> list[Tensor]:
         if not any(torch.equal(inv_freq, other) for other in kept):
             kept.append(inv_freq)
     return kept
-
-
-def _scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> ScaledRotary:
-    """What stands in for a rotary module under these params."""
-    ropes = configured_ropes(config)
-    pairs = {kind: _num_pairs(module, kind) for kind in ropes}
-    layout = _layout(module, next(iter(ropes)), pairs[next(iter(ropes))])
-    changed = {
-        kind: scaled(rope, params, config) if kind in (None, _SCALED_TYPE) else rope
-        for kind, rope in ropes.items()
-    }
-    return ScaledRotary(changed, pairs, layout)
-
-
-def _num_pairs(module: nn.Module, kind: str | None) -> int:
-    return getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq").numel()
-
-
-def _layout(module: nn.Module, kind: str | None, pairs: int) -> str:
-    """How the module lays out its cos, found by calling a copy of it for one position."""
-    probe = pristine(module)  # modules of dynamic rules change their state when called
-    device = next(probe.buffers()).device
-    x = torch.zeros(1, 1, 2 * pairs, device=device)
-    where = torch.ones(1, 1, dtype=torch.int64, device=device)
-    answer = probe(x, where) if kind is None else probe(x, where, kind)
-    cos = answer[0] if isinstance(answer, tuple) else None
-    if cos is not None and cos.shape[-1] == pairs:
-        return "half"
-    if cos is not None and cos.shape[-1] == 2 * pairs:
-        return "halves" if torch.equal(cos[..., :pairs], cos[..., pairs:]) else "neighbours"
-    raise Unsupported(
-        f"{type(module).__name__} does not return cos and sin tables for {pairs} pairs, so its "
-        "positions cannot be scaled here. Leave rope_* and yarn_* unset for this model."
-    )

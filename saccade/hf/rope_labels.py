@@ -1,7 +1,7 @@
 """What a session keeps of rotary positions: cached keys are good only under the same ones.
 
-Two descriptions are compared: what the config says, as a rule where it is one that is known here and
-as it stands otherwise, and a summary of the numbers that the rotary modules really compute with.
+Two descriptions are compared: what the config says, as a rule where it is a known one and otherwise
+as it stands, and a summary of the numbers that the rotary modules really compute with.
 Neither refuses anything: a text was generated, and its session has to be written.
 """
 
