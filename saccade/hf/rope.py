@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
 from saccade.hf.layers import text_config
+from saccade.hf.rope_config import check_tables
 from saccade.hf.rope_options import asks_for_rope, configured_ropes
 from saccade.hf.rope_tables import FittedRotary, follows_length, pristine, reached, reaching
 from saccade.hf.scaled_rotary import ScaledRotary, scaled_rotary
@@ -31,8 +32,10 @@ def run_rotary(model: PreTrainedModel, params: ContextParams) -> dict[nn.Module,
     Raises:
         Unsupported: a model without rotary modules, or with some of a kind not known here.
         ValueError: options that do not fit together, or a scaling factor that nothing gives.
+        BadInput: a config whose rope parameters give no frequencies.
     """
     modules = list(rotary_modules(model))
+    check_tables(modules)
     if not asks_for_rope(params):
         return {module: FittedRotary(module) for module in modules if follows_length(module)}
     if not modules:

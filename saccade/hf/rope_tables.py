@@ -75,8 +75,7 @@ class FittedRotary:
 
     def table_key(self, length: int) -> Hashable:
         """Equal for two lengths that have the same tables."""
-        named = rope_types(self.module)
-        return tuple(_table_key(self.module, own, kind, length) for own, kind in named.items())
+        return tuple(_table_key(self.module, own, length) for own in rope_types(self.module))
 
 
 def rope_types(module: nn.Module) -> dict[str | None, str]:
@@ -90,14 +89,21 @@ def follows_length(module: nn.Module) -> bool:
     return any("dynamic" in kind or kind == "longrope" for kind in rope_types(module).values())
 
 
-def _table_key(module: Any, own: str | None, kind: str, length: int) -> Hashable:
+def thresholds(module: Any, own: str | None) -> list[int]:
+    """The length past which the table of a layer type changes, if there is one."""
+    kind = rope_types(module)[own]
     if "dynamic" in kind:
-        return max(length, module.original_max_seq_len)
+        return [module.original_max_seq_len]
     if kind == "longrope":
         given = module.config.rope_parameters
-        given = given if own is None else given[own]
-        return length > given["original_max_position_embeddings"]
-    return None
+        return [(given if own is None else given[own])["original_max_position_embeddings"]]
+    return []
+
+
+def _table_key(module: nn.Module, own: str | None, length: int) -> Hashable:
+    every_token = "dynamic" in rope_types(module)[own]
+    past = (max(length - at, 0) for at in thresholds(module, own))
+    return tuple(more if every_token else more > 0 for more in past)
 
 
 def pristine(module: nn.Module) -> nn.Module:
