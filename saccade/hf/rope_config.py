@@ -32,7 +32,7 @@ def explained(config: PreTrainedConfig) -> Iterator[None]:
             try:
                 configured_ropes(text_config(config), only_known=True)
             except (ValueError, TypeError) as why:
-                raise BadInput(f"the config of this model is no good: {why}") from error
+                raise BadInput(f"the rope_parameters of this model are no good: {why}") from error
         raise
 
 

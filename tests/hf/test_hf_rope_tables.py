@@ -1,4 +1,4 @@
-"""Tables that follow the length: every text equals one reading of the whole, however it was read."""
+"""Tables that follow the length: a text equals one reading of the whole, however it was read."""
 
 from __future__ import annotations
 
