@@ -14,7 +14,8 @@ from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.register import KEY
-from saccade.hf.rope import run_rotary
+from saccade.hf.rope import follow_length, run_rotary
+from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
 from saccade.hf.runs import Change, ModelRuns, Run, begun
 from saccade.hf.settings import LayerSettings, needs_own_cache
 from saccade.runtime.layers import layer_cache
@@ -74,8 +75,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
     """The options of one caller for a model, and what has to change on the model for them.
 
     Args:
-        serves_every_call: as `attach` does; a `Context` serves its own calls alone, with a copy of
-            whatever state the model's rotary modules keep.
+        serves_every_call: as `attach` does; a `Context` serves its own calls alone.
 
     Raises:
         Unsupported, ValueError: options that this model cannot run with.
@@ -85,7 +85,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
             f"yarn_orig_ctx={params.yarn_orig_ctx} changes nothing without a scaling of positions: "
             "set rope_scaling_type, or leave yarn_orig_ctx unset."
         )
-    rotary = run_rotary(model, params, isolated=not serves_every_call)
+    rotary = run_rotary(model, params)
     fused = params.fused_layers
     if fused is None:
         fused = not serves_every_call and model.device.type == "cuda"
@@ -94,6 +94,8 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
         needed["rotary"] = changes.dispatch_rotary
     if fused:
         needed["layers"] = changes.fuse_layers
+    if serves_every_call and follow_length(rotary.values()):
+        needed |= {"refit": refit_generate, "chunks": read_chunks_of_one_text}
     if serves_every_call:
         needed |= {"settings": changes.show_runs, "generate": _serve_generate}
     return Run(

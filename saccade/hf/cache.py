@@ -16,6 +16,7 @@ from saccade.core import KVView, Unsupported
 from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
+from saccade.hf.rope import table_length
 from saccade.hf.runs import Run, run_in_force
 from saccade.hf.settings import AttentionSettings
 from saccade.runtime.model import Observer
@@ -167,6 +168,7 @@ class SaccadeCache(Cache):
             for i, w in enumerate(layer_windows(config))
         ]
         self._observer: Observer | None = None
+        self.reaches: int | None = None
         super().__init__(layers=list(self._ours))
 
     def update(  # type: ignore[override]
@@ -175,10 +177,12 @@ class SaccadeCache(Cache):
         """Store new keys and values of a layer; see `SaccadeCacheLayer.update`.
 
         Raises:
-            Unsupported: the rotary positions in force are not those of the run.
+            Unsupported: the rotary positions in force are not those of the run, or change here.
         """
         if layer_idx == 0 and self.run is not None:
             _check_rope(self.run)
+            rotary = (run_in_force(self.run.model) or self.run).rotary.values()
+            self.reaches = table_length(rotary, self.seen, self.reaches)
         self.writing = self.cursor is None  # a step counts what it wrote when it ends
         handles = self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
         self.writing = False

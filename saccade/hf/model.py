@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +13,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.cache import ShiftKeys
 from saccade.core import Unsupported
+from saccade.core.kv import dense
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
 from saccade.hf.identity import model_identity
+from saccade.hf.key_rotation import Cached, KeyRotation, find_rotations
 from saccade.hf.layers import layer_windows, text_config
 from saccade.hf.rope import (
     Rotary,
+    distinct_frequencies,
     first_rotary,
     frequencies_of,
-    key_shifter,
-    ropes_in_force,
+    rotary_tables,
+    table_key,
 )
+from saccade.hf.rope_labels import rope_labels
+from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import Run, activated, run_in_force
 from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts
@@ -50,6 +56,7 @@ class HFModel:
     ) -> None:
         self.model = model
         self.run = run
+        self._rotations: dict[Hashable, list[KeyRotation]] = {}
         self._name = name or type(model).__name__
         self._n_ctx_train = n_ctx_train
 
@@ -70,12 +77,7 @@ class HFModel:
 
     def identity(self) -> dict[str, str]:
         """What `model_identity` says of the model, and the rotary positions in force."""
-        try:
-            ropes = ropes_in_force(self.model, self._rotary)
-        except ValueError:  # keys that are not known here; the config is compared as it is
-            ropes = {}
-        described = {f"rope of {kind or 'all'} layers": str(rope) for kind, rope in ropes.items()}
-        return {**model_identity(self.model), **described}
+        return {**model_identity(self.model), **rope_labels(self.model, self._rotary)}
 
     @contextmanager
     def attached(self, params: ContextParams) -> Iterator[HFModel]:
@@ -101,6 +103,7 @@ class HFModel:
         tokens, options = tokens.to(self.model.device), {}
         with ExitStack() as stack:
             stack.enter_context(activated(self.run))
+            stack.enter_context(reaching(cache.reaches))
             if cache.cursor is not None:
                 steps = torch.arange(tokens.shape[1], device=tokens.device)
                 options["position_ids"] = cache.cursor.start[:, None] + steps
@@ -125,11 +128,43 @@ class HFModel:
         with activated(self.run):
             return _finished(matrix(hidden), text_config(self.model))
 
-    def shift_keys(self, layer: int) -> ShiftKeys:
-        """The function that re-rotates the cached keys of a layer by a number of positions."""
-        types = getattr(text_config(self.model), "layer_types", None)
-        layer_type = None if types is None else types[layer]
-        return key_shifter(first_rotary(self.model, self._rotary), layer_type)
+    def table_key(self, length: int) -> Hashable:
+        """Equal for two lengths of a text that have the same rotary tables."""
+        return table_key(self._rotary.values(), length)
+
+    def shift_keys(self, layer: int, length: int | None = None) -> ShiftKeys:
+        """The function that moves cached keys of a layer; see `hf.key_rotation`.
+
+        Args:
+            length: of the text whose rotary tables the keys have.
+        """
+        key = None if length is None else self.table_key(length)
+        if key not in self._rotations:
+            self._rotations[key] = self._find_rotations(length)
+        return self._rotations[key][layer]
+
+    @torch.inference_mode()
+    def _find_rotations(self, length: int | None) -> list[KeyRotation]:
+        with reaching(length), activated(self.run):
+            return find_rotations(
+                self._read_keys,
+                distinct_frequencies(rotary_tables(self.model, self._rotary, length)),
+                vocab_size=self.facts.vocab_size,
+                longest=self.facts.n_ctx_train,
+            )
+
+    def _read_keys(self, tokens: Tensor, positions: Tensor | None) -> list[Cached]:
+        """What each layer caches of these tokens, in a cache of its own."""
+        plain = ContextParams()
+        run = self.run or run_in_force(self.model)
+        run = make_run(self.model, plain, serves_every_call=False) if run is None else run
+        cache = new_cache(replace(run, params=plain))
+        where = {} if positions is None else {"position_ids": positions.to(self.device)}
+        self.model.get_decoder()(
+            input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True, **where
+        )
+        views = [dense(store.view()) for store in cache.stores]
+        return [Cached(view.k, view.v) for view in views]
 
     @property
     def _rotary(self) -> Mapping[nn.Module, Rotary]:

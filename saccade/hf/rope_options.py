@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from saccade.rope import (
     DynamicNTK,
@@ -38,22 +38,47 @@ def depends_on_length(rule: Rule) -> bool:
     return isinstance(rule, DynamicNTK | LongRoPE)
 
 
-def configured_ropes(config: Any) -> dict[str | None, ParsedRope]:
-    """The rule of each layer type, or of all layers under None, as the config says."""
-    given: Mapping[str, Any] = config.rope_parameters
-    nested = any(isinstance(value, Mapping) for value in given.values())
-    parts: dict[str | None, Any] = {**given} if nested else {None: given}
+def configured_ropes(config: Any, *, only_known: bool = False) -> dict[str | None, ParsedRope]:
+    """The rule of each layer type, or of all layers under None, as the config says.
+
+    Args:
+        only_known: leave out keys that no rule has, instead of refusing them.
+
+    Raises:
+        ValueError: rope parameters that are not known here, or with impossible values.
+    """
+    given = config.rope_parameters
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"rope_parameters must be a dict, got {given!r}. Write it as the model's own config "
+            "does, with rope_type and rope_theta."
+        )
+    trained = getattr(config, "original_max_position_embeddings", None)
     return {
         kind: parse(
             part,
             max_position_embeddings=config.max_position_embeddings,
-            original_max_position_embeddings=getattr(
-                config, "original_max_position_embeddings", None
-            ),
+            original_max_position_embeddings=trained,
+            only_known=only_known,
         )
-        for kind, part in parts.items()
-        if part is not None
+        for kind, part in _by_layer_type(cast(Mapping[str, Any], given), only_known).items()
     }
+
+
+def _by_layer_type(
+    given: Mapping[str, Any], only_known: bool
+) -> dict[str | None, Mapping[str, Any]]:
+    """The parameters of each layer type, or all of them under None."""
+    parts: dict[str | None, Mapping[str, Any]] = {
+        kind: part for kind, part in given.items() if isinstance(part, Mapping)
+    }
+    others = [kind for kind, part in given.items() if part is not None and kind not in parts]
+    if parts and others and not only_known:
+        raise ValueError(
+            f"rope_parameters must be flat or one dict per layer type, got {others} beside "
+            f"{list(parts)}. Move them into the dict of each layer type."
+        )
+    return parts or {None: given}
 
 
 def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
-from saccade.hf.rope import Rotary, ScaledRotary
+from saccade.hf.rope import Rotary
+from saccade.hf.scaled_rotary import ScaledRotary
 from saccade.hf.settings import ATTRIBUTE, DEFAULT, AttentionSettings, LayerSettings
 from saccade.rope import ParsedRope
 from saccade.runtime.params import ContextParams

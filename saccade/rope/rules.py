@@ -225,6 +225,7 @@ def parse(
     max_position_embeddings: int,
     original_max_position_embeddings: int | None = None,
     rope_theta: float | None = None,
+    only_known: bool = False,
 ) -> ParsedRope:
     """(rule, base, partial_rotary_factor) of a transformers `rope_parameters` dict, taken verbatim.
 
@@ -239,13 +240,15 @@ def parse(
         original_max_position_embeddings: the config's own where it has one (Phi-3 keeps it outside
             the dict); it wins over the dict's.
         rope_theta: the config's own, for a dict that lacks it.
+        only_known: leave out keys that the type does not have, for a caller who finds out itself
+            whether they change anything.
 
     Raises:
         ValueError: unknown type or key, nested dict, missing or impossible value.
     """
     given = {key: value for key, value in rope_parameters.items() if value is not None}
     _reject_nested(given)
-    build = _builder(given)
+    build = _builder(given, only_known)
     check_length("max_position_embeddings", max_position_embeddings)
     stated = original_max_position_embeddings
     stated = given.get(_TRAINED) if stated is None else stated
@@ -327,15 +330,15 @@ def _reject_nested(given: Mapping[str, Any]) -> None:
         )
 
 
-def _builder(given: Mapping[str, Any]) -> _Builder:
+def _builder(given: Mapping[str, Any], only_known: bool) -> _Builder:
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(
             f"rope_parameters['rope_type'] must be one of {_listed(_KINDS)}, got {kind!r}. "
             "Build the rule by hand if your model means one of these under another name."
         )
     keys, build = _KINDS[kind]
-    if unknown := given.keys() - keys - _COMMON_KEYS:
+    if (unknown := given.keys() - keys - _COMMON_KEYS) and not only_known:
         raise ValueError(
             f"rope_parameters of type {kind!r} may hold {_listed(keys | _COMMON_KEYS)}, got also "
             f"{_listed(unknown)}. Remove them if you know that they change nothing."

@@ -10,21 +10,23 @@ caches at the next use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saccade.cache import RingCache
+from saccade.cache import RingCache, ShiftKeys
 from saccade.core import Unsupported
 from saccade.runtime.compression import ObservationWindow, compress_cache
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint, reachable, roll_back, undo_read
 from saccade.runtime.step import DecodeStep
+from saccade.runtime.tables import must_read_again
 
 Observed = dict[int, tuple[Tensor, float]]
 """State of an observation window: queries and softmax scale of each layer."""
@@ -154,10 +156,16 @@ class CachedText:
         self._caches = Caches.AGREE
         return True
 
-    def _read_again(self) -> None:
-        """Read the listed tokens into new caches, which are compressed where the old ones were."""
+    def _read_again(self, length: int | None = None) -> None:
+        """Read the listed tokens into new caches, which are compressed where the old ones were.
+
+        Args:
+            length: of the text whose rotary tables the keys get; None: as they were.
+        """
         self._caches, held = Caches.CHANGING, self._held
+        length = length or self._cache.reaches
         self._start()
+        self._cache.reaches = length
         tokens = torch.tensor(held.tokens[: held.length], dtype=torch.int64)
         with torch.inference_mode():
             self._run_chunks(tokens[: held.compressed_at])
@@ -186,6 +194,7 @@ class CachedText:
         Returns:
             The last `wanted` hidden states `[wanted, hidden]`.
         """
+        self._fit(self.held.length + len(tokens))
         states: list[Tensor] = []
         with torch.inference_mode():
             for chunk in tokens.split(self._params.n_batch):
@@ -193,6 +202,13 @@ class CachedText:
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
         return torch.cat(states)[-wanted:]
+
+    def _fit(self, length: int) -> None:
+        """Read all tokens again where a text of that length has other rotary tables."""
+        if must_read_again(self._model, self._cache, length):
+            self._read_again(length)
+        elif not self._cache.seen:
+            self._cache.reaches = length
 
     def _read_chunk(self, chunk: Tensor) -> Tensor:
         with self._operation(Caches.READING) as held:
@@ -274,14 +290,18 @@ class CachedText:
         """
         with self._operation(Caches.CHANGING) as held, torch.inference_mode():
             stop, before = n_keep + n_discard, self._cache.seen
+            tokens = held.tokens[: held.length]
+            del tokens[n_keep:stop]
+            if must_read_again(self._model, self._cache, len(tokens)):
+                self._held = held._replace(tokens=tokens, length=len(tokens))
+                self._read_again(len(tokens))
+                return
             try:
                 self._shift_layers(n_keep, stop)
             except Unsupported:
                 if all(layer.seen == before for layer in self._cache.stores):
                     self._caches = Caches.AGREE  # refused before anything was changed
                 raise
-            tokens = held.tokens[: held.length]
-            del tokens[n_keep:stop]
             at = held.compressed_at
             at = max(min(n_keep, at), at - n_discard)
             observed = self._shifted(held.observed, n_discard)
@@ -291,7 +311,8 @@ class CachedText:
             )
 
     def _shift_layers(self, start: int, stop: int) -> None:
-        layers = [(each, self._model.shift_keys(i)) for i, each in enumerate(self._cache.stores)]
+        shifts = self._shifts()
+        layers = [(each, shifts(i)) for i, each in enumerate(self._cache.stores)]
         # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
         layers.sort(key=lambda item: isinstance(item[0], RingCache))
         for layer, shift in layers:
@@ -301,7 +322,12 @@ class CachedText:
         """Observed queries, which move with the keys that they attend to."""
         if observed is None:
             return None
-        return {i: (self._model.shift_keys(i)(q, -count), s) for i, (q, s) in observed.items()}
+        shifts = self._shifts()
+        return {i: (shifts(i)(q, -count), s) for i, (q, s) in observed.items()}
+
+    def _shifts(self) -> Callable[[int], ShiftKeys]:
+        """From a layer to the function that moves its keys, under the tables that they have."""
+        return partial(self._model.shift_keys, length=self._cache.reaches)
 
     def compress(self) -> None:
         """Apply `kv_policy` to the caches; without observed queries nothing happens."""

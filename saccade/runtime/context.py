@@ -20,6 +20,7 @@ from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.step import refusal
+from saccade.runtime.tables import outgrown
 from saccade.runtime.token_ids import stop_tokens, token_ids, whole_number
 
 
@@ -289,7 +290,9 @@ class Context:
         cache = self._text.cache
         if self._use_step is None:
             self._use_step = self._can_step() and refusal(cache) is None
-        if self._use_step and self.params.kv_policy is None and cache.observer is None:
+        grown = outgrown(self.model, cache, self.seen + 1)
+        steps = self._use_step and self.params.kv_policy is None and cache.observer is None
+        if steps and not grown:
             try:
                 self._text.step(token)
                 return
@@ -360,7 +363,7 @@ class Context:
         """Refuse n_keep for a model whose keys cannot be moved, before any text is generated."""
         if self.params.n_keep is not None and self._bounded:
             for layer in range(self.model.facts.num_layers):
-                self.model.shift_keys(layer)
+                self.model.shift_keys(layer, self.n_ctx)
 
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,6 +65,14 @@ class ModelCache(Protocol):
     def nbytes(self) -> int:
         """Bytes of all caches."""
         ...
+
+    @property
+    def reaches(self) -> int | None:
+        """Length of the text whose rotary tables the keys have; None: of each call's own."""
+        ...
+
+    @reaches.setter
+    def reaches(self, length: int | None) -> None: ...
 
     @property
     def observer(self) -> Observer | None:
@@ -133,6 +141,17 @@ class Model(Protocol):
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
         ...
 
-    def shift_keys(self, layer: int) -> Callable[[Tensor, int], Tensor]:
-        """The function that rotates cached keys of a layer by a number of positions."""
+    def table_key(self, length: int) -> Hashable:
+        """Equal for two lengths of a text that have the same rotary tables."""
+        ...
+
+    def shift_keys(self, layer: int, length: int | None = None) -> Callable[[Tensor, int], Tensor]:
+        """The function that moves cached keys of a layer by a number of positions.
+
+        Args:
+            length: of the text whose rotary tables the keys have.
+
+        Raises:
+            Unsupported: it is not known how this model rotates its keys.
+        """
         ...

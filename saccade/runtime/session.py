@@ -86,6 +86,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
     identity, key = _identity(ctx)
     record = {
         **identity,
+        "reaches": ctx.cache.reaches,
         "sampler": _options(sampler),
         "next": None if held.next_token is None else held.next_token._asdict(),
         "compressed_at": held.compressed_at,
@@ -174,8 +175,16 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
     at = record["compressed_at"]
     if unread or type(at) is not int or not 0 <= at <= len(tokens):
         raise ValueError(f"tensors that belong to nothing: {sorted(unread)}, or compressed at {at}")
+    text.cache.reaches = _reaches(record["reaches"])
     text.restore(Held(tokens, len(tokens), following, None, logits, at, observed))
     return text, sampler
+
+
+def _reaches(saved: Any) -> int | None:
+    """Length of the text whose rotary tables the keys have."""
+    if saved is not None and (type(saved) is not int or saved < 1):
+        raise ValueError("the length of a text is a number of tokens")
+    return saved
 
 
 def _checked(tokens: Tensor, vocab_size: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import CONFIG_MAPPING, GPT2Config
 
 from saccade.core import Unsupported
 from saccade.hf import attach, rotary_frequencies
@@ -12,7 +12,7 @@ from saccade.hf.rope import ropes_in_force
 from saccade.hf.runs import run_in_force
 from saccade.rope import Linear, Unscaled, YaRN
 from saccade.runtime.params import ContextParams
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 BASE = {"rope_theta": 10000.0}
 CASES = {
@@ -97,6 +97,95 @@ def test_equals_a_model_built_with_that_config(ids, family, case):
         torch.testing.assert_close(model(ids).logits, built(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+OTHERS = {
+    "glm4": {},  # neighbours, half of a head
+    "cohere": {},
+    "nanochat": {},
+    "phi": {},
+    "stablelm": {},
+    "ernie4_5": {},
+    "apertus": {},  # llama3 scaling of its own
+    "ministral3": {},  # yarn of its own, and keys that rotary modules do not read
+    "deepseek_v2": LATENT,  # complex numbers
+    "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 96, "layer_types": None},
+    "laguna": {  # parameters by layer type, another share of a head in each
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "sliding_window": 8,
+    },
+    "granite_swa": {},  # a module for each base
+}
+RULES = {
+    "linear": ({}, {"rope_type": "linear", "factor": 4.0}),
+    "yarn": (
+        {"yarn_orig_ctx": 256},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+    ),
+}
+
+
+def others_config(family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {family}")
+    return CONFIG_MAPPING[family](**{**COMMON, "num_hidden_layers": 2, **OTHERS[family]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("kind", RULES)
+def test_other_layouts_equal_a_model_built_with_that_config(ids, family, kind):
+    options, parameters = RULES[kind]
+    config = others_config(family)
+    own = config.rope_parameters
+    if "full_attention" in own:
+        changed = {**own, "full_attention": {**own["full_attention"], **parameters}}
+    else:
+        changed = {name: own[name] for name in own if name != "type"} | parameters
+    model, config = tiny_model(config), others_config(family)
+    config.rope_parameters = changed
+    built = tiny_model(config)
+    built.load_state_dict(model.state_dict())
+    plain, expected = model(ids).logits, built(ids).logits
+    assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
+    with attach(model, ContextParams(rope_scaling_type=kind, rope_freq_scale=0.25, **options)):
+        found = model(ids).logits
+    limit = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, atol=limit, rtol=1e-4)
+
+
+def test_a_module_that_does_something_else_is_refused():
+    """Its tables do not follow from its config, so those of another rule are not known."""
+    model = tiny_model(tiny_config("llama"))
+    rotary(model).original_inv_freq.mul_(0.9)
+    with pytest.raises(Unsupported, match="LlamaRotaryEmbedding cannot be scaled here: it does"):
+        attach(model, ContextParams(rope_freq_scale=0.5)).__enter__()
+
+
+def test_options_that_would_change_nothing_are_refused():
+    """Every layer is a sliding one, and those keep their positions."""
+    model = tiny_model(tiny_config("gemma3", layer_types=["sliding_attention"] * 4))
+    with pytest.raises(Unsupported, match="no frequencies of full_attention layers"):
+        attach(model, ContextParams(rope_freq_scale=0.5)).__enter__()
+
+
 @torch.no_grad()
 def test_dynamic_grows_with_the_sequence():
     """Past training every length has its own frequencies, as in transformers."""
@@ -141,8 +230,8 @@ def test_layer_types_of_gemma3_are_scaled_apart(ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("truncate", [True, False])
-def test_nested_truncate_is_honoured(truncate):
-    """transformers reads `truncate` from the outer dict and so ignores it for nested configs."""
+def test_nested_truncate_is_honoured_or_refused(truncate):
+    """Some versions of transformers read `truncate` from the outer dict and so ignore it here."""
     flat = {
         "rope_type": "yarn",
         "factor": 8.0,
@@ -153,10 +242,15 @@ def test_nested_truncate_is_honoured(truncate):
     parameters = {**tiny_config("gemma3").rope_parameters, "full_attention": flat}
     model = tiny_model(tiny_config("gemma3", rope_parameters=parameters))
     same = ContextParams(rope_scaling_type="yarn", rope_freq_scale=1 / 8)
+    exact = rotary(tiny_model(tiny_config("llama", rope_parameters=flat))).inv_freq
+    own = rotary(model).full_attention_inv_freq
+    if not torch.allclose(own, exact, atol=0, rtol=1e-6):
+        with pytest.raises(Unsupported, match="does not return the tables that follow"):
+            attach(model, same).__enter__()
+        return
     with attach(model, same):
         ours = rotary_frequencies(model, "full_attention").inv_freq.float()
-    flat_model = tiny_model(tiny_config("llama", rope_parameters=flat))
-    torch.testing.assert_close(ours, rotary(flat_model).inv_freq, atol=0, rtol=1e-6)
+    torch.testing.assert_close(ours, exact, atol=0, rtol=1e-6)
 
 
 def test_yarn_models_keep_what_they_were_trained_with():

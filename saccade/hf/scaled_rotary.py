@@ -1,0 +1,179 @@
+"""What stands in for a rotary module of transformers under scaling options.
+
+Changing `config.rope_parameters` of a loaded model does nothing: the frequencies are buffers of its
+rotary modules.  A ScaledRotary computes the tables of another rule in float64 and returns them as
+the module does.  How the module does is asked, not guessed: under the rule of its own config the
+ScaledRotary has to return what the module returns, or the model's positions are not scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core import Unsupported
+from saccade.hf.rope_options import configured_ropes, depends_on_length, scaled
+from saccade.hf.rope_tables import pristine, reached, reaching
+from saccade.rope import (
+    DynamicNTK,
+    Frequencies,
+    LongRoPE,
+    ParsedRope,
+    Rule,
+    inverse_frequencies,
+    tables,
+)
+from saccade.runtime.params import ContextParams
+
+_SCALED_TYPE: Final = "full_attention"
+"""The layer type whose positions are scaled where each type has its own; the others attend only to
+a window, which is shorter than the trained length."""
+
+Layout = Callable[[Tensor, Tensor], Any]
+
+_LAYOUTS: Final[Mapping[str, Layout]] = {
+    "half": lambda cos, sin: (cos, sin),
+    "halves": lambda cos, sin: (torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)),
+    "neighbours": lambda cos, sin: (cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)),
+    "complex": lambda cos, sin: torch.complex(cos.float(), sin.float()),
+}
+"""From cos and sin `[.., R/2]` to what rotary modules return."""
+
+
+class ScaledRotary:
+    """cos and sin of scaled positions; the same call and the same layout as the module's forward.
+
+    Args:
+        ropes: base and scaling rule of each layer type; one entry under None where all agree.
+        pairs: number of rotated pairs of each layer type.
+        layout: one of `_LAYOUTS`.
+
+    Attributes:
+        positions: those of the last call.
+    """
+
+    def __init__(
+        self, ropes: dict[str | None, ParsedRope], pairs: dict[str | None, int], layout: str
+    ) -> None:
+        self.ropes, self.pairs, self.layout = ropes, pairs, layout
+        self.positions: Tensor | None = None
+        self._fixed = {kind: self.frequencies(kind) for kind in ropes}
+
+    def frequencies(self, kind: str | None = None, seq_len: int | None = None) -> Frequencies:
+        """Frequencies of a layer type for a sequence of that length."""
+        rope, dim = self.ropes[kind], 2 * self.pairs[kind]
+        return inverse_frequencies(rope.rule, base=rope.base, rotary_dim=dim, seq_len=seq_len)
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether any table changes with the length of the text."""
+        return any(depends_on_length(rope.rule) for rope in self.ropes.values())
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        """cos and sin for positions `[B, L]`, in the dtype of x; complex numbers are float32."""
+        kind = layer_type if layer_type in self.ropes else None
+        found, self.positions = self._fixed[kind], position_ids
+        if depends_on_length(self.ropes[kind].rule):
+            length = reached()
+            length = int(position_ids.max()) + 1 if length is None else length
+            found = self.frequencies(kind, seq_len=length)
+        dtype = torch.float32 if self.layout == "complex" else x.dtype
+        cos, sin = tables(
+            found.inv_freq, position_ids.to(x.device), found.attention_factor, dtype=dtype
+        )
+        return _LAYOUTS[self.layout](cos, sin)
+
+    def table_key(self, length: int) -> Hashable:
+        """Equal for two lengths that have the same tables."""
+        return tuple(_table_key(rope.rule, length) for rope in self.ropes.values())
+
+
+def _table_key(rule: Rule, length: int) -> Hashable:
+    if isinstance(rule, DynamicNTK):
+        return max(length, rule.original_max_position)
+    return isinstance(rule, LongRoPE) and length > rule.original_max_position
+
+
+def scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> ScaledRotary:
+    """What stands in for a rotary module under these params.
+
+    Raises:
+        Unsupported: a module that does not compute what its config says.
+        ValueError: options that do not fit, or rope parameters that are not known here.
+    """
+    stated = configured_ropes(config, only_known=True)  # _layout finds what other keys change
+    pairs = {kind: n for kind in stated if (n := _num_pairs(module, kind))}
+    ropes = {kind: stated[kind] for kind in pairs}
+    if not ropes.keys() & {None, _SCALED_TYPE}:
+        raise _unknown(module, f"it has no frequencies of {_SCALED_TYPE} layers")
+    layout = _layout(module, ropes, pairs)
+    changed = {
+        kind: scaled(rope, params, config) if kind in (None, _SCALED_TYPE) else rope
+        for kind, rope in ropes.items()
+    }
+    return ScaledRotary(changed, pairs, layout)
+
+
+def _num_pairs(module: nn.Module, kind: str | None) -> int:
+    """Pairs that layers of that type rotate; 0 where the model has no such layers."""
+    buffer = getattr(module, "inv_freq" if kind is None else f"{kind}_inv_freq", None)
+    return buffer.numel() if isinstance(buffer, Tensor) else 0
+
+
+def _layout(
+    module: nn.Module, ropes: dict[str | None, ParsedRope], pairs: dict[str | None, int]
+) -> str:
+    """The layout in which the rules of the config give what the module returns."""
+    for layout in _LAYOUTS:
+        own = ScaledRotary(ropes, pairs, layout)
+        if all(_agrees(module, own, kind) for kind in ropes):
+            return layout
+    raise _unknown(module, "it does not return the tables that follow from its rope_parameters")
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module, own: ScaledRotary, kind: str | None) -> bool:
+    """Whether both return the same for some positions, also for three rows of them at once.
+
+    Models of pictures give three rows; their modules join them to one, which this does not.
+    """
+    buffer = next(module.buffers())
+    x = torch.zeros(1, 1, 2 * own.pairs[kind], device=buffer.device)
+    plain = torch.tensor([[0, 1, 2, 7, 30]], device=buffer.device)
+    rows = torch.stack((plain, plain + 1, plain + 2))
+    with reaching(None):
+        return all(_same(_asked(module, x, at, kind), own(x, at, kind)) for at in (plain, rows))
+
+
+def _asked(module: nn.Module, x: Tensor, at: Tensor, kind: str | None) -> Any:
+    fresh = pristine(module)  # modules of dynamic rules change their state when called
+    try:
+        return fresh(x, at) if kind is None else fresh(x, at, kind)
+    except (RuntimeError, IndexError, ValueError):  # most modules take one row of positions alone
+        return None
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether two answers of rotary modules agree to rounding; None: theirs gave none."""
+    if theirs is None:
+        return True
+    pairs = list(zip(_parts(theirs), _parts(ours), strict=False))
+    return len(_parts(theirs)) == len(_parts(ours)) and all(
+        a.shape == b.shape and a.is_complex() == b.is_complex() and bool((a - b).abs().max() < 1e-4)
+        for a, b in pairs
+    )
+
+
+def _parts(answer: Any) -> tuple[Tensor, ...]:
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def _unknown(module: nn.Module, why: str) -> Unsupported:
+    return Unsupported(
+        f"the positions of {type(module).__name__} cannot be scaled here: {why}. Leave rope_* and "
+        "yarn_* unset for this model."
+    )

@@ -1,0 +1,230 @@
+"""Tables that follow the length: a text equals one reading of the whole, however it was read."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import saccade
+from saccade.core import Unsupported
+from saccade.hf import attach
+from saccade.hf.rope_tables import FittedRotary, pristine, reaching
+from saccade.runtime.params import ContextParams
+from tests.tiny_models import tiny_config, tiny_model
+
+TRAINED = 32
+LISTS = {
+    "short_factor": [1.0 + 0.02 * i for i in range(8)],
+    "long_factor": [1.0 + 3.0 * i for i in range(8)],
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": TRAINED,
+    **LISTS,
+}
+TEXT = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def phi3():
+    config = tiny_config("phi3", max_position_embeddings=256, rope_parameters=dict(LONG))
+    config.original_max_position_embeddings = TRAINED
+    config.rope_parameters["partial_rotary_factor"] = 1.0
+    return tiny_model(config)
+
+
+def llama(kind):
+    if kind == "longrope":
+        return tiny_model(tiny_config("llama", rope_parameters=LONG, max_position_embeddings=256))
+    given = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    return tiny_model(tiny_config("llama", rope_parameters=given, max_position_embeddings=TRAINED))
+
+
+MODELS = {"phi3": phi3, "longrope": lambda: llama("longrope"), "dynamic": lambda: llama("dynamic")}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@torch.no_grad()
+def at_once(model, tokens):
+    """Logits `[vocab]` behind a text, from one forward of transformers on fresh modules."""
+    rotary = model.model.rotary_emb
+    fresh = pristine(rotary)
+    model.model.rotary_emb = fresh
+    try:
+        return model(torch.tensor(tokens)[None], use_cache=False).logits[0, -1]
+    finally:
+        model.model.rotary_emb = rotary
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def last(ctx, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ctx.logits(ctx.append(tokens))[-1]
+
+
+def greedy(model, tokens, count):
+    """Tokens of a model that reads the whole text anew for each."""
+    text = list(tokens)
+    for _ in range(count):
+        text.append(int(at_once(model, text).argmax()))
+    return text[len(tokens) :]
+
+
+@pytest.mark.parametrize("size", [16, 31, 33, 512])
+@pytest.mark.parametrize("type_k", [None, "f32"])
+def test_a_prompt_in_chunks(model, size, type_k):
+    params = ContextParams(n_batch=size, n_ctx=256, type_k=type_k, type_v=type_k)
+    with saccade.Context(model, params) as ctx:
+        close(last(ctx, TEXT), at_once(model, TEXT))
+
+
+def test_a_scaled_rule_in_chunks():
+    model = tiny_model(tiny_config("llama", max_position_embeddings=TRAINED))
+    params = ContextParams(n_batch=16, n_ctx=128, rope_scaling_type="dynamic")
+    with attach(model, params):
+        expected = model(torch.tensor(TEXT)[None]).logits[0, -1]
+    with saccade.Context(model, params) as ctx:
+        close(last(ctx, TEXT), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_swa": 100}, {"page_size": 16}])
+def test_generation_past_the_trained_length(model, options):
+    params = ContextParams(n_ctx=256, **options)
+    with saccade.Context(model, params) as ctx, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [token.token for token in ctx.stream(TEXT[:28], n_predict=8)]
+    assert found == greedy(model, TEXT[:28], 8)
+
+
+def test_dynamic_says_what_makes_it_slow():
+    with saccade.Context(llama("dynamic"), ContextParams(n_ctx=256)) as ctx:
+        ctx.append(TEXT[:40])
+        with pytest.warns(UserWarning, match="Set rope_scaling_type='ntk' or 'yarn' with n_ctx"):
+            ctx.append(TEXT[40:41])
+
+
+@pytest.mark.parametrize("model", ["phi3", "longrope"], indirect=True)
+def test_a_switch_is_read_again_once(model):
+    with saccade.Context(model, ContextParams(n_ctx=256)) as ctx, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(last(ctx, TEXT[:30]), at_once(model, TEXT[:30]))
+        close(last(ctx, TEXT[30:33]), at_once(model, TEXT[:33]))
+        assert ctx.cache.reaches == 33 and ctx.tokens == TEXT[:33]
+        close(last(ctx, TEXT[33:40]), at_once(model, TEXT[:40]))
+        assert ctx.cache.reaches == 33  # the same table serves
+
+
+def test_after_a_rollback(model):
+    """Keys of the longer text stay until the next tokens are known, then they are read again."""
+    with saccade.Context(model, ContextParams(n_ctx=256)) as ctx:
+        last(ctx, TEXT[:50])
+        assert ctx.reuse([*TEXT[:20], 5, 5]) == 20
+        other = [*TEXT[:20], 5, 6, 7]
+        close(last(ctx, other[20:]), at_once(model, other))
+        assert ctx.tokens == other
+
+
+def test_after_a_context_shift(model):
+    with saccade.Context(model, ContextParams(n_ctx=256)) as ctx:
+        last(ctx, TEXT[:36])
+        ctx.shift(4)
+        kept = TEXT[:4] + TEXT[20:36]
+        assert ctx.tokens == kept
+        close(last(ctx, [9]), at_once(model, [*kept, 9]))
+
+
+def test_in_a_session(model, tmp_path):
+    """A session knows the table of its keys, also where its length alone does not say it."""
+    params = ContextParams(n_ctx=256)
+    with saccade.Context(model, params) as ctx:
+        last(ctx, TEXT[:50])
+        ctx.reuse(TEXT[:21])
+        saccade.save_session(tmp_path / "x", ctx)
+    with saccade.Context(model, params) as ctx:
+        saccade.load_session(tmp_path / "x", ctx)
+        assert ctx.tokens == TEXT[:20]
+        close(last(ctx, TEXT[20:25]), at_once(model, TEXT[:25]))
+
+
+def test_compressed_keys_are_not_read_again(model):
+    params = ContextParams(n_ctx=256, kv_policy="snapkv", kv_budget=20)
+    with saccade.Context(model, params) as ctx:
+        ctx.append(TEXT[:30])
+        ctx.compress()
+        with pytest.raises(Unsupported, match="a compressed cache cannot be read again"):
+            ctx.append(TEXT[30:36])
+        assert ctx.tokens == TEXT[:30] and ctx.seen == 30
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["none", "ours", "theirs", "f32"])
+def test_generate_of_an_attached_model(model, cache):
+    prompt = torch.tensor(TEXT[:28])[None]
+    params = ContextParams(type_k="f32", type_v="f32") if cache == "f32" else ContextParams()
+    with attach(model, params) as attached:
+        given = {"ours": attached.new_cache, "theirs": DynamicCache}.get(cache, lambda: None)()
+        found = model.generate(
+            prompt, past_key_values=given, max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+    assert found[0, 28:].tolist() == greedy(model, TEXT[:28], 8)
+    assert "prepare_inputs_for_generation" not in vars(model)
+
+
+@torch.no_grad()
+def test_generate_with_padding(model):
+    """Each row has as many positions as tokens; the longest decides, as in one forward."""
+    rows, mask = torch.zeros(2, 28, dtype=torch.long), torch.ones(2, 28, dtype=torch.long)
+    rows[0], rows[1, 8:] = torch.tensor(TEXT[:28]), torch.tensor(TEXT[30:50])
+    mask[1, :8] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with attach(model) as attached:
+        found = model.generate(
+            rows, attention_mask=mask, past_key_values=attached.new_cache(), **options
+        )
+    assert found[0, 28:].tolist() == greedy(model, TEXT[:28], 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [16, 40])
+def test_generate_reads_a_prompt_in_chunks(model, size):
+    prompt = torch.tensor(TEXT)[None]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with attach(model) as attached:
+        found = model.generate(
+            prompt, past_key_values=attached.new_cache(), prefill_chunk_size=size, **options
+        )
+    assert found[0, 60:].tolist() == greedy(model, TEXT, 4)
+
+
+@torch.no_grad()
+def test_direct_calls_that_mix_tables_are_refused(model):
+    with attach(model) as attached:
+        cache = attached.new_cache()
+        model(torch.tensor(TEXT[:30])[None], past_key_values=cache)
+        with pytest.raises(Unsupported, match="holds keys of a text of 30 tokens"):
+            model(torch.tensor(TEXT[30:40])[None], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_fitted_rotary_forgets_what_it_was_called_with(kind):
+    module = llama(kind).model.rotary_emb
+    rotary, x = FittedRotary(module), torch.zeros(1, 1, 16)
+    near = torch.arange(8)[None]
+    expected = [pristine(module)(x, torch.arange(n)[None])[0][:, :8] for n in (8, 40, 60)]
+    for length, cos in zip((None, 40, 60, None), [*expected, expected[0]], strict=True):
+        with reaching(length):
+            assert torch.equal(rotary(x, near)[0], cos)
+    assert torch.equal(module.inv_freq, module.original_inv_freq)
