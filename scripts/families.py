@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
+from saccade.hf.layers import layer_kinds
 from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
 
@@ -60,8 +61,10 @@ def logits_of(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def read(ctx: Context, ids: Tensor) -> Tensor:
     """Logits `[t, vocab]` of tokens that are read in chunks, then one by one."""
-    parts = [*ids[:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
-    return torch.cat([ctx.logits(ctx.append(part, wanted=len(part))) for part in parts if len(part)])
+    parts = [ids[:2], *ids[2:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
+    return torch.cat(
+        [ctx.logits(ctx.append(part, wanted=len(part))) for part in parts if len(part)]
+    )
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
@@ -151,15 +154,15 @@ def session(family: Family) -> Outcome:
 
 def shift(family: Family) -> Outcome:
     """Context shift in a model of one layer, where it is exact."""
-    one = Family.__new__(Family)
-    one.name, one.ids = family.name, family.ids
     try:
-        one.model = tiny_model(family.name, tiny_config(family.name, layers=1))
+        model = tiny_model(family.name, tiny_config(family.name, layers=1))
     except Exception:
-        one.model = family.model
-    layers = one.model.config.get_text_config(decoder=True).num_hidden_layers
+        model = family.model
+    if any(kind.states for kind in layer_kinds(family.model.config)):
+        model = family.model
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     ids, keep, drop = family.ids[0], 4, 13
-    with Context(one.model) as ctx:
+    with Context(model) as ctx:
         ctx.append(ids[:PREFIX])
         ctx.shift(keep)
         assert ctx.seen == PREFIX - drop
@@ -167,7 +170,7 @@ def shift(family: Family) -> Outcome:
     if layers != 1:
         raise NoReference("no config of one layer")
     rest = torch.cat((ids[:keep], ids[keep + drop :]))
-    theirs = referred(lambda: logits_of(one.model, rest[None]))[PREFIX - drop :]
+    theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
     return judged(ours, theirs)
 
 

@@ -27,7 +27,7 @@ _SHARPENED: Final = re.compile(
     r"(^|[._])(q|k|query|key|q_lin|k_lin|qkv|q_proj|k_proj|qkv_proj|query_key_value|c_attn|Wqkv"
     r"|q_b_proj|kv_b_proj|project_q|project_k|query_proj)\.weight$"
 )
-SHARPER: Final = 6.0
+SHARPER: Final = 2.0
 """Random weights are so small that attention is nearly flat; queries and keys are larger by this."""
 
 _WIDTH: Final = (
@@ -75,6 +75,16 @@ SIZES: Final[dict[str, Any]] = {
     "n_group": 2,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    # what is done to embeddings, scores and logits
+    "initializer_range": 0.1,
+    "logits_scaling": 3.0,
+    "logit_scale": 0.4,
+    "final_logit_softcapping": 2.0,
+    "attn_logit_softcapping": 5.0,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.4,
+    "lm_head_multiplier": 0.6,
     # latent attention
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
@@ -118,7 +128,9 @@ _QWEN4: Final = {
 
 EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _LATENT),
-    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _LATENT),
+    **dict.fromkeys(
+        ("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _LATENT
+    ),
     **dict.fromkeys(("dots3_note_text",), {**_LATENT, "sliding_window": ...}),
     "dots3_note": {
         _TEXT: {**_LATENT, "sliding_window": ...},
@@ -140,7 +152,15 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     "xlstm": {**dict.fromkeys(("head_dim", "v_head_dim", "qk_head_dim", "num_blocks"), ...)},
     "xmod": {"default_language": "en_XX"},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 2, 2],
+            }
+        }
+    },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
     "gemma4_assistant": {_TEXT: {**_GEMMA4, "hidden_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {_TEXT: {**_GEMMA4, "hidden_size_per_layer_input": 0}},

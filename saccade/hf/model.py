@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
-from saccade.hf.layers import layer_windows, text_config
+from saccade.hf.layers import layer_kinds, layer_windows, text_config
 from saccade.hf.rope import (
     Rotary,
     first_rotary,
@@ -24,7 +27,8 @@ from saccade.hf.rope import (
     key_shifter,
     ropes_in_force,
 )
-from saccade.hf.runs import Run, activated, run_in_force
+from saccade.hf.runs import ModelRuns, Run, activated, run_in_force
+from saccade.hf.split_forward import hidden_states, logits_of, watch_decoders
 from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
@@ -84,6 +88,7 @@ class HFModel:
         The params count only for what is computed through the model that is given here.
         """
         run = make_run(self.model, params, serves_every_call=False)
+        run = replace(run, changes={**run.changes, "decoder": _cut_decoder})
         with running(run):
             yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
 
@@ -97,36 +102,78 @@ class HFModel:
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
         assert isinstance(cache, SaccadeCache), "caches come from new_cache"
-        decoder = self.model.get_decoder()
-        tokens, options = tokens.to(self.model.device), {}
+        if cache.seen and tokens.shape[1] > 1 and cache.has_states and not self._chunks:
+            parts = [self._read(token, cache) for token in tokens.split(1, dim=1)]
+            return torch.cat(parts, dim=1)
+        return self._read(tokens, cache)
+
+    def _read(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
+        """`hidden` in one call of the model."""
+        before, count, model = cache.seen, tokens.shape[1], self.model
+        options: dict[str, Any] = {"input_ids": tokens.to(model.device)}
         with ExitStack() as stack:
             stack.enter_context(activated(self.run))
-            if cache.cursor is not None:
-                steps = torch.arange(tokens.shape[1], device=tokens.device)
-                options["position_ids"] = cache.cursor.start[:, None] + steps
+            if cache.cursor is not None or self._counts_from_zero:
+                start = before if cache.cursor is None else cache.cursor.start[:, None]
+                options["position_ids"] = start + torch.arange(count, device=model.device)[None]
             if self.run is not None and self.run.fused:
                 stack.enter_context(deferred())
-            output = decoder(
-                input_ids=tokens,
-                past_key_values=cache,
-                use_cache=True,
-                **options,
-            )
-        return output.last_hidden_state
+            hidden = hidden_states(model, **options, past_key_values=cache, use_cache=True)
+        if cache.cursor is None:
+            _check_stored(model, cache, before + count)
+        return hidden
+
+    @cached_property
+    def _counts_from_zero(self) -> bool:
+        return counts_from_zero(self.model)
+
+    @cached_property
+    def _rebuilds_keys(self) -> bool:
+        """Whether the model computes with what it caches itself, instead of only attending."""
+        cache = self.new_cache(ContextParams())
+        self._read(torch.ones(1, 1, dtype=torch.int64), cache)
+        return cache.rebuilt
+
+    @cached_property
+    def _chunks(self) -> bool:
+        """Whether recurrent layers go on from their states when several tokens are read at once.
+
+        Some of transformers do so for a single token only, and begin anew for more.
+        """
+        found: list[Tensor] = []
+        tokens = torch.arange(2, device=self.model.device)[None]
+        for changed in (False, True):
+            cache = self.new_cache(ContextParams() if self.run is None else self.run.params)
+            self._read(tokens, cache)
+            if changed:
+                cache.disturb_states()
+            found.append(self._read(tokens, cache))
+        return not torch.equal(*found)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
-        matrix = self.model.get_output_embeddings()
-        if matrix is None:
-            raise Unsupported(
-                f"{type(self.model).__name__} has no output matrix: load a causal language model "
-                "(AutoModelForCausalLM)."
-            )
         with activated(self.run):
-            return _finished(matrix(hidden), text_config(self.model))
+            flat = hidden.reshape(1, -1, hidden.shape[-1])
+            logits = logits_of(self.model, flat)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def shift_keys(self, layer: int) -> ShiftKeys:
-        """The function that re-rotates the cached keys of a layer by a number of positions."""
+        """The function that re-rotates the cached keys of a layer by a number of positions.
+
+        Raises:
+            Unsupported: cached keys that are no rotated keys, or layers with recurrent states.
+        """
+        if any(kind.states for kind in layer_kinds(self.model.config)):
+            what = "recurrent states"
+        elif self._rebuilds_keys:
+            what = "what it computes keys from"
+        else:
+            what = ""
+        if what:
+            raise Unsupported(
+                f"context shift re-rotates cached keys, but {type(self.model).__name__} caches "
+                f"{what}. Leave n_keep unset for this model."
+            )
         types = getattr(text_config(self.model), "layer_types", None)
         layer_type = None if types is None else types[layer]
         return key_shifter(first_rotary(self.model, self._rotary), layer_type)
@@ -177,6 +224,29 @@ def facts_of(
     )
 
 
+def counts_from_zero(model: PreTrainedModel) -> bool:
+    """Whether the decoder does not ask a cache for its length, so that it needs positions."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    asks = {"get_seq_length", "get_query_offset"}
+    codes = [inspect.unwrap(type(part).forward).__code__ for part in model.modules() if takes]
+    return takes and not any(asks & set(code.co_names) for code in codes)
+
+
+def _cut_decoder(undo: ExitStack, runs: ModelRuns) -> None:
+    watch_decoders(undo, runs.model)
+
+
+def _check_stored(model: PreTrainedModel, cache: SaccadeCache, expected: int) -> None:
+    """Raise Unsupported where a layer did not give its keys to the cache that was passed."""
+    for index, store in enumerate(cache.stores):
+        if store.seen != expected:
+            raise Unsupported(
+                f"layer {index} of {type(model).__name__} gave {store.seen} of {expected} tokens "
+                "to the cache it was called with, so a Context would compute with other keys than "
+                "the model. Use the model as transformers runs it."
+            )
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """sha256 of names, shapes and evenly spaced numbers of all weights: a sample, so it is fast.
 
@@ -190,15 +260,3 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _finished(logits: Tensor, config: Any) -> Tensor:
-    """What some families do to logits behind the output matrix."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap is not None:
-        logits = (logits / cap).tanh() * cap
-    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-    if scale is not None:
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite divides
-    return logits if divisor is None else logits / divisor
