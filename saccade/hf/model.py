@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from saccade.cache import ShiftKeys
 from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
-from saccade.hf.layers import layer_kinds, layer_windows, text_config
+from saccade.hf.facts import facts_of
+from saccade.hf.layers import layer_kinds, text_config
 from saccade.hf.rope import (
     Rotary,
     first_rotary,
@@ -68,6 +69,7 @@ class HFModel:
             name=self._name,
             n_ctx_train=self._n_ctx_train,
             dtype=self.model.dtype,
+            model_class=type(self.model),
         )
 
     @property
@@ -196,32 +198,6 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
     """
     run = run_in_force(model)
     return frequencies_of(first_rotary(model, {} if run is None else run.rotary), layer_type)
-
-
-def facts_of(
-    model_config: PreTrainedConfig, *, name: str, n_ctx_train: int | None, dtype: torch.dtype
-) -> ModelFacts:
-    """What a config says of a model that need not be loaded; its trained length unless given.
-
-    Raises:
-        Unsupported: layers that our caches do not serve.
-    """
-    config = text_config(model_config)
-    head_dim = getattr(config, "head_dim", None)
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    return ModelFacts(
-        name=name,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=kv_heads or config.num_attention_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        n_ctx_train=n_ctx_train or config.max_position_embeddings,
-        dtype=dtype,
-        windows=layer_windows(config),
-        softcap=getattr(config, "attn_logit_softcapping", None),
-        learned_sinks=config.model_type == "gpt_oss",
-    )
 
 
 def counts_from_zero(model: PreTrainedModel) -> bool:
