@@ -117,6 +117,8 @@ def scaled(family: Family) -> PreTrainedModel:
     config = tiny_config(family.name)
     text = config.get_text_config(decoder=True)
     rule = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    if hasattr(text, "original_max_position_embeddings"):
+        text.original_max_position_embeddings = 16
     given = text.rope_parameters
     if "rope_theta" in given:
         text.rope_parameters = {**given, **rule}

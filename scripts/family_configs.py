@@ -184,6 +184,7 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     "qwen4_exp": {_TEXT: _QWEN4},
     "prophetnet": {"num_hidden_layers": ..., "num_layers": ..., "n_layer": ...},
     "xlnet": {"max_position_embeddings": ..., "d_inner": 96},
+    "recurrent_gemma": {"max_position_embeddings": 512, "attention_window_size": WINDOW},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 64]},
 }
 """model type -> fields that differ from `SIZES`."""
@@ -232,6 +233,8 @@ def tiny_model(name: str, config: PreTrainedConfig, seed: int = 0) -> PreTrained
         ValueError: a config that is not tiny.
     """
     kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
+    if not isinstance(config, kind.config_class):
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         size = sum(p.numel() for p in kind._from_config(config).parameters())
     if size > LARGEST:

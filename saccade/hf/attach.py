@@ -13,6 +13,7 @@ from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.layers import check_attention
 from saccade.hf.register import KEY
 from saccade.hf.rope import run_rotary
 from saccade.hf.runs import Change, ModelRuns, Run, begun
@@ -74,6 +75,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
     Raises:
         Unsupported, ValueError: options that this model cannot run with.
     """
+    check_attention(model)
     rotary = run_rotary(model, params, isolated=not serves_every_call)
     fused = params.fused_layers
     if fused is None:

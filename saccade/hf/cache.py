@@ -85,6 +85,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
             view,
             seen=seen,
             settings=self.settings,
+            window=self.window,
             like=key_states.dtype,
             rebuilt=self._note_rebuilt,
         )

@@ -41,9 +41,9 @@ def facts_of(
     model_class = model_class or _class_for(model_config) or _class_for(config)
     if model_class is not None:
         check_interface(model_class)
+    kinds = layer_kinds(config)
     heads = positive(config, "num_attention_heads")
     layers = positive(config, "num_hidden_layers")
-    kinds = layer_kinds(config)
     found = None if model_class is None else cached_shapes(model_class, model_config)
     keys, numbers = found or CachedShapes(_shapes_said(config), 0)
     first, alike = keys[0], len(set(keys)) == 1

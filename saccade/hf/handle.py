@@ -36,20 +36,14 @@ class KVHandle:
         settings: of the run that the cache belongs to, None for a cache of no run.
         observe: called after attention ran, or None.
         cursor: position of the queries on the device, or None; with it the view is all storage.
+        window: of the cache, which drops keys outside of it; None for a cache of all keys.
         like: dtype of a tensor that is rebuilt; None: that of the storage.
         rebuilt: called when a tensor is rebuilt.
     """
 
     __slots__ = (
-        "cursor",
-        "like",
-        "observe",
-        "rebuilt",
-        "seen",
-        "settings",
-        "shape",
-        "values",
-        "view",
+        *("cursor", "like", "observe", "rebuilt", "seen", "settings"),
+        *("shape", "values", "view", "window"),
     )
 
     def __init__(
@@ -62,6 +56,7 @@ class KVHandle:
         settings: AttentionSettings | None = None,
         observe: ObserveCall | None = None,
         cursor: Cursor | None = None,
+        window: int | None = None,
         like: torch.dtype | None = None,
         rebuilt: Callable[[], None] | None = None,
     ) -> None:
@@ -72,6 +67,7 @@ class KVHandle:
         self.settings = settings
         self.observe = observe
         self.cursor = cursor
+        self.window = window
         self.like, self.rebuilt = like, rebuilt
 
     @property
@@ -91,7 +87,7 @@ class KVHandle:
         """The keys (or values) `[B, Hkv, seen, D]` of all tokens, as they were given to the cache.
 
         Raises:
-            Unsupported: keys that are not all there, or options that only our attention carries out.
+            Unsupported: keys that are not all there, or options that only our attention knows.
         """
         _check_complete(self)
         tile = dense(self.view)
@@ -114,6 +110,30 @@ class KVHandle:
 
     def __getitem__(self, index: Any) -> Any:
         return self.tensor()[index]
+
+
+def paired(key: Any, value: Any) -> tuple[Any, Any]:
+    """Both as handles of one layer, or both as tensors: a model may have changed one of them."""
+    handles = isinstance(key, KVHandle) and isinstance(value, KVHandle)
+    if handles and key.view is value.view and not key.values and value.values:
+        return key, value
+    return _rebuilt(key), _rebuilt(value)
+
+
+def check_window(handle: KVHandle, window: int | None) -> None:
+    """Raise Unsupported where the model's mask shows keys that its cache has dropped.
+
+    Args:
+        window: of the mask, None for none.
+    """
+    settings = handle.settings
+    if handle.window is None or window is not None or (settings and settings.window):
+        return
+    raise Unsupported(
+        f"the config of this model says sliding_window={handle.window}, but the model masks "
+        "nothing outside of it, so it would attend to keys that its caches drop. Set "
+        "config.sliding_window to None, or use the model as transformers runs it."
+    )
 
 
 def _rebuilt(arg: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,3 +104,35 @@ def attention_modules(model: nn.Module) -> list[tuple[int, nn.Module]]:
         if isinstance(index, int) and hasattr(module, "is_causal"):
             found.append((index, module))
     return found
+
+
+INTERFACE: Final = "ALL_ATTENTION_FUNCTIONS"
+"""The table of attention functions, as every attention module of transformers names it."""
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raise Unsupported for a model that computes attention itself, in any layer with a cache.
+
+    Its caches and masks would be ours, and its attention would not: options would have no effect,
+    and our masks no meaning to it.
+    """
+    called = False
+    for kind in {type(module) for module in model.modules()}:
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is None:
+            return  # compiled or wrapped: transformers has said that the class calls the interface
+        calls = INTERFACE in code.co_names
+        cached = {"past_key_values", "past_key_value", "layer_past"} & set(code.co_varnames)
+        if cached and not calls and "softmax" in code.co_names:
+            raise _own_attention(model, f"its {kind.__name__}")
+        called = called or calls
+    if not called:
+        raise _own_attention(model, "no layer of it")
+
+
+def _own_attention(model: nn.Module, what: str) -> Unsupported:
+    does = "computes attention itself" if what.startswith("its") else "calls the interface"
+    return Unsupported(
+        f"{type(model).__name__} does not call transformers' attention interface ({what} {does}), "
+        "so its attention cannot be replaced. Use a model class that supports attn_implementation."
+    )

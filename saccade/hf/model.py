@@ -6,7 +6,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.cache import ShiftKeys
+from saccade.cache import ShiftKeys, StateCache
 from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
@@ -28,8 +27,8 @@ from saccade.hf.rope import (
     key_shifter,
     ropes_in_force,
 )
-from saccade.hf.runs import ModelRuns, Run, activated, run_in_force
-from saccade.hf.split_forward import hidden_states, logits_of, watch_decoders
+from saccade.hf.runs import Run, activated, run_in_force
+from saccade.hf.split_forward import cuttable, hidden_states, logits_of
 from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
@@ -90,8 +89,7 @@ class HFModel:
         The params count only for what is computed through the model that is given here.
         """
         run = make_run(self.model, params, serves_every_call=False)
-        run = replace(run, changes={**run.changes, "decoder": _cut_decoder})
-        with running(run):
+        with running(run), cuttable(self.model):
             yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
@@ -120,7 +118,15 @@ class HFModel:
                 options["position_ids"] = start + torch.arange(count, device=model.device)[None]
             if self.run is not None and self.run.fused:
                 stack.enter_context(deferred())
-            hidden = hidden_states(model, **options, past_key_values=cache, use_cache=True)
+            try:
+                hidden = hidden_states(model, **options, past_key_values=cache, use_cache=True)
+            except ValueError as error:
+                if type(cache).__name__ not in str(error):
+                    raise
+                raise Unsupported(
+                    f"{type(model).__name__} takes no other cache than one of its own class, so it "
+                    "cannot read on from saccade's. Use the model as transformers runs it."
+                ) from error
         if cache.cursor is None:
             _check_stored(model, cache, before + count)
         return hidden
@@ -208,18 +214,17 @@ def counts_from_zero(model: PreTrainedModel) -> bool:
     return takes and not any(asks & set(code.co_names) for code in codes)
 
 
-def _cut_decoder(undo: ExitStack, runs: ModelRuns) -> None:
-    watch_decoders(undo, runs.model)
-
-
 def _check_stored(model: PreTrainedModel, cache: SaccadeCache, expected: int) -> None:
-    """Raise Unsupported where a layer did not give its keys to the cache that was passed."""
+    """Raise Unsupported where a layer did not give what it keeps to the cache that was passed."""
     for index, store in enumerate(cache.stores):
-        if store.seen != expected:
+        kept = store.seen
+        if isinstance(store, StateCache) and not store.state().tensors:
+            kept = 0
+        if kept != expected:
             raise Unsupported(
-                f"layer {index} of {type(model).__name__} gave {store.seen} of {expected} tokens "
-                "to the cache it was called with, so a Context would compute with other keys than "
-                "the model. Use the model as transformers runs it."
+                f"layer {index} of {type(model).__name__} gave {kept} of {expected} tokens to the "
+                "cache it was called with and keeps the others elsewhere, where a Context cannot "
+                "find them. Use the model as transformers runs it."
             )
 
 

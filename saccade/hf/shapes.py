@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from saccade.cache import DenseCache, LayerCache, StateCache
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.layers import text_config
 from saccade.hf.split_forward import hidden_states
 
 KVShape = tuple[int, int, int]
@@ -40,7 +41,8 @@ def cached_shapes(
     model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> CachedShapes | None:
     """Shapes for a model of this class and config; None where it cannot run without memory."""
-    return _found(model_class, _Config(config))
+    own = config if isinstance(config, model_class.config_class) else text_config(config)
+    return _found(model_class, _Config(own))
 
 
 class _Config:

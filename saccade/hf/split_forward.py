@@ -1,4 +1,4 @@
-"""The model's own forward, cut behind its decoder: hidden states first, logits of some of them later.
+"""The model's own forward, cut behind its decoder: hidden states first, logits of some later.
 
 A prompt needs the logits of its last token alone, but what turns hidden states into logits is the
 model's own business: an output matrix with or without bias, a transform before it, soft caps and
@@ -9,9 +9,10 @@ exception when the decoder has returned; in its second half the decoder returns 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from threading import RLock
 from typing import Any, Final
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
-from saccade.hf.changes import override
 
 ATTRIBUTE: Final = "saccade_decoders"
+_LOCK: Final = RLock()
 
 
 class _Decoded(BaseException):
@@ -98,25 +99,56 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def decoders(model: PreTrainedModel) -> list[nn.Module]:
     """What transformers names as the decoder of a model, the model itself apart."""
-    named = [model.base_model, model.get_decoder()]
+    inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    named = [model.base_model, model.get_decoder(), *inner]
     found = [part for part in named if isinstance(part, nn.Module) and part is not model]
     return list({id(part): part for part in found}.values())
 
 
 @contextmanager
 def _cut(model: PreTrainedModel, half: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    with ExitStack() as undo:
-        if ATTRIBUTE not in vars(model):
-            watch_decoders(undo, model)
-        undo.callback(_half.reset, _half.set(half))
+    with cuttable(model):
+        token = _half.set(half)
+        try:
+            yield
+        finally:
+            _half.reset(token)
+
+
+@contextmanager
+def cuttable(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the decoder of a model has a forward that can be cut off; several may be open."""
+    with _LOCK:
+        watched: _Watched = vars(model).get(ATTRIBUTE) or _Watched(model)
+        vars(model)[ATTRIBUTE] = watched
+        watched.users += 1
+    try:
         yield
+    finally:
+        with _LOCK:
+            watched.users -= 1
+            if not watched.users:
+                watched.undo()
+                vars(model).pop(ATTRIBUTE, None)
 
 
-def watch_decoders(undo: ExitStack, model: PreTrainedModel) -> None:
-    """Let the decoder of a model be cut off, until `undo` closes."""
-    override(undo, model, ATTRIBUTE, True)
-    for part in decoders(model):
-        override(undo, part, "forward", _watched(part.forward))
+class _Watched:
+    """The decoders of one model, with forwards that look up what to do; undone when unused."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.users = 0
+        self._changed = [(part, vars(part).get("forward")) for part in decoders(model)]
+        self._ours = [_watched(part.forward) for part, _ in self._changed]
+        for (part, _), forward in zip(self._changed, self._ours, strict=True):
+            part.forward = forward
+
+    def undo(self) -> None:
+        """Put the forwards back; one that other code has replaced since stays."""
+        for (part, old), ours in zip(self._changed, self._ours, strict=True):
+            if vars(part).get("forward") is ours:
+                vars(part).pop("forward")
+                if old is not None:
+                    part.forward = old
 
 
 def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
