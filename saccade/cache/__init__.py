@@ -9,6 +9,7 @@ from saccade.cache.paged import PagedCache, PagePool
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.states import StateCache
 from saccade.cache.step import Cursor, SteppingCache, StepView
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RingCache",
     "ShiftKeys",
     "StagingBuffers",
+    "StateCache",
     "StepView",
     "SteppingCache",
     "make_layer_cache",

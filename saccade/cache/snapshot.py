@@ -20,6 +20,7 @@ from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.states import StateCache
 from saccade.core import BadInput, Unsupported
 
 KINDS: Final[dict[str, type[LayerCache]]] = {
@@ -29,6 +30,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "paged": PagedCache,
     "ragged": RaggedCache,
     "offloaded": OffloadedCache,
+    "states": StateCache,
 }
 
 

@@ -13,6 +13,7 @@ from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.layers import check_attention
 from saccade.hf.register import KEY
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
@@ -85,6 +86,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
             f"yarn_orig_ctx={params.yarn_orig_ctx} changes nothing without a scaling of positions: "
             "set rope_scaling_type, or leave yarn_orig_ctx unset."
         )
+    check_attention(model)
     rotary = run_rotary(model, params)
     fused = params.fused_layers
     if fused is None:

@@ -16,7 +16,7 @@ from saccade.cache import Cursor
 from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
 from saccade.core.host_memo import HostMemo
 from saccade.hf.deferred_rope import materialize
-from saccade.hf.handle import KVHandle
+from saccade.hf.handle import KVHandle, check_window, paired
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import attend, make_call
@@ -72,6 +72,7 @@ def saccade_attention(
     """
     _check_supported(module, dropout, kwargs)
     query, own = materialize(query), _own_mask(module, is_causal, sliding_window)
+    key, value = paired(key, value)
     settings, observe = settings_of(module), None
     if isinstance(key, KVHandle):
         settings, observe = key.settings or settings, key.observe
@@ -156,6 +157,8 @@ def _from_handle(
             args = replace(args, key_padding=attn_mask)
         else:
             args = replace(args, mask=Mask(causal=False), attn_mask=attn_mask)
+    if args.attn_mask is None:
+        check_window(handle, args.mask.window)
     padded = args.key_padding is not None or args.attn_mask is not None
     if end != handle.seen and (padded or args.mask.window is not None):
         raise Unsupported(

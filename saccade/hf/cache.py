@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
-from saccade.cache import Cursor, LayerCache, SteppingCache
+from saccade.cache import Cursor, LayerCache, StateCache, SteppingCache
 from saccade.core import KVView, Unsupported
 from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
-from saccade.hf.layers import layer_windows
+from saccade.hf.layers import LayerKind, layer_kinds
+from saccade.hf.recurrent import RecurrentLayer
 from saccade.hf.rope import table_length
 from saccade.hf.runs import Run, run_in_force
 from saccade.hf.settings import AttentionSettings
@@ -40,12 +41,17 @@ class SaccadeCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(
-        self, store: LayerCache, window: int | None, settings: AttentionSettings | None = None
+        self,
+        store: LayerCache,
+        window: int | None,
+        settings: AttentionSettings | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.store = store
         self.window = window
         self.settings = settings
+        self.rebuilt = False
         self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
         self.cursor: Cursor | None = None
         self.is_sliding = window is not None
@@ -75,8 +81,19 @@ class SaccadeCacheLayer(CacheLayerMixin):
         view = self.store.append(key_states.detach(), value_states.detach())
         seen = self.store.seen
         call: ObserveCall | None = None if self.observe is None else partial(self.observe, view)
-        handle = partial(KVHandle, view, seen=seen, settings=self.settings)
-        return handle(width=view.shape[3], observe=call), handle(width=view.shape[4])
+        handle = partial(
+            KVHandle,
+            view,
+            seen=seen,
+            settings=self.settings,
+            window=self.window,
+            like=key_states.dtype,
+            rebuilt=self._note_rebuilt,
+        )
+        return handle(width=view.shape[3], observe=call), handle(width=view.shape[4], values=True)
+
+    def _note_rebuilt(self) -> None:
+        self.rebuilt = True
 
     def _step(
         self, keys: Tensor | DeferredTensor, v: Tensor, cursor: Cursor
@@ -91,7 +108,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
             deferred.stored(q)
         seen = self.store.seen + k.shape[2]
         handle = partial(KVHandle, view, seen=seen, settings=self.settings, cursor=where)
-        return handle(width=view.shape[3]), handle(width=view.shape[4])
+        return handle(width=view.shape[3]), handle(width=view.shape[4], values=True)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, first position) of the mask for the next `query_length` tokens."""
@@ -111,11 +128,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens (transformers counts downwards)."""
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop takes the number of tokens to remove as a negative number, got "
-                f"{tokens_to_remove}."
-            )
+        _check_removed(tokens_to_remove)
         if tokens_to_remove < 0:
             self.store.truncate(max(0, self.store.seen + tokens_to_remove))
 
@@ -145,8 +158,37 @@ class SaccadeCacheLayer(CacheLayerMixin):
         """Nothing, see `offload`."""
 
 
+class SaccadeHybridLayer(  # type: ignore[misc]
+    SaccadeCacheLayer, RecurrentLayer, LinearAttentionAndFullAttentionLayer
+):
+    """A layer that attends and keeps recurrent states too (Falcon-H1, Zamba)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_croppable = False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys by position, of states by name, as transformers calls it."""
+        if args:
+            SaccadeCacheLayer.lazy_initialization(self, *args)
+        else:
+            RecurrentLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        SaccadeCacheLayer.reset(self)
+        RecurrentLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes row beam_idx[i], of keys and states."""
+        SaccadeCacheLayer.reorder_cache(self, beam_idx)
+        RecurrentLayer.reorder_cache(self, beam_idx)
+
+
 class SaccadeCache(Cache):
-    """`past_key_values` made of saccade's caches, one per layer of the model.
+    """`past_key_values` made of saccade's caches, one per layer of the model that attends.
+
+    Recurrent and convolution layers keep the states of transformers, behind a StateCache.
 
     Args:
         config: config of the model.
@@ -155,7 +197,7 @@ class SaccadeCache(Cache):
             model when it is called.
 
     Raises:
-        Unsupported: a model with layers that are neither full nor sliding attention.
+        Unsupported: a model with layers that `layer_kinds` refuses.
     """
 
     def __init__(
@@ -163,13 +205,31 @@ class SaccadeCache(Cache):
     ) -> None:
         self.run = run
         self.writing = False  # see ModelCache
-        self._ours = [
-            SaccadeCacheLayer(make(i, w), w, None if run is None else run.settings[i])
-            for i, w in enumerate(layer_windows(config))
-        ]
-        self._observer: Observer | None = None
         self.reaches: int | None = None
-        super().__init__(layers=list(self._ours))
+        self._ours: list[SaccadeCacheLayer] = []
+        self._stores: list[LayerCache] = []
+        layers = [self._layer(index, kind, make) for index, kind in enumerate(layer_kinds(config))]
+        self._observer: Observer | None = None
+        super().__init__(layers=layers)
+
+    def _layer(self, index: int, kind: LayerKind, make: MakeLayer) -> Any:
+        """The layer of transformers' cache; its stores are added to those of the cache."""
+        layer: Any = None
+        if kind.keys:
+            store = make(index, kind.window)
+            settings = None if self.run is None else self.run.settings[index]
+            hybrid = SaccadeHybridLayer if kind.states else SaccadeCacheLayer
+            options = {"number_of_states": kind.states} if kind.states else {}
+            layer = hybrid(store, kind.window, settings, **options)
+            self._ours.append(layer)
+            self._stores.append(store)
+        elif kind.states:
+            layer = RecurrentLayer(number_of_states=kind.states)
+        if kind.states:
+            checkpoints = 0 if self.run is None else self.run.params.ctx_checkpoints
+            states = StateCache(layer, lambda: self.seen, checkpoints=checkpoints)
+            self._stores.append(states)
+        return cache_utils.DummyLayer() if layer is None else layer
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -179,24 +239,55 @@ class SaccadeCache(Cache):
         Raises:
             Unsupported: the rotary positions in force are not those of the run, or change here.
         """
-        if layer_idx == 0 and self.run is not None:
+        layer: Any = self.layers[layer_idx]
+        if layer is self._ours[0] and self.run is not None:
             _check_rope(self.run)
             rotary = (run_in_force(self.run.model) or self.run).rotary.values()
             self.reaches = table_length(rotary, self.seen, self.reaches)
         self.writing = self.cursor is None  # a step counts what it wrote when it ends
-        handles = self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
+        stored = layer.update(key_states, value_states, *args, **kwargs)
         self.writing = False
-        return handles
+        return stored
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens, in all layers or in none.
+
+        Raises:
+            Unsupported: a layer that cannot go back so far.
+        """
+        _check_removed(tokens_to_remove)
+        length = max(0, self.seen + tokens_to_remove)
+        for store in self._stores:
+            if tokens_to_remove and store.max_rollback(length) != length:
+                store.truncate(length)  # says why it cannot
+        for store in self._stores:
+            store.truncate(length)
 
     @property
     def stores(self) -> list[LayerCache]:
-        """Our cache of each layer."""
-        return [layer.store for layer in self._ours]
+        """Our caches, in the order of the layers: keys, then states of a layer that has both."""
+        return self._stores
 
     @property
     def seen(self) -> int:
         """Tokens seen."""
         return self._ours[0].store.seen
+
+    @property
+    def has_states(self) -> bool:
+        """Whether any layer keeps recurrent or convolution states."""
+        return any(isinstance(store, StateCache) for store in self._stores)
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether the model has computed with cached keys itself, which were rebuilt for it."""
+        return any(layer.rebuilt for layer in self._ours)
+
+    def disturb_states(self) -> None:
+        """Change all recurrent states, to see whether the model reads them."""
+        for layer in self.layers:
+            if isinstance(layer, RecurrentLayer):
+                layer.write({n: x + n.startswith("recurrent") for n, x in layer.read().items()})
 
     @property
     def nbytes(self) -> int:
@@ -211,7 +302,8 @@ class SaccadeCache(Cache):
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
         self._observer = observer
-        for index, layer in enumerate(self._ours):
+        for layer in self._ours:
+            index = self._stores.index(layer.store)
             layer.observe = None if observer is None else _ordered(observer, index)
 
     @property
@@ -223,6 +315,14 @@ class SaccadeCache(Cache):
     def cursor(self, cursor: Cursor | None) -> None:
         for layer in self._ours:
             layer.cursor = cursor
+
+
+def _check_removed(tokens_to_remove: int) -> None:
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop takes the number of tokens to remove as a negative number, got "
+            f"{tokens_to_remove}."
+        )
 
 
 def _check_rope(run: Run) -> None:

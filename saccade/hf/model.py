@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from saccade.cache import ShiftKeys
+from saccade.cache import ShiftKeys, StateCache
 from saccade.core import Unsupported
 from saccade.core.kv import dense
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
+from saccade.hf.facts import facts_of
 from saccade.hf.identity import model_identity
 from saccade.hf.key_rotation import Cached, KeyRotation, find_rotations
-from saccade.hf.layers import layer_windows, text_config
+from saccade.hf.layers import layer_kinds
 from saccade.hf.rope import (
     Rotary,
     distinct_frequencies,
@@ -31,6 +34,7 @@ from saccade.hf.rope import (
 from saccade.hf.rope_labels import rope_labels
 from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import Run, activated, run_in_force
+from saccade.hf.split_forward import cuttable, hidden_states, logits_of
 from saccade.rope import Frequencies
 from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
@@ -68,6 +72,7 @@ class HFModel:
             name=self._name,
             n_ctx_train=self._n_ctx_train,
             dtype=self.model.dtype,
+            model_class=type(self.model),
         )
 
     @property
@@ -86,7 +91,7 @@ class HFModel:
         The params count only for what is computed through the model that is given here.
         """
         run = make_run(self.model, params, serves_every_call=False)
-        with running(run):
+        with running(run), cuttable(self.model):
             yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
@@ -99,34 +104,69 @@ class HFModel:
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
         assert isinstance(cache, SaccadeCache), "caches come from new_cache"
-        decoder = self.model.get_decoder()
-        tokens, options = tokens.to(self.model.device), {}
+        if cache.seen and tokens.shape[1] > 1 and cache.has_states and not self._chunks:
+            parts = [self._read(token, cache) for token in tokens.split(1, dim=1)]
+            return torch.cat(parts, dim=1)
+        return self._read(tokens, cache)
+
+    def _read(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
+        """`hidden` in one call of the model."""
+        before, count, model = cache.seen, tokens.shape[1], self.model
+        options: dict[str, Any] = {"input_ids": tokens.to(model.device)}
         with ExitStack() as stack:
             stack.enter_context(activated(self.run))
             stack.enter_context(reaching(cache.reaches))
-            if cache.cursor is not None:
-                steps = torch.arange(tokens.shape[1], device=tokens.device)
-                options["position_ids"] = cache.cursor.start[:, None] + steps
+            if cache.cursor is not None or self._counts_from_zero:
+                start = before if cache.cursor is None else cache.cursor.start[:, None]
+                options["position_ids"] = start + torch.arange(count, device=model.device)[None]
             if self.run is not None and self.run.fused:
                 stack.enter_context(deferred())
-            output = decoder(
-                input_ids=tokens,
-                past_key_values=cache,
-                use_cache=True,
-                **options,
-            )
-        return output.last_hidden_state
+            try:
+                hidden = hidden_states(model, **options, past_key_values=cache, use_cache=True)
+            except ValueError as error:
+                if type(cache).__name__ not in str(error):
+                    raise
+                raise Unsupported(
+                    f"{type(model).__name__} takes no other cache than one of its own class, so it "
+                    "cannot read on from saccade's. Use the model as transformers runs it."
+                ) from error
+        if cache.cursor is None:
+            _check_stored(model, cache, before + count)
+        return hidden
+
+    @cached_property
+    def _counts_from_zero(self) -> bool:
+        return counts_from_zero(self.model)
+
+    @cached_property
+    def _rebuilds_keys(self) -> bool:
+        """Whether the model computes with what it caches itself, instead of only attending."""
+        cache = self.new_cache(ContextParams())
+        self._read(torch.ones(1, 1, dtype=torch.int64), cache)
+        return cache.rebuilt
+
+    @cached_property
+    def _chunks(self) -> bool:
+        """Whether recurrent layers go on from their states when several tokens are read at once.
+
+        Some of transformers do so for a single token only, and begin anew for more.
+        """
+        found: list[Tensor] = []
+        tokens = torch.arange(2, device=self.model.device)[None]
+        for changed in (False, True):
+            cache = self.new_cache(ContextParams() if self.run is None else self.run.params)
+            self._read(tokens, cache)
+            if changed:
+                cache.disturb_states()
+            found.append(self._read(tokens, cache))
+        return not torch.equal(*found)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
-        matrix = self.model.get_output_embeddings()
-        if matrix is None:
-            raise Unsupported(
-                f"{type(self.model).__name__} has no output matrix: load a causal language model "
-                "(AutoModelForCausalLM)."
-            )
         with activated(self.run):
-            return _finished(matrix(hidden), text_config(self.model))
+            flat = hidden.reshape(1, -1, hidden.shape[-1])
+            logits = logits_of(self.model, flat)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def table_key(self, length: int) -> Hashable:
         """Equal for two lengths of a text that have the same rotary tables."""
@@ -137,7 +177,11 @@ class HFModel:
 
         Args:
             length: of the text whose rotary tables the keys have.
+
+        Raises:
+            Unsupported: cached keys that are no rotated keys, or layers with recurrent states.
         """
+        self._check_keys_are_rotated()
         key = None if length is None else self.table_key(length)
         if key not in self._rotations:
             self._rotations[key] = self._find_rotations(length)
@@ -160,11 +204,27 @@ class HFModel:
         run = make_run(self.model, plain, serves_every_call=False) if run is None else run
         cache = new_cache(replace(run, params=plain))
         where = {} if positions is None else {"position_ids": positions.to(self.device)}
-        self.model.get_decoder()(
-            input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True, **where
+        hidden_states(
+            self.model,
+            input_ids=tokens.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            **where,
         )
         views = [dense(store.view()) for store in cache.stores]
         return [Cached(view.k, view.v) for view in views]
+
+    def _check_keys_are_rotated(self) -> None:
+        if any(kind.states for kind in layer_kinds(self.model.config)):
+            what = "recurrent states"
+        elif self._rebuilds_keys:
+            what = "what it computes keys from"
+        else:
+            return
+        raise Unsupported(
+            f"context shift re-rotates cached keys, but {type(self.model).__name__} caches "
+            f"{what}. Leave n_keep unset for this model."
+        )
 
     @property
     def _rotary(self) -> Mapping[nn.Module, Rotary]:
@@ -186,39 +246,23 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
     return frequencies_of(first_rotary(model, {} if run is None else run.rotary), layer_type)
 
 
-def facts_of(
-    model_config: PreTrainedConfig, *, name: str, n_ctx_train: int | None, dtype: torch.dtype
-) -> ModelFacts:
-    """What a config says of a model that need not be loaded; its trained length unless given.
-
-    Raises:
-        Unsupported: layers that our caches do not serve.
-    """
-    config = text_config(model_config)
-    head_dim = getattr(config, "head_dim", None)
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    return ModelFacts(
-        name=name,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=kv_heads or config.num_attention_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        n_ctx_train=n_ctx_train or config.max_position_embeddings,
-        dtype=dtype,
-        windows=layer_windows(config),
-        softcap=getattr(config, "attn_logit_softcapping", None),
-        learned_sinks=config.model_type == "gpt_oss",
-    )
+def counts_from_zero(model: PreTrainedModel) -> bool:
+    """Whether the decoder does not ask a cache for its length, so that it needs positions."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    asks = {"get_seq_length", "get_query_offset"}
+    codes = [inspect.unwrap(type(part).forward).__code__ for part in model.modules() if takes]
+    return takes and not any(asks & set(code.co_names) for code in codes)
 
 
-def _finished(logits: Tensor, config: Any) -> Tensor:
-    """What some families do to logits behind the output matrix."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    if cap is not None:
-        logits = (logits / cap).tanh() * cap
-    scale = getattr(config, "logit_scale", None)  # Cohere multiplies
-    if scale is not None:
-        logits = logits * scale
-    divisor = getattr(config, "logits_scaling", None)  # Granite divides
-    return logits if divisor is None else logits / divisor
+def _check_stored(model: PreTrainedModel, cache: SaccadeCache, expected: int) -> None:
+    """Raise Unsupported where a layer did not give what it keeps to the cache that was passed."""
+    for index, store in enumerate(cache.stores):
+        kept = store.seen
+        if isinstance(store, StateCache) and not store.state().tensors:
+            kept = 0
+        if kept != expected:
+            raise Unsupported(
+                f"layer {index} of {type(model).__name__} gave {kept} of {expected} tokens to the "
+                "cache it was called with and keeps the others elsewhere, where a Context cannot "
+                "find them. Use the model as transformers runs it."
+            )

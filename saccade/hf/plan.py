@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from saccade.core import BadInput, Unsupported
+from saccade.core import BadInput
+from saccade.hf.facts import facts_of
 from saccade.hf.layers import text_config
 from saccade.hf.load import LoadedModel, read_config
-from saccade.hf.model import HFModel, facts_of
+from saccade.hf.model import HFModel
 from saccade.runtime.model import Model, ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan import Plan, make_plan
@@ -63,7 +64,6 @@ def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, in
         config, name, n_ctx_train = read_config(model)
     else:
         return model.facts, None
-    _check_softmax(config)
     dtype = dtype or _dtype_of(config)
     facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype)
     return facts, _planned_weights(config, dtype)
@@ -74,7 +74,7 @@ def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
     rest = {key: value for key, value in values.items() if key != "model_type"}
     try:
         return AutoConfig.for_model(kind, **rest)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever a config class does with values it does not expect
         raise BadInput(
             f"no model is described by this dict: expected what a config.json holds, with a "
             f"model_type that transformers supports, got {kind!r}."
@@ -85,14 +85,6 @@ def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     """What the config says its weights are, float32 where it does not."""
     said = config.dtype or text_config(config).dtype or torch.float32
     return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
-
-
-def _check_softmax(config: PreTrainedConfig) -> None:
-    if getattr(text_config(config), "kv_lora_rank", None) is not None:
-        raise Unsupported(
-            f"{config.model_type} keeps latent vectors instead of keys, which saccade's caches do "
-            "not serve, so there is nothing to plan."
-        )
 
 
 def _planned_weights(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:

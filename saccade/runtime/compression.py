@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache
+from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache, StateCache
 from saccade.compress import (
     POLICIES,
     LayerObservation,
@@ -65,7 +65,7 @@ def wants_ragged(policy_name: str | None) -> bool:
 def compress_cache(
     cache: ModelCache, window: ObservationWindow, policy_name: str, budget: int | float
 ) -> None:
-    """Remove keys of every full-attention layer down to the budget; rings are left as they are.
+    """Remove keys of every full-attention layer down to the budget; rings and states stay.
 
     Args:
         budget: keys to keep of each KV head, on average: a number, or a share as a float.
@@ -75,7 +75,7 @@ def compress_cache(
     """
     policy = POLICIES[policy_name]()
     for i, layer in enumerate(cache.stores):
-        if isinstance(layer, RingCache):
+        if isinstance(layer, RingCache | StateCache):
             continue
         if isinstance(layer, RaggedCache):
             _keep_by_head(layer, policy, budget, *window.of(i))

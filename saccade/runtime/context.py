@@ -362,8 +362,7 @@ class Context:
     def _check_shift(self) -> None:
         """Refuse n_keep for a model whose keys cannot be moved, before any text is generated."""
         if self.params.n_keep is not None and self._bounded:
-            for layer in range(self.model.facts.num_layers):
-                self.model.shift_keys(layer, self.n_ctx)
+            self.model.shift_keys(0, self.n_ctx)
 
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()

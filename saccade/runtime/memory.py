@@ -58,14 +58,14 @@ def cache_bytes(
         read: tokens of each append while a prompt is read, in order (see `chunks`).
         written: tokens of each append after it; if given, the `kv_policy` is applied in between.
     """
-    read, after, sizes = list(read), list(written or ()), {}
-    for own in set(facts.windows):
-        cache = filled_cache(facts, params, own, read, reserve=reserve)
+    read, after, total = list(read), list(written or ()), facts.state_bytes
+    for layer, count in facts.alike():
+        cache = filled_cache(layer, params, layer.windows[0], read, reserve=reserve)
         if written is not None and params.kv_budget is not None:
             compress_without_data(cache, params.kv_budget)
-        _append(cache, facts, after)
-        sizes[own] = cache.nbytes
-    return sum(sizes[own] for own in facts.windows)
+        _append(cache, layer, after)
+        total += count * cache.nbytes
+    return total
 
 
 class AttentionPeak:
@@ -89,7 +89,8 @@ class AttentionPeak:
         if tokens not in self._known:
             facts, params = self._facts, self._params
             self._known[tokens] = max(
-                _layer_attention_bytes(facts, params, own, tokens) for own in set(facts.windows)
+                _layer_attention_bytes(layer, params, layer.windows[0], tokens)
+                for layer, _ in facts.alike()
             )
         return self._known[tokens]
 
@@ -139,6 +140,7 @@ def _append(cache: LayerCache, facts: ModelFacts, steps: Iterable[int]) -> None:
 
 def _new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Keys and values of so many tokens."""
-    shape = (1, facts.num_kv_heads, count, facts.head_dim)
-    k, v = (torch.empty(shape, dtype=facts.dtype, device=device) for _ in "kv")
+    widths = facts.head_dim, facts.value_dim or facts.head_dim
+    shapes = [(1, facts.num_kv_heads, count, width) for width in widths]
+    k, v = (torch.empty(shape, dtype=facts.dtype, device=device) for shape in shapes)
     return k, v

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -29,10 +30,14 @@ class ModelFacts:
         name: for tables.
         num_layers, num_heads, num_kv_heads, head_dim, vocab_size: as in its config.
         dtype: of weights and keys.
-        windows: the model's own sliding window of each layer, None for full attention.
+        windows: the model's own sliding window of each layer that keeps keys, None for full
+            attention.
         n_ctx_train: length the model was trained for, in tokens.
         softcap: of the attention scores, None for none.
         learned_sinks: one learned logit a head in the softmax (gpt-oss).
+        value_dim: width of a value where it is not that of a key.
+        kv_shapes: (KV heads, width of a key, width of a value) of each layer, where they differ.
+        state_bytes: of the recurrent and convolution states of one row.
     """
 
     name: str
@@ -46,6 +51,20 @@ class ModelFacts:
     windows: tuple[int | None, ...]
     softcap: float | None = None
     learned_sinks: bool = False
+    value_dim: int | None = None
+    kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    state_bytes: int = 0
+
+    def alike(self) -> list[tuple[ModelFacts, int]]:
+        """(facts of one layer, how many layers are like it) of the layers that keep keys."""
+        own = (self.num_kv_heads, self.head_dim, self.value_dim or self.head_dim)
+        shapes = self.kv_shapes or (own,) * len(self.windows)
+        layers = Counter(zip(self.windows, shapes, strict=True))
+        return [(self._of_layer(window, *shape), n) for (window, shape), n in layers.items()]
+
+    def _of_layer(self, window: int | None, heads: int, key: int, value: int) -> ModelFacts:
+        shape = {"num_kv_heads": heads, "head_dim": key, "value_dim": value, "kv_shapes": ()}
+        return replace(self, windows=(window,), state_bytes=0, **shape)  # type: ignore[arg-type]
 
 
 class ModelCache(Protocol):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saccade.cache import LayerCache, RingCache, SteppingCache
+from saccade.cache import LayerCache, RingCache, StateCache, SteppingCache
 
 
 def checkpoint(layers: Sequence[LayerCache]) -> None:
-    """Make a checkpoint in every ring that keeps any."""
+    """Make a checkpoint in every ring and every recurrent layer that keeps any."""
     for layer in layers:
-        if isinstance(layer, RingCache):
+        if isinstance(layer, RingCache | StateCache):
             layer.checkpoint()
 
 
