@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from saccade.cache import Cursor, LayerCache, SteppingCache
-from saccade.core import KVView, Unsupported
+from saccade.core import Unsupported
 from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import layer_windows
@@ -45,7 +45,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
         self.store = store
         self.window = window
         self.settings = settings
-        self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
+        self.observe: ObserveCall | None = None
         self.cursor: Cursor | None = None
         self.is_sliding = window is not None
         self.is_croppable = window is None
@@ -73,9 +73,8 @@ class SaccadeCacheLayer(CacheLayerMixin):
         self._batch = key_states.shape[0]
         view = self.store.append(key_states.detach(), value_states.detach())
         seen = self.store.seen
-        call: ObserveCall | None = None if self.observe is None else partial(self.observe, view)
         handle = partial(KVHandle, view, seen=seen, settings=self.settings)
-        return handle(width=view.shape[3], observe=call), handle(width=view.shape[4])
+        return handle(width=view.shape[3], observe=self.observe), handle(width=view.shape[4])
 
     def _step(
         self, keys: Tensor | DeferredTensor, v: Tensor, cursor: Cursor
@@ -204,7 +203,7 @@ class SaccadeCache(Cache):
     def observer(self, observer: Observer | None) -> None:
         self._observer = observer
         for index, layer in enumerate(self._ours):
-            layer.observe = None if observer is None else _ordered(observer, index)
+            layer.observe = None if observer is None else partial(observer, index)
 
     @property
     def cursor(self) -> Cursor | None:
@@ -224,12 +223,3 @@ def _check_rope(run: Run) -> None:
             "this cache belongs to a run with other rotary positions than those in force for the "
             "model now. Use it inside its own attach, or make a cache with new_cache() here."
         )
-
-
-def _ordered(observer: Observer, layer: int) -> Callable[[KVView, Tensor, Tensor, float], None]:
-    """The observer of one layer, with the arguments in the order in which they become known."""
-
-    def observe(view: KVView, q: Tensor, lse: Tensor, scale: float) -> None:
-        observer(layer, q, view, lse, scale)
-
-    return observe

@@ -16,9 +16,10 @@ from torch import Tensor
 from saccade.cache import Cursor
 from saccade.core import KVView, Unsupported
 from saccade.hf.settings import AttentionSettings
+from saccade.ops import AttentionCall
 
-ObserveCall = Callable[[Tensor, Tensor, float], None]
-"""Called with q `[B, H, Lq, D]` (RoPE applied), lse `[B, H, Lq]` float32, and the softmax scale."""
+ObserveCall = Callable[[AttentionCall, Tensor], None]
+"""Called with the call that ran and its lse `[B, H, Lq]` float32."""
 
 
 class KVHandle:

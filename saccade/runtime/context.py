@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import RingCache
+from saccade.compress import ObservedQueries
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.compression import ObservationWindow, compress_cache
@@ -127,7 +128,7 @@ class Context:
         self,
         tokens: Sequence[int],
         next_token: NextToken | None,
-        observed: dict[int, tuple[Tensor, float]] | None,
+        observed: dict[int, ObservedQueries] | None,
     ) -> None:
         """Set what the caches hold, after they were restored or rolled back; see `runtime.session`.
 

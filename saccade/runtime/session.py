@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saccade.cache import snapshot
 from saccade.cache.base import CacheState
+from saccade.compress import ObservedQueries
 from saccade.core import BadInput
 from saccade.runtime.context import Context, NextToken
 from saccade.runtime.model import ModelFacts
@@ -67,13 +68,14 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         tensors |= {f"layer.{index}.{name}": x for name, x in state.tensors.items()}
     window = ctx.observation_window
     observed = None if window is None else window.state()
-    tensors |= {f"observed.{index}": q for index, (q, _) in (observed or {}).items()}
+    for index, queries in (observed or {}).items():
+        tensors |= {f"observed.{index}.{name}": x for name, x in _parts(queries, Tensor).items()}
     record = {
         **_identity(ctx),
         "sampler": _options(sampler),
         "next": None if ctx.next_token is None else asdict(ctx.next_token),
         "layers": described,
-        "observed": None if observed is None else {str(i): s for i, (_, s) in observed.items()},
+        "observed": observed and {str(i): _parts(q, float | int) for i, q in observed.items()},
     }
     write(Path(path), tensors, record)
 
@@ -111,11 +113,9 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
     sampler = Sampler(**record["sampler"])
     sampler.restore(file.tensors("sampler")[""].clone())
     tokens = file.tensors("tokens")[""].tolist()
-    scales = record["observed"]
-    observed: dict[int, tuple[Tensor, float]] | None = None
-    if scales is not None:  # copied, because tensors of the file are memory-mapped
-        queries, device = file.tensors("observed."), ctx.model.device
-        observed = {int(i): (queries[i].to(device, copy=True), s) for i, s in scales.items()}
+    observed: dict[int, ObservedQueries] | None = None
+    if record["observed"] is not None:
+        observed = {int(i): _queries(file, i, x, ctx) for i, x in record["observed"].items()}
     unread = record["next"]
     try:
         for index, (layer, part) in enumerate(zip(layers, saved, strict=True)):
@@ -126,6 +126,18 @@ def _restore(path: Path, file: SessionFile, ctx: Context) -> Sampler:
         raise
     ctx.resume(tokens, unread and NextToken(**unread), observed)
     return sampler
+
+
+def _parts(queries: ObservedQueries, kind: Any) -> dict[str, Any]:
+    """The fields of observed queries that are of this type."""
+    return {name: x for name, x in queries._asdict().items() if isinstance(x, kind)}
+
+
+def _queries(file: SessionFile, i: str, numbers: dict[str, Any], ctx: Context) -> ObservedQueries:
+    """Observed queries of layer i, copied, because tensors of the file are memory-mapped."""
+    tensors = file.tensors(f"observed.{i}.")
+    copied = {name: x.to(ctx.model.device, copy=True) for name, x in tensors.items()}
+    return ObservedQueries(**copied, **numbers)
 
 
 def _identity(ctx: Context) -> dict[str, Any]:
