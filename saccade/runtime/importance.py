@@ -7,11 +7,14 @@ received attention  attention weight of a token, averaged over layers, heads and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.compress import Received, received_attention
+from saccade.core import BadInput
 from saccade.ops import AttentionCall
 from saccade.runtime.context import Context
 
@@ -68,7 +71,9 @@ class ReceivedAttention:
         return torch.stack(shares).sum(0)
 
 
-def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_attention") -> Tensor:
+def token_importance(
+    ctx: Context, tokens: Sequence[int] | Tensor, *, kind: str = "received_attention"
+) -> Tensor:
     """Scores `[n]` for `compress_context`: ranks between 0 and 1 by one or both kinds.
 
     Args:
@@ -80,20 +85,38 @@ def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_atte
 
     Raises:
         ValueError: an unknown kind.
+        BadInput: a context that holds tokens or has a kv_policy.
     """
     kinds = ("self_information", "received_attention", "both")
     if kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(kinds)}.")
+    _check_context(ctx)
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
     received, ranks = ReceivedAttention(), list[Tensor]()
     ctx.cache.observer = received.observe if kind != "self_information" else None
-    if kind == "received_attention":
-        ctx.append(tokens)
-    else:
-        ranks.append(_ranks(self_information(ctx, tokens)))
-    ctx.cache.observer = None
+    try:
+        if kind == "received_attention":
+            ctx.append(ids)
+        else:
+            ranks.append(_ranks(self_information(ctx, ids)))
+    finally:
+        ctx.cache.observer = None
     if kind != "self_information":
         ranks.append(_ranks(received.scores()))
     return torch.stack(ranks).mean(0)
+
+
+def _check_context(ctx: Context) -> None:
+    if ctx.seen:
+        raise BadInput(
+            f"token_importance needs a context without tokens, this one has {ctx.seen}. "
+            "Call reset() first."
+        )
+    if ctx.params.kv_policy is not None:
+        raise BadInput(
+            f"token_importance needs a context without kv_policy, which observes the same layers, "
+            f"got {ctx.params.kv_policy!r}. Leave it out."
+        )
 
 
 def _ranks(scores: Tensor) -> Tensor:
