@@ -4,6 +4,10 @@ Keys are quantized per channel in groups of tokens, values per token; the newest
 precision until a full group of them can be quantized.  `hadamard_transform` is applied to keys and
 values first, which spreads outlier channels (QuaRot, arXiv 2404.00456); the operator applies it to
 queries and output.  Kernels dequantize tile by tile; no dequantized copy of the history exists.
+
+Numbers beyond float16 are refused, since scales and offsets are float16.  A token with a NaN in its
+key or value (padding may hold anything) changes no other token; a query that does attend to it gets
+NaN, as without quantization: the token's value is stored as NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
 from saccade.cache.dense import extended
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
-from saccade.core.formats import FP8, QuantizedTensor
+from saccade.core.formats import FP8, LARGEST, QuantizedTensor
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.kv_write.quantize import quantize_keys_into, quantize_values_into
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 GROWTH_STEP = 1024
+SMALLEST = 2.0**-14
+"""Where the largest number is smaller, the smallest step of float16 would be too coarse for it."""
 
 
 class QuantizedCache:
@@ -86,6 +92,8 @@ class QuantizedCache:
         """Store a chunk; see LayerCache.  The view holds the new chunk in full precision."""
         if self._hadamard:
             k, v = hadamard_transform(k), hadamard_transform(v)
+            if k.dtype == torch.float16:
+                _check_magnitude(k, v)  # the transform can overflow
         self._allocate(k, v)
         assert self._recent_k is not None and self._recent_v is not None
         self._quantize_oldest(self._num_recent - self._min_recent)
@@ -263,6 +271,7 @@ class QuantizedCache:
         count = k.shape[2]
         if not count:
             return
+        _check_magnitude(k, v)
         self._make_room(self._num_quantized + count)
         assert self._k is not None and self._v is not None
         tokens = slice(self._num_quantized, self._num_quantized + count)
@@ -272,6 +281,8 @@ class QuantizedCache:
         quantize_keys_into(k, self._with_dtype(keys), bits=self._bits_k, group=self._group)
         v_group = self._v_group(v.shape[3])
         quantize_values_into(v, self._with_dtype(values), bits=self._bits_v, group=v_group)
+        unknown = k.isnan().any(-1, keepdim=True) | v.isnan().any(-1, keepdim=True)
+        values.offset.masked_fill_(unknown, torch.nan)
         self._num_quantized += count
 
     def _stored_view(self) -> QuantizedKV:
@@ -349,3 +360,17 @@ class QuantizedCache:
             *(extended(s, groups) for s in self._k[1:]),
         )
         self._v = QuantizedTensor(*(extended(part, capacity) for part in self._v))
+
+
+def _check_magnitude(k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless float16 scales can hold these keys and values; NaN is no matter."""
+    for name, x in (("keys", k), ("values", v)):
+        if x.is_meta or not x.numel():
+            continue
+        largest = float(x.abs().nan_to_num(0.0, posinf=torch.inf).amax())
+        if largest > LARGEST or 0 < largest < SMALLEST:
+            raise ValueError(
+                f"a quantized cache takes {name} of magnitudes between {SMALLEST:.2g} and "
+                f"{LARGEST:.0f}, since its scales are float16, got {largest:.3g}. Leave out "
+                "type_k and type_v."
+            )

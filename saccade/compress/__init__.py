@@ -5,12 +5,13 @@ A new policy is one file and one line in POLICIES, where the contract test finds
 
 from saccade.compress.policy import (
     LayerObservation,
+    ObservedQueries,
     Policy,
     resolve_budget,
     select,
     select_across_heads,
 )
-from saccade.compress.received import received_attention
+from saccade.compress.received import Received, received_attention
 from saccade.compress.snapkv import AdaSnapKV, SnapKV
 from saccade.compress.tokens import compress_context
 
@@ -20,7 +21,9 @@ __all__ = [
     "POLICIES",
     "AdaSnapKV",
     "LayerObservation",
+    "ObservedQueries",
     "Policy",
+    "Received",
     "SnapKV",
     "compress_context",
     "received_attention",

@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from saccade.core import KeyRange, KVView, Mask
+from saccade.core.kv import KVTile
+from saccade.ops import AttentionCall
+from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
 
 K_TILE = 512
 
 
-def received_attention(q: Tensor, kv: KVView, lse: Tensor, scale: float) -> Tensor:
-    """Attention weight of each key, summed over heads and over these queries.
+class Received(NamedTuple):
+    """What the keys of a call received from its queries, float32 `[B, end]` each.
+
+    Attributes:
+        mass: attention weight, summed over heads and queries.
+        queries: queries for which the key is in reach: by the mask and padding, whether or not a
+            block selection read it.
+    """
+
+    mass: Tensor
+    queries: Tensor
+
+
+def received_attention(call: AttentionCall, lse: Tensor) -> Received:
+    """What each key of a call received; the weights are those the operator itself used.
+
+    Mask, padding, softcap, bias and block selection are those of the call.  The mass of a query
+    and head is 1 in all, less the share of a learned sink.
 
     Args:
-        q: the newest queries `[B, H, t, D]`, at the last t positions of the view.
-        kv: the view they attended to, causally.
+        call: one that was run, not packed (`cu_seqlens`).
         lse: `[B, H, t]`, as the operator returned it; with it the weights need no second softmax.
-        scale: softmax scale.
 
-    Returns:
-        float32 `[B, end]`.  Memory is O(length): keys are read tile by tile.
+    Memory is O(length): keys are read tile by tile.
 
     Source: Zhang et al., H2O, 2023 (arXiv 2306.14048), which sums the same weights.
     """
-    batch, kv_heads, end, _, _ = kv.shape
-    length = q.shape[2]
-    grouped = q.float().unflatten(1, (kv_heads, -1)) * scale
-    norm = lse.unflatten(1, (kv_heads, -1))[..., None]
-    q_pos = torch.arange(end - length, end, device=q.device)[:, None]
-    mass = torch.zeros(batch, end, device=q.device)
-    for tile in kv.tiles((KeyRange(0, end),), K_TILE):
-        weights = (grouped @ tile.k.float()[:, :, None].mT - norm).exp()
-        visible = Mask().allows(q_pos, tile.positions[0, 0][None])
-        mass[:, tile.positions[0, 0]] += weights.where(visible, 0).sum((1, 2, 3))
-    return mass
+    batch, _, end, _, _ = call.kv.shape
+    length = call.q.shape[2]
+    mass, queries = torch.zeros(2, batch, end, device=call.q.device)
+    reach = call.with_(blocks=None)
+    for tile in call.kv.tiles(call.mask.key_ranges(*call.q_bounds(0, length), end), K_TILE):
+        weights = attention_weights(call, tile, lse).sum((2, 3))  # [B, Hkv, t]
+        at = tile.positions.clamp_min(0).expand(weights.shape)
+        mass.scatter_add_(1, at.flatten(1), weights.flatten(1))
+        seen = visible_pairs(reach, 0, length, tile).any(2).sum(2).float()  # [B | 1, Hkv | 1, t]
+        share = seen.expand(weights.shape) / weights.shape[1]
+        queries.scatter_add_(1, at.flatten(1), share.flatten(1))
+    return Received(mass, queries)
+
+
+def attention_weights(call: AttentionCall, tile: KVTile, lse: Tensor) -> Tensor:
+    """Weights of all queries of a call on the keys of a tile, `[B, Hkv, G, Lq, t]`, float32.
+
+    Args:
+        lse: `[B, H, Lq]` over all keys of the call.
+    """
+    length = call.q.shape[2]
+    q = call.queries(0, length).unflatten(1, (-1, call.num_groups))
+    k, _ = real_kv(call, tile, q.dtype)
+    scores = q @ k[:, :, None].mT * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    bias = bias_of(call, 0, length, tile)
+    scores = scores if bias is None else scores + bias
+    visible = visible_pairs(call, 0, length, tile)
+    norm = lse.unflatten(1, (-1, call.num_groups))[..., None]
+    return (scores - norm).exp().where(visible, 0).float()

@@ -9,6 +9,10 @@ float16 (KIVI, arXiv 2402.02750: keys have outlier channels, values do not):
 Eight-bit data may be floating point instead (`float8_e4m3fn`, -448 to 448), with the offset in the
 middle of the group; the dtype of `qdata` tells which of the two it is.
 
+A value is off by half a step of its group at most.  A step is at least 2^-24 and the numbers are at
+most 65504, the ends of float16.  NaN does not change the scale and offset of its group; what is
+stored in its place is some number, so whoever needs to know marks it (`cache.QuantizedCache`).
+
 Two four-bit values share a byte: byte d holds channel d in its low nibble and channel d + dim/2 in
 its high nibble, so that a kernel unpacks two contiguous half-heads with a mask and a shift.
 """
@@ -34,6 +38,10 @@ class QuantizedTensor(NamedTuple):
     offset: Tensor
 
 
+TINY: Final = 2.0**-24
+"""The smallest step that float16 holds."""
+LARGEST: Final = torch.finfo(torch.float16).max
+"""The largest magnitude that can be quantized, 65504."""
 FP8: Final = torch.float8_e4m3fn
 FP8_MAX: Final = torch.finfo(FP8).max
 """Largest finite float8_e4m3fn, 448."""
@@ -54,23 +62,44 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat((packed & 15, packed >> 4), dim=-1)
 
 
+def _bounds(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest number along `dim` (kept with size 1), float32; NaN does not count."""
+    unseen = x.isnan()
+    low = x.masked_fill(unseen, torch.inf).amin(dim, keepdim=True).float()
+    high = x.masked_fill(unseen, -torch.inf).amax(dim, keepdim=True).float()
+    empty = low > high
+    return low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+
+
+def _half_below(x: Tensor) -> Tensor:
+    """The float16 next to float32 `x` that is not above it."""
+    near = x.half()
+    return near.where(near.float() <= x, (x - x.abs() * 2.0**-11 - 2.0**-25).half())
+
+
+def _half_scale(x: Tensor) -> Tensor:
+    """The float16 next to a step `x` >= 0 that is not below it, so that no value is cut off."""
+    near = x.clamp_min(TINY).half()
+    return near.where(near.float() >= x, (x + x * 2.0**-11 + 2.0**-25).half())
+
+
 def _quantize_integers(x: Tensor, dim: int, bits: int) -> QuantizedTensor:
     """Affine integers of x with one scale and offset along `dim` (kept with size 1)."""
-    low, high = x.amin(dim, keepdim=True).float(), x.amax(dim, keepdim=True).float()
+    low, high = _bounds(x, dim)
     # Dequantization uses the stored float16 scale and offset, so round them before quantizing.
-    offset = low.half()
-    scale = ((high - offset.float()) / (2**bits - 1)).clamp_min(2.0**-24).half()
+    offset = _half_below(low)
+    scale = _half_scale((high - offset.float()) / (2**bits - 1))
     qdata = ((x.float() - offset.float()) / scale.float()).round().clamp(0, 2**bits - 1)
-    return QuantizedTensor(qdata, scale, offset)
+    return QuantizedTensor(qdata.nan_to_num(0.0), scale, offset)
 
 
 def _quantize_fp8(x: Tensor, dim: int) -> QuantizedTensor:
     """fp8 values of x with one scale and offset along `dim`: the middle is 0, the ends +-448."""
-    low, high = x.amin(dim, keepdim=True).float(), x.amax(dim, keepdim=True).float()
+    low, high = _bounds(x, dim)
     offset = ((low + high) / 2).half()
     largest = torch.maximum(high - offset.float(), offset.float() - low)
-    scale = (largest / FP8_MAX).clamp_min(2.0**-24).half()
-    qdata = (x.float() - offset.float()) / scale.float()
+    scale = _half_scale(largest / FP8_MAX)
+    qdata = ((x.float() - offset.float()) / scale.float()).nan_to_num(0.0)
     return QuantizedTensor(qdata.clamp(-FP8_MAX, FP8_MAX).to(FP8), scale, offset)
 
 

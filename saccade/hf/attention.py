@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from saccade.cache import Cursor
-from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
+from saccade.core import DenseKV, KVView, Mask, Unsupported
 from saccade.core.host_memo import HostMemo
 from saccade.hf.deferred_rope import materialize
 from saccade.hf.handle import KVHandle, check_window, paired
 from saccade.hf.mask import SpecMask
 from saccade.hf.settings import AttentionSettings, settings_of
-from saccade.ops import attend, make_call
+from saccade.ops import AttentionCall, attend, make_call
 
 _UNSUPPORTED = {
     "position_bias": "adds a learned position bias to the scores (T5 and similar)",
@@ -82,9 +82,10 @@ def saccade_attention(
         args = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "wants_lse": bool(observe)}
-    result = _attended(query, _narrowed(args, settings), settings, options)
+    call = _call(query, _narrowed(args, settings), settings, options)
+    result = attend(call, backend=settings.backend)
     if observe is not None:
-        observe(query.detach(), result.lse.detach(), scale)
+        observe(call, result.lse.detach())
     return result.out.transpose(1, 2).contiguous(), None
 
 
@@ -94,12 +95,12 @@ def _own_mask(module: nn.Module, is_causal: bool | None, window: int | None) -> 
     return Mask(causal=causal, window=window if causal else None)
 
 
-def _attended(
+def _call(
     query: Tensor,
     args: AttentionArgs,
     settings: AttentionSettings,
     options: dict[str, Any],
-) -> AttentionOutput:
+) -> AttentionCall:
     """The call of the operator; `options` are those of the scores and `wants_lse`."""
     blocks = None
     if settings.sparse is not None:
@@ -108,20 +109,17 @@ def _attended(
                 "sparse patterns need the position of the queries on the host. Use Context.append."
             )
         blocks = settings.sparse.select(query, args.kv, args.q_offset)
-    return attend(
-        make_call(
-            query,
-            args.kv,
-            mask=args.mask,
-            key_padding=args.key_padding,
-            kv_lens=args.kv_lens,
-            cu_seqlens=args.cu_seqlens,
-            attn_mask=args.attn_mask,
-            q_offset=None if args.cu_seqlens is not None else args.q_offset,
-            blocks=blocks,
-            **options,
-        ),
-        backend=settings.backend,
+    return make_call(
+        query,
+        args.kv,
+        mask=args.mask,
+        key_padding=args.key_padding,
+        kv_lens=args.kv_lens,
+        cu_seqlens=args.cu_seqlens,
+        attn_mask=args.attn_mask,
+        q_offset=None if args.cu_seqlens is not None else args.q_offset,
+        blocks=blocks,
+        **options,
     )
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
 from saccade.cache import Cursor, LayerCache, StateCache, SteppingCache
-from saccade.core import KVView, Unsupported
+from saccade.core import Unsupported
 from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
 from saccade.hf.layers import LayerKind, layer_kinds
@@ -52,7 +52,7 @@ class SaccadeCacheLayer(CacheLayerMixin):
         self.window = window
         self.settings = settings
         self.rebuilt = False
-        self.observe: Callable[[KVView, Tensor, Tensor, float], None] | None = None
+        self.observe: ObserveCall | None = None
         self.cursor: Cursor | None = None
         self.is_sliding = window is not None
         self.is_croppable = window is None
@@ -80,7 +80,6 @@ class SaccadeCacheLayer(CacheLayerMixin):
         self._batch = key_states.shape[0]
         view = self.store.append(key_states.detach(), value_states.detach())
         seen = self.store.seen
-        call: ObserveCall | None = None if self.observe is None else partial(self.observe, view)
         handle = partial(
             KVHandle,
             view,
@@ -90,7 +89,8 @@ class SaccadeCacheLayer(CacheLayerMixin):
             like=key_states.dtype,
             rebuilt=self._note_rebuilt,
         )
-        return handle(width=view.shape[3], observe=call), handle(width=view.shape[4], values=True)
+        keys = handle(width=view.shape[3], observe=self.observe)
+        return keys, handle(width=view.shape[4], values=True)
 
     def _note_rebuilt(self) -> None:
         self.rebuilt = True
@@ -304,7 +304,7 @@ class SaccadeCache(Cache):
         self._observer = observer
         for layer in self._ours:
             index = self._stores.index(layer.store)
-            layer.observe = None if observer is None else _ordered(observer, index)
+            layer.observe = None if observer is None else partial(observer, index)
 
     @property
     def cursor(self) -> Cursor | None:
@@ -332,12 +332,3 @@ def _check_rope(run: Run) -> None:
             "this cache belongs to a run with other rotary positions than those in force for the "
             "model now. Use it inside its own attach, or make a cache with new_cache() here."
         )
-
-
-def _ordered(observer: Observer, layer: int) -> Callable[[KVView, Tensor, Tensor, float], None]:
-    """The observer of one layer, with the arguments in the order in which they become known."""
-
-    def observe(view: KVView, q: Tensor, lse: Tensor, scale: float) -> None:
-        observer(layer, q, view, lse, scale)
-
-    return observe

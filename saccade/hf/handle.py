@@ -19,10 +19,11 @@ from saccade.cache import Cursor
 from saccade.core import DenseKV, KVView, Unsupported
 from saccade.core.kv import dense
 from saccade.hf.settings import AttentionSettings
+from saccade.ops import AttentionCall
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
-ObserveCall = Callable[[Tensor, Tensor, float], None]
-"""Called with q `[B, H, Lq, D]` (RoPE applied), lse `[B, H, Lq]` float32, and the softmax scale."""
+ObserveCall = Callable[[AttentionCall, Tensor], None]
+"""Called with the call that ran and its lse `[B, H, Lq]` float32."""
 
 
 class KVHandle:

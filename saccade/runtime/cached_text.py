@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import RingCache, ShiftKeys
+from saccade.compress import ObservedQueries
 from saccade.core import Unsupported
 from saccade.runtime.compression import ObservationWindow, compress_cache
 from saccade.runtime.model import Model, ModelCache
@@ -28,8 +29,8 @@ from saccade.runtime.rollback import checkpoint, reachable, roll_back, undo_read
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
 
-Observed = dict[int, tuple[Tensor, float]]
-"""State of an observation window: queries and softmax scale of each layer."""
+Observed = dict[int, ObservedQueries]
+"""State of an observation window: the newest queries of each layer."""
 
 
 class NextToken(NamedTuple):
@@ -323,7 +324,10 @@ class CachedText:
         if observed is None:
             return None
         shifts = self._shifts()
-        return {i: (shifts(i)(q, -count), s) for i, (q, s) in observed.items()}
+        return {
+            i: queries._replace(q=shifts(i)(queries.q, -count), blocks=None, k_block=0)
+            for i, queries in observed.items()
+        }  # blocks of keys are others after a shift
 
     def _shifts(self) -> Callable[[int], ShiftKeys]:
         """From a layer to the function that moves its keys, under the tables that they have."""

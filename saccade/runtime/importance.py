@@ -7,11 +7,15 @@ received attention  attention weight of a token, averaged over layers, heads and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.compress import received_attention
-from saccade.core import KVView
+from saccade.compress import Received, received_attention
+from saccade.core import BadInput
+from saccade.ops import AttentionCall
 from saccade.runtime.context import Context
 
 HEAD_CHUNK = 64
@@ -46,24 +50,30 @@ class ReceivedAttention:
     """Observer that sums the attention every token receives; see `received_attention`."""
 
     def __init__(self) -> None:
-        self._mass = torch.zeros(0)
+        self._layers: dict[int, Received] = {}
 
-    def observe(self, layer: int, q: Tensor, kv: KVView, lse: Tensor, scale: float) -> None:
+    def observe(self, layer: int, call: AttentionCall, lse: Tensor) -> None:
         """Add one chunk of one layer (batch 1); see `runtime.model.Observer`."""
-        mass = received_attention(q, kv, lse, scale)[0].cpu()
-        if len(mass) > len(self._mass):
-            grown = torch.zeros(len(mass))
-            grown[: len(self._mass)] = self._mass
-            self._mass = grown
-        self._mass[: len(mass)] += mass
+        new = Received(*(x[0].cpu() for x in received_attention(call, lse)))
+        older = self._layers.get(layer)
+        if older is not None:
+            grown = (F.pad(x, (0, len(new.mass) - len(x))) for x in older)
+            new = Received(*map(torch.add, new, grown))
+        self._layers[layer] = new
 
     def scores(self) -> Tensor:
-        """Attention received, divided by the number of queries that attend to the token, `[n]`."""
-        length = len(self._mass)
-        return self._mass / torch.arange(length, 0, -1)
+        """Attention received, divided by the number of queries in reach, summed over layers `[n]`.
+
+        A query of a sliding layer reaches the keys of its window alone, so tokens are compared by
+        what the queries gave that could have given something.
+        """
+        shares = [x.mass / x.queries.clamp_min(1) for x in self._layers.values()]
+        return torch.stack(shares).sum(0)
 
 
-def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_attention") -> Tensor:
+def token_importance(
+    ctx: Context, tokens: Sequence[int] | Tensor, *, kind: str = "received_attention"
+) -> Tensor:
     """Scores `[n]` for `compress_context`: ranks between 0 and 1 by one or both kinds.
 
     Args:
@@ -75,20 +85,38 @@ def token_importance(ctx: Context, tokens: Tensor, *, kind: str = "received_atte
 
     Raises:
         ValueError: an unknown kind.
+        BadInput: a context that holds tokens or has a kv_policy.
     """
     kinds = ("self_information", "received_attention", "both")
     if kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(kinds)}.")
+    _check_context(ctx)
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
     received, ranks = ReceivedAttention(), list[Tensor]()
     ctx.cache.observer = received.observe if kind != "self_information" else None
-    if kind == "received_attention":
-        ctx.append(tokens)
-    else:
-        ranks.append(_ranks(self_information(ctx, tokens)))
-    ctx.cache.observer = None
+    try:
+        if kind == "received_attention":
+            ctx.append(ids)
+        else:
+            ranks.append(_ranks(self_information(ctx, ids)))
+    finally:
+        ctx.cache.observer = None
     if kind != "self_information":
         ranks.append(_ranks(received.scores()))
     return torch.stack(ranks).mean(0)
+
+
+def _check_context(ctx: Context) -> None:
+    if ctx.seen:
+        raise BadInput(
+            f"token_importance needs a context without tokens, this one has {ctx.seen}. "
+            "Call reset() first."
+        )
+    if ctx.params.kv_policy is not None:
+        raise BadInput(
+            f"token_importance needs a context without kv_policy, which observes the same layers, "
+            f"got {ctx.params.kv_policy!r}. Leave it out."
+        )
 
 
 def _ranks(scores: Tensor) -> Tensor:

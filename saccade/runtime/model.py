@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cursor, LayerCache
-from saccade.core import KVView
+from saccade.ops import AttentionCall
 from saccade.runtime.params import ContextParams
 
-Observer = Callable[[int, Tensor, KVView, Tensor, float], None]
-"""Called after the attention of each layer with (layer, q, view, lse, scale).
+Observer = Callable[[int, AttentionCall, Tensor], None]
+"""Called after the attention of each layer with (layer, the call that ran, its lse).
 
-q `[B, H, t, D]` after RoPE, lse `[B, H, t]` float32.
+The call has queries after RoPE, the view of the keys, mask, softcap, learned sinks and block
+selection; lse `[B, H, t]` is float32.
 """
 
 

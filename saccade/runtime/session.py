@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saccade.cache import snapshot
 from saccade.cache.base import CacheState
+from saccade.compress import ObservedQueries
 from saccade.core import BadInput, Unsupported
 from saccade.runtime.cached_text import CachedText, Held, NextToken, Observed
 from saccade.runtime.context import Context
@@ -82,7 +83,8 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         described.append({"kind": kind, "settings": state.settings, "progress": state.progress})
         tensors |= {f"layer.{index}.{name}": x for name, x in state.tensors.items()}
     observed = held.observed
-    tensors |= {f"observed.{index}": q for index, (q, _) in (observed or {}).items()}
+    for index, queries in (observed or {}).items():
+        tensors |= {f"observed.{index}.{name}": x for name, x in _parts(queries, Tensor).items()}
     identity, key = _identity(ctx)
     record = {
         **identity,
@@ -91,7 +93,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         "next": None if held.next_token is None else held.next_token._asdict(),
         "compressed_at": held.compressed_at,
         "layers": described,
-        "observed": None if observed is None else {str(i): s for i, (_, s) in observed.items()},
+        "observed": observed and {str(i): _parts(q, float | int) for i, q in observed.items()},
     }
     write(Path(path), tensors, record, key=key)
 
@@ -137,10 +139,7 @@ class _Like:
         probe = CachedText(ctx.model, ctx.params)
         probe.read(torch.zeros(1, dtype=torch.int64), wanted=1)
         self.layers = [_without_memory(layer.state()) for layer in probe.cache.stores]
-        self.observed = {
-            index: (q.to("meta"), scale)
-            for index, (q, scale) in (probe.held.observed or {}).items()
-        }
+        self.observed = probe.held.observed or {}
 
 
 def _without_memory(state: CacheState) -> CacheState:
@@ -171,7 +170,7 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
     observed = _observed(file, record["observed"], like, ctx.model.device)
     following = _next_token(record["next"], vocab_size)
     logits = _logits(file, vocab_size, ctx.model.device)
-    unread -= {"sampler", "tokens", "logits", *(f"observed.{i}" for i in observed or ())}
+    unread -= {"sampler", "tokens", "logits", *_names_of(observed)}
     at = record["compressed_at"]
     if unread or type(at) is not int or not 0 <= at <= len(tokens):
         raise ValueError(f"tensors that belong to nothing: {sorted(unread)}, or compressed at {at}")
@@ -216,23 +215,52 @@ def _logits(file: SessionFile, vocab_size: int, device: torch.device) -> Tensor 
 
 
 def _observed(
-    file: SessionFile, scales: Mapping[str, float] | None, like: _Like, device: torch.device
+    file: SessionFile, saved: Mapping[str, Any] | None, like: _Like, device: torch.device
 ) -> Observed | None:
     """The observation window, where a kv_policy was observing."""
-    if scales is None:
+    if saved is None:
         return None
     found: Observed = {}
-    for name, scale in scales.items():
-        q, (expected, own) = file.tensor(f"observed.{name}"), like.observed[int(name)]
-        shape = (*expected.shape[:2], q.shape[2], expected.shape[3])
-        if q.shape != shape or q.dtype != expected.dtype or scale != own or not q.shape[2]:
-            raise ValueError("observed queries of another shape")
-        if not q.isfinite().all():
-            raise ValueError("observed queries that are no numbers")
-        found[int(name)] = q.to(device), scale
+    for name, numbers in saved.items():
+        tensors = file.tensors(f"observed.{name}.")
+        _check_queries(tensors, numbers, like.observed[int(name)])
+        copied = {part: x.to(device, copy=True) for part, x in tensors.items()}
+        found[int(name)] = ObservedQueries(**copied, **numbers)
     if found and set(found) != set(like.observed):
         raise ValueError("queries of other layers than are observed")
     return found
+
+
+def _names_of(observed: Observed | None) -> list[str]:
+    """Names in the file of the tensors of the observation window."""
+    return [
+        f"observed.{index}.{name}"
+        for index, queries in (observed or {}).items()
+        for name in _parts(queries, Tensor)
+    ]
+
+
+def _check_queries(
+    tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], like: ObservedQueries
+) -> None:
+    """Raise ValueError unless these are the parts of queries that this layer can have observed."""
+    if dict(numbers) != _parts(like, float | int) or tensors.keys() != _parts(like, Tensor).keys():
+        raise ValueError("queries that were observed of another layer")
+    for name, expected in _parts(like, Tensor).items():
+        found = tensors[name]
+        free = {"q": (2,), "blocks": (2, 3)}.get(name, ())
+        shape = [n if i in free else m for i, (n, m) in enumerate(
+            zip(found.shape, expected.shape, strict=True)
+        )]  # fmt: skip
+        if list(found.shape) != shape or found.dtype != expected.dtype or not found.numel():
+            raise ValueError("observed queries of another shape")
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError("observed queries that are no numbers")
+
+
+def _parts(queries: ObservedQueries, kind: Any) -> dict[str, Any]:
+    """The fields of observed queries that are of this type."""
+    return {name: x for name, x in queries._asdict().items() if isinstance(x, kind)}
 
 
 def _identity(ctx: Context) -> tuple[dict[str, Any], bytes]:

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from saccade.cache import DenseCache, RingCache, make_layer_cache
 from saccade.core import Unsupported
 from saccade.hf import KEY, HFModel, SaccadeCache, attach
+from saccade.hf.layers import layer_windows
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import WINDOW, tiny_config, tiny_model
 
@@ -160,14 +161,16 @@ def test_layers_without_softmax_attention_are_refused():
 def test_observer_sees_every_call(ids):
     model = tiny_model(tiny_config("gemma3"), KEY)
     cache, calls = exact_cache(model), []
-    cache.observer = lambda layer, q, kv, lse, scale: calls.append((layer, q, kv.shape, lse, scale))
+    cache.observer = lambda *seen: calls.append(seen)
     model(ids, past_key_values=cache)
     cache.observer = None
     model(ids[:, :1], past_key_values=cache)
     assert [call[0] for call in calls] == [0, 1, 2, 3]
-    _, q, shape, lse, scale = calls[-1]
-    assert q.shape == (2, 4, 24, 16) and shape == (2, 2, 24, 16, 16) and lse.shape == (2, 4, 24)
-    assert scale == 0.25 and lse.isfinite().all()
+    _, call, lse = calls[-1]
+    assert call.q.shape == (2, 4, 24, 16) and call.kv.shape == (2, 2, 24, 16, 16)
+    assert call.scale == 0.25 and lse.shape == (2, 4, 24) and lse.isfinite().all()
+    windows = [call.mask.window for _, call, _ in calls]
+    assert windows == list(layer_windows(model.config)) and len(set(windows)) == 2
 
 
 @torch.no_grad()

@@ -121,6 +121,10 @@ def empty_storage(shape, bits, fp8, rows, groups):
 def test_quantizing_is_the_definition(bits, fp8, dim, group, dtype):
     x = torch.randn(2, 3, 4 * group, dim).to(dtype)
     x[0, 0, :group] = 0.25  # a group without any range
+    x[0, 1, :group] = 1000.3
+    x[0, 2, 1], x[1, 0, :group, 1] = torch.nan, torch.nan
+    x[1, 1] *= 1e-6  # steps below the smallest of float16
+    x[1, 2] *= 1e4
     v_group = dim if dim % group else group
     for quantize_into, quantize, rows, groups, of in (
         (quantize_keys_into, quantize_keys, 4, dim, group),

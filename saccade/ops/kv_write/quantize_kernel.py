@@ -18,33 +18,60 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.core.formats import FP8, FP8_MAX, QuantizedTensor
+from saccade.core.formats import TINY as SMALLEST_STEP
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, quantized_strided, strided, unit_rows
 from saccade.ops.gpu.triton_lang import head_pointer
 
 TOKENS = 32  # of a program that quantizes values or dequantizes
-TINY = tl.constexpr(2.0**-24)  # the smallest scale float16 holds
+TINY = tl.constexpr(SMALLEST_STEP)
 FP8_LARGEST = tl.constexpr(FP8_MAX)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to integers, ties to even
 
 
 @triton.jit
+def half_below(x):
+    """The float16 next to float32 `x` that is not above it."""
+    near = x.to(tl.float16)
+    below = (x - tl.abs(x) * 0.00048828125 - 2.98023223876953125e-8).to(tl.float16)
+    return tl.where(near.to(tl.float32) <= x, near, below)
+
+
+@triton.jit
+def half_scale(x):
+    """The float16 next to a step `x` >= 0 that is not below it, so that no value is cut off."""
+    near = tl.maximum(x, TINY).to(tl.float16)
+    above = (x + x * 0.00048828125 + 2.98023223876953125e-8).to(tl.float16)
+    return tl.where(near.to(tl.float32) >= x, near, above)
+
+
+@triton.jit
+def numbers(x, keep, other):
+    """`x` where it is kept and not NaN, else `other`."""
+    return tl.where(keep & (x == x), x, other)  # noqa: PLR0124
+
+
+@triton.jit
 def offset_and_scale(low, high, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """(offset, scale) in float16 of groups whose values lie between `low` and `high`."""
+    """(offset, scale) in float16 of groups whose values lie between `low` and `high`.
+
+    A group without a number has low = inf and high = -inf.
+    """
+    empty = low > high
+    low, high = tl.where(empty, 0.0, low), tl.where(empty, 0.0, high)
     if IS_FP8:
         offset = ((low + high) / 2).to(tl.float16)
         middle = offset.to(tl.float32)
-        scale = tl.div_rn(tl.maximum(high - middle, middle - low), FP8_LARGEST)
-    else:
-        offset = low.to(tl.float16)
-        scale = tl.div_rn(high - offset.to(tl.float32), LEVELS * 1.0)
-    return offset, tl.maximum(scale, TINY).to(tl.float16)
+        return offset, half_scale(tl.div_rn(tl.maximum(high - middle, middle - low), FP8_LARGEST))
+    offset = half_below(low)
+    return offset, half_scale(tl.div_rn(high - offset.to(tl.float32), LEVELS * 1.0))
 
 
 @triton.jit
 def quantize(x, offset, scale, LEVELS: tl.constexpr, IS_FP8: tl.constexpr):
-    """Quantized values, as float32."""
+    """Quantized values, as float32; 0 for NaN."""
     q = tl.div_rn(x - offset.to(tl.float32), scale.to(tl.float32))
+    q = numbers(q, True, 0.0)
     if IS_FP8:
         return tl.minimum(tl.maximum(q, -FP8_LARGEST), FP8_LARGEST)
     return tl.minimum(tl.maximum((q + ROUND) - ROUND, 0.0), LEVELS)
@@ -82,11 +109,12 @@ def quantize_keys_kernel(x, storage, heads, GROUP: tl.constexpr, BLOCK: tl.const
     high = tl.load(x_at + HALF, mask=keep, other=0.0).to(tl.float32)
     least, most = float("inf"), float("-inf")
     low_offset, low_scale = offset_and_scale(
-        tl.min(tl.where(keep, low, least), 0), tl.max(tl.where(keep, low, most), 0), LEVELS, IS_FP8
-    )
+        tl.min(numbers(low, keep, least), 0),
+        tl.max(numbers(low, keep, most), 0), LEVELS, IS_FP8,
+    )  # fmt: skip
     high_offset, high_scale = offset_and_scale(
-        tl.min(tl.where(keep, high, least), 0), tl.max(tl.where(keep, high, most), 0), LEVELS,
-        IS_FP8,
+        tl.min(numbers(high, keep, least), 0),
+        tl.max(numbers(high, keep, most), 0), LEVELS, IS_FP8,
     )  # fmt: skip
     low = quantize(low, low_offset[None, :], low_scale[None, :], LEVELS, IS_FP8)
     high = quantize(high, high_offset[None, :], high_scale[None, :], LEVELS, IS_FP8)
@@ -121,10 +149,10 @@ def quantize_values_kernel(x, storage, heads, length, TOKENS: tl.constexpr, HALF
     high = tl.load(x_at + HALF, mask=keep, other=0.0).to(tl.float32)
     inside = (dims < HALF)[None, :]
     shape: tl.constexpr = (TOKENS, GROUPS, WIDTH)
-    low_min = tl.min(tl.where(inside, low, float("inf")).reshape(shape), 2)
-    low_max = tl.max(tl.where(inside, low, float("-inf")).reshape(shape), 2)
-    high_min = tl.min(tl.where(inside, high, float("inf")).reshape(shape), 2)
-    high_max = tl.max(tl.where(inside, high, float("-inf")).reshape(shape), 2)
+    low_min = tl.min(numbers(low, inside, float("inf")).reshape(shape), 2)
+    low_max = tl.max(numbers(low, inside, float("-inf")).reshape(shape), 2)
+    high_min = tl.min(numbers(high, inside, float("inf")).reshape(shape), 2)
+    high_max = tl.max(numbers(high, inside, float("-inf")).reshape(shape), 2)
     if WHOLE_HEAD:
         low_min, low_max = tl.minimum(low_min, high_min), tl.maximum(low_max, high_max)
         high_min, high_max = low_min, low_max
