@@ -14,19 +14,14 @@ from torch import Tensor, nn
 
 from saccade.cache import Cursor
 from saccade.core import DenseKV, KVView, Mask, Unsupported
-from saccade.core.host_memo import HostMemo
 from saccade.hf.deferred_rope import materialize
+from saccade.hf.dense_mask import boolean_mask, check_values
+from saccade.hf.extra_arguments import check_arguments
 from saccade.hf.handle import KVHandle, check_window, paired
-from saccade.hf.mask import SpecMask
+from saccade.hf.mask import SpecMask, is_traced
+from saccade.hf.packing import packed_seqlens, same_sequence
 from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import AttentionCall, attend, make_call
-
-_UNSUPPORTED = {
-    "position_bias": "adds a learned position bias to the scores (T5 and similar)",
-    "indices": "selects single keys by an indexer (DeepSeek sparse attention)",
-    "block_indices": "selects blocks of keys by an indexer (MiniMax sparse attention)",
-    "block_table": "runs in transformers' continuous batching",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +65,11 @@ def saccade_attention(
     Raises:
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
-    _check_supported(module, dropout, kwargs)
+    check_arguments(module, dropout, kwargs)
     query, own = materialize(query), _own_mask(module, is_causal, sliding_window)
     key, value = paired(key, value)
+    if isinstance(attention_mask, SpecMask):
+        attention_mask = attention_mask.in_force()
     settings, observe = settings_of(module), None
     if isinstance(key, KVHandle):
         settings, observe = key.settings or settings, key.observe
@@ -89,10 +86,14 @@ def saccade_attention(
     return result.out.transpose(1, 2).contiguous(), None
 
 
-def _own_mask(module: nn.Module, is_causal: bool | None, window: int | None) -> Mask:
-    """The mask that the model itself implies; used where transformers passes none."""
+def _own_mask(module: nn.Module, is_causal: bool | None, window: Any) -> Mask:
+    """The mask that the model itself implies; used where transformers passes none.
+
+    A window that is no number of keys (None, 0, -1) is none, as for transformers' own masks.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return Mask(causal=causal, window=window if causal else None)
+    narrows = causal and isinstance(window, int) and window > 0
+    return Mask(causal=causal, window=window if narrows else None)
 
 
 def _call(
@@ -104,6 +105,11 @@ def _call(
     """The call of the operator; `options` are those of the scores and `wants_lse`."""
     blocks = None
     if settings.sparse is not None:
+        if not args.mask.causal and args.attn_mask is None:
+            raise Unsupported(
+                "sparse patterns choose among earlier keys, but this layer attends to later keys "
+                "too. Leave sparse out for this model."
+            )
         if not isinstance(args.q_offset, int):
             raise Unsupported(
                 "sparse patterns need the position of the queries on the host. Use Context.append."
@@ -123,20 +129,6 @@ def _call(
     )
 
 
-def _check_supported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout > 0:
-        raise Unsupported(
-            f"saccade attention has no dropout on attention weights, got dropout={dropout}. "
-            "Set config.attention_dropout to 0, or train with another attn_implementation."
-        )
-    for name, meaning in _UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise Unsupported(
-                f"saccade attention cannot run {type(module).__name__}: it {meaning}. "
-                'Use attn_implementation="eager" for this model.'
-            )
-
-
 def _from_handle(
     query: Tensor, handle: KVHandle, attention_mask: Tensor | None, own: Mask
 ) -> AttentionArgs:
@@ -150,7 +142,7 @@ def _from_handle(
         _check_length(attention_mask.shape[3] + spec.kv_offset, handle.seen)
         args = replace(args, mask=spec.mask, key_padding=_moved(spec.padding, query))
     elif attention_mask is not None:
-        attn_mask = _boolean(attention_mask, query, handle.seen)
+        attn_mask = boolean_mask(attention_mask, query, handle.seen)
         if attn_mask.ndim == 2:
             args = replace(args, key_padding=attn_mask)
         else:
@@ -197,17 +189,23 @@ def _from_tensors(
     if isinstance(attention_mask, SpecMask):
         return _from_spec(query, kv, attention_mask, settings, kwargs)
     offset = kv_len - q_len
+    pairs = same_sequence(query, kv_len, kwargs) if is_traced() else None
     if attention_mask is None:
-        cu_seqlens = _packed_seqlens(query, kv_len, kwargs)
-        return AttentionArgs(kv=kv, q_offset=offset, mask=own, cu_seqlens=cu_seqlens)
-    attn_mask = _boolean(attention_mask, query, kv_len)
+        cu_seqlens = None if is_traced() else packed_seqlens(query, kv_len, kwargs)
+        return AttentionArgs(
+            kv=kv, q_offset=offset, mask=own, cu_seqlens=cu_seqlens, attn_mask=pairs
+        )
+    attn_mask = boolean_mask(attention_mask, query, kv_len)
     if attn_mask.ndim == 2:
-        return AttentionArgs(kv=kv, q_offset=offset, mask=own, key_padding=attn_mask)
+        return AttentionArgs(
+            kv=kv, q_offset=offset, mask=own, key_padding=attn_mask, attn_mask=pairs
+        )
     if offset and (settings.window is not None or settings.sparse is not None):
         raise Unsupported(
             "a 4-D attention mask over a cache of transformers does not say where the queries are, "
             "which n_swa and sparse need. Pass past_key_values=attached.new_cache()."
         )
+    attn_mask = attn_mask if pairs is None else attn_mask & pairs
     return AttentionArgs(kv=kv, q_offset=offset, mask=Mask(causal=False), attn_mask=attn_mask)
 
 
@@ -230,7 +228,7 @@ def _from_spec(
     padding = _moved(spec.padding, query)
     cu_seqlens = None
     if offset == 0 and q_len == kv_len and padding is None:
-        cu_seqlens = _packed_seqlens(query, kv_len, kwargs)
+        cu_seqlens = packed_seqlens(query, kv_len, kwargs)
     if spec.mask.causal and offset + q_len < kv_len:  # the empty slots of a static cache
         kv = DenseKV(kv.k.narrow(2, 0, offset + q_len), kv.v.narrow(2, 0, offset + q_len))
         padding = None if padding is None else padding[:, : offset + q_len]
@@ -252,72 +250,32 @@ def _moved(padding: Tensor | None, query: Tensor) -> Tensor | None:
     return None if padding is None else padding.to(query.device)
 
 
-def _packed_seqlens(
-    query: Tensor, kv_len: int, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """cu_seqlens of sequences packed into one row, or None for one sequence.
-
-    Some models (gpt-oss among them) do not pass position_ids to transformers' mask code, so packed
-    sequences would attend to each other.  A position that does not increase begins a new sequence.
-    """
-    batch, _, q_len, _ = query.shape
-    if batch != 1 or q_len != kv_len or q_len < 2:
-        return None
-    queries, keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if isinstance(queries, Tensor):
-        return queries, keys if isinstance(keys, Tensor) else queries
-    positions = kwargs.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or kwargs.get("use_cache"):
-        return None
-    if positions.shape != (1, q_len):
-        return None
-    cu_seqlens = _restarts(positions)
-    return None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
-
-
-def _read_restarts(positions: Tensor) -> Tensor | None:
-    """cu_seqlens of positions `[1, Lq]` that start anew, None if none do."""
-    starts = (positions[0].diff() <= 0).nonzero().flatten() + 1
-    if starts.numel() == 0:
-        return None
-    edge = starts.new_tensor([0]), starts.new_tensor([positions.shape[1]])
-    return torch.cat((edge[0], starts, edge[1]))
-
-
-_restarts = HostMemo(_read_restarts)  # once for all layers
-
-
-def _boolean(attention_mask: Tensor, query: Tensor, kv_len: int) -> Tensor:
-    """A mask as bool, True = attend: `[B | 1, H | 1, Lq, Lk]`, or padding `[B, Lk]`."""
-    if attention_mask.ndim not in (2, 4) or attention_mask.shape[-1] < kv_len:
-        raise Unsupported(
-            f"attention_mask must be [batch, keys] or [batch, heads, queries, keys] for {kv_len} "
-            f"keys, got {list(attention_mask.shape)}. Pass a 2-D mask or a full 4-D one."
-        )
-    mask = attention_mask[..., :kv_len].to(query.device)
-    if mask.dtype == torch.bool:
-        return mask
-    if mask.ndim == 2 or not mask.is_floating_point():
-        return mask != 0
-    visible = mask == 0
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    if not bool((visible | hidden).all()):
-        raise Unsupported(
-            "a floating-point attention_mask may hold only 0 and -inf (or the dtype's minimum): "
-            'saccade attention adds no bias. Use attn_implementation="eager" for biased scores.'
-        )
-    return visible
-
-
 def _narrowed(args: AttentionArgs, settings: AttentionSettings) -> AttentionArgs:
     """The arguments with the window of the settings in place of the model's own."""
     if settings.window is None:
         return args
     if settings.sinks and args.key_padding is not None:
-        first = args.key_padding[:, : settings.sinks]
-        if not bool(first.all()):
-            raise Unsupported(
-                "n_sinks keeps the first slots of every row, but the batch is padded on the left. "
-                "Pad on the right, run the rows one by one, or set n_sinks=0."
-            )
-    return replace(args, mask=Mask(window=settings.window, sinks=settings.sinks))
+        check_values(
+            args.key_padding[:, : settings.sinks].all(),
+            "n_sinks keeps the first slots of every row, but the batch is padded on the left. "
+            "Pad on the right, run the rows one by one, or set n_sinks=0.",
+        )
+    narrow = Mask(window=settings.window, sinks=settings.sinks)
+    if args.attn_mask is not None:  # it may show later keys, which a window does not hide
+        return replace(args, attn_mask=args.attn_mask & _near(narrow, args))
+    if not args.mask.causal:
+        raise Unsupported(
+            "n_swa narrows causal attention, but this layer attends to later keys too. "
+            "Leave n_swa out for this model."
+        )
+    return replace(args, mask=narrow)
+
+
+def _near(narrow: Mask, args: AttentionArgs) -> Tensor:
+    """Pairs that a window and its sinks leave visible, later keys included: bool `[Lq, Lk]`."""
+    assert args.attn_mask is not None and narrow.window is not None
+    q_len, kv_len = args.attn_mask.shape[2:]
+    device = args.attn_mask.device
+    q_pos = torch.arange(q_len, device=device)[:, None] + args.q_offset
+    k_pos = torch.arange(kv_len, device=device)
+    return (q_pos - k_pos < narrow.window) | (k_pos < narrow.sinks)

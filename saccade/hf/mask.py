@@ -2,12 +2,13 @@
 
 transformers builds one mask per forward pass and layer type and passes it to every layer.  Its
 stock patterns (causal, causal with a window, bidirectional; each with padding) are described by
-five small facts, so nothing of size Lq x Lk is made.  Everything else (packed sequences,
+four small facts, so nothing of size Lq x Lk is made.  Everything else (packed sequences,
 chunked attention, overlays for images) becomes a real boolean mask, as for SDPA.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,10 +16,12 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import masking_utils
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig, masking_utils
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 
@@ -62,56 +65,85 @@ _FREE: Final = frozenset(
         torch.Tensor.requires_grad.__get__,  # pyright: ignore[reportAttributeAccessIssue]
         torch.Tensor.size,
         torch.Tensor.dim,
+        torch.Tensor.ndimension,
+        torch.Tensor.numel,
+        torch.Tensor.nelement,
+        torch.Tensor.__len__,
         torch.Tensor.is_floating_point,
+        torch.is_floating_point,
+        torch.numel,
     }
 )
 
 
 class SpecMask(Tensor):
-    """A 4-D boolean tensor without storage that carries a MaskSpec.
+    """A 4-D tensor without storage that carries a MaskSpec: boolean, or 0 and the dtype's minimum.
 
     It has to be a 4-D tensor, because that is how transformers recognizes a mask that is ready.
-    Any operation on it builds the real matrix first, so code that slices or adds masks stays
-    right.
+    Any operation on it runs on the real matrix instead, so code that slices, joins or adds masks
+    stays right.  The matrix is made once and kept: a model may write into it, or into a view of
+    it, and what was written counts (see `in_force`).
     """
 
     spec: MaskSpec
+    _matrix: Tensor | None
 
     @staticmethod
-    def make(spec: MaskSpec, shape: tuple[int, int, int, int], device: torch.device) -> SpecMask:
+    def make(
+        spec: MaskSpec,
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        dtype: torch.dtype = torch.bool,
+    ) -> SpecMask:
         """A SpecMask of shape (batch, 1, q_length, kv_length)."""
-        mask = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(SpecMask)
-        mask.spec = spec
+        mask = torch.ones((), dtype=dtype, device=device).expand(shape).as_subclass(SpecMask)
+        mask.spec, mask._matrix = spec, None
         return mask
 
     def dense(self) -> Tensor:
-        """The real mask: bool `[B, 1, Lq, Lk]`."""
-        with torch._C.DisableTorchFunctionSubclass():
-            batch, _, q_length, kv_length = self.shape
-            visible = self.spec.visible(q_length, kv_length, self.device)
-            return visible.expand(batch, 1, q_length, kv_length)
+        """The real mask `[B, 1, Lq, Lk]`, contiguous, the same tensor at every call."""
+        if self._matrix is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                batch, _, q_length, kv_length = self.shape
+                visible = self.spec.visible(q_length, kv_length, self.device)
+                if self.dtype != torch.bool:
+                    visible = additive(visible, self.dtype)
+                self._matrix = visible.repeat(batch // visible.shape[0], 1, 1, 1)
+        return self._matrix
+
+    def in_force(self) -> Tensor:
+        """Itself until something was done with its matrix; then that, as it may have changed."""
+        return self if self._matrix is None else self._matrix
 
     def contiguous(self, *args: Any, **kwargs: Any) -> SpecMask:  # type: ignore[override]
         """Itself: `generate()` calls it, and there is no storage to copy."""
         return self
 
-    def to(self, *args: Any, **kwargs: Any) -> SpecMask:  # type: ignore[override]
-        """Itself: the attention function moves the padding to where the queries are."""
-        return self
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """On another device still a SpecMask; of another dtype, or a copy, the real matrix."""
+        try:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        except RuntimeError:  # it accepts no `copy=`
+            return self.dense().to(*args, **kwargs)
+        if dtype in (None, self.dtype) and device in (None, self.device):
+            return self
+        if self._matrix is not None or dtype not in (None, self.dtype):
+            return self.dense().to(*args, **kwargs)
+        batch, heads, q_length, kv_length = self.shape
+        return SpecMask.make(self.spec, (batch, heads, q_length, kv_length), device, self.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func not in _FREE:
-                args = tuple(_densified(arg) for arg in args)
-                kwargs = {name: _densified(arg) for name, arg in (kwargs or {}).items()}
-            return func(*args, **(kwargs or {}))
+        if func in _FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(SpecMask, SpecMask.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def _densified(arg: Any) -> Any:
-    if isinstance(arg, SpecMask):
-        return arg.dense()
-    return [_densified(part) for part in arg] if isinstance(arg, list) else arg
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as transformers' eager attention adds it to the scores."""
+    return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
 
 
 def saccade_mask(
@@ -124,36 +156,63 @@ def saccade_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: PreTrainedConfig | None = None,
     **kwargs: Any,
-) -> Tensor:
+) -> Tensor | None:
     """The mask function that is registered with transformers next to the attention function.
 
     Args:
         q_offset: slot of the first query; StaticCache passes its live counter, which the first
             layer increments before attention runs, so it is read when the mask is made.
         attention_mask: bool `[B, slots]`, the user's 2-D padding mask.
+        dtype: of the hidden states.
 
     Returns:
-        A SpecMask for the stock patterns, a real boolean `[B, 1, Lq, Lk]` for all others.
+        A SpecMask for the stock patterns, a real `[B, 1, Lq, Lk]` for all others and in a graph
+        that is being traced; None there for plain causal attention.  Boolean, except for models
+        that were written for eager attention alone: they get the masks that it adds.
     """
-    mask = stock_pattern(mask_function, local_size)
+    adds, traced = config is not None and only_adds_masks(type(config)), is_traced()
+    mask = None if traced else stock_pattern(mask_function, local_size)
     if mask is None:
-        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        ends = traced and isinstance(q_offset, int) and kv_offset + kv_length == q_offset + q_length
+        kwargs["allow_is_causal_skip"] = ends and kwargs.get("allow_is_causal_skip", True)
+        kwargs["allow_is_bidirectional_skip"] = traced and kwargs.get("allow_is_bidirectional_skip")
         sizes: Any = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function)
-        attn_mask = sdpa_mask(
-            *sizes,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            device=device,
-            **kwargs,
-        )
-        assert attn_mask is not None, "both ways of skipping the mask are switched off"
-        return attn_mask
+        options = {"attention_mask": attention_mask, "local_size": local_size, "device": device}
+        if adds:
+            return eager_mask(*sizes, dtype=dtype, **options, **kwargs)
+        return sdpa_mask(*sizes, **options, **kwargs)
     first = int(q_offset)
     reach = first + q_length - kv_offset if mask.causal else kv_length
     padding = _padding(attention_mask, kv_offset, kv_length, reach)
     spec = MaskSpec(q_offset=first, kv_offset=int(kv_offset), mask=mask, padding=padding)
-    return SpecMask.make(spec, (batch_size, 1, q_length, kv_length), torch.device(device))
+    shape = (batch_size, 1, q_length, kv_length)
+    return SpecMask.make(spec, shape, torch.device(device), dtype if adds else torch.bool)
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what runs now.
+
+    A graph holds for other inputs too, so it may depend on no value that a tensor has.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def only_adds_masks(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether models of this config were written for eager attention's masks alone.
+
+    Their code may treat every mask as numbers to add: DeepSeek-V4 appends 0.0 and -inf to it, which
+    in a boolean mask would mean the opposite.
+    """
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    classes = [
+        value
+        for value in vars(sys.modules.get(name, object)).values()
+        if isinstance(value, type) and getattr(value, "config_class", None) is config_class
+    ]
+    return bool(classes) and not any(c._supports_sdpa for c in classes)  # type: ignore[attr-defined]
 
 
 def stock_pattern(mask_function: Callable[..., Any], local_size: int | None) -> Mask | None:

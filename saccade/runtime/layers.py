@@ -8,10 +8,14 @@ from saccade.runtime.params import ContextParams
 
 
 def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
-    """(window, sinks) by which the params replace a layer's own window, or (None, 0)."""
+    """(window, sinks) by which the params replace a layer's own window, or (None, 0).
+
+    Sinks are for layers that are full attention in the model: those learned to rest on the first
+    tokens.  A layer with a window of its own never saw them from afar, and does worse with them.
+    """
     if params.n_swa is None or (own is not None and own <= params.n_swa):
         return None, 0
-    return params.n_swa, params.n_sinks
+    return params.n_swa, params.n_sinks if own is None else 0
 
 
 def layer_cache(

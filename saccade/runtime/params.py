@@ -56,7 +56,8 @@ class ContextParams:
         yarn_beta_fast, yarn_beta_slow: rotations that bound the ramp (default 32 and 1).
         yarn_orig_ctx: length the model was trained for before scaling.
         n_swa: sliding window, the number of last keys a token attends to, itself counted.
-        n_sinks: first tokens that stay visible outside the window.
+        n_sinks: first tokens that stay visible outside the window, in layers that are full
+            attention in the model.
         ctx_checkpoints: positions that sliding layers can roll back to, for prompts with a common
             prefix (`Context.reuse`): one after every chunk of a prompt, the most redundant freed.
         n_keep: first tokens kept by the context shift of a full context during generation; None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
-from transformers import masking_utils
+import torch.nn.functional as F
+from transformers import GptOssForCausalLM, masking_utils
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -84,6 +88,115 @@ def test_operations_find_the_real_mask():
     assert mask.contiguous() is mask and mask.to("cpu") is mask
     assert (mask.ndim, mask.dtype, mask.device.type) == (4, torch.bool, "cpu")
     assert "False" in repr(mask)
+
+
+def assigned(mask):
+    mask[0, 0, 0, 0] = 1
+    mask[:, :, -1] = 0
+    return mask
+
+
+def through_a_view(mask):
+    """What is written into a slice is written into the mask."""
+    mask[:, :, 1:].squeeze(1).fill_(1)
+    return mask
+
+
+def pickled(mask):
+    return pickle.loads(pickle.dumps(mask))
+
+
+def copied_into(mask):
+    mask.copy_(torch.zeros(mask.shape))
+    return mask
+
+
+OPERATIONS = {
+    "slice": lambda m: m[:, :, :, :4],
+    "index with tensors": lambda m: m[torch.tensor([1, 0]), :, torch.tensor([0, 2])],
+    "and": lambda m: m.bool() & True,
+    "not": lambda m: ~m.bool(),
+    "add": lambda m: torch.ones(2, 4, 3, 6) + m,
+    "subtract from": lambda m: 1.0 - m.float(),
+    "equal": lambda m: m == 0,
+    "cat list": lambda m: torch.cat([m, m], dim=-1),
+    "cat tuple": lambda m: torch.cat((m, torch.zeros(2, 1, 3, 2, dtype=m.dtype)), dim=-1),
+    "stack tuple": lambda m: torch.stack((m, m)),
+    "stack dict": lambda m: torch.stack([*{"a": m, "b": m}.values()], dim=1),
+    "broadcast_tensors": lambda m: torch.broadcast_tensors(m, torch.ones(2, 2, 3, 6))[0],
+    "pad": lambda m: F.pad(m, (0, 2), value=0.0),
+    "where": lambda m: torch.where(m.bool(), 0.0, -1.0),
+    "expand": lambda m: m.expand(2, 4, 3, 6),
+    "repeat": lambda m: m.repeat(1, 4, 1, 1),
+    "repeat_interleave": lambda m: m.repeat_interleave(2, dim=1),
+    "masked_fill": lambda m: m.masked_fill(torch.eye(3, 6, dtype=torch.bool), 1),
+    "masked_fill_": lambda m: m.masked_fill_(torch.eye(3, 6, dtype=torch.bool), 1),
+    "logical_or_": lambda m: m.logical_or_(torch.eye(3, 6, dtype=torch.bool)),
+    "fill_ through a view": through_a_view,
+    "copy_": copied_into,
+    "index assignment": assigned,
+    "float": lambda m: m.float(),
+    "to dtype": lambda m: m.to(torch.float64),
+    "to dtype by name": lambda m: m.to(dtype=torch.int64),
+    "to like": lambda m: m.to(torch.zeros(1, dtype=torch.float16)),
+    "to copy": lambda m: m.to(torch.float32, copy=True),
+    "type": lambda m: m.type(torch.int32),
+    "sum": lambda m: m.sum(-1),
+    "min": lambda m: m.float().min(),
+    "amax": lambda m: m.float().amax((1, 3)),
+    "all": lambda m: m.all(),
+    "nonzero": lambda m: m.nonzero(),
+    "split": lambda m: torch.cat(m.split(2, dim=-1)[1:], dim=-1),
+    "unbind": lambda m: torch.stack(list(m)),
+    "transpose": lambda m: m.transpose(2, 3),
+    "squeeze": lambda m: m.squeeze(1),
+    "clone": lambda m: m.clone(),
+    "detach": lambda m: m.detach(),
+    "data": lambda m: m.data,
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": pickled,
+    "numpy": lambda m: torch.from_numpy(m.numpy()),
+    "tolist": lambda m: torch.tensor(m.tolist()),
+    "zeros_like": torch.zeros_like,
+    "out=": lambda m: torch.eq(torch.arange(36).view(2, 1, 3, 6) % 5, 0, out=m.bool()),
+    "contiguous": lambda m: m.contiguous(),
+    "to device": lambda m: m.to("cpu"),
+    "to device and dtype": lambda m: m.to("cpu", torch.float32, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("config", [None, GptOssForCausalLM.config_class()], ids=["boolean", "additive"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_that_of_the_real_mask(name, config):
+    """The result, and what attention would be given afterwards."""
+    theirs = (sdpa_mask if config is None else eager_mask)(
+        batch_size=2,
+        q_length=3,
+        kv_length=6,
+        q_offset=3,
+        attention_mask=PADDING,
+        allow_is_causal_skip=False,
+    ).contiguous()
+    mask = made(attention_mask=PADDING, config=config)
+    assert isinstance(mask, SpecMask) and (mask.shape, mask.dtype) == (theirs.shape, theirs.dtype)
+    found, expected = OPERATIONS[name](mask), OPERATIONS[name](theirs)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(real(found), expected, rtol=0, atol=0)
+    torch.testing.assert_close(real(mask.in_force()), theirs, rtol=0, atol=0)
+
+
+def real(mask):
+    return mask.dense() if isinstance(mask, SpecMask) else mask
+
+
+def test_what_needs_no_matrix_makes_none():
+    mask = made(attention_mask=PADDING)
+    assert (mask.ndim, mask.dim(), len(mask), mask.numel()) == (4, 4, 2, 36)
+    assert mask.to("cpu").contiguous() is mask and mask.to(torch.bool) is mask
+    assert mask.size(-1) == 6 and not mask.is_floating_point() and mask.in_force() is mask
+    moved = mask.to("meta")
+    assert isinstance(moved, SpecMask) and moved.device.type == "meta"
 
 
 def test_full_padding_mask_costs_nothing():
