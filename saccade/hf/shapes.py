@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from saccade.hf.register import KEY
 
-_OWN_ATTENTION = "eager"
+_OWN_ATTENTION: Final = "eager"
 
 
 def without_memory(config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
@@ -16,18 +23,15 @@ def without_memory(config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]
     Raises:
         Exception: whatever the class says about a config that it cannot use.
     """
-    try:
-        return _built(config, KEY), []
-    except KeyError as error:  # the class looks the name up in a table of its own
-        if error.args != (KEY,):
-            raise
-    name = config.model_type
-    return _built(config, _OWN_ATTENTION), [
-        f"the class of {name} in transformers has attention of its own, so saccade's caches and "
-        "kernels do not run in it; the model itself does."
-    ]
-
-
-def _built(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    exchangeable = getattr(kind, "_can_set_attn_implementation", lambda: True)()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=KEY if exchangeable else _OWN_ATTENTION
+        )
+    if exchangeable:
+        return model, []
+    return model, [
+        f"the class of {config.model_type} in transformers has attention of its own, so saccade's "
+        "caches and kernels do not run in it; the model itself does."
+    ]

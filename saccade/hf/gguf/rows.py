@@ -53,6 +53,12 @@ def _llama(facts: Facts) -> Row:
     return LLAMA
 
 
+def _mamba(facts: Facts) -> Row:
+    """Falcon's Mamba differs by norms without weights."""
+    normed = facts.flag("ssm.dt_b_c_rms", False)
+    return replace(MAMBA, model_type="falcon_mamba") if normed else MAMBA
+
+
 _SIZES: Final = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -103,6 +109,20 @@ _GEMMA2: Final = Row(
     sources=tensors.GEMMA2,
 )
 
+MAMBA: Final = Row(
+    model_type="mamba",
+    names={
+        "block_count": "num_hidden_layers",
+        "embedding_length": "hidden_size",
+        "ssm.conv_kernel": "conv_kernel",
+        "ssm.state_size": "state_size",
+        "ssm.time_step_rank": "time_step_rank",
+        "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    },
+    steps=(steps.mamba, steps.present(use_conv_bias="blk.*.ssm_conv1d.bias")),
+    sources=tensors.MAMBA,
+)
+
 ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
     "llama": _llama,
     "deci": LLAMA,
@@ -111,7 +131,9 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
         _QWEN2,
         model_type="qwen2_moe",
         steps=(
-            *_QWEN2.steps,
+            steps.heads,
+            steps.rope(),
+            steps.qwen2_moe_windows,
             steps.experts("num_experts", width="moe_intermediate_size", gating=1, normed=False),
             steps.shared_expert,
             steps.dense_layers,
@@ -269,19 +291,7 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
         steps=(steps.qkv_heads_are_heads,),
         sources=tensors.GPT2,
     ),
-    "mamba": Row(
-        model_type="mamba",
-        names={
-            "block_count": "num_hidden_layers",
-            "embedding_length": "hidden_size",
-            "ssm.conv_kernel": "conv_kernel",
-            "ssm.state_size": "state_size",
-            "ssm.time_step_rank": "time_step_rank",
-            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
-        },
-        steps=(steps.mamba, steps.present(use_conv_bias="blk.*.ssm_conv1d.bias")),
-        sources=tensors.MAMBA,
-    ),
+    "mamba": _mamba,
     "lfm2": Row(
         model_type="lfm2",
         names=_SIZES

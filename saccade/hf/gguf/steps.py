@@ -173,6 +173,16 @@ def experts(count: str, *, width: str, gating: int, normed: bool | None = None) 
     return step
 
 
+def qwen2_moe_windows(facts: Facts, values: Values) -> None:
+    """transformers makes the mask of sliding layers even where none slides: give it some window."""
+    qwen_windows(facts, values)
+    if not values["use_sliding_window"]:
+        values |= {
+            "use_sliding_window": True,
+            "sliding_window": values["max_position_embeddings"],
+        }
+
+
 def shared_expert(facts: Facts, values: Values) -> None:
     rows = facts.shape("blk.*.ffn_gate_shexp.weight")[0]
     key = "expert_shared_feed_forward_length"
