@@ -97,7 +97,7 @@ def _left_over(path: Path, model: PreTrainedModel, keys: set[str]) -> list[str]:
     """A note about weights of parts that the model does not have; none may belong to its own."""
     keys = {key for key in keys if not _RECOMPUTED.fullmatch(key)}
     own = {_NUMBER.sub("{}", name) for name in model.state_dict()}
-    modules = {name for name, module in model.named_modules() if any(module.parameters(False))}
+    modules = {name.rpartition(".")[0] for name in model.state_dict()}
     wrong = {k for k in keys if _NUMBER.sub("{}", k) in own or k.rpartition(".")[0] in modules}
     if wrong:
         raise BadInput(
