@@ -25,6 +25,7 @@ def write_gguf(
     skip: tuple[str, ...] = (),
     quantized: dict[str, gguf.GGMLQuantizationType] | None = None,
     tokens: bool = True,
+    name: str | None = None,
     **options: Any,
 ) -> None:
     """The weights of a tiny model in float32, with a byte-level tokenizer.
@@ -34,6 +35,7 @@ def write_gguf(
         tensors: beside or instead of the converter's.
         skip: names of tensors to leave out.
         quantized: name of a tensor -> its type.
+        name: of the model.
         options: of the writer: `split_max_tensors`, `endianess`.
     """
     found, weights = converted(model, architecture)
@@ -47,11 +49,13 @@ def write_gguf(
     for key, value in (found | (keys or {})).items():
         add_key(writer, f"{architecture}.{key}", value)
     writer.add_file_type(0)
+    if name is not None:
+        writer.add_name(name)
     if tokens:
         _write_tokenizer(writer, model.config.vocab_size, "llama")
-    for name, array in weights.items():
-        if name not in skip:
-            add_tensor(writer, name, array, (quantized or {}).get(name))
+    for tensor, array in weights.items():
+        if tensor not in skip:
+            add_tensor(writer, tensor, array, (quantized or {}).get(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

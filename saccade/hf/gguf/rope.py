@@ -177,7 +177,11 @@ def llama3(factors: list[float], theta: float, dims: int) -> dict[str, Any] | No
     factor = max(factors)
     waves = [2 * math.pi * theta ** (2 * i / dims) for i in range(dims // 2)]
     between = [(w, f) for w, f in zip(waves, factors, strict=True) if 1.0 < f < factor]
+    fast = [wave for wave, value in zip(waves, factors, strict=True) if value == 1.0]
+    slow = [wave for wave, value in zip(waves, factors, strict=True) if value == factor]
     lengths = {8192.0}
+    if fast and slow:  # where no pair lies between, any length between them gives the same
+        lengths.add(float(round(math.sqrt(high * max(fast) * low * min(slow)))))
     for wave, value in between:
         smooth = (1 / value - 1 / factor) / (1 - 1 / factor)
         lengths.add(float(round((smooth * (high - low) + low) * wave)))

@@ -136,7 +136,6 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
             steps.qwen2_moe_windows,
             steps.experts("num_experts", width="moe_intermediate_size", gating=1, normed=False),
             steps.shared_expert,
-            steps.dense_layers,
             steps.present(qkv_bias="blk.*.attn_q.bias"),
         ),
         sources=tensors.QWEN2_MOE,
@@ -150,7 +149,6 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
         steps=(
             *_QWEN2.steps,
             steps.experts("num_experts", width="moe_intermediate_size", gating=1, normed=True),
-            steps.dense_layers,
             steps.present(attention_bias="blk.*.attn_q.bias"),
         ),
         sources=tensors.QWEN3_MOE,

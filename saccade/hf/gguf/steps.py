@@ -161,7 +161,7 @@ def experts(count: str, *, width: str, gating: int, normed: bool | None = None) 
             raise facts.wrong(
                 "expert_used_count", f"up to {values[count]}", values["num_experts_per_tok"]
             )
-        rows = facts.shape("blk.*.ffn_gate_exps.weight")[1]
+        rows = values.get(width) or facts.shape("blk.*.ffn_gate_exps.weight")[-2]
         values[width] = facts.integer("expert_feed_forward_length", rows, least=0) or rows
         facts.must_be("expert_gating_func", gating, "what the model of transformers does")
         facts.must_be("expert_weights_scale", 1.0, "transformers' model has no other")
@@ -188,12 +188,6 @@ def shared_expert(facts: Facts, values: Values) -> None:
     key = "expert_shared_feed_forward_length"
     values["shared_expert_intermediate_size"] = facts.integer(key, rows, least=0) or rows
     facts.must_be("expert_shared_count", 1, "one shared expert")
-
-
-def dense_layers(facts: Facts, values: Values) -> None:
-    sparse = facts.layers_with("blk.*.ffn_gate_inp.weight")
-    values["mlp_only_layers"] = [i for i in range(values["num_hidden_layers"]) if i not in sparse]
-    values["decoder_sparse_step"] = 1
 
 
 def layer_norm_eps(name: str) -> Step:

@@ -172,9 +172,9 @@ _PLAIN_MLP: Final = {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 LLAMA: Final = _table(_TOP, "model.layers", _ATTENTION | _MLP | _PERMUTED)
 MIXTRAL: Final = _table(_TOP, "model.layers", _ATTENTION | _EXPERTS | _PERMUTED)
 QWEN2: Final = _table(_TOP, "model.layers", _ATTENTION | _MLP)
-QWEN2_MOE: Final = _table(_TOP, "model.layers", _ATTENTION | _MLP | _EXPERTS | _SHARED_EXPERT)
+QWEN2_MOE: Final = _table(_TOP, "model.layers", _ATTENTION | _EXPERTS | _SHARED_EXPERT)
 QWEN3: Final = _table(_TOP, "model.layers", _ATTENTION | _QK_NORMS | _MLP)
-QWEN3_MOE: Final = _table(_TOP, "model.layers", _ATTENTION | _QK_NORMS | _MLP | _EXPERTS)
+QWEN3_MOE: Final = _table(_TOP, "model.layers", _ATTENTION | _QK_NORMS | _EXPERTS)
 MINIMAX_M2: Final = _table(
     _TOP,
     "model.layers",
