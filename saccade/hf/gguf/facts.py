@@ -109,17 +109,23 @@ class Facts:
         """Whether a tensor's whole name matches; `*` stands for the number of the layer."""
         return any(_exact(pattern).fullmatch(name) for name in self.file.tensors)
 
-    def shape(self, pattern: str) -> tuple[int, ...]:
+    def shape(self, pattern: str, dims: int = 2) -> tuple[int, ...]:
         """The shape of a tensor that must be there (of the first whose name matches).
 
         Raises:
-            BadInput: it is missing.
+            BadInput: it is missing, or has another number of dimensions.
         """
         exact = _exact(pattern)
-        for name, info in self.file.tensors.items():
-            if exact.fullmatch(name):
-                return info.shape
-        raise missing(self.file, [pattern])
+        found = (info for name, info in self.file.tensors.items() if exact.fullmatch(name))
+        info = next(found, None)
+        if info is None:
+            raise missing(self.file, [pattern])
+        if len(info.shape) != dims:
+            raise BadInput(
+                f"{self.file.path} gives {info.name} the shape {info.shape}: expected {dims} "
+                "dimensions. Download or convert it again."
+            )
+        return info.shape
 
     def layers_with(self, pattern: str) -> set[int]:
         """Numbers of the layers that have such a tensor; `*` stands for the number."""

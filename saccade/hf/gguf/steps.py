@@ -161,7 +161,7 @@ def experts(count: str, *, width: str, gating: int, normed: bool | None = None) 
             raise facts.wrong(
                 "expert_used_count", f"up to {values[count]}", values["num_experts_per_tok"]
             )
-        rows = values.get(width) or facts.shape("blk.*.ffn_gate_exps.weight")[-2]
+        rows = values.get(width) or facts.shape("blk.*.ffn_gate_exps.weight", dims=3)[1]
         values[width] = facts.integer("expert_feed_forward_length", rows, least=0) or rows
         facts.must_be("expert_gating_func", gating, "what the model of transformers does")
         facts.must_be("expert_weights_scale", 1.0, "transformers' model has no other")
