@@ -77,7 +77,7 @@ def folder_model(
         _check_layers(path, config, files)
         shapes, notes = without_memory(config)
         _check_amount(path, config, shapes, files)
-        model, info = type(shapes).from_pretrained(
+        loaded: Any = type(shapes).from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -85,6 +85,7 @@ def folder_model(
             local_files_only=True,
             output_loading_info=True,
         )
+    model, info = loaded
     if info["missing_keys"]:
         raise BadInput(
             f"{path} lacks {len(info['missing_keys'])} of the model's weights: "

@@ -100,7 +100,7 @@ def load_weights(described: Described, dtype: torch.dtype) -> PreTrainedModel:
     made = _assembled(shapes, described, read=lambda info: torch.empty(info.shape, device="meta"))
     _check_shapes(shapes, made, described.facts)
     state = _assembled(shapes, described, read=lambda info: info.read().to(dtype))
-    model, info = type(shapes).from_pretrained(
+    loaded: Any = type(shapes).from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -108,8 +108,10 @@ def load_weights(described: Described, dtype: torch.dtype) -> PreTrainedModel:
         attn_implementation=shapes.config._attn_implementation,
         output_loading_info=True,
     )
+    model, info = loaded
     lost = {*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]}
     assert not lost, lost
+    model.config.name_or_path = described.name
     return model.eval()
 
 

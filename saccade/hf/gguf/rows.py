@@ -48,6 +48,7 @@ def _llama(facts: Facts) -> Row:
     if facts.integer("expert_count", 0, least=0):
         return MIXTRAL
     facts.get("expert_used_count")
+    facts.get("tensor_data_layout")  # of old files, which knew no other one
     if facts.integer("attention.sliding_window", 0, least=0):
         return replace(LLAMA, model_type="mistral", steps=(steps.heads, steps.rope(), steps.window))
     return LLAMA
@@ -85,7 +86,7 @@ MIXTRAL: Final = Row(
         steps.heads,
         steps.rope(),
         steps.window,
-        steps.experts("num_local_experts", width="intermediate_size", gating=1),
+        steps.experts("num_local_experts", width="intermediate_size", gating=(1,)),
     ),
     sources=tensors.MIXTRAL,
 )
@@ -134,7 +135,7 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
             steps.heads,
             steps.rope(),
             steps.qwen2_moe_windows,
-            steps.experts("num_experts", width="moe_intermediate_size", gating=1, normed=False),
+            steps.experts("num_experts", width="moe_intermediate_size", gating=(1,), normed=False),
             steps.shared_expert,
             steps.present(qkv_bias="blk.*.attn_q.bias"),
         ),
@@ -148,7 +149,7 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
         model_type="qwen3_moe",
         steps=(
             *_QWEN2.steps,
-            steps.experts("num_experts", width="moe_intermediate_size", gating=1, normed=True),
+            steps.experts("num_experts", width="moe_intermediate_size", gating=(1,), normed=True),
             steps.present(attention_bias="blk.*.attn_q.bias"),
         ),
         sources=tensors.QWEN3_MOE,
@@ -160,7 +161,7 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
             steps.heads,
             steps.rope(truncate=False),
             steps.windows(2),
-            steps.experts("num_local_experts", width="intermediate_size", gating=1),
+            steps.experts("num_local_experts", width="intermediate_size", gating=(1, 3)),
             steps.present(attention_bias="blk.*.attn_q.bias"),
         ),
         sources=tensors.GPT_OSS,
@@ -171,7 +172,7 @@ ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
         steps=(
             steps.heads,
             steps.rope(partial=True),
-            steps.experts("num_local_experts", width="intermediate_size", gating=2),
+            steps.experts("num_local_experts", width="intermediate_size", gating=(2,)),
         ),
         sources=tensors.MINIMAX_M2,
     ),

@@ -147,8 +147,10 @@ def qwen_windows(facts: Facts, values: Values) -> None:
         values["max_window_layers"] = 0
 
 
-def experts(count: str, *, width: str, gating: int, normed: bool | None = None) -> Step:
-    """Experts; `gating` is llama.cpp's number (1 softmax, 2 sigmoid) of what the model does.
+def experts(count: str, *, width: str, gating: tuple[int, ...], normed: bool | None = None) -> Step:
+    """Experts; `gating` are llama.cpp's numbers of what the model does.
+
+    1 is a softmax over all experts, 3 one over the chosen ones, 2 a sigmoid.
 
     `normed`: whether the weights of the chosen ones sum to 1 unless the file says otherwise; None
     for models that always do.
@@ -163,7 +165,8 @@ def experts(count: str, *, width: str, gating: int, normed: bool | None = None) 
             )
         rows = values.get(width) or facts.shape("blk.*.ffn_gate_exps.weight", dims=3)[1]
         values[width] = facts.integer("expert_feed_forward_length", rows, least=0) or rows
-        facts.must_be("expert_gating_func", gating, "what the model of transformers does")
+        given = facts.integer("expert_gating_func", gating[0])
+        facts.must_be("expert_gating_func", given if given in gating else gating[0], "its class")
         facts.must_be("expert_weights_scale", 1.0, "transformers' model has no other")
         if normed is None:
             facts.must_be("expert_weights_norm", True, "transformers' model always does")
