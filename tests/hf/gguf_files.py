@@ -9,54 +9,81 @@ import gguf
 import numpy as np
 from transformers import PreTrainedModel
 
+from tests.hf.converter import converted, stacked
+
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, architecture: str, *, yarn: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    path: Path,
+    architecture: str,
+    *,
+    yarn: dict[str, Any] | None = None,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+    skip: tuple[str, ...] = (),
+    quantized: dict[str, gguf.GGMLQuantizationType] | None = None,
+    tokens: bool = True,
+    name: str | None = None,
+    **options: Any,
 ) -> None:
-    """The weights of a tiny model in float32, with a byte-level tokenizer."""
-    writer = gguf.GGUFWriter(path, architecture)
-    _write_config(writer, model.config)
+    """The weights of a tiny model in float32, with a byte-level tokenizer.
+
+    Args:
+        keys: beside or instead of what the converter writes; None removes one.
+        tensors: beside or instead of the converter's.
+        skip: names of tensors to leave out.
+        quantized: name of a tensor -> its type.
+        name: of the model.
+        options: of the writer: `split_max_tensors`, `endianess`.
+    """
+    found, weights = converted(model, architecture)
+    weights = stacked(weights) | (tensors or {})
     if yarn is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(yarn["factor"])
-        writer.add_rope_scaling_orig_ctx_len(yarn["original"])
+        found |= {"rope.scaling.type": "yarn", "rope.scaling.factor": yarn["factor"]}
+        found["rope.scaling.original_context_length"] = yarn["original"]
         if "attn_factor" in yarn:
-            writer.add_rope_scaling_attn_factors(yarn["attn_factor"])
-    _write_tokenizer(writer, model.config.vocab_size, "llama")
-    names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(names[architecture], model.config.num_hidden_layers)
-    for key, tensor in model.state_dict().items():
-        weight = tensor.float().numpy()
-        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
-            config = model.config
-            is_query = "q_proj" in key
-            heads = config.num_attention_heads if is_query else config.num_key_value_heads
-            weight = _interleaved(weight, heads)
-        name = table.get_name(key, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(name, np.ascontiguousarray(weight))
+            found["rope.scaling.attn_factor"] = yarn["attn_factor"]
+    writer = gguf.GGUFWriter(path, architecture, **options)
+    for key, value in (found | (keys or {})).items():
+        add_key(writer, f"{architecture}.{key}", value)
+    writer.add_file_type(0)
+    if name is not None:
+        writer.add_name(name)
+    if tokens:
+        _write_tokenizer(writer, model.config.vocab_size, "llama")
+    for tensor, array in weights.items():
+        if tensor not in skip:
+            add_tensor(writer, tensor, array, (quantized or {}).get(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _write_config(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_file_type(0)
-    writer.add_vocab_size(config.vocab_size)
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, array: Any, kind: gguf.GGMLQuantizationType | None
+) -> None:
+    array = np.ascontiguousarray(np.asarray(array, np.float32))
+    if kind is None:
+        writer.add_tensor(name, array)
+    else:
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """A key with the type that the converter gives such a value."""
+    if value is None:
+        return
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }[type(value)]
+    add(key, value)
 
 
 def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, kind: str) -> None:
@@ -69,9 +96,3 @@ def _write_tokenizer(writer: gguf.GGUFWriter, vocab_size: int, kind: str) -> Non
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-
-
-def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """q and k rows in the order that GGUF's llama rotates them (pairs are neighbours)."""
-    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)

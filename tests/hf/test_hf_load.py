@@ -49,51 +49,6 @@ def test_llama_file(llama_file):
 
 
 @torch.no_grad()
-def test_yarn_of_llama_files_is_put_back(folder):
-    path = folder / "yarn.gguf"
-    parameters = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 128,
-        "rope_theta": 10000.0,
-    }
-    config = tiny_config("llama", vocab_size=288, rope_parameters=parameters)
-    reference = tiny_model(config)
-    write_gguf(reference, path, "llama", yarn={"factor": 4.0, "original": 128})
-    loaded = load_model(path)
-    torch.testing.assert_close(
-        loaded.model(IDS).logits, reference(IDS).logits, atol=1e-5, rtol=1e-5
-    )
-    (note,) = loaded.notes
-    assert note == (
-        "transformers drops the yarn scaling (factor 4) that the GGUF header has; it was put back."
-    )
-
-
-def test_yarn_magnitude_of_a_header_multiplies_the_formula(folder):
-    path = folder / "magnitude.gguf"
-    yarn = {"factor": 4.0, "original": 128, "attn_factor": 0.5}
-    write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama", yarn=yarn)
-    rope = load_model(path).model.model.rotary_emb
-    assert rope.attention_scaling == pytest.approx(0.5 * 1.1386294)
-
-
-@torch.no_grad()
-def test_head_dim_of_qwen3_files_is_put_back(folder):
-    path = folder / "qwen3.gguf"
-    reference = tiny_model(tiny_config("qwen3", vocab_size=288, head_dim=32))
-    write_gguf(reference, path, "qwen3")
-    loaded = load_model(path)
-    assert loaded.model.config.head_dim == 32
-    torch.testing.assert_close(
-        loaded.model(IDS).logits, reference(IDS).logits, atol=1e-5, rtol=1e-5
-    )
-    assert (
-        "transformers read head_dim 128 where the GGUF header says 32; it was set." in loaded.notes
-    )
-
-
-@torch.no_grad()
 def test_folder_saved_by_transformers(tmp_path):
     reference = tiny_model(tiny_config("gemma3"))
     reference.save_pretrained(tmp_path)
@@ -143,35 +98,8 @@ def test_damaged_header(llama_file, tmp_path):
     assert "damaged.gguf is truncated or damaged" in sentence_about(path)
 
 
-def test_unknown_architecture(tmp_path):
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(tmp_path / "clip.gguf", "clip")
-    writer.add_tensor("x", np.zeros((2, 2), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    message = sentence_about(tmp_path / "clip.gguf")
-    assert "the architecture 'clip', which this version of transformers cannot load" in message
-    assert "llama" in message
-
-
 def test_folder_without_config(tmp_path):
     assert "has no config.json" in sentence_about(tmp_path)
-
-
-def test_folder_with_damaged_weights(tmp_path):
-    tiny_model(tiny_config("llama")).save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    copied(weights, weights, 1000)
-    assert "could not be loaded by transformers" in sentence_about(tmp_path)
-
-
-def test_folder_without_weights(tmp_path):
-    tiny_model(tiny_config("llama")).config.save_pretrained(tmp_path)
-    assert "could not be loaded by transformers" in sentence_about(tmp_path)
 
 
 def test_missing_packages(llama_file, monkeypatch):
@@ -187,15 +115,63 @@ def test_loading_is_silent(llama_file, capfd):
     assert captured.out == "" and captured.err == ""
 
 
-def test_nothing_is_left_behind(llama_file):
-    import gguf
-
-    before = gguf.GGUFReader, gguf.get_tensor_name_map
-    load_model(llama_file)
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
-
-
 def test_relative_paths_and_the_working_directory(llama_file, tmp_path, monkeypatch):
     shutil.copy(llama_file, tmp_path / "here.gguf")
     monkeypatch.chdir(tmp_path)
     assert load_model("here.gguf").name == "here"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_model_at_the_path_is_taken_and_none_of_that_name_beside_the_caller(
+    kind, tmp_path, monkeypatch
+):
+    """A name handed on without its folder would be looked up in the working directory first."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place, scale in ((here, 2.0), (there, 1.0)):
+        model = tiny_model(tiny_config("llama", vocab_size=288))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(scale)
+        place.mkdir()
+        if kind == "file":
+            write_gguf(model, place / "model", "llama")
+        else:
+            model.save_pretrained(place / "model")
+    monkeypatch.chdir(here)
+    wanted = tiny_model(tiny_config("llama", vocab_size=288)).lm_head.weight
+    torch.testing.assert_close(load_model(there / "model").model.lm_head.weight, wanted)
+    torch.testing.assert_close(load_model("../there/model").model.lm_head.weight, wanted)
+    (here / "link").symlink_to(there / "model")
+    torch.testing.assert_close(load_model("link").model.lm_head.weight, wanted)
+    torch.testing.assert_close(load_model("model").model.lm_head.weight, 2.0 * wanted)
+
+
+@pytest.mark.parametrize("source", ["a\0b.gguf", "x" * 5000, "~no-such-user-here/m.gguf"])
+def test_what_is_no_path(source):
+    message = sentence_about(source)
+    assert "is not a path" in message or message.startswith("no model at")
+
+
+def test_what_is_no_path_at_all():
+    with pytest.raises(TypeError, match="expected a path or a name of a model, got int"):
+        load_model(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 TiB"), RuntimeError("can't allocate memory: 9")]
+)
+def test_too_little_memory_is_not_called_a_damaged_file(llama_file, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(load_module, "load_weights", fail)
+    with pytest.raises(MemoryError, match="there is not enough memory to load"):
+        load_model(llama_file)
+
+
+def test_too_little_memory_is_not_called_a_missing_tokenizer(llama_file, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(load_module.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        load_model(llama_file)

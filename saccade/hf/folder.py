@@ -1,0 +1,170 @@
+"""A folder saved by transformers: its config and weights, with nothing missing or left over."""
+
+from __future__ import annotations
+
+import json
+import logging as standard_logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from saccade.core import BadInput
+from saccade.hf.foreign_errors import as_bad_input, quiet
+from saccade.hf.meta_model import without_memory
+from saccade.hf.rope_config import explained
+from saccade.hf.tensor_files import Shapes, named, shapes_in
+
+_LARGEST: Final = 2**31 - 1
+_SIZES: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_UNKNOWN_LENGTH: Final = 2048
+_NUMBER: Final = re.compile(r"\d+")
+_RECOMPUTED: Final = re.compile(r".*(inv_freq|masked_bias|\.attn\.bias|position_ids)")
+"""Buffers that old versions saved; they follow from the config."""
+
+
+def folder_config(path: Path) -> tuple[PreTrainedConfig, list[str]]:
+    """The config of a folder, and a note for each thing in it that transformers does not know.
+
+    Raises:
+        BadInput: no config.json, or one that describes no model.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise BadInput(
+            f"the folder {path} has no config.json: expected a model saved by transformers "
+            "(save_pretrained), or a .gguf file."
+        )
+    with as_bad_input(path):
+        if not isinstance(json.loads(file.read_bytes()), dict):
+            raise BadInput(f"{file} holds no settings: expected a JSON object.")
+    with as_bad_input(path), _rope_warnings() as warnings:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        _check_sizes(file, config)
+    return config, [f"config.json: {warning}" for warning in warnings]
+
+
+def trained_length(config: PreTrainedConfig) -> int:
+    """Tokens that the model was trained for, as far as its config says."""
+    text = config.get_text_config(decoder=True)
+    lengths = (getattr(text, name, None) for name in _LENGTHS)
+    return next((n for n in lengths if type(n) is int and n > 0), _UNKNOWN_LENGTH)
+
+
+def folder_model(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in evaluation mode, and what its files hold that it has no place for.
+
+    Raises:
+        BadInput: weights are missing, damaged, of another shape, or left over.
+    """
+    files = shapes_in(path)
+    with quiet(), as_bad_input(path), explained(config):
+        _check_layers(path, config, files)
+        shapes, notes = without_memory(config)
+        _check_amount(path, config, shapes, files)
+        loaded: Any = type(shapes).from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=shapes.config._attn_implementation,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        raise BadInput(
+            f"{path} lacks {len(info['missing_keys'])} of the model's weights: "
+            f"{named(info['missing_keys'])}. The folder is incomplete: download or save it again."
+        )
+    return model.eval(), notes + _left_over(path, shapes, set(info["unexpected_keys"]))
+
+
+def _left_over(path: Path, model: PreTrainedModel, keys: set[str]) -> list[str]:
+    """A note about weights of parts that the model does not have; none may belong to its own."""
+    keys = {key for key in keys if not _RECOMPUTED.fullmatch(key)}
+    own = {_NUMBER.sub("{}", name) for name in model.state_dict()}
+    modules = {name.rpartition(".")[0] for name in model.state_dict()}
+    wrong = {k for k in keys if _NUMBER.sub("{}", k) in own or k.rpartition(".")[0] in modules}
+    if wrong:
+        raise BadInput(
+            f"{path} has {len(wrong)} weights that the model of its config.json has no place for: "
+            f"{named(wrong)}. It would answer wrongly without them: correct the config."
+        )
+    if not keys:
+        return []
+    return [f"{len(keys)} weights belong to parts that text does not need: {named(keys)}."]
+
+
+def _check_sizes(file: Path, config: PreTrainedConfig) -> None:
+    text = config.get_text_config(decoder=True)
+    for name in _SIZES:
+        value = getattr(text, name, None)
+        for size in value if isinstance(value, list | tuple) else [value]:
+            if size is not None and (type(size) is not int or not 0 < size <= _LARGEST):
+                raise BadInput(
+                    f"{file} has {name} = {size!r}: expected a whole number from 1 to {_LARGEST}."
+                )
+
+
+def _check_layers(path: Path, config: PreTrainedConfig, files: Shapes | None) -> None:
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if files is not None and layers > len(files):
+        raise BadInput(
+            f"config.json of {path} says {layers} layers, and its files hold {len(files)} "
+            "tensors: expected several for each layer. The folder is incomplete or damaged."
+        )
+
+
+def _check_amount(
+    path: Path, config: PreTrainedConfig, model: PreTrainedModel, files: Shapes | None
+) -> None:
+    """Refuse before memory is reserved for weights that the files cannot hold."""
+    if files is None or getattr(config, "quantization_config", None) is not None:
+        return  # quantized numbers share elements
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(files.values())
+    if wanted > held:
+        raise BadInput(
+            f"the model in config.json of {path} has {wanted:,} weights, its files hold {held:,}: "
+            "they are incomplete or belong to another config."
+        )
+
+
+@contextmanager
+def _rope_warnings() -> Iterator[list[str]]:
+    """What transformers warns of about `rope_parameters` meanwhile, instead of printing it."""
+    found: list[str] = []
+
+    class Collect(standard_logging.Handler):
+        def emit(self, record: standard_logging.LogRecord) -> None:
+            text = " ".join(record.getMessage().split())
+            if "nrecognized keys" in text and "rope" in text:
+                found.append(text)
+
+    logger: Any = logging.get_logger("transformers")
+    handler, level = Collect(), logging.get_verbosity()
+    logging.disable_default_handler()
+    logger.addHandler(handler)
+    logging.set_verbosity_warning()
+    try:
+        yield found
+    finally:
+        logging.set_verbosity(level)
+        logger.removeHandler(handler)
+        logging.enable_default_handler()
