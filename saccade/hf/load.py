@@ -123,7 +123,7 @@ def _need_gguf() -> None:
         if find_spec(package) is None:
             raise BadInput(
                 f"reading GGUF needs the package {package}, which is not installed: "
-                "run pip install 'saccade[hf]'."
+                'run in the clone of saccade: pip install ".[hf]".'
             )
 
 
