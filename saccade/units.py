@@ -28,18 +28,28 @@ def as_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `8G` and `8g` are 8 * 2**30 bytes, `8GB` is 8 * 10**9, `512` is 512.
+    """`8GiB`, `8G` and `8g` are 8 * 2**30 bytes, `8GB` is 8 * 10**9, `2000000` is as many.
 
     Raises:
-        ValueError: anything else, or nothing at all.
+        ValueError: anything else, less than a byte, a small number without a unit, or over 2**63.
     """
-    found = _SIZE.fullmatch(text.strip())
+    found = _SIZE.fullmatch(text.strip()) if len(text) < _LONGEST else None
     if found is None:
-        raise ValueError(f"expected a size such as 8GiB or 512MiB, got {text!r}.")
+        raise ValueError(f"expected a size such as 8GiB or 512MiB, got {_shortened(text)}.")
     number, unit, binary = found.groups()
     power = " kmgt".index(unit.lower() or " ")
     decimal = not binary and text.strip().lower().endswith("b")
     size = int(float(number) * (1000 if decimal else 1024) ** power)
-    if size < 1:
-        raise ValueError(f"expected a size of at least one byte, got {text!r}.")
+    if not 1 <= size < 2**63:
+        raise ValueError(f"expected a size from one byte to 8 EiB, got {text!r}.")
+    if text.strip().isdecimal() and size < 2**20:
+        raise ValueError(f"expected a size with its unit, such as {number}GiB, got {text!r}.")
     return size
+
+
+_LONGEST = 50
+
+
+def _shortened(text: str) -> str:
+    """A text for a message, in quotes."""
+    return repr(text if len(text) < _LONGEST else f"{text[:_LONGEST]}...")

@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 
 from saccade.cli.failure import need
 from saccade.cli.outputs import check_outputs, file_option
-from saccade.cli.values import list_of, one_of, whole_number
+from saccade.cli.values import file_name, list_of, one_of, whole_number
 
 CPU_EXAMPLES = """examples:
   saccade bench cpu --quick
@@ -39,7 +39,7 @@ Backends = Annotated[Any, typer.Option(
     help="backends of saccade to time (default: the one that auto chooses)",
 )]  # fmt: skip
 Threads = Annotated[Any, typer.Option(
-    "--threads", metavar="N", parser=whole_number(1), help="default: torch's own"
+    "--threads", metavar="N", parser=whole_number(1, 4096), help="default: torch's own"
 )]  # fmt: skip
 Flex = Annotated[bool, typer.Option(
     "--flex", help="also FlexAttention; compiles a minute a shape"
@@ -57,7 +57,7 @@ Dims = Annotated[Any, typer.Option(
     help="head dimensions; a row serves those up to it (default: 64 128 256)",
 )]  # fmt: skip
 Out = Annotated[str | None, typer.Option(
-    "--out", metavar="FILE",
+    "--out", metavar="FILE", parser=file_name,
     help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
     "kept, so a run that was stopped goes on",
 )]  # fmt: skip

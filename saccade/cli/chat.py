@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.dialogue import Dialogue, endless
+from saccade.cli.dialogue import Dialogue, endless, opening
 from saccade.cli.failure import UsageError, need
 from saccade.cli.sessions import DeferredInterrupt
 from saccade.cli.streaming import TextStream
-from saccade.cli.tokens import end_tokens, tokenizer_of
+from saccade.cli.tokens import encode_messages, end_tokens, tokenizer_of
+from saccade.cli.values import utf8_text
 from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ HELP = "/reset forgets the dialogue, /memory shows what is in use, /exit ends (s
 def run(
     model: shared_options.Model,
     system: Annotated[str | None, typer.Option(
-        "--system", metavar="TEXT", help="what the model reads before the dialogue"
+        "--system", metavar="TEXT", parser=utf8_text,
+        help="what the model reads before the dialogue",
     )] = None,
     n_predict: shared_options.NPredict = 256,
     *,
@@ -59,6 +61,9 @@ def run(
     reserve = 0 if bounded else params.n_ctx or loaded.n_ctx_train
     try:
         with Context(loaded, params, reserve=reserve) as ctx:
+            encode_messages(
+                tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
+            )  # a template that fails, before a word
             dialogue = Dialogue(
                 ctx=ctx, tokenizer=tokenizer, sampler=sampler, stop=end_tokens(loaded),
                 n_predict=n_predict, system=system,
@@ -71,16 +76,17 @@ def run(
 
 def lines() -> Iterator[str]:
     """What the user says, line by line: asked for on a terminal, else read from stdin."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    print(HELP, file=sys.stderr)
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            print(file=sys.stderr)
+    try:
+        if not sys.stdin.isatty():
+            yield from sys.stdin
             return
+        print(HELP, file=sys.stderr)
+        while True:
+            yield input("> ")
+    except EOFError:
+        print(file=sys.stderr)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is not UTF-8 text (at byte {error.start}).") from None
 
 
 def talk(dialogue: Dialogue, said: Iterable[str]) -> None:

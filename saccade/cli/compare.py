@@ -12,7 +12,7 @@ from saccade.cli.failure import need
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.shared_options import Model
 from saccade.cli.tokens import tokenizer_of
-from saccade.cli.values import list_of, whole_number
+from saccade.cli.values import file_name, list_of, whole_number
 
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
@@ -41,7 +41,8 @@ def run(
         help="measure only the rows with these names or parts of names, and the baseline",
     )] = None,
     json: Annotated[str | None, typer.Option(
-        "--json", metavar="FILE|-", help="the record; - is the last line of stdout"
+        "--json", metavar="FILE|-", parser=file_name,
+        help="the record; - is the last line of stdout",
     )] = None,
     html: Annotated[str | None, file_option("--html", "one self-contained page")] = None,
     png: Annotated[str | None, file_option("--png", "the picture")] = None,

@@ -27,6 +27,11 @@ def endless(params: ContextParams, n_ctx_train: int) -> ContextParams:
     return replace(params, n_swa=max(1, min(WINDOW, n_ctx_train // 2)), n_sinks=SINKS)
 
 
+def opening(system: str | None) -> Messages:
+    """What is read before the dialogue."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
 @dataclass(kw_only=True)
 class Dialogue:
     """Messages and answers on one context.
@@ -87,12 +92,11 @@ class Dialogue:
         """Forget what the context holds; the latest messages that fit into half of it."""
         self.rereads += self.ctx.seen > 0
         self.ctx.reset()
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
         room = self.ctx.n_ctx // 2
         if self.ctx.params.n_swa is not None:
             room = min(room, self.ctx.params.n_swa)
         while True:
-            tokens = encode_messages(self.tokenizer, system + self._messages)
+            tokens = encode_messages(self.tokenizer, opening(self.system) + self._messages)
             if len(tokens) <= room or len(self._messages) < 3:
                 return tokens
             del self._messages[:2]

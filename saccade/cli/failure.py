@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +14,14 @@ _EXTRAS = {
     "report": ("matplotlib", "rich", "jinja2"),
 }
 _INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "unable to allocate",
+    "bad_alloc",
+)
 
 
 class UsageError(Exception):
@@ -20,18 +29,19 @@ class UsageError(Exception):
 
 
 def sentence(error: Exception) -> str | None:
-    """What to tell the user, or None where the error is a bug and wants its traceback."""
-    if isinstance(error, UsageError):
-        return _one_line(error)
+    """What to tell the user, or None where the error is a bug of ours."""
     if isinstance(error, typer.TyperException):
         return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-        return (
-            "not enough memory for this. Use a smaller --ctx-size or --context, a window, "
-            f"or a quantized cache. ({_one_line(error) or 'the system gave no details'})"
-        )
+    for cause in _causes(error):
+        if _is_out_of_memory(cause):
+            return (
+                "not enough memory for this. Use a smaller --ctx-size or --context, a window, "
+                f"a quantized cache, or a smaller model. ({_one_line(cause)})"
+            )
+    if isinstance(error, UsageError):
+        return _one_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or _one_line(error)}."
@@ -39,6 +49,31 @@ def sentence(error: Exception) -> str | None:
         hint = "" if _raised_by_us(error) else " (Run again with --traceback to see where.)"
         return _one_line(error) + hint
     return None
+
+
+def bug(error: Exception) -> str:
+    """What to tell the user of an error that nobody thought of."""
+    return (
+        f"this is a bug of saccade ({type(error).__name__}: {_one_line(error)}). Please report it; "
+        "--traceback shows where it happened."
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from: a library may wrap the one that matters."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    system = isinstance(error, (RuntimeError, OSError))
+    return system and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def _not_understood(error: Any) -> str:
@@ -75,7 +110,11 @@ def _missing(name: str) -> str | None:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+
+
+_LONGEST = 1200
 
 
 def _raised_by_us(error: Exception) -> bool:

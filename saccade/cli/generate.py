@@ -20,6 +20,7 @@ from saccade.cli.tokens import (
     end_tokens,
     tokenizer_of,
 )
+from saccade.cli.values import file_name, utf8_text
 from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ EXAMPLES = """examples:
 def run(
     model: shared_options.Model,
     prompt: Annotated[str | None, typer.Option(
-        "--prompt", "-p", metavar="TEXT", help="text to continue"
+        "--prompt", "-p", metavar="TEXT", parser=utf8_text, help="text to continue"
     )] = None,
     prompt_file: Annotated[str | None, typer.Option(
-        "--prompt-file", "-f", metavar="FILE|-", help="UTF-8 text; - reads stdin"
+        "--prompt-file", "-f", metavar="FILE|-", parser=file_name,
+        help="UTF-8 text; - reads stdin",
     )] = None,
     session: Annotated[str | None, file_option(
         "--session", "go on from this file where it exists; saved at the end and on Ctrl-C"
@@ -74,6 +76,8 @@ def run(
         with Context(loaded, params) as ctx:
             if saved is not None and saved.exists:
                 sampler = shared_options.sampler_of(sampling, saved.load(ctx))
+            elif saved is not None:
+                saved.check(ctx)
             follows = saved is not None and saved.exists and ctx.seen > 0
             tokens = encode(loaded, text, raw=raw, follows=follows) if text else []
             generated = ctx.stream(

@@ -1,6 +1,6 @@
 """`saccade`: the commands, and errors as one sentence.
 
-Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 something to change in the call,
+Exit codes: 0 done, 1 a bug of ours (--traceback shows where), 2 something to change in the call,
 130 stopped by Ctrl-C, 141 the reader of the output is gone.
 """
 
@@ -10,13 +10,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from saccade.cli import bench, chat, compare, doctor, generate, plan
-from saccade.cli.failure import sentence
+from saccade.cli.failure import bug, sentence
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _module in (compare, generate, chat, plan, doctor):
@@ -59,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
-    for stream in (sys.stdout, sys.stderr):  # a name in the record must not break a table
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _open_streams()
     try:
         code = _run(["--help"] if words in ([], ["help"]) else words)
         sys.stdout.flush()
@@ -73,11 +72,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        said = sentence(error)
-        if said is None or traceback:
+        if traceback:
             raise
-        print(said if said.startswith("saccade") else f"saccade: {said}", file=sys.stderr)
-        return 2
+        said = sentence(error)
+        shown = bug(error) if said is None else said
+        print(shown if shown.startswith("saccade") else f"saccade: {shown}", file=sys.stderr)
+        return 1 if said is None else 2
+
+
+def _open_streams() -> None:
+    """Streams that a shell closed are empty; a name that cannot be shown must not break a table."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def _run(words: list[str]) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import typer
 
 from saccade.cli.failure import UsageError
+from saccade.cli.values import file_name
 
 
 def file_option(flag: str, help: str) -> Any:
     """A typer option that takes the name of a file."""
-    return typer.Option(flag, metavar="FILE", help=help)
+    return typer.Option(flag, metavar="FILE", parser=file_name, help=help)
 
 
 def check_outputs(paths: Mapping[str, str | None]) -> None:

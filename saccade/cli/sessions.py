@@ -6,10 +6,11 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from saccade.cli.failure import need
+from saccade.cli.failure import UsageError, need
 from saccade.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -29,6 +30,21 @@ class Session:
         need("safetensors", purpose="--session")
         self.path = Path(name).expanduser()
         self.exists = self.path.exists()
+
+    def check(self, ctx: Context) -> None:
+        """Save the empty context beside the file, so that what cannot be saved is said now.
+
+        Raises:
+            UsageError: these options or this model cannot be saved, or the disk cannot be written.
+        """
+        from saccade.core import BadInput, Unsupported
+        from saccade.runtime import save_session
+
+        try:
+            with TemporaryDirectory(dir=self.path.parent, prefix=".saccade-") as folder:
+                save_session(Path(folder) / self.path.name, ctx)
+        except (BadInput, Unsupported, ValueError, TypeError) as error:
+            raise UsageError(f"--session cannot be saved later: {error}") from error
 
     def load(self, ctx: Context) -> Sampler:
         """Put it into a context; the sampler it was saved with."""

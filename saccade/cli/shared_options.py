@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saccade.cli.failure import UsageError
-from saccade.cli.values import budget, number, one_of, switch, whole_number
+from saccade.cli.values import budget, file_name, number, one_of, switch, utf8_text, whole_number
 
 if TYPE_CHECKING:
     from saccade.runtime import Sampler
     from saccade.runtime.params import ContextParams
 
 MODEL_HELP = "a .gguf file, a folder saved by transformers, or a name (smollm2)"
-Model = Annotated[str, typer.Option("--model", "-m", metavar="PATH|NAME", help=MODEL_HELP)]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="PATH|NAME", parser=file_name, help=MODEL_HELP),
+]
 NPredict = Annotated[
     Any,
     typer.Option(
@@ -45,7 +48,7 @@ class Option:
     field: str
     flags: tuple[str, ...]
     help: str
-    parse: Callable[[str], Any] = str
+    parse: Callable[[str], Any] = utf8_text
     metavar: str = "N"
     choices: tuple[str, ...] = ()
 
@@ -115,7 +118,7 @@ SAMPLING = (
     Option("top_p", ("--top-p",),
            "sample among the most likely tokens that together reach P (default: 1)", number, "P"),
     Option("seed", ("--seed", "-s"), "the same seed gives the same tokens (default: 0)",
-           whole_number(0)),
+           whole_number(0, 2**64 - 1)),
 )  # fmt: skip
 
 

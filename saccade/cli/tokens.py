@@ -1,7 +1,12 @@
-"""Messages to tokens, in the model's chat template where it has one."""
+"""Messages to tokens, in the model's chat template where it has one.
+
+Text that is spelled like a special token (`<|im_end|>`) is read as that token, as in transformers
+and llama.cpp: a text of strangers can end the message it stands in.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saccade.cli.failure import UsageError
@@ -19,8 +24,10 @@ def tokenizer_of(loaded: LoadedModel) -> Any:
         UsageError: there is none.
     """
     if loaded.tokenizer is None:
+        reason = " ".join(note for note in loaded.notes if "tokenizer" in note)
         raise UsageError(
             f"{loaded.name} has no tokenizer that can be read. Give a model that brings one."
+            + (f" ({reason})" if reason else "")
         )
     return loaded.tokenizer
 
@@ -57,13 +64,53 @@ def next_message(tokenizer: Any, text: str) -> str:
 
 
 def _templated(tokenizer: Any, messages: Messages) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The messages in the model's chat template, a program in the model's files.
+
+    Raises:
+        UsageError: it does not parse, raises, or refuses these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template can raise anything
+        system = "Leave --system out, or use" if messages[0]["role"] == "system" else "Use"
+        raise UsageError(
+            f"the model's chat template fails: {type(error).__name__}: {error}. {system} "
+            "saccade generate --raw, which continues a text without a template."
+        ) from error
 
 
 def end_tokens(loaded: LoadedModel) -> set[int]:
-    """Tokens that end an answer, from the generation config and the tokenizer."""
+    """Tokens that end an answer.
+
+    From the generation config and the tokenizer, and the special token that the chat template
+    itself puts behind an answer: configs of models that were trained further often lack it.
+    """
+    tokenizer = tokenizer_of(loaded)
     config = getattr(loaded.model, "generation_config", None)
-    ends: set[int | None] = set()
-    for found in (getattr(config, "eos_token_id", None), tokenizer_of(loaded).eos_token_id):
+    ends: set[int | None] = {_end_in_template(tokenizer)}
+    for found in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         ends.update(found if isinstance(found, (list, tuple)) else [found])
     return {token for token in ends if token is not None}
+
+
+def _end_in_template(tokenizer: Any) -> int | None:
+    """The special token right behind an answer, None where there is no such template or token."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        behind = encode_text(tokenizer, next_message(tokenizer, "next"), special=False)
+    except UsageError:
+        return None
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = added.get(behind[0]) if behind else None
+    # Harmony ends every part of an answer with <|end|>, and the answer with <|return|>.
+    part = found is not None and found.content == "<|end|>"
+    if found is None or not found.special or (part and _has(added, "<|return|>")):
+        return None
+    return behind[0]
+
+
+def _has(added: Mapping[int, Any], text: str) -> bool:
+    return any(token.content == text for token in added.values())

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from saccade.core import BadInput, Unsupported
-from saccade.hf.layers import layer_kinds, text_config
 from saccade.hf.cached_shapes import CachedShapes, KVShape, cached_shapes
+from saccade.hf.layers import layer_kinds, text_config
 from saccade.runtime.model import ModelFacts
 
 _LENGTHS: Final = (

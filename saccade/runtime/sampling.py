@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +16,20 @@ from torch import Tensor
 class Sampler:
     """Greedy, or sampling with temperature, top-k and top-p (nucleus, arXiv 1904.09751).
 
-    Temperature, top-k and top-p are the logits processors of transformers, in its order.  One
-    random number a token is drawn on the host, whatever the device, so a session that was saved
-    on a GPU goes on with the same random numbers on a CPU.
+    Top-k and top-p are the logits processors of transformers, in its order.  One random number a
+    token is drawn on the host, whatever the device, so a session that was saved on a GPU goes on
+    with the same random numbers on a CPU.
 
     Args:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; infinity draws all tokens that are possible alike.
         top_k: sample among the k most likely tokens, and those as likely as the last of them;
             0 for all.
         top_p: sample among the most likely tokens that together reach this probability.
-        seed: the same seed gives the same tokens.
+        seed: the same seed gives the same tokens; from -2^63 to 2^64 - 1.
 
     Raises:
-        ValueError: temperature or top_k below 0, top_p outside (0, 1].
+        ValueError: temperature below 0 or NaN, top_k below 0, top_p outside (0, 1], another seed.
+        TypeError: something else than numbers, or than whole numbers for top_k and seed.
     """
 
     temperature: float = 0.0
@@ -37,11 +40,17 @@ class Sampler:
     _processors: list[Callable[..., Any]] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        self.temperature, self.top_p = (
+            _number(name, getattr(self, name)) for name in ("temperature", "top_p")
+        )
+        self.top_k, self.seed = (_whole(name, getattr(self, name)) for name in ("top_k", "seed"))
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
                 f"{self.temperature}, {self.top_k} and {self.top_p}."
             )
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"a seed is expected from -2^63 to 2^64 - 1, got {self.seed}.")
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def state(self) -> Tensor:
@@ -55,41 +64,86 @@ class Sampler:
     def pick(self, logits: Tensor) -> int:
         """The next token from logits `[vocab]`, of which only the token comes to the host.
 
+        A logit of +inf is certain: one of those tokens is taken.
+
         Raises:
-            ValueError: logits that are NaN, where a random token is drawn.
-            ModuleNotFoundError: a temperature above 0 without transformers.
+            ValueError: logits of another shape, with a NaN, or -inf for every token.
+            ModuleNotFoundError: top_k or top_p at a temperature above 0 without transformers.
         """
+        largest, token = _largest(logits)
         if self.temperature == 0:
-            return int(logits.argmax())
-        self._processors = self._processors or _processors(self)
-        scores = logits.float()[None]
+            return token
+        scores = self._scaled(logits, largest)[None]
         if torch.are_deterministic_algorithms_enabled():
             scores = scores.cpu()  # running sums on a GPU add up in any order
+        self._processors = self._processors or _processors(self)
         for process in self._processors:
             scores = process(None, scores)
         return self._draw(scores[0])
+
+    def _scaled(self, logits: Tensor, largest: float) -> Tensor:
+        """Float32 `(logits - largest) / temperature`, for any temperature above 0.
+
+        The difference is divided, in float64, so that nothing overflows but what is impossible.
+        """
+        if largest == math.inf:
+            return torch.where(logits == math.inf, 0.0, -math.inf)
+        scores = (logits.double() - largest) / self.temperature
+        scores[logits == -math.inf] = -math.inf  # -inf / inf is NaN
+        scores[logits == largest] = 0.0
+        return scores.float()
 
     def _draw(self, scores: Tensor) -> int:
         """A token with the probabilities `softmax(scores)`: where their running sum passes u."""
         sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         u = torch.rand((), dtype=torch.float64, generator=self._generator).item()
         token = int(torch.searchsorted(sums, sums[-1:] * u, right=True))
-        if token == len(sums):
-            raise ValueError("expected logits that are numbers, got NaN. Check the model's dtype.")
-        return token
+        return min(token, len(sums) - 1)
+
+
+def _largest(logits: Tensor) -> tuple[float, int]:
+    """(largest logit, its token), refusing what has none."""
+    if logits.ndim != 1 or not len(logits):
+        raise ValueError(f"expected logits [vocab], got the shape {list(logits.shape)}.")
+    found = logits.max(0)
+    largest, token = torch.stack((found.values.double(), found.indices.double())).tolist()
+    if math.isnan(largest):
+        raise ValueError(
+            "expected logits that are numbers, got NaN. Check the model's weights and dtype: "
+            "float16 overflows in some models, bfloat16 and float32 do not."
+        )
+    if largest == -math.inf:
+        raise ValueError("expected a logit above -inf, got none: no token is possible.")
+    return largest, int(token)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return operator.truediv(value, 1)
+    except (TypeError, OverflowError) as error:
+        raise TypeError(f"{name} is expected to be a number, got {value!r}.") from error
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} is expected to be a whole number, got {value!r}.") from error
 
 
 def _processors(sampler: Sampler) -> list[Callable[..., Any]]:
     """What transformers applies to scores `[1, vocab]` before a token is drawn."""
+    if not sampler.top_k and sampler.top_p == 1:
+        return []
     try:
         from transformers.generation import logits_process as hf
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "sampling with a temperature above 0 needs the package transformers. "
+            "sampling with top_k or top_p needs the package transformers. "
             'Run in the clone of saccade: pip install ".[hf]"',
             name=error.name,
         ) from error
-    found: list[Callable[..., Any]] = [hf.TemperatureLogitsWarper(float(sampler.temperature))]
+    found: list[Callable[..., Any]] = []
     if sampler.top_k:
         found.append(hf.TopKLogitsWarper(sampler.top_k))
     if sampler.top_p < 1:

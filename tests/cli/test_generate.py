@@ -96,13 +96,14 @@ def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
 
 
 def test_chat_template_unless_raw():
-    loaded = SimpleNamespace(tokenizer=Bytes(), name="m")
+    notes = ["another.", "no tokenizer could be read: it is cut."]
+    loaded = SimpleNamespace(tokenizer=Bytes(), name="m", notes=notes)
     assert bytes(generate.encode(loaded, "hi", raw=False)) == b"hi"
     loaded.tokenizer.chat_template = "..."
     assert bytes(generate.encode(loaded, "hi", raw=False)) == b"<u>hi\n<a>"
     assert bytes(generate.encode(loaded, "hi", raw=True)) == b"hi"
     loaded.tokenizer = None
-    with pytest.raises(UsageError, match="no tokenizer"):
+    with pytest.raises(UsageError, match=r"m has no tokenizer.*\(no tokenizer .* it is cut\.\)"):
         generate.encode(loaded, "hi", raw=False)
 
 

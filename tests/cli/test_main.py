@@ -114,10 +114,74 @@ def test_our_own_sentences_come_without_advice_to_debug():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyError("bug"), ImportError("bug")])
-def test_bugs_keep_their_traceback(fake, error):
+def test_a_bug_is_one_sentence_and_keeps_its_traceback(fake, error, capsys):
     fake.error = error
+    assert main.main(["compare"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"saccade: this is a bug of saccade ({type(error).__name__}: ")
     with pytest.raises(type(error)):
-        main.main(["compare"])
+        main.main(["compare", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+     OSError(12, "Cannot allocate memory"), RuntimeError("CUDA out of memory. Tried"),
+     RuntimeError("std::bad_alloc")],
+)  # fmt: skip
+def test_too_little_memory_is_said_however_it_was_wrapped(cause):
+    """A loader that reads MemoryError as a damaged file must not send people to download again."""
+    assert failure.sentence(cause).startswith("not enough memory")
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise UsageError("the file is truncated") from error
+    except UsageError as wrapped:
+        assert failure.sentence(wrapped).startswith("not enough memory")
+    assert failure.sentence(UsageError("a prompt about std::bad_alloc")) == (
+        "a prompt about std::bad_alloc"
+    )
+
+
+@pytest.mark.parametrize("command", [["generate", "-f", "-", "-m", "x"], ["chat", "-m", "x"]])
+def test_streams_that_a_shell_closed(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main.main(command) == 2
+    sys.stdin.close()
+    assert "is empty" in capsys.readouterr().err or command[0] == "chat"
+    script = "import sys; from saccade.cli.main import main; sys.exit(main(['plan', '-m', 'x']))"
+    closed = f'exec 0<&- 1>&- 2>&-; exec {sys.executable} -c "{script}"'
+    assert subprocess.run(["sh", "-c", closed], check=False).returncode == 2
+
+
+NAMES = ["--model", "--session", "--prompt-file"]
+
+
+@pytest.mark.parametrize("option", NAMES)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("a\0b", "expected the name of a file, got 'a\\x00b'"), ("", "expected the name of a file"),
+     ("~nobody-here/x", "there is no user ~nobody-here here"), ("\udcff", "expected UTF-8 text")],
+)  # fmt: skip
+def test_names_that_no_file_has(option, name, said, capsys):
+    line = ["generate", "--model", "m", "--prompt", "hi", option, name]
+    assert main.main(line) == 2
+    assert f"{option}/" in (err := capsys.readouterr().err) or f"{option}:" in err
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 400, "9" * 5000, "-1", "0", "inf", "nan", "1e3", "x" * 500]
+)
+def test_numbers_beyond_all_use_are_one_short_sentence(value, capsys):
+    for option in ("--ctx-size", "--swa", "--n-predict", "--batch-size"):
+        assert main.main(["generate", "-m", "m", "-p", "hi", option, value]) == 2
+        err = capsys.readouterr().err
+        assert "expected a whole number of at least 1" in err and len(err) < 250
+    for option in ("--memory",):
+        assert main.main(["plan", "-m", "m", option, value]) == 2
+        assert len(err := capsys.readouterr().err) < 250 and "expected a size" in err
 
 
 def test_traceback_can_be_asked_for(fake):

@@ -26,6 +26,7 @@ def write_gguf(
     quantized: dict[str, gguf.GGMLQuantizationType] | None = None,
     tokens: bool = True,
     name: str | None = None,
+    eot: int | None = None,
     **options: Any,
 ) -> None:
     """The weights of a tiny model in float32, with a byte-level tokenizer.
@@ -53,6 +54,8 @@ def write_gguf(
         writer.add_name(name)
     if tokens:
         _write_tokenizer(writer, model.config.vocab_size, "llama")
+    if eot is not None:
+        writer.add_eot_token_id(eot)
     for tensor, array in weights.items():
         if tensor not in skip:
             add_tensor(writer, tensor, array, (quantized or {}).get(tensor))

@@ -118,19 +118,91 @@ def test_deterministic_algorithms_can_sample():
         torch.use_deterministic_algorithms(False)
 
 
-def test_nan_is_named():
-    with pytest.raises(ValueError, match="expected logits that are numbers, got NaN"):
-        Sampler(temperature=1.0).pick(torch.full((9,), torch.nan))
+WAYS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 2.0, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", WAYS)
+class TestLogitsThatAreNoNumbers:
+    @pytest.mark.parametrize("where", [0, 4, slice(None)])
+    def test_nan_is_refused_wherever_it_is(self, options, where):
+        logits = LOGITS.clone()
+        logits[where] = torch.nan
+        with pytest.raises(ValueError, match="expected logits that are numbers, got NaN"):
+            Sampler(**options).pick(logits)
+
+    def test_no_possible_token_is_refused(self, options):
+        with pytest.raises(ValueError, match="no token is possible"):
+            Sampler(**options).pick(torch.full((9,), -torch.inf))
+
+    def test_an_infinite_logit_is_certain(self, options):
+        logits = LOGITS.clone()
+        logits[[2, 7]] = torch.inf
+        assert {Sampler(**options, seed=seed).pick(logits) for seed in range(20)} <= {2, 7}
+
+    def test_another_shape_is_refused(self, options):
+        for wrong in (LOGITS[None], LOGITS[:0], LOGITS[0]):
+            with pytest.raises(ValueError, match=r"expected logits \[vocab\]"):
+                Sampler(**options).pick(wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-39, 1e-45, 1e-60, 5e-324])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tiny_temperature_takes_the_most_likely(temperature, dtype):
+    logits = torch.cat((LOGITS, torch.tensor([-torch.inf]))).to(dtype)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        assert Sampler(temperature=temperature, **options).pick(logits) == 8
+
+
+def test_an_infinite_temperature_draws_all_possible_tokens_alike():
+    logits = torch.cat((LOGITS, torch.tensor([-torch.inf])))
+    sampler = Sampler(temperature=torch.inf)
+    counts = np.bincount([sampler.pick(logits) for _ in range(2000)], minlength=11)
+    assert counts[10] == 0 and (abs(counts[:10] - 200) < 4.5 * np.sqrt(180)).all()
+
+
+def test_large_logits_keep_their_differences():
+    """Divided by a small temperature they would overflow where their differences do not."""
+    logits = torch.tensor([1e30, 1e30, -1e30])
+    assert {Sampler(temperature=1e-9, seed=s).pick(logits) for s in range(30)} == {0, 1}
+
+
+def test_a_vocabulary_beyond_what_float32_counts():
+    logits = torch.full((2**24 + 1,), -torch.inf)
+    logits[-1] = 0.0
+    assert Sampler().pick(logits) == Sampler(temperature=1.0).pick(logits) == 2**24
 
 
 def test_without_transformers_it_says_how_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.generation", None)
     assert Sampler().pick(LOGITS) == 8
+    assert Sampler(temperature=1e-9).pick(LOGITS) == 8
     with pytest.raises(ModuleNotFoundError, match=r'clone of saccade: pip install "\.\[hf\]"'):
-        Sampler(temperature=1.0).pick(LOGITS)
+        Sampler(temperature=1.0, top_k=2).pick(LOGITS)
 
 
 def test_options_that_make_no_sense():
-    for options in ({"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"temperature": -1.0}):
+    nan = float("nan")
+    for options in ({"top_p": 0.0}, {"top_p": 1.5}, {"top_p": nan}, {"top_k": -1},
+                    {"temperature": -1.0}, {"temperature": nan}):  # fmt: skip
         with pytest.raises(ValueError, match="temperature >= 0, top_k >= 0 and 0 < top_p <= 1"):
             Sampler(**options)
+
+
+def test_seeds_have_64_bits():
+    for seed in (-(2**63), -1, 2**63, 2**64 - 1):
+        assert Sampler(temperature=1.0, seed=seed).pick(LOGITS) in range(len(LOGITS))
+    for seed in (2**64, -(2**63) - 1, 10**400):
+        with pytest.raises(ValueError, match="a seed is expected from"):
+            Sampler(seed=seed)
+
+
+def test_options_of_another_type_are_named():
+    for options in ({"temperature": "hot"}, {"top_k": 2.5}, {"seed": "1"}, {"top_p": None}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} is expected to be a"):
+            Sampler(**options)
+    assert Sampler(temperature=1, top_k=np.int64(1)).pick(LOGITS) == 8
