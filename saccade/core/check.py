@@ -60,12 +60,14 @@ def integer(name: str, x: object, least: int | None = None, most: int | None = N
     """
     if isinstance(x, bool) or not isinstance(x, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {x!r}.")
-    if (least is not None and x < least) or (most is not None and x > most):
-        bounds = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (
-            most is not None
+    found = int(x) if isinstance(x, Integral) and not isinstance(x, int) else x
+    assert isinstance(found, (int, torch.SymInt))
+    if (least is not None and found < least) or (most is not None and found > most):
+        bounds = ([] if least is None else [f"at least {least}"]) + (
+            [] if most is None else [f"at most {most}"]
         )
-        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {short(x)}.")
-    return x if isinstance(x, (int, torch.SymInt)) else int(x)  # type: ignore[return-value]
+        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {short(found)}.")
+    return found  # type: ignore[return-value]
 
 
 def short(x: object) -> str:
@@ -189,10 +191,19 @@ def check_exactly(
     check_device(name, x, device)
 
 
+def extremes(x: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of some integers; a few of them are read as a list, faster."""
+    if x.numel() <= 64:
+        values = x.flatten().tolist()
+        return min(values), max(values)
+    low, high = torch.aminmax(x)
+    return int(low), int(high)
+
+
 def check_bounds(name: str, x: Tensor, least: int, most: int) -> None:
     """Raise ValueError where a number of `x` lies outside of `least` .. `most`, if readable."""
     if not readable(x) or x.numel() == 0:
         return
-    low, high = (int(part) for part in torch.aminmax(x))
+    low, high = extremes(x)
     if low < least or high > most:
         raise ValueError(f"{name} must be {least} to {most}, got {low if low < least else high}.")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from saccade.core.check import (
     FLOATS,
-    LAYOUT,
     LARGEST_POSITION,
+    LAYOUT,
     check_device,
     check_exactly,
     check_kv,

@@ -14,6 +14,7 @@ from saccade.core.check import (
     check_device,
     check_exactly,
     check_tensor,
+    extremes,
     integer,
     readable,
 )
@@ -34,6 +35,9 @@ def _check_table(table: Tensor, kv_lens: Tensor, longest: int, pages: int, size:
         )
     check_bounds("kv_lens of the view", kv_lens, 0, longest)
     if not readable(table) or table.numel() == 0:
+        return
+    low, high = extremes(table)
+    if low >= 0 and high < pages:
         return
     used = torch.arange(0, table.shape[-1] * size, size) < kv_lens[..., None]
     wrong = table[used & ((table < 0) | (table >= pages))]

@@ -18,6 +18,7 @@ FLOORS = [
     ["ops.attention.call"],
     [
         "ops.attention.watch",
+        "ops.attention.first_order",
         "ops.attention.masks",
         "ops.attention.varlen",
         "ops.attention.combine",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saccade.core import AttentionOutput, BlockSelection, DenseKV, Mask
-from saccade.ops import attend, attention, make_call
+from saccade.ops import AttentionCall, attend, attention, make_call
 from tests.support import faults
 from tests.support.layouts import LAYOUTS
 from tests.support.random_inputs import generator
@@ -18,20 +18,22 @@ from tests.support.random_inputs import generator
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MASK = ("causal", "window", "sinks")
 ONLY_MAKE_CALL = ("attn_mask", "q_offset")
+DOORS = ("attention", "make_call", "AttentionCall")
 Draw = Any
 
 
 @dataclass
 class Door:
-    """A call: `attention` or `make_call` + `attend`, its arguments, and whether it is wrong.
+    """A call by one of the doors, its arguments, and whether it is wrong.
 
     Attributes:
-        given: q, k, v and options; wrong: the call has to be refused by every backend.
+        given: q, k, v and options; name: one of DOORS.
+        wrong: the call has to be refused by every backend; fault: what is wrong.
         poisoned: keys that nobody attends to hold NaN.
     """
 
     given: dict[str, Any]
-    by_call: bool
+    name: str
     wrong: bool
     fault: str
     grad: bool
@@ -41,12 +43,15 @@ class Door:
         """The result through the door."""
         given = self.given | changes
         q, k, v = (given.pop(name) for name in "qkv")
-        if not self.by_call:
+        if self.name == "attention":
             found = attention(q, k, v, return_lse=True, backend=backend, **given)
             assert isinstance(found, AttentionOutput)
             return found
         mask = Mask(**{name: given.pop(name) for name in MASK if name in given})
-        return attend(make_call(q, DenseKV(k, v), mask=mask, **given), backend=backend)
+        if self.name == "make_call":
+            return attend(make_call(q, DenseKV(k, v), mask=mask, **given), backend=backend)
+        own = {"scale": 0.5, "q_offset": 0} | given  # an AttentionCall has no defaults
+        return attend(AttentionCall(q=q, kv=DenseKV(k, v), mask=mask, **own), backend=backend)
 
 
 @st.composite
@@ -66,10 +71,10 @@ def doors(draw: Draw) -> Door:
         other = draw(st.integers(0, 11)) == 0
         x = x.to(draw(st.sampled_from(FLOATS)) if other else dtype)
         given[name] = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x)
-    by_call = draw(st.booleans())
-    given |= draw(_options(given, by_call, source))
+    name = draw(st.sampled_from(DOORS))
+    given |= draw(_options(given, name != "attention", source))
     poisoned = _poison(given, draw(st.booleans()))
-    door = Door(given, by_call, False, "", draw(st.booleans()), poisoned)
+    door = Door(given, name, False, "", draw(st.booleans()), poisoned)
     if draw(st.integers(0, 2)) == 0:
         _spoil(draw, door)
     return door
@@ -85,7 +90,9 @@ def _spoil(draw: Draw, door: Door) -> None:
         name, fault = draw(st.sampled_from("qkv")), draw(st.sampled_from(faults.FAULTS))
         door.wrong, door.fault = faults.spoil_tensor(door.given, name, fault, pick), fault
     else:
-        names = [n for n in faults.WRONG_OPTIONS if door.by_call or n not in ONLY_MAKE_CALL]
+        names = [
+            n for n in faults.WRONG_OPTIONS if door.name != "attention" or n not in ONLY_MAKE_CALL
+        ]
         name = draw(st.sampled_from(names))
         faults.spoil_option(door.given, name, pick)
         door.wrong, door.fault = True, name

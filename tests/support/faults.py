@@ -24,7 +24,7 @@ WRONG_OPTIONS: dict[str, tuple[Any, ...]] = {
     "alibi_slopes": ([0.0], 1.0, torch.zeros(7), torch.zeros(2, 2, 2)),
     "key_padding": ([True], torch.ones(3), torch.ones(7, 7) > 0, torch.ones(1) > 0),
     "kv_lens": ([3], 3, torch.ones(7, dtype=torch.int64), torch.ones(2)),
-    "attn_mask": ([True], torch.ones(2, 2) > 0, torch.ones(7, 1, 1, 1) > 0, torch.zeros(1, 1, 1, 1)),
+    "attn_mask": ([True], torch.ones(2, 2) > 0, torch.ones(7, 1, 1, 1) > 0, torch.zeros(1, 1)),
     "cu_seqlens": ([0], 3, torch.zeros(2), torch.tensor([0, 10**6]), (torch.tensor([0]),)),
     "blocks": (torch.ones(1, 1, 1, 1) > 0, True, "all"),
 }  # fmt: skip

@@ -33,8 +33,10 @@ def _framed(x: Tensor, step: int) -> Tensor:
 
 def _single_sizes(x: Tensor) -> Tensor:
     """Strides of dimensions of size 1, which nobody may use, are huge or 0."""
-    strides = [2**40 if n == 1 and i % 2 else 0 if n == 1 else s
-               for i, (n, s) in enumerate(zip(x.shape, x.contiguous().stride(), strict=True))]  # fmt: skip
+    strides = list(x.contiguous().stride())
+    for axis, size in enumerate(x.shape):
+        if size == 1:
+            strides[axis] = 2**40 if axis % 2 else 0
     return x.contiguous().as_strided(x.shape, strides)
 
 

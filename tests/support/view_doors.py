@@ -74,11 +74,16 @@ def _view(kind: str, k: Tensor, v: Tensor, draw: Draw, source: torch.Generator) 
         kept[0, 0, 0] = True
         return views.ragged(k, v, kept, draw(st.sampled_from([1, 8])))
     if kind == "fp8":
-        keys, values = quantize_fp8_per_head(k), quantize_fp8_per_head(v)
-        return PerHeadFP8KV(DenseKV(keys.qdata, values.qdata), keys.scale, values.scale)
+        return fp8(k, v)
     bits = draw(st.sampled_from([4, 8]))
     view = views.quantized(k, v, length % 16, bits=bits, group=16)
     return views.growing(view) if kind == "growing" else view
+
+
+def fp8(k: Tensor, v: Tensor) -> PerHeadFP8KV:
+    """Keys and values quantized to fp8 with a scale per head."""
+    keys, values = quantize_fp8_per_head(k), quantize_fp8_per_head(v)
+    return PerHeadFP8KV(DenseKV(keys.qdata, values.qdata), keys.scale, values.scale)
 
 
 def moved(x: Any, layout: Callable[[Tensor], Tensor]) -> Any:

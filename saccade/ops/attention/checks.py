@@ -149,6 +149,10 @@ def check_packed(q: Tensor, kv: KVView, bounds: Bounds, others: tuple[object, ..
     Args:
         others: key_padding, kv_lens, blocks and attn_mask, which cannot be combined with them.
     """
+    if not isinstance(bounds, tuple) or len(bounds) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+        raise TypeError(
+            f"cu_seqlens of an AttentionCall must be two tensors, got {describe(bounds)}."
+        )
     if any(extra is not None for extra in others):
         raise Unsupported(
             "cu_seqlens cannot be combined with key_padding, kv_lens, blocks, attn_mask or "
@@ -194,7 +198,7 @@ def check_traceable(*tensors: object) -> None:
     """Raise Unsupported where a transformation would record or map what it cannot see."""
     if torch.compiler.is_compiling():
         return
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise Unsupported(
             "torch.jit.trace records tensor operations for one length and cannot record "
             "saccade's kernels. Use torch.compile or torch.export."

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput, BlockSelection, DenseKV, Mask, Unsupported
+from saccade.core import AttentionOutput, BlockSelection, DenseKV, Mask
 from saccade.ops.attention import dispatch
 from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.first_order import FirstOrder
 from saccade.ops.attention.watch import is_watched
 from saccade.ops.planning import planning
 
@@ -179,27 +180,8 @@ def _gradients_by(backward: Any, ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[
     found = (dq, dk, dv, dsinks)
     if torch.is_grad_enabled():  # create_graph: somebody may differentiate them again
         sources = (dout, dlse, *(x for x in flat[: _SINK_LOGITS + 1] if x is not None))
-        found = tuple(None if x is None else _FirstOrder.apply(x, *sources) for x in found)
+        found = tuple(None if x is None else FirstOrder.apply(x, *sources) for x in found)
     return (*found, *[None] * (len(flat) - 4))
-
-
-class _FirstOrder(torch.autograd.Function):
-    """A gradient as it is, whose own gradient is an error and not silently zero."""
-
-    @staticmethod
-    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Nothing is needed backwards."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
-        raise Unsupported(
-            "this backend's gradients cannot be differentiated again: its kernels compute first "
-            'derivatives only. Use backend="tiled" for second ones.'
-        )
 
 
 attention.register_autograd(_gradients, setup_context=_save)

@@ -10,6 +10,8 @@ because that form returns the lse and supports GQA; on a GPU each kernel is call
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +21,13 @@ from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile, joined
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import with_sink_logits
+from saccade.ops.attention.first_order import first_order
 from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 from saccade.ops.attention.sdpa.workspace import kernel_bytes
 from saccade.ops.attention.tiled import visible_tiles
 from saccade.ops.attention.varlen import per_sequence
+from saccade.ops.attention.watch import is_watched
 from saccade.ops.planning import note_workspace, planning
 
 Q_TILE = 512
@@ -82,10 +86,20 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention by fused PyTorch kernels."""
     if call.cu_seqlens is not None:
         return per_sequence(call, run)
+    if call.needs_grad and not is_watched(call.floats):
+        call = _of_first_order(call)
     if not call.scale > 0:  # its kernels look for the largest product before they scale
         call = call.with_(q=call.q * (-1 if call.scale < 0 else 0), scale=abs(call.scale) or 1.0)
     result = _without_mask(call) or _by_query_tiles(call)
     return result if call.sink_logits is None else with_sink_logits(result, call.sink_logits)
+
+
+def _of_first_order(call: AttentionCall) -> AttentionCall:
+    """The call whose gradients say that PyTorch's kernels have no second derivative."""
+    kv = call.kv
+    if isinstance(kv, DenseKV):
+        kv = replace(kv, k=first_order(kv.k), v=first_order(kv.v))
+    return call.with_(q=first_order(call.q), kv=kv)
 
 
 def plain_kind(call: AttentionCall) -> sdpa_gpu.Kind | None:
