@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.core.check import (
+    FLOATS,
+    LAYOUT,
+    check_exactly,
+    check_tensor,
+    describe,
+    is_plain_tensor,
+)
 from saccade.core.formats import FP8, FP8_MAX
 
 
@@ -26,17 +34,14 @@ class PerHeadFP8:
     scale: Tensor
 
     def __post_init__(self) -> None:
-        if self.qdata.dtype != FP8 or self.qdata.ndim != 4:
+        if not is_plain_tensor(self.qdata) or self.qdata.dtype != FP8 or self.qdata.ndim != 4:
             raise ValueError(
-                "PerHeadFP8.qdata must be float8_e4m3fn [batch, heads, length, head_dim], "
-                f"got {self.qdata.dtype} {list(self.qdata.shape)}. "
+                f"PerHeadFP8.qdata must be float8_e4m3fn [{LAYOUT}], got {describe(self.qdata)}. "
                 "Use saccade.quantize_fp8_per_head."
             )
-        if self.scale.dtype != torch.float32 or self.scale.shape != self.qdata.shape[:2]:
-            raise ValueError(
-                f"PerHeadFP8.scale must be float32 {list(self.qdata.shape[:2])}, one for each "
-                f"batch row and head, got {self.scale.dtype} {list(self.scale.shape)}."
-            )
+        scales = tuple(self.qdata.shape[:2])
+        name = "PerHeadFP8.scale (one for each batch row and head)"
+        check_exactly(name, self.scale, (torch.float32,), scales, self.qdata.device)
 
     def dequantize(self) -> Tensor:
         """qdata * scale, float32 `[batch, heads, length, head_dim]`."""
@@ -55,6 +60,10 @@ def quantize_fp8_per_head(x: Tensor) -> PerHeadFP8:
 
     Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022 (arXiv 2209.05433).
     """
+    check_tensor("x", x, FLOATS, LAYOUT)
+    if x.numel() == 0:  # no largest value of nothing
+        ones = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        return PerHeadFP8(x.detach().to(FP8), ones)
     largest = x.detach().abs().amax((2, 3)).float()
     # A head of zeros has any scale; so has a head so small that its scale would not be normal.
     scale = (largest / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)

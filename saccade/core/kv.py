@@ -14,6 +14,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from saccade.core.check import (
+    FLOATS,
+    LARGEST_POSITION,
+    LAYOUT,
+    check_device,
+    check_exactly,
+    check_kv,
+    check_tensor,
+    integer,
+)
+from saccade.core.formats import FP8
 from saccade.core.mask import KeyRange
 
 
@@ -59,6 +70,11 @@ class KVView(Protocol):
     @property
     def hadamard(self) -> bool:
         """Whether k and v were stored after `hadamard_transform`; q and the output need it too."""
+        ...
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """The tensors that a gradient could flow to."""
         ...
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
@@ -107,11 +123,25 @@ def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(start, stop, device=device)[None, None]
 
 
+def check_storage(k: object, v: object, axes: str, shared: int, what: str) -> None:
+    """Raise TypeError or ValueError unless k and v are floating-point storage that fits."""
+    keys = check_tensor("k", k, (*FLOATS, FP8), axes)
+    values = check_tensor("v", v, (*FLOATS, FP8), axes)
+    check_device("v", values, keys.device)
+    check_kv(keys, values, shared, what)
+
+
 class TensorView:
-    """dtype and device of a view whose keys are the tensor `k`."""
+    """dtype and device of a view whose keys and values are the tensors `k` and `v`."""
 
     __slots__ = ()
     k: Tensor
+    v: Tensor
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """See KVView."""
+        return self.k, self.v
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,6 +162,9 @@ class DenseKV(TensorView):
         k: `[B, Hkv, slots, D]`; v: `[B, Hkv, slots, Dv]`; any strides with a unit last one.
         spans: ascending in position, disjoint in slots; slots in no span are empty.  Default:
             slot i holds position i.
+
+    Raises:
+        TypeError, ValueError: tensors that do not fit together, or spans outside of the slots.
     """
 
     k: Tensor
@@ -140,8 +173,11 @@ class DenseKV(TensorView):
     hadamard: bool = False
 
     def __post_init__(self) -> None:
+        check_storage(self.k, self.v, LAYOUT, 3, "batch, heads and length")
         if not self.spans:
             object.__setattr__(self, "spans", (Span(0, 0, self.k.shape[2]),))
+        else:
+            _check_spans(self.spans, self.k.shape[2])
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -170,6 +206,22 @@ class DenseKV(TensorView):
                     )
 
 
+def _check_spans(spans: Sequence[Span], slots: int) -> None:
+    """Raise unless spans lie within the slots, apart from each other, and ascend in position."""
+    end, taken = 0, 0
+    for span in sorted(spans):
+        slot, _, length = (integer("a span's number", n, 0, LARGEST_POSITION) for n in span)
+        if slot + length > slots or (length and slot < taken):
+            raise ValueError(
+                f"spans must be apart from each other in the {slots} slots, got {list(spans)}."
+            )
+        taken = max(taken, slot + length)
+    for _, position, length in spans:
+        if position < end:
+            raise ValueError(f"spans must ascend in position, got {list(spans)}.")
+        end = position + length
+
+
 @dataclass(frozen=True, slots=True)
 class PerHeadFP8KV:
     """Dense float8_e4m3fn keys and values with one scale a row and KV head: x = qdata * scale.
@@ -177,11 +229,32 @@ class PerHeadFP8KV:
     Args:
         qdata: dense view of the float8_e4m3fn storage.
         k_scale, v_scale: float32 `[B, Hkv]`.
+
+    Raises:
+        TypeError, ValueError: other dtypes or shapes.
     """
 
     qdata: DenseKV
     k_scale: Tensor
     v_scale: Tensor
+
+    def __post_init__(self) -> None:
+        qdata = self.qdata
+        if not isinstance(qdata, DenseKV):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"PerHeadFP8KV.qdata must be a DenseKV, got {type(qdata).__name__}.")
+        if qdata.k.dtype != FP8 or qdata.v.dtype != FP8:
+            raise TypeError(
+                "PerHeadFP8KV.qdata must hold float8_e4m3fn keys and values, got "
+                f"{qdata.k.dtype} and {qdata.v.dtype}. Use saccade.quantize_fp8_per_head."
+            )
+        shape = tuple(qdata.k.shape[:2])
+        for name in ("k_scale", "v_scale"):
+            check_exactly(name, getattr(self, name), (torch.float32,), shape, qdata.device)
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """See KVView."""
+        return *self.qdata.floats, self.k_scale, self.v_scale
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -16,6 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.core.check import LARGEST_POSITION, integer, short, truth
+
+_BEYOND = LARGEST_POSITION + 1  # no query is that far from a key: kernels get numbers that fit
+
 
 class KeyRange(NamedTuple):
     """Half-open range of key positions, `start <= position < stop`."""
@@ -44,6 +48,7 @@ class Mask:
         sinks: number of first positions that stay visible outside the window.
 
     Raises:
+        TypeError: causal is no bool, or window or sinks no integer.
         ValueError: window below 1, window without causal, negative sinks, sinks without window.
     """
 
@@ -52,19 +57,28 @@ class Mask:
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(
-                f"window must be at least 1 key (a query counts itself), got {self.window}. "
-                "Use window=None for no window."
-            )
-        if self.window is not None and not self.causal:
-            raise ValueError("window needs causal=True: it means the last keys before a query.")
-        if self.sinks < 0:
-            raise ValueError(f"sinks must be 0 or more positions, got {self.sinks}.")
+        truth("causal", self.causal)
+        if self.window is not None:
+            object.__setattr__(self, "window", self._checked_window(self.window))
+        sinks = integer("sinks", self.sinks)
+        if sinks < 0:
+            raise ValueError(f"sinks must be 0 or more positions, got {short(sinks)}.")
+        object.__setattr__(self, "sinks", min(sinks, _BEYOND))
         if self.sinks and self.window is None:
             raise ValueError(
                 f"sinks={self.sinks} needs a window: without one every earlier key is visible."
             )
+
+    def _checked_window(self, given: object) -> int:
+        window = integer("window", given)
+        if window < 1:
+            raise ValueError(
+                f"window must be at least 1 key (a query counts itself), got {short(window)}. "
+                "Use window=None for no window."
+            )
+        if not self.causal:
+            raise ValueError("window needs causal=True: it means the last keys before a query.")
+        return min(window, _BEYOND)
 
     def allows(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Visibility of each pair: boolean, the broadcast shape of `q_pos` and `k_pos`."""

@@ -8,8 +8,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core.kv import KVTile, TensorView, split_ranges
+from saccade.core.check import (
+    LARGEST_POSITION,
+    check_bounds,
+    check_device,
+    check_exactly,
+    check_tensor,
+    extremes,
+    integer,
+    readable,
+)
+from saccade.core.kv import KVTile, TensorView, check_storage, split_ranges
 from saccade.core.mask import KeyRange
+
+
+def _check_table(table: Tensor, kv_lens: Tensor, longest: int, pages: int, size: int) -> None:
+    """Raise ValueError unless each row's pages hold its keys and are pages of the pool.
+
+    Page numbers and lengths on a GPU are not read.
+    """
+    check_device("page_table", table, kv_lens.device)
+    if size == 0 or longest > table.shape[-1] * size:
+        raise ValueError(
+            f"{table.shape[-1]} pages of {size} keys a row do not hold {longest} keys: "
+            "the page table is too narrow."
+        )
+    check_bounds("kv_lens of the view", kv_lens, 0, longest)
+    if not readable(table) or table.numel() == 0:
+        return
+    low, high = extremes(table)
+    if low >= 0 and high < pages:
+        return
+    used = torch.arange(0, table.shape[-1] * size, size) < kv_lens[..., None]
+    wrong = table[used & ((table < 0) | (table >= pages))]
+    if wrong.numel():
+        raise ValueError(f"page_table names page {int(wrong[0])}, but the pool has {pages} pages.")
+
+
+def _lay_out(view: TensorView, *names: str) -> None:
+    """Make index tensors contiguous, as kernels read them; they are small."""
+    for name in names:
+        object.__setattr__(view, name, getattr(view, name).contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +63,10 @@ class PagedKV(TensorView):
         kv_lens: int32 `[B]`, keys of each row.
         end: the largest of kv_lens, on the host, so that reading it needs no synchronization.
         hadamard: see KVView.
+
+    Raises:
+        TypeError, ValueError: tensors that do not fit together; on a CPU also a page that the
+            pool does not have, or a row longer than its pages.
     """
 
     k: Tensor
@@ -32,6 +75,17 @@ class PagedKV(TensorView):
     kv_lens: Tensor
     end: int
     hadamard: bool = False
+
+    def __post_init__(self) -> None:
+        check_storage(
+            self.k, self.v, "pages, heads, page_size, head_dim", 3, "pages, heads and page_size"
+        )
+        table = check_tensor("page_table", self.page_table, (torch.int32,), "batch, max_pages")
+        lens = (torch.int32,)
+        check_exactly("kv_lens of the view", self.kv_lens, lens, (table.shape[0],), self.device)
+        object.__setattr__(self, "end", integer("end", self.end, 0, LARGEST_POSITION))
+        _check_table(table, self.kv_lens, self.end, self.k.shape[0], self.page_size)
+        _lay_out(self, "page_table", "kv_lens")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -66,6 +120,9 @@ class RaggedKV(TensorView):
         page_table: int32 `[B, Hkv, max_pages]`; kv_lens: int32 `[B, Hkv]`, keys of each head.
         end: one past the last position seen; max_length: the largest of kv_lens; both on the host.
         hadamard: see KVView.
+
+    Raises:
+        TypeError, ValueError: as PagedKV.
     """
 
     k: Tensor
@@ -76,6 +133,18 @@ class RaggedKV(TensorView):
     end: int
     max_length: int
     hadamard: bool = False
+
+    def __post_init__(self) -> None:
+        check_storage(self.k, self.v, "pages, page_size, head_dim", 2, "pages and page_size")
+        table = check_tensor("page_table", self.page_table, (torch.int32,), "batch, heads, pages")
+        ints, slots = (torch.int32,), tuple(self.k.shape[:2])
+        check_exactly("positions", self.positions, ints, slots, self.device)
+        check_exactly("kv_lens of the view", self.kv_lens, ints, (*table.shape[:2],), self.device)
+        for name in ("end", "max_length"):
+            number = integer(name, getattr(self, name), 0, LARGEST_POSITION)
+            object.__setattr__(self, name, number)
+        _check_table(table, self.kv_lens, self.max_length, self.k.shape[0], self.page_size)
+        _lay_out(self, "page_table", "kv_lens", "positions")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core.formats import QuantizedTensor, dequantize_keys, dequantize_values
-from saccade.core.kv import KVTile, consecutive, split_ranges
+from saccade.core.check import (
+    LAYOUT,
+    check_bounds,
+    check_device,
+    check_exactly,
+    check_tensor,
+    describe,
+    integer,
+)
+from saccade.core.formats import FP8, QuantizedTensor, dequantize_keys, dequantize_values
+from saccade.core.kv import KVTile, check_storage, consecutive, split_ranges
 from saccade.core.mask import KeyRange
 
 
@@ -24,6 +33,9 @@ class QuantizedKV:
         bits_k, bits_v: 4 or 8 (integers, or fp8 where `qdata` is float8_e4m3fn).
         k_group: tokens that share a key scale.
         hadamard: keys and values were stored after `hadamard_transform`.
+
+    Raises:
+        TypeError, ValueError: tensors that do not fit together.
     """
 
     k: QuantizedTensor
@@ -34,6 +46,28 @@ class QuantizedKV:
     bits_v: int
     k_group: int
     hadamard: bool = False
+
+    def __post_init__(self) -> None:
+        check_storage(self.recent_k, self.recent_v, LAYOUT, 3, "batch, heads and length")
+        batch, heads, _, dim = self.recent_k.shape
+        value_dim, group = self.recent_v.shape[3], integer("k_group", self.k_group, 1)
+        keys = _check_quantized("k", self.k, self.bits_k, dim, self.recent_k)
+        values = _check_quantized("v", self.v, self.bits_v, value_dim, self.recent_k)
+        tokens, channels = keys.qdata.shape[2], values.scale.shape[3]
+        if tokens % group or channels == 0 or value_dim % channels:
+            raise ValueError(
+                f"quantized keys must fill groups of k_group={group} tokens and values full groups "
+                f"of channels, got {tokens} tokens and {value_dim} channels in {channels} groups."
+            )
+        rows = (batch, heads)
+        _check_scales("k", keys, (*rows, tokens), (*rows, tokens // group, dim))
+        _check_scales("v", values, (*rows, tokens), (*rows, tokens, channels))
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """See KVView."""
+        scales = (self.k.scale, self.k.offset, self.v.scale, self.v.offset)
+        return self.recent_k, self.recent_v, *scales
 
     @property
     def num_quantized(self) -> int:
@@ -88,6 +122,41 @@ class QuantizedKV:
         )
 
 
+def _check_quantized(name: str, x: object, bits: int, dim: int, recent: Tensor) -> QuantizedTensor:
+    """`x`, quantized data whose dtypes, bits, channels and device fit the recent tensor."""
+    if not isinstance(x, QuantizedTensor):
+        raise TypeError(f"{name} must be a QuantizedTensor, got {describe(x)}.")
+    if integer(f"bits_{name}", bits) not in (4, 8) or (bits == 4 and dim % 2):
+        raise ValueError(
+            f"bits_{name} must be 8, or 4 for an even number of channels, got {bits} for {dim}."
+        )
+    kinds = (torch.uint8,) if bits == 4 else (torch.uint8, FP8)
+    check_tensor(f"{name}.qdata", x.qdata, kinds, LAYOUT)
+    if x.qdata.shape[3] * 8 != dim * bits:
+        raise ValueError(
+            f"{name}.qdata must have {dim * bits // 8} bytes for {dim} channels of {bits} bits, "
+            f"got {x.qdata.shape[3]}."
+        )
+    for part in ("scale", "offset"):
+        check_tensor(f"{name}.{part}", getattr(x, part), (torch.float16,), "batch, heads, n, m")
+    check_device(f"{name}.qdata", x.qdata, recent.device)
+    return x
+
+
+def _check_scales(
+    name: str, x: QuantizedTensor, shape: tuple[int, ...], scales: tuple[int, ...]
+) -> None:
+    """Raise ValueError unless qdata has that batch, heads and length, and scales their shape."""
+    if tuple(x.qdata.shape[:3]) != shape:
+        raise ValueError(
+            f"{name}.qdata must share batch and heads with the recent keys, and keys their length "
+            f"with values: expected {list(shape)}, got {list(x.qdata.shape[:3])}."
+        )
+    for part in ("scale", "offset"):
+        data = getattr(x, part)
+        check_exactly(f"{name}.{part}", data, (torch.float16,), scales, x.qdata.device)
+
+
 @dataclass(frozen=True, slots=True)
 class GrowingKV:
     """A quantized view in a captured decoding step, where how much is filled is a device tensor.
@@ -102,6 +171,17 @@ class GrowingKV:
 
     stored: QuantizedKV
     num_quantized: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stored, QuantizedKV):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"stored must be a QuantizedKV, got {type(self.stored).__name__}.")
+        check_exactly("num_quantized", self.num_quantized, (torch.int64,), (1,), self.device)
+        check_bounds("num_quantized", self.num_quantized, 0, self.stored.num_quantized)
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """See KVView."""
+        return self.stored.floats
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.core.check import check_device, check_tensor, integer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSelection:
@@ -19,7 +21,8 @@ class BlockSelection:
         k_block: keys a block holds; key at position p lies in block p // k_block.
 
     Raises:
-        ValueError: wrong dtype or rank, or block sizes below 1.
+        TypeError: `allowed` is no such tensor, or a block size no integer.
+        ValueError: block sizes below 1.
     """
 
     allowed: Tensor
@@ -27,13 +30,25 @@ class BlockSelection:
     k_block: int
 
     def __post_init__(self) -> None:
-        if self.allowed.dtype != torch.bool or self.allowed.ndim != 4:
+        check_tensor(
+            "BlockSelection.allowed",
+            self.allowed,
+            (torch.bool,),
+            "batch | 1, kv_heads | 1, q_blocks, k_blocks",
+        )
+        for name in ("q_block", "k_block"):
+            size = integer(f"BlockSelection.{name}", getattr(self, name), least=1)
+            object.__setattr__(self, name, size)
+
+    def check_fits(self, q: Tensor, kv_heads: int) -> None:
+        """Raise ValueError unless the grid has the batch and heads of a call, or 1."""
+        batch, heads = self.allowed.shape[:2]
+        if batch not in (1, q.shape[0]) or heads not in (1, kv_heads):
             raise ValueError(
-                "BlockSelection.allowed must be bool [batch | 1, kv_heads | 1, q_blocks, "
-                f"k_blocks], got {self.allowed.dtype} {list(self.allowed.shape)}."
+                f"BlockSelection.allowed must be [{q.shape[0]} or 1, {kv_heads} or 1, q_blocks, "
+                f"k_blocks], got {list(self.allowed.shape)}."
             )
-        if self.q_block < 1 or self.k_block < 1:
-            raise ValueError(f"block sizes must be >= 1, got {self.q_block} and {self.k_block}.")
+        check_device("BlockSelection.allowed", self.allowed, q.device)
 
     def check_covers(self, q_len: int, num_keys: int) -> None:
         """Raise ValueError unless the grid has a row for each query and a column for each key."""

@@ -4,12 +4,13 @@ Supported cells equal the reference; all others raise Unsupported with the reaso
 only `refusal` of GPU backends is tested, with their check of the device patched.
 """
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from saccade.core import DenseKV, Unsupported
+from saccade.core import Unsupported
 from saccade.ops import attend
 from saccade.ops.attention import dispatch
 from saccade.ops.attention.api import make_call
@@ -76,12 +77,16 @@ class OnCuda(torch.Tensor):
         return torch.device("cuda", 0)
 
 
-def on_cuda(call):
-    """The call with queries and plain keys that say they are on a GPU."""
-    kv = call.kv
-    if isinstance(kv, DenseKV):
-        kv = DenseKV(kv.k.as_subclass(OnCuda), kv.v.as_subclass(OnCuda), kv.spans)
-    return call.with_(q=call.q.as_subclass(OnCuda), kv=kv)
+def on_cuda(x):
+    """A call, view or tensor, all tensors of which say that they are on a GPU."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().as_subclass(OnCuda).requires_grad_(x.requires_grad)
+    if isinstance(x, tuple):
+        parts = [on_cuda(part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if not is_dataclass(x):
+        return x
+    return type(x)(**{part.name: on_cuda(getattr(x, part.name)) for part in fields(x)})
 
 
 def test_the_matrix_is_about_every_backend():

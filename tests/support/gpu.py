@@ -49,6 +49,7 @@ def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "gluon_refusal", lambda device: None)
     monkeypatch.setattr(triton_backend, "triton_refusal", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: support.HOPPER)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     for kernel in ("cudnn", "flash", "mem_efficient"):
         monkeypatch.setattr(torch.backends.cuda, f"{kernel}_sdp_enabled", lambda: True)

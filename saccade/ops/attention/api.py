@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from saccade.core import (
@@ -14,15 +13,14 @@ from saccade.core import (
     PagedKV,
     PerHeadFP8,
     PerHeadFP8KV,
-    RaggedKV,
     Unsupported,
 )
-from saccade.core.check import check_heads, check_optional, check_qkv, describe
+from saccade.core.check import check_qkv, describe, integer, number, truth
 from saccade.core.formats import FP8
 from saccade.core.fp8 import qdata_of, scale_of
 from saccade.ops.attention import dispatch, operator
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.varlen import check_cu_seqlens
+from saccade.ops.attention.checks import check_masks, check_queries, check_traceable
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 
@@ -79,6 +77,8 @@ def attention(
         TypeError, ValueError: inputs that do not fit together.
         Unsupported: the named backend cannot run this call.
     """
+    truth("return_lse", return_lse)
+    check_traceable(q, k, v)
     check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
     call = make_call(
         q,
@@ -114,6 +114,10 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
         ValueError: no such backend.
         Unsupported: the named backend cannot run this call.
     """
+    if not isinstance(call, AttentionCall):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"call must be an AttentionCall of saccade.make_call, got {describe(call)}."
+        )
     chosen = dispatch.choose(call, backend)
     if operator.needed(call, chosen):
         result = operator.run(call, backend)
@@ -132,6 +136,7 @@ def explain(
     The verdict is "chosen" (on a GPU with the measurement that decided, after a colon),
     "supported, slower here", "supported, but " or "cannot: " and the reason.
     """
+    check_traceable(q, k, v)
     check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
     names = ("causal", "window", "sinks")
     mask = Mask(**{name: options.pop(name) for name in names if name in options})  # type: ignore[arg-type]
@@ -176,74 +181,35 @@ def make_call(
     """
     q_scale = q.scale if isinstance(q, PerHeadFP8) else None
     q = qdata_of(q)
-    _, kv_heads, _, head_dim, _ = kv.shape
-    check_heads(q, kv_heads, head_dim)
-    _check_masks(q, kv, key_padding, kv_lens, blocks, attn_mask)
-    _check_scores(q, softcap, sink_logits, alibi_slopes)
-    bounds = None if cu_seqlens is None else _sequence_bounds(cu_seqlens, q, kv)
-    if bounds is not None and any(
-        extra is not None for extra in (key_padding, kv_lens, blocks, attn_mask, q_offset)
-    ):
+    check_traceable(q)
+    check_queries(q, kv, mask, q_scale)
+    if kv_lens is not None and q_offset is None:  # the default offset is made of them
+        check_masks(q, kv, None, kv_lens, None, None)
+    if cu_seqlens is not None and q_offset is not None:
         raise Unsupported(
-            "cu_seqlens cannot be combined with key_padding, kv_lens, blocks, attn_mask or "
-            "q_offset. Pack only the real tokens, or pass a padded batch."
+            "cu_seqlens cannot be combined with q_offset: positions restart at every sequence."
         )
+    if q_offset is None:
+        q_offset = _default_offset(q, kv, mask, kv_lens, alibi_slopes)
+    elif not isinstance(q_offset, Tensor):
+        q_offset = integer("q_offset", q_offset)
     return AttentionCall(
         q=hadamard_transform(q) if kv.hadamard else q,
         kv=kv,
         mask=mask,
-        scale=head_dim**-0.5 if scale is None else float(scale),
-        q_offset=_default_offset(q, kv, mask, kv_lens, alibi_slopes)
-        if q_offset is None
-        else q_offset,
-        softcap=softcap,
+        scale=q.shape[3] ** -0.5 if scale is None else number("scale", scale),
+        q_offset=q_offset,
+        softcap=None if softcap is None else number("softcap", softcap),
         sink_logits=sink_logits,
         alibi_slopes=alibi_slopes,
         key_padding=key_padding,
         kv_lens=kv_lens,
-        cu_seqlens=bounds,
+        cu_seqlens=None if cu_seqlens is None else _sequence_bounds(cu_seqlens),
         blocks=blocks,
         attn_mask=attn_mask,
-        wants_lse=wants_lse,
+        wants_lse=truth("wants_lse", wants_lse),
         q_scale=q_scale,
     )
-
-
-def _check_masks(
-    q: Tensor,
-    kv: KVView,
-    key_padding: Tensor | None,
-    kv_lens: Tensor | None,
-    blocks: BlockSelection | None,
-    attn_mask: Tensor | None,
-) -> None:
-    """Raise unless every mask fits the queries and the view."""
-    batch, end = kv.shape[0], kv.shape[2]
-    check_optional("key_padding", key_padding, torch.bool, (batch, end))
-    check_optional("kv_lens", kv_lens, torch.int64, (batch,))
-    if blocks is not None:
-        blocks.check_covers(q.shape[2], end)
-    if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
-        raise Unsupported(
-            "blocks and attn_mask need positions that all heads share, and a ragged view has "
-            "none. Leave them out, or attend before the cache is compressed."
-        )
-
-
-def _check_scores(
-    q: Tensor, softcap: float | None, sink_logits: Tensor | None, alibi_slopes: Tensor | None
-) -> None:
-    """Raise unless everything that changes the scores fits the query heads."""
-    batch, heads = q.shape[:2]
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}. Use None for no cap.")
-    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
-        raise ValueError(f"sink_logits must have shape [{heads}], got {describe(sink_logits)}.")
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], "
-            f"got {describe(alibi_slopes)}."
-        )
 
 
 def _default_offset(
@@ -261,15 +227,14 @@ def _default_offset(
     return ends.long() - q.shape[2]
 
 
-def _sequence_bounds(
-    cu_seqlens: Tensor | tuple[Tensor, Tensor], q: Tensor, kv: KVView
-) -> tuple[Tensor, Tensor]:
-    """Cumulative sequence lengths of queries and keys, checked against the packed tensors."""
-    bounds = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
-    if q.shape[0] != 1 or not isinstance(kv, DenseKV | PerHeadFP8KV):
-        raise ValueError(f"cu_seqlens needs one packed row (batch 1), got batch {q.shape[0]}.")
-    for name, cu, total in (("queries", bounds[0], q.shape[2]), ("keys", bounds[1], kv.shape[2])):
-        check_cu_seqlens(name, cu, total)
-    if bounds[0].shape != bounds[1].shape:
-        raise ValueError("cu_seqlens for queries and keys must have the same number of sequences.")
-    return bounds
+def _sequence_bounds(cu_seqlens: object) -> tuple[Tensor, Tensor]:
+    """Cumulative lengths of queries and of keys, the same where one tensor is given."""
+    if isinstance(cu_seqlens, Tensor):
+        return cu_seqlens, cu_seqlens
+    if not isinstance(cu_seqlens, tuple | list) or len(cu_seqlens) != 2:  # pyright: ignore[reportUnknownArgumentType]
+        raise TypeError(
+            "cu_seqlens must be one tensor, or one for queries and one for keys, "
+            f"got {describe(cu_seqlens)}."
+        )
+    first, second = cu_seqlens  # pyright: ignore[reportUnknownVariableType]
+    return first, second

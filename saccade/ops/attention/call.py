@@ -6,9 +6,18 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from saccade.core import BlockSelection, DenseKV, KVView, Mask
 from saccade.core.formats import FP8
+from saccade.ops.attention.checks import (
+    check_masks,
+    check_offset,
+    check_packed,
+    check_queries,
+    check_scores,
+    check_traceable,
+)
 
 MANY_QUERIES = 16  # more of them than this is prefill, up to it decoding
 
@@ -26,6 +35,10 @@ class AttentionCall:
             libraries that have no structure); intersected with everything else.
         wants_lse: the caller reads the lse.
         training: whether gradients are needed; None: what autograd says of the tensors.
+
+    Raises:
+        TypeError, ValueError, Unsupported: parts that do not fit together.  A call that exists can
+            be run: no kernel reads beyond its tensors.
     """
 
     q: Tensor
@@ -44,6 +57,22 @@ class AttentionCall:
     wants_lse: bool = True
     q_scale: Tensor | None = None
     training: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_queries(self.q, self.kv, self.mask, self.q_scale)
+        check_traceable(*self.floats)
+        check_offset(self.q, self.q_offset)
+        masks = (self.key_padding, self.kv_lens, self.blocks, self.attn_mask)
+        check_masks(self.q, self.kv, *masks)
+        check_scores(self.q, self.scale, self.softcap, self.sink_logits, self.alibi_slopes)
+        if self.cu_seqlens is not None:
+            check_packed(self.q, self.kv, self.cu_seqlens, masks)
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """The tensors that a gradient could flow to."""
+        own = (self.q, self.q_scale, self.sink_logits, self.alibi_slopes)
+        return *(x for x in own if x is not None), *self.kv.floats
 
     @property
     def group_rows(self) -> int:
@@ -64,7 +93,7 @@ class AttentionCall:
     def is_plain(self) -> bool:
         """Whether the Mask alone decides which pairs are visible, alike in all rows of a batch."""
         extras = (self.key_padding, self.kv_lens, self.cu_seqlens, self.blocks, self.attn_mask)
-        return isinstance(self.q_offset, int) and all(extra is None for extra in extras)
+        return not isinstance(self.q_offset, Tensor) and all(extra is None for extra in extras)
 
     @property
     def needs_grad(self) -> bool:
@@ -73,8 +102,14 @@ class AttentionCall:
             return self.training
         if not torch.is_grad_enabled():
             return False
-        parts = (self.q, getattr(self.kv, "k", None), getattr(self.kv, "v", None), self.sink_logits)
-        return any(isinstance(part, Tensor) and part.requires_grad for part in parts)
+        return any(x.requires_grad for x in self.floats)
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether a tensor carries a tangent of forward-mode differentiation (torch.func.jvp)."""
+        if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+            return False
+        return any(forward_ad.unpack_dual(x).tangent is not None for x in self.floats)
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -89,17 +124,18 @@ class AttentionCall:
 
     def q_bounds(self, start: int, stop: int) -> tuple[int, int]:
         """Smallest and largest position of the queries start .. stop-1 over the batch."""
-        if isinstance(self.q_offset, int):
-            return self.q_offset + start, self.q_offset + stop - 1
-        low, high = torch.aminmax(self.q_offset)
-        return int(low) + start, int(high) + stop - 1
+        if isinstance(self.q_offset, Tensor) and self.q_offset.numel():
+            low, high = torch.aminmax(self.q_offset)
+            return int(low) + start, int(high) + stop - 1
+        first = 0 if isinstance(self.q_offset, Tensor) else self.q_offset
+        return first + start, first + stop - 1
 
     def q_positions(self, start: int, stop: int) -> Tensor:
         """Positions of the queries start .. stop-1, int64 `[B | 1, 1, stop - start]`."""
         index = torch.arange(start, stop, device=self.q.device)
-        if isinstance(self.q_offset, int):
-            return (index + self.q_offset)[None, None]
-        return (index[None] + self.q_offset[:, None])[:, None]
+        if isinstance(self.q_offset, Tensor):
+            return (index[None] + self.q_offset[:, None])[:, None]
+        return (index + self.q_offset)[None, None]
 
     def with_(self, **changes: object) -> AttentionCall:
         """A copy with some fields changed."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, Unsupported
-from saccade.ops.attention import reference, rules, tiled
+from saccade.ops.attention import reference, rules, tiled, watch
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend as cpu
 from saccade.ops.attention.nvidia import (
@@ -26,6 +26,7 @@ from saccade.ops.attention.nvidia import (
     triton_backend,
 )
 from saccade.ops.attention.sdpa import backend as sdpa
+from saccade.ops.planning import planning
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
 AUTO_ORDER = ("gluon", "gluon_triton", "triton", "cpu", "sdpa", "gluon_fp8", "tiled")
@@ -73,16 +74,46 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+# Backends of PyTorch's operators alone, each of which has a forward-mode derivative.
+FORWARD_MODE = ("reference", "tiled")
+
+# Backends whose kernels read and write memory behind PyTorch's back.
+NATIVE = ("triton", "gluon", "gluon_triton", "gluon_fp8", "cpu")
+
+
 def load(name: str) -> Backend:
     """The backend module of that name.
 
     Raises:
         ValueError: no such backend.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:  # pyright: ignore[reportUnnecessaryIsInstance]
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"unknown backend {name!r}; expected one of {known}.")
     return BACKENDS[name]
+
+
+def refusal(call: AttentionCall, name: str) -> str | None:
+    """Why a backend cannot run the call, or None."""
+    if name not in FORWARD_MODE and call.has_tangents:
+        return "it has no forward-mode gradients (torch.func.jvp)"
+    return load(name).refusal(call) or _hidden(call, name)
+
+
+def _hidden(call: AttentionCall, name: str) -> str | None:
+    """Why native kernels cannot run where an operator has to be visible, or None."""
+    if name not in NATIVE or planning() or not watch.is_intercepted(call.floats):
+        return None
+    if any(map(watch.is_transformed, call.floats)):
+        return "torch.func transforms tensors that its kernels cannot see"
+    if is_operator(call) and hasattr(load(name), "backward"):
+        return None
+    return "a tracer, dispatch mode or tensor subclass is active, which cannot see its kernels here"
+
+
+def is_operator(call: AttentionCall) -> bool:
+    """Whether the call fits the operator `saccade::attention`: plain dense keys without scales."""
+    return call.is_plain_storage and call.q_scale is None
 
 
 def choose(call: AttentionCall, name: str) -> Backend:
@@ -108,7 +139,7 @@ _DIFFERENTIABLE = [
 
 
 def _named(call: AttentionCall, name: str) -> str:
-    reason = load(name).refusal(call)
+    reason = refusal(call, name)
     if reason is not None:
         raise Unsupported(
             f'attention(backend="{name}") cannot run this call: {reason}. '
@@ -121,7 +152,7 @@ def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
     rule = preferred(call)
     for name in _order(rule):
         taken = name in among and not _passed_over(name, rule)
-        if taken and load(name).refusal(call) is None:
+        if taken and refusal(call, name) is None:
             return name
     raise AssertionError("the last backend of AUTO_ORDER runs every call")
 
@@ -154,7 +185,7 @@ def explain(call: AttentionCall) -> list[tuple[str, str]]:
     rule = preferred(call)
     order, taken = _order(rule), False
     for name in (*order, *(n for n in BACKENDS if n not in order)):
-        reason = load(name).refusal(call)
+        reason = refusal(call, name)
         if reason is not None:
             verdict = f"cannot: {reason}"
         elif name not in order:

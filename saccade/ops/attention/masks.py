@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.core.kv import KVTile
+from saccade.core.kv import DenseKV, KVTile
 from saccade.ops.attention.call import AttentionCall
 
 
@@ -47,14 +47,20 @@ def shared_positions(tile: KVTile) -> Tensor:
     return tile.positions.flatten(0, 1).amax(0).clamp_min(0)
 
 
-def real_kv(call: AttentionCall, tile: KVTile, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of a tile, 0 in slots that must not be read: padding, past a row's end."""
+def seen_kv(
+    call: AttentionCall, tile: KVTile, visible: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a tile, 0 where no query attends to them: 0 * NaN would be NaN.
+
+    Args:
+        visible: of `visible_pairs`.  Where the Mask alone decides, tiles hold no other key.
+    """
     k, v = tile.k.to(dtype), tile.v.to(dtype)
-    lens = (call.key_padding, call.kv_lens, getattr(call.kv, "kv_lens", None))
-    if all(x is None for x in lens):
+    extras = (call.key_padding, call.kv_lens, call.blocks, call.attn_mask)
+    if isinstance(call.kv, DenseKV) and all(x is None for x in extras):
         return k, v
-    real = real_keys(call, tile)[..., None]
-    return k.where(real, 0), v.where(real, 0)
+    seen = visible.any(3).any(2)[..., None]  # [B | 1, Hkv | 1, t, 1]
+    return k.where(seen, 0), v.where(seen, 0)
 
 
 def bias_of(call: AttentionCall, start: int, stop: int, tile: KVTile) -> Tensor | None:

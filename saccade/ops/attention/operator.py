@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
-from torch.utils._python_dispatch import (  # there is no public way
-    _get_current_dispatch_mode,  # type: ignore[attr-defined]
-)
 
 from saccade.core import AttentionOutput, BlockSelection, DenseKV, Mask
 from saccade.ops.attention import dispatch
 from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.first_order import FirstOrder
+from saccade.ops.attention.watch import is_watched
+from saccade.ops.planning import planning
 
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? sink_logits, Tensor? alibi_slopes, "
@@ -38,11 +36,10 @@ _SINK_LOGITS = 3  # their place in the schema
 
 
 def needed(call: AttentionCall, backend: dispatch.Backend) -> bool:
-    """Whether a call has to run as an operator: it trains or is traced, by a backend that can."""
-    if not (call.needs_grad or torch.compiler.is_compiling()):
+    """Whether a call has to run as an operator: it trains or is watched, by a backend that can."""
+    if not call.needs_grad and (planning() or not is_watched(call.floats)):
         return False
-    plain = isinstance(call.kv, DenseKV) and call.kv.is_plain and call.q_scale is None
-    return plain and hasattr(backend, "backward")
+    return dispatch.is_operator(call) and hasattr(backend, "backward")
 
 
 def run(call: AttentionCall, backend: str) -> AttentionOutput:
@@ -50,13 +47,6 @@ def run(call: AttentionCall, backend: str) -> AttentionOutput:
     flat = flatten(call, backend)
     apply = attention if is_watched(flat) else _Eager.apply
     return AttentionOutput(*apply(*flat))
-
-
-def is_watched(flat: tuple[Any, ...]) -> bool:
-    """Whether an operator must be visible: to a compiler, a dispatch mode, a tensor subclass."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return True
-    return any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in flat)
 
 
 def flatten(call: AttentionCall, backend: str) -> tuple[Any, ...]:
@@ -179,13 +169,19 @@ def _gradients_by(backward: Any, ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[
     saved = iter(tensors)
     pairs = zip(ctx.is_tensor, ctx.numbers, strict=True)
     flat = [next(saved) if is_tensor else number for is_tensor, number in pairs]
-    dq, dk, dv, delta = backward(out, lse, dout, dlse, *flat)
-    sinks, dsinks = flat[_SINK_LOGITS], None
-    if sinks is not None:
-        # A sink has a weight exp(sink - lse) and no value: its score gradient is -weight * delta.
-        weight = (sinks.float()[None, :, None] - lse).exp().nan_to_num(0.0)
-        dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-    return (dq, dk, dv, dsinks, *[None] * (len(flat) - 4))
+    with torch.no_grad():
+        dq, dk, dv, delta = backward(out, lse, dout, dlse, *flat)
+        sinks, dsinks = flat[_SINK_LOGITS], None
+        if sinks is not None:
+            # A sink has a weight exp(sink - lse) and no value: its score gradient is
+            # -weight * delta.
+            weight = (sinks.float()[None, :, None] - lse).exp().nan_to_num(0.0)
+            dsinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    found = (dq, dk, dv, dsinks)
+    if torch.is_grad_enabled():  # create_graph: somebody may differentiate them again
+        sources = (dout, dlse, *(x for x in flat[: _SINK_LOGITS + 1] if x is not None))
+        found = tuple(None if x is None else FirstOrder.apply(x, *sources) for x in found)
+    return (*found, *[None] * (len(flat) - 4))
 
 
 attention.register_autograd(_gradients, setup_context=_save)
@@ -201,6 +197,5 @@ class _Eager(torch.autograd.Function):
     setup_context = staticmethod(_save)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         return _gradients_by(_backward, ctx, dout, dlse)

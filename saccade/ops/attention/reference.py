@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput
 from saccade.core.kv import dense
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
+from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 from saccade.ops.attention.varlen import per_sequence
 
 
@@ -29,14 +29,14 @@ def run(call: AttentionCall) -> AttentionOutput:
     length = call.q.shape[2]
     q = call.queries(0, length)
     tile = dense(call.kv)
-    k, v = real_kv(call, tile, q.dtype)
+    visible = visible_pairs(call, 0, length, tile)
+    k, v = seen_kv(call, tile, visible, q.dtype)
     q = q.unflatten(1, (-1, call.num_groups))  # [B, Hkv, G, Lq, D]
     scores = q @ k[:, :, None].mT * call.scale  # [B, Hkv, G, Lq, Lk]
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     bias = bias_of(call, 0, length, tile)
     scores = scores if bias is None else scores + bias
-    visible = visible_pairs(call, 0, length, tile)
     scores = scores.where(visible, -torch.inf)
     weights, lse = _softmax(scores, call.sink_logits)
     out = _weighted_sum(weights, v, visible)

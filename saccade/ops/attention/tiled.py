@@ -25,7 +25,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.kv import KVTile
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
+from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 from saccade.ops.attention.varlen import per_sequence
 
 Q_TILE = 256
@@ -82,13 +82,13 @@ def _absorb(
     o: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the online softmax: take a tile of keys and values into (m, l, o)."""
-    k, v = real_kv(call, tile, q.dtype)
+    visible = visible_pairs(call, start, stop, tile)
+    k, v = seen_kv(call, tile, visible, q.dtype)
     scores = q @ k[:, :, None].mT
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     bias = bias_of(call, start, stop, tile)
     scores = scores if bias is None else scores + bias
-    visible = visible_pairs(call, start, stop, tile)
     scores = scores.where(visible, -torch.inf)
     m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
     anchor = m_new.masked_fill(m_new == -torch.inf, 0)  # rows without a visible key so far

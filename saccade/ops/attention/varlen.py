@@ -1,4 +1,4 @@
-"""Packed sequences (cu_seqlens): their bounds on the host, and running a backend one by one.
+"""Packed sequences (cu_seqlens): running a backend on one after the other.
 
 Queries attend only to keys of their own sequence, and positions restart at every sequence.
 """
@@ -8,33 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from torch import Tensor
-
 from saccade.core import AttentionOutput, DenseKV, PerHeadFP8KV
-from saccade.core.host_memo import HostMemo, capturing
 from saccade.ops.attention.call import AttentionCall
-
-
-def _numbers(cu: Tensor) -> tuple[int, ...] | None:
-    return tuple(cu.tolist()) if cu.ndim == 1 else None
-
-
-numbers = HostMemo(_numbers)  # cumulative lengths as a tuple of the host, None for other shapes
-
-
-def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
-    """Raise ValueError unless cumulative lengths rise from 0 to `total`.
-
-    While a CUDA graph is captured, only tensors that were read before are checked.
-    """
-    if capturing(cu.device) and not numbers.is_current(cu):
-        return
-    steps = numbers(cu)
-    if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
-        found = cu.tolist() if steps is None else list(steps)
-        raise ValueError(
-            f"cu_seqlens for {name} must rise from 0 to {total}, the packed length, got {found}."
-        )
+from saccade.ops.attention.checks import numbers
 
 
 def per_sequence(

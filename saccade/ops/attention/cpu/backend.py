@@ -50,7 +50,8 @@ def refusal(call: AttentionCall) -> str | None:
             return f"head_dim {x.shape[-1]} is above {_MAX_DIM}"
     if call.needs_grad and not _has_gradient(call):
         return "gradients need plain keys and no blocks, attn_mask or learned slopes"
-    if is_strided(k) or is_strided(v):
+    quantized = (*kv.k, *kv.v) if isinstance(kv, QuantizedKV) else ()
+    if any(map(is_strided, (k, v, *quantized))):
         return "keys and values need a unit last stride"
     if isinstance(kv, QuantizedKV) and FP8 in (kv.k.qdata.dtype, kv.v.qdata.dtype):
         return "its kernels do not read fp8 keys; int8 takes as many bytes and is more exact"

@@ -101,7 +101,7 @@ def _on_chunk(call: AttentionCall, chunk: KVChunk, start: int, stop: int) -> Att
         kv=DenseKV(chunk.k, chunk.v),
         mask=replace(call.mask, sinks=max(0, call.mask.sinks - first)),
         q_offset=call.q_offset + start - first,
-        kv_lens=None if call.kv_lens is None else (call.kv_lens - first).clamp_min(0),
+        kv_lens=None if call.kv_lens is None else (call.kv_lens - first).clamp(0, length),
         key_padding=None if padding is None else padding[:, columns],
         attn_mask=None if attn_mask is None else attn_mask[:, :, start:stop, columns],
         sink_logits=None,

@@ -40,11 +40,11 @@ class Problem:
 
     @property
     def cu_q(self) -> Tensor | None:
-        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[0]
+        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[0].contiguous()
 
     @property
     def cu_k(self) -> Tensor | None:
-        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[1]
+        return None if self.call.cu_seqlens is None else self.call.cu_seqlens[1].contiguous()
 
     @property
     def q_offset(self) -> int:

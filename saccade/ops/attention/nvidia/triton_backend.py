@@ -28,11 +28,12 @@ def refusal(call: AttentionCall) -> str | None:
         return missing
     if call.q.dtype not in _FLOATS:
         return f"{call.q.dtype} is not one of float32, bfloat16, float16"
-    if call.q.dtype != call.kv.dtype:
-        return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    for x in call.kv.floats[:2]:  # keys and values
+        if call.q.dtype != x.dtype:
+            return f"q is {call.q.dtype} but keys or values are {x.dtype}"
     if max(call.kv.shape[3:]) > MAX_DIM:
         return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
-    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+    if call.needs_grad and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     return _view_refusal(call)
 

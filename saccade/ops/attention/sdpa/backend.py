@@ -10,6 +10,8 @@ because that form returns the lse and supports GQA; on a GPU each kernel is call
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +21,13 @@ from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile, joined
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import with_sink_logits
-from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
+from saccade.ops.attention.first_order import first_order
+from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 from saccade.ops.attention.sdpa import gpu as sdpa_gpu
 from saccade.ops.attention.sdpa.workspace import kernel_bytes
 from saccade.ops.attention.tiled import visible_tiles
 from saccade.ops.attention.varlen import per_sequence
+from saccade.ops.attention.watch import is_watched
 from saccade.ops.planning import note_workspace, planning
 
 Q_TILE = 512
@@ -35,11 +39,12 @@ def refusal(call: AttentionCall) -> str | None:
         return "PyTorch's kernels have no softcap"
     if call.q.dtype == FP8:
         return "PyTorch's kernels have no fp8"
-    if call.q.dtype != call.kv.dtype:
-        return f"q is {call.q.dtype} but keys are {call.kv.dtype}"
+    for x in call.kv.floats[:2]:  # keys and values
+        if call.q.dtype != x.dtype:
+            return f"q is {call.q.dtype} but keys or values are {x.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
         return "PyTorch's lse has no gradient"
-    if call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
+    if call.needs_grad and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     if call.q.device.type == "cuda":
         return _gpu_refusal(call)
@@ -81,8 +86,20 @@ def run(call: AttentionCall) -> AttentionOutput:
     """Attention by fused PyTorch kernels."""
     if call.cu_seqlens is not None:
         return per_sequence(call, run)
+    if call.needs_grad and not is_watched(call.floats):
+        call = _of_first_order(call)
+    if not call.scale > 0:  # its kernels look for the largest product before they scale
+        call = call.with_(q=call.q * (-1 if call.scale < 0 else 0), scale=abs(call.scale) or 1.0)
     result = _without_mask(call) or _by_query_tiles(call)
     return result if call.sink_logits is None else with_sink_logits(result, call.sink_logits)
+
+
+def _of_first_order(call: AttentionCall) -> AttentionCall:
+    """The call whose gradients say that PyTorch's kernels have no second derivative."""
+    kv = call.kv
+    if isinstance(kv, DenseKV):
+        kv = replace(kv, k=first_order(kv.k), v=first_order(kv.v))
+    return call.with_(q=first_order(call.q), kv=kv)
 
 
 def plain_kind(call: AttentionCall) -> sdpa_gpu.Kind | None:
@@ -144,8 +161,8 @@ def _by_query_tiles(call: AttentionCall) -> AttentionOutput:
 def _one_tile(
     call: AttentionCall, q: Tensor, start: int, stop: int, tile: KVTile
 ) -> AttentionOutput:
-    k, v = real_kv(call, tile, tile.k.dtype)
     visible = visible_pairs(call, start, stop, tile)
+    k, v = seen_kv(call, tile, visible, tile.k.dtype)
     bias = bias_of(call, start, stop, tile)
     scores = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
     added = scores.where(visible, -torch.inf)  # [B | 1, Hkv | 1, G | 1, q, t]
@@ -169,6 +186,7 @@ def _kernel(
     call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, *, causal: bool
 ) -> AttentionOutput:
     """One fused kernel; `added` is the additive mask `[B | 1, H | 1, q, t]`."""
+    q, k, v = (sdpa_gpu.in_rows(x) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=added, scale=call.scale

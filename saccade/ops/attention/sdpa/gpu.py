@@ -30,6 +30,17 @@ CUDNN_WIDE = 91000  # head_dim above 128, on Hopper
 CUDNN_WRONG_GRADIENTS = (91000, 91001)  # known to be wrong (cudnn-frontend refuses them too)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """`x` with a unit last stride and rows apart from each other: copied where it has none.
+
+    PyTorch's public function checks that before it calls a kernel.  The kernels themselves read
+    other memory, or hand BLAS a row stride that it refuses without computing anything.
+    """
+    unit = x.stride(3) == 1 or x.shape[3] == 1
+    apart = x.stride(2) >= x.shape[3] or x.shape[2] == 1
+    return x if unit and apart else x.contiguous()
+
+
 def choose(
     q: Tensor, k: Tensor, v: Tensor, kind: Kind, *, needs_grad: bool
 ) -> tuple[str | None, str]:
@@ -127,6 +138,7 @@ def unmasked(
     name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 ) -> AttentionOutput:
     """One kernel over keys with Hkv heads; the lse is float32 `[B, H, Lq]`."""
+    q, k, v = (in_rows(x) for x in (q, k, v))
     if name == "efficient":
         return by_groups(q, k, v, None, causal=causal, scale=scale)
     if name == "cudnn":

@@ -16,8 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from saccade.core.host_memo import capturing
+from saccade.ops.attention.checks import numbers
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.attention.varlen import numbers
 from saccade.ops.gpu.intmath import cdiv
 
 MAX_TABLES = 16  # tables of query tiles that are kept, 32 bytes a tile each
