@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from saccade.hf.runs import run_in_force
 from saccade.hf.settings import ATTRIBUTE
 from saccade.runtime import Context, ContextParams, Model, Sampler
 from saccade.runtime.params import QUANTIZED
+from saccade.sparse import Pattern
 
 CheckMode = Literal["auto", "always", "off"]
 AS_IT_IS: Final = "as it is"
@@ -203,7 +204,17 @@ def _small(params: ContextParams) -> ContextParams:
         sizes["page_size"] = min(params.page_size, CHUNK)
     if params.kv_policy is not None:
         sizes["kv_budget"] = 1.0
+    if params.sparse is not None:
+        sizes["sparse"] = _one_block(params.sparse)
     return replace(params, **sizes)
+
+
+def _one_block(pattern: Pattern) -> Pattern | None:
+    """The pattern in blocks that hold all tokens; None for patterns without a block size."""
+    if not hasattr(pattern, "block"):
+        return None
+    wide: Any = replace(cast(Any, pattern), block=64)
+    return wide
 
 
 def _bound(model: PreTrainedModel, params: ContextParams) -> float:

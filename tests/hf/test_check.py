@@ -14,6 +14,7 @@ from saccade import ContextParams, Unsupported
 from saccade.cache import QuantizedCache
 from saccade.hf import Context, HFModel, check, check_store
 from saccade.hf.register import KEY
+from saccade.sparse import Strided
 from tests.hf.conftest import OWN_CACHE_FAMILIES
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -24,6 +25,7 @@ OPTIONS = {
         type_k="int4", type_v="int4", n_ctx=2048, rope_scaling_type="yarn"
     ),
     "pages": ContextParams(page_size=64),
+    "small blocks": ContextParams(sparse=Strided(block=4, stride=0)),
     "compressed": ContextParams(kv_policy="ada_snapkv", kv_budget=0.1),
 }
 
