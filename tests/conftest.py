@@ -23,6 +23,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     patch_interpreter()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory):
+    """Nothing is written to, or read from, the cache folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_in_every_run():
     torch.manual_seed(SEED)

@@ -24,17 +24,25 @@ _ABSENT: Final = object()
 def switch_attention(undo: ExitStack, runs: ModelRuns) -> None:
     """`set_attn_implementation("saccade")`; every config it touches is put back as it was."""
     register()
-    model = runs.model
+    set_implementation(undo, runs.model, KEY)
+
+
+def set_implementation(undo: ExitStack, model: PreTrainedModel, name: str) -> None:
+    """`set_attn_implementation(name)`; undone, every config that it touched is as it was.
+
+    Raises:
+        Unsupported: the model does not call transformers' attention interface.
+    """
     before = [(config, dict(vars(config))) for config in _configs(model)]
     try:
-        model.set_attn_implementation(KEY)
+        model.set_attn_implementation(name)
     finally:
         for config, values in before:
-            for name in vars(config).keys() | values.keys():
-                old = values.get(name, _ABSENT)
-                if vars(config).get(name, _ABSENT) is not old:
-                    undo.callback(_put_back, config, name, old)
-    if model.config._attn_implementation != KEY:
+            for key in vars(config).keys() | values.keys():
+                old = values.get(key, _ABSENT)
+                if vars(config).get(key, _ABSENT) is not old:
+                    undo.callback(_put_back, config, key, old)
+    if model.config._attn_implementation != name:
         raise Unsupported(
             f"{type(model).__name__} does not call transformers' attention interface, so its "
             "attention cannot be replaced. Use a model class that supports attn_implementation."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from saccade import runtime
+from saccade.hf.check import CheckMode, verify
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 from saccade.runtime import ContextParams, Model
@@ -29,6 +30,12 @@ class Context(runtime.Context):
         model: what `saccade.load_model` returns, a transformers model, or a `runtime.Model`.
         params: options; default ContextParams().
         reserve: tokens to allocate caches for at once, when the length is known beforehand.
+        check: "auto": compare a few dozen tokens with the model's own eager attention, once for
+            each model class, config and set of options (`saccade.hf.check`; about a second, then
+            remembered in the user's cache folder); "always": now; "off": never.
+
+    Raises:
+        Unsupported: the check found results that differ beyond rounding.
     """
 
     def __init__(
@@ -37,5 +44,8 @@ class Context(runtime.Context):
         params: ContextParams | None = None,
         *,
         reserve: int = 0,
+        check: CheckMode = "auto",
     ) -> None:
-        super().__init__(as_model(model), params, reserve=reserve)
+        runnable = as_model(model)
+        verify(runnable, params or ContextParams(), check)
+        super().__init__(runnable, params, reserve=reserve)

@@ -21,9 +21,9 @@ def test_the_demo_model_reads_text_as_it_was_trained():
     header = parse_file(_located("smollm2")).keys
     tokenizer, ends, notes = gguf_tokenizer(header)
     assert (notes, tokenizer.convert_ids_to_tokens(ends)) == ([], ["<|im_end|>", "<|endoftext|>"])
-    tokens = header["tokenizer.ggml.tokens"]
+    tokens = [token.decode() for token in header["tokenizer.ggml.tokens"]]
     index = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]]
+    pairs = [tuple(merge.decode().split(" ")) for merge in header["tokenizer.ggml.merges"]]
     ranks = {pair: rank for rank, pair in enumerate(pairs)}
     word = cache(lambda piece: [index[p] for p in bpe(spelled(piece), ranks) if p in index])
     cut = regex.compile(ENGLISH)

@@ -1,0 +1,70 @@
+"""`saccade check`: does a model give through saccade what its own attention gives?"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from saccade.cli import shared_options
+from saccade.cli.failure import need
+
+if TYPE_CHECKING:
+    from saccade.hf.check import Checked
+
+EXAMPLES = """examples:
+  saccade check --model smollm2
+  saccade check -m model.gguf --swa 1024 --sinks 4
+  saccade check -m folder -ctk int8 -ctv int8 -c 32768 --rope-scaling yarn
+"""
+STANDARD = (
+    {"n_swa": 12, "n_sinks": 4},
+    {"rope_scaling_type": "yarn", "rope_scale": 2.0},
+    {"type_k": "int8", "type_v": "int8"},
+    {"type_k": "int8", "type_v": "int4"},
+    {"type_k": "fp8", "type_v": "fp8"},
+    {"page_size": 16},
+    {"sparse": "block_topk"},
+    {"kv_policy": "snapkv", "kv_budget": 0.5},
+    {"kv_policy": "ada_snapkv", "kv_budget": 0.5},
+)
+"""What is checked where no option is given."""
+
+
+@shared_options.takes(context=shared_options.CONTEXT)
+def run(model: shared_options.Model, *, context: shared_options.Values) -> int:
+    """Compare a model through saccade with its own attention, for the options given or for all."""
+    given = any(value is not None for value in context.values())
+    wanted = [shared_options.context_params(context)] if given else [
+        shared_options.context_params(values) for values in STANDARD
+    ]  # fmt: skip
+    need("transformers", purpose="saccade check")
+    print(f"Loading {model} ...", file=sys.stderr, flush=True)
+    from saccade.hf.check import AS_IT_IS, check_eager, check_options, described
+    from saccade.hf.load import load_model
+    from saccade.hf.model import HFModel
+
+    loaded = load_model(model)
+    runnable = HFModel(loaded.model, loaded.name, loaded.n_ctx_train)
+    found = [check_eager(runnable)]
+    found += [check_options(runnable, p) for p in wanted if described(p) != AS_IT_IS]
+    print(table(found))
+    wrong = [each for each in found if each.refusal is None and not each.ok]
+    for each in wrong:
+        print(shared_options.with_flags(each.sentence(loaded.name)), file=sys.stderr)
+    return 2 if wrong or (given and not found[-1].ok) else 0
+
+
+def table(found: list[Checked]) -> str:
+    """A line for each comparison: the options, the difference found and allowed, the verdict."""
+    width = max(len(each.options) for each in found)
+    lines = [f"{'options':{width}}  difference  allowed  verdict"]
+    for each in found:
+        figures = f"{'':10}  {'':7}" if each.refusal else f"{each.gap:10.1e}  {each.bound:7.0e}"
+        lines.append(f"{each.options:{width}}  {figures}  {_verdict(each)}")
+    return "\n".join(lines)
+
+
+def _verdict(found: Checked) -> str:
+    if found.refusal is not None:
+        return f"refused: {shared_options.with_flags(found.refusal)}"
+    return "the same" if found.ok else "DIFFERENT"

@@ -1,0 +1,55 @@
+"""`saccade check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saccade.cli.main import main
+from saccade.hf import check
+from tests.tiny_models import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    tiny_model(tiny_config("llama"), "eager").save_pretrained(path)
+    return path
+
+
+def test_every_standard_option_is_compared(folder: Path, capsys: Any) -> None:
+    assert main(["check", "--model", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11
+    assert all(line.endswith("the same") for line in lines[1:])
+
+
+def test_the_options_given_are_compared_alone(folder: Path, capsys: Any) -> None:
+    assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("n_swa=16, n_sinks=2")
+
+
+def test_results_that_differ_are_an_error(
+    folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        check,
+        "check_options",
+        lambda *_: check.Checked(
+            options="n_swa=16", gap=0.5, bound=1e-4, layer="layers.1", leave_out="n_swa"
+        ),
+    )
+    assert main(["check", "-m", str(folder), "--swa", "16"]) == 2
+    said = capsys.readouterr()
+    assert "DIFFERENT" in said.out
+    assert "first in layers.1. Leave out --swa." in said.err
+
+
+def test_options_that_cannot_run_are_an_error_where_they_were_asked_for(
+    folder: Path, capsys: Any
+) -> None:
+    assert main(["check", "-m", str(folder), "--rope-scaling", "linear", "--rope-scale", "2",
+                 "--yarn-ext-factor", "1"]) == 2  # fmt: skip
+    assert "refused: yarn options need" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""The self-check finds what is wrong, says where, and remembers what was right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from saccade import ContextParams, Unsupported
+from saccade.cache import QuantizedCache
+from saccade.hf import Context, HFModel, check, check_store
+from saccade.hf.register import KEY
+from saccade.sparse import Strided
+from tests.hf.conftest import OWN_CACHE_FAMILIES
+from tests.tiny_models import tiny_config, tiny_model
+
+OPTIONS = {
+    "window": ContextParams(n_swa=64, n_sinks=4),
+    "int8": ContextParams(type_k="int8", type_v="int8"),
+    "int4 with yarn": ContextParams(
+        type_k="int4", type_v="int4", n_ctx=2048, rope_scaling_type="yarn"
+    ),
+    "pages": ContextParams(page_size=64),
+    "small blocks": ContextParams(sparse=Strided(block=4, stride=0)),
+    "compressed": ContextParams(kv_policy="ada_snapkv", kv_budget=0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(check_store, "_passed", set())
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny_model(tiny_config("llama"), "eager")
+
+
+@pytest.mark.parametrize("family", OWN_CACHE_FAMILIES)
+def test_a_model_as_it_is_gives_what_its_eager_attention_gives(family: str) -> None:
+    found = check.check_eager(HFModel(tiny_model(tiny_config(family), "eager")))
+    assert found.ok
+    assert 0 < found.gap < 1e-5
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_give_what_the_reference_gives(llama: PreTrainedModel, name: str) -> None:
+    found = check.check_options(HFModel(llama), OPTIONS[name])
+    assert found.ok, found
+    assert found.layer is None
+
+
+def _off_by_a_little(layer: torch.nn.Module, model: PreTrainedModel) -> Any:
+    def change(module: Any, args: Any, output: Any) -> Any:
+        if model.config._attn_implementation == KEY:
+            return (output[0] * 1.01, *output[1:])
+        return output
+
+    return layer.register_forward_hook(change)
+
+
+def test_a_layer_that_differs_is_named(llama: PreTrainedModel) -> None:
+    attention: Any = llama.model.layers[2].self_attn
+    hook = _off_by_a_little(attention, llama)
+    with pytest.raises(Unsupported, match=r"first in model\.layers\.2\. Run this model with"):
+        Context(llama)
+    hook.remove()
+    Context(llama).close()
+
+
+@pytest.fixture
+def broken_quantization(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Quantized caches hold keys that nobody appended."""
+    append = QuantizedCache.append
+
+    def wrong(self: QuantizedCache, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return append(self, -k, v)
+
+    monkeypatch.setattr(QuantizedCache, "append", wrong)
+    yield
+
+
+@pytest.mark.usefixtures("broken_quantization")
+def test_the_option_to_leave_out_is_named(llama: PreTrainedModel) -> None:
+    params = ContextParams(
+        type_k="int8", type_v="int8", rope_scaling_type="yarn", rope_freq_scale=0.5
+    )
+    with pytest.raises(Unsupported, match="Leave out type_k and type_v"):
+        Context(llama, params)
+
+
+def test_what_passed_is_not_checked_again(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    params = OPTIONS["window"]
+    Context(llama, params).close()
+    monkeypatch.setattr(check_store, "_passed", set())  # another process
+    for name in ("check_eager", "check_options"):
+        monkeypatch.setattr(check, name, lambda *_: pytest.fail("checked again"))
+    Context(llama, params).close()
+    (file,) = (tmp_path / "saccade" / "checks").iterdir()
+    file.write_text("{damaged")
+    with pytest.raises(pytest.fail.Exception):
+        Context(llama, params)
+    Context(llama, params, check="off").close()
+
+
+def test_another_config_or_dtype_is_checked(llama: PreTrainedModel) -> None:
+    check.verify(HFModel(llama), ContextParams())
+    assert check_store.has_passed(llama, check.AS_IT_IS)
+    llama.config.rms_norm_eps *= 2
+    assert not check_store.has_passed(llama, check.AS_IT_IS)
+    llama.config.rms_norm_eps /= 2
+    assert not check_store.has_passed(llama.to(torch.float64), check.AS_IT_IS)
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    check.verify(HFModel(llama), ContextParams())
+    assert check_store.has_passed(llama, check.AS_IT_IS)
+
+
+def test_the_model_is_left_as_it_was(llama: PreTrainedModel) -> None:
+    before = (dict(vars(llama.config)), {n: dict(vars(m)) for n, m in llama.named_modules()})
+    check.verify(HFModel(llama), OPTIONS["int4 with yarn"], "always")
+    assert vars(llama.config) == before[0]
+    assert {n: vars(m).keys() for n, m in llama.named_modules()} == {
+        n: values.keys() for n, values in before[1].items()
+    }
+    assert not any(m._forward_hooks for m in llama.modules())
+
+
+def test_an_unknown_mode_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="check must be one of auto, always, off, got 'yes'"):
+        Context(llama, check="yes")  # type: ignore[arg-type]
