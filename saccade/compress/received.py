@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.core.kv import KVTile
 from saccade.ops import AttentionCall
-from saccade.ops.attention.masks import bias_of, real_kv, visible_pairs
+from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 
 K_TILE = 512
 
@@ -63,12 +63,12 @@ def attention_weights(call: AttentionCall, tile: KVTile, lse: Tensor) -> Tensor:
     """
     length = call.q.shape[2]
     q = call.queries(0, length).unflatten(1, (-1, call.num_groups))
-    k, _ = real_kv(call, tile, q.dtype)
+    visible = visible_pairs(call, 0, length, tile)
+    k, _ = seen_kv(call, tile, visible, q.dtype)
     scores = q @ k[:, :, None].mT * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     bias = bias_of(call, 0, length, tile)
     scores = scores if bias is None else scores + bias
-    visible = visible_pairs(call, 0, length, tile)
     norm = lse.unflatten(1, (-1, call.num_groups))[..., None]
     return (scores - norm).exp().where(visible, 0).float()
