@@ -114,7 +114,10 @@ def _left_over(path: Path, model: PreTrainedModel, keys: set[str]) -> list[str]:
 def _check_sizes(file: Path, config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     for name in _SIZES:
-        value = getattr(text, name, None)
+        try:
+            value = getattr(text, name, None)
+        except Exception:  # of each layer its own (AmbiguousGlobalPerLayerAttributeError)
+            continue
         for size in value if isinstance(value, list | tuple) else [value]:
             if size is not None and (type(size) is not int or not 0 < size <= _LARGEST):
                 raise BadInput(

@@ -141,9 +141,16 @@ class HFModel:
     @cached_property
     def _rebuilds_keys(self) -> bool:
         """Whether the model computes with what it caches itself, instead of only attending."""
-        cache = self.new_cache(ContextParams())
+        cache = self._plain_cache()
         self._read(torch.ones(1, 1, dtype=torch.int64), cache)
         return cache.rebuilt
+
+    def _plain_cache(self) -> SaccadeCache:
+        """Caches without options, under the rotary positions of the run in force."""
+        plain = ContextParams()
+        run = self.run or run_in_force(self.model)
+        run = make_run(self.model, plain, serves_every_call=False) if run is None else run
+        return new_cache(replace(run, params=plain))
 
     @cached_property
     def _chunks(self) -> bool:
@@ -199,10 +206,7 @@ class HFModel:
 
     def _read_keys(self, tokens: Tensor, positions: Tensor | None) -> list[Cached]:
         """What each layer caches of these tokens, in a cache of its own."""
-        plain = ContextParams()
-        run = self.run or run_in_force(self.model)
-        run = make_run(self.model, plain, serves_every_call=False) if run is None else run
-        cache = new_cache(replace(run, params=plain))
+        cache = self._plain_cache()
         where = {} if positions is None else {"position_ids": positions.to(self.device)}
         hidden_states(
             self.model,
