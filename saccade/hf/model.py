@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from saccade.cache import ShiftKeys
+from saccade.cache import DenseCache, RingCache, ShiftKeys
 from saccade.core import Unsupported
 from saccade.core.kv import dense
 from saccade.hf.attach import make_run, new_cache, running
@@ -167,7 +167,8 @@ class HFModel:
         self.model.get_decoder()(
             input_ids=tokens.to(self.device), past_key_values=cache, use_cache=True, **where
         )
-        views = [dense(store.view()) for store in cache.stores]
+        stores = [s for s in cache.stores if isinstance(s, DenseCache | RingCache)]
+        views = [dense(store.view()) for store in stores]
         return [Cached(view.k, view.v) for view in views]
 
     @property

@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Phi3Config
 
 import saccade
 from saccade.core import Unsupported
 from saccade.hf import attach
 from saccade.hf.rope_tables import FittedRotary, pristine, reaching
 from saccade.runtime.params import ContextParams
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 TRAINED = 32
 LISTS = {
@@ -31,10 +31,8 @@ TEXT = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1)).
 
 
 def phi3():
-    config = tiny_config("phi3", max_position_embeddings=256, rope_parameters=dict(LONG))
-    config.original_max_position_embeddings = TRAINED
-    config.rope_parameters["partial_rotary_factor"] = 1.0
-    return tiny_model(config)
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": TRAINED}
+    return tiny_model(Phi3Config(**{**COMMON, **lengths}, rope_parameters=dict(LONG)))
 
 
 def llama(kind):
