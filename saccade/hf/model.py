@@ -183,19 +183,20 @@ class HFModel:
         """The function that moves cached keys of a layer; see `hf.key_rotation`.
 
         Args:
-            length: of the text whose rotary tables the keys have.
+            length: of the text whose rotary tables the keys have; default the trained one.
 
         Raises:
             Unsupported: cached keys that are no rotated keys, or layers with recurrent states.
         """
         self._check_keys_are_rotated()
-        key = None if length is None else self.table_key(length)
+        length = self.facts.n_ctx_train if length is None else length
+        key = self.table_key(length)
         if key not in self._rotations:
             self._rotations[key] = self._find_rotations(length)
         return self._rotations[key][layer]
 
     @torch.inference_mode()
-    def _find_rotations(self, length: int | None) -> list[KeyRotation]:
+    def _find_rotations(self, length: int) -> list[KeyRotation]:
         with reaching(length), activated(self.run):
             return find_rotations(
                 self._read_keys,

@@ -47,21 +47,28 @@ class FittedRotary:
     follows_length = True
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = pristine(module)
         self.positions: Tensor | None = None
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module's forward returns, under the table of the length in force."""
         self.positions, length = position_ids, reached()
-        fresh = pristine(self.module)
         if length is None:
-            return fresh(x, position_ids, *args, **kwargs)
+            return self._call(x, position_ids, *args, **kwargs)
         # The module looks at its largest position: it gets one more column, which is cut off again.
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
-        answer = fresh(x, torch.cat((position_ids, last), dim=-1), *args, **kwargs)
+        answer = self._call(x, torch.cat((position_ids, last), dim=-1), *args, **kwargs)
         if isinstance(answer, tuple):
             return tuple(table[..., :-1, :] for table in answer)
         return answer[..., :-1, :]
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        fresh = pristine(self.module)
+        answer = fresh(*args, **kwargs)
+        # LongRoPE's second table depends on no length: made anew, it could not be in a CUDA graph.
+        made = {name: x for name, x in vars(fresh).items() if name.endswith("long_inv_freq")}
+        vars(self.module).update(made)
+        return answer
 
     def asked(self) -> nn.Module:
         """A copy of the module, its buffers as the length in force makes them."""

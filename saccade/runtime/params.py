@@ -49,6 +49,7 @@ class ContextParams:
         type_k, type_v: storage of cached keys and values: f32, bf16, f16, int8, int4 or fp8 (e4m3);
             None: the dtype of the model.  Quantized types need both to be quantized, fp8 both fp8.
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
+            dynamic reads the whole context again for every token past the trained length.
         rope_freq_base: base of the rotary frequencies.
         rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).
         yarn_ext_factor: 1 mixes in unscaled high frequencies (YaRN), 0 interpolates them all.

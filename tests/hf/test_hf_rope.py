@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, GPT2Config
 
 from saccade.core import Unsupported
 from saccade.hf import attach, rotary_frequencies
 from saccade.hf.rope import ropes_in_force
 from saccade.hf.runs import run_in_force
+from saccade.hf.scaled_rotary import scaled_rotary
 from saccade.rope import Linear, Unscaled, YaRN
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import COMMON, tiny_config, tiny_model
@@ -177,6 +179,27 @@ def test_a_module_that_does_something_else_is_refused():
     rotary(model).original_inv_freq.mul_(0.9)
     with pytest.raises(Unsupported, match="LlamaRotaryEmbedding cannot be scaled here: it does"):
         attach(model, ContextParams(rope_freq_scale=0.5)).__enter__()
+
+
+class Joined(nn.Module):
+    """As modules for pictures: three rows of positions become one."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.inner, self.rope_type, self.config = module, module.rope_type, module.config
+        self.register_buffer("inv_freq", module.inv_freq)
+
+    def forward(self, x, position_ids):
+        return self.inner(x, position_ids[0] if position_ids.dim() == 3 else position_ids)
+
+
+def test_a_module_that_joins_three_rows_is_refused():
+    model = tiny_model(tiny_config("llama"))
+    with pytest.raises(Unsupported, match="Joined cannot be scaled here"):
+        scaled_rotary(Joined(rotary(model)), model.config, ContextParams(rope_freq_scale=0.5))
+    model.config.rope_parameters["mrope_section"] = [2, 3, 3]  # nothing reads it here
+    found = scaled_rotary(rotary(model), model.config, ContextParams(rope_freq_scale=0.5))
+    assert found.ropes[None].rule == Linear(factor=2.0)
 
 
 def test_options_that_would_change_nothing_are_refused():

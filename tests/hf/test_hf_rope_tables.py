@@ -6,14 +6,14 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Phi3Config
 
 import saccade
 from saccade.core import Unsupported
 from saccade.hf import attach
 from saccade.hf.rope_tables import FittedRotary, pristine, reaching
 from saccade.runtime.params import ContextParams
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 TRAINED = 32
 LISTS = {
@@ -31,10 +31,8 @@ TEXT = torch.randint(3, 120, (60,), generator=torch.Generator().manual_seed(1)).
 
 
 def phi3():
-    config = tiny_config("phi3", max_position_embeddings=256, rope_parameters=dict(LONG))
-    config.original_max_position_embeddings = TRAINED
-    config.rope_parameters["partial_rotary_factor"] = 1.0
-    return tiny_model(config)
+    lengths = {"max_position_embeddings": 256, "original_max_position_embeddings": TRAINED}
+    return tiny_model(Phi3Config(**{**COMMON, **lengths}, rope_parameters=dict(LONG)))
 
 
 def llama(kind):
@@ -145,6 +143,16 @@ def test_after_a_context_shift(model):
         close(last(ctx, [9]), at_once(model, [*kept, 9]))
 
 
+def test_a_full_context_goes_on(model):
+    """n_keep removes tokens, and what is left may have the tables of a shorter text."""
+    with saccade.Context(model, ContextParams(n_ctx=40, n_keep=4)) as ctx:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = [token.token for token in ctx.stream(TEXT[:36], n_predict=6)]
+        assert len(found) == 6 and len(ctx.tokens) < 36
+        close(last(ctx, [9]), at_once(model, ctx.tokens))
+
+
 def test_in_a_session(model, tmp_path):
     """A session knows the table of its keys, also where its length alone does not say it."""
     params = ContextParams(n_ctx=256)
@@ -194,6 +202,31 @@ def test_generate_with_padding(model):
             rows, attention_mask=mask, past_key_values=attached.new_cache(), **options
         )
     assert found[0, 28:].tolist() == greedy(model, TEXT[:28], 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["ours", "theirs"])
+def test_generate_under_a_scaled_rule(cache):
+    model = tiny_model(tiny_config("llama", max_position_embeddings=TRAINED))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with attach(model, ContextParams(rope_scaling_type="dynamic", n_ctx=128)) as attached:
+        text = torch.tensor(TEXT[:28])[None]
+        given = attached.new_cache() if cache == "ours" else None
+        found = model.generate(text, past_key_values=given, **options)
+        while text.shape[1] < 36:
+            text = torch.cat((text, model(text).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(found, text)
+
+
+@torch.no_grad()
+def test_beams(model):
+    """Both rows of the beams are read again."""
+    prompt = torch.tensor(TEXT[:28])[None]
+    options = {"max_new_tokens": 8, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    with attach(model) as attached:
+        ours = model.generate(prompt, past_key_values=attached.new_cache(), **options)
+        uncached = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(ours, uncached)
 
 
 @torch.no_grad()
