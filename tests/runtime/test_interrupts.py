@@ -86,7 +86,7 @@ def test_an_interrupt_at_any_line(models, monkeypatch, kind, stepped):
                 assert torch.allclose(ours, ctx.logits(ctx.append(text)), atol=2e-5)
 
 
-@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("layer", range(2))
 @pytest.mark.parametrize(
     "options", [{}, {"n_swa": 6}, {"type_k": "int4", "type_v": "int4"}], ids=str
 )
