@@ -204,7 +204,7 @@ def _whole_number(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be {bound}, got {str(value)[:40]}.")
 
 
-def _number(name: str, value: object) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and -_LARGEST < value < _LARGEST):
+def _number(name: str, value: float | None) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if value is not None and (wrong or not -_LARGEST < value < _LARGEST):
         raise ValueError(f"{name} must be a finite number, got {value!r:.40}. Give a float.")

@@ -95,7 +95,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         "layers": described,
         "observed": observed and {str(i): _parts(q, float | int) for i, q in observed.items()},
     }
-    write(Path(path), tensors, record, key=key)
+    write(_path(path), tensors, record, key=key)
 
 
 def load_session(path: str | Path, ctx: Context) -> Sampler:
@@ -109,7 +109,7 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
             or other options.  The context is then as it was.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = _path(path)
     file = SessionFile(path)
     identity, key = _identity(ctx)
     _check_identity(path, file.record, identity, ctx.params)
@@ -130,6 +130,12 @@ def load_session(path: str | Path, ctx: Context) -> Sampler:
     file.check_seal(key)
     ctx.text = text
     return sampler
+
+
+def _path(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise BadInput(f"a file name cannot contain NUL, got {str(path)!r}. Give another name.")
+    return Path(path)
 
 
 class _Like:

@@ -201,7 +201,7 @@ def _digest(name: str, tensor: Tensor) -> str:
 
 def _read_into(file: int, place: TensorPlace, data: Tensor) -> int:
     """Read a tensor's bytes -> how many there were."""
-    target, done = memoryview(data.numpy()), 0
+    target, done = data.numpy().data, 0
     os.lseek(file, place.start, os.SEEK_SET)
     while done < len(data):
         part = os.read(file, min(len(data) - done, 1 << 24))
