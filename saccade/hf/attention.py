@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.cache import Cursor
-from saccade.core import AttentionOutput, DenseKV, KVView, Mask, Unsupported
+from saccade.core import DenseKV, KVView, Mask, Unsupported
+from saccade.hf.attention_weights import wants_weights, weights_of
 from saccade.hf.deferred_rope import materialize
 from saccade.hf.dense_mask import boolean_mask, check_values
 from saccade.hf.extra_arguments import check_arguments
@@ -21,7 +22,7 @@ from saccade.hf.handle import KVHandle
 from saccade.hf.mask import SpecMask, is_traced
 from saccade.hf.packing import packed_seqlens, same_sequence
 from saccade.hf.settings import AttentionSettings, settings_of
-from saccade.ops import attend, make_call
+from saccade.ops import AttentionCall, attend, make_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +54,10 @@ def saccade_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it: ([B, Lq, Hq, Dv] contiguous, None).
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, as transformers calls it: ([B, Lq, Hq, Dv] contiguous, weights).
+
+    The weights `[B, Hq, Lq, Lk]` are made only for output_attentions=True, else None.
 
     Args:
         query: `[B, Hq, Lq, D]`, RoPE applied.
@@ -78,10 +81,15 @@ def saccade_attention(
         args = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "wants_lse": bool(observe)}
-    result = _attended(query, _narrowed(args, settings), settings, options)
+    args = _narrowed(args, settings)
+    if isinstance(key, KVHandle) and isinstance(key.view, DenseKV):
+        _check_kept(key.view, args)
+    call = _call(query, args, settings, options)
+    result = attend(call, backend=settings.backend)
     if observe is not None:
         observe(query.detach(), result.lse.detach(), scale)
-    return result.out.transpose(1, 2).contiguous(), None
+    weights = weights_of(call, key.shape[2]) if wants_weights(module, kwargs) else None
+    return result.out.transpose(1, 2).contiguous(), weights
 
 
 def _own_mask(module: nn.Module, is_causal: bool | None, window: Any) -> Mask:
@@ -94,12 +102,12 @@ def _own_mask(module: nn.Module, is_causal: bool | None, window: Any) -> Mask:
     return Mask(causal=causal, window=window if narrows else None)
 
 
-def _attended(
+def _call(
     query: Tensor,
     args: AttentionArgs,
     settings: AttentionSettings,
     options: dict[str, Any],
-) -> AttentionOutput:
+) -> AttentionCall:
     """The call of the operator; `options` are those of the scores and `wants_lse`."""
     blocks = None
     if settings.sparse is not None:
@@ -113,20 +121,17 @@ def _attended(
                 "sparse patterns need the position of the queries on the host. Use Context.append."
             )
         blocks = settings.sparse.select(query, args.kv, args.q_offset)
-    return attend(
-        make_call(
-            query,
-            args.kv,
-            mask=args.mask,
-            key_padding=args.key_padding,
-            kv_lens=args.kv_lens,
-            cu_seqlens=args.cu_seqlens,
-            attn_mask=args.attn_mask,
-            q_offset=None if args.cu_seqlens is not None else args.q_offset,
-            blocks=blocks,
-            **options,
-        ),
-        backend=settings.backend,
+    return make_call(
+        query,
+        args.kv,
+        mask=args.mask,
+        key_padding=args.key_padding,
+        kv_lens=args.kv_lens,
+        cu_seqlens=args.cu_seqlens,
+        attn_mask=args.attn_mask,
+        q_offset=None if args.cu_seqlens is not None else args.q_offset,
+        blocks=blocks,
+        **options,
     )
 
 
@@ -168,6 +173,25 @@ def _from_step(
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
     return AttentionArgs(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
+
+
+def _check_kept(view: DenseKV, args: AttentionArgs) -> None:
+    """Raise where a mask shows keys that a ring has overwritten."""
+    if view.is_plain or not isinstance(args.q_offset, int):
+        return
+    window, ends = args.mask.window, [0, *(span.position + span.length for span in view.spans)]
+    for start, span in zip(ends, view.spans, strict=False):
+        gone = range(start, span.position)
+        if args.mask.causal and window is not None:  # first of those that the first query needs
+            gone = gone[max(0, args.q_offset - window + 1 - start) :]
+        if not gone:
+            continue
+        if args.attn_mask is None or args.attn_mask[..., gone.start : gone.stop].any():
+            raise Unsupported(
+                f"the attention mask shows the keys {gone.start} to {gone.stop - 1}, which this "
+                "layer's cache no longer holds: the config gives it a sliding window. Leave the "
+                "mask out, or use past_key_values=DynamicCache() of transformers."
+            )
 
 
 def _from_tensors(

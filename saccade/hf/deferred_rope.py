@@ -138,7 +138,13 @@ def deferring(original: RotaryFunction) -> RotaryFunction:
     @wraps(original)
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         covers_head = cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if not _deferring.get() or args or kwargs or not covers_head:
+        if (
+            torch.compiler.is_compiling()
+            or not _deferring.get()
+            or args
+            or kwargs
+            or not covers_head
+        ):
             return original(q, k, cos, sin, *args, **kwargs)
         both = DeferredRope(q, k, cos, sin, original)
         return DeferredTensor(both, 0), DeferredTensor(both, 1)

@@ -226,8 +226,8 @@ def stock_pattern(mask_function: Callable[..., Any], local_size: int | None) -> 
     if mask_function is bidirectional_mask_function:
         return Mask(causal=False)
     parts = _closure(mask_function, masking_utils.and_masks, "mask_functions")
-    if parts is None or local_size is None or len(parts) != 2:
-        return None
+    if parts is None or local_size is None or local_size < 1 or len(parts) != 2:
+        return None  # a window of 0 hides every key; configs write it for models without a window
     window = _closure(parts[0], masking_utils.sliding_window_overlay, "sliding_window")
     is_window = parts[1] is causal_mask_function and window == local_size
     return Mask(window=local_size) if is_window else None

@@ -166,7 +166,9 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("config", [None, GptOssForCausalLM.config_class()], ids=["boolean", "additive"])
+@pytest.mark.parametrize(
+    "config", [None, GptOssForCausalLM.config_class()], ids=["boolean", "additive"]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_that_of_the_real_mask(name, config):
     """The result, and what attention would be given afterwards."""
