@@ -69,27 +69,47 @@ def saccade_attention(
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     check_arguments(module, dropout, kwargs)
-    query, own = materialize(query), _own_mask(module, is_causal, sliding_window)
+    own = _own_mask(module, is_causal, sliding_window)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
     if isinstance(attention_mask, SpecMask):
         attention_mask = attention_mask.in_force()
-    settings, observe = settings_of(module), None
+    caches = isinstance(key, KVHandle) and torch.compiler.is_compiling()
+    attended = _outside_graphs if caches else _attended
+    return attended(module, query, key, value, attention_mask, own, scores, kwargs)
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    attention_mask: Tensor | None,
+    own: Mask,
+    scores: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """See `saccade_attention`; `scores` says how they are computed."""
+    query, settings, observe = materialize(query), settings_of(module), None
     if isinstance(key, KVHandle):
         settings, observe = key.settings or settings, key.observe
         args = _from_handle(query, key, attention_mask, own)
     else:
         assert isinstance(value, Tensor)
         args = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "wants_lse": bool(observe)}
     args = _narrowed(args, settings)
     if isinstance(key, KVHandle) and isinstance(key.view, DenseKV):
         _check_kept(key.view, args)
-    call = _call(query, args, settings, options)
+    call = _call(query, args, settings, {**scores, "wants_lse": observe is not None})
     result = attend(call, backend=settings.backend)
     if observe is not None:
-        observe(query.detach(), result.lse.detach(), scale)
+        observe(query.detach(), result.lse.detach(), call.scale)
     weights = weights_of(call, key.shape[2]) if wants_weights(module, kwargs) else None
     return result.out.transpose(1, 2).contiguous(), weights
+
+
+_outside_graphs = torch.compiler.disable(_attended)
+"""Over our caches, which decide on the host what to store where: one graph break a layer."""
 
 
 def _own_mask(module: nn.Module, is_causal: bool | None, window: Any) -> Mask:

@@ -144,6 +144,10 @@ class SaccadeCacheLayer(CacheLayerMixin):
         """Nothing, see `offload`."""
 
 
+_outside_graphs = torch.compiler.disable(SaccadeCacheLayer.update)
+"""For torch.compile: our caches decide on the host what to store where."""
+
+
 class SaccadeCache(Cache):
     """`past_key_values` made of saccade's caches, one per layer of the model.
 
@@ -178,7 +182,8 @@ class SaccadeCache(Cache):
         """
         if layer_idx == 0 and self.run is not None:
             _check_rope(self.run)
-        return self._ours[layer_idx].update(key_states, value_states, *args, **kwargs)
+        update = _outside_graphs if torch.compiler.is_compiling() else SaccadeCacheLayer.update
+        return update(self._ours[layer_idx], key_states, value_states, *args, **kwargs)
 
     @property
     def stores(self) -> list[LayerCache]:
