@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -14,10 +13,9 @@ from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import check_attention
-from saccade.hf.register import KEY
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
-from saccade.hf.runs import Change, ModelRuns, Run, begun
+from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
 from saccade.hf.settings import LayerSettings, needs_own_cache
 from saccade.runtime.layers import layer_cache
 from saccade.runtime.params import ContextParams
@@ -42,9 +40,30 @@ class Attached:
         return new_cache(self._run, reserve=reserve)
 
 
-@contextmanager
-def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Iterator[Attached]:
-    """Run a transformers model on saccade's attention under these params.
+class Attaching(Running):
+    """What `attach` returns: a `with` statement enters it."""
+
+    def __init__(self, model: PreTrainedModel, params: ContextParams | None) -> None:
+        self._model, self._params = model, params or ContextParams()
+
+    def __enter__(self) -> Attached:
+        if self.run is not None:
+            raise Unsupported("this attach is entered already: call attach(model, params) again.")
+        self.run = run = make_run(self._model, self._params, serves_every_call=True)
+        try:
+            super().__enter__()
+            return Attached(run)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.run = None
+
+
+def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attaching:
+    """`with attach(model, params) as attached:` a transformers model runs under these params.
 
     With the default params this changes only what computes attention.  `fused_layers=True` also
     replaces norms, linear layers, MLPs and decoder layers, those of classes in `allowlist.json`.
@@ -59,17 +78,34 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Itera
         params: options; default ContextParams().
 
     Raises:
-        TypeError: params that are no ContextParams.
+        TypeError: what is no transformers model, or no ContextParams.
         Unsupported: options that this model cannot run with.
     """
-    if params is not None and not isinstance(params, ContextParams):
+    if not isinstance(params, ContextParams | None):
         raise TypeError(
-            f"expected ContextParams or None, got {type(params).__name__}. Give "
-            "ContextParams(n_swa=...), say."
+            f"params must be a ContextParams or None, got {type(params).__name__}. "
+            "Write attach(model, saccade.ContextParams(...))."
         )
-    run = make_run(model, params or ContextParams(), serves_every_call=True)
-    with running(run):
-        yield Attached(run)
+    return Attaching(checked_model(model), params)
+
+
+def checked_model(model: Any) -> PreTrainedModel:
+    """The transformers model itself; that in a `torch.compile`d one.
+
+    Raises:
+        TypeError: anything else, with where the model is in wrappers that are known.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PreTrainedModel):
+        return model
+    where = "Pass what AutoModelForCausalLM.from_pretrained returns."
+    if isinstance(getattr(model, "model", None), PreTrainedModel):
+        where = "Pass its .model."
+    elif isinstance(getattr(model, "module", None), PreTrainedModel):
+        where = "Pass its .module, which it runs."
+    elif callable(getattr(model, "get_base_model", None)):
+        where = "Pass its get_base_model(), whose layers hold the adapters."
+    raise TypeError(f"attach takes a transformers model, got {type(model).__name__}. {where}")
 
 
 def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call: bool) -> Run:
@@ -111,22 +147,9 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
     )
 
 
-@contextmanager
-def running(run: Run) -> Iterator[None]:
-    """The model, ready for this run inside the `with`.
-
-    Raises:
-        Unsupported: the model cannot be changed as the run needs.
-    """
-    with begun(run):
-        implementation = run.model.config._attn_implementation
-        if implementation != KEY:
-            raise Unsupported(
-                f"the attention implementation of this {type(run.model).__name__} was set to "
-                f"{implementation!r} while it was attached. Leave the outer attach or Context, or "
-                f'call set_attn_implementation("{KEY}") first.'
-            )
-        yield
+def running(run: Run) -> Running:
+    """The model, ready for this run inside a `with`."""
+    return Running(run)
 
 
 def new_cache(run: Run, *, reserve: int = 0) -> SaccadeCache:
@@ -139,7 +162,7 @@ def new_cache(run: Run, *, reserve: int = 0) -> SaccadeCache:
     return SaccadeCache(run.model.config, make, run=run)
 
 
-def _serve_generate(undo: ExitStack, runs: ModelRuns) -> None:
+def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
     """`generate` makes the cache that the run in force needs, unless the caller brings one."""
     original: Callable[..., Any] | None = getattr(runs.model, "generate", None)
     if original is None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.cache import Cursor
 from saccade.core import DenseKV, KVView, Mask, Unsupported
+from saccade.hf.attention_weights import wants_weights, weights_of
 from saccade.hf.deferred_rope import materialize
 from saccade.hf.dense_mask import boolean_mask, check_values
 from saccade.hf.extra_arguments import check_arguments
@@ -53,8 +54,10 @@ def saccade_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer, as transformers calls it: ([B, Lq, Hq, Dv] contiguous, None).
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer, as transformers calls it: ([B, Lq, Hq, Dv] contiguous, weights).
+
+    The weights `[B, Hq, Lq, Lk]` are made only for output_attentions=True, else None.
 
     Args:
         query: `[B, Hq, Lq, D]`, RoPE applied.
@@ -66,24 +69,48 @@ def saccade_attention(
         Unsupported: dropout, or attention that is no softmax over visible keys.
     """
     check_arguments(module, dropout, kwargs)
-    query, own = materialize(query), _own_mask(module, is_causal, sliding_window)
-    key, value = paired(key, value)
+    own = _own_mask(module, is_causal, sliding_window)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = {"scale": scale, "softcap": softcap, "sink_logits": s_aux}
     if isinstance(attention_mask, SpecMask):
         attention_mask = attention_mask.in_force()
-    settings, observe = settings_of(module), None
+    caches = isinstance(key, KVHandle) and torch.compiler.is_compiling()
+    attended = _outside_graphs if caches else _attended
+    return attended(module, query, key, value, attention_mask, own, scores, kwargs)
+
+
+def _attended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | KVHandle,
+    value: Tensor | KVHandle,
+    attention_mask: Tensor | None,
+    own: Mask,
+    scores: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """See `saccade_attention`; `scores` says how they are computed."""
+    query, settings, observe = materialize(query), settings_of(module), None
+    key, value = paired(key, value)
     if isinstance(key, KVHandle):
         settings, observe = key.settings or settings, key.observe
         args = _from_handle(query, key, attention_mask, own)
     else:
         assert isinstance(value, Tensor)
         args = _from_tensors(query, DenseKV(key, value), attention_mask, own, settings, kwargs)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    options = {"scale": scale, "softcap": softcap, "sink_logits": s_aux, "wants_lse": bool(observe)}
-    call = _call(query, _narrowed(args, settings), settings, options)
+    args = _narrowed(args, settings)
+    if isinstance(key, KVHandle) and isinstance(key.view, DenseKV):
+        _check_kept(key.view, args)
+    call = _call(query, args, settings, {**scores, "wants_lse": observe is not None})
     result = attend(call, backend=settings.backend)
     if observe is not None:
         observe(call, result.lse.detach())
-    return result.out.transpose(1, 2).contiguous(), None
+    weights = weights_of(call, key.shape[2]) if wants_weights(module, kwargs) else None
+    return result.out.transpose(1, 2).contiguous(), weights
+
+
+_outside_graphs = torch.compiler.disable(_attended)
+"""Over our caches, which decide on the host what to store where: one graph break a layer."""
 
 
 def _own_mask(module: nn.Module, is_causal: bool | None, window: Any) -> Mask:
@@ -169,6 +196,25 @@ def _from_step(
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
     return AttentionArgs(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
+
+
+def _check_kept(view: DenseKV, args: AttentionArgs) -> None:
+    """Raise where a mask shows keys that a ring has overwritten."""
+    if view.is_plain or not isinstance(args.q_offset, int):
+        return
+    window, ends = args.mask.window, [0, *(span.position + span.length for span in view.spans)]
+    for start, span in zip(ends, view.spans, strict=False):
+        gone = range(start, span.position)
+        if args.mask.causal and window is not None:  # first of those that the first query needs
+            gone = gone[max(0, args.q_offset - window + 1 - start) :]
+        if not gone:
+            continue
+        if args.attn_mask is None or args.attn_mask[..., gone.start : gone.stop].any():
+            raise Unsupported(
+                f"the attention mask shows the keys {gone.start} to {gone.stop - 1}, which this "
+                "layer's cache no longer holds: the config gives it a sliding window. Leave the "
+                "mask out, or use past_key_values=DynamicCache() of transformers."
+            )
 
 
 def _from_tensors(

@@ -239,6 +239,12 @@ class SaccadeCache(Cache):
         Raises:
             Unsupported: the rotary positions in force are not those of the run, or change here.
         """
+        update = _outside_graphs if torch.compiler.is_compiling() else SaccadeCache._update
+        return update(self, key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[KVHandle, KVHandle]:
         layer: Any = self.layers[layer_idx]
         if layer is self._ours[0] and self.run is not None:
             _check_rope(self.run)
@@ -323,6 +329,10 @@ def _check_removed(tokens_to_remove: int) -> None:
             f"crop takes the number of tokens to remove as a negative number, got "
             f"{tokens_to_remove}."
         )
+
+
+_outside_graphs = torch.compiler.disable(SaccadeCache._update)
+"""For torch.compile: our caches decide on the host what to store where."""
 
 
 def _check_rope(run: Run) -> None:

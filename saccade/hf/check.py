@@ -22,7 +22,7 @@ from saccade.hf import changes, check_store
 from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
-from saccade.hf.runs import run_in_force
+from saccade.hf.runs import Undo, run_in_force
 from saccade.hf.settings import ATTRIBUTE
 from saccade.runtime import Context, ContextParams, Model, Sampler
 from saccade.runtime.params import QUANTIZED
@@ -242,8 +242,7 @@ def _tokens(model: PreTrainedModel, prompt: int) -> Tensor:
 
 def _eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
     """One forward pass with the model's own attention function, without a cache."""
-    with ExitStack() as undo:
-        changes.set_implementation(undo, model, "eager")
+    with _eager_attention(model):
         return _forward(model, tokens)
 
 
@@ -253,6 +252,16 @@ def _reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) ->
     meant = {name: getattr(params, name) for name in (*names, "n_ctx")}
     with attach(model, ContextParams(**meant, backend="reference", fused_layers=False)):
         return _forward(model, tokens)
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    undo = Undo()
+    try:
+        changes.set_implementation(undo, model, "eager")
+        yield
+    finally:
+        undo.run()
 
 
 @torch.inference_mode()
@@ -349,8 +358,7 @@ def _own_noise(model: PreTrainedModel, tokens: Tensor) -> float:
     The two differ in the order of sums alone.  In a mixture of experts that is enough to choose
     another expert, and no two implementations agree more closely than this.
     """
-    with ExitStack() as undo:
-        changes.set_implementation(undo, model, "eager")
+    with _eager_attention(model):
         return _gap(_forward(model, tokens, rows=3).logits, _forward(model, tokens).logits)
 
 

@@ -119,7 +119,15 @@ def deferring_forward(module: nn.Module) -> Callable[..., Any] | None:
     calls = NAME in forward.__code__.co_names and forward.__closure__ is None
     if not calls or not is_rotary_function(forward.__globals__.get(NAME)):
         return None
-    return MethodType(_with_deferring(forward, forward.__globals__[NAME]), module)
+    copied = MethodType(_with_deferring(forward, forward.__globals__[NAME]), module)
+    original = module.forward
+
+    @wraps(original)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        """torch.compile looks globals up by the name of the module, so it gets the original."""
+        return (original if torch.compiler.is_compiling() else copied)(*args, **kwargs)
+
+    return either
 
 
 @cache
@@ -138,7 +146,13 @@ def deferring(original: RotaryFunction) -> RotaryFunction:
     @wraps(original)
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         covers_head = cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if not _deferring.get() or args or kwargs or not covers_head:
+        if (
+            torch.compiler.is_compiling()
+            or not _deferring.get()
+            or args
+            or kwargs
+            or not covers_head
+        ):
             return original(q, k, cos, sin, *args, **kwargs)
         both = DeferredRope(q, k, cos, sin, original)
         return DeferredTensor(both, 0), DeferredTensor(both, 1)

@@ -13,8 +13,10 @@ from torch import nn
 
 from saccade.core import Unsupported
 
-USED: Final = frozenset({"position_ids", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k"})
-"""Read by `saccade.hf.packing`."""
+USED: Final = frozenset(
+    {"position_ids", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k", "output_attentions"}
+)
+"""Read by `saccade.hf.packing` and `saccade.hf.attention_weights`."""
 
 HARMLESS: Final = frozenset(
     {
@@ -26,7 +28,6 @@ HARMLESS: Final = frozenset(
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
-        "output_attentions",  # False, that is
         "return_dict",
         "logits_to_keep",
         "seq_idx",  # of state space layers
@@ -59,19 +60,12 @@ def check_arguments(module: nn.Module, dropout: float, kwargs: Mapping[str, Any]
     """Raise unless every argument that carries a value is used or known not to matter.
 
     Raises:
-        Unsupported: dropout, attention weights asked for, or an argument of unknown meaning.
+        Unsupported: dropout, or an argument of unknown meaning.
     """
     if dropout > 0:
         raise Unsupported(
             f"saccade attention has no dropout on attention weights, got dropout={dropout}. "
             "Set config.attention_dropout to 0, or train with another attn_implementation."
-        )
-    wanted = kwargs.get("output_attentions")
-    if wanted or getattr(getattr(module, "config", None), "output_attentions", False):
-        raise Unsupported(
-            "saccade attention never makes the matrix of attention weights, so "
-            "output_attentions=True cannot be served. Leave it out, or use "
-            'attn_implementation="eager".'
         )
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in USED and name not in HARMLESS:

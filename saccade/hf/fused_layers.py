@@ -16,9 +16,8 @@ from transformers.activations import SiLUActivation
 
 from saccade.hf.allowlist import kind_of
 from saccade.hf.deferred_rope import deferring_forward
-from saccade.hf.fused_norms import norm_forward
+from saccade.hf.fused_norms import norm_forward, steps
 from saccade.ops import gemv
-from saccade.runtime.step import in_step
 
 Forward = Callable[..., Any]
 Enabled = Callable[[], bool]
@@ -88,7 +87,7 @@ def is_decoder_layer(module: Any) -> bool:
 
 
 def _serves_row(enabled: Enabled, x: Tensor, *linears: nn.Linear) -> bool:
-    return in_step() and enabled() and gemv.supports(x, *(linear.weight for linear in linears))
+    return steps() and enabled() and gemv.supports(x, *(linear.weight for linear in linears))
 
 
 def _linear(linear: Any, enabled: Enabled) -> Forward:

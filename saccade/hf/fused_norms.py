@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,11 @@ Enabled = Callable[[], bool]
 
 _EPS: Final = {"rms_norm": "variance_epsilon", "rms_norm_plus_one": "eps"}
 """Under which name a kind of norm keeps what it adds to the mean of squares."""
+
+
+def steps() -> bool:
+    """Whether kernels of a step may run: their code is not for torch.compile to trace."""
+    return not torch.compiler.is_compiling() and in_step()
 
 
 def norm_forward(norm: Any, kind: str | None, enabled: Enabled) -> Forward | None:
@@ -42,7 +48,7 @@ def _fused(norm: Any, eps: float, enabled: Enabled) -> Forward:
         if not enabled():
             return original(hidden_states)
         weight = norm.weight
-        if in_step() and gemv.supports_rms_norm(hidden_states, weight):
+        if steps() and gemv.supports_rms_norm(hidden_states, weight):
             return gemv.rms_norm(hidden_states, weight, eps)
         return F.rms_norm(hidden_states, weight.shape, weight, eps)
 
@@ -54,7 +60,7 @@ def _plus_one(norm: Any, eps: float, enabled: Enabled) -> Forward:
     original = norm.forward
 
     def forward(x: Tensor) -> Tensor:
-        if in_step() and enabled() and gemv.supports_rms_norm(x, norm.weight):
+        if steps() and enabled() and gemv.supports_rms_norm(x, norm.weight):
             return gemv.rms_norm(x, norm.weight, eps, 1.0)
         return original(x)
 

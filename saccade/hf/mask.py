@@ -25,7 +25,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from saccade.core import Mask
+from saccade.core import Mask, Unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +173,8 @@ def saccade_mask(
         that is being traced; None there for plain causal attention.  Boolean, except for models
         that were written for eager attention alone: they get the masks that it adds.
     """
+    if attention_mask is not None:
+        _check_padding(attention_mask)
     adds, traced = config is not None and only_adds_masks(type(config)), is_traced()
     mask = None if traced else stock_pattern(mask_function, local_size)
     if mask is None:
@@ -190,6 +192,19 @@ def saccade_mask(
     spec = MaskSpec(q_offset=first, kv_offset=int(kv_offset), mask=mask, padding=padding)
     shape = (batch_size, 1, q_length, kv_length)
     return SpecMask.make(spec, shape, torch.device(device), dtype if adds else torch.bool)
+
+
+def _check_padding(attention_mask: Tensor) -> None:
+    if attention_mask.ndim != 2:
+        raise Unsupported(
+            "attention_mask must be [batch, keys] or [batch, heads, queries, keys], got "
+            f"{list(attention_mask.shape)}. Give a 3-D mask its dimension of heads: mask[:, None]."
+        )
+    if torch._C._functorch.is_batchedtensor(attention_mask):  # type: ignore[attr-defined]
+        raise Unsupported(
+            "torch.vmap cannot map over attention_mask: whether it hides anything decides how "
+            "attention runs. Pass the rows as one batch."
+        )
 
 
 def is_traced() -> bool:
@@ -226,8 +241,8 @@ def stock_pattern(mask_function: Callable[..., Any], local_size: int | None) -> 
     if mask_function is bidirectional_mask_function:
         return Mask(causal=False)
     parts = _closure(mask_function, masking_utils.and_masks, "mask_functions")
-    if parts is None or local_size is None or len(parts) != 2:
-        return None
+    if parts is None or local_size is None or local_size < 1 or len(parts) != 2:
+        return None  # a window of 0 hides every key; configs write it for models without a window
     window = _closure(parts[0], masking_utils.sliding_window_overlay, "sliding_window")
     is_window = parts[1] is causal_mask_function and window == local_size
     return Mask(window=local_size) if is_window else None

@@ -7,7 +7,6 @@ model whose tables change does, and with the cache that the caller or the run br
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -17,10 +16,10 @@ from saccade.core import Unsupported
 from saccade.hf.changes import override
 from saccade.hf.rope import table_key
 from saccade.hf.rope_tables import reached, reaching
-from saccade.hf.runs import ModelRuns
+from saccade.hf.runs import ModelRuns, Undo
 
 
-def refit_generate(undo: ExitStack, runs: ModelRuns) -> None:
+def refit_generate(undo: Undo, runs: ModelRuns) -> None:
     """`generate` reads all tokens again where the tables of those in its cache change."""
     original: Any = getattr(runs.model, "prepare_inputs_for_generation", None)
     if original is None:
@@ -40,7 +39,7 @@ def refit_generate(undo: ExitStack, runs: ModelRuns) -> None:
     override(undo, runs.model, "prepare_inputs_for_generation", prepare)
 
 
-def read_chunks_of_one_text(undo: ExitStack, runs: ModelRuns) -> None:
+def read_chunks_of_one_text(undo: Undo, runs: ModelRuns) -> None:
     """`generate(prefill_chunk_size=...)` reads all chunks under the tables of the whole prompt."""
     original: Any = getattr(runs.model, "_prefill", None)
     if original is None:

@@ -5,32 +5,67 @@ model object.  The changes that the model object does need (the attention implem
 `forward` that looks up the run in force) are the same for all runs.  Each is made when the first
 run that needs it begins, and undone when the last such run ends: runs of one model may be
 interleaved and end in any order.
+
+Ctrl-C may arrive at any instruction.  What undoes a change is therefore noted before the change is
+made, and undoing may be repeated: where it was broken off it is done again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import RLock
-from typing import Any, Final
+from functools import partial
+from threading import RLock, local
+from typing import Any, Final, NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
+from saccade.hf.register import KEY
 from saccade.hf.rope import Rotary
 from saccade.hf.scaled_rotary import ScaledRotary
 from saccade.hf.settings import ATTRIBUTE, DEFAULT, AttentionSettings, LayerSettings
 from saccade.rope import ParsedRope
 from saccade.runtime.params import ContextParams
 
-Change = Callable[[ExitStack, "ModelRuns"], None]
-"""Changes a model object and leaves on the stack what puts everything back."""
+Change = Callable[["Undo", "ModelRuns"], None]
+"""Changes a model object and notes beforehand what puts everything back."""
 
 _LOCK: Final = RLock()
-_activated: ContextVar[Run | None] = ContextVar("saccade_run", default=None)
+_thread: Final = local()  # .run is the activated one; torch.compile cannot read a ContextVar
+
+
+class Undo:
+    """What puts a model back, in steps that may be repeated."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def callback(self, step: Callable[..., None], *args: Any) -> None:
+        """Note a step, before what it undoes is done."""
+        self._steps.append(partial(step, *args))
+
+    def run(self) -> None:
+        """All steps, the newest first; the first error is raised behind the last of them."""
+        failed: BaseException | None = None
+        for step in reversed(self._steps):
+            try:
+                step()
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+
+def surely(step: Callable[[], None]) -> None:
+    """A step that may be repeated; where an interrupt broke it off it is done once more."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,16 +101,24 @@ class ModelRuns:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._begun: list[Run] = []
-        self._undo: dict[str, ExitStack] = {}
+        self._undo: dict[str, Undo] = {}
 
-    def __deepcopy__(self, memo: Any) -> ModelRuns:
-        """A copy of the model shares the runs of the original."""
-        return self
+    def __reduce__(self) -> NoReturn:
+        """For copy, pickle and torch.save, which would take the replaced methods along.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(
+            f"this {type(self.model).__name__} cannot be copied or pickled while it is attached or "
+            "a Context is open: its replaced methods would still use the original's weights. Copy "
+            "it before or afterwards; save_pretrained() and state_dict() work inside."
+        )
 
     @property
     def in_force(self) -> Run | None:
         """The run whose options apply: the activated one, else the newest for every call."""
-        run = _activated.get()
+        run: Run | None = getattr(_thread, "run", None)
         if run is not None and run in self._begun:
             return run
         serving = [run for run in self._begun if run.serves_every_call]
@@ -97,26 +140,22 @@ class ModelRuns:
         return run is not None and run.fused
 
     def begin(self, run: Run) -> None:
-        """Make the changes that no other run has made yet; on an error none of them stays."""
-        with ExitStack() as failed:
-            failed.callback(self._undo_unused)
-            self._begun.append(run)
-            failed.callback(self._begun.remove, run)
-            for name, change in run.changes.items():
-                if name not in self._undo:
-                    self._undo[name] = _made(change, self)
-            failed.pop_all()
+        """Make the changes that no other run has made yet; after an error call `end`."""
+        self._begun.append(run)
+        for name, change in run.changes.items():
+            if name not in self._undo:
+                self._undo[name] = undo = Undo()
+                change(undo, self)
 
     def end(self, run: Run) -> None:
-        """Undo the changes that no other run needs."""
-        self._begun.remove(run)
-        self._undo_unused()
-
-    def _undo_unused(self) -> None:
+        """Undo the changes that no other run needs.  Harmless to repeat."""
+        if run in self._begun:
+            self._begun.remove(run)
         needed = {name for run in self._begun for name in run.changes}
-        with ExitStack() as undo:
-            for name in [name for name in self._undo if name not in needed]:
-                undo.push(self._undo.pop(name))
+        for name, undo in list(self._undo.items()):
+            if name not in needed:
+                undo.run()
+                self._undo.pop(name, None)
 
     @property
     def ended(self) -> bool:
@@ -124,40 +163,68 @@ class ModelRuns:
         return not self._begun
 
 
-def _made(change: Change, runs: ModelRuns) -> ExitStack:
-    """What undoes a change that was made; one that fails half way is undone here."""
-    with ExitStack() as undo:
-        change(undo, runs)
-        return undo.pop_all()
-
-
-@contextmanager
-def begun(run: Run) -> Iterator[None]:
-    """The model, ready for this run inside the `with`; it need not be the innermost to end.
+class Running:
+    """`with Running(run):` the model is ready for this run; it need not be the innermost to end.
 
     Raises:
         Unsupported: the model cannot be changed as the run needs.
     """
-    with _LOCK, ExitStack() as undo:
-        runs = _runs_of(undo, run.model)
-        runs.begin(run)
-        undo.pop_all()
-    try:
-        yield
-    finally:
-        with _LOCK, ExitStack() as undo:
-            undo.callback(_forget_if_ended, runs)
-            runs.end(run)
+
+    run: Run | None = None
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> object:
+        try:
+            assert self.run is not None
+            with _LOCK:
+                _runs_of(self.run.model).begin(self.run)
+            _check_attention(self.run.model)
+        except BaseException:
+            surely(self.end)
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        surely(self.end)
+
+    def __del__(self) -> None:
+        """For an interrupt between the steps of the `with` statement itself."""
+        surely(self.end)
+
+    def end(self) -> None:
+        """Undo what no other run needs.  Harmless to repeat."""
+        if self.run is None:
+            return
+        runs: ModelRuns | None = vars(self.run.model).get(ATTRIBUTE)
+        if runs is not None:
+            with _LOCK:
+                runs.end(self.run)
+                if runs.ended:
+                    vars(runs.model).pop("__reduce_ex__", None)
+                    vars(runs.model).pop(ATTRIBUTE, None)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    implementation = model.config._attn_implementation
+    if implementation != KEY:
+        raise Unsupported(
+            f"the attention implementation of this {type(model).__name__} was set to "
+            f"{implementation!r} while it was attached. Leave the outer attach or Context, or "
+            f'call set_attn_implementation("{KEY}") first.'
+        )
 
 
 @contextmanager
 def activated(run: Run | None) -> Iterator[None]:
     """Inside, what this thread computes with the model of the run is computed under its options."""
-    token = _activated.set(run)
+    before: Run | None = getattr(_thread, "run", None)
     try:
+        _thread.run = run
         yield
     finally:
-        _activated.reset(token)
+        _thread.run = before
 
 
 def run_in_force(model: nn.Module) -> Run | None:
@@ -166,7 +233,7 @@ def run_in_force(model: nn.Module) -> Run | None:
     return None if runs is None else runs.in_force
 
 
-def _runs_of(undo: ExitStack, model: PreTrainedModel) -> ModelRuns:
+def _runs_of(model: PreTrainedModel) -> ModelRuns:
     """The runs of a model, kept on the model object itself from the first to the last."""
     found: ModelRuns | None = vars(model).get(ATTRIBUTE)
     if found is not None:
@@ -179,12 +246,6 @@ def _runs_of(undo: ExitStack, model: PreTrainedModel) -> ModelRuns:
                 f"{type(other.model).__name__} of its own: leave that attach first, or attach the "
                 "same object again."
             )
-    runs = ModelRuns(model)
-    undo.callback(_forget_if_ended, runs)
-    setattr(model, ATTRIBUTE, runs)
+    vars(model)[ATTRIBUTE] = runs = ModelRuns(model)
+    vars(model)["__reduce_ex__"] = runs.__reduce_ex__  # copy and pickle ask the object first
     return runs
-
-
-def _forget_if_ended(runs: ModelRuns) -> None:
-    if runs.ended:
-        vars(runs.model).pop(ATTRIBUTE, None)

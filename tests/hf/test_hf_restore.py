@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import pickle
 import sys
 from contextlib import ExitStack
 from itertools import permutations
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import saccade
 from saccade.core import Unsupported
@@ -146,6 +150,110 @@ def test_an_exception_in_any_function_leaves_nothing(model, name, beside):
             assert different(before, state_of(model)) == [], failed
     assert len(where) > 30 and {"make_run", "ModelRuns.begin"} <= set(where)
     assert different(start, state_of(model)) == []
+
+
+class Interrupt(BaseException):
+    """As KeyboardInterrupt, which would end pytest where a test fails."""
+
+
+class InterruptAt:
+    """Raises, as Ctrl-C does, before the n-th line of what attaches and detaches."""
+
+    FILES = (RaiseAt.OWN, contextlib.__file__)
+
+    def __init__(self, number):
+        self.left, self.where = number, None
+
+    def is_freeing(self, frame):
+        """Python swallows what is raised while an object is freed."""
+        while frame is not None and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        return frame is not None
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        ours = code.co_filename.startswith(self.FILES) or code.co_name in RaiseAt.THEIRS
+        if not ours or self.left <= 0 or self.is_freeing(frame):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                self.where = f"{code.co_qualname}, line {frame.f_lineno}"
+                sys.settrace(None)
+                raise Interrupt
+        return self
+
+
+def attached_until(model, number):
+    """Where the n-th line was, None if attaching and detaching have fewer."""
+    before, interrupt = sys.gettrace(), InterruptAt(number)
+    sys.settrace(interrupt)
+    try:
+        with attach(model, EVERYTHING):
+            pass
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return interrupt.where
+
+
+@pytest.mark.parametrize("beside", [None, "context"])
+def test_an_interrupt_at_any_line_leaves_nothing(model, beside):
+    """Also within the code that undoes; beside another run there is less to do."""
+    start, where = state_of(model), []
+    with ExitStack() as stack:
+        if beside is not None:
+            stack.enter_context(RUNS[beside](model))
+        before = state_of(model)
+        number, step = 1, 29 if beside is None else 5
+        while line := attached_until(model, number):
+            where.append(line)
+            assert different(before, state_of(model)) == [], line
+            number += step
+    assert len(where) > 50
+    assert different(start, state_of(model)) == []
+
+
+def test_an_interrupt_of_each_step_of_undoing(model):
+    """The lines of `Undo.run`, `ModelRuns.end` and what they call, every one of them."""
+    before = state_of(model)
+    for line in range(1, 40):
+        attaching = attach(model, EVERYTHING)
+        attaching.__enter__()
+        interrupt = InterruptAt(line)
+        sys.settrace(interrupt)
+        try:
+            attaching.__exit__(None, None, None)
+        except Interrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        del attaching
+        assert different(before, state_of(model)) == [], interrupt.where
+
+
+def test_an_attach_is_entered_once(model):
+    before, attaching = state_of(model), attach(model)
+    with attaching, pytest.raises(Unsupported, match=r"call attach\(model, params\) again"):
+        attaching.__enter__()
+    with attaching:
+        assert model.config._attn_implementation == KEY
+    assert different(before, state_of(model)) == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
+@pytest.mark.parametrize("name", ["attach", "attach everything"])
+def test_attached_models_are_not_copied(model, name, copied, tmp_path, ids):
+    """The copy's methods would be those of the original."""
+    with RUNS[name](model):
+        with pytest.raises(Unsupported, match="cannot be copied or pickled while"):
+            copied(model)
+        model.save_pretrained(tmp_path)
+    assert copied(model) is not None
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_what_others_changed_inside_stays(llama):
