@@ -43,6 +43,11 @@ class DenseCache:
         return self._slots
 
     @property
+    def free_slots(self) -> int:
+        """Tokens that can be appended before memory is allocated."""
+        return 0 if self._k is None else self._k.shape[2] - self._slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both buffers, empty slots included."""
         if self._k is None or self._v is None:

@@ -138,6 +138,11 @@ class OffloadedCache:
         return self._slots
 
     @property
+    def free_slots(self) -> int:
+        """Tokens that can be appended before memory is allocated."""
+        return 0 if self._k is None else self._k.shape[2] - self._slots
+
+    @property
     def host(self) -> tuple[Tensor, Tensor]:
         """Keys and values in host memory `[B, Hkv, capacity, D]`."""
         assert self._k is not None and self._v is not None

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.page_allocator import PageAllocator, PageCopy
+from saccade.cache.page_allocator import PageAllocator, PageCopy, grown_pages
 from saccade.core import PagedKV, Unsupported
 from saccade.core.kv import dense
 
 PAGE_SIZE = 64
-GROWTH_SHARE = 16
 
 
 class PagePool:
@@ -112,8 +111,7 @@ class PagePool:
         allocator = self.allocator
         missing = allocator.num_needed(seqs, k.shape[2]) - allocator.num_available
         if missing > 0 and self._grows:
-            have = allocator.num_pages
-            allocator.grow(have + max(missing, have // GROWTH_SHARE))
+            allocator.grow(grown_pages(allocator.num_pages, missing))
         allocator.check_room(seqs, k.shape[2])
         self._k, self._v = self._grown(self._k, k), self._grown(self._v, v)
 

@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache.page_allocator import PageAllocator, PageCopy
+from saccade.cache.page_allocator import PageAllocator, PageCopy, grown_pages
 from saccade.core import RaggedKV
-
-GROWTH_SHARE = 16
 
 
 class GatheredKV(NamedTuple):
@@ -139,8 +137,7 @@ class PerHeadPages:
         needed = sum(self._allocator.num_needed([seq], count) for seq, count in pairs)
         missing = needed - self._allocator.num_available
         if missing > 0:
-            have = self._allocator.num_pages
-            self.grow(have + max(missing, have // GROWTH_SHARE))
+            self.grow(grown_pages(self._allocator.num_pages, missing))
         before = self._allocator.num_available
         # Copy after each sequence, as in PagePool.write.
         for seq, count in pairs:

@@ -50,6 +50,16 @@ class RaggedCache:
         return self._seen
 
     @property
+    def page_size(self) -> int:
+        """Keys of a page."""
+        return self._page_size
+
+    @property
+    def prompt(self) -> DenseCache:
+        """The buffer of everything appended before `keep`."""
+        return self._prompt
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the prompt buffer, or of pages, positions and page tables."""
         return self._prompt.nbytes if self._pages is None else self._pages.nbytes

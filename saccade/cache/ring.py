@@ -83,6 +83,17 @@ class RingCache:
         indices = () if view is None else (view.positions, view.page_table, view.kv_lens)
         return self._k.nbytes + self._v.nbytes + checkpoints + sum(x.nbytes for x in indices)
 
+    @property
+    def most_checkpoints(self) -> int:
+        """How many checkpoints it keeps."""
+        return self._max_checkpoints
+
+    @property
+    def checkpoints_are_full(self) -> bool:
+        """Whether the next checkpoint replaces one of its own size."""
+        sizes = [k.shape[2] for k, _ in self._checkpoints.values()]
+        return len(sizes) == self._max_checkpoints and min(sizes, default=0) == self._window - 1
+
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
         self._allocate(k, v)

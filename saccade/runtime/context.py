@@ -357,7 +357,7 @@ class Context:
 
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()
-        needed = cache_bytes(self.model.facts, self.params, [tokens], reserve=tokens)
+        needed = cache_bytes(self.model.facts, self.params, [(tokens, 1)], reserve=tokens)
         if needed > free:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
