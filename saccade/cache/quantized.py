@@ -15,7 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    expect_tensors,
+    fits,
+)
 from saccade.cache.dense import extended
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
@@ -91,6 +100,9 @@ class QuantizedCache:
 
     def append(self, k: Tensor, v: Tensor) -> QuantizedKV:
         """Store a chunk; see LayerCache.  The view holds the new chunk in full precision."""
+        if not self.seen and not (fits(k, self._recent_k) and fits(v, self._recent_v)):
+            self._k = self._v = self._recent_k = self._recent_v = None  # another batch
+        check_append(k, v, self._recent_k, self._recent_v)
         if self._hadamard:
             k, v = hadamard_transform(k), hadamard_transform(v)
             if k.dtype == torch.float16:
@@ -143,6 +155,8 @@ class QuantizedCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        if self._recent_k is not None:
+            check_rows(rows, self._recent_k.shape[0])
         if self._k is None or self._v is None:
             return
         assert self._recent_k is not None and self._recent_v is not None
@@ -157,6 +171,7 @@ class QuantizedCache:
         Where that cuts a quantized group, the rest of the group is dequantized into the recent
         buffer; its quantization error stays.
         """
+        check_length(length)
         if length >= self._num_quantized:
             self._num_recent = min(self._num_recent, length - self._num_quantized)
             return
@@ -177,6 +192,7 @@ class QuantizedCache:
         Quantizing once more adds about as much error as the first time.  Meanwhile the tokens from
         `start` on are in full precision, in this one layer.
         """
+        check_shift(start, stop, self.seen)
         first = min(start, self._num_quantized) // self._group * self._group
         k, v = self._dequantize(first, self.seen)
         if self._hadamard:
@@ -248,24 +264,36 @@ class QuantizedCache:
         k = torch.cat((self._recent_k[:, :, : self._num_recent], k), dim=2)
         v = torch.cat((self._recent_v[:, :, : self._num_recent], v), dim=2)
         view = self._view(k, v)
-        count = max(0, k.shape[2] - self._min_recent) // self._group * self._group
-        self._append_quantized(k[:, :, :count], v[:, :, :count])
-        self._num_recent = k.shape[2] - count
-        self._recent_k[:, :, : self._num_recent] = k[:, :, count:]
-        self._recent_v[:, :, : self._num_recent] = v[:, :, count:]
+        self._keep_recent(k, v, max(0, k.shape[2] - self._min_recent))
         return view
 
     def _quantize_oldest(self, ready: int) -> None:
         """Quantize as many full groups as fit in the `ready` oldest recent tokens."""
-        count = max(0, ready) // self._group * self._group
-        if not count:
+        if ready < self._group:
             return
         assert self._recent_k is not None and self._recent_v is not None
-        self._append_quantized(self._recent_k[:, :, :count], self._recent_v[:, :, :count])
-        rest = self._num_recent - count
-        for buffer in (self._recent_k, self._recent_v):
-            buffer[:, :, :rest] = buffer[:, :, count : self._num_recent].clone()
-        self._num_recent = rest
+        recent = (x[:, :, : self._num_recent].clone() for x in (self._recent_k, self._recent_v))
+        self._keep_recent(*recent, ready)
+
+    def _keep_recent(self, k: Tensor, v: Tensor, ready: int) -> None:
+        """Quantize the full groups among the `ready` oldest of these tokens; the rest is recent.
+
+        Args:
+            k, v: all recent tokens, and new ones behind them; none in the recent buffers.
+        """
+        assert self._recent_k is not None and self._recent_v is not None
+        before, count = (self._num_quantized, self._num_recent), ready // self._group * self._group
+        rest = k.shape[2] - count
+        try:
+            self._append_quantized(k[:, :, :count], v[:, :, :count])
+            self._recent_k[:, :, :rest] = k[:, :, count:]
+            self._recent_v[:, :, :rest] = v[:, :, count:]
+            self._num_recent = rest
+        except BaseException:  # refused or interrupted: as before
+            self._recent_k[:, :, : before[1]] = k[:, :, : before[1]]
+            self._recent_v[:, :, : before[1]] = v[:, :, : before[1]]
+            self._num_quantized, self._num_recent = before
+            raise
 
     def _append_quantized(self, k: Tensor, v: Tensor) -> None:
         """Quantize full groups and store them after the quantized history."""
