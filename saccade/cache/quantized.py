@@ -26,18 +26,16 @@ from saccade.cache.base import (
     fits,
 )
 from saccade.cache.dense import extended
+from saccade.cache.magnitude import check_magnitude
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
-from saccade.core.formats import FP8, LARGEST, QuantizedTensor
+from saccade.core.formats import FP8, QuantizedTensor
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.kv_write.quantize import quantize_keys_into, quantize_values_into
 from saccade.ops.kv_write.records import KVSlots, PendingRope
-from saccade.ops.planning import planning
 
 GROWTH_STEP = 1024
-SMALLEST = 2.0**-14
-"""Where the largest number is smaller, the smallest step of float16 would be too coarse for it."""
 
 
 class QuantizedCache:
@@ -106,7 +104,7 @@ class QuantizedCache:
         if self._hadamard:
             k, v = hadamard_transform(k), hadamard_transform(v)
             if k.dtype == torch.float16:
-                _check_magnitude(k, v)  # the transform can overflow
+                check_magnitude(k, v)  # the transform can overflow
         self._allocate(k, v)
         assert self._recent_k is not None and self._recent_v is not None
         self._quantize_oldest(self._num_recent - self._min_recent)
@@ -300,7 +298,7 @@ class QuantizedCache:
         count = k.shape[2]
         if not count:
             return
-        _check_magnitude(k, v)
+        check_magnitude(k, v)
         self._make_room(self._num_quantized + count)
         assert self._k is not None and self._v is not None
         tokens = slice(self._num_quantized, self._num_quantized + count)
@@ -389,17 +387,3 @@ class QuantizedCache:
             *(extended(s, groups) for s in self._k[1:]),
         )
         self._v = QuantizedTensor(*(extended(part, capacity) for part in self._v))
-
-
-def _check_magnitude(k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless float16 scales can hold these keys and values; NaN is no matter."""
-    for name, x in (("keys", k), ("values", v)):
-        if x.is_meta or planning() or not x.numel():
-            continue
-        largest = float(x.abs().nan_to_num(0.0, posinf=torch.inf).amax())
-        if largest > LARGEST or 0 < largest < SMALLEST:
-            raise ValueError(
-                f"a quantized cache takes {name} of magnitudes between {SMALLEST:.2g} and "
-                f"{LARGEST:.0f}, since its scales are float16, got {largest:.3g}. Leave out "
-                "type_k and type_v."
-            )

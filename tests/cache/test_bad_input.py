@@ -36,8 +36,6 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("kind", FRESH)
 def test_appends_that_do_not_fit_are_refused(kind, wrong):
-    if kind == "offloaded":
-        pytest.skip("checked below: its buffers lie elsewhere")
     cache, (_, k, v) = started(kind), qkv(3)
     with pytest.raises((TypeError, ValueError), match=r"must (be|share|have) .* got"):
         cache.append(*WRONG[wrong](k, v))
@@ -46,8 +44,6 @@ def test_appends_that_do_not_fit_are_refused(kind, wrong):
 
 @pytest.mark.parametrize("kind", FRESH)
 def test_other_calls_with_wrong_numbers_are_refused(kind):
-    if kind == "offloaded":
-        pytest.skip("checked below: its buffers lie elsewhere")
     cache = started(kind)
     for rows in ([2], [-1], []):
         with pytest.raises(ValueError, match="rows must name at least one of the 2 rows"):
@@ -106,7 +102,7 @@ def interrupt_at(line, call):
 
 
 @pytest.mark.parametrize("size", [1, 3, 25])
-@pytest.mark.parametrize("kind", [k for k in FRESH if k != "offloaded"])
+@pytest.mark.parametrize("kind", FRESH)
 def test_an_interrupted_append_leaves_the_old_length_and_the_old_keys(kind, size):
     """At every seventh line; afterwards the append is made again as if nothing had been."""
     _, mask = EXACT.get(kind, (None, Mask()))
