@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import BadInput, KVView
+from saccade.core.check import describe
 
 ShiftKeys = Callable[[Tensor, int], Tensor]
 """Re-rotate keys `[B, Hkv, n, D]` by a number of positions (saccade.rope.shift_keys, bound)."""
@@ -114,3 +115,66 @@ def expect_tensors(state: CacheState, lengths: dict[str, int]) -> None:
     empty = not state.tensors and not any(lengths.values())
     if found != lengths and not empty:
         raise BadInput(f"the saved cache contradicts itself: expected {lengths}, got {found}.")
+
+
+def check_append(k: Tensor, v: Tensor, stored_k: Tensor | None, stored_v: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless a chunk fits to what a cache stores; None: nothing yet.
+
+    Args:
+        stored_k, stored_v: `[B, Hkv, ., D]`, whose sizes and device the chunk must share.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.ndim != 4 or not x.dtype.is_floating_point:  # type: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"{name} must be a floating-point tensor [batch, kv_heads, tokens, head_dim], got "
+                f"{describe(x)}."
+            )
+    if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype or k.device != v.device:
+        raise ValueError(
+            "k and v must share batch, heads, tokens, dtype and device, got "
+            f"{describe(k)} on {k.device} and {describe(v)} on {v.device}."
+        )
+    for name, x, stored in (("k", k, stored_k), ("v", v, stored_v)):
+        if stored is None:
+            continue
+        expected = (*stored.shape[:2], stored.shape[3])
+        if (*x.shape[:2], x.shape[3]) != expected or x.device != stored.device:
+            raise ValueError(
+                f"{name} must have the batch, heads and head_dim {list(expected)} on "
+                f"{stored.device} as what this cache holds, got {describe(x)} on {x.device}. "
+                "Reset the cache to read another batch."
+            )
+
+
+def fits(x: Tensor, stored: Tensor | None) -> bool:
+    """Whether a chunk has the sizes (but the length) and device of a buffer, if there is one."""
+    if stored is None:
+        return True
+    same = x.shape[:2] == stored.shape[:2] and x.shape[3:] == stored.shape[3:]
+    return same and x.device == stored.device
+
+
+def check_rows(rows: Tensor, batch: int) -> None:
+    """Raise ValueError unless `rows` are indices of a batch, int64 or int32 `[n]`."""
+    if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"rows must be int64 [n], got {describe(rows)}.")
+    found = rows.tolist()
+    if not found or min(found) < 0 or max(found) >= batch:
+        raise ValueError(
+            f"rows must name at least one of the {batch} rows, 0 to {batch - 1}, got {found[:8]}."
+        )
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError unless `length` is a position."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:  # type: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"a cache is truncated to a position of 0 or more, got {length!r}.")
+
+
+def check_shift(start: int, stop: int, seen: int) -> None:
+    """Raise ValueError unless start .. stop-1 are positions that were seen."""
+    if not 0 <= start < stop <= seen:
+        raise ValueError(
+            f"context_shift needs 0 <= start < stop <= {seen} (tokens seen), got {start} and "
+            f"{stop}."
+        )

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    dtype_name,
+    expect_tensors,
+    fits,
+)
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, Unsupported
 from saccade.ops.kv_write.append import append
@@ -44,6 +54,16 @@ class DenseCache:
         return self._slots
 
     @property
+    def like(self) -> tuple[Tensor | None, Tensor | None]:
+        """The buffers, for their sizes."""
+        return self._k, self._v
+
+    @property
+    def free_slots(self) -> int:
+        """Tokens that can be appended before memory is allocated."""
+        return 0 if self._k is None else self._k.shape[2] - self._slots
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both buffers, empty slots included."""
         if self._k is None or self._v is None:
@@ -61,13 +81,15 @@ class DenseCache:
         Slots keep the order of positions and every kept key is older than a new query, so causal
         attention over slots is causal attention over positions.
         """
+        if not self._seen and not (fits(k, self._k) and fits(v, self._v)):
+            self._k = self._v = None  # another batch after a reset
+        check_append(k, v, self._k, self._v)
         stop = self._slots + k.shape[2]
         self._make_room(stop, k, v)
         assert self._k is not None and self._v is not None
         self._k[:, :, self._slots : stop] = k
         self._v[:, :, self._slots : stop] = v
-        self._slots = stop
-        self._seen += k.shape[2]
+        self._slots, self._seen = stop, self._seen + k.shape[2]
         return self.view()
 
     def view(self) -> DenseKV:
@@ -108,19 +130,21 @@ class DenseCache:
         """
         assert self._k is not None and self._v is not None
         kept = index.shape[2]
-        self._k = _gather(self._k, index, kept + room)
-        self._v = _gather(self._v, index, kept + room)
-        self._slots = kept
+        new_k, new_v = (_gather(x, index, kept + room) for x in (self._k, self._v))
+        self._k, self._v, self._slots = new_k, new_v, kept
         self._reserve = 0
         self._compressed_at = self._seen
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        if self._k is not None:
+            check_rows(rows, self._k.shape[0])
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
+        check_length(length)
         if length < self._compressed_at:
             raise Unsupported(
                 f"a compressed cache cannot go back to position {length}: removed keys are gone. "
@@ -135,6 +159,7 @@ class DenseCache:
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated in place."""
+        check_shift(start, stop, self._seen)
         if self.is_compressed:
             raise Unsupported(
                 "a compressed cache cannot be shifted: its positions have gaps. Use a ragged cache "
@@ -178,8 +203,9 @@ class DenseCache:
         if slots <= have:
             return
         capacity = grown_capacity(have, slots, self._reserve)
-        self._k = _grown(self._k, k, capacity, self._slots, self._dtype)
-        self._v = _grown(self._v, v, capacity, self._slots, self._dtype)
+        new_k = _grown(self._k, k, capacity, self._slots, self._dtype)
+        new_v = _grown(self._v, v, capacity, self._slots, self._dtype)
+        self._k, self._v = new_k, new_v
 
 
 def grown_capacity(have: int, wanted: int, reserve: int) -> int:

@@ -13,7 +13,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    dtype_name,
+    expect_tensors,
+)
 from saccade.cache.dense import extended, grown_capacity
 from saccade.core import DenseKV
 
@@ -138,6 +147,11 @@ class OffloadedCache:
         return self._slots
 
     @property
+    def free_slots(self) -> int:
+        """Tokens that can be appended before memory is allocated."""
+        return 0 if self._k is None else self._k.shape[2] - self._slots
+
+    @property
     def host(self) -> tuple[Tensor, Tensor]:
         """Keys and values in host memory `[B, Hkv, capacity, D]`."""
         assert self._k is not None and self._v is not None
@@ -151,6 +165,8 @@ class OffloadedCache:
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache.  The view lies on the device of the keys."""
+        check_append(k, v, None, None)
+        check_append(k, v, *self._like(k.device))
         first, stop = self._slots, self._slots + k.shape[2]
         self._device = k.device
         self._make_room(stop, k, v)
@@ -166,12 +182,14 @@ class OffloadedCache:
         """Replace row i of the batch by row rows[i]."""
         self._staging.invalidate(self)
         if self._k is not None and self._v is not None:
+            check_rows(rows, self._k.shape[0])
             chosen = rows.to(self._k.device)
             self._k = _pinned(self._k.index_select(0, chosen), self._device)
             self._v = _pinned(self._v.index_select(0, chosen), self._device)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
+        check_length(length)
         self._slots = min(length, self._slots)
 
     def max_rollback(self, length: int) -> int:
@@ -180,6 +198,7 @@ class OffloadedCache:
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated on the device."""
+        check_shift(start, stop, self._slots)
         self._staging.invalidate(self)
         k, v = self.host
         later, moved = slice(stop, self._slots), self._slots - stop
@@ -215,6 +234,13 @@ class OffloadedCache:
             k, v = (extended(state.tensors[name], capacity, cpu) for name in "kv")
             self._k, self._v = _pinned(k, device), _pinned(v, device)
 
+    def _like(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Empty tensors of the sizes stored, on the device of new keys; None where nothing is."""
+        if self._k is None or self._v is None:
+            return None, None
+        k, v = (x[:, :, :0].to(device) for x in (self._k, self._v))
+        return k, v
+
     def _is_staged(self) -> bool:
         """Whether keys are computed with on another device than the host."""
         return self._device.type != "cpu"
@@ -225,7 +251,8 @@ class OffloadedCache:
             return
         self._staging.invalidate(self)
         capacity = grown_capacity(have, slots, self._reserve)
-        self._k, self._v = self._grown(self._k, k, capacity), self._grown(self._v, v, capacity)
+        new_k, new_v = self._grown(self._k, k, capacity), self._grown(self._v, v, capacity)
+        self._k, self._v = new_k, new_v
 
     def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         batch, heads, _, dim = like.shape

@@ -17,11 +17,17 @@ from typing import Final, NamedTuple
 
 from saccade.core import Unsupported
 
+GROWTH_SHARE: Final = 16
 _ROOT: Final = 0
 """Content id before the first page of every sequence."""
 
 _PrefixKey = tuple[int, tuple[int, ...]]
 """(content id of the page before, tokens of the page)."""
+
+
+def grown_pages(have: int, missing: int) -> int:
+    """Pages of a pool of `have` that lacks `missing`: it grows by a sixteenth at least."""
+    return have + max(missing, have // GROWTH_SHARE)
 
 
 class PageCopy(NamedTuple):

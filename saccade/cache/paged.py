@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
-from saccade.cache.page_allocator import PageAllocator, PageCopy
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    dtype_name,
+    expect_tensors,
+)
+from saccade.cache.page_allocator import PageAllocator, PageCopy, grown_pages
 from saccade.core import PagedKV, Unsupported
 from saccade.core.kv import dense
 
 PAGE_SIZE = 64
-GROWTH_SHARE = 16
 
 
 class PagePool:
@@ -56,6 +64,11 @@ class PagePool:
     def nbytes(self) -> int:
         """Bytes of all pages, used or not."""
         return 0 if self._k is None or self._v is None else self._k.nbytes + self._v.nbytes
+
+    @property
+    def like(self) -> tuple[Tensor | None, Tensor | None]:
+        """The pages `[num_pages, Hkv, page_size, D]`, for their sizes."""
+        return self._k, self._v
 
     def write(
         self, seqs: Sequence[int], k: Tensor, v: Tensor, tokens: Sequence[int] | None = None
@@ -109,13 +122,22 @@ class PagePool:
 
     def _make_room(self, seqs: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Grow where that is needed and allowed, and allocate the tensors."""
+        for name, x, stored in (("k", k, self._k), ("v", v, self._v)):
+            if stored is not None and (x.shape[1], x.shape[3]) != (
+                stored.shape[1],
+                stored.shape[3],
+            ):
+                raise ValueError(
+                    f"{name} must have the {stored.shape[1]} heads and the head_dim "
+                    f"{stored.shape[3]} of this pool, got {list(x.shape)}. Make another pool."
+                )
         allocator = self.allocator
         missing = allocator.num_needed(seqs, k.shape[2]) - allocator.num_available
         if missing > 0 and self._grows:
-            have = allocator.num_pages
-            allocator.grow(have + max(missing, have // GROWTH_SHARE))
+            allocator.grow(grown_pages(allocator.num_pages, missing))
         allocator.check_room(seqs, k.shape[2])
-        self._k, self._v = self._grown(self._k, k), self._grown(self._v, v)
+        new_k, new_v = self._grown(self._k, k), self._grown(self._v, v)
+        self._k, self._v = new_k, new_v
 
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         heads, dim = like.shape[1], like.shape[3]
@@ -172,12 +194,19 @@ class PagedCache:
 
     def append(self, k: Tensor, v: Tensor) -> PagedKV:
         """Store a chunk; see LayerCache."""
+        check_append(k, v, *self._like())
         if not self._sequences:
             self._sequences = [self.pool.allocator.create() for _ in range(k.shape[0])]
         stop = self._seen + k.shape[2]
         known = len(self._sequences) == 1 and stop <= len(self._prompt)
-        self.pool.write(self._sequences, k, v, self._prompt[self._seen : stop] if known else None)
-        self._seen = stop
+        tokens = self._prompt[self._seen : stop] if known else None
+        try:
+            self.pool.write(self._sequences, k, v, tokens)
+            self._seen = stop
+        except BaseException:  # an interrupt: pages without keys go back
+            for seq in self._sequences:
+                self.pool.allocator.truncate(seq, self._seen)
+            raise
         return self.view()
 
     def match_prefix(self, tokens: Sequence[int]) -> int:
@@ -221,12 +250,15 @@ class PagedCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i], without copying a page."""
+        if self._sequences:
+            check_rows(rows, len(self._sequences))
         old, fork = self._sequences, self.pool.allocator.fork
         self._sequences = [fork(old[i]) for i in rows.tolist()] if old else []
         self._release(old)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on and release their pages."""
+        check_length(length)
         for seq in self._sequences:
             self.pool.allocator.truncate(seq, length)
         self._seen = min(self._seen, length)
@@ -238,6 +270,7 @@ class PagedCache:
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys are written again, re-rotated."""
+        check_shift(start, stop, self._seen)
         stored = dense(self.view())
         k, v = shift(stored.k[:, :, stop:], start - stop), stored.v[:, :, stop:].clone()
         self.truncate(start)
@@ -266,6 +299,14 @@ class PagedCache:
         self.reset()
         if state.tensors:
             self.append(state.tensors["k"].to(device), state.tensors["v"].to(device))
+
+    def _like(self) -> tuple[Tensor | None, Tensor | None]:
+        """Empty tensors with the sizes of what is stored; None where nothing was."""
+        k, v = self.pool.like
+        if k is None or v is None or not self._sequences:
+            return None, None
+        rows = len(self._sequences), k.shape[1], 0
+        return k.new_empty(*rows, k.shape[3]), v.new_empty(*rows, v.shape[3])
 
     def _release(self, seqs: list[int]) -> None:
         for seq in seqs:

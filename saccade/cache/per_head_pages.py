@@ -11,10 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache.page_allocator import PageAllocator, PageCopy
+from saccade.cache.page_allocator import PageAllocator, PageCopy, grown_pages
 from saccade.core import RaggedKV
-
-GROWTH_SHARE = 16
 
 
 class GatheredKV(NamedTuple):
@@ -55,6 +53,12 @@ class PerHeadPages:
         return sum(part.nbytes for part in parts)
 
     @property
+    def like(self) -> tuple[Tensor, Tensor]:
+        """Empty tensors `[B, Hkv, 0, D]` with the sizes of what is stored."""
+        rows, k, v = self._kv_lens.shape, self._k, self._v
+        return k.new_empty(*rows, 0, k.shape[2]), v.new_empty(*rows, 0, v.shape[2])
+
+    @property
     def num_pages(self) -> int:
         """Pages allocated, used or not."""
         return self._allocator.num_pages
@@ -75,7 +79,19 @@ class PerHeadPages:
         counts = [k.shape[2]] * len(before)
         if kept is not None:
             counts = kept.sum(-1).flatten().tolist()
-        self._extend(counts)
+        try:
+            self._extend(counts)
+            self._store(k, v, positions, kept, before)
+        except BaseException:  # an interrupt: pages without keys go back
+            for seq, length in zip(self._sequences, before, strict=True):
+                self._allocator.truncate(seq, length)
+            self._update_page_table()
+            raise
+
+    def _store(
+        self, k: Tensor, v: Tensor, positions: Tensor, kept: Tensor | None, before: list[int]
+    ) -> None:
+        """Write the chosen keys behind the first `before` of each row and head."""
         slots = torch.tensor(self._slots_from(before), dtype=torch.int64, device=k.device)
         at = positions.to(torch.int32).expand(k.shape[:3])
         chosen = slice(None) if kept is None else kept
@@ -139,8 +155,7 @@ class PerHeadPages:
         needed = sum(self._allocator.num_needed([seq], count) for seq, count in pairs)
         missing = needed - self._allocator.num_available
         if missing > 0:
-            have = self._allocator.num_pages
-            self.grow(have + max(missing, have // GROWTH_SHARE))
+            self.grow(grown_pages(self._allocator.num_pages, missing))
         before = self._allocator.num_available
         # Copy after each sequence, as in PagePool.write.
         for seq, count in pairs:

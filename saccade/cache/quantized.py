@@ -15,19 +15,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    expect_tensors,
+    fits,
+)
 from saccade.cache.dense import extended
+from saccade.cache.magnitude import check_magnitude
 from saccade.cache.step import Cursor, StepView
 from saccade.core import GrowingKV, KeyRange, QuantizedKV, Unsupported
-from saccade.core.formats import FP8, LARGEST, QuantizedTensor
+from saccade.core.formats import FP8, QuantizedTensor
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.kv_write.quantize import quantize_keys_into, quantize_values_into
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 GROWTH_STEP = 1024
-SMALLEST = 2.0**-14
-"""Where the largest number is smaller, the smallest step of float16 would be too coarse for it."""
 
 
 class QuantizedCache:
@@ -90,10 +98,13 @@ class QuantizedCache:
 
     def append(self, k: Tensor, v: Tensor) -> QuantizedKV:
         """Store a chunk; see LayerCache.  The view holds the new chunk in full precision."""
+        if not self.seen and not (fits(k, self._recent_k) and fits(v, self._recent_v)):
+            self._k = self._v = self._recent_k = self._recent_v = None  # another batch
+        check_append(k, v, self._recent_k, self._recent_v)
         if self._hadamard:
             k, v = hadamard_transform(k), hadamard_transform(v)
             if k.dtype == torch.float16:
-                _check_magnitude(k, v)  # the transform can overflow
+                check_magnitude(k, v)  # the transform can overflow
         self._allocate(k, v)
         assert self._recent_k is not None and self._recent_v is not None
         self._quantize_oldest(self._num_recent - self._min_recent)
@@ -142,6 +153,8 @@ class QuantizedCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        if self._recent_k is not None:
+            check_rows(rows, self._recent_k.shape[0])
         if self._k is None or self._v is None:
             return
         assert self._recent_k is not None and self._recent_v is not None
@@ -156,6 +169,7 @@ class QuantizedCache:
         Where that cuts a quantized group, the rest of the group is dequantized into the recent
         buffer; its quantization error stays.
         """
+        check_length(length)
         if length >= self._num_quantized:
             self._num_recent = min(self._num_recent, length - self._num_quantized)
             return
@@ -176,6 +190,7 @@ class QuantizedCache:
         Quantizing once more adds about as much error as the first time.  Meanwhile the tokens from
         `start` on are in full precision, in this one layer.
         """
+        check_shift(start, stop, self.seen)
         first = min(start, self._num_quantized) // self._group * self._group
         k, v = self._dequantize(first, self.seen)
         if self._hadamard:
@@ -247,31 +262,43 @@ class QuantizedCache:
         k = torch.cat((self._recent_k[:, :, : self._num_recent], k), dim=2)
         v = torch.cat((self._recent_v[:, :, : self._num_recent], v), dim=2)
         view = self._view(k, v)
-        count = max(0, k.shape[2] - self._min_recent) // self._group * self._group
-        self._append_quantized(k[:, :, :count], v[:, :, :count])
-        self._num_recent = k.shape[2] - count
-        self._recent_k[:, :, : self._num_recent] = k[:, :, count:]
-        self._recent_v[:, :, : self._num_recent] = v[:, :, count:]
+        self._keep_recent(k, v, max(0, k.shape[2] - self._min_recent))
         return view
 
     def _quantize_oldest(self, ready: int) -> None:
         """Quantize as many full groups as fit in the `ready` oldest recent tokens."""
-        count = max(0, ready) // self._group * self._group
-        if not count:
+        if ready < self._group:
             return
         assert self._recent_k is not None and self._recent_v is not None
-        self._append_quantized(self._recent_k[:, :, :count], self._recent_v[:, :, :count])
-        rest = self._num_recent - count
-        for buffer in (self._recent_k, self._recent_v):
-            buffer[:, :, :rest] = buffer[:, :, count : self._num_recent].clone()
-        self._num_recent = rest
+        recent = (x[:, :, : self._num_recent].clone() for x in (self._recent_k, self._recent_v))
+        self._keep_recent(*recent, ready)
+
+    def _keep_recent(self, k: Tensor, v: Tensor, ready: int) -> None:
+        """Quantize the full groups among the `ready` oldest of these tokens; the rest is recent.
+
+        Args:
+            k, v: all recent tokens, and new ones behind them; none in the recent buffers.
+        """
+        assert self._recent_k is not None and self._recent_v is not None
+        before, count = (self._num_quantized, self._num_recent), ready // self._group * self._group
+        rest = k.shape[2] - count
+        try:
+            self._append_quantized(k[:, :, :count], v[:, :, :count])
+            self._recent_k[:, :, :rest] = k[:, :, count:]
+            self._recent_v[:, :, :rest] = v[:, :, count:]
+            self._num_recent = rest
+        except BaseException:  # refused or interrupted: as before
+            self._recent_k[:, :, : before[1]] = k[:, :, : before[1]]
+            self._recent_v[:, :, : before[1]] = v[:, :, : before[1]]
+            self._num_quantized, self._num_recent = before
+            raise
 
     def _append_quantized(self, k: Tensor, v: Tensor) -> None:
         """Quantize full groups and store them after the quantized history."""
         count = k.shape[2]
         if not count:
             return
-        _check_magnitude(k, v)
+        check_magnitude(k, v)
         self._make_room(self._num_quantized + count)
         assert self._k is not None and self._v is not None
         tokens = slice(self._num_quantized, self._num_quantized + count)
@@ -360,17 +387,3 @@ class QuantizedCache:
             *(extended(s, groups) for s in self._k[1:]),
         )
         self._v = QuantizedTensor(*(extended(part, capacity) for part in self._v))
-
-
-def _check_magnitude(k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless float16 scales can hold these keys and values; NaN is no matter."""
-    for name, x in (("keys", k), ("values", v)):
-        if x.is_meta or not x.numel():
-            continue
-        largest = float(x.abs().nan_to_num(0.0, posinf=torch.inf).amax())
-        if largest > LARGEST or 0 < largest < SMALLEST:
-            raise ValueError(
-                f"a quantized cache takes {name} of magnitudes between {SMALLEST:.2g} and "
-                f"{LARGEST:.0f}, since its scales are float16, got {largest:.3g}. Leave out "
-                "type_k and type_v."
-            )

@@ -12,7 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    dtype_name,
+    expect_tensors,
+)
 from saccade.cache.dense import DenseCache
 from saccade.cache.per_head_pages import GatheredKV, PerHeadPages
 from saccade.core import BadInput, KVView, Unsupported
@@ -50,6 +59,16 @@ class RaggedCache:
         return self._seen
 
     @property
+    def page_size(self) -> int:
+        """Keys of a page."""
+        return self._page_size
+
+    @property
+    def prompt(self) -> DenseCache:
+        """The buffer of everything appended before `keep`."""
+        return self._prompt
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the prompt buffer, or of pages, positions and page tables."""
         return self._prompt.nbytes if self._pages is None else self._pages.nbytes
@@ -64,12 +83,16 @@ class RaggedCache:
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Store a chunk; see LayerCache."""
-        first, self._seen = self._seen, self._seen + k.shape[2]
+        check_append(k, v, *(self._like() if self._seen else (None, None)))
+        first, stop = self._seen, self._seen + k.shape[2]
         if self._pages is None:
-            return self._prompt.append(k, v)
-        at = torch.arange(first, self._seen, device=k.device)
-        self._pages.write(k, v, at[None, None])
-        return self._pages.view(self._seen)
+            self._prompt.truncate(first)  # what an interrupted append left
+            view = self._prompt.append(k, v)
+            self._seen = stop
+            return view
+        self._pages.write(k, v, torch.arange(first, stop, device=k.device)[None, None])
+        self._seen = stop
+        return self._pages.view(stop)
 
     def gather(self) -> GatheredKV:
         """Everything stored, one column for each key; a copy once `keep` was called."""
@@ -97,6 +120,8 @@ class RaggedCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        if self._seen:
+            check_rows(rows, self.kv_lens.shape[0])
         store = self._prompt if self._pages is None else self._pages
         store.reorder(rows)
 
@@ -106,6 +131,7 @@ class RaggedCache:
         Raises:
             Unsupported: `length` lies before the last compression, whose keys are gone.
         """
+        check_length(length)
         if length >= self._seen:
             return
         if length < self._compressed_at:
@@ -126,6 +152,7 @@ class RaggedCache:
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated."""
+        check_shift(start, stop, self._seen)
         moved = stop - start
         if self._pages is None:
             self._prompt.context_shift(start, stop, shift)
@@ -172,6 +199,12 @@ class RaggedCache:
             assert self._pages is not None
             self._pages.grow(saved["pages"])
         self._seen, self._compressed_at = saved["seen"], saved["compressed_at"]
+
+    def _like(self) -> tuple[Tensor | None, Tensor | None]:
+        """Tensors with the sizes of what is stored; None where nothing was."""
+        if self._pages is not None:
+            return self._pages.like
+        return self._prompt.like
 
     def _store(self, gathered: GatheredKV, kept: Tensor | None) -> None:
         """Replace what is stored by the kept columns (None: all), in as few pages as possible."""

@@ -18,7 +18,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, dtype_name, expect_tensors
+from saccade.cache.base import (
+    CacheState,
+    ShiftKeys,
+    check_append,
+    check_length,
+    check_rows,
+    check_shift,
+    dtype_name,
+    expect_tensors,
+    fits,
+)
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
 from saccade.ops.kv_write.append import append
@@ -83,8 +93,22 @@ class RingCache:
         indices = () if view is None else (view.positions, view.page_table, view.kv_lens)
         return self._k.nbytes + self._v.nbytes + checkpoints + sum(x.nbytes for x in indices)
 
+    @property
+    def most_checkpoints(self) -> int:
+        """How many checkpoints it keeps."""
+        return self._max_checkpoints
+
+    @property
+    def checkpoints_are_full(self) -> bool:
+        """Whether the next checkpoint replaces one of its own size."""
+        sizes = [k.shape[2] for k, _ in self._checkpoints.values()]
+        return len(sizes) == self._max_checkpoints and min(sizes, default=0) == self._window - 1
+
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
+        if not self._seen and not (fits(k, self._k) and fits(v, self._v)):
+            self._k = self._v = self._step_view = None  # another batch after a reset
+        check_append(k, v, self._k, self._v)
         self._allocate(k, v)
         if k.shape[2] > self._chunk:
             return self._append_large(k, v)
@@ -132,6 +156,8 @@ class RingCache:
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
+        if self._k is not None:
+            check_rows(rows, self._k.shape[0])
         self._synced, self._step_view = False, None
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
@@ -157,6 +183,7 @@ class RingCache:
         Raises:
             Unsupported: the window before `length` is overwritten and no checkpoint is there.
         """
+        check_length(length)
         if length >= self._seen:
             return
         self._synced = False
@@ -197,6 +224,7 @@ class RingCache:
                 f"a ring cache keeps its {self._sinks} sinks, so it cannot remove tokens from "
                 f"position {start} on. Set n_keep to at least the sinks."
             )
+        check_shift(start, stop, self._seen)
         first, moved = max(self._oldest, stop), stop - start
         k, v = self._copy(self._spans(first, self._seen))
         self._oldest = min(self._oldest, start) if self._oldest < stop else self._oldest - moved
@@ -240,11 +268,8 @@ class RingCache:
             return
         self._allocate(state.tensors["k"].to(device), state.tensors["v"].to(device))
         assert self._k is not None and self._v is not None
-        at = 0
-        for slot, _, length in self._stored_spans():
-            self._k[:, :, slot : slot + length] = state.tensors["k"][:, :, at : at + length]
-            self._v[:, :, slot : slot + length] = state.tensors["v"][:, :, at : at + length]
-            at += length
+        saved = state.tensors["k"], state.tensors["v"]
+        self._put_back(self._stored_spans(), *saved, seen, oldest)
 
     def _has_window_before(self, length: int) -> bool:
         """Whether the window of the token at position `length` is in the ring."""
@@ -265,19 +290,20 @@ class RingCache:
             dtype = self._dtype or like.dtype
             return torch.empty(batch, heads, slots, like.shape[3], dtype=dtype, device=like.device)
 
-        self._k, self._v = buffer(k), buffer(v)
+        new_k, new_v = buffer(k), buffer(v)
+        self._k, self._v = new_k, new_v
 
     def _write(self, k: Tensor, v: Tensor, first: int) -> None:
         """Write tokens at positions first .. into their slots."""
         assert self._k is not None and self._v is not None
         self._synced = False
         stop = first + k.shape[2]
+        self._oldest = max(self._oldest, stop - self._ring)  # older keys are overwritten from here
         for slot, position, length in self._spans(first, stop):
             at = position - first
             self._k[:, :, slot : slot + length] = k[:, :, at : at + length]
             self._v[:, :, slot : slot + length] = v[:, :, at : at + length]
         self._seen = stop
-        self._oldest = max(self._oldest, stop - self._ring)
 
     def _spans(self, first: int, stop: int) -> list[Span]:
         """Slots of the positions first .. stop-1: among the sinks, then runs of the ring."""
@@ -322,8 +348,23 @@ class RingCache:
             at += length
         both_k = torch.cat((old_k, k.to(old_k.dtype)), dim=2)
         both_v = torch.cat((old_v, v.to(old_v.dtype)), dim=2)
-        self._write_sinks_and_newest(k, v)
+        before = self._seen, self._oldest
+        try:
+            self._write_sinks_and_newest(k, v)
+        except BaseException:  # an interrupt: what was overwritten is in the copies
+            self._put_back(stored, old_k, old_v, *before)
+            raise
         return DenseKV(both_k, both_v, tuple(spans))
+
+    def _put_back(self, spans: list[Span], k: Tensor, v: Tensor, seen: int, oldest: int) -> None:
+        """Write copies of stored spans to their slots again."""
+        assert self._k is not None and self._v is not None
+        at = 0
+        for slot, _, length in spans:
+            self._k[:, :, slot : slot + length] = k[:, :, at : at + length]
+            self._v[:, :, slot : slot + length] = v[:, :, at : at + length]
+            at += length
+        self._seen, self._oldest = seen, oldest
 
     def _write_sinks_and_newest(self, k: Tensor, v: Tensor) -> None:
         """Write the sinks and the last tokens of a large chunk; the others would be overwritten."""

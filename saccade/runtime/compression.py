@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.cache import DenseCache, LayerCache, RaggedCache, RingCache, StateCache
+from saccade.cache import DenseCache, RaggedCache, RingCache, StateCache
 from saccade.compress import (
     POLICIES,
     LayerObservation,
@@ -152,20 +152,3 @@ def _keep_by_head(
         observation = LayerObservation(queries=queries, k=k, v=v, positions=positions)
         scores = policy.scores(observation, kept)
         layer.keep(select_across_heads(scores, kept, policy.floor or 0.0))
-
-
-def compress_without_data(cache: LayerCache, budget: int | float) -> None:
-    """`compress_cache` for a plan: the tensors of the cache have shapes and no contents.
-
-    Heads that compete for a budget are assumed to keep equally many keys.
-    """
-    if isinstance(cache, DenseCache):
-        kept = resolve_budget(budget, cache.num_slots)
-        if kept < cache.num_slots:
-            view = cache.view()
-            index = torch.zeros(*view.shape[:2], kept, dtype=torch.int64, device=view.device)
-            cache.keep(index, room=DECODE_ROOM)
-    elif isinstance(cache, RaggedCache):
-        kept = resolve_budget(budget, cache.seen)
-        if kept < cache.seen:
-            cache.keep_newest(kept)

@@ -367,7 +367,8 @@ class Context:
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()
         # One token at least: rings and pages are allocated whole.
-        needed = cache_bytes(self.model.facts, self.params, [max(1, tokens)], reserve=tokens)
+        read = [(max(1, tokens), 1)]
+        needed = cache_bytes(self.model.facts, self.params, read, reserve=tokens)
         if needed > free:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "

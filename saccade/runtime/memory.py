@@ -6,66 +6,71 @@ and its `nbytes` are the plan.  Attention runs on fake tensors, see `saccade.ops
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from saccade.cache import LayerCache
-from saccade.core import Mask
+from saccade.core import BadInput, Mask
 from saccade.ops import attend, make_call
 from saccade.ops.planning import PeakBytes, without_memory
-from saccade.runtime.compression import compress_without_data
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
-from saccade.runtime.rollback import checkpoint
+from saccade.runtime.planned_cache import Run, new_keys, planned_cache, run_all
 
-TRACED = 1 << 15
+TRACED = 1 << 14
 """Longest context whose attention is run on fake tensors; the peak of longer ones is linear."""
+TRACED_CHUNK, TRACED_TILED = 1 << 12, 1 << 8
+"""The same for the tokens that are read at once; less for `tiled`, whose tiles run one by one."""
 
 
-def chunks(tokens: int, n_batch: int) -> list[int]:
-    """Sizes of the chunks in which `Context.append` reads a prompt."""
-    return [n_batch] * (tokens // n_batch) + [tokens % n_batch] * (tokens % n_batch > 0)
+MOST_BYTES = 1 << 60
+"""More than any machine has; a plan of more is refused, before a size overflows 64 bits."""
 
 
-def filled_cache(
-    facts: ModelFacts,
-    params: ContextParams,
-    own: int | None,
-    steps: Iterable[int],
-    *,
-    reserve: int = 0,
-) -> LayerCache:
-    """The cache of a layer after appends of so many tokens each, on meta tensors."""
-    cache = layer_cache(own, params, reserve=reserve)
-    _append(cache, facts, steps)
-    return cache
+def chunks(tokens: int, n_batch: int) -> list[Run]:
+    """The appends in which `Context.append` reads a prompt."""
+    return [(n_batch, tokens // n_batch), (tokens % n_batch, 1)]
 
 
 def cache_bytes(
     facts: ModelFacts,
     params: ContextParams,
-    read: Iterable[int],
-    written: Iterable[int] | None = None,
+    read: Sequence[Run],
+    written: Sequence[Run] | None = None,
     *,
     reserve: int = 0,
 ) -> int:
     """Bytes that the caches of all layers allocate, exactly; see `Plan` for ragged ones.
 
     Args:
-        read: tokens of each append while a prompt is read, in order (see `chunks`).
-        written: tokens of each append after it; if given, the `kv_policy` is applied in between.
+        read: appends while a prompt is read, in order (see `chunks`).
+        written: appends after it; if given, the `kv_policy` is applied in between.
+
+    Raises:
+        BadInput: more bytes than can be counted.
     """
-    read, after, total = list(read), list(written or ()), facts.state_bytes
+    tokens = sum(size * count for size, count in (*read, *(written or ())))
+    _check_countable(facts, max(tokens, reserve))
+    total = facts.state_bytes
     for layer, count in facts.alike():
-        cache = filled_cache(layer, params, layer.windows[0], read, reserve=reserve)
+        cache = planned_cache(layer_cache(layer.windows[0], params, reserve=reserve), layer)
+        run_all(cache, read)
         if written is not None and params.kv_budget is not None:
-            compress_without_data(cache, params.kv_budget)
-        _append(cache, layer, after)
+            cache = cache.compress(params.kv_budget)
+        run_all(cache, written or ())
         total += count * cache.nbytes
     return total
+
+
+def _check_countable(facts: ModelFacts, tokens: int) -> None:
+    """Raise BadInput where keys in float64 would take more bytes than MOST_BYTES."""
+    per_token = 16 * facts.num_layers * facts.num_kv_heads * facts.head_dim
+    if per_token * tokens > MOST_BYTES:
+        raise BadInput(
+            f"a plan counts up to {MOST_BYTES // max(1, per_token)} tokens for this model, got "
+            "more. Lower n_ctx or reserve."
+        )
 
 
 class AttentionPeak:
@@ -79,20 +84,33 @@ class AttentionPeak:
 
     def __init__(self, facts: ModelFacts, params: ContextParams) -> None:
         self._facts, self._params = facts, params
-        self._known: dict[int, int] = {}
+        self._known: dict[tuple[int, int], int] = {}
 
     def at(self, tokens: int) -> int:
-        """Bytes for a prompt of so many tokens; beyond 2 * TRACED extrapolated linearly."""
+        """Bytes for a prompt of so many tokens.
+
+        Extrapolated linearly beyond 2 * TRACED tokens, and beyond 2 * TRACED_CHUNK tokens of the
+        last chunk; so is their product, which materialized scores follow.
+        """
+        return self._of(min(self._params.n_batch, tokens), tokens)
+
+    def _of(self, chunk: int, tokens: int) -> int:
+        """Bytes for the last `chunk` of so many tokens."""
+        tiled = backend_of(self._params) == "tiled" or self._params.type_k == "fp8"
+        most = TRACED_TILED if tiled else TRACED_CHUNK
+        if chunk > 2 * most:
+            ends = self._of(most, tokens), self._of(2 * most, tokens)
+            return _extended(*ends, chunk - 2 * most, most)
         if tokens > 2 * TRACED:
-            near, far = self.at(TRACED), self.at(2 * TRACED)
-            return far + max(0, far - near) * (tokens - 2 * TRACED) // TRACED
-        if tokens not in self._known:
+            ends = self._of(chunk, TRACED), self._of(chunk, 2 * TRACED)
+            return _extended(*ends, tokens - 2 * TRACED, TRACED)
+        if (chunk, tokens) not in self._known:
             facts, params = self._facts, self._params
-            self._known[tokens] = max(
-                _layer_attention_bytes(layer, params, layer.windows[0], tokens)
+            self._known[chunk, tokens] = max(
+                _layer_attention_bytes(layer, params, layer.windows[0], chunk, tokens)
                 for layer, _ in facts.alike()
             )
-        return self._known[tokens]
+        return self._known[chunk, tokens]
 
     def about(self, tokens: int) -> int:
         """`at`, interpolated linearly between two powers of two, for searches with many calls."""
@@ -101,16 +119,21 @@ class AttentionPeak:
         return near + (far - near) * (tokens - low) // low
 
 
+def _extended(near: int, far: int, beyond: int, step: int) -> int:
+    """The line through `near` and, a step later, `far`, at `beyond` after that; never falling."""
+    return far + max(0, far - near) * beyond // step
+
+
 def _layer_attention_bytes(
-    facts: ModelFacts, params: ContextParams, own: int | None, tokens: int
+    facts: ModelFacts, params: ContextParams, own: int | None, chunk: int, tokens: int
 ) -> int:
-    chunk, cpu = min(params.n_batch, tokens), torch.device("cpu")
+    cpu = torch.device("cpu")
     window, sinks = narrowed_window(own, params)
     with without_memory():
         cache = layer_cache(own, params, reserve=tokens)
         if tokens > chunk:
-            cache.append(*_new_keys(facts, tokens - chunk, cpu))
-        k, v = _new_keys(facts, chunk, cpu)
+            cache.append(*new_keys(facts, tokens - chunk, cpu))
+        k, v = new_keys(facts, chunk, cpu)
         q = torch.empty(1, facts.num_heads, chunk, facts.head_dim, dtype=facts.dtype)
         sink_logits = torch.empty(facts.num_heads) if facts.learned_sinks else None
         with PeakBytes() as counter:
@@ -128,19 +151,3 @@ def _layer_attention_bytes(
                 backend=backend_of(params),
             )
     return counter.peak
-
-
-def _append(cache: LayerCache, facts: ModelFacts, steps: Iterable[int]) -> None:
-    for step in steps:
-        if step:
-            cache.append(*_new_keys(facts, step, torch.device("meta")))
-        if step > 1:
-            checkpoint([cache])
-
-
-def _new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys and values of so many tokens."""
-    widths = facts.head_dim, facts.value_dim or facts.head_dim
-    shapes = [(1, facts.num_kv_heads, count, width) for width in widths]
-    k, v = (torch.empty(shape, dtype=facts.dtype, device=device) for shape in shapes)
-    return k, v

@@ -86,7 +86,12 @@ class Plan:
         """The options of this plan and ALTERNATIVES to them, against `memory` bytes.
 
         Caches are allocated at once (`reserve`), which takes the least memory.
+
+        Raises:
+            BadInput: `memory` is no number of bytes.
         """
+        if not isinstance(memory, int) or memory < 0:  # type: ignore[reportUnnecessaryIsInstance]
+            raise BadInput(f"memory must be a number of bytes, 0 or more, got {memory!r}.")
         found = [self._fit("as asked", self.params, memory)]
         for name, options in ALTERNATIVES.items():
             params = _with_options(self.params, options)
@@ -137,17 +142,15 @@ def make_plan(
     """The plan for a model of these facts; see `saccade.plan`.
 
     Raises:
-        BadInput: n_ctx below 1, a prompt outside 1 .. n_ctx, reserve below 0.
+        BadInput: n_ctx below 1, a prompt outside 1 .. n_ctx, reserve below 0, more bytes than can
+            be counted.
     """
     params = params or ContextParams()
-    n_ctx = n_ctx or params.n_ctx or facts.n_ctx_train
+    if n_ctx is None:
+        n_ctx = params.n_ctx or facts.n_ctx_train
     prompt = n_ctx if prompt is None else prompt
-    if n_ctx < 1 or not 0 < prompt <= n_ctx or reserve < 0:
-        raise BadInput(
-            f"a plan needs n_ctx >= 1, a prompt of 1 to n_ctx tokens and reserve >= 0, got "
-            f"{n_ctx}, {prompt} and {reserve}."
-        )
-    read, written = chunks(prompt, params.n_batch), [1] * (n_ctx - prompt)
+    _check_sizes(n_ctx, prompt, reserve)
+    read, written = chunks(prompt, params.n_batch), [(1, n_ctx - prompt)]
     most = cache_bytes(facts, params, read, reserve=reserve)
     full = cache_bytes(facts, params, read, written, reserve=reserve)
     return Plan(
@@ -161,6 +164,17 @@ def make_plan(
         most_cache_bytes=max(most, full),
         attention_bytes=AttentionPeak(facts, params).at(prompt),
     )
+
+
+def _check_sizes(*sizes: object) -> None:
+    """Raise BadInput unless (n_ctx, prompt, reserve) are whole numbers that fit together."""
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    n_ctx, prompt, reserve = sizes
+    if not whole or n_ctx < 1 or not 0 < prompt <= n_ctx or reserve < 0:  # type: ignore[operator]
+        raise BadInput(
+            "a plan needs whole numbers with n_ctx >= 1, a prompt of 1 to n_ctx tokens and reserve "
+            f">= 0, got {n_ctx!r}, {prompt!r} and {reserve!r}."
+        )
 
 
 def _with_options(params: ContextParams, options: dict[str, object]) -> ContextParams | None:
@@ -186,7 +200,8 @@ def _longest(facts: ModelFacts, params: ContextParams, room: int) -> int | None:
     attention = AttentionPeak(facts, params)
 
     def about(tokens: int) -> int:
-        return cache_bytes(facts, params, [tokens], reserve=tokens) + attention.about(tokens)
+        caches = cache_bytes(facts, params, [(tokens, 1)], reserve=tokens)
+        return caches + attention.about(tokens)
 
     low = 1
     while low < _MAX_TOKENS and about(low) <= room:

@@ -4,20 +4,28 @@ import subprocess
 import sys
 from dataclasses import asdict
 from itertools import product
+from time import process_time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
+from saccade.compress import resolve_budget
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend, make_call
 from saccade.ops.attention.cpu import binding
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime import ContextParams
-from saccade.runtime.memory import AttentionPeak
+from saccade.runtime.compression import DECODE_ROOM
+from saccade.runtime.layers import layer_cache
+from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
+from saccade.runtime.planned_cache import new_keys
+from saccade.runtime.rollback import checkpoint
 from saccade.units import as_bytes, parse_bytes
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -87,6 +95,67 @@ def test_reserved_caches_to_the_byte(model, reserve):
             ctx.append(torch.arange(300) % 120 + 3)
             planned = saccade.plan(model.config, params, 300, reserve=reserve)
             assert ctx.cache_bytes == planned.cache_bytes
+
+
+HUGE = {
+    "plain": {},
+    "disabled": {"flash_attn": "disabled"},
+    "read at once": {"n_batch": 10**10},
+    "scores of a chunk read at once": {"n_batch": 10**10, "flash_attn": "disabled"},
+    "read one by one": {"n_batch": 1},
+    **{name: PARAMS[name] for name in ("int8", "int4", "pages", "window with checkpoints")},
+    "compressed": {"kv_policy": "snapkv", "kv_budget": 0.5},
+    "ragged": {"kv_policy": "ada_snapkv", "kv_budget": 0.5},
+    "a long window with checkpoints": {"n_swa": 10**9, "ctx_checkpoints": 9},
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_billions_of_tokens_take_seconds_of_processor_time(name):
+    """Memory is linear to the sixteenth that caches grow."""
+    params, config = ContextParams(**HUGE[name]), tiny_config("llama")
+    start = process_time()
+    small = saccade.plan(config, params, 10**6, prompt=5 * 10**5)
+    huge = saccade.plan(config, params, 4 * 10**9, prompt=2 * 10**9)
+    saccade.plan(config, params, 4 * 10**9)
+    assert process_time() - start < 10
+    if "window" not in name:
+        assert abs(huge.cache_bytes / small.cache_bytes / 4000 - 1) < 0.07
+    if "scores" in name:
+        assert 0.9 < huge.attention_bytes / small.attention_bytes / 4000**2 < 1.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from([*PARAMS, "ragged"]),
+    n_batch=st.sampled_from([1, 2, 7, 64, 200, 900]),
+    prompt=st.integers(1, 500),
+    written=st.sampled_from([0, 1, 5, 63, 130]),
+    reserve=st.sampled_from([0, 0, 700, 5000]),
+)
+def test_joined_appends_take_the_bytes_of_single_ones(name, n_batch, prompt, written, reserve):
+    """Against the real caches on meta tensors, appended to one by one."""
+    options = PARAMS.get(name, {"kv_policy": "ada_snapkv", "kv_budget": 0.25})
+    params = ContextParams(n_batch=n_batch, **options)
+    facts = saccade.plan(tiny_config("gemma3"), n_ctx=9).facts
+    ours = cache_bytes(facts, params, chunks(prompt, n_batch), [(1, written)], reserve=reserve)
+    total = 0
+    for own in facts.windows:
+        cache = layer_cache(own, params, reserve=reserve)
+        for size in [n_batch] * (prompt // n_batch) + [prompt % n_batch]:
+            if size:
+                cache.append(*new_keys(facts, size, torch.device("meta")))
+            if size > 1:
+                checkpoint([cache])
+        kept = resolve_budget(params.kv_budget or 1.0, prompt)
+        if kept < prompt and isinstance(cache, DenseCache):
+            cache.keep(torch.zeros(1, 2, kept, dtype=torch.int64, device="meta"), room=DECODE_ROOM)
+        elif kept < prompt and isinstance(cache, RaggedCache):
+            cache.keep_newest(kept)
+        for _ in range(written):
+            cache.append(*new_keys(facts, 1, torch.device("meta")))
+        total += cache.nbytes
+    assert ours == total
 
 
 def checkpointed():
@@ -284,8 +353,22 @@ def test_a_readable_table():
 
 
 def test_refusals():
-    with pytest.raises(BadInput, match="a plan needs n_ctx >= 1"):
-        saccade.plan(tiny_config("llama"), n_ctx=10, prompt=11)
+    config = tiny_config("llama")
+    for options in (
+        {"n_ctx": 10, "prompt": 11}, {"n_ctx": 0}, {"n_ctx": -1}, {"n_ctx": 2.5}, {"n_ctx": "9"},
+        {"n_ctx": 10, "prompt": 0}, {"n_ctx": 10, "reserve": -1}, {"n_ctx": True},
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match="a plan needs whole numbers with n_ctx >= 1"):
+            saccade.plan(config, **options)
+    for n_ctx in (2**63, 10**400, 10**18):
+        with pytest.raises(BadInput, match="a plan counts up to [0-9]+ tokens for this model"):
+            saccade.plan(config, n_ctx=n_ctx)
+    with pytest.raises(BadInput, match="a plan counts up to [0-9]+ tokens for this model"):
+        saccade.plan(config, n_ctx=9, reserve=2**62)
+    with pytest.raises(BadInput, match="memory must be a number of bytes"):
+        saccade.plan(config, n_ctx=9).what_fits(-1)
+    with pytest.raises(BadInput, match="a plan counts up to 256 checkpoints"):
+        saccade.plan(config, ContextParams(n_swa=8, ctx_checkpoints=10**9), n_ctx=999)
     with pytest.raises(BadInput, match="expected what a config.json holds"):
         saccade.plan({"model_type": "no such thing"})
     with pytest.raises(BadInput, match="no model at 'nowhere'"):

@@ -1,0 +1,26 @@
+"""Which numbers quantized caches can hold, whose scales and offsets are float16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.core.formats import LARGEST
+from saccade.ops.planning import planning
+
+SMALLEST = 2.0**-14
+"""Where the largest number is smaller, the smallest step of float16 would be too coarse for it."""
+
+
+def check_magnitude(k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless float16 scales can hold these keys and values; NaN is no matter."""
+    for name, x in (("keys", k), ("values", v)):
+        if x.is_meta or planning() or not x.numel():
+            continue
+        largest = float(x.abs().nan_to_num(0.0, posinf=torch.inf).amax())
+        if largest > LARGEST or 0 < largest < SMALLEST:
+            raise ValueError(
+                f"a quantized cache takes {name} of magnitudes between {SMALLEST:.2g} and "
+                f"{LARGEST:.0f}, since its scales are float16, got {largest:.3g}. Leave out "
+                "type_k and type_v."
+            )

@@ -1,0 +1,185 @@
+"""Caches of a plan: what real caches would allocate, in a time that does not grow with the tokens.
+
+Dense, quantized and ring caches run themselves on meta tensors, which have shapes and no memory;
+equal appends that allocate nothing are run as one.  Pages are counted instead of listed, by the
+rule that the allocator itself grows by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.cache import (
+    DenseCache,
+    LayerCache,
+    OffloadedCache,
+    PagedCache,
+    QuantizedCache,
+    RaggedCache,
+    RingCache,
+)
+from saccade.cache.page_allocator import grown_pages
+from saccade.compress import resolve_budget
+from saccade.core import BadInput
+from saccade.runtime.compression import DECODE_ROOM
+from saccade.runtime.model import ModelFacts
+
+Run = tuple[int, int]
+"""(tokens of an append, how many such appends follow one another)."""
+
+MOST_CHECKPOINTS = 256
+MOST_STEPS = 512
+"""Appends between which a ring makes checkpoints; so many more are spread evenly over the rest."""
+
+
+class PlannedCache(Protocol):
+    """The cache of a layer in a plan."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it would have allocated."""
+        ...
+
+    def run(self, size: int, count: int) -> None:
+        """Append `size` tokens `count` times."""
+        ...
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """The cache after a `kv_policy`; all heads are assumed to keep equally many keys."""
+        ...
+
+
+def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
+    """An empty cache made ready for a plan."""
+    if isinstance(cache, PagedCache):
+        k, v = new_keys(facts, 1, torch.device("meta"))
+        cache.append(k, v)
+        pool, pages = cache.pool, cache.pool.allocator
+        page_bytes = pool.nbytes // pages.num_pages
+        return CountedPages(1, pages.page_size, page_bytes, per_head=0)
+    return MetaCache(cache, facts)
+
+
+class MetaCache:
+    """A real cache on meta tensors."""
+
+    def __init__(self, cache: LayerCache, facts: ModelFacts) -> None:
+        self._cache, self._facts = cache, facts
+
+    @property
+    def nbytes(self) -> int:
+        """See PlannedCache."""
+        return self._cache.nbytes
+
+    def run(self, size: int, count: int) -> None:
+        """See PlannedCache; appends that allocate nothing are joined, which changes no count."""
+        cache = self._cache
+        if isinstance(cache, RingCache) and cache.most_checkpoints and size > 1:
+            return self._run_with_checkpoints(cache, size, count)
+        while count:
+            joined = max(1, min(count, _alike(cache, size, count)))
+            self._append(joined * size)
+            count -= joined
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """See PlannedCache."""
+        cache, facts = self._cache, self._facts
+        if isinstance(cache, DenseCache):
+            kept = resolve_budget(budget, cache.num_slots)
+            if kept < cache.num_slots:
+                shape = (1, facts.num_kv_heads, kept)
+                cache.keep(torch.zeros(shape, dtype=torch.int64, device="meta"), room=DECODE_ROOM)
+        elif isinstance(cache, RaggedCache):
+            kept = resolve_budget(budget, cache.seen)
+            if kept < cache.seen:
+                slots = cache.prompt.num_slots + cache.prompt.free_slots
+                key_bytes = cache.nbytes // (facts.num_kv_heads * slots)
+                page_bytes = cache.page_size * (key_bytes + 4)  # and an int32 position
+                pages = CountedPages(facts.num_kv_heads, cache.page_size, page_bytes, per_head=4)
+                pages.run(kept, 1)
+                return pages
+        return self
+
+    def _append(self, tokens: int) -> None:
+        self._cache.append(*new_keys(self._facts, tokens, torch.device("meta")))
+
+    def _run_with_checkpoints(self, cache: RingCache, size: int, count: int) -> None:
+        """One append after another, until checkpoints only replace others of their size."""
+        if cache.most_checkpoints > MOST_CHECKPOINTS:
+            raise BadInput(
+                f"a plan counts up to {MOST_CHECKPOINTS} checkpoints, got "
+                f"ctx_checkpoints={cache.most_checkpoints}. Lower it."
+            )
+        exact, rest = min(count, MOST_STEPS), max(0, count - MOST_STEPS)
+        spread = min(rest, MOST_STEPS)
+        later = [rest * (i + 1) // spread - rest * i // spread for i in range(spread)]
+        for joined in [1] * exact + later:
+            if cache.checkpoints_are_full:  # from here on memory stays as it is
+                return
+            self._append(size * joined)
+            cache.checkpoint()
+
+
+def _alike(cache: LayerCache, size: int, count: int) -> int:
+    """How many of the next `count` appends leave the same cache if they are made as one."""
+    if isinstance(cache, RaggedCache):  # before it is compressed; afterwards it has pages
+        return cache.prompt.free_slots // size
+    if isinstance(cache, DenseCache | OffloadedCache):
+        return cache.free_slots // size  # nothing is allocated for them
+    if isinstance(cache, QuantizedCache):
+        return count - 1  # what is quantized follows from the tokens before the last append
+    return count  # a ring
+
+
+class CountedPages:
+    """Pages of equally long sequences, one a head (or one for all heads), counted.
+
+    Args:
+        sequences: how many; page_size: tokens of a page; page_bytes: bytes of a page.
+        per_head: bytes beside pages and page table, of each sequence.
+    """
+
+    def __init__(self, sequences: int, page_size: int, page_bytes: int, *, per_head: int) -> None:
+        self._sequences, self._page_size, self._page_bytes = sequences, page_size, page_bytes
+        self._per_head = per_head
+        self._pages = self._length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """See PlannedCache; an entry of the page table is an int32."""
+        table = 4 * -(-self._length // self._page_size)
+        return self._pages * self._page_bytes + self._sequences * (table + self._per_head)
+
+    def run(self, size: int, count: int) -> None:
+        """See PlannedCache."""
+        while count:
+            free = self._pages // self._sequences * self._page_size - self._length
+            joined = max(1, min(count, free // size))
+            self._length += joined * size
+            needed = self._sequences * -(-self._length // self._page_size)
+            if needed > self._pages:
+                self._pages = grown_pages(self._pages, needed - self._pages)
+            count -= joined
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """Nothing: a cache of pages takes no policy."""
+        return self
+
+
+def new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values of so many tokens."""
+    widths = facts.head_dim, facts.value_dim or facts.head_dim
+    shapes = [(1, facts.num_kv_heads, count, width) for width in widths]
+    k, v = (torch.empty(shape, dtype=facts.dtype, device=device) for shape in shapes)
+    return k, v
+
+
+def run_all(cache: PlannedCache, runs: Iterable[Run]) -> None:
+    """Append all runs, in order."""
+    for size, count in runs:
+        if size and count:
+            cache.run(size, count)
