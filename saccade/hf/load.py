@@ -201,7 +201,7 @@ def _gguf_tokenizer(path: Path, model: PreTrainedModel, notes: list[str]) -> Any
         notes.append(f"no tokenizer could be read: {_first_line(error)}")
         return None
     notes += found
-    if ends and model.generation_config is not None:
+    if ends and model.can_generate():
         model.generation_config.eos_token_id = ends
     return tokenizer
 
