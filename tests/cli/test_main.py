@@ -159,6 +159,13 @@ def test_a_process_without_any_stream():
     assert subprocess.run(["sh", "-c", closed], check=False).returncode == 2
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "1e999", '{"schema": "x"}', "\xff"])
+def test_a_record_that_is_none_is_one_sentence(text, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(text, encoding="latin-1")
+    assert main.main(["bench", "cpu", "--record", str(tmp_path / "r.json")]) == 2
+    assert "r.json is no" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 NAMES = ["--model", "--session", "--prompt-file"]
 
 
