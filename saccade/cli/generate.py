@@ -12,6 +12,7 @@ import typer
 
 from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
+from saccade.cli.loading import load
 from saccade.cli.outputs import file_option
 from saccade.cli.sessions import DeferredInterrupt, Session
 from saccade.cli.tokens import (
@@ -66,13 +67,9 @@ def run(
     from saccade.core import BadInput, Unsupported
 
     sampler = shared_options.sampler_of(sampling)
-    print(f"Loading {model} ...", file=sys.stderr, flush=True)
-    from saccade.hf.context import (
-        Context,  # transformers comes with it and shared_options.takes seconds
-    )
-    from saccade.hf.load import load_model
+    loaded = load(model)
+    from saccade.hf.context import Context
 
-    loaded = load_model(model)
     try:
         with Context(loaded, params) as ctx:
             if saved is not None and saved.exists:

@@ -146,7 +146,9 @@ class Echo:
 @pytest.fixture
 def echo(stand_in):
     config = SimpleNamespace(generation_config=None)
-    loaded = SimpleNamespace(model=config, tokenizer=Bytes(), name="m", n_ctx_train=8)
+    loaded = SimpleNamespace(
+        model=config, tokenizer=Bytes(), name="m", n_ctx_train=8, notes=["it was guessed."]
+    )
     stand_in("saccade.hf.load", load_model=lambda _: loaded)
     stand_in("saccade.hf.context", Context=Echo)
 
@@ -156,6 +158,7 @@ def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
     captured = capsys.readouterr()
     assert captured.out == "ča\n"
     assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
+    assert "Note: it was guessed.\n" in captured.err
 
 
 def test_errors_of_the_context_name_options(capsys, echo):
