@@ -13,14 +13,9 @@ BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
 def write_gguf(
-    model: PreTrainedModel,
-    path: Path,
-    architecture: str,
-    *,
-    yarn: dict[str, Any] | None = None,
-    eot: int | None = None,
+    model: PreTrainedModel, path: Path, architecture: str, *, yarn: dict[str, Any] | None = None
 ) -> None:
-    """The weights of a tiny model in float32, with a tokenizer of bytes."""
+    """The weights of a tiny model in float32, with a byte-level tokenizer."""
     writer = gguf.GGUFWriter(path, architecture)
     _write_config(writer, model.config)
     if yarn is not None:
@@ -30,8 +25,6 @@ def write_gguf(
         if "attn_factor" in yarn:
             writer.add_rope_scaling_attn_factors(yarn["attn_factor"])
     _write_tokenizer(writer, model.config.vocab_size, "llama")
-    if eot is not None:
-        writer.add_eot_token_id(eot)
     names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(names[architecture], model.config.num_hidden_layers)
     for key, tensor in model.state_dict().items():
