@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from saccade.cli.failure import need
+from saccade.cli.failure import UsageError, need
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.values import file_name, list_of, one_of, whole_number
 
@@ -110,7 +110,15 @@ def cpu(
         quick=quick, cases=cases or (), backends=backends or ("auto",), threads=threads, flex=flex,
         json=json, roofline=roofline, markdown=markdown, record=record, list=listed,
     )  # fmt: skip
-    return options.execute(chosen, progress)
+    try:
+        return options.execute(chosen, progress)
+    except (AttributeError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        if record is None:
+            raise
+        raise UsageError(
+            f"--record {record} is no record that can be shown ({type(error).__name__}: {error}). "
+            "Measure it again."
+        ) from error
 
 
 @app.command("tune", cls=SeveralWords, epilog=f"\b\n{TUNE_EXAMPLES}")

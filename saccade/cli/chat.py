@@ -11,6 +11,7 @@ import typer
 from saccade.cli import shared_options
 from saccade.cli.dialogue import Dialogue, endless, opening
 from saccade.cli.failure import UsageError, need
+from saccade.cli.loading import load
 from saccade.cli.sessions import DeferredInterrupt
 from saccade.cli.streaming import TextStream
 from saccade.cli.tokens import encode_messages, end_tokens, tokenizer_of
@@ -49,11 +50,9 @@ def run(
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    print(f"Loading {model} ...", file=sys.stderr, flush=True)
+    loaded = load(model)
     from saccade.hf.context import Context
-    from saccade.hf.load import load_model
 
-    loaded = load_model(model)
     tokenizer = tokenizer_of(loaded)
     params = endless(params, loaded.n_ctx_train)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saccade.cli.failure import need
+from saccade.cli.loading import load
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.shared_options import Model
 from saccade.cli.tokens import tokenizer_of
@@ -78,12 +79,8 @@ def _measure(name: str, text_file: str | None, **options: Any) -> Report:
     text = None if text_file is None else read_text(Path(text_file).expanduser())
     from saccade.cli.progress import progress
     from saccade.evals import compare
-    from saccade.hf.load import load_model
 
-    print(f"Loading {name} ...", file=sys.stderr, flush=True)
-    model = load_model(name)
-    for note in model.notes:
-        print(f"Note: {note}", file=sys.stderr)
+    model = load(name)
     tokenizer_of(model)  # text has to become tokens
     with progress() as show:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
+from saccade.cli.loading import load
 from saccade.cli.outputs import file_option
 from saccade.cli.sessions import DeferredInterrupt, Session
 from saccade.cli.tokens import (
@@ -65,13 +67,9 @@ def run(
     from saccade.core import BadInput, Unsupported
 
     sampler = shared_options.sampler_of(sampling)
-    print(f"Loading {model} ...", file=sys.stderr, flush=True)
-    from saccade.hf.context import (
-        Context,  # transformers comes with it and shared_options.takes seconds
-    )
-    from saccade.hf.load import load_model
+    loaded = load(model)
+    from saccade.hf.context import Context
 
-    loaded = load_model(model)
     try:
         with Context(loaded, params) as ctx:
             if saved is not None and saved.exists:
@@ -94,13 +92,26 @@ def _print(
 ) -> int:  # fmt: skip
     """Print what comes and what it took; with a session, Ctrl-C ends it between two tokens."""
     interrupt = DeferredInterrupt() if session is not None else None
-    tokens = (each.token for each in generated)
+    came = False
+
+    def written() -> Iterator[int]:
+        nonlocal came
+        for each in generated:
+            came = True
+            yield each.token
+
+    tokens = written()
     try:
         if interrupt is None:
             _print_text(tokens, loaded.tokenizer)
         else:
             with interrupt:
                 _print_text(interrupt.until_stopped(tokens), loaded.tokenizer)
+    except Exception:  # the context is full, or nobody reads the output any more
+        if session is not None and came:
+            with contextlib.suppress(Exception):  # what stopped the text is what to say
+                session.save(ctx, sampler)
+        raise
     finally:
         if ctx.stats.prompt_tokens or ctx.stats.decode_tokens:
             print(stats_line(ctx.stats), file=sys.stderr)
@@ -140,12 +151,20 @@ def read_prompt(prompt: str | None, file: str | None, *, optional: bool = False)
 
 
 def _read_bytes(name: str) -> bytes:
-    if name == "-":
-        return sys.stdin.buffer.read()
     try:
-        return Path(name).expanduser().read_bytes()
+        if name == "-":
+            found = sys.stdin.buffer.read(_LONGEST + 1)
+        else:
+            with Path(name).expanduser().open("rb") as file:
+                found = file.read(_LONGEST + 1)
     except OSError as error:
         raise UsageError(f"--prompt-file {name} cannot be read: {error.strerror}.") from None
+    if len(found) > _LONGEST:
+        raise UsageError(f"--prompt-file {name} has no end within 256 MiB: give a shorter text.")
+    return found
+
+
+_LONGEST = 2**28  # a device such as /dev/zero never ends
 
 
 def encode(loaded: LoadedModel, text: str, *, raw: bool, follows: bool = False) -> list[int]:

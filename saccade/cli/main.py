@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _nowhere(sys.stdout)
         return 141
     except Exception as error:
         if traceback:
@@ -78,6 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = bug(error) if said is None else said
         print(shown if shown.startswith("saccade") else f"saccade: {shown}", file=sys.stderr)
         return 1 if said is None else 2
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: else Python says it again at exit, with a traceback
+            _nowhere(sys.stdout)
+
+
+def _nowhere(stream: Any) -> None:
+    """Let what a stream still holds go nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # a stand-in has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_streams() -> None:

@@ -59,8 +59,8 @@ def gguf_tokenizer(keys: Mapping[str, Any]) -> tuple[Any, list[int], list[str]]:
     backend, add_bos, add_eos = build(vocabulary, notes)
     special = _add_tokens(backend, vocabulary)
     _add_ends(backend, vocabulary, add_bos, add_eos)
-    named = {role: special[i] for name, role in _ROLES.items()
-             if (i := vocabulary.ids.get(name)) in special}  # fmt: skip
+    named: dict[str, Any] = {role: special[i] for name, role in _ROLES.items()
+                             if (i := vocabulary.ids.get(name)) in special}  # fmt: skip
     template = header.get("tokenizer.chat_template")
     if isinstance(template, str):
         named["chat_template"] = template

@@ -175,7 +175,7 @@ def _gguf_tokenizer(
         notes.append(f"no tokenizer could be read: {reason(error)}")
         return None
     notes += found
-    if ends and model.generation_config is not None:
+    if ends and model.can_generate():
         model.generation_config.eos_token_id = ends
     return tokenizer
 

@@ -18,6 +18,8 @@ from saccade.runtime import params as runtime_params
 from saccade.runtime.params import ContextParams
 from saccade.sparse import PATTERNS
 from tests.cli.byte_tokenizer import Bytes
+from tests.hf.gguf_files import write_gguf
+from tests.tiny_models import tiny_config, tiny_model
 
 
 def params(*words):
@@ -144,7 +146,9 @@ class Echo:
 @pytest.fixture
 def echo(stand_in):
     config = SimpleNamespace(generation_config=None)
-    loaded = SimpleNamespace(model=config, tokenizer=Bytes(), name="m", n_ctx_train=8)
+    loaded = SimpleNamespace(
+        model=config, tokenizer=Bytes(), name="m", n_ctx_train=8, notes=["it was guessed."]
+    )
     stand_in("saccade.hf.load", load_model=lambda _: loaded)
     stand_in("saccade.hf.context", Context=Echo)
 
@@ -154,6 +158,7 @@ def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
     captured = capsys.readouterr()
     assert captured.out == "ča\n"
     assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
+    assert "Note: it was guessed.\n" in captured.err
 
 
 def test_errors_of_the_context_name_options(capsys, echo):
@@ -257,3 +262,42 @@ def test_the_next_message_begins_behind_the_answer():
         )
     )
     assert tokens.next_message(tokenizer, "hi") == "<end><user>hi<end><assistant>"
+
+
+def test_a_session_is_saved_when_the_reader_of_the_text_leaves(tmp_path, monkeypatch, capsys):
+    """`saccade generate ... | head`: what was written stays, although nobody reads on."""
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama")
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    line = ["generate", "-m", str(path), "-p", "t1", "-n", "9", "--session", str(tmp_path / "s")]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Closed())
+        assert main.main(line) == 141
+    assert "Saved" in capsys.readouterr().err
+    assert main.main(line) == 0 and "Going on from" in capsys.readouterr().err
+
+
+def test_a_session_that_cannot_be_saved_is_refused_before_the_prompt(tmp_path, monkeypatch, capsys):
+    from saccade import runtime
+
+    def refuse(path, ctx, sampler=None):
+        raise BadInput("its keys cannot be named.")
+
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama")
+    monkeypatch.setattr(runtime, "save_session", refuse)
+    line = ["generate", "-m", str(path), "-p", "t1", "-n", "2", "--session", str(tmp_path / "s")]
+    assert main.main(line) == 2
+    shown = capsys.readouterr()
+    assert "saccade: --session cannot be saved later: its keys cannot be named." in shown.err
+    assert shown.out == "" and [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_prompt_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr(generate, "_LONGEST", 1000)
+    with pytest.raises(UsageError, match="/dev/zero has no end within"):
+        generate.read_prompt(None, "/dev/zero")

@@ -150,9 +150,20 @@ def test_streams_that_a_shell_closed(command, capsys, monkeypatch):
     assert main.main(command) == 2
     sys.stdin.close()
     assert "is empty" in capsys.readouterr().err or command[0] == "chat"
-    script = "import sys; from saccade.cli.main import main; sys.exit(main(['plan', '-m', 'x']))"
+
+
+def test_a_process_without_any_stream():
+    words = ["generate", "-m", "x", "-f", "-"]
+    script = f"import sys; from saccade.cli.main import main; sys.exit(main({words}))"
     closed = f'exec 0<&- 1>&- 2>&-; exec {sys.executable} -c "{script}"'
     assert subprocess.run(["sh", "-c", closed], check=False).returncode == 2
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "1e999", '{"schema": "x"}', "\xff"])
+def test_a_record_that_is_none_is_one_sentence(text, tmp_path, capsys):
+    (tmp_path / "r.json").write_text(text, encoding="latin-1")
+    assert main.main(["bench", "cpu", "--record", str(tmp_path / "r.json")]) == 2
+    assert "r.json is no" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 NAMES = ["--model", "--session", "--prompt-file"]
@@ -171,9 +182,7 @@ def test_names_that_no_file_has(option, name, said, capsys):
     assert said in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "value", ["9" * 400, "9" * 5000, "-1", "0", "inf", "nan", "1e3", "x" * 500]
-)
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "-1", "0", "inf", "1e3", "x" * 500])
 def test_numbers_beyond_all_use_are_one_short_sentence(value, capsys):
     for option in ("--ctx-size", "--swa", "--n-predict", "--batch-size"):
         assert main.main(["generate", "-m", "m", "-p", "hi", option, value]) == 2

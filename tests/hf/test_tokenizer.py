@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+import gguf
 import pytest
 
 from saccade.core import BadInput
@@ -111,14 +112,21 @@ class TestEnds:
         assert self.ends("<|end|>") == ["<|end|>"]
         assert self.ends("<|end|>", "<|return|>", "<|call|>") == ["<|return|>", "<|call|>"]
 
-    def test_generation_config_and_command_line_have_them(self, tmp_path):
+    def test_generation_config_and_command_line_have_them(self, tmp_path, monkeypatch):
         from saccade.cli.tokens import end_tokens
         from saccade.hf import load_model
         from tests.hf.gguf_files import write_gguf
         from tests.tiny_models import tiny_config, tiny_model
 
+        write = gguf.GGUFWriter.write_header_to_file
+
+        def with_eot(self, *path):
+            self.add_eot_token_id(5)
+            write(self, *path)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_eot)
         path = tmp_path / "eot.gguf"
-        write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama", eot=5)
+        write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama")
         loaded = load_model(path)
         assert loaded.model.generation_config.eos_token_id == [2, 5]
         assert end_tokens(loaded) == {2, 5}
