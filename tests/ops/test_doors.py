@@ -30,7 +30,7 @@ def by_call(q, k, v, backend, **options):
     [
         ((2, 4, 3, 16), (1, 2, 9, 16), (1, 2, 9, 16), "share the batch, got 2 and 1"),
         ((1, 4, 3, 16), (3, 2, 9, 16), (3, 2, 9, 16), "share the batch, got 1 and 3"),
-        ((2, 4, 3, 16), (2, 3, 9, 16), (2, 3, 9, 16), "multiple of the key/value heads, got 4 and 3"),
+        ((2, 4, 3, 16), (2, 3, 9, 16), (2, 3, 9, 16), "key/value heads, got 4 and 3"),
         ((2, 4, 3, 16), (2, 2, 9, 16), (2, 4, 9, 16), "share batch, heads and length"),
         ((2, 4, 3, 16), (2, 2, 9, 16), (2, 2, 8, 16), "share batch, heads and length"),
         ((2, 4, 3, 16), (2, 2, 9, 8), (2, 2, 9, 16), "share head_dim, got 16 and 8"),
