@@ -48,7 +48,7 @@ def assert_equal(ours, exact, allowed):
         assert error <= allowed, f"off by {error:.3g}"
 
 
-@fuzz(120)
+@fuzz(80)
 @given(doors())
 def test_right_or_one_sentence(door):
     if door.wrong:
@@ -69,7 +69,7 @@ def test_right_or_one_sentence(door):
         assert_equal(ours, exact, allowed)
 
 
-@fuzz(120)
+@fuzz(80)
 @given(view_doors())
 def test_views_are_right_or_one_sentence(door):
     if door.wrong is not None:
