@@ -159,7 +159,7 @@ class DenseKV(TensorView):
     """Contiguous slots `[B, Hkv, slots, D]` described by at most a few spans (a ring has three).
 
     Args:
-        k: `[B, Hkv, slots, D]`; v: `[B, Hkv, slots, Dv]`; any strides with a unit last one.
+        k: `[B, Hkv, slots, D]`; v: `[B, Hkv, slots, Dv]`; any strides.
         spans: ascending in position, disjoint in slots; slots in no span are empty.  Default:
             slot i holds position i.
 

@@ -39,7 +39,8 @@ def _check_table(table: Tensor, kv_lens: Tensor, longest: int, pages: int, size:
     low, high = extremes(table)
     if low >= 0 and high < pages:
         return
-    used = torch.arange(0, table.shape[-1] * size, size) < kv_lens[..., None]
+    starts = torch.arange(0, table.shape[-1] * size, size, device=table.device)
+    used = starts < kv_lens[..., None]
     wrong = table[used & ((table < 0) | (table >= pages))]
     if wrong.numel():
         raise ValueError(f"page_table names page {int(wrong[0])}, but the pool has {pages} pages.")

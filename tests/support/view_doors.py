@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saccade.core import DenseKV, PerHeadFP8KV, Span, quantize_fp8_per_head
+from saccade.core import DenseKV, Mask, PerHeadFP8KV, Span, quantize_fp8_per_head
 from tests.support import views
 from tests.support.layouts import SAME_NUMBERS
 from tests.support.random_inputs import generator
@@ -49,13 +49,34 @@ def view_doors(draw: Draw) -> ViewDoor:
     k, v = (torch.randn(batch, kv_heads, length, dim, generator=source).to(dtype) for _ in "kv")
     plain = _view(kind, k, v, draw, source)
     layout = SAME_NUMBERS[draw(st.sampled_from(sorted(SAME_NUMBERS)))]
-    options = {} if kind != "growing" else {"kv_lens": torch.full((batch,), length)}
+    options = _options(kind, (batch, kv_heads * groups, q_len, length), draw, source)
     q = quantize_fp8_per_head(q) if kind == "fp8" else q
     wrong, fault = (None, "")
     if draw(st.integers(0, 2)) == 0:
         fault = draw(st.sampled_from(sorted(FAULTS[kind])))
         wrong = _maker(plain, FAULTS[kind][fault])
     return ViewDoor(q, plain, moved(plain, layout), options, wrong, fault)
+
+
+def _options(kind: str, sizes: tuple[int, ...], draw: Draw, source: torch.Generator) -> Any:
+    """The mask and what else a call over a view may have."""
+    batch, heads, q_len, length = sizes
+    masks = [{}, {"causal": False}, {"window": 5}, {"window": 9, "sinks": 2}]
+    found: dict[str, Any] = {"mask": Mask(**draw(st.sampled_from(masks)))}
+    extra = draw(st.sampled_from(["", "", "padding", "lens", "mask", "softcap", "sinks", "offset"]))
+    if extra == "padding":
+        found["key_padding"] = torch.rand(batch, length, generator=source) < 0.7
+    elif extra == "lens" or kind == "growing":
+        found["kv_lens"] = torch.randint(0, length + 1, (batch,), generator=source)
+    elif extra == "mask" and kind != "ragged":
+        found["attn_mask"] = torch.rand(batch, 1, q_len, length, generator=source) < 0.7
+    elif extra == "softcap":
+        found["softcap"] = 2.0
+    elif extra == "sinks":
+        found["sink_logits"] = torch.randn(heads, generator=source)
+    elif extra == "offset":
+        found["q_offset"] = torch.randint(-3, length, (batch,), generator=source)
+    return found
 
 
 def _maker(view: Any, change: Callable[[Any], dict[str, Any]]) -> Callable[[], Any]:

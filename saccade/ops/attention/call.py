@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from saccade.core import BlockSelection, DenseKV, KVView, Mask
+from saccade.core import BlockSelection, DenseKV, KVView, Mask, Unsupported
 from saccade.core.formats import FP8
 from saccade.ops.attention.checks import (
     check_masks,
@@ -125,6 +125,11 @@ class AttentionCall:
     def q_bounds(self, start: int, stop: int) -> tuple[int, int]:
         """Smallest and largest position of the queries start .. stop-1 over the batch."""
         if isinstance(self.q_offset, Tensor) and self.q_offset.numel():
+            if self.q_offset.is_meta:
+                raise Unsupported(
+                    "positions in a meta tensor cannot be read. Pass q_offset as an int, or "
+                    "tensors with memory."
+                )
             low, high = torch.aminmax(self.q_offset)
             return int(low) + start, int(high) + stop - 1
         first = 0 if isinstance(self.q_offset, Tensor) else self.q_offset

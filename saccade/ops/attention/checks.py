@@ -203,6 +203,11 @@ def check_traceable(*tensors: object) -> None:
             "torch.jit.trace records tensor operations for one length and cannot record "
             "saccade's kernels. Use torch.compile or torch.export."
         )
+    if any(isinstance(x, Tensor) and x.is_neg() for x in tensors):
+        raise Unsupported(
+            "attention cannot read a tensor whose sign is turned lazily, such as conj().imag. "
+            "Call resolve_neg() on it first."
+        )
     if torch._C._functorch.peek_interpreter_stack() is None:  # type: ignore[attr-defined]
         return
     if any(isinstance(x, Tensor) and _is_batched(x) for x in tensors):

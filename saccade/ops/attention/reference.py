@@ -68,7 +68,7 @@ def _softmax(scores: Tensor, sink_logits: Tensor | None) -> tuple[Tensor, Tensor
 def _weighted_sum(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """weights @ v, where 0 weight of an unseen key is exactly nothing (0 * nan would be nan)."""
     values = v[:, :, None]
-    if v.isfinite().all():
+    if v.is_meta or v.isfinite().all():
         return weights @ values
     products = weights[..., None] * values[..., None, :, :]
     return products.where(visible[..., None], 0).sum(-2)

@@ -84,8 +84,9 @@ def run(call: AttentionCall) -> AttentionOutput:
     kernels = extension()
     assert kernels is not None
     call = in_kernel_form(call)  # a name of its own keeps converted tensors alive during the call
-    out = torch.empty((*call.q.shape[:3], call.kv.shape[4]), dtype=call.q.dtype)
-    lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+    # new_empty: inside of `with torch.device(...)` torch.empty would allocate elsewhere.
+    out = call.q.new_empty((*call.q.shape[:3], call.kv.shape[4]))
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     if planning():
         note_workspace(workspace_bytes(call))
     else:

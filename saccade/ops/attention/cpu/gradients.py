@@ -26,8 +26,9 @@ def backward(
     delta = (dout.float() * out.float()).sum(-1) - dlse
     padded = -(-dim // _DQ_ALIGNMENT) * _DQ_ALIGNMENT
     sequences = 1 if call.cu_seqlens is None else call.cu_seqlens[0].shape[0] - 1
-    dq = torch.zeros(_num_chunks(k, sequences), batch, heads, q_len, padded)
-    dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (k, v))
+    chunks = _num_chunks(k, sequences)
+    dq = call.q.new_zeros(chunks, batch, heads, q_len, padded, dtype=torch.float32)
+    dk, dv = (x.new_zeros(x.shape) for x in (k, v))
     dout, delta = dout.contiguous(), delta.contiguous()
     gradients = tuple(record(x) for x in (dout, delta, dq, dk, dv))
     kernels = extension()
