@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -217,8 +218,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+AVAILABLE = [case for case in CASES if CASES[case][0] in gguf.MODEL_ARCH_NAMES.values()]
+"""Those that the installed package gguf can write."""
+
+
 def make(case: str, **changes: Any) -> Any:
     """A model with random weights, sharp attention, and norms that are not all ones."""
+    if case not in AVAILABLE:
+        pytest.skip(f"this version of gguf knows no {CASES[case][0]}")
     _, model_type, settings = CASES[case]
     old = settings.get("n_head") or settings.get("num_attention_heads") or "mamba" in case
     layers = {"num_hidden_layers": 2, "eos_token_id": 2}
@@ -226,7 +233,9 @@ def make(case: str, **changes: Any) -> Any:
         model_type, **{**(layers if old else COMMON), **settings, **changes}
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 1 or "sinks" in name:
