@@ -25,6 +25,8 @@ UNUSED = {  # what the model's class has no place for, or another key of the fil
     "phi3": {"rope.scaling.original_context_length"},
     "llama": {"vocab_size"},
     "deci": {"vocab_size"},
+    "smollm3": {"vocab_size"},
+    "granite": {"vocab_size"},
     "lfm2": {"vocab_size"},
 }
 
@@ -146,6 +148,8 @@ def test_keys_that_change_nothing_are_not_named(tmp_path):
         ("llama", {"context_length": None}),
         ("llama", {"embedding_length": 128}),
         ("deci", {"attention.head_count_kv": [2, 1]}),
+        ("granite", {"attention.scale": None}),
+        ("granite", {"logit_scale": None}),
         ("mixtral", {"expert_used_count": 5}),
         ("mixtral", {"expert_weights_scale": 2.5}),
         ("mixtral", {"expert_gating_func": 2}),

@@ -77,6 +77,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     ),
     "deci": ("deci", "llama", {}),
+    "smollm3": ("smollm3", "smollm3", {"num_hidden_layers": 5, "rope_parameters": ROPE}),
+    "granite": (
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 8.0,
+        },
+    ),
     "qwen2": ("qwen2", "qwen2", {"rope_parameters": ROPE}),
     "qwen2 yarn": ("qwen2", "qwen2", {"rope_parameters": YARN}),
     "qwen2 yarn magnitude": (

@@ -194,6 +194,14 @@ def shared_expert(facts: Facts, values: Values) -> None:
     facts.must_be("expert_shared_count", 1, "one shared expert")
 
 
+def multipliers(facts: Facts, values: Values) -> None:
+    """What Granite scales by; the first two must be there, as for llama.cpp."""
+    values["attention_multiplier"] = facts.real("attention.scale")
+    values["logits_scaling"] = facts.real("logit_scale")
+    values["embedding_multiplier"] = facts.real("embedding_scale", 1.0)
+    values["residual_multiplier"] = facts.real("residual_scale", 1.0)
+
+
 def layer_norm_eps(name: str) -> Step:
     """The epsilon of models that files give under either name."""
 
