@@ -37,7 +37,7 @@ class LoadedModel:
         tokenizer: None where the files bring none that can be read.
         name: for tables.
         n_ctx_train: length it was trained for, in tokens.
-        notes: what had to be repaired or is missing, a sentence each.
+        notes: what the files hold that is not used, or lack and is assumed, a sentence each.
     """
 
     model: PreTrainedModel

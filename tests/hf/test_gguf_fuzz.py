@@ -21,7 +21,7 @@ from tests.hf.converter import converted
 from tests.hf.gguf_files import write_gguf
 from tests.hf.test_gguf_architectures import AVAILABLE, CASES, make
 
-EXAMPLES = int(os.environ.get("SACCADE_FUZZ", "25"))
+EXAMPLES = int(os.environ.get("SACCADE_FUZZ", "15"))
 LONGEST = 20.0
 NUMBERS = (0, 1, 2, 7, 255, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1)
 VALUES = (
