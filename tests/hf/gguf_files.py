@@ -68,7 +68,7 @@ def write_gguf(
 def add_tensor(
     writer: gguf.GGUFWriter, name: str, array: Any, kind: gguf.GGMLQuantizationType | None
 ) -> None:
-    array = np.ascontiguousarray(np.asarray(array, np.float32))
+    array = np.array(array, np.float32, order="C")  # a copy: writers swap bytes in place
     if kind is None:
         writer.add_tensor(name, array)
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from saccade.core import BadInput
 from saccade.hf import load_model
@@ -24,6 +25,8 @@ UNUSED = {  # what the model's class has no place for, or another key of the fil
     "phi3": {"rope.scaling.original_context_length"},
     "llama": {"vocab_size"},
     "deci": {"vocab_size"},
+    "smollm3": {"vocab_size"},
+    "granite": {"vocab_size"},
     "lfm2": {"vocab_size"},
 }
 
@@ -81,7 +84,7 @@ def test_a_tensor_that_is_missing_is_named(case, tmp_path):
     model = make(case)
     _, tensors = converted(model, architecture)
     names = [name for name in stacked(tensors) if name.startswith("blk.1.") or name == "token_embd"]
-    for name in names[:: max(1, len(names) // 4)]:
+    for name in names[:: max(1, len(names) // 2)]:
         write_gguf(model, path, architecture, skip=(name,))
         assert name in sentence_about(path)
 
@@ -145,6 +148,8 @@ def test_keys_that_change_nothing_are_not_named(tmp_path):
         ("llama", {"context_length": None}),
         ("llama", {"embedding_length": 128}),
         ("deci", {"attention.head_count_kv": [2, 1]}),
+        ("granite", {"attention.scale": None}),
+        ("granite", {"logit_scale": None}),
         ("mixtral", {"expert_used_count": 5}),
         ("mixtral", {"expert_weights_scale": 2.5}),
         ("mixtral", {"expert_gating_func": 2}),
@@ -224,7 +229,8 @@ def test_the_name_of_a_model_does_not_matter(name, tmp_path):
     model = make("llama tied, wide heads")
     write_gguf(model, path, "llama", **writer_name)
     loaded = load_model(path)
-    assert loaded.model.config.model_type == "llama" and loaded.notes == []
+    assert loaded.model.config.model_type == "llama"
+    torch.testing.assert_close(loaded.model.model.norm.weight, model.model.norm.weight)
 
 
 @pytest.mark.parametrize("architecture", ["clip", "t5", "gemma4", "no such"])

@@ -93,9 +93,9 @@ def test_a_big_endian_file_with_blocks_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_quantized_tensors_are_what_the_package_gguf_says(tmp_path, kind):
     model, name = make("qwen2"), "blk.1.ffn_up.weight"
+    if kind not in gguf.GGMLQuantizationType.__members__:
+        pytest.skip(f"this version of gguf has no {kind}")
     code = gguf.GGMLQuantizationType[kind]
-    if kind == "MXFP4" and not hasattr(gguf.quants, "MXFP4"):
-        pytest.skip("this gguf has no MXFP4")
     write_gguf(model, tmp_path / "m.gguf", "qwen2", quantized={name: code})
     weight = converted(model, "qwen2")[1][name]
     wanted = gguf.dequantize(gguf.quantize(weight, code), code)

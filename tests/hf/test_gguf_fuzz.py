@@ -17,10 +17,11 @@ import pytest
 
 from saccade.core import BadInput
 from saccade.hf import load_model
+from tests.hf.converter import converted
 from tests.hf.gguf_files import write_gguf
-from tests.hf.test_gguf_architectures import CASES, make
+from tests.hf.test_gguf_architectures import AVAILABLE, CASES, make
 
-EXAMPLES = int(os.environ.get("SACCADE_FUZZ", "25"))
+EXAMPLES = int(os.environ.get("SACCADE_FUZZ", "15"))
 LONGEST = 20.0
 NUMBERS = (0, 1, 2, 7, 255, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1)
 VALUES = (
@@ -71,7 +72,7 @@ def originals(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("fuzz")
     cases = ("llama 3", "gpt-oss", "lfm2", "stablelm 12b", "phi3 longrope", "bloom", "mamba")
     files = {}
-    for case in cases:
+    for case in (case for case in cases if case in AVAILABLE):
         write_gguf(make(case), folder / "m.gguf", CASES[case][0], tokens=case == "llama 3")
         files[case] = (folder / "m.gguf").read_bytes()
     return files
@@ -92,10 +93,8 @@ def test_changed_keys(tmp_path):
     """Values of another type and size, under the names that the file has."""
     for seed in range(EXAMPLES):
         chance = random.Random(seed)
-        case = chance.choice(sorted(CASES))
+        case = chance.choice(AVAILABLE)
         model = make(case)
-        from tests.hf.converter import converted
-
         found, tensors = converted(model, CASES[case][0])
         keys: dict[str, Any] = {}
         for key in chance.sample(sorted(found), chance.randint(1, 3)):

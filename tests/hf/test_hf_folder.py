@@ -189,7 +189,21 @@ def test_a_rope_key_that_transformers_does_not_know_is_named(tmp_path):
 
 def test_more_layers_than_weights_are_refused_before_they_are_built(tmp_path):
     change_config(saved(tmp_path), num_hidden_layers=2_000_000_000)
-    assert "2000000000 layers" in sentence_about(tmp_path)
+    assert "num_hidden_layers = 2000000000" in sentence_about(tmp_path)
+    change_config(tmp_path, num_hidden_layers=9000)
+    assert "9000 layers" in sentence_about(tmp_path)
+
+
+@pytest.mark.parametrize("hidden", [2**24, 64])
+def test_weights_that_were_saved_by_torch(tmp_path, hidden):
+    model = tiny_model(tiny_config("llama"))
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    change_config(tmp_path, hidden_size=hidden)
+    if hidden == 64:
+        torch.testing.assert_close(load_model(tmp_path).model.lm_head.weight, model.lm_head.weight)
+    else:
+        assert "its files hold" in sentence_about(tmp_path)
 
 
 def test_models_whose_config_names_their_length_otherwise(tmp_path):

@@ -151,6 +151,12 @@ def test_what_is_no_path(source):
     assert "is not a path" in message or message.startswith("no model at")
 
 
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, 3])
+def test_what_is_no_dtype(llama_file, dtype):
+    with pytest.raises(TypeError, match=r"expected a floating-point torch\.dtype or None"):
+        load_model(llama_file, dtype=dtype)
+
+
 def test_what_is_no_path_at_all():
     with pytest.raises(TypeError, match="expected a path or a name of a model, got int"):
         load_model(3)  # type: ignore[arg-type]

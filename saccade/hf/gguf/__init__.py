@@ -12,6 +12,6 @@ transformers has a loader of its own.  It drops what changes results (rotary fac
 caps), and fills what it finds no tensor for with random numbers, without a word.
 """
 
-from saccade.hf.gguf.described import Described, describe, load_weights
+from saccade.hf.gguf.described import Described, check_tensors, describe, load_weights
 
-__all__ = ["Described", "describe", "load_weights"]
+__all__ = ["Described", "check_tensors", "describe", "load_weights"]

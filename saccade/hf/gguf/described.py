@@ -88,21 +88,30 @@ def _unknown_keys(facts: Facts) -> list[str]:
     ]
 
 
-def load_weights(described: Described, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the weights of the file, in evaluation mode.
+def check_tensors(described: Described) -> PreTrainedModel:
+    """The model without memory, after checking that the file's tensors are its parameters.
 
     Raises:
         BadInput: tensors are missing, left over, or of another shape than the model's.
     """
-    config = described.config
-    shapes, notes = without_memory(config)
+    shapes, notes = without_memory(described.config)
     described.notes.extend(notes)
     made = _assembled(shapes, described, read=lambda info: torch.empty(info.shape, device="meta"))
     _check_shapes(shapes, made, described.facts)
+    return shapes
+
+
+def load_weights(described: Described, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with the weights of the file, in evaluation mode.
+
+    Raises:
+        BadInput: as `check_tensors`.
+    """
+    shapes = check_tensors(described)
     state = _assembled(shapes, described, read=lambda info: info.read().to(dtype))
     loaded: Any = type(shapes).from_pretrained(
         None,
-        config=config,
+        config=described.config,
         state_dict=state,
         dtype=dtype,
         attn_implementation=shapes.config._attn_implementation,

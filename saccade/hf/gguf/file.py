@@ -199,7 +199,10 @@ class _Parser:
         if not 0 < elements <= _MOST_ELEMENTS:
             raise Damaged(f"the tensor {name!r} has the shape {shape}")
         if code not in set(gguf.GGMLQuantizationType):
-            raise Damaged(f"the tensor {name!r} has the unknown type {code}")
+            raise Damaged(
+                f"the tensor {name!r} has the type {code}, which the installed package gguf does "
+                "not know (a newer one may)"
+            )
         kind = gguf.GGMLQuantizationType(code)
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % per_block:

@@ -127,6 +127,12 @@ MAMBA: Final = Row(
 ROWS: Final[Mapping[str, Row | Callable[[Facts], Row]]] = {
     "llama": _llama,
     "deci": LLAMA,
+    "smollm3": replace(LLAMA, model_type="smollm3"),
+    "granite": replace(
+        LLAMA,
+        model_type="granite",
+        steps=(steps.multipliers, steps.heads, steps.rope(), _BIASES),
+    ),
     "qwen2": _QWEN2,
     "qwen2moe": replace(
         _QWEN2,

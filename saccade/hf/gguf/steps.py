@@ -35,21 +35,22 @@ def vocabulary(facts: Facts, values: Values) -> None:
 
 
 def heads(facts: Facts, values: Values) -> None:
+    """Heads, groups of heads that share keys, and their size; the rows of attn_q must be theirs."""
     heads = values["num_attention_heads"]
     groups = facts.integer("attention.head_count_kv", heads)
-    dim = _head_dim(facts, values["hidden_size"], heads)
+    rows = facts.file.tensors.get("blk.0.attn_q.weight")
+    width = rows.shape[0] if rows else values["hidden_size"]
+    dim = _head_dim(facts, width, heads)
     if heads % groups:
         raise facts.wrong("attention.head_count_kv", f"a divisor of {heads} heads", groups)
-    if "blk.0.attn_q.weight" in facts.file.tensors:
-        rows = facts.shape("blk.0.attn_q.weight")[0]
-        if rows != heads * dim:
-            raise facts.wrong("attention.head_count", f"{rows} rows of attn_q / {dim}", heads)
+    if rows and width != heads * dim:
+        raise facts.wrong("attention.head_count", f"{width} rows of attn_q / {dim}", heads)
     values |= {"num_key_value_heads": groups, "head_dim": dim}
     _usual_scale(facts, values)
 
 
-def _head_dim(facts: Facts, hidden: int, heads: int) -> int:
-    dim = facts.integer("attention.key_length", max(1, hidden // heads))
+def _head_dim(facts: Facts, width: int, heads: int) -> int:
+    dim = facts.integer("attention.key_length", max(1, width // heads))
     facts.must_be("attention.value_length", dim, "as large as key_length")
     facts.must_be("attention.causal", True, "a language model")
     return dim
@@ -191,6 +192,14 @@ def shared_expert(facts: Facts, values: Values) -> None:
     key = "expert_shared_feed_forward_length"
     values["shared_expert_intermediate_size"] = facts.integer(key, rows, least=0) or rows
     facts.must_be("expert_shared_count", 1, "one shared expert")
+
+
+def multipliers(facts: Facts, values: Values) -> None:
+    """What Granite scales by; the first two must be there, as for llama.cpp."""
+    values["attention_multiplier"] = facts.real("attention.scale")
+    values["logits_scaling"] = facts.real("logit_scale")
+    values["embedding_multiplier"] = facts.real("embedding_scale", 1.0)
+    values["residual_multiplier"] = facts.real("residual_scale", 1.0)
 
 
 def layer_norm_eps(name: str) -> Step:
