@@ -55,7 +55,7 @@ def _padding(mask: Tensor) -> Tensor:
 def check_values(holds: Tensor, sentence: str) -> None:
     """Raise unless true; in a compiled graph, which cannot branch on a value, when it runs."""
     if torch.compiler.is_compiling():
-        torch._assert_async(holds, sentence)
+        torch._assert_async(holds, sentence)  # pyright: ignore[reportPrivateImportUsage]
     elif not bool(holds):
         raise Unsupported(sentence)
 

@@ -122,7 +122,7 @@ class SpecMask(Tensor):
     def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """On another device still a SpecMask; of another dtype, or a copy, the real matrix."""
         try:
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
         except RuntimeError:  # it accepts no `copy=`
             return self.dense().to(*args, **kwargs)
         if dtype in (None, self.dtype) and device in (None, self.device):
@@ -212,7 +212,7 @@ def is_traced() -> bool:
 
     A graph holds for other inputs too, so it may depend on no value that a tensor has.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def only_adds_masks(config_class: type[PreTrainedConfig]) -> bool:
