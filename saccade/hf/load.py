@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from saccade.core import BadInput
+from saccade.hf.facts import trained_length
 from saccade.hf.gguf_file import GGUFHeader, check_gguf, repair_config, shared_reading
 from saccade.hf.register import KEY
 
@@ -88,12 +89,12 @@ def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
     path = _located(source)
     if path.is_dir():
         config = _folder_config(path)
-        return config, path.name, _trained_length(config)
+        return config, path.name, trained_length(config)
     _need_gguf()
     with shared_reading():
         config, header, _ = _gguf_config(path)
     config.dtype = torch.float32
-    return config, path.stem, header.context_length or _trained_length(config)
+    return config, path.stem, header.context_length or trained_length(config)
 
 
 def _located(source: str | Path) -> Path:
@@ -142,7 +143,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         model=_weights(path, where, config, dtype or torch.float32),
         tokenizer=_tokenizer(where, notes),
         name=path.stem,
-        n_ctx_train=header.context_length or _trained_length(config),
+        n_ctx_train=header.context_length or trained_length(config),
         notes=notes,
     )
 
@@ -155,10 +156,6 @@ def _folder_config(path: Path) -> PreTrainedConfig:
         )
     with _quiet(), _as_bad_input(path):
         return AutoConfig.from_pretrained(path, local_files_only=True)
-
-
-def _trained_length(config: PreTrainedConfig) -> int:
-    return config.get_text_config(decoder=True).max_position_embeddings
 
 
 def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
@@ -175,7 +172,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         model=model,
         tokenizer=tokenizer,
         name=path.name,
-        n_ctx_train=_trained_length(config),
+        n_ctx_train=trained_length(config),
         notes=notes,
     )
 
