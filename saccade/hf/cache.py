@@ -25,6 +25,15 @@ MakeLayer = Callable[[int, int | None], LayerCache]
 """(layer index, the model's own window or None) -> an empty cache for that layer."""
 
 
+def _no_tensors(layer: SaccadeCacheLayer) -> None:
+    """What is read of `layer.keys`: None before the first token, refused after it."""
+    if layer.is_initialized:
+        raise Unsupported(
+            "the model reads the tensors of its cache itself, but a saccade cache keeps keys in "
+            "another layout and gives them out by update() alone. Use a cache of transformers."
+        )
+
+
 class SaccadeCacheLayer(CacheLayerMixin):
     """One of our LayerCaches behind transformers' layer protocol.
 
@@ -38,6 +47,8 @@ class SaccadeCacheLayer(CacheLayerMixin):
 
     is_compileable = False
     supports_early_init = False
+    is_initialized = False
+    keys = values = property(_no_tensors, lambda layer, tensor: None)  # type: ignore[assignment]
 
     def __init__(
         self,
