@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.cache import DenseCache, StateCache
-from saccade.cache import snapshot
+from saccade.cache import DenseCache, StateCache, snapshot
 from saccade.core import BadInput, Unsupported
 from saccade.runtime.rollback import checkpoint
 
