@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
 from saccade.hf.layers import layer_kinds
+from saccade.runtime import Context as AnyContext
 from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
 
@@ -63,7 +64,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     return model(ids, **options).logits[0]
 
 
-def read(ctx: Context, ids: Tensor) -> Tensor:
+def read(ctx: AnyContext, ids: Tensor) -> Tensor:
     """Logits `[t, vocab]` of tokens that are read in chunks, then one by one."""
     parts = [ids[:2], *ids[2:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
     return torch.cat(

@@ -211,7 +211,7 @@ def tiny_config(name: str, *, layers: int = LAYERS, **changes: Any) -> PreTraine
 
 
 def _shrunk(kind: type[PreTrainedConfig], own: dict[str, Any], layers: int) -> PreTrainedConfig:
-    default, parts = kind(), kind.sub_configs
+    default, parts = kind(), dict[str, Any](kind.sub_configs)  # type: ignore[call-overload]
     fields = {name: value for name, value in SIZES.items() if _settable(default, name)}
     fields |= {name: layers for name in _LAYERS if name in fields}
     for name, nested in parts.items():

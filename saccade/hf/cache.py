@@ -175,7 +175,7 @@ class SaccadeHybridLayer(  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.is_croppable = False
+        self.is_croppable = False  # type: ignore[misc]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of keys by position, of states by name, as transformers calls it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.cache import ShiftKeys, StateCache
+from saccade.cache import DenseCache, ShiftKeys, StateCache
 from saccade.core import Unsupported
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
@@ -131,6 +131,10 @@ class HFModel:
             _check_stored(model, cache, before + count)
         return hidden
 
+    def _probe(self) -> SaccadeCache:
+        """An empty cache of all keys, to see what the model does with a few tokens."""
+        return SaccadeCache(self.model.config, lambda layer, window: DenseCache(), run=self.run)
+
     @cached_property
     def _counts_from_zero(self) -> bool:
         return counts_from_zero(self.model)
@@ -138,7 +142,7 @@ class HFModel:
     @cached_property
     def _rebuilds_keys(self) -> bool:
         """Whether the model computes with what it caches itself, instead of only attending."""
-        cache = self.new_cache(ContextParams())
+        cache = self._probe()
         self._read(torch.ones(1, 1, dtype=torch.int64), cache)
         return cache.rebuilt
 
@@ -151,7 +155,7 @@ class HFModel:
         found: list[Tensor] = []
         tokens = torch.arange(2, device=self.model.device)[None]
         for changed in (False, True):
-            cache = self.new_cache(ContextParams() if self.run is None else self.run.params)
+            cache = self._probe()
             self._read(tokens, cache)
             if changed:
                 cache.disturb_states()
