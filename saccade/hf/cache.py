@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from saccade.runtime.model import Observer
 
 MakeLayer = Callable[[int, int | None], LayerCache]
 """(layer index, the model's own window or None) -> an empty cache for that layer."""
+
+
+_LAYER_WITHOUT_CACHE: Final[Any] = getattr(cache_utils, "DummyLayer", RecurrentLayer)
+"""Transformers' own; older ones (5.16) have none and give such layers states that stay empty."""
 
 
 def _no_tensors(layer: SaccadeCacheLayer) -> None:
@@ -237,7 +241,7 @@ class SaccadeCache(Cache):
             checkpoints = 0 if self.run is None else self.run.params.ctx_checkpoints
             states = StateCache(layer, lambda: self.seen, checkpoints=checkpoints)
             self._stores.append(states)
-        return cache_utils.DummyLayer() if layer is None else layer
+        return _LAYER_WITHOUT_CACHE() if layer is None else layer
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
