@@ -233,7 +233,8 @@ def row(name: str, columns: tuple[str, ...] = tuple(COLUMNS)) -> dict[str, Outco
 def settled(found: dict[str, Outcome]) -> dict[str, Outcome]:
     """A row in one line a text; one text for all columns where all say the same."""
     found = {column: " ".join(text.split()) for column, text in found.items()}
-    return {"model": found["plain"]} if len(set(found.values())) == 1 else found
+    texts = set(found.values())
+    return {"model": texts.pop()} if len(texts) == 1 else found
 
 
 def cell(found: dict[str, Outcome], column: str) -> Outcome:

@@ -60,7 +60,7 @@ class LayerSettings:
         self._any = _of_layer(None, params)
 
     def __getitem__(self, layer: int) -> AttentionSettings:
-        return self._layers[layer] if layer < len(self._layers) else self._any
+        return self._layers[layer] if 0 <= layer < len(self._layers) else self._any
 
 
 def _of_layer(own: int | None, params: ContextParams) -> AttentionSettings:
