@@ -7,21 +7,26 @@ arguments run those alone and print them.
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
 from saccade.hf.layers import layer_kinds
+from saccade.runtime import Context as AnyContext
 from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
 
@@ -59,7 +64,7 @@ def logits_of(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
     return model(ids, **options).logits[0]
 
 
-def read(ctx: Context, ids: Tensor) -> Tensor:
+def read(ctx: AnyContext, ids: Tensor) -> Tensor:
     """Logits `[t, vocab]` of tokens that are read in chunks, then one by one."""
     parts = [ids[:2], *ids[2:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
     return torch.cat(
@@ -76,7 +81,7 @@ def gap(ours: Tensor, theirs: Tensor) -> float:
 def judged(ours: Tensor, theirs: Tensor) -> Outcome:
     """`exact`, or WRONG with the gap."""
     found = gap(ours, theirs)
-    return "exact" if found < ROUNDING else f"WRONG: {found:.2g}"
+    return "exact" if found < ROUNDING else f"WRONG: {found:.1g}"
 
 
 def attached(family: Family) -> Outcome:
@@ -164,6 +169,8 @@ def shift(family: Family) -> Outcome:
         model = family.model
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     ids, keep, drop = family.ids[0], 4, 13
+    rest = torch.cat((ids[:keep], ids[keep + drop :]))
+    theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
     with Context(model) as ctx:
         ctx.append(ids[:PREFIX])
         ctx.shift(keep)
@@ -171,8 +178,6 @@ def shift(family: Family) -> Outcome:
         ours = torch.cat([ctx.logits(ctx.append(part)) for part in ids[PREFIX:].split(1)])
     if layers != 1:
         raise NoReference("no config of one layer")
-    rest = torch.cat((ids[:keep], ids[keep + drop :]))
-    theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
     return judged(ours, theirs)
 
 
@@ -206,8 +211,12 @@ def outcome(family: Family, column: str) -> Outcome:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = "/saccade/" in last.filename and isinstance(error, ValueError | TypeError)
-        kind = "refused" if ours else f"CRASH: {Path(last.filename).name}:{last.lineno} "
-        return f"{kind}: {type(error).__name__} {error}"
+        kind = "refused" if ours else f"CRASH: {Path(last.filename).name} "
+        return f"{kind}: {error}" if ours else f"{kind}{_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
 
 
 def row(name: str, columns: tuple[str, ...] = tuple(COLUMNS)) -> dict[str, Outcome]:
@@ -215,15 +224,88 @@ def row(name: str, columns: tuple[str, ...] = tuple(COLUMNS)) -> dict[str, Outco
     try:
         family = Family(name)
     except Exception as error:
-        return {"model": f"-: transformers cannot build or run it from its config alone: {error}"}
+        return {
+            "model": f"-: transformers cannot build or run it from its config alone: {_line(error)}"
+        }
     return {column: outcome(family, column) for column in columns}
 
 
-def main(names: list[str]) -> None:
-    """Print or write the rows."""
+def settled(found: dict[str, Outcome]) -> dict[str, Outcome]:
+    """A row in one line a text; one text for all columns where all say the same."""
+    found = {column: " ".join(text.split()) for column, text in found.items()}
+    texts = set(found.values())
+    return {"model": texts.pop()} if len(texts) == 1 else found
+
+
+def cell(found: dict[str, Outcome], column: str) -> Outcome:
+    """What a row of the record says of a column."""
+    return found["model"] if "model" in found else found[column]
+
+
+def rendered(record: dict[str, Any]) -> str:
+    """docs/families.md of a record."""
+    rows: dict[str, dict[str, Outcome]] = record["families"]
+    words = Counter(cell(found, "plain").partition(":")[0] for found in rows.values())
+    counts = {"exact": words["exact"], "refused": words["refused"], "unbuilt": words["-"]}
+    head = HEAD.format(**counts, version=record["transformers"])
+    lines = [head, f"| type | {' | '.join(COLUMNS)} | |", "|---" * (len(COLUMNS) + 2) + "|"]
+    sentences: dict[str, int] = {}
+    for name, found in rows.items():
+        parts = [cell(found, column).partition(": ") for column in COLUMNS]
+        said = [_general(text, name) for word, _, text in parts if word in ("refused", "-")]
+        notes = {str(sentences.setdefault(text, len(sentences) + 1)) for text in said}
+        marks = [MARKS.get(word, word) for word, _, _ in parts]
+        lines.append(f"| {name} | {' | '.join(marks)} | {' '.join(sorted(notes, key=int))} |")
+    listed = [f"{number}. {said}" for said, number in sentences.items()]
+    return "\n".join([*lines, "", "What `no` and `-` mean, by number:", "", *listed, ""])
+
+
+def _general(said: str, name: str) -> str:
+    """A sentence without the names of one family."""
+    said = re.sub(rf"\b{name}\b", "TYPE", said)
+    parts = "For|Attention|Embedding|LMHead|Model|Decoder"
+    said = re.sub(rf"\b[A-Z]\w*(?:{parts})\w*\b", "CLASS", said)
+    return re.sub(r"layer \d+|\d+ layers", "layer N", said)
+
+
+MARKS: Final = {"exact": "yes", "near": "yes", "refused": "no"}
+HEAD: Final = """# Families of models
+
+Every causal language model class of transformers {version}, as a tiny random model, against
+transformers' own eager attention: {exact} are exact, {refused} are refused before they read
+anything, {unbuilt} cannot be built from a config alone.  `python -m scripts.families --write` makes
+this page; a test compares it with the installed version.
+
+`attach` is the model's own forward; the others go through a Context. `plain`: a prompt in chunks,
+then token by token. `window`: `n_swa`. `yarn`: YaRN by options. `int8`: a quantized cache, near
+instead of exact. `session`: saved, restored, read on. `shift`: a context shift, in one layer.
+`yes`: equal up to rounding. `no`: refused by the sentence of that number. `-`: transformers itself
+computes nothing to compare with.
+"""
+PAGE: Final = Path(__file__).parents[1] / "docs" / "families.md"
+RECORD: Final = PAGE.with_suffix(".json")
+
+
+def write(rows: dict[str, dict[str, Outcome]]) -> None:
+    """Put rows into the record, and render the page."""
+    known = json.loads(RECORD.read_text())["families"] if RECORD.exists() else {}
+    known |= {name: settled(found) for name, found in rows.items()}
+    families = {name: known[name] for name in sorted(known)}
+    record = {"transformers": transformers.__version__, "families": families}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    PAGE.write_text(rendered(record))
+
+
+def main(words: list[str]) -> None:
+    """Print rows; with --write, write them too."""
+    names = [word for word in words if word != "--write"]
+    rows: dict[str, dict[str, Outcome]] = {}
     for name in names or FAMILIES:
-        for column, found in row(name).items():
+        rows[name] = row(name)
+        for column, found in rows[name].items():
             print(f"{name:26} {column:8} {found[:240]}", flush=True)
+    if "--write" in words:
+        write(rows)
 
 
 if __name__ == "__main__":

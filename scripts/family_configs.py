@@ -20,7 +20,7 @@ FAMILIES: Final[tuple[str, ...]] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB: Final = 128
 LAYERS: Final = 4
 WINDOW: Final = 8
-LARGEST: Final = 12_000_000
+LARGEST: Final = 40_000_000
 """Parameters; a larger config was not made tiny and is an error of this file."""
 
 _SHARPENED: Final = re.compile(
@@ -28,7 +28,7 @@ _SHARPENED: Final = re.compile(
     r"|q_b_proj|kv_b_proj|project_q|project_k|query_proj)\.weight$"
 )
 SHARPER: Final = 2.0
-"""Random weights are so small that attention is nearly flat; queries and keys are larger by this."""
+"""Queries and keys of random weights are small, and attention is nearly flat without this."""
 
 _WIDTH: Final = (
     *("hidden_size", "d_model", "n_embd", "embedding_size", "decoder_hidden_size", "dim"),
@@ -67,6 +67,7 @@ SIZES: Final[dict[str, Any]] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "sliding_window": WINDOW,
+    "attention_chunk_size": WINDOW,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -120,6 +121,13 @@ _INKLING: Final = {
     **{"swa_head_dim": 16, "sliding_window_size": WINDOW, "unpadded_vocab_size": ...},
     **{"n_shared_experts": 1, "rel_extent": 16, "d_rel": 4},
 }
+_DOTS3: Final = {
+    **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+    **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "v_head_dim")},
+    **{"swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "sliding_window": WINDOW},
+    **{"head_dim": 24, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8},
+    "shared_experts_intermediate_size": 32,
+}
 _QWEN4: Final = {
     **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
     **{"indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 64},
@@ -131,9 +139,9 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
     **dict.fromkeys(
         ("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu"), _LATENT
     ),
-    **dict.fromkeys(("dots3_note_text",), {**_LATENT, "sliding_window": ...}),
+    "dots3_note_text": {**_LATENT, **_DOTS3},
     "dots3_note": {
-        _TEXT: {**_LATENT, "sliding_window": ...},
+        _TEXT: {**_LATENT, **_DOTS3},
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"downsample_hidden_size": 8, "adapter_out_dim": 64},
     },
@@ -161,7 +169,9 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
             }
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "gemma3_text": _FOUR_WINDOWS,
+    "gemma3": {_TEXT: _FOUR_WINDOWS},
     "gemma4_assistant": {_TEXT: {**_GEMMA4, "hidden_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {_TEXT: {**_GEMMA4, "hidden_size_per_layer_input": 0}},
     "musicgen": {"text_encoder": {}, "audio_encoder": {}},
@@ -201,14 +211,14 @@ def tiny_config(name: str, *, layers: int = LAYERS, **changes: Any) -> PreTraine
 
 
 def _shrunk(kind: type[PreTrainedConfig], own: dict[str, Any], layers: int) -> PreTrainedConfig:
-    default, parts = kind(), kind.sub_configs
+    default, parts = kind(), dict[str, Any](kind.sub_configs)  # type: ignore[call-overload]
     fields = {name: value for name, value in SIZES.items() if _settable(default, name)}
     fields |= {name: layers for name in _LAYERS if name in fields}
     for name, nested in parts.items():
         given = getattr(default, name, None)
-        nested = type(given) if isinstance(given, PreTrainedConfig) else nested
-        if isinstance(nested, type) and issubclass(nested, PreTrainedConfig):
-            fields[name] = _shrunk(nested, own.get(name, {}), layers).to_dict()
+        part: Any = type(given) if isinstance(given, PreTrainedConfig) else nested
+        if isinstance(part, type) and issubclass(part, PreTrainedConfig):
+            fields[name] = _shrunk(part, own.get(name, {}), layers).to_dict()
     fields |= {name: _cut(value, layers) for name, value in own.items() if name not in parts}
     return kind(**{name: value for name, value in fields.items() if value is not ...})
 

@@ -270,8 +270,8 @@ class QuantizedCache:
         if ready < self._group:
             return
         assert self._recent_k is not None and self._recent_v is not None
-        recent = (x[:, :, : self._num_recent].clone() for x in (self._recent_k, self._recent_v))
-        self._keep_recent(*recent, ready)
+        k, v = (x[:, :, : self._num_recent].clone() for x in (self._recent_k, self._recent_v))
+        self._keep_recent(k, v, ready)
 
     def _keep_recent(self, k: Tensor, v: Tensor, ready: int) -> None:
         """Quantize the full groups among the `ready` oldest of these tokens; the rest is recent.

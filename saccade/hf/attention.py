@@ -7,7 +7,7 @@ the arguments of `saccade.ops.attend`, and returns `[B, Lq, Hq, Dv]`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def _attended(
     return result.out.transpose(1, 2).contiguous(), weights
 
 
-_outside_graphs = torch.compiler.disable(_attended)
+_outside_graphs = cast(Any, torch.compiler.disable)(_attended)
 """Over our caches, which decide on the host what to store where: one graph break a layer."""
 
 

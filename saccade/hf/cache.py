@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,19 @@ MakeLayer = Callable[[int, int | None], LayerCache]
 """(layer index, the model's own window or None) -> an empty cache for that layer."""
 
 
+_LAYER_WITHOUT_CACHE: Final[Any] = getattr(cache_utils, "DummyLayer", RecurrentLayer)
+"""Transformers' own; older ones (5.16) have none and give such layers states that stay empty."""
+
+
+def _no_tensors(layer: SaccadeCacheLayer) -> None:
+    """What is read of `layer.keys`: None before the first token, refused after it."""
+    if layer.is_initialized:
+        raise Unsupported(
+            "the model reads the tensors of its cache itself, but a saccade cache keeps keys in "
+            "another layout and gives them out by update() alone. Use a cache of transformers."
+        )
+
+
 class SaccadeCacheLayer(CacheLayerMixin):
     """One of our LayerCaches behind transformers' layer protocol.
 
@@ -39,6 +52,8 @@ class SaccadeCacheLayer(CacheLayerMixin):
 
     is_compileable = False
     supports_early_init = False
+    is_initialized = False
+    keys = values = property(_no_tensors, lambda layer, tensor: None)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -165,7 +180,7 @@ class SaccadeHybridLayer(  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.is_croppable = False
+        self.is_croppable = False  # type: ignore[misc]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Of keys by position, of states by name, as transformers calls it."""
@@ -229,7 +244,7 @@ class SaccadeCache(Cache):
             checkpoints = 0 if self.run is None else self.run.params.ctx_checkpoints
             states = StateCache(layer, lambda: self.seen, checkpoints=checkpoints)
             self._stores.append(states)
-        return cache_utils.DummyLayer() if layer is None else layer
+        return _LAYER_WITHOUT_CACHE() if layer is None else layer
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -331,7 +346,7 @@ def _check_removed(tokens_to_remove: int) -> None:
         )
 
 
-_outside_graphs = torch.compiler.disable(SaccadeCache._update)
+_outside_graphs = cast(Any, torch.compiler.disable)(SaccadeCache._update)
 """For torch.compile: our caches decide on the host what to store where."""
 
 

@@ -41,7 +41,8 @@ def cached_shapes(
     model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> CachedShapes | None:
     """Shapes for a model of this class and config; None where it cannot run without memory."""
-    own = config if isinstance(config, model_class.config_class) else text_config(config)
+    kind = model_class.config_class
+    own = config if kind is None or isinstance(config, kind) else text_config(config)
     return _found(model_class, _Config(own))
 
 

@@ -18,6 +18,8 @@ _LENGTHS: Final = (
     *("max_target_positions", "max_sequence_length"),
 )
 """What configs call the length that a model was trained for."""
+MOST_LAYERS: Final = 10_000
+MOST_WIDTH: Final = 1 << 16
 
 
 def facts_of(
@@ -41,12 +43,14 @@ def facts_of(
     model_class = model_class or _class_for(model_config) or _class_for(config)
     if model_class is not None:
         check_interface(model_class)
+    length = n_ctx_train or trained_length(model_config, model_class)
+    layers = positive(config, "num_hidden_layers", most=MOST_LAYERS)
     kinds = layer_kinds(config)
     heads = positive(config, "num_attention_heads")
-    layers = positive(config, "num_hidden_layers")
     found = None if model_class is None else cached_shapes(model_class, model_config)
     keys, numbers = found or CachedShapes(_shapes_said(config), 0)
     first, alike = keys[0], len(set(keys)) == 1
+    _check_widths(config, keys)
     return ModelFacts(
         name=name,
         num_layers=layers,
@@ -57,12 +61,30 @@ def facts_of(
         kv_shapes=() if alike else keys,
         state_bytes=numbers * dtype.itemsize,
         vocab_size=positive(config, "vocab_size"),
-        n_ctx_train=n_ctx_train or positive(config, *_LENGTHS),
+        n_ctx_train=length,
         dtype=dtype,
         windows=tuple(kind.window for kind in kinds if kind.keys),
         softcap=getattr(config, "attn_logit_softcapping", None),
         learned_sinks=config.model_type == "gpt_oss",
     )
+
+
+def trained_length(
+    model_config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
+) -> int:
+    """Tokens that a model was trained for, as its config says.
+
+    Raises:
+        BadInput: the config does not say.
+        Unsupported: a model that saccade cannot run.
+    """
+    config = text_config(model_config)
+    model_class = model_class or _class_for(model_config) or _class_for(config)
+    if model_class is not None:
+        check_interface(model_class)
+    positive(config, "num_hidden_layers", most=MOST_LAYERS)
+    layer_kinds(config)
+    return positive(config, *_LENGTHS)
 
 
 def check_interface(model_class: type[PreTrainedModel]) -> None:
@@ -74,29 +96,43 @@ def check_interface(model_class: type[PreTrainedModel]) -> None:
         )
 
 
-def positive(config: Any, *names: str) -> int:
+def positive(config: Any, *names: str, most: int = 1 << 40) -> int:
     """The first of these fields that a config has.
 
     Raises:
-        BadInput: none of them, or no whole number of 1 or more.
+        BadInput: none of them, or no whole number from 1 to `most`.
     """
     for name in names:
         value = getattr(config, name, None)
-        if type(value) is int and value > 0:
+        if type(value) is int and 0 < value <= most:
             return value
         if value is not None:
             raise BadInput(
-                f"the config of this {config.model_type} says {name}={value!r}, expected a whole "
-                "number of 1 or more. Correct its config.json."
+                f"the config of this {config.model_type} says {name}={_short(value)}, expected a "
+                f"whole number from 1 to {most}. Correct its config.json."
             )
     raise BadInput(
-        f"the config of this {config.model_type} has no {names[0]}, expected a whole number of 1 "
-        f"or more. Add it to its config.json."
+        f"the config of this {config.model_type} has no {names[0]}, expected a whole number from "
+        f"1 to {most}. Add it to its config.json."
     )
 
 
+def _check_widths(config: Any, keys: tuple[KVShape, ...]) -> None:
+    """Raise BadInput for heads that no model has."""
+    for kv_heads, *widths in keys:
+        if max(widths) > MOST_WIDTH:
+            raise BadInput(
+                f"the config of this {config.model_type} says {kv_heads} KV heads of {widths[0]} "
+                f"numbers, expected at most {MOST_WIDTH}. Correct its config.json."
+            )
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:40]
+
+
 def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config))
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return found
 
 

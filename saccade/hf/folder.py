@@ -31,8 +31,6 @@ _SIZES: Final = (
     "num_key_value_heads",
     "head_dim",
 )
-_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_UNKNOWN_LENGTH: Final = 2048
 _NUMBER: Final = re.compile(r"\d+")
 _RECOMPUTED: Final = re.compile(r".*(inv_freq|masked_bias|\.attn\.bias|position_ids)")
 """Buffers that old versions saved; they follow from the config."""
@@ -57,13 +55,6 @@ def folder_config(path: Path) -> tuple[PreTrainedConfig, list[str]]:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_sizes(str(file), config)
     return config, [f"config.json: {warning}" for warning in warnings]
-
-
-def trained_length(config: PreTrainedConfig) -> int:
-    """Tokens that the model was trained for, as far as its config says."""
-    text = config.get_text_config(decoder=True)
-    lengths = (getattr(text, name, None) for name in _LENGTHS)
-    return next((n for n in lengths if type(n) is int and n > 0), _UNKNOWN_LENGTH)
 
 
 def folder_model(

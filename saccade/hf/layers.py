@@ -81,7 +81,7 @@ def _kind(index: int, kind: str, named: str, option: dict[str, Any], config: Any
         window = config.sliding_window
     return LayerKind(
         keys=kind in _ATTENTION | _HYBRID,
-        window=window or None,
+        window=window if isinstance(window, int) and window > 0 else None,
         chunked=kind == "chunked_attention",
         states=option.get("number_of_states", 1) if kind in _HYBRID | _RECURRENT else 0,
     )

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from saccade.core import BadInput
-from saccade.hf.folder import folder_config, folder_model, trained_length
+from saccade.hf.facts import trained_length
+from saccade.hf.folder import folder_config, folder_model
 from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
 from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.cache import ShiftKeys, StateCache
+from saccade.cache import DenseCache, ShiftKeys, StateCache
 from saccade.core import Unsupported
 from saccade.core.kv import dense
 from saccade.hf.attach import make_run, new_cache, running
@@ -134,6 +134,10 @@ class HFModel:
             _check_stored(model, cache, before + count)
         return hidden
 
+    def _probe(self) -> SaccadeCache:
+        """An empty cache of all keys, to see what the model does with a few tokens."""
+        return SaccadeCache(self.model.config, lambda layer, window: DenseCache(), run=self.run)
+
     @cached_property
     def _counts_from_zero(self) -> bool:
         return counts_from_zero(self.model)
@@ -141,16 +145,9 @@ class HFModel:
     @cached_property
     def _rebuilds_keys(self) -> bool:
         """Whether the model computes with what it caches itself, instead of only attending."""
-        cache = self._plain_cache()
+        cache = self._probe()
         self._read(torch.ones(1, 1, dtype=torch.int64), cache)
         return cache.rebuilt
-
-    def _plain_cache(self) -> SaccadeCache:
-        """Caches without options, under the rotary positions of the run in force."""
-        plain = ContextParams()
-        run = self.run or run_in_force(self.model)
-        run = make_run(self.model, plain, serves_every_call=False) if run is None else run
-        return new_cache(replace(run, params=plain))
 
     @cached_property
     def _chunks(self) -> bool:
@@ -161,7 +158,7 @@ class HFModel:
         found: list[Tensor] = []
         tokens = torch.arange(2, device=self.model.device)[None]
         for changed in (False, True):
-            cache = self.new_cache(ContextParams() if self.run is None else self.run.params)
+            cache = self._probe()
             self._read(tokens, cache)
             if changed:
                 cache.disturb_states()
@@ -207,7 +204,7 @@ class HFModel:
 
     def _read_keys(self, tokens: Tensor, positions: Tensor | None) -> list[Cached]:
         """What each layer caches of these tokens, in a cache of its own."""
-        cache = self._plain_cache()
+        cache = self._probe()
         where = {} if positions is None else {"position_ids": positions.to(self.device)}
         hidden_states(
             self.model,
@@ -216,7 +213,7 @@ class HFModel:
             use_cache=True,
             **where,
         )
-        views = [dense(store.view()) for store in cache.stores]
+        views = [dense(store.view()) for store in cache.stores if isinstance(store, DenseCache)]
         return [Cached(view.k, view.v) for view in views]
 
     def _check_keys_are_rotated(self) -> None:

@@ -77,14 +77,18 @@ def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
     except Exception as error:  # whatever a config class does with values it does not expect
         raise BadInput(
             f"no model is described by this dict: expected what a config.json holds, with a "
-            f"model_type that transformers supports, got {kind!r}."
+            f"model_type that transformers supports, got {kind!r} and {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     """What the config says its weights are, float32 where it does not."""
     said = config.dtype or text_config(config).dtype or torch.float32
-    return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
+    found = said if isinstance(said, torch.dtype) else getattr(torch, str(said), None)
+    if not isinstance(found, torch.dtype):
+        raise BadInput(f"the config says dtype={said!r}, expected a dtype of torch. Correct it.")
+    return found
 
 
 def _planned_weights(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:

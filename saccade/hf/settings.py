@@ -8,7 +8,8 @@ from typing import Final, Protocol
 from torch import nn
 from transformers import PreTrainedConfig
 
-from saccade.hf.layers import layer_windows
+from saccade.core import Unsupported
+from saccade.hf.layers import layer_kinds
 from saccade.runtime.layers import backend_of, narrowed_window
 from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern
@@ -48,12 +49,18 @@ class LayerSettings:
 
     def __init__(self, config: PreTrainedConfig, params: ContextParams) -> None:
         narrows = params.n_swa is not None or params.sparse is not None
-        windows = layer_windows(config) if narrows else ()
+        kinds = layer_kinds(config) if narrows else ()
+        if any(kind.chunked for kind in kinds):
+            raise Unsupported(
+                f"{config.model_type} attends within chunks of the context, which n_swa and sparse "
+                "patterns would replace by all of it. Leave them out for this model."
+            )
+        windows = [kind.window for kind in kinds]
         self._layers = [_of_layer(own, params) for own in windows]
         self._any = _of_layer(None, params)
 
     def __getitem__(self, layer: int) -> AttentionSettings:
-        return self._layers[layer] if self._layers else self._any
+        return self._layers[layer] if 0 <= layer < len(self._layers) else self._any
 
 
 def _of_layer(own: int | None, params: ContextParams) -> AttentionSettings:

@@ -1,6 +1,7 @@
 """`saccade plan`: the table, what fits, and refusals."""
 
 import pytest
+from transformers import MambaConfig
 
 from saccade.cli import main
 from tests.tiny_models import tiny_config
@@ -47,6 +48,7 @@ def test_options_count(capsys, folder):
 def test_refusals(capsys, tmp_path):
     code, out, said = call(capsys, "--model", "nowhere")
     assert (code, out) == (2, "") and said.count("\n") == 1 and "no model at 'nowhere'" in said
-    tiny_config("deepseek_v3").save_pretrained(tmp_path / "latent")
-    code, out, said = call(capsys, "--model", str(tmp_path / "latent"))
-    assert (code, out) == (2, "") and "latent vectors" in said
+    config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2)
+    config.save_pretrained(tmp_path / "recurrent")
+    code, out, said = call(capsys, "--model", str(tmp_path / "recurrent"))
+    assert (code, out) == (2, "") and "none with attention" in said

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from saccade.cache import DenseCache, RingCache, make_layer_cache
+from saccade.cache import DenseCache, QuantizedCache, RingCache, make_layer_cache
 from saccade.core import Unsupported
-from saccade.hf import KEY, HFModel, SaccadeCache, attach
+from saccade.hf import KEY, Context, HFModel, SaccadeCache, attach
 from saccade.hf.layers import layer_windows
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import WINDOW, tiny_config, tiny_model
@@ -134,26 +134,66 @@ def test_assisted_generation(ids):
     assert torch.equal(plain, assisted)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_other_attention_functions_are_refused(ids, family, implementation):
-    if (family, implementation) == ("gpt_oss", "sdpa"):
-        pytest.skip("transformers has no sdpa for gpt-oss")
-    model = tiny_model(tiny_config(family), implementation)
-    with pytest.raises(Unsupported, match="passes its keys to saccade's attention alone"):
-        model(ids, past_key_values=exact_cache(model))
+def test_other_attention_functions_get_tensors_of_all_keys(ids, implementation):
+    model = tiny_model(tiny_config("llama"), implementation)
+    plain = model(ids).logits
+    for params in (ContextParams(), ContextParams(type_k="bf16", type_v="bf16")):
+        cache = exact_cache(model) if params == ContextParams() else bf16_cache(model)
+        read = [model(part, past_key_values=cache).logits for part in ids.split(9, dim=1)]
+        tolerance = 1e-5 if params == ContextParams() else 0.5
+        torch.testing.assert_close(torch.cat(read, 1), plain, atol=tolerance, rtol=tolerance)
 
 
-def test_latent_attention_is_refused(ids):
+def bf16_cache(model):
+    return SaccadeCache(model.config, lambda layer, window: DenseCache(dtype=torch.bfloat16))
+
+
+@torch.no_grad()
+def test_other_attention_functions_get_no_keys_of_rings(ids):
+    model = tiny_model(tiny_config("gpt_oss"), "eager")
+    cache = exact_cache(model)
+    model(ids[:, :4], past_key_values=cache)
+    with pytest.raises(Unsupported, match="a cache that drops tokens .* has no effect here"):
+        for part in ids.split(4, dim=1):
+            model(part, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "int8"])
+def test_latent_attention_reads_what_it_cached(ids, kind):
+    """DeepSeek caches latents and expands them to heads itself, so it gets tensors back."""
     model = tiny_model(tiny_config("deepseek_v3"), KEY)
-    with pytest.raises(Unsupported, match="needs a cache of transformers"):
-        model(ids, past_key_values=exact_cache(model))
+    plain = model(ids).logits
+    stores = {"dense": DenseCache, "int8": lambda: QuantizedCache(group=4, recent=4)}[kind]
+    cache = SaccadeCache(model.config, lambda layer, window: stores())
+    ours = torch.cat([model(x, past_key_values=cache).logits for x in ids.split(5, dim=1)], 1)
+    assert cache.rebuilt and cache.stores[0].seen == 24
+    error = (ours - plain).abs().mean() / plain.std()
+    assert error < (1e-5 if kind == "dense" else 0.3)
 
 
-def test_layers_without_softmax_attention_are_refused():
+@torch.no_grad()
+def test_options_that_latent_attention_would_ignore_are_refused(ids):
+    model = tiny_model(tiny_config("deepseek_v3"))
+    tokens = ids[0].tolist()
+    options = {"n_swa": 8}, {"kv_policy": "snapkv", "kv_budget": 8}
+    for option in options:
+        with (
+            Context(model, ContextParams(**option)) as ctx,
+            pytest.raises(Unsupported, match="no effect here"),
+        ):
+            ctx.append(tokens)
+    with Context(model) as ctx, pytest.raises(Unsupported, match="caches what it computes keys"):
+        ctx.append(tokens)
+        ctx.shift(2)
+
+
+def test_layers_that_select_keys_are_refused():
     config = tiny_config("llama")
-    config.layer_types = ["full_attention", "linear_attention"] * 2
-    with pytest.raises(Unsupported, match="layer 1 of llama is 'linear_attention'"):
+    config.layer_types = ["full_attention", "compressed_sparse_attention"] * 2
+    with pytest.raises(Unsupported, match="layer 1 of llama is 'compressed_sparse_attention'"):
         SaccadeCache(config, lambda index, window: make_layer_cache(window=window))
 
 

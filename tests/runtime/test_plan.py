@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
+from transformers import MambaConfig
 
 import saccade
 from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
@@ -373,8 +374,11 @@ def test_refusals():
         saccade.plan({"model_type": "no such thing"})
     with pytest.raises(BadInput, match="no model at 'nowhere'"):
         saccade.plan("nowhere")
-    with pytest.raises(Unsupported, match="latent vectors"):
-        saccade.plan(tiny_config("deepseek_v3"))
+    with pytest.raises(Unsupported, match="mamba has 2 layers and none with attention"):
+        saccade.plan(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2))
+    for wrong in ({"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0}):
+        with pytest.raises(BadInput, match=r"expected a whole number from 1 to|no model is"):
+            saccade.plan({"model_type": "llama", **wrong})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Every causal language model class of the installed transformers, against docs/families.json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+from scripts.families import COLUMNS, PAGE, RECORD, cell, rendered, row, settled
+from scripts.family_configs import FAMILIES
+
+KNOWN = json.loads(RECORD.read_text())
+ROWS = KNOWN["families"]
+CHECKED = ("plain",)
+SETTLED = ("plain", "window", "int8", "session")
+CHUNKS = 16
+
+
+def kind(said: str) -> str:
+    return said.partition(":")[0]
+
+
+def test_no_family_is_missing():
+    newer = transformers.__version__ > KNOWN["transformers"]
+    assert newer or set(FAMILIES) <= set(ROWS)
+
+
+def test_page_shows_the_record():
+    assert PAGE.read_text() == rendered(KNOWN)
+
+
+@pytest.mark.parametrize("column", SETTLED)
+def test_every_family_is_right_or_refused(column):
+    words = {name: kind(cell(found, column)) for name, found in ROWS.items()}
+    assert {n: w for n, w in words.items() if w not in ("exact", "near", "refused", "-")} == {}
+
+
+def test_most_families_are_exact():
+    exact = [name for name, found in ROWS.items() if cell(found, "plain") == "exact"]
+    said = [name for name, found in ROWS.items() if kind(cell(found, "plain")) == "refused"]
+    assert len(exact) >= 120 and len(exact) + len(said) >= 150
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.filterwarnings("ignore")
+def test_installed_families_are_what_the_record_says(chunk):
+    same_version = transformers.__version__ == KNOWN["transformers"]
+    for name in FAMILIES[chunk::CHUNKS]:
+        found = settled(row(name, CHECKED))
+        for column in CHECKED:
+            now, then = kind(cell(found, column)), kind(cell(ROWS[name], column))
+            assert now in ("exact", "refused", "-"), f"{name}: {cell(found, column)}"
+            assert now == then or not same_version, f"{name}: {cell(found, column)}"
+
+
+def test_columns_of_the_page():
+    assert set(SETTLED) | set(CHECKED) <= set(COLUMNS)
