@@ -177,7 +177,8 @@ class DenseKV(TensorView):
         if not self.spans:
             object.__setattr__(self, "spans", (Span(0, 0, self.k.shape[2]),))
         else:
-            _check_spans(self.spans, self.k.shape[2])
+            most = None if self.k.is_meta else LARGEST_POSITION  # plans go further
+            _check_spans(self.spans, self.k.shape[2], most)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -206,11 +207,11 @@ class DenseKV(TensorView):
                     )
 
 
-def _check_spans(spans: Sequence[Span], slots: int) -> None:
+def _check_spans(spans: Sequence[Span], slots: int, most: int | None) -> None:
     """Raise unless spans lie within the slots, apart from each other, and ascend in position."""
     end, taken = 0, 0
     for span in sorted(spans):
-        slot, _, length = (integer("a span's number", n, 0, LARGEST_POSITION) for n in span)
+        slot, _, length = (integer("a span's number", n, 0, most) for n in span)
         if slot + length > slots or (length and slot < taken):
             raise ValueError(
                 f"spans must be apart from each other in the {slots} slots, got {list(spans)}."

@@ -83,7 +83,7 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attac
     """
     if not isinstance(params, ContextParams | None):
         raise TypeError(
-            f"params must be a ContextParams or None, got {type(params).__name__}. "
+            f"expected ContextParams or None, got {type(params).__name__}. "
             "Write attach(model, saccade.ContextParams(...))."
         )
     return Attaching(checked_model(model), params)

@@ -138,6 +138,9 @@ def check_eager(model: HFModel) -> Checked:
     params = ContextParams(n_batch=CHUNK)
     try:
         expected = _eager(model.model, tokens)
+    except Exception as error:  # whatever a model that cannot run by itself raises
+        return Checked(options=AS_IT_IS, refusal=f"{type(error).__name__}: {error}")
+    try:
         got = _in_context(model, params, tokens)
     except (Unsupported, BadInput, ValueError) as error:
         return Checked(options=AS_IT_IS, refusal=str(error))

@@ -47,5 +47,6 @@ class Context(runtime.Context):
         check: CheckMode = "auto",
     ) -> None:
         runnable = as_model(model)
-        verify(runnable, params or ContextParams(), check)
+        if isinstance(params, ContextParams | None):  # otherwise refused in the next line
+            verify(runnable, params or ContextParams(), check)
         super().__init__(runnable, params, reserve=reserve)

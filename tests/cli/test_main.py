@@ -22,7 +22,10 @@ def call(capsys, *words):
 
 BAD_LINES = [
     (["compre"], "No such command 'compre'. Did you mean 'compare'?"),
-    (["zzz"], "No such command 'zzz'. There are compare, generate, chat, plan, doctor, bench."),
+    (
+        ["zzz"],
+        "No such command 'zzz'. There are compare, generate, chat, plan, check, doctor, bench.",
+    ),
     (["--verbose"], "saccade has no option --verbose. Did you mean --version?"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),
     (["compare", "--cont=5"], "no option --cont. Did you mean --context?"),  # no abbreviations

@@ -207,8 +207,8 @@ def test_weights_that_were_saved_by_torch(tmp_path, hidden):
 
 
 def test_models_whose_config_names_their_length_otherwise(tmp_path):
-    from transformers import BloomConfig
+    from transformers import GPT2Config
 
-    BloomConfig(seq_length=77).save_pretrained(tmp_path)
+    GPT2Config(n_positions=77).save_pretrained(tmp_path)
     _, _, length = read_config(tmp_path)
     assert length == 77

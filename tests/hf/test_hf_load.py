@@ -178,6 +178,6 @@ def test_too_little_memory_is_not_called_a_missing_tokenizer(llama_file, monkeyp
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate 9 TiB")
 
-    monkeypatch.setattr(load_module.AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(load_module, "gguf_tokenizer", fail)
     with pytest.raises(MemoryError):
         load_model(llama_file)
