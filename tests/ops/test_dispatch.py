@@ -114,9 +114,9 @@ def calls_by_storage(length=4096):
     """A call for each of rules.STORAGE, and one whose packed sequences are short."""
     q, k, v = meta(length)
     pool = torch.empty(length // 64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
-    ends = torch.tensor([length])
+    ends = torch.empty(1, dtype=torch.int64, device="meta")
     table = torch.empty(1, length // 64, dtype=torch.int32, device="meta")
-    packed = {n: torch.arange(0, length + 1, length // n, dtype=torch.int32) for n in (2, 256)}
+    packed = {n: torch.empty(n + 1, dtype=torch.int32, device="meta") for n in (2, 256)}
     dense, mask = DenseKV(k, v), Mask()
     ring = DenseKV(k, v, (Span(0, 64, length - 64), Span(length - 64, length, 64)))
     float_k = k.float()

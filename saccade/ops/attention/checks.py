@@ -173,6 +173,10 @@ def check_packed(q: Tensor, kv: KVView, bounds: Bounds, others: tuple[object, ..
 
 
 def _numbers(cu: Tensor) -> tuple[int, ...]:
+    if cu.is_meta:
+        raise Unsupported(
+            "cu_seqlens in a meta tensor cannot be read. Pass tensors with memory to compute."
+        )
     return tuple(cu.tolist())
 
 
@@ -182,9 +186,10 @@ numbers = HostMemo(_numbers)  # cumulative lengths as a tuple of the host
 def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
     """Raise ValueError unless cumulative lengths rise from 0 to `total`.
 
-    While a CUDA graph is captured, only tensors that were read before are checked.
+    While a CUDA graph is captured, only tensors that were read before are checked; meta tensors,
+    which are planned with and never computed, hold no numbers.
     """
-    if capturing(cu.device) and not numbers.is_current(cu):
+    if cu.is_meta or capturing(cu.device) and not numbers.is_current(cu):
         return
     steps = numbers(cu)
     if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
