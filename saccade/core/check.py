@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import (  # there is no public way
 from saccade.core.formats import FP8
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+STORED = (*FLOATS, FP8)
+"""What queries, keys and values may be."""
 LAYOUT = "batch, heads, length, head_dim"
 LARGEST_POSITION = 2**30
 """Positions of tokens stay below it in every kernel."""
@@ -46,7 +48,7 @@ def is_plain_tensor(x: object) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether the numbers of `x` can be read now, at no cost: on the CPU, and not traced."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, Parameter):
+    if not x.is_cpu or type(x) not in (Tensor, Parameter):
         return False
     return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
@@ -58,9 +60,12 @@ def integer(name: str, x: object, least: int | None = None, most: int | None = N
         TypeError: no integer (a bool is none).
         ValueError: below `least` or above `most`.
     """
-    if isinstance(x, bool) or not isinstance(x, (int, Integral, torch.SymInt)):
+    if type(x) is int:
+        found = x
+    elif isinstance(x, bool) or not isinstance(x, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {x!r}.")
-    found = int(x) if isinstance(x, Integral) and not isinstance(x, int) else x
+    else:
+        found = int(x) if isinstance(x, Integral) and not isinstance(x, int) else x
     assert isinstance(found, (int, torch.SymInt))
     if (least is not None and found < least) or (most is not None and found > most):
         bounds = ([] if least is None else [f"at least {least}"]) + (
@@ -86,6 +91,8 @@ def number(name: str, x: object) -> float:
     """
     if isinstance(x, torch.SymFloat):
         return x  # type: ignore[return-value]
+    if type(x) is float and math.isfinite(x):
+        return x
     if isinstance(x, Tensor) and x.numel() == 1 and not x.requires_grad and not x.is_complex():
         x = x.item()
     if isinstance(x, bool) or not isinstance(x, (int, float, Real)):
@@ -133,7 +140,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError or ValueError unless q, k, v fit together as attention inputs."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, x, (*FLOATS, FP8), LAYOUT)
+        check_tensor(name, x, STORED, LAYOUT)
         if x.device != q.device:
             raise ValueError(f"q, k and v must share a device, got {q.device} and {x.device}.")
     in_fp8 = [x.dtype == FP8 for x in (q, k, v)]
@@ -144,35 +151,32 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             "Quantize all three with saccade.quantize_fp8_per_head."
         )
     check_kv(k, v, 3)
-    check_batch(q, k.shape[0])
-    check_heads(q, k.shape[1], k.shape[3])
+    check_heads(q, k.shape[0], k.shape[1], k.shape[3])
 
 
 def check_kv(k: Tensor, v: Tensor, shared: int, what: str = "batch, heads and length") -> None:
     """Raise ValueError unless k and v share their first dimensions and have channels."""
-    if k.shape[:shared] != v.shape[:shared]:
-        raise ValueError(f"k and v must share {what}, got k {list(k.shape)} and v {list(v.shape)}.")
-    if k.shape[-1] == 0 or v.shape[-1] == 0:
+    keys, values = k.shape, v.shape
+    if keys != values and keys[:shared] != values[:shared]:
+        raise ValueError(f"k and v must share {what}, got k {list(keys)} and v {list(values)}.")
+    if keys[-1] == 0 or values[-1] == 0:
         raise ValueError(
             "k and v must have at least one channel a head, "
-            f"got k {list(k.shape)} and v {list(v.shape)}."
+            f"got k {list(keys)} and v {list(values)}."
         )
 
 
-def check_batch(q: Tensor, batch: int) -> None:
-    """Raise ValueError unless the queries have the batch of the keys."""
-    if q.shape[0] != batch:
-        raise ValueError(f"q and k must share the batch, got {q.shape[0]} and {batch}.")
-
-
-def check_heads(q: Tensor, kv_heads: int, head_dim: int) -> None:
-    """Raise ValueError unless the query heads group over the KV heads with one head_dim."""
-    if q.shape[3] != head_dim:
-        raise ValueError(f"q and k must share head_dim, got {q.shape[3]} and {head_dim}.")
-    if kv_heads == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
+def check_heads(q: Tensor, batch: int, kv_heads: int, head_dim: int) -> None:
+    """Raise ValueError unless the query heads group over KV heads of that batch and head_dim."""
+    rows, heads, _, dim = q.shape
+    if rows != batch:
+        raise ValueError(f"q and k must share the batch, got {rows} and {batch}.")
+    if dim != head_dim:
+        raise ValueError(f"q and k must share head_dim, got {dim} and {head_dim}.")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(
             "the query heads must be a multiple of the key/value heads, "
-            f"got {q.shape[1]} and {kv_heads}."
+            f"got {heads} and {kv_heads}."
         )
 
 
@@ -184,7 +188,7 @@ def check_exactly(
     device: torch.device,
 ) -> None:
     """Raise ValueError unless `x` is a tensor of one of the dtypes, that shape and device."""
-    if not (is_plain_tensor(x) and x.dtype in dtypes and tuple(x.shape) == shape):  # type: ignore[attr-defined]
+    if not (is_plain_tensor(x) and x.dtype in dtypes and x.shape == shape):  # type: ignore[attr-defined]
         expected = f"{' or '.join(map(_name, dtypes))} {list(shape)}"
         raise ValueError(f"{name} must be {expected}, got {describe(x)}.")
     assert isinstance(x, Tensor)
@@ -194,7 +198,7 @@ def check_exactly(
 def extremes(x: Tensor) -> tuple[int, int]:
     """The smallest and the largest of some integers; a few of them are read as a list, faster."""
     if x.numel() <= 64:
-        values = x.flatten().tolist()
+        values = (x if x.ndim == 1 else x.flatten()).tolist()
         return min(values), max(values)
     low, high = torch.aminmax(x)
     return int(low), int(high)

@@ -83,12 +83,21 @@ def _half_scale(x: Tensor) -> Tensor:
     return near.where(near.float() >= x, (x + x * 2.0**-11 + 2.0**-25).half())
 
 
+def _divided(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once on every device.
+
+    On a GPU PyTorch multiplies by the reciprocal of a Python number instead, so a quotient that is
+    a float16 may come out above it, and the scale would be the next float16.
+    """
+    return x / x.new_full((), by)
+
+
 def _quantize_integers(x: Tensor, dim: int, bits: int) -> QuantizedTensor:
     """Affine integers of x with one scale and offset along `dim` (kept with size 1)."""
     low, high = _bounds(x, dim)
     # Dequantization uses the stored float16 scale and offset, so round them before quantizing.
     offset = _half_below(low)
-    scale = _half_scale((high - offset.float()) / (2**bits - 1))
+    scale = _half_scale(_divided(high - offset.float(), 2**bits - 1))
     qdata = ((x.float() - offset.float()) / scale.float()).round().clamp(0, 2**bits - 1)
     return QuantizedTensor(qdata.nan_to_num(0.0), scale, offset)
 
@@ -98,7 +107,7 @@ def _quantize_fp8(x: Tensor, dim: int) -> QuantizedTensor:
     low, high = _bounds(x, dim)
     offset = ((low + high) / 2).half()
     largest = torch.maximum(high - offset.float(), offset.float() - low)
-    scale = _half_scale(largest / FP8_MAX)
+    scale = _half_scale(_divided(largest, FP8_MAX))
     qdata = ((x.float() - offset.float()) / scale.float()).nan_to_num(0.0)
     return QuantizedTensor(qdata.clamp(-FP8_MAX, FP8_MAX).to(FP8), scale, offset)
 

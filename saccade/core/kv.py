@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.check import (
-    FLOATS,
     LARGEST_POSITION,
     LAYOUT,
+    STORED,
     check_device,
     check_exactly,
     check_kv,
@@ -125,8 +125,8 @@ def consecutive(start: int, stop: int, device: torch.device) -> Tensor:
 
 def check_storage(k: object, v: object, axes: str, shared: int, what: str) -> None:
     """Raise TypeError or ValueError unless k and v are floating-point storage that fits."""
-    keys = check_tensor("k", k, (*FLOATS, FP8), axes)
-    values = check_tensor("v", v, (*FLOATS, FP8), axes)
+    keys = check_tensor("k", k, STORED, axes)
+    values = check_tensor("v", v, STORED, axes)
     check_device("v", values, keys.device)
     check_kv(keys, values, shared, what)
 

@@ -49,7 +49,8 @@ def _check_table(table: Tensor, kv_lens: Tensor, longest: int, pages: int, size:
 def _lay_out(view: TensorView, *names: str) -> None:
     """Make index tensors contiguous, as kernels read them; they are small."""
     for name in names:
-        object.__setattr__(view, name, getattr(view, name).contiguous())
+        if not (index := getattr(view, name)).is_contiguous():
+            object.__setattr__(view, name, index.contiguous())
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,8 +137,7 @@ def _check_quantized(name: str, x: object, bits: int, dim: int, recent: Tensor) 
             f"{name}.qdata must have {dim * bits // 8} bytes for {dim} channels of {bits} bits, "
             f"got {x.qdata.shape[3]}."
         )
-    for part in ("scale", "offset"):
-        check_tensor(f"{name}.{part}", getattr(x, part), (torch.float16,), "batch, heads, n, m")
+    check_tensor(f"{name}.scale", x.scale, (torch.float16,), "batch, heads, n, m")
     check_device(f"{name}.qdata", x.qdata, recent.device)
     return x
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from saccade.core import BadInput, DenseKV, Mask, PagedKV, QuantizedKV, Span
+from saccade.core import BadInput, DenseKV, Mask, PagedKV, QuantizedKV, Span, Unsupported
 from saccade.core.formats import quantize_keys, quantize_values
-from saccade.ops import explain
+from saccade.ops import attend, explain
 from saccade.ops.attention import dispatch, rules
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia import gluon_backend, gluon_triton_backend, triton_backend
@@ -114,9 +114,9 @@ def calls_by_storage(length=4096):
     """A call for each of rules.STORAGE, and one whose packed sequences are short."""
     q, k, v = meta(length)
     pool = torch.empty(length // 64, 8, 64, 128, dtype=torch.bfloat16, device="meta")
-    ends = torch.tensor([length])
+    ends = torch.empty(1, dtype=torch.int64, device="meta")
     table = torch.empty(1, length // 64, dtype=torch.int32, device="meta")
-    packed = {n: torch.arange(0, length + 1, length // n, dtype=torch.int32) for n in (2, 256)}
+    packed = {n: torch.empty(n + 1, dtype=torch.int32, device="meta") for n in (2, 256)}
     dense, mask = DenseKV(k, v), Mask()
     ring = DenseKV(k, v, (Span(0, 64, length - 64), Span(length - 64, length, 64)))
     float_k = k.float()
@@ -147,6 +147,11 @@ def test_packed_sequences_count_by_their_mean_length(with_rules):
     assert verdicts["packed"]["gluon"] == "chosen: twice the speed (some_record)"
     assert verdicts["short"]["gluon"].endswith("from 1024 keys on, here 16")
     assert verdicts["dense"]["triton"] == verdicts["short"]["triton"] == "chosen"
+
+
+def test_packed_sequences_on_the_meta_device_are_planned_and_not_computed():
+    with pytest.raises(Unsupported, match="cu_seqlens in a meta tensor cannot be read"):
+        attend(calls_by_storage(512)["packed"], backend="tiled")
 
 
 def test_a_rule_about_one_kernel_needs_that_kernel(with_rules, monkeypatch):

@@ -169,9 +169,9 @@ def test_reads_few_queries_and_nothing_runs_without_a_gpu():
         with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
             attend(make_call(q, view, mask=Mask()), backend="gluon")
     assert not gluon_decode.reads(make_call(q.expand(1, 8, 5, 128), DenseKV(k, k), mask=Mask()))
-    packed = torch.tensor([0, 1])
-    assert not gluon_decode.reads(replace(call, cu_seqlens=(packed, packed)))
-    ring = replace(DenseKV(k, k), spans=(Span(0, 64, 64), Span(64, 0, 64)))
+    packed = torch.tensor([0, 1]), torch.tensor([0, 128])
+    assert not gluon_decode.reads(make_call(q, DenseKV(k, k), mask=Mask(), cu_seqlens=packed))
+    ring = replace(DenseKV(k, k), spans=(Span(64, 0, 64), Span(0, 64, 64)))
     assert not gluon_decode.reads(replace(call, kv=ring))
 
 

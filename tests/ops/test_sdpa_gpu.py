@@ -156,7 +156,7 @@ class TestOnGPU:
 
     def test_refuses_in_a_sentence(self):
         x = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
-        cu = torch.tensor([0, 20, 40])
+        cu = torch.tensor([0, 20, 40], device="cuda")
         verdict = dict(explain(x, x, x, cu_seqlens=cu))["sdpa"]
         assert verdict == (
             "cannot: PyTorch's GPU kernels take plain dense keys and no cu_seqlens here"

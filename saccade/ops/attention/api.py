@@ -20,7 +20,7 @@ from saccade.core.formats import FP8
 from saccade.core.fp8 import qdata_of, scale_of
 from saccade.ops.attention import dispatch, operator
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.checks import check_masks, check_queries, check_traceable
+from saccade.ops.attention.checks import check_kinds, check_masks, check_queries, check_traceable
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 
@@ -182,7 +182,7 @@ def make_call(
     q_scale = q.scale if isinstance(q, PerHeadFP8) else None
     q = qdata_of(q)
     check_traceable(q)
-    check_queries(q, kv, mask, q_scale)
+    check_kinds(q, kv, mask)
     if kv_lens is not None and q_offset is None:  # the default offset is made of them
         check_masks(q, kv, None, kv_lens, None, None)
     if cu_seqlens is not None and q_offset is not None:
@@ -193,8 +193,11 @@ def make_call(
         q_offset = _default_offset(q, kv, mask, kv_lens, alibi_slopes)
     elif not isinstance(q_offset, Tensor):
         q_offset = integer("q_offset", q_offset)
+    if kv.hadamard:
+        check_queries(q, kv, q_scale)
+        q = hadamard_transform(q)
     return AttentionCall(
-        q=hadamard_transform(q) if kv.hadamard else q,
+        q=q,
         kv=kv,
         mask=mask,
         scale=q.shape[3] ** -0.5 if scale is None else number("scale", scale),

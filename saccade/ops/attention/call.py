@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, Unsupported
 from saccade.core.formats import FP8
 from saccade.ops.attention.checks import (
+    check_kinds,
     check_masks,
     check_offset,
     check_packed,
@@ -59,7 +60,8 @@ class AttentionCall:
     training: bool | None = None
 
     def __post_init__(self) -> None:
-        check_queries(self.q, self.kv, self.mask, self.q_scale)
+        check_kinds(self.q, self.kv, self.mask)
+        check_queries(self.q, self.kv, self.q_scale)
         check_traceable(*self.floats)
         check_offset(self.q, self.q_offset)
         masks = (self.key_padding, self.kv_lens, self.blocks, self.attn_mask)
@@ -72,7 +74,7 @@ class AttentionCall:
     def floats(self) -> tuple[Tensor, ...]:
         """The tensors that a gradient could flow to."""
         own = (self.q, self.q_scale, self.sink_logits, self.alibi_slopes)
-        return *(x for x in own if x is not None), *self.kv.floats
+        return *[x for x in own if x is not None], *self.kv.floats
 
     @property
     def group_rows(self) -> int:

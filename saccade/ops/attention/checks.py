@@ -22,7 +22,7 @@ from saccade.core.check import (
     FLOATS,
     LARGEST_POSITION,
     LAYOUT,
-    check_batch,
+    STORED,
     check_bounds,
     check_device,
     check_exactly,
@@ -33,14 +33,13 @@ from saccade.core.check import (
     is_plain_tensor,
     number,
 )
-from saccade.core.formats import FP8
 from saccade.core.host_memo import HostMemo, capturing
 
 Bounds = tuple[Tensor, Tensor]
 
 
-def check_queries(q: object, kv: KVView, mask: object, q_scale: Tensor | None) -> None:
-    """Raise unless queries, their scales and the mask fit the view."""
+def check_kinds(q: object, kv: KVView, mask: object) -> None:
+    """Raise TypeError unless these are queries, a view and a mask."""
     if not hasattr(kv, "tiles"):
         raise TypeError(
             f"kv must be a view of keys such as DenseKV(k, v), got {describe(kv)}. "
@@ -48,15 +47,17 @@ def check_queries(q: object, kv: KVView, mask: object, q_scale: Tensor | None) -
         )
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a saccade.Mask, got {describe(mask)}.")
-    queries = check_tensor("q", q, (*FLOATS, FP8), LAYOUT)
+    check_tensor("q", q, STORED, LAYOUT)
+
+
+def check_queries(q: Tensor, kv: KVView, q_scale: Tensor | None) -> None:
+    """Raise ValueError unless queries and their scales fit the view."""
     batch, kv_heads, _, head_dim, _ = kv.shape
-    check_batch(queries, batch)
-    check_heads(queries, kv_heads, head_dim)
-    if queries.device != kv.device:
-        raise ValueError(f"q, k and v must share a device, got {queries.device} and {kv.device}.")
+    check_heads(q, batch, kv_heads, head_dim)
+    if q.device != kv.device:
+        raise ValueError(f"q, k and v must share a device, got {q.device} and {kv.device}.")
     if q_scale is not None:
-        rows = (batch, queries.shape[1])
-        check_exactly("q_scale", q_scale, (torch.float32,), rows, queries.device)
+        check_exactly("q_scale", q_scale, (torch.float32,), (batch, q.shape[1]), q.device)
 
 
 def check_masks(
@@ -68,6 +69,8 @@ def check_masks(
     attn_mask: Tensor | None,
 ) -> None:
     """Raise unless every mask fits the queries and the view."""
+    if key_padding is None and kv_lens is None and blocks is None and attn_mask is None:
+        return
     batch, kv_heads, end = kv.shape[:3]
     if key_padding is not None:
         check_exactly("key_padding", key_padding, (torch.bool,), (batch, end), q.device)
@@ -173,6 +176,10 @@ def check_packed(q: Tensor, kv: KVView, bounds: Bounds, others: tuple[object, ..
 
 
 def _numbers(cu: Tensor) -> tuple[int, ...]:
+    if cu.is_meta:
+        raise Unsupported(
+            "cu_seqlens in a meta tensor cannot be read. Pass tensors with memory to compute."
+        )
     return tuple(cu.tolist())
 
 
@@ -182,9 +189,10 @@ numbers = HostMemo(_numbers)  # cumulative lengths as a tuple of the host
 def check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
     """Raise ValueError unless cumulative lengths rise from 0 to `total`.
 
-    While a CUDA graph is captured, only tensors that were read before are checked.
+    While a CUDA graph is captured, only tensors that were read before are checked; meta tensors,
+    which are planned with and never computed, hold no numbers.
     """
-    if capturing(cu.device) and not numbers.is_current(cu):
+    if cu.is_meta or (capturing(cu.device) and not numbers.is_current(cu)):
         return
     steps = numbers(cu)
     if not steps or steps[0] != 0 or steps[-1] != total or list(steps) != sorted(steps):
@@ -203,11 +211,12 @@ def check_traceable(*tensors: object) -> None:
             "torch.jit.trace records tensor operations for one length and cannot record "
             "saccade's kernels. Use torch.compile or torch.export."
         )
-    if any(isinstance(x, Tensor) and x.is_neg() for x in tensors):
-        raise Unsupported(
-            "attention cannot read a tensor whose sign is turned lazily, such as conj().imag. "
-            "Call resolve_neg() on it first."
-        )
+    for x in tensors:
+        if isinstance(x, Tensor) and x.is_neg():
+            raise Unsupported(
+                "attention cannot read a tensor whose sign is turned lazily, such as conj().imag. "
+                "Call resolve_neg() on it first."
+            )
     if torch._C._functorch.peek_interpreter_stack() is None:  # type: ignore[attr-defined]
         return
     if any(isinstance(x, Tensor) and _is_batched(x) for x in tensors):
