@@ -92,13 +92,13 @@ def attached(family: Family) -> Outcome:
 
 def plain(family: Family) -> Outcome:
     """Chunks and steps through a Context."""
-    with Context(family.model) as ctx:
+    with Context(family.model, check="off") as ctx:
         return judged(read(ctx, family.ids[0]), family.reference)
 
 
 def window(family: Family) -> Outcome:
     """`n_swa`, against eager attention under a 4-D mask."""
-    with Context(family.model, ContextParams(n_swa=NARROW)) as ctx:
+    with Context(family.model, ContextParams(n_swa=NARROW), check="off") as ctx:
         ours = read(ctx, family.ids[0])
     back = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     hidden = (back < 0) | (back >= NARROW)
@@ -112,7 +112,7 @@ def yarn(family: Family) -> Outcome:
     params = ContextParams(
         rope_scaling_type="yarn", rope_freq_scale=0.25, yarn_orig_ctx=16, n_ctx=512
     )
-    with Context(family.model, params) as ctx:
+    with Context(family.model, params, check="off") as ctx:
         ours = read(ctx, family.ids[0])
     return judged(ours, referred(lambda: logits_of(scaled(family), family.ids)))
 
@@ -137,7 +137,7 @@ def scaled(family: Family) -> PreTrainedModel:
 def int8(family: Family) -> Outcome:
     """Quantized keys and values: near, not equal."""
     ids = torch.randint(3, 120, (1, 160), generator=torch.Generator().manual_seed(2))
-    with Context(family.model, ContextParams(type_k="int8", type_v="int8")) as ctx:
+    with Context(family.model, ContextParams(type_k="int8", type_v="int8"), check="off") as ctx:
         ours = read(ctx, torch.cat((ids[0, :PREFIX], ids[0, PREFIX:])))
         assert ctx.cache_bytes
     theirs = logits_of(family.model, ids)
@@ -150,10 +150,10 @@ def session(family: Family) -> Outcome:
     ids = family.ids[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        with Context(family.model) as ctx:
+        with Context(family.model, check="off") as ctx:
             ctx.append(ids[:PREFIX])
             save_session(path, ctx)
-        with Context(family.model) as ctx:
+        with Context(family.model, check="off") as ctx:
             load_session(path, ctx)
             ours = torch.cat([ctx.logits(ctx.append(part)) for part in ids[PREFIX:].split(1)])
     return judged(ours, family.reference[PREFIX:])
@@ -171,7 +171,7 @@ def shift(family: Family) -> Outcome:
     ids, keep, drop = family.ids[0], 4, 13
     rest = torch.cat((ids[:keep], ids[keep + drop :]))
     theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
-    with Context(model) as ctx:
+    with Context(model, check="off") as ctx:
         ctx.append(ids[:PREFIX])
         ctx.shift(keep)
         assert ctx.seen == PREFIX - drop

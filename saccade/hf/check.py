@@ -270,6 +270,8 @@ def _forward(model: PreTrainedModel, tokens: Tensor, *, rows: int = 1) -> Output
     batch = tokens.expand(rows, -1).to(model.device)
     with _recorded(model) as layers:
         output = model(input_ids=batch, use_cache=False)
+    if getattr(output, "logits", None) is None:
+        raise Unsupported(f"{type(model).__name__} gives no logits that could be compared.")
     return Outputs(_on_host(output.logits[0, -STEPS - 1 :]), _joined(layers))
 
 
