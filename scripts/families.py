@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 
 from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
+from saccade.hf.check import check_eager
 from saccade.hf.layers import layer_kinds
+from saccade.hf.model import HFModel
 from saccade.runtime import Context as AnyContext
 from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
@@ -94,6 +96,14 @@ def plain(family: Family) -> Outcome:
     """Chunks and steps through a Context."""
     with Context(family.model, check="off") as ctx:
         return judged(read(ctx, family.ids[0]), family.reference)
+
+
+def checked(family: Family) -> Outcome:
+    """What the self-check of a new Context says."""
+    found = check_eager(HFModel(family.model))
+    if found.refusal is not None:
+        return f"refused: {found.refusal}"
+    return "exact" if found.ok else f"WRONG: {found.gap:.1g} in {found.layer}"
 
 
 def window(family: Family) -> Outcome:
@@ -184,6 +194,7 @@ def shift(family: Family) -> Outcome:
 COLUMNS: Final[dict[str, Callable[[Family], Outcome]]] = {
     "attach": attached,
     "plain": plain,
+    "check": checked,
     "window": window,
     "yarn": yarn,
     "int8": int8,
@@ -277,10 +288,10 @@ anything, {unbuilt} cannot be built from a config alone.  `python -m scripts.fam
 this page; a test compares it with the installed version.
 
 `attach` is the model's own forward; the others go through a Context. `plain`: a prompt in chunks,
-then token by token. `window`: `n_swa`. `yarn`: YaRN by options. `int8`: a quantized cache, near
-instead of exact. `session`: saved, restored, read on. `shift`: a context shift, in one layer.
-`yes`: equal up to rounding. `no`: refused by the sentence of that number. `-`: transformers itself
-computes nothing to compare with.
+then token by token. `check`: the self-check of a new Context. `window`: `n_swa`. `yarn`: YaRN by
+options. `int8`: a quantized cache, near instead of exact. `session`: saved, restored, read on.
+`shift`: a context shift, in one layer. `yes`: equal up to rounding. `no`: refused by the sentence
+of that number. `-`: transformers itself computes nothing to compare with.
 """
 PAGE: Final = Path(__file__).parents[1] / "docs" / "families.md"
 RECORD: Final = PAGE.with_suffix(".json")

@@ -241,9 +241,21 @@ def _tokens(model: PreTrainedModel, prompt: int) -> Tensor:
 
 
 def _eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
-    """One forward pass with the model's own attention function, without a cache."""
-    with _eager_attention(model):
-        return _forward(model, tokens)
+    """One forward pass with the model's own attention function, without a cache.
+
+    Raises:
+        Unsupported: transformers cannot run the model on tokens alone.
+    """
+    try:
+        with _eager_attention(model):
+            return _forward(model, tokens)
+    except (Unsupported, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"{type(model).__name__} cannot read tokens alone by its own eager attention "
+            f"({type(error).__name__}), so there is nothing to compare with."
+        ) from error
 
 
 def _reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
