@@ -33,7 +33,7 @@ from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
 
 LENGTH: Final = 40
-PREFIX: Final = 30
+PREFIX: Final = 36
 CHUNK: Final = 13
 NARROW: Final = 6
 """`n_swa` of the window column, below the models' own windows."""
@@ -67,8 +67,9 @@ def logits_of(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 
 def read(ctx: AnyContext, ids: Tensor) -> Tensor:
-    """Logits `[t, vocab]` of tokens that are read in chunks, then one by one."""
-    parts = [ids[:2], *ids[2:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
+    """Logits `[t, vocab]` of tokens that are read in chunks, the last ones one by one."""
+    prompt = len(ids) - LENGTH + PREFIX
+    parts = [ids[:2], *ids[2:prompt].split(CHUNK), *ids[prompt:].split(1)]
     return torch.cat(
         [ctx.logits(ctx.append(part, wanted=len(part))) for part in parts if len(part)]
     )
@@ -148,7 +149,7 @@ def int8(family: Family) -> Outcome:
     """Quantized keys and values: near, not equal."""
     ids = torch.randint(3, 120, (1, 160), generator=torch.Generator().manual_seed(2))
     with Context(family.model, ContextParams(type_k="int8", type_v="int8"), check="off") as ctx:
-        ours = read(ctx, torch.cat((ids[0, :PREFIX], ids[0, PREFIX:])))
+        ours = read(ctx, ids[0])
         assert ctx.cache_bytes
     theirs = logits_of(family.model, ids)
     found = float((ours - theirs).abs().mean() / theirs.std().clamp_min(1e-6))
@@ -178,7 +179,8 @@ def shift(family: Family) -> Outcome:
     if any(kind.states for kind in layer_kinds(family.model.config)):
         model = family.model
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    ids, keep, drop = family.ids[0], 4, 13
+    ids, keep = family.ids[0], 4
+    drop = (PREFIX - keep) // 2
     rest = torch.cat((ids[:keep], ids[keep + drop :]))
     theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
     with Context(model, check="off") as ctx:
@@ -276,6 +278,7 @@ def _general(said: str, name: str) -> str:
     said = re.sub(rf"\b{name}\b", "TYPE", said)
     parts = "For|Attention|Embedding|LMHead|Model|Decoder"
     said = re.sub(rf"\b[A-Z]\w*(?:{parts})\w*\b", "CLASS", said)
+    said = re.sub(r"\d+ of \d+ tokens", "N of M tokens", said)
     return re.sub(r"layer \d+|\d+ layers", "layer N", said)
 
 
