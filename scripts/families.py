@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -172,11 +173,11 @@ def session(family: Family) -> Outcome:
 
 def shift(family: Family) -> Outcome:
     """Context shift in a model of one layer, where it is exact."""
-    try:
-        model = tiny_model(family.name, tiny_config(family.name, layers=1))
-    except Exception:
-        model = family.model
-    if any(kind.states for kind in layer_kinds(family.model.config)):
+    model = family.model
+    if not any(kind.states for kind in layer_kinds(model.config)):
+        with suppress(Exception):
+            model = tiny_model(family.name, tiny_config(family.name, layers=1))
+    if not model.config.get_text_config(decoder=True).num_hidden_layers:  # two a layer: 1 // 2
         model = family.model
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     ids, keep = family.ids[0], 4
