@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,13 +26,15 @@ from transformers import PreTrainedModel
 
 from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
+from saccade.hf.check import check_eager
 from saccade.hf.layers import layer_kinds
+from saccade.hf.model import HFModel
 from saccade.runtime import Context as AnyContext
 from saccade.runtime import ContextParams, load_session, save_session
 from scripts.family_configs import FAMILIES, tiny_config, tiny_model
 
 LENGTH: Final = 40
-PREFIX: Final = 30
+PREFIX: Final = 36
 CHUNK: Final = 13
 NARROW: Final = 6
 """`n_swa` of the window column, below the models' own windows."""
@@ -65,8 +68,9 @@ def logits_of(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 
 def read(ctx: AnyContext, ids: Tensor) -> Tensor:
-    """Logits `[t, vocab]` of tokens that are read in chunks, then one by one."""
-    parts = [ids[:2], *ids[2:PREFIX].split(CHUNK), *ids[PREFIX:].split(1)]
+    """Logits `[t, vocab]` of tokens that are read in chunks, the last ones one by one."""
+    prompt = len(ids) - LENGTH + PREFIX
+    parts = [ids[:2], *ids[2:prompt].split(CHUNK), *ids[prompt:].split(1)]
     return torch.cat(
         [ctx.logits(ctx.append(part, wanted=len(part))) for part in parts if len(part)]
     )
@@ -92,13 +96,21 @@ def attached(family: Family) -> Outcome:
 
 def plain(family: Family) -> Outcome:
     """Chunks and steps through a Context."""
-    with Context(family.model) as ctx:
+    with Context(family.model, check="off") as ctx:
         return judged(read(ctx, family.ids[0]), family.reference)
+
+
+def checked(family: Family) -> Outcome:
+    """What the self-check of a new Context says."""
+    found = check_eager(HFModel(family.model))
+    if found.refusal is not None:
+        return f"refused: {found.refusal}"
+    return "exact" if found.ok else f"WRONG: {found.gap:.1g} in {found.layer}"
 
 
 def window(family: Family) -> Outcome:
     """`n_swa`, against eager attention under a 4-D mask."""
-    with Context(family.model, ContextParams(n_swa=NARROW)) as ctx:
+    with Context(family.model, ContextParams(n_swa=NARROW), check="off") as ctx:
         ours = read(ctx, family.ids[0])
     back = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     hidden = (back < 0) | (back >= NARROW)
@@ -112,7 +124,7 @@ def yarn(family: Family) -> Outcome:
     params = ContextParams(
         rope_scaling_type="yarn", rope_freq_scale=0.25, yarn_orig_ctx=16, n_ctx=512
     )
-    with Context(family.model, params) as ctx:
+    with Context(family.model, params, check="off") as ctx:
         ours = read(ctx, family.ids[0])
     return judged(ours, referred(lambda: logits_of(scaled(family), family.ids)))
 
@@ -137,8 +149,8 @@ def scaled(family: Family) -> PreTrainedModel:
 def int8(family: Family) -> Outcome:
     """Quantized keys and values: near, not equal."""
     ids = torch.randint(3, 120, (1, 160), generator=torch.Generator().manual_seed(2))
-    with Context(family.model, ContextParams(type_k="int8", type_v="int8")) as ctx:
-        ours = read(ctx, torch.cat((ids[0, :PREFIX], ids[0, PREFIX:])))
+    with Context(family.model, ContextParams(type_k="int8", type_v="int8"), check="off") as ctx:
+        ours = read(ctx, ids[0])
         assert ctx.cache_bytes
     theirs = logits_of(family.model, ids)
     found = float((ours - theirs).abs().mean() / theirs.std().clamp_min(1e-6))
@@ -150,10 +162,10 @@ def session(family: Family) -> Outcome:
     ids = family.ids[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "session"
-        with Context(family.model) as ctx:
+        with Context(family.model, check="off") as ctx:
             ctx.append(ids[:PREFIX])
             save_session(path, ctx)
-        with Context(family.model) as ctx:
+        with Context(family.model, check="off") as ctx:
             load_session(path, ctx)
             ours = torch.cat([ctx.logits(ctx.append(part)) for part in ids[PREFIX:].split(1)])
     return judged(ours, family.reference[PREFIX:])
@@ -161,17 +173,18 @@ def session(family: Family) -> Outcome:
 
 def shift(family: Family) -> Outcome:
     """Context shift in a model of one layer, where it is exact."""
-    try:
-        model = tiny_model(family.name, tiny_config(family.name, layers=1))
-    except Exception:
-        model = family.model
-    if any(kind.states for kind in layer_kinds(family.model.config)):
+    model = family.model
+    if not any(kind.states for kind in layer_kinds(model.config)):
+        with suppress(Exception):
+            model = tiny_model(family.name, tiny_config(family.name, layers=1))
+    if not model.config.get_text_config(decoder=True).num_hidden_layers:  # two a layer: 1 // 2
         model = family.model
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    ids, keep, drop = family.ids[0], 4, 13
+    ids, keep = family.ids[0], 4
+    drop = (PREFIX - keep) // 2
     rest = torch.cat((ids[:keep], ids[keep + drop :]))
     theirs = referred(lambda: logits_of(model, rest[None]))[PREFIX - drop :]
-    with Context(model) as ctx:
+    with Context(model, check="off") as ctx:
         ctx.append(ids[:PREFIX])
         ctx.shift(keep)
         assert ctx.seen == PREFIX - drop
@@ -184,6 +197,7 @@ def shift(family: Family) -> Outcome:
 COLUMNS: Final[dict[str, Callable[[Family], Outcome]]] = {
     "attach": attached,
     "plain": plain,
+    "check": checked,
     "window": window,
     "yarn": yarn,
     "int8": int8,
@@ -265,6 +279,7 @@ def _general(said: str, name: str) -> str:
     said = re.sub(rf"\b{name}\b", "TYPE", said)
     parts = "For|Attention|Embedding|LMHead|Model|Decoder"
     said = re.sub(rf"\b[A-Z]\w*(?:{parts})\w*\b", "CLASS", said)
+    said = re.sub(r"\d+ of \d+ tokens", "N of M tokens", said)
     return re.sub(r"layer \d+|\d+ layers", "layer N", said)
 
 
@@ -277,10 +292,10 @@ anything, {unbuilt} cannot be built from a config alone.  `python -m scripts.fam
 this page; a test compares it with the installed version.
 
 `attach` is the model's own forward; the others go through a Context. `plain`: a prompt in chunks,
-then token by token. `window`: `n_swa`. `yarn`: YaRN by options. `int8`: a quantized cache, near
-instead of exact. `session`: saved, restored, read on. `shift`: a context shift, in one layer.
-`yes`: equal up to rounding. `no`: refused by the sentence of that number. `-`: transformers itself
-computes nothing to compare with.
+then token by token. `check`: the self-check of a new Context. `window`: `n_swa`. `yarn`: YaRN by
+options. `int8`: a quantized cache, near instead of exact. `session`: saved, restored, read on.
+`shift`: a context shift, in one layer. `yes`: equal up to rounding. `no`: refused by the sentence
+of that number. `-`: transformers itself computes nothing to compare with.
 """
 PAGE: Final = Path(__file__).parents[1] / "docs" / "families.md"
 RECORD: Final = PAGE.with_suffix(".json")

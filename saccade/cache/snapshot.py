@@ -110,10 +110,11 @@ def restore(cache: LayerCache, kind: str, state: CacheState, device: torch.devic
         raise
 
 
-def check_tensors(state: CacheState, like: CacheState) -> None:
+def check_tensors(kind: str, state: CacheState, like: CacheState) -> None:
     """Raise BadInput unless the tensors can be those of a cache that holds one like `like`.
 
     Args:
+        kind: of the cache; recurrent states alone have shapes that no number of tokens changes.
         like: of the same layer after it has read something; only shapes and dtypes are used.
     """
     expected = dict(like.tensors)
@@ -126,21 +127,22 @@ def check_tensors(state: CacheState, like: CacheState) -> None:
             f"{', '.join(state.tensors)}. Delete the session to start anew."
         )
     for name, tensor in state.tensors.items():
-        _check_tensor(name, tensor, expected[name])
+        _check_tensor(name, tensor, expected[name], grows=kind != "states")
     if "positions" in state.tensors:
         _check_positions(state.tensors["positions"], state.progress["seen"])
 
 
-def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor, like: Tensor, *, grows: bool) -> None:
     # Lengths in tokens, the third dimension, are compared with the counts by `restore`.
     found, expected = list(tensor.shape), list(like.shape)
-    if len(found) > 2:
+    if grows and len(found) > 2:
         found[2] = expected[2]
+    length = " but for the length" if grows else ""
     if found != expected or tensor.dtype != like.dtype:
         raise BadInput(
             f"the saved cache contradicts itself: its {name} has shape {list(tensor.shape)} and "
-            f"{tensor.dtype}, expected {expected} but for the length, and {like.dtype}. Delete the "
-            "session to start anew."
+            f"{tensor.dtype}, expected {expected}{length}, and {like.dtype}. Delete the session to "
+            "start anew."
         )
     if tensor.dtype.is_floating_point and not tensor.float().isfinite().all():
         raise BadInput(

@@ -244,9 +244,21 @@ def _tokens(model: PreTrainedModel, prompt: int) -> Tensor:
 
 
 def _eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
-    """One forward pass with the model's own attention function, without a cache."""
-    with _eager_attention(model):
-        return _forward(model, tokens)
+    """One forward pass with the model's own attention function, without a cache.
+
+    Raises:
+        Unsupported: transformers cannot run the model on tokens alone.
+    """
+    try:
+        with _eager_attention(model):
+            return _forward(model, tokens)
+    except (Unsupported, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"{type(model).__name__} cannot read tokens alone by its own eager attention "
+            f"({type(error).__name__}), so there is nothing to compare with."
+        ) from error
 
 
 def _reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
@@ -273,6 +285,8 @@ def _forward(model: PreTrainedModel, tokens: Tensor, *, rows: int = 1) -> Output
     batch = tokens.expand(rows, -1).to(model.device)
     with _recorded(model) as layers:
         output = model(input_ids=batch, use_cache=False)
+    if getattr(output, "logits", None) is None:
+        raise Unsupported(f"{type(model).__name__} gives no logits that could be compared.")
     return Outputs(_on_host(output.logits[0, -STEPS - 1 :]), _joined(layers))
 
 

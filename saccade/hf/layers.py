@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Final
 
 from torch import nn
@@ -116,18 +117,26 @@ def check_attention(model: nn.Module) -> None:
     Its caches and masks would be ours, and its attention would not: options would have no effect,
     and our masks no meaning to it.
     """
-    called = False
-    for kind in {type(module) for module in model.modules()}:
-        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is None:
-            return  # compiled or wrapped: transformers has said that the class calls the interface
-        calls = INTERFACE in code.co_names
+    kinds = {kind: _code(kind) for kind in {type(module) for module in model.modules()}}
+    if None in kinds.values():
+        return  # compiled or wrapped: transformers has said that the class calls the interface
+    calling = {kind for kind, code in kinds.items() if code and INTERFACE in code.co_names}
+    # What such a module holds works for its attention (compressed keys of DeepSeek-V4).
+    parts = [part for m in model.modules() if type(m) in calling for part in m.modules()]
+    others = kinds.keys() - {type(part) for part in parts}
+    for kind in sorted(others, key=lambda kind: kind.__name__):
+        code = kinds[kind]
+        assert code
         cached = {"past_key_values", "past_key_value", "layer_past"} & set(code.co_varnames)
-        if cached and not calls and "softmax" in code.co_names:
+        if cached and "softmax" in code.co_names:
             raise _own_attention(model, f"its {kind.__name__}")
-        called = called or calls
-    if not called:
+    if not calling:
         raise _own_attention(model, "no layer of it")
+
+
+def _code(kind: type[nn.Module]) -> CodeType | None:
+    """What the forward of a class is compiled to; None where it is not Python."""
+    return getattr(inspect.unwrap(kind.forward), "__code__", None)
 
 
 def _own_attention(model: nn.Module, what: str) -> Unsupported:

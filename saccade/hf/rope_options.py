@@ -85,8 +85,10 @@ def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:
     """The model's own rule changed as the params say.
 
     Raises:
-        ValueError: yarn options for another rule, or a factor that nothing determines.
+        ValueError: yarn options for another rule, a factor that nothing determines, or a trained
+            length that the model's own attention would not follow.
     """
+    _check_temperature(params, config)
     trained = params.yarn_orig_ctx or _trained(rope.rule, config.max_position_embeddings)
     rule = _rule(rope.rule, params, trained)
     yarn = {
@@ -101,6 +103,18 @@ def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:
         )
     base = rope.base if params.rope_freq_base is None else params.rope_freq_base
     return rope._replace(rule=replace(rule, **yarn), base=float(base))
+
+
+def _check_temperature(params: ContextParams, config: Any) -> None:
+    """Raise where the model scales queries by the trained length of its config (Ministral 3)."""
+    given = config.rope_parameters
+    own = given.get("original_max_position_embeddings")
+    if given.get("llama_4_scaling_beta") and params.yarn_orig_ctx not in (None, own):
+        raise ValueError(
+            f"yarn_orig_ctx={params.yarn_orig_ctx} differs from the {own} tokens of the config, by "
+            "which this model scales its queries too. Leave it unset, or change "
+            "original_max_position_embeddings of the config and load the model again."
+        )
 
 
 def _rule(own: Rule, params: ContextParams, trained: int) -> Rule:

@@ -50,15 +50,23 @@ class ScaledRotary:
         ropes: base and scaling rule of each layer type; one entry under None where all agree.
         pairs: number of rotated pairs of each layer type.
         layout: one of `_LAYOUTS`.
+        joins_rows: of positions `[3, B, L]` (time, height and width of pictures) the module makes
+            one table; here that is done for text alone, whose three rows are equal.
 
     Attributes:
         positions: those of the last call.
     """
 
     def __init__(
-        self, ropes: dict[str | None, ParsedRope], pairs: dict[str | None, int], layout: str
+        self,
+        ropes: dict[str | None, ParsedRope],
+        pairs: dict[str | None, int],
+        layout: str,
+        *,
+        joins_rows: bool = False,
     ) -> None:
         self.ropes, self.pairs, self.layout = ropes, pairs, layout
+        self.joins_rows = joins_rows
         self.positions: Tensor | None = None
         self._fixed = {kind: self.frequencies(kind) for kind in ropes}
 
@@ -74,8 +82,14 @@ class ScaledRotary:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        """cos and sin for positions `[B, L]`, in the dtype of x; complex numbers are float32."""
+        """cos and sin for positions `[B, L]`, in the dtype of x; complex numbers are float32.
+
+        Raises:
+            Unsupported: positions of pictures, for a module that joins rows.
+        """
         kind = layer_type if layer_type in self.ropes else None
+        if self.joins_rows and position_ids.ndim == 3:
+            position_ids = _of_text(position_ids)
         found, self.positions = self._fixed[kind], position_ids
         if depends_on_length(self.ropes[kind].rule):
             length = reached()
@@ -90,6 +104,17 @@ class ScaledRotary:
     def table_key(self, length: int) -> Hashable:
         """Equal for two lengths that have the same tables."""
         return tuple(_table_key(rope.rule, length) for rope in self.ropes.values())
+
+
+def _of_text(position_ids: Tensor) -> Tensor:
+    """The one row `[B, L]` of three equal ones."""
+    # A row that was expanded equals itself: looking would wait for the GPU.
+    if position_ids.stride(0) and not bool((position_ids == position_ids[:1]).all()):
+        raise Unsupported(
+            "scaled positions are those of text, but this model was given other ones for the time, "
+            "height and width of pictures. Leave rope_* and yarn_* unset where it reads pictures."
+        )
+    return position_ids[0]
 
 
 def _table_key(rule: Rule, length: int) -> Hashable:
@@ -110,12 +135,13 @@ def scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> Scal
     ropes = {kind: stated[kind] for kind in pairs}
     if not ropes.keys() & {None, _SCALED_TYPE}:
         raise _unknown(module, f"it has no frequencies of {_SCALED_TYPE} layers")
-    layout = _layout(module, ropes, pairs)
+    joins_rows = _joins_rows(module, next(iter(ropes)))
+    layout = _layout(module, ropes, pairs, joins_rows)
     changed = {
         kind: scaled(rope, params, config) if kind in (None, _SCALED_TYPE) else rope
         for kind, rope in ropes.items()
     }
-    return ScaledRotary(changed, pairs, layout)
+    return ScaledRotary(changed, pairs, layout, joins_rows=joins_rows)
 
 
 def _num_pairs(module: nn.Module, kind: str | None) -> int:
@@ -125,31 +151,47 @@ def _num_pairs(module: nn.Module, kind: str | None) -> int:
 
 
 def _layout(
-    module: nn.Module, ropes: dict[str | None, ParsedRope], pairs: dict[str | None, int]
+    module: nn.Module,
+    ropes: dict[str | None, ParsedRope],
+    pairs: dict[str | None, int],
+    joins_rows: bool,
 ) -> str:
     """The layout in which the rules of the config give what the module returns."""
     for layout in _LAYOUTS:
-        own = ScaledRotary(ropes, pairs, layout)
+        own = ScaledRotary(ropes, pairs, layout, joins_rows=joins_rows)
         if all(_agrees(module, own, kind) for kind in ropes):
             return layout
     raise _unknown(module, "it does not return the tables that follow from its rope_parameters")
 
 
 @torch.no_grad()
+def _joins_rows(module: nn.Module, kind: str | None) -> bool:
+    """Whether a module makes one table of three rows of positions."""
+    x, at = _question(module)
+    with reaching(None):
+        answer = _parts(_asked(module, x, at.expand(3, -1, -1), kind))
+    return bool(answer) and answer[0].shape[:-1] == at.shape
+
+
+@torch.no_grad()
 def _agrees(module: nn.Module, own: ScaledRotary, kind: str | None) -> bool:
     """Whether both return the same for some positions."""
-    buffer = next(module.buffers())
-    x = torch.zeros(1, 1, 2 * own.pairs[kind], device=buffer.device)
-    at = torch.tensor([[0, 1, 2, 7, 30]], device=buffer.device)
+    x, at = _question(module)
+    asked = [at, at.expand(3, -1, -1)] if own.joins_rows else [at]
     with reaching(None):
-        theirs, ours = _parts(_asked(module, x, at, kind)), _parts(own(x, at, kind))
-    joined = _parts(_asked(module, x, at.expand(3, -1, -1), kind))
-    if joined and joined[0].shape == (1, 5, joined[0].shape[-1]):
-        return False  # positions of pictures have three rows, which this module makes one of
+        theirs = [part for p in asked for part in _parts(_asked(module, x, p, kind))]
+        ours = [part for p in asked for part in _parts(own(x, p, kind))]
     return len(theirs) == len(ours) and all(
         a.shape == b.shape and a.is_complex() == b.is_complex() and bool((a - b).abs().max() < 1e-4)
         for a, b in zip(theirs, ours, strict=True)
     )
+
+
+def _question(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Something for a rotary module to take the dtype of, and positions `[1, L]`."""
+    device = next(module.buffers()).device
+    at = torch.tensor([[0, 1, 2, 7, 30]], device=device)
+    return torch.zeros(1, 1, 1, device=device), at
 
 
 def _asked(module: nn.Module, x: Tensor, at: Tensor, kind: str | None) -> Any:

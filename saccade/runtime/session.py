@@ -168,11 +168,12 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
         state = CacheState(part["settings"], part["progress"], {})
         snapshot.check(layer, part["kind"], state, len(tokens))
         state = state._replace(tensors=file.tensors(prefix))
-        snapshot.check_tensors(state, model)
+        snapshot.check_tensors(part["kind"], state, model)
         snapshot.restore(layer, part["kind"], snapshot.bounded(state, room), ctx.model.device)
-        if layer.seen != len(tokens):
-            raise ValueError("a layer has seen other tokens")
         unread -= {prefix + name for name in state.tensors}
+    # Behind the loop: recurrent layers count no tokens, and say what the others have seen.
+    if any(layer.seen != len(tokens) for layer in text.cache.stores):
+        raise ValueError("a layer has seen other tokens")
     observed = _observed(file, record["observed"], like, ctx.model.device)
     following = _next_token(record["next"], vocab_size)
     logits = _logits(file, vocab_size, ctx.model.device)

@@ -55,6 +55,18 @@ def test_options_give_what_the_reference_gives(llama: PreTrainedModel, name: str
     assert found.layer is None
 
 
+def test_a_model_that_transformers_cannot_run_is_not_compared(llama: PreTrainedModel) -> None:
+    def fail(*call: Any) -> None:
+        raise IndexError("pictures are missing")
+
+    hook = llama.model.register_forward_pre_hook(fail)  # type: ignore[union-attr]
+    found = check.check_eager(HFModel(llama))
+    assert found.refusal is not None and "own eager attention (IndexError)" in found.refusal
+    Context(llama).close()
+    hook.remove()
+    assert check.check_eager(HFModel(llama)).ok
+
+
 def _off_by_a_little(layer: torch.nn.Module, model: PreTrainedModel) -> Any:
     def change(module: Any, args: Any, output: Any) -> Any:
         if model.config._attn_implementation == KEY:

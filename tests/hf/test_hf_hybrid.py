@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import saccade
-from saccade.core import Unsupported
+from saccade.core import BadInput, Unsupported
 from saccade.hf import Context, attach
 from saccade.hf.layers import layer_kinds
-from saccade.runtime import ContextParams, load_session, save_session
+from saccade.runtime import ContextParams, load_session, save_session, session, session_file
 from scripts.family_configs import tiny_config, tiny_model
 
 HYBRIDS = ("qwen3_next", "falcon_h1", "jamba", "bamba", "lfm2_moe")
@@ -67,6 +67,36 @@ def test_session_holds_the_states(name, tmp_path):
         load_session(tmp_path / "s", ctx)
         ours = torch.cat([ctx.logits(ctx.append(part)) for part in ids[20:].split(1)])
     close(ours, whole(name, ids)[20:])
+
+
+STATE_LIES = {
+    "a shorter kernel": lambda state: state[:, :, 1:].clone(),
+    "two rows": lambda state: torch.cat((state, state)),
+    "another dtype": lambda state: state.half(),
+    "NaN": lambda state: torch.full_like(state, torch.nan),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("lie", STATE_LIES)
+def test_states_that_do_not_fit_are_refused_whatever_their_checksums(lie, tmp_path):
+    """The length of a state is no number of tokens: it is that of the model."""
+    path, ids, change = tmp_path / "s", tokens(), STATE_LIES[lie]
+    with Context(model_of("qwen3_next")) as ctx:
+        ctx.append(ids[:20])
+        save_session(path, ctx)
+        file, key = session_file.SessionFile(path), session._identity(ctx)[1]
+        tensors = file.tensors("")
+        for name in [name for name in tensors if ".conv." in name or ".recurrent." in name]:
+            if change is None:
+                del tensors[name]
+            else:
+                tensors[name] = change(tensors[name])
+        session_file.write(path, tensors, file.record, key=key)
+        with pytest.raises(BadInput):
+            load_session(path, ctx)
+        assert ctx.tokens == ids[:20].tolist()
+        close(ctx.logits(ctx.append(ids[20:]))[-1], whole("qwen3_next", ids)[-1])
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

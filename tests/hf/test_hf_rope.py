@@ -122,7 +122,17 @@ OTHERS = {
     "stablelm": {},
     "ernie4_5": {},
     "apertus": {},  # llama3 scaling of its own
-    "ministral3": {},  # yarn of its own, and keys that rotary modules do not read
+    "ministral3": {  # yarn of its own, and keys that rotary modules do not read
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 256,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
     "deepseek_v2": LATENT,  # complex numbers
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 96, "layer_types": None},
     "laguna": {  # parameters by layer type, another share of a head in each
@@ -193,13 +203,37 @@ class Joined(nn.Module):
         return self.inner(x, position_ids[0] if position_ids.dim() == 3 else position_ids)
 
 
-def test_a_module_that_joins_three_rows_is_refused():
+def test_a_module_that_joins_three_rows_scales_text_alone():
     model = tiny_model(tiny_config("llama"))
-    with pytest.raises(Unsupported, match="Joined cannot be scaled here"):
-        scaled_rotary(Joined(rotary(model)), model.config, ContextParams(rope_freq_scale=0.5))
-    model.config.rope_parameters["mrope_section"] = [2, 3, 3]  # nothing reads it here
+    params = ContextParams(rope_freq_scale=0.5)
+    found = scaled_rotary(Joined(rotary(model)), model.config, params)
+    x, at = torch.zeros(1, 1, 64), torch.arange(6)[None]
+    expected = scaled_rotary(rotary(model), model.config, params)(x, at)
+    rows = (at, at.expand(3, -1, -1), at[None].repeat(3, 1, 1))
+    for ours in (found(x, given) for given in rows):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    picture = at[None] * torch.tensor([1, 2, 3])[:, None, None]
+    with pytest.raises(Unsupported, match="positions are those of text"):
+        found(x, picture)
+
+
+def test_three_rows_that_nothing_reads_change_nothing():
+    model = tiny_model(tiny_config("llama"))
+    model.config.rope_parameters["mrope_section"] = [2, 3, 3]
     found = scaled_rotary(rotary(model), model.config, ContextParams(rope_freq_scale=0.5))
     assert found.ropes[None].rule == Linear(factor=2.0)
+
+
+def test_a_trained_length_that_also_scales_queries_is_that_of_the_config():
+    """Ministral 3: `llama_4_scaling_beta` and the length of the config scale queries."""
+    own = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "llama_4_scaling_beta": 0.1}
+    own["original_max_position_embeddings"] = 128
+    model = tiny_model(tiny_config("llama", rope_parameters=own))
+    with pytest.raises(ValueError, match="yarn_orig_ctx=16 differs from the 128 tokens"):
+        attach(
+            model, ContextParams(rope_scaling_type="yarn", rope_freq_scale=0.5, yarn_orig_ctx=16)
+        ).__enter__()
+    scaled_rotary(rotary(model), model.config, ContextParams(rope_freq_scale=0.5))
 
 
 def test_options_that_would_change_nothing_are_refused():

@@ -9,7 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from saccade.core import Unsupported
-from saccade.hf import attach
+from saccade.hf import Context, attach
+from saccade.runtime import ContextParams
 from tests.tiny_models import COMMON, tiny_model
 
 SMALL = {name: value for name, value in COMMON.items() if name != "head_dim"} | {
@@ -128,3 +129,14 @@ def test_families_without_the_interface_are_refused(family, fields):
     model = tiny_model(CONFIG_MAPPING[family](vocab_size=128, **fields))
     with pytest.raises(Unsupported, match="does not call transformers' attention interface"):
         attach(model).__enter__()
+
+
+def test_what_a_module_of_attention_holds_may_use_softmax():
+    """DeepSeek-V4 compresses keys by a softmax: attended as it is, but never with our caches."""
+    model = model_of("deepseek_v4")
+    for params in (ContextParams(n_swa=8), ContextParams(type_k="int8", type_v="int8")):
+        with pytest.raises(Unsupported, match="layer 0 of deepseek_v4"):
+            with attach(model, params) as attached:
+                attached.new_cache()
+    with pytest.raises(Unsupported, match="layer 0 of deepseek_v4"), Context(model) as ctx:
+        ctx.append(IDS[0])
