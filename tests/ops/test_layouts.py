@@ -41,6 +41,28 @@ def test_one_strange_tensor(backend, layout, place):
                 assert largest_error(found, true) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "triton", "gluon", "gluon_triton", "sdpa", "tiled"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", range(3), ids=["q", "k", "v"])
+def test_one_strange_tensor_on_gpu(backend, layout, place):
+    """Rows at addresses that no kernel can load in vectors are copied, or read one by one."""
+    for heads, kv_heads, q_len, k_len, dim in ((4, 2, 33, 40, 64), (8, 2, 1, 300, 128)):
+        tensors = [x.bfloat16().cuda() for x in qkv(heads, kv_heads, q_len, k_len, dim)]
+        with torch.device("cuda"):
+            tensors[place] = LAYOUTS[layout](tensors[place])
+        for causal, grad in ((True, True), (False, False)):
+            wide = [x.double().contiguous() for x in tensors]
+            exact = solve(wide, "reference", grad=grad, causal=causal)
+            try:
+                ours = solve(tensors, backend, grad=grad, causal=causal)
+            except Unsupported as error:
+                assert backend != "auto", error
+                continue
+            for found, true in zip(ours, exact, strict=True):
+                assert largest_error(found, true) < 0.1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strange_masks(layout):
     """attn_mask, key_padding, kv_lens, offsets and slopes at other strides."""

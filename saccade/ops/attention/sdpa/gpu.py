@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput
-from saccade.ops.gpu.launching import tma_aligned
+from saccade.ops.gpu.launching import aligned, tma_aligned
 
 Kind = Literal["all", "square", "end"]
 """Masks that need no memory: "all" keys are visible to every query; "square" is causal with as many
@@ -31,14 +31,17 @@ CUDNN_WRONG_GRADIENTS = (91000, 91001)  # known to be wrong (cudnn-frontend refu
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """`x` with a unit last stride and rows apart from each other: copied where it has none.
+    """`x` with a unit last stride and rows apart; on a GPU at multiples of 16 bytes too.
 
-    PyTorch's public function checks that before it calls a kernel.  The kernels themselves read
-    other memory, or hand BLAS a row stride that it refuses without computing anything.
+    It is copied where it is not so.  PyTorch's public function checks that before it calls a
+    kernel; the kernels themselves read other memory, fail with a misaligned address, or hand BLAS
+    a row stride that it refuses without computing anything.
     """
     unit = x.stride(3) == 1 or x.shape[3] == 1
     apart = x.stride(2) >= x.shape[3] or x.shape[2] == 1
-    return x if unit and apart else x.contiguous()
+    if unit and apart and (not x.is_cuda or aligned(x, 16)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def choose(
