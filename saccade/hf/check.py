@@ -32,7 +32,7 @@ CheckMode = Literal["auto", "always", "off"]
 AS_IT_IS: Final = "as it is"
 MODES: Final = ("auto", "always", "off")
 PROMPT, STEPS, CHUNK, WINDOW, SINKS = 32, 4, 12, 12, 4
-QUANTIZED_PROMPT: Final = 160
+QUANTIZED_PROMPT, QUANTIZED_CHUNK = 136, 48
 """Enough tokens for a full group to be quantized behind those kept in full precision."""
 
 _BOUNDS: Final = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}
@@ -203,6 +203,8 @@ def _small(params: ContextParams) -> ContextParams:
     sizes: dict[str, Any] = {"n_batch": CHUNK, "n_keep": None}
     if params.n_swa is not None:
         sizes |= {"n_swa": min(params.n_swa, WINDOW), "n_sinks": min(params.n_sinks, SINKS)}
+    if params.type_k in QUANTIZED:
+        sizes["n_batch"] = QUANTIZED_CHUNK
     if params.page_size is not None:
         sizes["page_size"] = min(params.page_size, CHUNK)
     if params.kv_policy is not None:

@@ -11,8 +11,8 @@ from saccade.core.host_memo import HostMemo
 
 _BIASED = (
     "a floating-point attention_mask may hold only 0 and -inf (or the dtype's minimum): "
-    'saccade attention adds no bias. Use attn_implementation="eager" for biased scores.'
-)
+    "saccade attention adds no bias. Use attn_implementation='eager' for biased scores."
+)  # no double quotes: inductor copies the sentence into a C++ string as it is
 
 
 def boolean_mask(mask: Tensor, query: Tensor, num_keys: int) -> Tensor:

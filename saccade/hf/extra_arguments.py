@@ -25,6 +25,8 @@ HARMLESS: Final = frozenset(
         "max_length_k",
         # of the loss, of other layers and of what the model returns
         "labels",
+        "shift_labels",
+        "ignore_index",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",

@@ -115,9 +115,9 @@ class SpecMask(Tensor):
         """Itself until something was done with its matrix; then that, as it may have changed."""
         return self if self._matrix is None else self._matrix
 
-    def contiguous(self, *args: Any, **kwargs: Any) -> SpecMask:  # type: ignore[override]
-        """Itself: `generate()` calls it, and there is no storage to copy."""
-        return self
+    def contiguous(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """The real matrix: `generate()` asks for it where a compiled forward may read the mask."""
+        return self.dense()
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """On another device still a SpecMask; of another dtype, or a copy, the real matrix."""

@@ -11,6 +11,8 @@ from saccade.core import Unsupported
 from saccade.hf.attention import saccade_attention
 from saccade.hf.extra_arguments import HARMLESS
 from saccade.hf.mask import saccade_mask
+from saccade.hf.register import KEY
+from tests.tiny_models import tiny_config, tiny_model
 
 MODULE = nn.Module()
 Q, K, V = (
@@ -157,3 +159,11 @@ def test_weights_are_made_when_asked_for(options):
     torch.testing.assert_close(weights, expected)
     again = (weights @ V.repeat_interleave(2, dim=1)).transpose(1, 2)
     torch.testing.assert_close(output, again)
+
+
+def test_arguments_of_the_loss_are_not_of_attention(ids):
+    model = tiny_model(tiny_config("llama"), KEY)
+    eager = tiny_model(tiny_config("llama"), "eager")
+    for options in ({"shift_labels": ids}, {"ignore_index": 5}):
+        found = model(ids, labels=ids, **options).loss
+        assert torch.allclose(found, eager(ids, labels=ids, **options).loss, atol=1e-5)

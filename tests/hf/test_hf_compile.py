@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from saccade.hf import attach
 from saccade.runtime.params import ContextParams
@@ -100,3 +100,29 @@ def test_biased_masks_are_refused_by_a_graph_too():
     model = tiny_model(tiny_config("llama", num_hidden_layers=1))
     with attach(model), pytest.raises(RuntimeError, match="may hold only 0 and -inf"):
         torch.compile(model, backend="eager")(IDS, attention_mask=torch.randn(2, 1, 12, 12))
+
+
+def test_generate_with_a_static_cache_that_compiles():
+    """It makes the mask outside of the graph and passes it in."""
+    model = tiny_model(tiny_config("llama"), "sdpa")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    config = CompileConfig(fullgraph=False, dynamic=None, backend="eager")
+    config._compile_all_devices = True
+    expected = model.generate(IDS, attention_mask=PADDED, **options)
+    with attach(model):
+        found = model.generate(
+            IDS,
+            attention_mask=PADDED,
+            cache_implementation="static",
+            compile_config=config,
+            **options,
+        )
+    assert torch.equal(found, expected)
+
+
+def test_gradients_under_a_softcap_are_one_graph():
+    model = tiny_model(tiny_config("gemma2"), "eager")
+    with attach(model):
+        expected = model(IDS, labels=IDS, use_cache=False).loss
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(run(IDS, labels=IDS, use_cache=False).loss, expected)

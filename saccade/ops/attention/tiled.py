@@ -94,7 +94,7 @@ def _absorb(
     anchor = m_new.masked_fill(m_new == -torch.inf, 0)  # rows without a visible key so far
     shrink = (m - anchor).exp()
     p = (scores - anchor).exp()
-    if v.is_meta or v.isfinite().all():
+    if v.is_meta or torch.compiler.is_compiling() or v.isfinite().all():
         gained = p @ v[:, :, None]
     else:  # an unseen key contributes nothing, not 0 * nan
         products = p[..., None] * v[:, :, None, None]
