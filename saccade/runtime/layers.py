@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from saccade.cache import LayerCache, StagingBuffers, make_layer_cache
 from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
+
+LARGEST_RING: Final = 1 << 16
+"""A ring allocates its whole window.  Some configs set one wider than they were trained for: such
+layers get a cache that grows with the text, over which the window is a mask."""
 
 
 def narrowed_window(own: int | None, params: ContextParams) -> tuple[int | None, int]:
@@ -31,8 +37,9 @@ def layer_cache(
         own: the model's own window of this layer, None for full attention.
     """
     window, sinks = narrowed_window(own, params)
+    ring = own if own is not None and own <= LARGEST_RING else None
     return make_layer_cache(
-        window=window or own,
+        window=window or ring,
         sinks=sinks,
         checkpoints=params.ctx_checkpoints,
         type_k=params.type_k,

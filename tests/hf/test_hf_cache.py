@@ -278,3 +278,14 @@ def test_context_shift_is_exact_in_the_first_layer(ids, family):
         model(tokens, past_key_values=cache)
         keys.append(cache.stores[0].view().k)
     torch.testing.assert_close(shift(keys[0][:, :, 6:], -6), keys[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_window_wider_than_memory_takes_what_the_text_takes(ids):
+    config = tiny_config("mistral", sliding_window=10**9)
+    model = tiny_model(config, "eager")
+    with torch.no_grad():
+        expected = model(ids[:1]).logits[0]
+    with Context(model) as ctx:
+        found = ctx.logits(ctx.append(ids[0], wanted=ids.shape[1]))
+        assert ctx.cache_bytes < 1 << 20
+    assert torch.allclose(found, expected, atol=1e-5)
