@@ -7,6 +7,7 @@ from saccade.core import DenseKV, Mask, Unsupported
 from saccade.ops import attend, attention, make_call
 from tests.support import views
 from tests.support.cases import HERE
+from tests.support.gpu import HOPPER
 from tests.support.layouts import LAYOUTS, SAME_NUMBERS
 from tests.support.random_inputs import qkv
 from tests.support.tolerance import largest_error
@@ -42,6 +43,7 @@ def test_one_strange_tensor(backend, layout, place):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("backend", ["auto", "triton", "gluon", "gluon_triton", "sdpa", "tiled"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", range(3), ids=["q", "k", "v"])
