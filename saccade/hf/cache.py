@@ -276,6 +276,7 @@ class SaccadeCache(Cache):
         Raises:
             Unsupported: a layer that cannot go back so far.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers before 5.21 gives a tensor
         _check_removed(tokens_to_remove)
         length = max(0, self.seen + tokens_to_remove)
         for store in self._stores:

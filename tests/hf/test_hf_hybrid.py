@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 
 import saccade
 from saccade.core import BadInput, Unsupported
@@ -13,6 +14,8 @@ from saccade.hf import Context, attach
 from saccade.hf.layers import layer_kinds
 from saccade.runtime import ContextParams, load_session, save_session, session, session_file
 from scripts.family_configs import tiny_config, tiny_model
+
+OLD = transformers.__version__.startswith("5.16.")
 
 HYBRIDS = ("qwen3_next", "falcon_h1", "jamba", "bamba", "lfm2_moe")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -155,6 +158,7 @@ def test_plan_is_what_the_caches_take(name):
         assert ctx.cache_bytes == planned.cache_bytes
 
 
+@pytest.mark.skipif(OLD, reason="transformers 5.16 says otherwise which layers share keys")
 def test_layers_that_share_keys_keep_none():
     kinds = layer_kinds(tiny_config("gemma4_text"))
     assert [kind.keys for kind in kinds].count(False) == 1
@@ -170,7 +174,7 @@ def test_layers_that_share_keys_keep_none():
         ("moshi", "masks nothing outside of it"),
         ("minimax", "takes no other cache than one of its own class"),
         ("recurrent_gemma", "keeps the others elsewhere"),
-        ("deepseek_v32", "'indexed_attention'"),
+        ("deepseek_v32", "'(indexed|deepseek_sparse)_attention'"),
     ],
 )
 def test_models_that_a_context_would_get_wrong_are_refused(name, why):

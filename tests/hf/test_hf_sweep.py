@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from saccade.core import Unsupported
@@ -101,6 +102,8 @@ CASES = {
     "gradients": gradients,
 }
 NOT_EAGER = {("deepseek_v4", "lookup"), ("deepseek_v4", "static")}
+if transformers.__version__.startswith("5.16."):  # chunked masks of a static cache fail there
+    NOT_EAGER.add(("llama4_text", "static"))
 """What transformers itself cannot do with its own eager attention."""
 
 
