@@ -36,15 +36,18 @@ QUANTIZED_PROMPT, QUANTIZED_CHUNK = 136, 48
 """Enough tokens for a full group to be quantized behind those kept in full precision."""
 
 _BOUNDS: Final = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}
-_BOUND_16: Final = 5e-2  # bfloat16
-_QUANTIZED_BOUNDS: Final = {"int8": 0.1, "fp8": 0.25, "int4": 0.6}
+_STORED_BOUNDS: Final = {"f16": 1e-2, "bf16": 5e-2, "int8": 0.1, "fp8": 0.25, "int4": 0.6}
 """Largest difference relative to the reference (both as vectors): rounding alone stays below."""
 
-_TOGETHER: Final = (
+_MEANT: Final = (
     ("n_swa", "n_sinks"),
-    ("type_k", "type_v"),
     ("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
     ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
+)
+"""Options that change the result on purpose, which the reference therefore has too."""
+_TOGETHER: Final = (
+    *_MEANT,
+    ("type_k", "type_v"),
     ("kv_policy", "kv_budget"),
     ("sparse",),
     ("page_size",),
@@ -223,9 +226,8 @@ def _one_block(pattern: Pattern) -> Pattern | None:
 
 
 def _bound(model: PreTrainedModel, params: ContextParams) -> float:
-    stored = [_QUANTIZED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v)]
-    kinds = {"bf16": _BOUND_16, "f16": 1e-2}
-    return max(_BOUNDS.get(model.dtype, _BOUND_16), *stored, kinds.get(params.type_k or "", 0.0))
+    stored = [_STORED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v)]
+    return max(_BOUNDS.get(model.dtype, _STORED_BOUNDS["bf16"]), *stored)
 
 
 def _tokens(model: PreTrainedModel, prompt: int) -> Tensor:
@@ -265,8 +267,7 @@ def _eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
 
 def _reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
     """One forward pass without a cache, with the options that change the result on purpose."""
-    names = [name for names in _TOGETHER[:4] for name in names if not name.startswith("type_")]
-    meant = {name: getattr(params, name) for name in (*names, "n_ctx")}
+    meant = {name: getattr(params, name) for name in ("n_ctx", *sum(_MEANT, ()))}
     with attach(model, ContextParams(**meant, backend="reference", fused_layers=False)):
         return _forward(model, tokens)
 

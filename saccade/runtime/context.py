@@ -290,9 +290,8 @@ class Context:
         cache = self._text.cache
         if self._use_step is None:
             self._use_step = self._can_step() and refusal(cache) is None
-        grown = outgrown(self.model, cache, self.seen + 1)
         steps = self._use_step and self.params.kv_policy is None and cache.observer is None
-        if steps and not grown:
+        if steps and not outgrown(self.model, cache, self.seen + 1):
             try:
                 self._text.step(token)
                 return
