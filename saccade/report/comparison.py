@@ -12,7 +12,7 @@ from typing import Any
 from saccade.report import record
 from saccade.report.record import Record
 
-SCHEMA = "saccade.compare/1"
+SCHEMA = "saccade.compare/2"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -22,14 +22,21 @@ class Row:
     Attributes:
         name: what a person calls it; group: the heading it stands under.
         options: the ContextParams that were not default, and what else makes the row.
-        status: "ok", "failed", or "stopped" (Ctrl-C).
-        peak_bytes: most memory in use above the loaded model while the context was read.
+        status: "ok", "failed", "stopped" (Ctrl-C or SIGTERM), or "not applicable": the option would
+            change nothing for this model.  Any but "ok" says why in `note`.
+        peak_bytes: most bytes allocated above the loaded model while the context was read.
         cache_bytes: bytes allocated by the caches after the context was read.
-        prefill_tps, decode_tps: tokens a second reading the context and writing an answer.
+        ttft_seconds: time to first token: reading the whole context and choosing a token.
+        prefill_tps, decode_tps: tokens a second reading the context and writing an answer, each
+            with the standard error of its mean.
         perplexity, perplexity_se: of the scored tokens, with its standard error.
-        kl, kl_se: mean KL divergence (nats) of the next-token distribution from the baseline's.
-        same_top: share of scored tokens with the same most likely next token as the baseline.
+        perplexity_ratio_se: standard error of the ratio of its perplexity to the reference's, from
+            the differences token by token (much smaller than that of either perplexity).
+        kl, kl_se: mean KL divergence (nats) of the next-token distribution from the reference's.
+        same_top: share of scored tokens with the same most likely next token as the reference.
         needle: share of the hidden facts found; needle_trials: how many were asked for.
+        parts: of a combination, the names of the rows it combines; what their ratios multiply to
+            stands beside what was measured.
     """
 
     name: str
@@ -39,15 +46,60 @@ class Row:
     note: str = ""
     peak_bytes: int | None = None
     cache_bytes: int | None = None
+    ttft_seconds: float | None = None
     prefill_tps: float | None = None
+    prefill_tps_se: float | None = None
     decode_tps: float | None = None
+    decode_tps_se: float | None = None
     perplexity: float | None = None
     perplexity_se: float | None = None
+    perplexity_ratio_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
     same_top: float | None = None
     needle: float | None = None
     needle_trials: int = 0
+    parts: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepPoint:
+    """One configuration at one length of the context; the fields are those of `Row`.
+
+    Attributes:
+        name: the configuration, the same at every length.
+        n_context: tokens of context.
+    """
+
+    name: str
+    n_context: int
+    status: str = "ok"
+    note: str = ""
+    peak_bytes: int | None = None
+    cache_bytes: int | None = None
+    ttft_seconds: float | None = None
+    prefill_tps: float | None = None
+    decode_tps: float | None = None
+    perplexity: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Claim:
+    """A figure of the chapter that this project implements, beside what was measured here.
+
+    Attributes:
+        technique: the row it is about; quantity: what is claimed, such as "memory saved".
+        claimed: the chapter's figure as text; measured: this run's, "" where it was not measured.
+        reason: why they differ.
+    """
+
+    technique: str
+    quantity: str
+    claimed: str
+    measured: str
+    reason: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,9 +119,12 @@ class Report(Record):
 
     Attributes:
         model, text: facts as {name: value}.
-        settings: n_context, n_scored, n_answer, n_batch, quick, dtype.
-        baseline: name of the row that ratios and divergences refer to.
+        settings: n_context, n_scored, n_batch, quick, device, dtype.
+        baseline: name of the row that stands for the textbook (materialized scores).
+        reference: name of the row that stands for what users have (transformers sdpa); divergences
+            and colours refer to it.
         rows: finished rows in the order they ran; curves: perplexity by position.
+        sweep: the same configurations at several lengths; claims: the chapter's figures.
         seconds: wall time of the run; complete: False after Ctrl-C.
     """
 
@@ -77,15 +132,26 @@ class Report(Record):
     text: dict[str, Any]
     settings: dict[str, Any]
     baseline: str
+    reference: str = ""
     rows: list[Row] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    sweep: list[SweepPoint] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
     seconds: float = 0.0
     complete: bool = True
     schema: str = SCHEMA
 
     def baseline_row(self) -> Row | None:
-        """The row that ratios refer to, once it has been measured."""
-        return next((r for r in self.rows if r.name == self.baseline and r.status == "ok"), None)
+        """The textbook's row, once it has been measured."""
+        return self.row(self.baseline)
+
+    def reference_row(self) -> Row | None:
+        """The row of what users have, once it has been measured."""
+        return self.row(self.reference)
+
+    def row(self, name: str) -> Row | None:
+        """The measured row of that name."""
+        return next((r for r in self.rows if r.name == name and r.status == "ok"), None)
 
 
 def read(path: Path) -> Report:
@@ -100,4 +166,6 @@ def read(path: Path) -> Report:
 def _made(data: dict[str, Any]) -> Report:
     rows = [Row(**row) for row in data.pop("rows")]
     curves = [Curve(**curve) for curve in data.pop("curves")]
-    return Report(**data, rows=rows, curves=curves)
+    sweep = [SweepPoint(**point) for point in data.pop("sweep")]
+    claims = [Claim(**claim) for claim in data.pop("claims")]
+    return Report(**data, rows=rows, curves=curves, sweep=sweep, claims=claims)
