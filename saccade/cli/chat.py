@@ -35,6 +35,8 @@ HELP = "/reset forgets the dialogue, /memory shows what is in use, /exit ends (s
 @shared_options.takes(sampling=shared_options.SAMPLING, context=shared_options.CONTEXT)
 def run(
     model: shared_options.Model,
+    device: shared_options.Device = "auto",
+    dtype: shared_options.DType = "auto",
     system: Annotated[str | None, typer.Option(
         "--system", metavar="TEXT", parser=utf8_text,
         help="what the model reads before the dialogue",
@@ -50,7 +52,7 @@ def run(
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    loaded = load(model)
+    loaded = load(model, device, dtype)
     from saccade.hf.context import Context
 
     tokenizer = tokenizer_of(loaded)

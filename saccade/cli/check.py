@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from saccade.cli import shared_options
 from saccade.cli.failure import need
+from saccade.cli.loading import load
 
 if TYPE_CHECKING:
     from saccade.hf.check import Checked
@@ -31,19 +32,23 @@ STANDARD = (
 
 
 @shared_options.takes(context=shared_options.CONTEXT)
-def run(model: shared_options.Model, *, context: shared_options.Values) -> int:
+def run(
+    model: shared_options.Model,
+    device: shared_options.Device = "auto",
+    dtype: shared_options.DType = "auto",
+    *,
+    context: shared_options.Values,
+) -> int:
     """Compare a model through saccade with its own attention, for the options given or for all."""
     given = any(value is not None for value in context.values())
     wanted = [shared_options.context_params(context)] if given else [
         shared_options.context_params(values) for values in STANDARD
     ]  # fmt: skip
     need("transformers", purpose="saccade check")
-    print(f"Loading {model} ...", file=sys.stderr, flush=True)
     from saccade.hf.check import AS_IT_IS, check_eager, check_options, described
-    from saccade.hf.load import load_model
     from saccade.hf.model import HFModel
 
-    loaded = load_model(model)
+    loaded = load(model, device, dtype)
     runnable = HFModel(loaded.model, loaded.name, loaded.n_ctx_train)
     found = [check_eager(runnable)]
     found += [check_options(runnable, p) for p in wanted if described(p) != AS_IT_IS]

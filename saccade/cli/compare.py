@@ -11,7 +11,7 @@ import typer
 from saccade.cli.failure import need
 from saccade.cli.loading import load
 from saccade.cli.outputs import check_outputs, file_option
-from saccade.cli.shared_options import Model
+from saccade.cli.shared_options import Device, DType, Model
 from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import file_name, list_of, whole_number
 
@@ -30,6 +30,8 @@ EXAMPLES = """examples:
 
 def run(
     model: Model = DEMO_MODEL,
+    device: Device = "auto",
+    dtype: DType = "auto",
     text: Annotated[
         str | None, file_option("--text", "UTF-8 text to read (default: Python's help topics)")
     ] = None,
@@ -52,7 +54,7 @@ def run(
     """Measure what each technique saves and costs, on your model."""
     files = {"html": html, "png": png, "markdown": markdown, "json": json}
     _check(files)
-    report = _measure(model, text, context=context, quick=quick, rows=rows)
+    report = _measure((model, device, dtype), text, context=context, quick=quick, rows=rows)
     failed = _show(report, files)
     if not report.complete:
         print("Stopped. The finished rows are kept.", file=sys.stderr)
@@ -72,7 +74,7 @@ def _check(files: dict[str, str | None]) -> None:
         need("jinja2", purpose="--html")
 
 
-def _measure(name: str, text_file: str | None, **options: Any) -> Report:
+def _measure(source: tuple[str, str, str], text_file: str | None, **options: Any) -> Report:
     from saccade.evals.text import read_text
 
     # The text first: what follows imports transformers, which takes seconds.
@@ -80,7 +82,7 @@ def _measure(name: str, text_file: str | None, **options: Any) -> Report:
     from saccade.cli.progress import progress
     from saccade.evals import compare
 
-    model = load(name)
+    model = load(*source)
     tokenizer_of(model)  # text has to become tokens
     with progress() as show:
 

@@ -41,6 +41,8 @@ EXAMPLES = """examples:
 @shared_options.takes(sampling=shared_options.SAMPLING, context=shared_options.CONTEXT)
 def run(
     model: shared_options.Model,
+    device: shared_options.Device = "auto",
+    dtype: shared_options.DType = "auto",
     prompt: Annotated[str | None, typer.Option(
         "--prompt", "-p", metavar="TEXT", parser=utf8_text, help="text to continue"
     )] = None,
@@ -67,7 +69,7 @@ def run(
     from saccade.core import BadInput, Unsupported
 
     sampler = shared_options.sampler_of(sampling)
-    loaded = load(model)
+    loaded = load(model, device, dtype)
     from saccade.hf.context import Context
 
     try:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from saccade.cli.shared_options import DTYPES
+
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
 
 
-def load(name: str) -> LoadedModel:
-    """The model of `--model`, with its notes on stderr."""
+def load(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """The model of `--model` on `--device` in `--dtype`, with its notes on stderr."""
     print(f"Loading {name} ...", file=sys.stderr, flush=True)
+    import torch
+
     from saccade.hf.load import load_model  # transformers comes with it and takes seconds
 
-    loaded = load_model(name)
+    wanted = DTYPES[dtype]
+    loaded = load_model(
+        name, device=device, dtype=None if wanted is None else getattr(torch, wanted)
+    )
     for note in loaded.notes:
         print(f"Note: {note}", file=sys.stderr)
     return loaded

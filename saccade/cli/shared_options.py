@@ -26,6 +26,25 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", metavar="PATH|NAME", parser=file_name, help=MODEL_HELP),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        parser=utf8_text,
+        help="where it runs (default: a GPU if there is one)",
+    ),
+]
+DTYPES = {"auto": None, "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+DType = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="|".join(DTYPES),
+        parser=one_of(*DTYPES),
+        help="of the weights (default: as the file says; for GGUF f32, on a GPU bf16)",
+    ),
+]
 NPredict = Annotated[
     Any,
     typer.Option(

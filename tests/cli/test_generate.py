@@ -149,7 +149,7 @@ def echo(stand_in):
     loaded = SimpleNamespace(
         model=config, tokenizer=Bytes(), name="m", n_ctx_train=8, notes=["it was guessed."]
     )
-    stand_in("saccade.hf.load", load_model=lambda _: loaded)
+    stand_in("saccade.hf.load", load_model=lambda *_, **__: loaded)
     stand_in("saccade.hf.context", Context=Echo)
 
 
@@ -194,7 +194,7 @@ class TestSession:
 
         model = tiny_model(tiny_config("llama"))
         loaded = LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=512)
-        monkeypatch.setattr("saccade.hf.load.load_model", lambda _: loaded)
+        monkeypatch.setattr("saccade.hf.load.load_model", lambda *_, **__: loaded)
 
     def call(self, capsys, *words):
         code = main.main(["generate", "--model", "m", *words])

@@ -55,7 +55,7 @@ def test_the_command_says_it_before_a_word_is_written(command, tmp_path, capsys,
     write_gguf(tiny_model(tiny_config("llama", vocab_size=288)), path, "llama")
     loaded = load.load_model(path)
     loaded.tokenizer.chat_template = BAD["raises"]
-    monkeypatch.setattr(load, "load_model", lambda source: loaded)
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: loaded)
     prompt = ["-p", "t1"] if command == "generate" else []
     assert main.main([command, "-m", "m", *prompt]) == 2
     shown = capsys.readouterr()
