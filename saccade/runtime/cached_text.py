@@ -195,9 +195,7 @@ class CachedText:
             raise
         self._caches = Caches.AGREE
 
-    def read(
-        self, tokens: Tensor, *, wanted: int, on_progress: OnProgress | None = None
-    ) -> Tensor:
+    def read(self, tokens: Tensor, *, wanted: int, on_progress: OnProgress | None = None) -> Tensor:
         """Read int64 `[n]`, at most `n_batch` at a time; `on_progress` follows every chunk.
 
         Returns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,7 +202,8 @@ class Context:
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
         None; with n_keep tokens in the middle of the context are removed instead (context shift).
-        `finish_reason` says which, and `stats` how long it took.  Several streams of one context continue one text, each behind what the others have read.
+        `finish_reason` says which, and `stats` how long it took.  Several streams of one context
+        continue one text, each behind what the others have read.
 
         Args:
             prompt: token ids `[n]`; without any, generation continues behind what was read last, by
