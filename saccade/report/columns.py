@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saccade.report import verdict
-from saccade.report.comparison import Report, Row
+from saccade.report.comparison import Report, Row, SweepPoint
 from saccade.report.numbers import (
     MISSING,
     as_bytes,
@@ -170,7 +170,7 @@ COLUMNS = (
         title="Perplexity",
         lower_is_better=True,
         error=verdict.paired_perplexity,
-        show=lambda row, value: with_error(value, row.perplexity_se, most_decimals=2),
+        show=lambda row, value: with_error(value, verdict.finite(row, "perplexity_se"), most_decimals=2),
         meaning="How surprised the model is by the real text: exp of the mean loss. "
         "Less is better; ± is one standard error.",
         measured="Over the scored tokens that continue the context, the same for every row; "
@@ -182,7 +182,7 @@ COLUMNS = (
         unit="nats",
         lower_is_better=True,
         compared=False,
-        show=lambda row, value: with_error(value, row.kl_se, most_decimals=5),
+        show=lambda row, value: with_error(value, verdict.finite(row, "kl_se"), most_decimals=5),
         meaning="How far the next-token distribution is from the reference's. "
         "0 is identical; ± is one standard error.",
         measured="Mean KL divergence, reference to row, over the scored tokens.",
@@ -233,7 +233,7 @@ def cells(row: Row, report: Report, columns: Sequence[Column] = COLUMNS) -> list
     return line
 
 
-def why(row: Row, most: int = LONGEST) -> str:
+def why(row: Row | SweepPoint, most: int = LONGEST) -> str:
     """The status of a row that did not run and its reason, cut after about `most` letters."""
     reason = row.note.strip().removeprefix(row.status).lstrip(" :,;")
     whole = f"{row.status}: {reason}" if reason else row.status

@@ -148,6 +148,8 @@ def _fits(value: Any, declared: Any) -> bool:
     plain = tuple(get_origin(kind) or kind for kind in kinds)
     if isinstance(value, bool):
         return bool in plain
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     fits = isinstance(value, (*plain, int) if float in plain else plain)
     if fits and isinstance(value, list) and get_args(declared)[0] in (int, float):
         return all(v is None or isinstance(v, (int, float)) for v in value)

@@ -103,12 +103,18 @@ def _chart(report: Report, measure: Measure) -> str:
         y=f"{measure.title}, at least {LEAST_KL:f}" if measure.key == "kl" else measure.title,
         show_x=lambda value: as_position(round(value)),
         show_y=(lambda value: significant(value, 1)) if measure.key == "kl" else measure.show,
-        ticks_x=lengths(report) if len(lengths(report)) <= MOST_TICKS else (),
+        ticks_x=_ticks(report),
         binary_y=measure.show is as_bytes,
         boundary=None if trained is None else (trained, "trained length"),
         series=series,
     )
     return line_chart(chart)
+
+
+def _ticks(report: Report) -> list[int]:
+    """The lengths themselves, where they are few."""
+    found = [length for length in lengths(report) if length > 0]
+    return found if len(found) <= MOST_TICKS else []
 
 
 def _points(report: Report, name: str, key: str) -> list[tuple[float, float]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from saccade.report.claims import claims_table
-from saccade.report.columns import COLUMNS, COST, QUALITY, comparison_table
+from saccade.report.columns import COLUMNS, COST, QUALITY, Column, comparison_table
 from saccade.report.comparison import Report
+from saccade.report.diff import Difference, difference_table, status_changes
 from saccade.report.notes import key, notes, summary
 from saccade.report.positions import position_table
 from saccade.report.sweep import sweep_tables
@@ -48,7 +49,7 @@ def print_report(report: Report, console: Console) -> None:
     from rich.text import Text
 
     console.print(Text(summary(report), style="dim"))
-    for table in _comparison(report, console):
+    for table in fitting(lambda part: comparison_table(report, part), console):
         console.print()
         console.print(table)
     if said := key(report):
@@ -57,6 +58,28 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"\n{title}", style="bold"))
         console.print(drawn(table))
     console.print(_notes(report))
+
+
+def print_difference(found: Difference, console: Console) -> None:
+    """Print what makes the comparison unfair, then old -> new of each row, then what is in one."""
+    from rich.text import Text
+
+    if found.unfair:
+        console.print(Text("These records were not made alike:", style="bold"))
+        console.print(Text("\n".join(f"  {line}" for line in found.unfair)))
+    for name, report in (("old", found.old), ("new", found.new)):
+        stopped = "" if report.complete else "; stopped before the end"
+        said = f"{name}: revision {report.revision or 'unknown'}, {report.date}{stopped}"
+        console.print(Text(said, style="dim"))
+    for table in fitting(lambda part: difference_table(found, part), console):
+        console.print()
+        console.print(table)
+    for title, lines in (("Did not run", status_changes(found)),
+                         ("Only in the old record", found.old_only),
+                         ("Only in the new record", found.new_only)):  # fmt: skip
+        if lines:
+            console.print(Text(f"\n{title}", style="bold"))
+            console.print(Text("\n".join(f"  {line}" for line in lines)))
 
 
 def drawn(table: Table, *, stacked: bool = False) -> RichTable:
@@ -100,14 +123,14 @@ def _cell(cell: Cell | Sequence[Cell], stacked: bool) -> Text:
     return Text.assemble(cell.text, (ratio, style or "dim"), (expected, "dim"))
 
 
-def _comparison(report: Report, console: Console) -> list[RichTable]:
-    """The widest layout that fits."""
+def fitting(make: Callable[[Sequence[Column]], Table], console: Console) -> list[RichTable]:
+    """What `make` draws of some columns: one table or several, the widest layout that fits."""
     from rich.measure import Measurement
 
     options = console.options.update(max_width=10_000)
     tables: list[RichTable] = []
     for parts, stacked in LAYOUTS:
-        tables = [drawn(comparison_table(report, part), stacked=stacked) for part in parts]
+        tables = [drawn(make(part), stacked=stacked) for part in parts]
         if all(Measurement.get(console, options, t).maximum <= console.width for t in tables):
             break
     return tables

@@ -80,7 +80,7 @@ def of_shares(row: Any, reference: Any, key: str, trials_key: str) -> bool | Non
     shares, variance = [], 0.0
     for each in (row, reference):
         share, trials = finite(each, key), getattr(each, trials_key, 0)
-        if share is None or not trials:
+        if share is None or trials < 1:
             return None
         smoothed = (share * trials + 1) / (trials + 2)
         variance += smoothed * (1 - smoothed) / (trials + 2)
