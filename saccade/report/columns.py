@@ -170,7 +170,9 @@ COLUMNS = (
         title="Perplexity",
         lower_is_better=True,
         error=verdict.paired_perplexity,
-        show=lambda row, value: with_error(value, verdict.finite(row, "perplexity_se"), most_decimals=2),
+        show=lambda row, value: with_error(
+            value, verdict.finite(row, "perplexity_se"), most_decimals=2
+        ),
         meaning="How surprised the model is by the real text: exp of the mean loss. "
         "Less is better; ± is one standard error.",
         measured="Over the scored tokens that continue the context, the same for every row; "

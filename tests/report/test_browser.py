@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -124,7 +124,7 @@ def test_pictures_are_named_and_cut_no_text(page):
 def test_the_structure_can_be_read_aloud(page):
     levels = [int(tag[1]) for tag in page["headings"]]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in pairwise(levels))
     for table in page["tables"]:
         assert set(table["headings"]) == {"col"}
         assert {row["scope"] for row in table["rows"]} <= {"row", "rowgroup"}
