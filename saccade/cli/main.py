@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from saccade.cli import bench, chat, check, compare, doctor, generate, plan
+from saccade.cli import bench, chat, check, compare, doctor, generate, plan, report
 from saccade.cli.failure import bug, sentence
 from saccade.cli.stopping import stop_signals
 
@@ -25,6 +25,7 @@ for _module in (compare, generate, chat, plan, check, doctor):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=f"\b\n{_module.EXAMPLES}")(_module.run)
 app.add_typer(bench.app, name="bench")
+app.add_typer(report.app, name="report")
 
 
 def _version(wanted: bool) -> None:
