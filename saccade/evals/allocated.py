@@ -8,6 +8,7 @@ are added.  On a GPU the CUDA allocator keeps the maximum.
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -36,6 +37,7 @@ class AllocatedPeak:
         self._workspace = LargestWorkspace()
 
     def __enter__(self) -> AllocatedPeak:
+        gc.collect()  # what is let go inside should have been allocated inside
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

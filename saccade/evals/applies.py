@@ -34,9 +34,9 @@ def _heads(spec: RowSpec, facts: ModelFacts) -> str | None:
     if spec.heads == "gqa" and kv_heads == heads:
         return f"the model is MHA: its {heads} query heads share no keys and values"
     if spec.heads == "gqa" and kv_heads == 1:
-        return f"the model is MQA: its {heads} query heads share one KV head"
+        return f"the model caches one KV head for its {heads} query heads: it is MQA"
     if spec.heads == "mqa" and kv_heads == 1:
-        return "the model has one KV head: it is MQA already"
+        return f"the model caches one KV head for its {heads} query heads already"
     return None
 
 

@@ -17,6 +17,7 @@ from saccade.report.comparison import Report, Row
 from saccade.units import as_bytes
 
 _WARM_UP = 64
+_LONGEST = 300  # characters of an error in a table
 _OWN = ("name", "group", "options", "status", "note", "parts")
 
 
@@ -140,8 +141,8 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         return "there is not enough memory for it"
     if isinstance(error, Unsupported | ValueError) and text:
-        return text
-    return f"{type(error).__name__}: {text or 'no reason given'}"[:300]
+        return text if len(text) < _LONGEST else text[:_LONGEST].rpartition(". ")[0] or text
+    return f"{type(error).__name__}: {text or 'no reason given'}"[:_LONGEST]
 
 
 def _empty(row: Row, status: str, note: str) -> None:

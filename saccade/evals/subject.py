@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.compress import compress_context
+from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.model import HFModel, counts_from_zero
 from saccade.hf.runs import Undo
@@ -190,6 +191,15 @@ class Theirs:
         return logits_of(self._model, hidden[None])[0].float()
 
 
+def _switch(undo: Undo, model: PreTrainedModel, name: str) -> None:
+    try:
+        changes.set_implementation(undo, model, name)
+    except ValueError as error:  # transformers says it with a request to open an issue
+        raise Unsupported(
+            f"transformers has no {name} attention for {type(model).__name__}."
+        ) from error
+
+
 @contextmanager
 def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model with an attention of transformers, "eager" or "sdpa"; restored on exit.
@@ -199,7 +209,7 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """
     undo = Undo()
     try:
-        changes.set_implementation(undo, model, name)
+        _switch(undo, model, name)
         yield
     finally:
         undo.run()
