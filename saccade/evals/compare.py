@@ -17,7 +17,7 @@ from saccade.evals.measure import Trial, measure
 from saccade.evals.needle import hide, make_needles
 from saccade.evals.rows import BASELINE, RowSpec, specs, unchunked_batch
 from saccade.evals.text import default_text
-from saccade.hf.heads import expand_to_mha, pool_to_mqa
+from saccade.hf.convert import expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 from saccade.report.comparison import Report, Row
