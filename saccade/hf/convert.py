@@ -10,7 +10,7 @@ aligned   heads are turned into a common basis before they are merged; see `hf.c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
+from saccade.hf.convert_aligned import merge
+from saccade.hf.convert_calibrate import moments_of, rows_of
+from saccade.hf.convert_freedom import freedoms, put_layers
 from saccade.hf.convert_shapes import Changes, head_changes
-from saccade.hf.heads import FUSED, Heads, check_projections, layers_of, read_heads
+from saccade.hf.heads import FUSED, SEPARATE, Heads, check_projections, layers_of, read_heads
 from saccade.hf.layers import attention_modules, text_config
 
 Method = Literal["mean", "aligned"]
@@ -68,12 +71,13 @@ def converted_heads(
     done = check_conversion(model, num_kv_heads, method)
     if method == "aligned" and done.after < done.before and calibration is None:
         raise ValueError(
-            'method="aligned" needs calibration=, the token ids of a few thousand tokens of ordinary '
-            'text, got None. Give them, or use method="mean".'
+            'method="aligned" needs calibration=, the token ids of a few thousand tokens of '
+            'ordinary text, got None. Give them, or use method="mean".'
         )
     changes = head_changes(model, num_kv_heads)
+    layers = _new_layers(model, done, calibration)
     with ExitStack() as undo:
-        change_heads(undo, model, changes, done)
+        change_heads(undo, model, changes, done, layers)
         yield done
 
 
@@ -105,7 +109,7 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int]:
     """Query heads and KV heads of every layer.
 
     Raises:
-        Unsupported: a config that cannot say how many KV heads there are, or a number for each layer.
+        Unsupported: a config that cannot say one number of KV heads for all layers.
     """
     config = text_config(model)
     counts = [getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value")]
@@ -121,30 +125,58 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int]:
     return heads, own
 
 
-def change_heads(
-    undo: ExitStack, model: PreTrainedModel, changes: Changes, done: Conversion
-) -> None:
-    """Give the model its new heads, the mean of old ones where there are fewer."""
-    config = text_config(model)
+def _new_layers(
+    model: PreTrainedModel, done: Conversion, calibration: Tensor | None
+) -> list[Mapping[str, nn.Linear]]:
+    """The projections of every layer with their new heads."""
     heads, own = head_counts(model)
-    modules = dict(model.named_modules())
-    made = [
-        (module, layers_of(module, merged(read_heads(module, heads, own), done.after)))
-        for _, module in attention_modules(model)
+    modules = [module for _, module in attention_modules(model)]
+    parts = [read_heads(module, heads, own) for module in modules]
+    if done.after >= own or calibration is None or done.method == "mean":
+        made = [averaged(part, done.after) for part in parts]
+    else:
+        rows = rows_of(calibration, model.get_input_embeddings().weight.shape[0])
+        freedom, notes = freedoms(model, heads, own)
+        done.notes.extend(notes)
+        moments = moments_of(model, rows, heads, own)
+        made = [
+            merge(part, seen, done.after, allowed)
+            for part, seen, allowed in zip(parts, moments, freedom, strict=True)
+        ]
+    return [
+        _changed(part, each, layers_of(module, each))
+        for module, part, each in zip(modules, parts, made, strict=True)
     ]
-    _check_shapes(model, changes, [layers for _, layers in made])
+
+
+def _changed(old: Heads, new: Heads, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+    """Those of the layers that have other contents than the old ones."""
+    same = {SEPARATE[0]} if new.q is old.q else set[str]()
+    same |= set(layers) - {*SEPARATE, FUSED} if new.o is old.o else set[str]()
+    return {name: layer for name, layer in layers.items() if name not in same}
+
+
+def change_heads(
+    undo: ExitStack,
+    model: PreTrainedModel,
+    changes: Changes,
+    done: Conversion,
+    layers: Sequence[Mapping[str, nn.Linear]],
+) -> None:
+    """Give the model its new number of heads and these layers."""
+    config = text_config(model)
+    modules = dict(model.named_modules())
+    _check_shapes(model, changes, layers)
     replace(undo, config, "num_key_value_heads", done.after)
     for name, attributes in changes.attributes.items():
         for attribute, value in attributes.items():
             replace(undo, modules[name], attribute, value)
-    for module, layers in made:
-        for name in KEYS:
-            if name in layers:
-                replace(undo, module, name, layers[name])
+    for (_, module), new in zip(attention_modules(model), layers, strict=True):
+        put_layers(undo, module, new)
 
 
 def _check_shapes(
-    model: PreTrainedModel, changes: Changes, made: list[Mapping[str, nn.Linear]]
+    model: PreTrainedModel, changes: Changes, made: Sequence[Mapping[str, nn.Linear]]
 ) -> None:
     """Raise Unsupported unless new layers have the shapes that the class expects of them."""
     new = [part.shape for layers in made for name in KEYS if name in layers
@@ -157,7 +189,7 @@ def _check_shapes(
         )
 
 
-def merged(heads: Heads, num_kv_heads: int) -> Heads:
+def averaged(heads: Heads, num_kv_heads: int) -> Heads:
     """Copies of KV heads, or the means of neighbouring ones."""
     own = len(heads.k)
     if num_kv_heads >= own:

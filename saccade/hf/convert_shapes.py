@@ -24,7 +24,11 @@ from saccade.hf.layers import text_config
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """By name of a module: the attributes with new values. By name of a parameter: its new shape."""
+    """What is different in modules and parameters, by their names.
+
+    Attributes:
+        attributes: new values of plain attributes of a module; shapes: new ones of parameters.
+    """
 
     attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)

@@ -39,31 +39,32 @@ class Heads:
 
 
 def check_projections(module: nn.Module) -> None:
-    """Raise Unsupported unless the keys and values of a layer come from linear layers known here."""
+    """Raise Unsupported unless keys and values of a layer come from linear layers known here."""
     names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
     for name in names:
         linear = getattr(module, name, None)
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise Unsupported(
                 f"changing the number of KV heads needs a linear {name} in every attention layer, "
-                f"but {type(module).__name__} has none. It works for models with q_proj, k_proj and "
-                "v_proj, such as Llama, Mistral, Qwen and Gemma, and for Phi-3."
+                f"but {type(module).__name__} has none. It works for models with q_proj, k_proj "
+                "and v_proj, such as Llama, Mistral, Qwen and Gemma, and for Phi-3."
             )
 
 
+@torch.no_grad()
 def read_heads(module: nn.Module, num_heads: int, num_kv_heads: int) -> Heads:
     """The maps of a layer, as views of its parameters where there is no bias."""
     if hasattr(module, FUSED):
-        q, k, v = _fused_rows(_with_bias(getattr(module, FUSED)), num_heads, num_kv_heads)
+        q, k, v = split_rows(_with_bias(getattr(module, FUSED)), num_heads, num_kv_heads)
     else:
         q, k, v = (_with_bias(getattr(module, name)) for name in SEPARATE)
     name = output_name(module)
-    o = None if name is None else getattr(module, name).weight.unflatten(1, (num_heads, -1))
+    output = None if name is None else getattr(module, name).weight.detach()
     return Heads(
         q.unflatten(0, (num_heads, -1)),
         k.unflatten(0, (num_kv_heads, -1)),
         v.unflatten(0, (num_kv_heads, -1)),
-        o,
+        None if output is None else output.unflatten(1, (num_heads, -1)),
     )
 
 
@@ -75,6 +76,7 @@ def output_name(module: nn.Module) -> str | None:
     return None
 
 
+@torch.no_grad()
 def layers_of(module: nn.Module, heads: Heads) -> Mapping[str, nn.Linear]:
     """New linear layers of these maps, by the names of those that they replace in the layer."""
     rows = [part.flatten(0, 1) for part in (heads.q, heads.k, heads.v)]
@@ -94,19 +96,18 @@ def layers_of(module: nn.Module, heads: Heads) -> Mapping[str, nn.Linear]:
     return made
 
 
-def _fused_rows(rows: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+def split_rows(rows: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """The rows of q, k and v in those of a fused layer."""
     width = len(rows) // (num_heads + 2 * num_kv_heads)
     return rows.split([num_heads * width, num_kv_heads * width, num_kv_heads * width])
 
 
 def _with_bias(linear: nn.Linear) -> Tensor:
     """`[outputs, inputs]`, or one more column with a bias."""
-    if linear.bias is None:
-        return linear.weight
-    return torch.cat((linear.weight, linear.bias[:, None]), dim=1)
+    weight = linear.weight.detach()
+    return weight if linear.bias is None else torch.cat((weight, linear.bias[:, None]), dim=1)
 
 
-@torch.no_grad()
 def _linear(old: nn.Linear, rows: Tensor) -> nn.Linear:
     """A linear layer of these rows, in the dtype and state of an old one; the same if equal."""
     parts = {"weight": rows if old.bias is None else rows[:, :-1]}
