@@ -13,13 +13,14 @@ from saccade.runtime.params import ContextParams
 
 WINDOW: Final = {"n_swa": 4096, "n_sinks": 4}
 RULE: Final = (
-    "The first that fits, most exact first (exact, bf16, int8, int8 keys with int4 values, int4, "
-    "SnapKV, window with sinks); among equally exact ones the faster."
+    "The first that fits, most exact first (exact, bf16, int8, exact with keys in host memory, which "
+    "is slow, int8 keys with int4 values, int4, SnapKV, window with sinks)."
 )
 SETTINGS: Final[dict[str, dict[str, object]]] = {
     "exact": {},
     "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
     "int8 cache": {"type_k": "int8", "type_v": "int8"},
+    "exact, keys in host memory": {"offload_kqv": False},
     "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
     "int4 cache": {"type_k": "int4", "type_v": "int4"},
     "SnapKV, 25 % kept": {"kv_policy": "snapkv", "kv_budget": 0.25},
@@ -30,7 +31,8 @@ SETTINGS: Final[dict[str, dict[str, object]]] = {
 _CHUNKS: Final = {"cpu": (512,), "cuda": (8192, 4096, 2048, 512)}
 """Sizes of the chunks in which a prompt is read, the faster first; results are the same."""
 _SETTLED: Final = frozenset(
-    ("type_k", "type_v", "n_swa", "n_sinks", "page_size", "kv_policy", "kv_budget", "sparse")
+    ("type_k", "type_v", "n_swa", "n_sinks", "page_size", "kv_policy", "kv_budget", "sparse",
+     "offload_kqv")
 )
 
 
@@ -66,12 +68,8 @@ def candidates(
     for rank, (name, options) in enumerate(settings.items()):
         for size in sizes:
             params = _with(asked, {**options, "n_batch": size})
-            if params is not None and (not options or _matters(facts, params)):
+            if params is not None and (not options or _matters(facts, params, device)):
                 yield Candidate(name=name, rank=rank, params=params)
-        if not options and not settled and device == "cuda" and asked.offload_kqv:
-            params = _with(asked, {"offload_kqv": False, "n_batch": sizes[0]})
-            if params is not None:
-                yield Candidate(name="exact, keys in host memory", rank=rank, params=params)
 
 
 def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | None:
@@ -82,8 +80,8 @@ def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | N
         return None
 
 
-def _matters(facts: ModelFacts, params: ContextParams) -> bool:
-    """Whether every one of the options changes something for this model."""
+def _matters(facts: ModelFacts, params: ContextParams, device: str) -> bool:
+    """Whether every one of the options changes something for this model on this device."""
     stored = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
     if params.type_k is not None and stored.get(params.type_k) is facts.dtype:
         return False
@@ -91,6 +89,8 @@ def _matters(facts: ModelFacts, params: ContextParams) -> bool:
     if params.n_swa is not None and not windows:
         return False
     full = any(own is None for own in facts.windows)
+    if not params.offload_kqv:
+        return full and device == "cuda"
     quantized = params.type_k in ("int8", "int4")
     return full or not (quantized or params.kv_policy is not None or params.n_sinks)
 

@@ -27,8 +27,8 @@ _MOST_NUMBERS: Final = 1 << 24
 """Numbers of a matrix that is timed; larger ones are cut, and take as much longer."""
 _CACHE_FREE: Final = 96 * 2**20
 """Bytes that are read once each, so that no processor cache holds them."""
-_MOST_FLOPS: Final = 6e9
-_KEYS: Final = 4096
+_MOST_FLOPS: Final = 4e9
+_KEYS: Final = 2048
 _ROUNDS: Final = 3
 
 

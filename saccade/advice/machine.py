@@ -23,8 +23,11 @@ from saccade.report.environment import cpu_name
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.units import as_bytes
 
 DEVICES: Final = ("auto", "cpu", "cuda")
+CUDA_ITSELF: Final = 512 * 2**20
+"""Bytes of a GPU that PyTorch's allocator never sees: the context and loaded kernels."""
 _Costs = TypeVar("_Costs", Costs, AttentionCosts, Roofline)
 
 
@@ -54,7 +57,7 @@ class Machine:
         def attention(layer: ModelFacts) -> AttentionCosts:
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.windows)
             kept = (params.type_k, params.type_v, params.n_swa, params.n_sinks, params.page_size)
-            how = (params.flash_attn, params.backend, params.kv_policy, rows, min(tokens, 4096))
+            how = (params.flash_attn, params.backend, params.kv_policy, rows, min(tokens, 2 * rows))
             parts = (*_processor(), layer.dtype, heads, kept, how)
             measure = lambda: measured_attention(layer, params, tokens)  # noqa: E731
             return _remembered("attention", AttentionCosts, measure, *parts)
@@ -84,13 +87,16 @@ def machine(wanted: str, memory: int | None) -> Machine:
 
 
 def _gpu(memory: int | None, here: bool) -> Machine:
+    budget, said = 0, f"as asked, less {as_bytes(CUDA_ITSELF)} for CUDA itself"
+    if memory is not None:
+        budget = max(0, memory - CUDA_ITSELF)
     if not here:
         recorded = next(iter(RECORDED.values()))
-        name = f"a GPU that is not here; times are those of an {recorded.device}"
-        return Machine(kind="cuda", name=name, budget=memory or 0, said="as asked")
-    free = torch.cuda.mem_get_info()[0] if memory is None else memory
-    said = "what is free on the GPU" if memory is None else "as asked"
-    return Machine(kind="cuda", name=torch.cuda.get_device_name(), budget=free, said=said)
+        name = f"a GPU that is not here (times of an {recorded.device})"
+        return Machine(kind="cuda", name=name, budget=budget, said=said)
+    if memory is None:
+        budget, said = torch.cuda.mem_get_info()[0], "what is free on the GPU"
+    return Machine(kind="cuda", name=torch.cuda.get_device_name(), budget=budget, said=said)
 
 
 def _roofline(dtype: torch.dtype) -> Roofline:

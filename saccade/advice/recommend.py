@@ -18,7 +18,7 @@ from saccade.runtime.plan_blueprint import Blueprint
 from saccade.units import as_bytes, significant
 
 ANSWER: Final = 256
-"""Tokens of an answer, by which settings of equal exactness are compared."""
+"""Tokens of an answer, by which the time of two settings is compared."""
 _MOST_TOKENS: Final = 1 << 27
 
 
@@ -147,17 +147,11 @@ def _distinct(found: list[Option]) -> list[Option]:
 def _timed(
     fitting: list[Option], blueprint: Blueprint, tokens: int, machine: Machine
 ) -> list[Option]:
-    """The best two, and all as exact as the better one, with their speeds: the choice first."""
-    if not fitting:
-        return []
-    rank = fitting[0].candidate.rank
-    equal = [each for each in fitting if each.candidate.rank == rank]
-    others = fitting[len(equal) :]
-    timed = [
+    """The first two of what fits, with their speeds."""
+    return [
         replace(each, speed=machine.speed(blueprint, each.candidate.params, tokens))
-        for each in (*equal, *others[: max(0, 2 - len(equal))])
+        for each in fitting[:2]
     ]
-    return sorted(timed, key=lambda each: (each.candidate.rank, seconds(each)))
 
 
 def seconds(option: Option) -> float:
@@ -169,13 +163,11 @@ def seconds(option: Option) -> float:
 def _why(chosen: Option | None, second: Option | None) -> str:
     if chosen is None or second is None:
         return ""
-    slower = seconds(second) / seconds(chosen)
+    faster = seconds(chosen) / seconds(second)
     saved = chosen.memory.peak - second.memory.peak
     memory = f"saves {as_bytes(saved)}" if saved > 0 else f"takes {as_bytes(-saved)} more"
-    pace = f"takes {significant(slower, 2)} times as long for {ANSWER} tokens"
-    if second.candidate.rank == chosen.candidate.rank:
-        return f"as exact, {memory}, {pace}"
-    return f"less exact, {memory}, {pace}"
+    pace = f"{significant(max(faster, 1 / faster), 2)} times {'faster' if faster > 1 else 'slower'}"
+    return f"further down in the rule, {memory}, about {pace}"
 
 
 def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> int | None:

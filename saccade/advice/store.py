@@ -7,8 +7,12 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+OLD: Final = 7 * 24 * 3600
+"""Seconds after which a time is measured again: the machine may have been busy."""
 
 
 def folder() -> Path:
@@ -18,9 +22,11 @@ def folder() -> Path:
 
 
 def recall(kind: str, *parts: object) -> Any:
-    """What was remembered under these parts, None where nothing was or the file is damaged."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError):
-        return json.loads(_file(kind, parts).read_text())["value"]
+    """What was remembered under these parts, None where nothing was, or it is old or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+        path = _file(kind, parts)
+        if time.time() - path.stat().st_mtime < OLD:
+            return json.loads(path.read_text())["value"]
     return None
 
 

@@ -83,6 +83,8 @@ class MetaCache:
         cache = self._cache
         if isinstance(cache, RingCache) and cache.most_checkpoints and size > 1:
             return self._run_with_checkpoints(cache, size, count)
+        if isinstance(cache, RingCache) and not cache.most_checkpoints:
+            return self._append(1)  # all that it will ever take
         while count:
             joined = max(1, min(count, _alike(cache, size, count)))
             self._append(joined * size)
@@ -94,8 +96,11 @@ class MetaCache:
         if isinstance(cache, DenseCache):
             kept = resolve_budget(budget, cache.num_slots)
             if kept < cache.num_slots:
-                shape = (1, facts.num_kv_heads, kept)
-                cache.keep(torch.zeros(shape, dtype=torch.int64, device="meta"), room=DECODE_ROOM)
+                stored = cache.like[0]
+                dtype = facts.dtype if stored is None else stored.dtype
+                smaller = DenseCache(dtype=dtype, reserve=kept + DECODE_ROOM)
+                smaller.append(*new_keys(facts, kept, torch.device("meta")))
+                return MetaCache(smaller, facts)
         elif isinstance(cache, RaggedCache):
             kept = resolve_budget(budget, cache.seen)
             if kept < cache.seen:
