@@ -1,0 +1,62 @@
+"""Render what the pages under docs/ show of stored records: tables, numbers in sentences, pictures.
+
+python -m scripts.publish_pages
+
+Marks in a page say what stands there; what is between them is rendered again:
+
+    <!-- show: rows RECORD "flash" "window" -->     rows of a record whose names begin like this
+    <!-- show: sweep RECORD kl "flash" -->          one quantity of a comparison's sweep by length
+    <!-- show: claims RECORD -->                    the chapter's figures beside the measured ones
+    <!-- end of show -->
+    <!-- fact: NAME -->a number<!-- end of fact -->  a sentence's number, see `page_facts`
+
+A record that does not exist yet is named in place of its table.  `scripts.publish_record` renders
+whole records between its own marks.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from scripts import page_facts, page_pictures, page_tables
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- show: (.+?) -->\n)(.*?)(<!-- end of show -->)", re.DOTALL)
+FACT = re.compile(r"(<!-- fact: (\w+) -->)(.*?)(<!-- end of fact -->)", re.DOTALL)
+
+
+def published(text: str) -> str:
+    """A page with everything between its marks rendered again."""
+    text = BLOCK.sub(lambda m: m[1] + shown(*shlex.split(m[2])) + m[4], text)
+    return FACT.sub(lambda m: m[1] + page_facts.FACTS[m[2]]() + m[4], text)
+
+
+def shown(kind: str, record: str, *words: str) -> str:
+    """What a mark stands for, as Markdown; ends with a newline."""
+    if not (ROOT / record).exists():
+        return f"*Not measured yet: `{record}` does not exist.*\n"
+    table = page_tables.KINDS[kind](ROOT / record, *words)
+    return f"{table.rstrip()}\n\n{page_tables.source(ROOT / record)}\n"
+
+
+def missing(text: str) -> list[str]:
+    """Records that a page shows and that do not exist."""
+    named = [shlex.split(found[1])[1] for found in BLOCK.findall(text)]
+    return sorted({path for path in named if not (ROOT / path).exists()})
+
+
+def main() -> None:
+    """Render every page and every picture; say which records are missing."""
+    for page in PAGES:
+        page.write_text(published(page.read_text()))
+        for record in missing(page.read_text()):
+            print(f"{page.relative_to(ROOT)}: {record} does not exist")
+    for name, draw in page_pictures.PICTURES.items():
+        (ROOT / "docs/img" / name).write_text(draw())
+
+
+if __name__ == "__main__":
+    main()
