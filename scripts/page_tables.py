@@ -142,7 +142,7 @@ def rules(path: Path) -> str:
     known = json.loads(RULES.read_text())["rules"]
     by_rule: dict[int, list[dict[str, Any]]] = {}
     for row in json.loads(path.read_text())["rows"]:
-        if "order" in row and _covered(row, known[row["rule"]]):
+        if "order" in row and _covered(row, known[row["rule"] - 1]):
             by_rule.setdefault(row["rule"], []).append(row)
     headings = [Heading("backend"), Heading("over Triton"), Heading("over the fastest other")]
     lines = [_rule(by_rule[rule]) for rule in sorted(by_rule)]
