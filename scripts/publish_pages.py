@@ -7,6 +7,7 @@ Marks in a page say what stands there; what is between them is rendered again:
     <!-- show: rows RECORD "flash" "window" -->     rows of a record whose names begin like this
     <!-- show: sweep RECORD kl "flash" -->          one quantity of a comparison's sweep by length
     <!-- show: claims RECORD -->                    the chapter's figures beside the measured ones
+    <!-- show: planned SHAPE TOKENS -->             what `saccade.plan` says of a shape
     <!-- end of show -->
     <!-- fact: NAME -->a number<!-- end of fact -->  a sentence's number, see `page_facts`
 
@@ -20,7 +21,7 @@ import re
 import shlex
 from pathlib import Path
 
-from scripts import page_facts, page_pictures, page_tables
+from scripts import page_facts, page_pictures, page_plans, page_tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,6 +37,8 @@ def published(text: str) -> str:
 
 def shown(kind: str, record: str, *words: str) -> str:
     """What a mark stands for, as Markdown; ends with a newline."""
+    if kind == "planned":
+        return page_plans.planned(record, *words)
     if not (ROOT / record).exists():
         return f"*Not measured yet: `{record}` does not exist.*\n"
     table = page_tables.KINDS[kind](ROOT / record, *words)
@@ -44,8 +47,8 @@ def shown(kind: str, record: str, *words: str) -> str:
 
 def missing(text: str) -> list[str]:
     """Records that a page shows and that do not exist."""
-    named = [shlex.split(found[1])[1] for found in BLOCK.findall(text)]
-    return sorted({path for path in named if not (ROOT / path).exists()})
+    named = [shlex.split(found[1])[:2] for found in BLOCK.findall(text)]
+    return sorted({at for kind, at in named if kind != "planned" and not (ROOT / at).exists()})
 
 
 def main() -> None:
