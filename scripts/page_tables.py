@@ -40,14 +40,16 @@ SHOW: dict[str, Callable[[float], str]] = {
 def rows(path: Path, *names: str) -> str:
     """Rows of a record whose names begin with one of `names`; of a comparison its references too.
 
+    Names that no row has are left out (`absent` tells which).
+
     Raises:
-        ValueError: a name that no row has.
+        ValueError: no row has any of these names.
     """
     data = json.loads(path.read_text())
-    known = [row["name"] for row in data["rows"]]
-    for name in names:
-        if not any(each.startswith(name) for each in known):
-            raise ValueError(f"{path.name} has no row {name!r}; it has {', '.join(known)}.")
+    missing = absent(path, *names)
+    if len(missing) == len(names):
+        known = ", ".join(row["name"] for row in data["rows"])
+        raise ValueError(f"{path.name} has no row {missing[0]!r}; it has {known}.")
     if data["schema"] != comparison.SCHEMA:
         chosen = [row for row in data["rows"] if row["name"].startswith(names)]
         return RENDER[data["schema"]](path, data | {"rows": chosen}, "")
@@ -55,6 +57,12 @@ def rows(path: Path, *names: str) -> str:
     wanted = (*names, report.baseline, *([report.reference] if report.reference else []))
     chosen = [row for row in report.rows if row.name.startswith(wanted)]
     return to_markdown(replace(report, rows=chosen, curves=[], sweep=[], claims=[]))
+
+
+def absent(path: Path, *names: str) -> list[str]:
+    """Those of `names` that no row of a record begins with."""
+    known = [row["name"] for row in json.loads(path.read_text())["rows"]]
+    return [name for name in names if not any(each.startswith(name) for each in known)]
 
 
 def sweep(path: Path, quantity: str, *names: str) -> str:

@@ -51,12 +51,23 @@ def missing(text: str) -> list[str]:
     return sorted({at for kind, at in named if kind != "planned" and not (ROOT / at).exists()})
 
 
+def absent(text: str) -> list[str]:
+    """Rows that a page asks for and that their records do not have."""
+    marks = [shlex.split(found[1]) for found in BLOCK.findall(text)]
+    rows = [words for words in marks if words[0] == "rows" and (ROOT / words[1]).exists()]
+    return [
+        f"row {name!r} in {path}"
+        for _, path, *names in rows
+        for name in page_tables.absent(ROOT / path, *names)
+    ]
+
+
 def main() -> None:
-    """Render every page and every picture; say which records are missing."""
+    """Render every page and every picture; say which records and rows are missing."""
     for page in PAGES:
         page.write_text(published(page.read_text()))
-        for record in missing(page.read_text()):
-            print(f"{page.relative_to(ROOT)}: {record} does not exist")
+        for what in [*missing(page.read_text()), *absent(page.read_text())]:
+            print(f"{page.relative_to(ROOT)}: there is no {what}")
     for name, draw in page_pictures.PICTURES.items():
         (ROOT / "docs/img" / name).write_text(draw())
 
