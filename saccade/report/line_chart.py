@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from saccade.report.svg import (
     Axis,
     Scale,
     document,
+    drawable,
     frame,
     line,
     mark,
@@ -87,10 +87,9 @@ def line_chart(chart: Chart) -> str:
 
 
 def _drawable(points: list[tuple[float, float]], chart: Chart) -> list[tuple[float, float]]:
-    def fits(value: float, log: bool) -> bool:
-        return math.isfinite(value) and (value > 0 or not log)
-
-    return sorted(p for p in points if fits(p[0], chart.log_x) and fits(p[1], chart.log))
+    return sorted(
+        (x, y) for x, y in points if drawable(x, log=chart.log_x) and drawable(y, log=chart.log)
+    )
 
 
 def _boundary(chart: Chart, x: Scale) -> list[str]:

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from saccade.report.comparison import Report
 from saccade.report.labels import Box, around, free
 from saccade.report.numbers import as_bytes, significant
-from saccade.report.svg import FONT, Axis, Scale, document, frame, mark, shortened, text, width_of
+from saccade.report.svg import (
+    FONT,
+    Axis,
+    Scale,
+    document,
+    drawable,
+    frame,
+    mark,
+    shortened,
+    text,
+    width_of,
+)
 
 WIDTH, PLOT = 400.0, 352.0
 TOP, BOTTOM, LEFT, RIGHT = 54.0, 306.0, 46.0, 388.0
@@ -80,7 +91,11 @@ def pareto_svg(points: Sequence[Point]) -> str:
 
     The best points stand in bold; names that have no room beside their point are listed below.
     """
-    drawn = [point for point in points if point.bytes > 0 and point.tokens_per_second > 0]
+    drawn = [
+        point
+        for point in points
+        if drawable(point.bytes, log=True) and drawable(point.tokens_per_second, log=True)
+    ]
     if not drawn:
         return ""
     x = Scale.over([p.bytes for p in drawn], LEFT + 8, RIGHT, log=True)

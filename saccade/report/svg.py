@@ -18,6 +18,7 @@ GLYPH = 0.56  # mean width of a letter in heights of the font
 # Inks for light and dark paper; each has a contrast of at least 4.5 with it, so names can wear it.
 _INKS = ("1d4ed8", "b45309", "0f766e", "9d174d", "6d28d9", "4d7c0f", "475569", "b91c1c")
 _DARK = ("93b4ff", "f5b265", "5fd3c3", "f59ac0", "c4a8ff", "a9d86e", "a8b3c4", "ff9a8f")
+LARGEST = 1e30
 NUM_INKS = len(_INKS)
 
 
@@ -91,6 +92,11 @@ def mark(shape: str, x: float, y: float, classes: str, said: str = "") -> str:
         f'<path d="{SHAPES[shape]}" transform="translate({x:.1f} {y:.1f})" class="{classes}">'
         f"{title}</path>"
     )
+
+
+def drawable(value: float, *, log: bool) -> bool:
+    """Whether a scale can hold a value: finite, of a size that is measured, positive for a log."""
+    return abs(value) < LARGEST and (not log or value > 1 / LARGEST)  # false for NaN too
 
 
 def width_of(said: str) -> float:

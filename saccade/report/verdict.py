@@ -30,7 +30,8 @@ def ratio(row: Any, reference: Any, key: str) -> float | None:
     if reference is None:
         return None
     value, base = finite(row, key), finite(reference, key)
-    return value / base if value is not None and base else None
+    found = value / base if value is not None and base else None
+    return found if found is not None and math.isfinite(found) else None
 
 
 def exact(row: Any, reference: Any) -> float | None:

@@ -146,7 +146,7 @@ def test_rows_of_a_comparison_come_with_its_references(tmp_path):
     table = page_tables.rows(path, "window")
     names = [row.name for row in record.rows]
     shown = [name for name in names if f"| {name}" in table]
-    assert shown == [name for name in names if name.startswith(("window", record.baseline))]
+    assert shown == [name for name in names if name.startswith(("window", record.baseline, record.reference))]
 
 
 def test_a_hand_typed_number_is_found():

@@ -57,7 +57,9 @@ def test_points_lie_where_their_values_say():
 
 
 def test_values_that_cannot_be_drawn_are_left_out():
-    nothing = [Series("a", [(1, math.nan), (2, math.inf), (3, 0.0), (4, -1.0), (0, 5.0)])]
+    nothing = [
+        Series("a", [(1, math.nan), (2, math.inf), (3, 0.0), (4, -1.0), (0, 5.0), (5, 1e300)])
+    ]
     assert _chart(nothing) == "" and _chart([]) == ""
     assert _chart([*nothing, Series("b", [(1, 2.0)])]).count("<polyline") == 1
 
