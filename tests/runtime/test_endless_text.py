@@ -22,6 +22,8 @@ def params(**options):
 
 
 def short(name="llama", **changes):
+    if name == "llama":
+        changes["num_hidden_layers"] = 2
     return tiny_model(tiny_config(name, max_position_embeddings=TRAINED, **changes))
 
 
@@ -85,20 +87,20 @@ def test_inside_the_trained_length_nothing_is_moved(model, monkeypatch):
     assert not torch.allclose(logits_of(model, TOKENS[:200])[-1], expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("n_batch", [1, 5, 100])
+@pytest.mark.parametrize("n_batch", [1, 7])
 def test_chunks_change_nothing(model, n_batch):
-    tokens = TOKENS[:130]
+    tokens = TOKENS[:100]
     assert torch.allclose(
         logits_of(model, tokens, n_batch=n_batch), logits_of(model, tokens), atol=2e-5
     )
 
 
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "gpt_oss", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "gpt_oss"])
 def test_models_of_other_kinds(name):
     """Some layers slide by themselves, some rotate a part of a head: chunks still agree."""
     model = short(name)
-    whole = logits_of(model, TOKENS[:150])
-    assert torch.allclose(logits_of(model, TOKENS[:150], n_batch=7), whole, atol=1e-4)
+    whole = logits_of(model, TOKENS[:100])
+    assert torch.allclose(logits_of(model, TOKENS[:100], n_batch=13), whole, atol=1e-4)
     assert whole.isfinite().all()
 
 
@@ -126,10 +128,10 @@ def test_going_back_and_on_gives_the_same_as_going_on(model, length):
 def test_a_session_goes_on_as_if_it_had_not_stopped(model, length, tmp_path):
     with saccade.Context(model, params()) as ctx:
         ctx.append(TOKENS[:length])
-        saccade.save_session(ctx, tmp_path / "text")
+        saccade.save_session(tmp_path / "text", ctx)
         expected = ctx.logits(ctx.append(TOKENS[length:140], wanted=140 - length))
     with saccade.Context(model, params()) as ctx:
-        saccade.load_session(ctx, tmp_path / "text")
+        saccade.load_session(tmp_path / "text", ctx)
         found = ctx.logits(ctx.append(TOKENS[length:140], wanted=140 - length))
     assert torch.equal(found, expected)
 
@@ -154,10 +156,10 @@ def test_scaled_positions_move_sinks_later(model):
 
 def test_generate_goes_on_beyond_the_trained_length(model):
     with saccade.Context(model, params()) as ctx:
-        ours = [t.token for t in ctx.stream(TOKENS[:50], n_predict=100)]
+        ours = [t.token for t in ctx.stream(TOKENS[:50], n_predict=40)]
     with attach(model, params()) as attached:
         theirs = attached.model.generate(
-            TOKENS[None, :50], max_new_tokens=100, do_sample=False, pad_token_id=0
+            TOKENS[None, :50], max_new_tokens=40, do_sample=False, pad_token_id=0
         )
     assert theirs[0, 50:].tolist() == ours
 
@@ -182,6 +184,7 @@ def test_moved_sinks_take_no_further_memory(model):
         assert ctx.cache_bytes == before
 
 
+@torch.inference_mode()
 def test_roundings_do_not_add_up():
     """Sinks in bfloat16 that were moved a thousand times equal those that were moved once."""
     model = short().bfloat16()
