@@ -22,6 +22,7 @@ from saccade.hf.model import HFModel
 from saccade.report.comparison import Report
 from saccade.report.record import origin
 from saccade.runtime import ContextParams
+from saccade.runtime.auto_scaling import trained_reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +232,7 @@ def _report(
             "query_heads": facts.num_heads,
             "kv_heads": facts.num_kv_heads,
             "head_dim": facts.head_dim,
-            "trained_length": facts.n_ctx_train,
+            "trained_length": trained_reach(ContextParams(), facts),
             "dtype": str(facts.dtype).removeprefix("torch."),
             "weight_bytes": sum(weights.values()),
         },
