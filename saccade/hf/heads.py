@@ -38,6 +38,20 @@ class Heads:
     o: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Attributes of an attention layer, its linear layers among them, before and after."""
+
+    module: nn.Module
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Give the layer these attributes; the same objects come back."""
+        for name, value in values.items():
+            setattr(self.module, name, value)
+
+
 def check_projections(module: nn.Module) -> None:
     """Raise Unsupported unless keys and values of a layer come from linear layers known here."""
     names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
