@@ -23,7 +23,7 @@ from saccade.hf.convert_aligned import merge
 from saccade.hf.convert_calibrate import moments_of, rows_of
 from saccade.hf.convert_freedom import freedoms
 from saccade.hf.convert_shapes import Changes, head_changes
-from saccade.hf.heads import FUSED, SEPARATE, Heads, Swap, check_projections, layers_of, read_heads
+from saccade.hf.heads import FUSED, Heads, Swap, check_projections, layers_of, read_heads
 from saccade.hf.layers import attention_modules, text_config
 
 Method = Literal["mean", "aligned"]
@@ -155,16 +155,9 @@ def _new_layers(
             for part, seen, allowed in zip(parts, moments, freedom, strict=True)
         ]
     return [
-        _changed(part, each, layers_of(module, each))
+        layers_of(module, each, part)
         for module, part, each in zip(modules, parts, made, strict=True)
     ]
-
-
-def _changed(old: Heads, new: Heads, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of the layers that have other contents than the old ones."""
-    same = {SEPARATE[0]} if new.q is old.q else set[str]()
-    same |= set(layers) - {*SEPARATE, FUSED} if new.o is old.o else set[str]()
-    return {name: layer for name, layer in layers.items() if name not in same}
 
 
 def swaps_of(
@@ -196,7 +189,9 @@ def _check_shapes(
 def averaged(heads: Heads, num_kv_heads: int) -> Heads:
     """Copies of KV heads, or the means of neighbouring ones."""
     own = len(heads.k)
-    if num_kv_heads >= own:
+    if num_kv_heads == own:
+        return heads
+    if num_kv_heads > own:
         copies = num_kv_heads // own
         k, v = (part.repeat_interleave(copies, dim=0) for part in (heads.k, heads.v))
     else:

@@ -182,5 +182,5 @@ class _Layer:
         target = self.targets[row].float()
         size = target.square().sum(-1, keepdim=True)
         gap = (self.run(row).float() - target).square().sum(-1, keepdim=True)
-        # A first token can be a thousand times as large as the others, and would be all that counts.
+        # A first token can be a thousand times as large as the others: it alone would count.
         return (gap / (size + size.median())).mean() * 2
