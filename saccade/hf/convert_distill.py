@@ -25,7 +25,7 @@ from saccade.hf.heads import Swap
 from saccade.hf.split_forward import hidden_states
 
 RATE: Final = 1e-3
-TURNS: Final = 4
+TURNS: Final = 2
 """How often a row of the text is used."""
 
 
@@ -62,6 +62,7 @@ def distill(
     *,
     steps: int,
     seed: int = 0,
+    rate: float = RATE,
     on_progress: Callable[[int, int, float], None] = lambda *_: None,
 ) -> Distilled:
     """Train what `converted_heads` gave to the model, `steps` optimizer steps in each layer.
@@ -71,6 +72,7 @@ def distill(
     Args:
         swaps: of the Conversion whose `with` is open.
         rows: token ids `[rows, n]`; the last one is kept to judge by.
+        rate: largest learning rate; it falls to 0 along half a cosine.
         on_progress: called with (layers done, layers, relative error of the last one).
     """
     done = Distilled(steps)
@@ -80,7 +82,7 @@ def distill(
         for swap in swaps:
 
             def learn(layer: _Layer) -> None:
-                before, after = layer.train(steps, random)
+                before, after = layer.train(steps, rate, random)
                 done.before += before / len(swaps)
                 done.after += after / len(swaps)
                 done.layers += 1
@@ -141,7 +143,7 @@ class _Layer:
     run: Callable[[int], Tensor]
     targets: list[Tensor]
 
-    def train(self, steps: int, random: torch.Generator) -> tuple[float, float]:
+    def train(self, steps: int, rate: float, random: torch.Generator) -> tuple[float, float]:
         """Relative error on the last row before and after; what is worse is not kept."""
         layers = [part for part in self.swap.after.values() if isinstance(part, nn.Linear)]
         parameters = [p for layer in layers for p in layer.parameters()]
@@ -152,7 +154,7 @@ class _Layer:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(True)
             with torch.enable_grad():
-                self._steps(parameters, steps, random)
+                self._steps(parameters, steps, rate, random)
         after = self.error()
         if not after < before:
             for p, value in zip(parameters, old, strict=True):
@@ -160,15 +162,17 @@ class _Layer:
             after = before
         return before, after
 
-    def _steps(self, parameters: list[nn.Parameter], steps: int, random: torch.Generator) -> None:
-        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    def _steps(
+        self, parameters: list[nn.Parameter], steps: int, rate: float, random: torch.Generator
+    ) -> None:
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         rows = len(self.targets) - 1
         order = torch.cat(
             [torch.randperm(rows, generator=random) for _ in range(steps // rows + 1)]
         )
         for step, row in enumerate(order[:steps].tolist()):
             for group in optimizer.param_groups:
-                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             self._loss(row).backward()
             optimizer.step()
