@@ -314,15 +314,15 @@ def _narrowed(args: AttentionArgs, settings: AttentionSettings) -> AttentionArgs
 
 
 def _check_sinks(args: AttentionArgs, sinks: int) -> None:
-    """Raise where the first slots of a row are no keys of its last token: they are no sinks then."""
+    """Raise where a row's last token does not see its first slots: they are no sinks then."""
     seen = args.key_padding
     if args.attn_mask is not None:
         seen = args.attn_mask[..., -1, :]
     if seen is not None:
         check_values(
             seen[..., :sinks].all(),
-            "n_sinks keeps the first slots of every row, but the attention mask hides them (padding "
-            "on the left, or packed sequences). Run the rows one by one, or set n_sinks=0.",
+            "n_sinks keeps the first slots of every row, but the attention mask hides them "
+            "(padding on the left, or packed sequences). Run the rows one by one, or set n_sinks=0.",
         )
 
 
