@@ -322,7 +322,7 @@ def _check_sinks(args: AttentionArgs, sinks: int) -> None:
         check_values(
             seen[..., :sinks].all(),
             "n_sinks keeps the first slots of every row, but the attention mask hides them "
-            "(padding on the left, or packed sequences). Run the rows one by one, or set n_sinks=0.",
+            "(padding on the left, or packed sequences). Run rows one by one, or set n_sinks=0.",
         )
 
 
