@@ -13,15 +13,15 @@ from saccade.runtime.params import ContextParams
 
 WINDOW: Final = {"n_swa": 4096, "n_sinks": 4}
 RULE: Final = (
-    "The first that fits, most exact first (exact, bf16, int8, exact with keys in host memory, which "
-    "is slow, int8 keys with int4 values, int4, SnapKV, window with sinks)."
+    "The first that fits, most exact first (exact, bf16, int8, int8 keys with int4 values, then "
+    "exact with keys in host memory, which is slow, int4, SnapKV, window with sinks)."
 )
 SETTINGS: Final[dict[str, dict[str, object]]] = {
     "exact": {},
     "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
     "int8 cache": {"type_k": "int8", "type_v": "int8"},
-    "exact, keys in host memory": {"offload_kqv": False},
     "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
+    "exact, keys in host memory": {"offload_kqv": False},
     "int4 cache": {"type_k": "int4", "type_v": "int4"},
     "SnapKV, 25 % kept": {"kv_policy": "snapkv", "kv_budget": 0.25},
     "window 4096 + 4 sinks": WINDOW,
@@ -31,8 +31,17 @@ SETTINGS: Final[dict[str, dict[str, object]]] = {
 _CHUNKS: Final = {"cpu": (512,), "cuda": (8192, 4096, 2048, 512)}
 """Sizes of the chunks in which a prompt is read, the faster first; results are the same."""
 _SETTLED: Final = frozenset(
-    ("type_k", "type_v", "n_swa", "n_sinks", "page_size", "kv_policy", "kv_budget", "sparse",
-     "offload_kqv")
+    (
+        "type_k",
+        "type_v",
+        "n_swa",
+        "n_sinks",
+        "page_size",
+        "kv_policy",
+        "kv_budget",
+        "sparse",
+        "offload_kqv",
+    )
 )
 
 

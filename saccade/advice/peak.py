@@ -98,7 +98,9 @@ def activations(
     size = facts.dtype.itemsize
     states = chunk * blueprint.hidden * size
     queries = chunk * facts.num_heads * facts.head_dim * size
-    keys = chunk * facts.num_kv_heads * (facts.head_dim + (facts.value_dim or facts.head_dim)) * size
+    keys = (
+        chunk * facts.num_kv_heads * (facts.head_dim + (facts.value_dim or facts.head_dim)) * size
+    )
     # Embeddings, the input of the layer, and the last states of the chunk before.
     carried = (3 if tokens > chunk else 2) * states
     mlp = carried + 2 * states + 3 * chunk * blueprint.inner * size
@@ -110,11 +112,11 @@ def activations(
     return max(mlp, rotating, attending, logits)
 
 
-def attention_workspace(
-    facts: ModelFacts, params: ContextParams, tokens: int, device: str
-) -> int:
+def attention_workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: str) -> int:
     """Bytes of one layer's attention for the last chunk: output, lse, copies, the kernels' own."""
-    native = backend_of(params) in ("auto", "cpu") and params.type_k != FP8 and params.sparse is None
+    native = (
+        backend_of(params) in ("auto", "cpu") and params.type_k != FP8 and params.sparse is None
+    )
     if device == "cpu" and not (native and BUILT):
         return AttentionPeak(facts, params).at(tokens)
     if backend_of(params) == "reference":

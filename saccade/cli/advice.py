@@ -90,7 +90,7 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
     if option.scaling:
         yield f"positions    {option.scaling}"
     elif advice.tokens > advice.blueprint.facts.n_ctx_train:
-        yield "positions    those inside the cache (StreamingLLM); what left the window is forgotten"
+        yield "positions    those inside the cache (StreamingLLM); text before them is forgotten"
     if advice.second is None:
         yield "runner-up    none: nothing else fits"
     else:
@@ -101,8 +101,9 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
 def _nothing(advice: Advice) -> Iterator[str]:
     smallest = min(advice.options, key=lambda each: each.memory.peak)
     missing = smallest.memory.peak - advice.machine.budget
-    yield f"Nothing fits: the smallest, {smallest.name}, needs {as_bytes(smallest.memory.peak)}, " + (
-        f"{as_bytes(missing)} more than there is."
+    yield (
+        f"Nothing fits: the smallest, {smallest.name}, needs {as_bytes(smallest.memory.peak)}, "
+        + (f"{as_bytes(missing)} more than there is.")
     )
 
 

@@ -72,7 +72,9 @@ def blueprint(
             "size is not known before it is loaded. Plan with a model of another class."
         )
     text = text_config(config)
-    experts = [n for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(text, n)]
+    experts = [
+        n for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(text, n)
+    ]
     used = getattr(text, "num_experts_per_tok", None) if experts else None
     inner = getattr(text, "moe_intermediate_size", None) if experts else None
     inner = inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -32,7 +32,9 @@ _MOST: Final = 1 << 40
 _ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 
 
-def blueprint_of(path: Path, dtype: torch.dtype | None, gguf_dtype: torch.dtype) -> Blueprint | None:
+def blueprint_of(
+    path: Path, dtype: torch.dtype | None, gguf_dtype: torch.dtype
+) -> Blueprint | None:
     """The blueprint of a transformers folder or a GGUF file; None where it takes more to know.
 
     Args:
