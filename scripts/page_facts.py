@@ -1,0 +1,188 @@
+"""Numbers that stand in sentences of README and docs, each computed from a stored record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from saccade.units import significant
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+
+
+@cache
+def record(name: str) -> Any:
+    """A stored record as plain data."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def span(values: Iterable[float]) -> str:
+    """`75 to 86`: whole numbers."""
+    whole = [round(value) for value in values]
+    return f"{min(whole)} to {max(whole)}" if min(whole) != max(whole) else str(whole[0])
+
+
+def cpu_fma_share() -> str:
+    """Share of the FMA peak that the CPU kernels reach while reading prompts."""
+    found = record("cpu")
+    ours = [r for r in found["rows"] if r["work"] == "prefill" and r["ours"]]
+    dense = [r for r in ours if r["case"].startswith("prefill")]
+    peak = found["ceilings"]["fma_peak"]
+    return f"{span(100 * r['flops'] / r['seconds'] / peak for r in dense)} %"
+
+
+def h200_prefill() -> str:
+    """Gluon prefill at D 128, causal, from 8k tokens on."""
+    return f"{span(_tflops(r) for r in _prefill() if r['queries'] >= 8192)} TFLOP/s"
+
+
+def h200_fp8_gain() -> str:
+    """fp8 over bf16, both ours, D 128, causal, 16k."""
+    bf16 = next(r for r in _prefill() if r["queries"] == 16384)
+    fp8 = next(
+        r
+        for r in record("h200_attention")["rows"]
+        if r["case"] == "e4m3"
+        and (r["queries"], r["head_dim"], r.get("causal")) == (16384, 128, bf16.get("causal"))
+    )
+    return f"{bf16['ms']['gluon'] / fp8['ms']['gluon_fp8']:.1f} times"
+
+
+def _prefill() -> list[Any]:
+    rows = record("h200_attention")["rows"]
+    return [
+        r
+        for r in rows
+        if r["case"] == "forward" and r["head_dim"] == 128 and r.get("causal") is not False
+    ]
+
+
+def _tflops(row: Any) -> float:
+    return 1e3 * row["tflop"] / row["ms"]["gluon"]
+
+
+def h200_matmul() -> str:
+    """A large matrix product on the GPU of the record."""
+    return f"{record('h200_attention')['ceilings']['matmul_tflops']:.0f} TFLOP/s"
+
+
+def h200_reading() -> str:
+    """Reading memory alone on the GPU of the record."""
+    return f"{record('h200_attention')['ceilings']['read_gbs']:.0f} GB/s"
+
+
+def h200_host() -> str:
+    """Host time of one call through `auto`: many queries, one query."""
+    return _host("auto")
+
+
+def h200_host_sdpa() -> str:
+    """The same of SDPA, called directly."""
+    return _host("sdpa_direct")
+
+
+def _host(name: str) -> str:
+    rows = record("h200_attention")["rows"]
+    return " and ".join(f"{r['host_us'][name]:.0f} µs" for r in rows if r["case"] == "host")
+
+
+def llama_token_128k() -> str:
+    """A decoding step of the 8B shape behind 128k tokens."""
+    return f"{significant(_llama()['decode']['130816']['ms_per_token'])} ms"
+
+
+def llama_first_128k() -> str:
+    """Reading 128k tokens with the 8B shape."""
+    return f"{significant(_llama()['decode']['130816']['first_token_s'])} s"
+
+
+def llama_peak_128k() -> str:
+    """Peak memory while the 8B shape reads 128k tokens, weights included."""
+    return f"{significant(_llama()['decode']['130816']['prefill_peak_gib'])} GiB"
+
+
+def llama_int8_128k() -> str:
+    """A decoding step of the 8B shape behind 128k tokens over an int8 cache."""
+    return f"{significant(_llama()['int8']['ms_per_token'])} ms"
+
+
+def llama_int8_cache() -> str:
+    """Bytes of that int8 cache."""
+    return f"{significant(_llama()['int8']['cache_gib'])} GiB"
+
+
+def llama_of_memory() -> str:
+    """Share of the speed that memory allows, bf16, by length."""
+    floor, ours = record("h200_llama")["floor_ms"], _llama()["decode"]
+    return f"{span(100 * floor[f'bf16 {n}'] / ours[n]['ms_per_token'] for n in ours)} %"
+
+
+def llama_errors() -> str:
+    """Errors of one step against float32: SDPA in bf16, ours in bf16, over int8, over int4."""
+    check = record("h200_llama")["check"]
+    return ", ".join(
+        f"{name} {significant(check[key]['step'], 2)}"
+        for name, key in (("SDPA", "sdpa"), ("ours", "bf16"), ("int8", "int8"), ("int4", "int4"))
+    )
+
+
+def llama_sdpa_chunks() -> str:
+    """SDPA reading 32k tokens in chunks of 8k."""
+    return f"{significant(record('h200_llama')['sdpa']['chunks_s'])} s"
+
+
+def _llama() -> Any:
+    return record("h200_llama")["ours"]
+
+
+def mistral_growth() -> str:
+    """How much longer a token takes behind 32 times as many tokens, over rings."""
+    ours = record("h200_mistral")["ours"]
+    ratio = ours["130816"]["ms_per_token"] / ours["4096"]["ms_per_token"]
+    return f"{100 * (ratio - 1):.1f} %"
+
+
+def mistral_cache() -> str:
+    """Bytes of the rings of the 7B shape, whatever the length."""
+    return f"{significant(record('h200_mistral')['cache_gib'])} GiB"
+
+
+def families_exact() -> str:
+    """Model classes of transformers that are exact through saccade, of all that were tried."""
+    path = RESULTS.parents[1] / "docs/families.md"
+    return path.read_text().split("own eager attention: ")[1].split(" ")[0]
+
+
+def demo_seconds() -> str:
+    """Wall time of the demo's comparison."""
+    seconds = record("compare-smollm2-quick")["seconds"]
+    return f"{seconds:.0f} seconds"
+
+
+FACTS: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        cpu_fma_share,
+        demo_seconds,
+        families_exact,
+        h200_fp8_gain,
+        h200_host,
+        h200_host_sdpa,
+        h200_matmul,
+        h200_prefill,
+        h200_reading,
+        llama_errors,
+        llama_first_128k,
+        llama_int8_128k,
+        llama_int8_cache,
+        llama_of_memory,
+        llama_peak_128k,
+        llama_sdpa_chunks,
+        llama_token_128k,
+        mistral_cache,
+        mistral_growth,
+    )
+}

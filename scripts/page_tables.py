@@ -1,0 +1,197 @@
+"""Parts of stored records as Markdown tables, for the pages under docs/."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_tables
+from saccade.report import comparison
+from saccade.report.markdown import escape, table_text, to_markdown
+from saccade.report.numbers import (
+    MISSING,
+    as_bytes,
+    as_position,
+    as_ratio,
+    as_share,
+    significant,
+    with_error,
+)
+from saccade.report.table import Cell, Heading, Line, Table
+from scripts.publish_record import RENDER
+
+ROOT = Path(__file__).parents[1]
+RULES = ROOT / "saccade/ops/tuning/measured/backends/sm_90.json"
+SHOW: dict[str, Callable[[float], str]] = {
+    "peak_bytes": as_bytes,
+    "cache_bytes": as_bytes,
+    "ttft_seconds": lambda value: f"{significant(value)} s",
+    "prefill_tps": significant,
+    "decode_tps": significant,
+    "perplexity": significant,
+    "kl": lambda value: with_error(value, None, most_decimals=5),
+}
+"""How a quantity of a sweep is written."""
+
+
+def rows(path: Path, *names: str) -> str:
+    """Rows of a record whose names begin with one of `names`; of a comparison its references too.
+
+    Names that no row has are left out (`absent` tells which).
+
+    Raises:
+        ValueError: no row has any of these names.
+    """
+    data = json.loads(path.read_text())
+    missing = absent(path, *names)
+    if len(missing) == len(names):
+        known = ", ".join(row["name"] for row in data["rows"])
+        raise ValueError(f"{path.name} has no row {missing[0]!r}; it has {known}.")
+    if data["schema"] != comparison.SCHEMA:
+        chosen = [row for row in data["rows"] if row["name"].startswith(names)]
+        return RENDER[data["schema"]](path, data | {"rows": chosen}, "")
+    report = comparison.read(path)
+    wanted = (*names, report.baseline, *([report.reference] if report.reference else []))
+    chosen = [row for row in report.rows if row.name.startswith(wanted)]
+    return to_markdown(replace(report, rows=chosen, curves=[], sweep=[], claims=[]))
+
+
+def absent(path: Path, *names: str) -> list[str]:
+    """Those of `names` that no row of a record begins with."""
+    known = [row["name"] for row in json.loads(path.read_text())["rows"]]
+    return [name for name in names if not any(each.startswith(name) for each in known)]
+
+
+def sweep(path: Path, quantity: str, *names: str) -> str:
+    """One quantity of a comparison's sweep: a row for each configuration, a column a length.
+
+    Raises:
+        ValueError: a name that the sweep does not have.
+    """
+    points = comparison.read(path).sweep
+    lengths = sorted({point.n_context for point in points})
+    known = list(dict.fromkeys(point.name for point in points))
+    for name in names:
+        if not any(each.startswith(name) for each in known):
+            raise ValueError(f"the sweep of {path.name} has no {name!r}, only {', '.join(known)}.")
+    by_place = {(point.name, point.n_context): point for point in points}
+    chosen = [name for name in known if name.startswith(names)]
+    lines = [
+        Line(name, [_point(by_place.get((name, at)), quantity) for at in lengths])
+        for name in chosen
+    ]
+    title = quantity.removesuffix("_bytes").removesuffix("_seconds").replace("_tps", ", tokens/s")
+    return table_text(Table([Heading(as_position(at)) for at in lengths], lines, title))
+
+
+def _point(point: comparison.SweepPoint | None, quantity: str) -> Cell:
+    value = None if point is None else getattr(point, quantity)
+    if value is not None:
+        return Cell(SHOW[quantity](value))
+    return Cell(MISSING if point is None or point.status == "ok" else point.status)
+
+
+def claims(path: Path) -> str:
+    """The chapter's figures, what this record measured, and why they differ."""
+    found = comparison.read(path).claims
+    if not found:
+        return "*This record has no claims.*"
+    titles = ("what", "claimed", "measured", "why they differ")
+    lines = [
+        Line(c.technique, [Cell(c.quantity), Cell(c.claimed), Cell(c.measured), Cell(c.reason)])
+        for c in found
+    ]
+    return table_text(Table([Heading(title, right=False) for title in titles], lines, "technique"))
+
+
+def groups(path: Path) -> str:
+    """`benchmarks/kv_groups.py`: bytes and KL divergence by format and group size."""
+    found = [row for row in json.loads(path.read_text())["rows"] if row.get("hadamard")]
+    sizes = sorted({row["group"] for row in found})
+    kinds = list(dict.fromkeys(row["format"] for row in found))
+    by_place = {(row["format"], row["group"]): row for row in found}
+    lines = [Line(str(size), [_group(by_place.get((k, size))) for k in kinds]) for size in sizes]
+    return table_text(Table([Heading(kind) for kind in kinds], lines, "tokens a group"))
+
+
+def _group(row: dict[str, Any] | None) -> Cell:
+    if row is None:
+        return Cell(MISSING)
+    return Cell(f"{as_bytes(row['bytes'])}, KL {with_error(row['kl'], None, most_decimals=6)}")
+
+
+def decode_shares(path: Path) -> str:
+    """Decoding on a GPU: Gluon's share of reading alone, and its speed beside dense bf16."""
+    record = json.loads(path.read_text())
+    found = [r for r in record["rows"] if r["case"] == "decode" and "gluon" in r.get("ms", {})]
+    dense = {(r["keys"], r.get("batch", 1)): r for r in found if not {"storage", "window"} & set(r)}
+    lines: list[Line] = []
+    for row in found:
+        reading = row["gbytes"] / record["ceilings"]["read_gbs"] / (row["ms"]["gluon"] / 1e3)
+        base = dense.get((row["keys"], row.get("batch", 1))) if "storage" in row else None
+        ratio = as_ratio(base["ms"]["gluon"] / row["ms"]["gluon"]) if base else MISSING
+        lines.append(Line(gpu_tables.title_of(row), [Cell(_percent(reading)), Cell(ratio)]))
+    headings = [Heading("of reading alone"), Heading("speed, dense bf16 = 1")]
+    return table_text(Table(headings, lines))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share > 1 else as_share(share)
+
+
+def rules(path: Path) -> str:
+    """Which backend `auto` takes on this GPU: its speed over Triton's and over the fastest other's.
+
+    The range is that of the measured sizes that the rule covers now.
+    """
+    known = json.loads(RULES.read_text())["rules"]
+    by_rule: dict[int, list[dict[str, Any]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if "order" in row and _covered(row, known[row["rule"] - 1]):
+            by_rule.setdefault(row["rule"], []).append(row)
+    headings = [Heading("backend"), Heading("over Triton"), Heading("over the fastest other")]
+    lines = [_rule(by_rule[rule]) for rule in sorted(by_rule)]
+    return table_text(Table(headings, lines, "calls from this size on"))
+
+
+def _covered(row: dict[str, Any], rule: dict[str, Any]) -> bool:
+    return all(row[name] >= (rule.get(name) or [0])[0] for name in ("queries", "keys"))
+
+
+def _rule(measured: Sequence[dict[str, Any]]) -> Line:
+    chosen = measured[0]["order"][0]
+    title = gpu_tables.title_of(measured[0])
+    title += ", training" if measured[0].get("training") else ""
+    triton, other = [], []
+    for row in measured:
+        times: dict[str, float] = row["total_ms"]
+        triton += [times["triton"] / times[chosen]] if "triton" in times else []
+        other += [min(t for name, t in times.items() if name != chosen) / times[chosen]]
+    return Line(title, [Cell(chosen), Cell(_ratios(triton)), Cell(_ratios(other))])
+
+
+def _ratios(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    return " to ".join(dict.fromkeys(as_ratio(value) for value in (min(values), max(values))))
+
+
+def source(path: Path) -> str:
+    """Where a table comes from: its record, the revision and the command that made it."""
+    data = json.loads(path.read_text())
+    name = path.relative_to(ROOT)
+    made = f"revision {data['revision']}, {data['date'][:10]}, `{data['command']}`"
+    return f"<sub>{escape(str(name))}: {made}</sub>"
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "rows": rows,
+    "sweep": sweep,
+    "claims": claims,
+    "groups": groups,
+    "decode_shares": decode_shares,
+    "rules": rules,
+}
