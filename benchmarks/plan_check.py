@@ -6,8 +6,8 @@
     python -m benchmarks.plan_check --evidence
 
 Six settings for each length.  The plan is made first, from sizes alone; then the same prompt is
-read and a few tokens are written.  Peaks are what PyTorch's allocator had given out at once, weights
-counted: a GPU counts by itself, on a CPU the profiler does, in a run apart from the timed one.
+read and a few tokens are written.  Peaks are what PyTorch's allocator had given out at once,
+weights counted: a GPU counts by itself, on a CPU the profiler does, in a run apart from the timed.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def command(params: ContextParams, said: Said) -> str:
         words += [] if said[name] == _AUTO else [f"--{name}", said[name]]
     options = {option.field: option for option in CONTEXT}
     for field, value in changed(params).items():
-        if field in options:
+        if field == "rope_freq_scale":
+            words += ["--rope-scale", f"{1 / float(str(value)):g}"]
+        elif field in options:
             words += [options[field].flags[0], _as_word(value)]
     return shlex.join([*words, "-f", "FILE"])
 
