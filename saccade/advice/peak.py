@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saccade.compress import POLICIES
 from saccade.core import DenseKV, Mask
 from saccade.core.formats import FP8
 from saccade.ops import make_call
@@ -109,7 +110,17 @@ def activations(
     work = attention_workspace(facts, params, tokens, device)
     attending = carried + states + queries + keys + max(grown, work)
     logits = facts.vocab_size * (size + 4)
-    return max(mlp, rotating, attending, logits)
+    observed, scoring = _compression(facts, params, tokens)
+    return observed + max(mlp, rotating, attending, logits, states + scoring)
+
+
+def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple[int, int]:
+    """Bytes of the queries that a kv_policy keeps of all layers, and of its scores of one layer."""
+    if params.kv_policy is None:
+        return 0, 0
+    queries = min(tokens, POLICIES[params.kv_policy]().num_queries) * facts.num_heads
+    kept = len(facts.windows) * queries * facts.head_dim * facts.dtype.itemsize
+    return kept, 3 * queries * tokens * 4  # weights before, while and after they are normalized
 
 
 def attention_workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: str) -> int:

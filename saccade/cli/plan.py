@@ -118,9 +118,9 @@ def blueprint(model: str, dtype: Any, gguf_dtype: Any) -> Blueprint:
     if found is not None:
         return found
     need("transformers", purpose="saccade plan")
-    from saccade.hf import plan
+    from saccade.hf.plan import blueprint as described
 
-    return plan.blueprint(path, dtype, gguf_dtype)
+    return described(path, dtype, gguf_dtype)
 
 
 def _measured(

@@ -54,7 +54,7 @@ def blueprint_of(
             values = json.loads((path / "config.json").read_bytes())
             return from_config(values, path.name, dtype)
         return from_gguf(path, dtype or gguf_dtype)
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saccade.hf.plan import blueprint
+from saccade.hf.plan import _blueprint_of, blueprint
 from saccade.runtime.plan_files import blueprint_of, from_config
 from tests.hf.gguf_files import write_gguf
 from tests.tiny_models import tiny_config, tiny_model
@@ -40,11 +40,10 @@ def test_a_config_gives_the_sizes_of_the_model(case, tmp_path):
     assert ours.weights_bytes == theirs.weights * ours.facts.dtype.itemsize > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_gguf_header_gives_the_sizes_of_the_model(family, dtype, tmp_path):
-    changes = {"use_sliding_window": False, "layer_types": None} if family == "qwen2" else {}
-    model = tiny_model(tiny_config(family, vocab_size=300, **changes))
+    model = tiny_model(tiny_config(family, vocab_size=300))
     path = tmp_path / "tiny.gguf"
     write_gguf(model, path, family)
     ours, theirs = blueprint_of(path, dtype, torch.float32), blueprint(path, dtype)
@@ -71,12 +70,10 @@ def test_what_is_not_plain_is_left_to_transformers(tmp_path):
 
 
 def test_experts_that_a_token_does_not_use_are_idle():
-    from saccade.hf import plan
-
     config = tiny_config("gpt_oss")
     model = tiny_model(config)
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
-    found = plan._blueprint_of(config, "x", None, torch.float32)
+    found = _blueprint_of(config, "x", None, torch.float32)
     assert found.idle == experts // 2 and found.inner == 2 * config.intermediate_size
     assert found.layers == found.weights - found.idle - 2 * found.head
     assert replace(found, idle=0).layers - found.layers == found.idle
