@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 import saccade
-from saccade.evals.measure import Trial, measure
-from saccade.evals.needle import hide, make_needles
+from saccade.evals.measure import Trial, fill_divergence, fill_perplexity, measure
+from saccade.evals.needle import hide, make_needles, questions
 from saccade.evals.rows import RowSpec
+from saccade.evals.speed import Rounds, fill_speeds
 from saccade.evals.text import default_text
 from saccade.hf.model import HFModel
 from saccade.ops.attention.cpu import binding
@@ -80,26 +81,30 @@ def trial_of(model: Any, runner: HFModel, tokens: list[int], length: int) -> Tri
         model=runner,
         context=torch.tensor(hide(tokens, needles, encode, context)),
         continuation=torch.tensor(tokens[rest : rest + SCORED]),
-        needles=needles,
-        encode=encode,
-        decode=model.tokenizer.decode,
+        questions=questions(needles, encode),
         heads=heads,
-        num_answer=ANSWER,
+        steps=ANSWER,
     )
 
 
 def measured(spec: RowSpec, trial: Trial, length: int) -> Row:
     """One row; the baseline's log-probabilities are kept for the others, with what was read."""
     kept, read = KEPT / f"exact-{length}.pt", torch.cat((trial.context, trial.continuation))
+    exact: dict[str, Any] = {"read": None}
     if spec.name != BASELINE:
-        exact = torch.load(kept, weights_only=True) if kept.exists() else {"read": None}
+        exact = torch.load(kept, weights_only=True) if kept.exists() else exact
         if exact["read"] is None or not torch.equal(exact["read"], read):
             raise saccade.BadInput(f"measure {BASELINE!r} at {length} first, on the same text.")
-        trial.exact = exact["log_probs"]
-    row = measure(spec, trial)
+    row, rounds = Row(name=spec.name, group=spec.group, options=spec.options()), Rounds()
+    seen = measure(spec, trial, row, rounds)
+    assert seen is not None and seen.log_probs is not None
     if spec.name == BASELINE:
+        exact = {"read": read, "log_probs": seen.log_probs}
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"read": read, "log_probs": trial.exact}, kept)
+        torch.save(exact, kept)
+    fill_speeds([(row, rounds)], len(trial.context))
+    fill_perplexity(row, seen)
+    fill_divergence(row, seen, exact["log_probs"])
     return row
 
 

@@ -89,6 +89,16 @@ class QuantizedCache:
         return self._num_quantized + self._num_recent
 
     @property
+    def reserved(self) -> int:
+        """Tokens to allocate for at once."""
+        return self._reserve
+
+    @property
+    def growth_step(self) -> int:
+        """Tokens by which storage grows: whole groups."""
+        return -(-GROWTH_STEP // self._group) * self._group
+
+    @property
     def nbytes(self) -> int:
         """Bytes of quantized storage, scales, offsets and the recent buffer."""
         parts: list[Tensor] = [*(self._k or ()), *(self._v or ())]
@@ -379,7 +389,7 @@ class QuantizedCache:
         assert self._k is not None and self._v is not None
         if tokens <= self._v.qdata.shape[2]:
             return
-        step = -(-GROWTH_STEP // self._group) * self._group
+        step = self.growth_step
         capacity = max(-(-tokens // step) * step, -(-self._reserve // step) * step)
         groups = capacity // self._group
         self._k = QuantizedTensor(

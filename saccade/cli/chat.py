@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import signal
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from saccade.cli import shared_options
+from saccade.cli.context_length import as_saved, note_without_effect, reaching
 from saccade.cli.dialogue import Dialogue, endless, opening
-from saccade.cli.failure import UsageError, need
+from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import load
-from saccade.cli.sessions import DeferredInterrupt
+from saccade.cli.notes import Notes
+from saccade.cli.outcome import as_record
+from saccade.cli.outputs import file_option
+from saccade.cli.reading import while_reading
+from saccade.cli.sessions import Session
+from saccade.cli.stopping import DeferredStop, Stopped
 from saccade.cli.streaming import TextStream
 from saccade.cli.tokens import encode_messages, end_tokens, tokenizer_of
 from saccade.cli.values import utf8_text
 from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
-    from saccade.runtime import Context
+    from saccade.hf.load import LoadedModel
+    from saccade.runtime import Context, ContextParams
 
 EXAMPLES = """examples:
   saccade chat --model smollm2
@@ -41,47 +51,105 @@ def run(
         "--system", metavar="TEXT", parser=utf8_text,
         help="what the model reads before the dialogue",
     )] = None,
+    session: Annotated[str | None, file_option(
+        "--session", "go on with this dialogue where the file exists; saved when it ends"
+    )] = None,
     n_predict: shared_options.NPredict = 256,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only the answers")] = False,
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="a line of JSON for every answer: text, why it ended, speeds, memory",
+    )] = False,
     *,
     sampling: shared_options.Values,
     context: shared_options.Values,
 ) -> int:  # fmt: skip
     """A dialogue of any length in constant memory."""
-    params, sampler = shared_options.context_params(context), shared_options.sampler_of(sampling)
+    check_streams("stdin")
+    notes = Notes(quiet=quiet)
+    saved = None if session is None else Session(session, notes)
+    params = shared_options.context_params(context)
+    shared_options.sampler_of(sampling)  # refused before a model is loaded
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    loaded = load(model, device, dtype)
-    from saccade.hf.context import Context
-
+    loaded = load(model, device, dtype, notes=notes)
     tokenizer = tokenizer_of(loaded)
-    params = endless(params, loaded.n_ctx_train)
-    # A ring has its size; any other cache is allocated at once, so that it does not grow either.
-    bounded = params.n_swa is not None or params.kv_policy is not None
-    reserve = 0 if bounded else params.n_ctx or loaded.n_ctx_train
     try:
-        with Context(loaded, params, reserve=reserve) as ctx:
-            encode_messages(
-                tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
-            )  # a template that fails, before a word
-            dialogue = Dialogue(
-                ctx=ctx, tokenizer=tokenizer, sampler=sampler, stop=end_tokens(loaded),
-                n_predict=n_predict, system=system,
-            )  # fmt: skip
-            talk(dialogue, lines())
+        encode_messages(
+            tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
+        )  # a template that fails, before a word
+        talked = _Talk(loaded, saved, notes, system, n_predict, as_json)
+        return _chat(talked, params, sampling)
     except (BadInput, Unsupported) as error:
         raise UsageError(shared_options.with_flags(str(error))) from error
+
+
+class _Talk(NamedTuple):
+    """A dialogue to hold, apart from options."""
+
+    loaded: LoadedModel
+    session: Session | None
+    notes: Notes
+    system: str | None
+    n_predict: int
+    as_json: bool
+
+
+def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
+    from saccade.hf.context import Context, as_model
+
+    loaded, session, notes = asked.loaded, asked.session, asked.notes
+    facts = as_model(loaded).facts
+    saved = session.peek() if session is not None and session.exists else None
+    params = endless(params, loaded.n_ctx_train)
+    if saved is not None:
+        params = as_saved(params, saved.params, facts.n_ctx_train, notes)
+    params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
+    note_without_effect(facts, params, notes)
+    # A ring has its size; any other cache is allocated at once, so that it does not grow either.
+    bounded = params.n_swa is not None or params.kv_policy is not None
+    with Context(
+        loaded, params, reserve=0 if bounded else params.n_ctx or facts.n_ctx_train
+    ) as ctx:
+        sampler = shared_options.sampler_of(sampling)
+        if session is not None and saved is not None:
+            sampler = shared_options.sampler_of(sampling, session.load(ctx))
+        elif session is not None:
+            session.check(ctx)
+        dialogue = Dialogue(
+            ctx=ctx, tokenizer=loaded.tokenizer, sampler=sampler, stop=end_tokens(loaded),
+            n_predict=asked.n_predict, system=asked.system,
+        )  # fmt: skip
+        if session is not None and saved is not None:
+            dialogue.restore(saved.extra, session.path)
+        kept(session, dialogue, Answers(dialogue, notes, asked))
     return 0
 
 
-def lines() -> Iterator[str]:
+def kept(session: Session | None, dialogue: Dialogue, answers: Answers) -> None:
+    """Talk, and keep the dialogue in the session however the talk ends."""
+    try:
+        answers.talk(lines(quiet=answers.notes.quiet))
+    except BaseException as error:
+        if session is not None and not getattr(error, "at_once", False):
+            with DeferredStop():
+                session.save(dialogue.ctx, dialogue.sampler, dialogue.state)
+        raise
+    if session is not None:
+        with DeferredStop() as deferred:
+            session.save(dialogue.ctx, dialogue.sampler, dialogue.state)
+        deferred.check()
+
+
+def lines(*, quiet: bool = False) -> Iterator[str]:
     """What the user says, line by line: asked for on a terminal, else read from stdin."""
     try:
         if not sys.stdin.isatty():
             yield from sys.stdin
             return
-        print(HELP, file=sys.stderr)
+        if not quiet:
+            print(HELP, file=sys.stderr)
         while True:
             yield input("> ")
     except EOFError:
@@ -90,41 +158,97 @@ def lines() -> Iterator[str]:
         raise UsageError(f"stdin is not UTF-8 text (at byte {error.start}).") from None
 
 
-def talk(dialogue: Dialogue, said: Iterable[str]) -> None:
-    """Answer every line, until there are no more or one is /exit."""
-    for line in said:
-        text = line.strip()
-        if text == "/exit":
+class Answers:
+    """Answers of a dialogue, shown as they come."""
+
+    def __init__(self, dialogue: Dialogue, notes: Notes, asked: _Talk) -> None:
+        self.dialogue, self.notes, self._asked = dialogue, notes, asked
+
+    def talk(self, said: Iterable[str]) -> None:
+        """Answer every line, until there are no more or one is /exit."""
+        for line in said:
+            text = line.strip()
+            if text == "/exit":
+                return
+            if text == "/reset":
+                self.dialogue.reset()
+                self.notes.say("Forgotten.")
+            elif text == "/memory":
+                print(memory_line(self.dialogue), file=sys.stderr)
+            elif text.startswith("/"):
+                print(f"There is no command {text.split()[0]}. {HELP}", file=sys.stderr)
+            elif text:
+                self.answer(text)
+
+    def answer(self, text: str) -> None:
+        """Show one answer as it comes; Ctrl-C ends the answer, another signal the dialogue too.
+
+        Raises:
+            Stopped: another signal than Ctrl-C, or a second one.
+        """
+        from saccade.core import BadInput
+        from saccade.runtime import Stats
+
+        parts: list[str] = []
+        deferred, dialogue = DeferredStop("Ending the answer"), self.dialogue
+        dialogue.ctx.stats = Stats()
+        try:
+            with deferred:
+                self._show(parts, self._texts(text, deferred))
+        except Stopped as stop:
+            self._cut(stop, parts)
+        except BadInput as error:  # a message that is longer than the context
+            dialogue.withdraw()
+            print(shared_options.with_flags(str(error)), file=sys.stderr)
             return
-        if text == "/reset":
-            dialogue.reset()
-            print("Forgotten.", file=sys.stderr)
-        elif text == "/memory":
-            print(memory_line(dialogue), file=sys.stderr)
-        elif text.startswith("/"):
-            print(f"There is no command {text.split()[0]}. {HELP}", file=sys.stderr)
-        elif text:
-            answer(dialogue, text)
+        else:
+            dialogue.answered("".join(parts))
+        if deferred.asked not in (None, signal.SIGINT):
+            deferred.check()
 
+    def _cut(self, stop: Stopped, parts: list[str]) -> None:
+        """A signal came while the message was being read, or a second one."""
+        self.dialogue.spoiled()
+        if parts:
+            self.dialogue.answered("".join(parts))
+            print("(interrupted)", file=sys.stderr)
+        else:
+            self.dialogue.withdraw()
+            print("(interrupted: your message was not read to its end, say it again)",
+                  file=sys.stderr)  # fmt: skip
+        if stop.at_once and stop.number != signal.SIGINT:
+            raise stop
 
-def answer(dialogue: Dialogue, text: str) -> None:
-    """Show one answer as it comes; Ctrl-C ends the answer, not the dialogue."""
-    from saccade.core import BadInput
+    def _texts(self, text: str, deferred: DeferredStop) -> Iterator[str]:
+        """Text of the answer as it becomes certain."""
+        dialogue = self.dialogue
+        tokens = while_reading(
+            lambda on_progress: dialogue.ask(text, on_progress), shown=not self.notes.quiet,
+            least=dialogue.ctx.params.n_batch, on_chunk=deferred.on_chunk,
+        )  # fmt: skip
+        return decoded(deferred.until_stopped(tokens), dialogue.tokenizer)
 
-    parts: list[str] = []
-    interrupt = DeferredInterrupt()
-    try:
-        with interrupt:
-            texts = decoded(interrupt.until_stopped(dialogue.ask(text)), dialogue.tokenizer)
-            show(parts, texts, dialogue)
-    except KeyboardInterrupt:
-        dialogue.spoiled()
-        print("(interrupted)", file=sys.stderr)
-    except BadInput as error:  # a message that is longer than the context
-        dialogue.withdraw()
-        print(shared_options.with_flags(str(error)), file=sys.stderr)
-        return
-    dialogue.answered("".join(parts))
+    def _show(self, parts: list[str], texts: Iterator[str]) -> None:
+        """The answer on stdout, and what it took: live on a terminal, else behind it on stderr."""
+        if self._asked.as_json:
+            parts.extend(texts)
+            print(json.dumps(self._record("".join(parts)), ensure_ascii=False), flush=True)
+        elif sys.stdout.isatty() and not self.notes.quiet:
+            show_live(parts, texts, self.dialogue)
+            return
+        else:
+            for text in texts:
+                parts.append(text)
+                print(text, end="", flush=True)
+            print(flush=True)
+        self.notes.say(memory_line(self.dialogue))
+
+    def _record(self, text: str) -> dict[str, Any]:
+        dialogue = self.dialogue
+        return as_record(
+            dialogue.ctx, dialogue.sampler, name=self._asked.loaded.name, text=text,
+            tokens=dialogue.written, notes=self.notes.said,
+        )  # fmt: skip
 
 
 def decoded(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
@@ -135,18 +259,13 @@ def decoded(tokens: Iterable[int], tokenizer: Any) -> Iterator[str]:
     yield stream.flush()
 
 
-def show(parts: list[str], texts: Iterator[str], dialogue: Dialogue) -> None:
-    """Text on stdout, and the memory: live on a terminal, else behind the answer on stderr."""
-    if not sys.stdout.isatty():
-        for text in texts:
-            parts.append(text)
-            print(text, end="", flush=True)
-        print(flush=True)
-        print(memory_line(dialogue), file=sys.stderr)
-        return
+def show_live(parts: list[str], texts: Iterator[str], dialogue: Dialogue) -> None:
+    """Text on a terminal, with the memory below it."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
+
+    parts.extend(itertools.islice(texts, 1))  # a bar is drawn until the message is read
 
     def frame() -> Group:
         return Group(Text("".join(parts)), Text(memory_line(dialogue), style="dim"))
@@ -168,7 +287,9 @@ def memory_line(dialogue: Dialogue) -> str:
 
 
 def speed(ctx: Context) -> str:
-    """How fast answers come, where there were any."""
-    if not ctx.stats.decode_seconds:
-        return ""
-    return f"; {significant(ctx.stats.decode_tokens / ctx.stats.decode_seconds)} tokens/s"
+    """How fast the last answer came, where there was one."""
+    first, tps = ctx.stats.ttft_seconds, ctx.stats.decode_tps
+    cut = {"length": "; cut at --n-predict", "context": "; cut, the context is full"}
+    after = "" if first is None else f"; first token after {significant(first)} s"
+    rate = "" if tps is None else f"; {significant(tps)} tokens/s"
+    return after + rate + cut.get(ctx.finish_reason or "", "")

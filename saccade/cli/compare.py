@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saccade.cli.failure import need
+from saccade.cli.lengths import length
 from saccade.cli.loading import load
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.shared_options import Device, DType, Model
 from saccade.cli.tokens import tokenizer_of
-from saccade.cli.values import file_name, list_of, whole_number
+from saccade.cli.values import file_name, list_of
 
 if TYPE_CHECKING:
     from saccade.evals.compare import Progress
@@ -23,7 +24,8 @@ DEMO_MODEL = "smollm2"
 
 EXAMPLES = """examples:
   saccade compare --quick
-  saccade compare -m model.gguf --text book.txt --context 8192 --html out.html
+  saccade compare -m model.gguf --text book.txt --context 8k --html out.html
+  saccade compare -m model.gguf --text book.txt --sweep 1k,4k,16k --html out.html
   saccade compare --rows "flash,window,int8" --json - | tail -1 | jq .rows
 """
 
@@ -36,12 +38,19 @@ def run(
         str | None, file_option("--text", "UTF-8 text to read (default: Python's help topics)")
     ] = None,
     context: Annotated[Any, typer.Option(
-        "--context", metavar="N", parser=whole_number(1), help="tokens read before the scored ones"
+        "--context", metavar="N", parser=length,
+        help="tokens read before the scored ones: 4096 or 4k, also past the trained length",
     )] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="small sizes: under 3 minutes")] = False,
+    sweep: Annotated[Any, typer.Option(
+        "--sweep", metavar="N,...", parser=list_of(length),
+        help="measure a few configurations at these lengths too, such as 1k,4k,16k",
+    )] = None,
+    quick: Annotated[bool, typer.Option(
+        "--quick", help="fewer rows, small sizes: a minute and a half on two cores"
+    )] = False,
     rows: Annotated[Any, typer.Option(
         "--rows", metavar="NAME,...", parser=list_of(str),
-        help="measure only the rows with these names or parts of names, and the baseline",
+        help="only the rows with these names or parts of names, and the two of transformers",
     )] = None,
     json: Annotated[str | None, typer.Option(
         "--json", metavar="FILE|-", parser=file_name,
@@ -54,7 +63,8 @@ def run(
     """Measure what each technique saves and costs, on your model."""
     files = {"html": html, "png": png, "markdown": markdown, "json": json}
     _check(files)
-    report = _measure((model, device, dtype), text, context=context, quick=quick, rows=rows)
+    options = {"context": context, "quick": quick, "rows": rows, "sweep": sweep or ()}
+    report = _measure((model, device, dtype), text, **options)
     failed = _show(report, files)
     if not report.complete:
         print("Stopped. The finished rows are kept.", file=sys.stderr)

@@ -7,10 +7,12 @@ from position 0, and what was said before them is forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from saccade.cli.failure import UsageError
+from saccade.cli.reading import OnProgress
 from saccade.cli.tokens import Messages, encode_messages, encode_next_message
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Dialogue:
         sampler, stop, n_predict: how an answer is written and when it ends.
         system: what the model reads before the dialogue.
         rereads: how often the latest messages were read again.
+        written: tokens of the last answer.
     """
 
     ctx: Context
@@ -51,6 +54,7 @@ class Dialogue:
     n_predict: int
     system: str | None = None
     rereads: int = 0
+    written: int = 0
     _messages: Messages = field(default_factory=list, init=False)
     _in_context: bool = field(default=False, init=False)  # the context holds all the messages
 
@@ -59,7 +63,29 @@ class Dialogue:
         self._messages, self._in_context = [], False
         self.ctx.reset()
 
-    def ask(self, text: str) -> Iterator[int]:
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a session has to keep beside the context, as JSON."""
+        return {"messages": self._messages, "in_context": self._in_context, "system": self.system}
+
+    def restore(self, state: Mapping[str, Any], path: object) -> None:
+        """Go on from the `state` that was saved with the context.
+
+        Raises:
+            UsageError: it is none.
+        """
+        messages = state.get("messages")
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise UsageError(
+                f"{path} is no dialogue: saccade generate saved it. Go on there, or give another "
+                "--session."
+            )
+        self._messages, saved = messages, state.get("system")
+        changed = self.system is not None and self.system != saved
+        self.system = self.system if changed else saved
+        self._in_context = state.get("in_context") is True and not changed
+
+    def ask(self, text: str, on_progress: OnProgress | None = None) -> Iterator[int]:
         """Tokens of the answer; afterwards call `answered` with its text, however it ended."""
         follows = self._in_context and self._messages
         self._messages.append({"role": "user", "content": text})
@@ -67,11 +93,16 @@ class Dialogue:
         if not follows or self.ctx.seen + len(tokens) + self.n_predict > self.ctx.n_ctx:
             tokens = self._from_the_start()
         self._in_context = False
+        if on_progress is not None:
+            on_progress(0, len(tokens))
         generated = self.ctx.stream(
-            tokens, n_predict=self.n_predict, sampler=self.sampler, stop=self.stop
-        )
+            tokens, n_predict=self.n_predict, sampler=self.sampler, stop=self.stop,
+            on_progress=on_progress,
+        )  # fmt: skip
+        self.written = 0
         for each in generated:
             self._in_context = True
+            self.written += 1
             yield each.token
         self._in_context = True
 
@@ -80,7 +111,7 @@ class Dialogue:
         self._messages.append({"role": "assistant", "content": text})
 
     def withdraw(self) -> None:
-        """The last message could not be read: as if it had not been said."""
+        """The last message was not read to its end: as if it had not been said."""
         self._messages.pop()
         self._in_context = False
 
@@ -100,3 +131,10 @@ class Dialogue:
             if len(tokens) <= room or len(self._messages) < 3:
                 return tokens
             del self._messages[:2]
+
+
+def _is_message(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(found.get(name), str)  # pyright: ignore[reportUnknownMemberType]
+        for name in ("role", "content")
+    )

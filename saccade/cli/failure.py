@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -98,6 +100,13 @@ def need(*packages: str, purpose: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise UsageError(f"{purpose} needs the package {package}. {_INSTALL}")
+
+
+def check_streams(*names: str) -> None:
+    """Raise UsageError where the shell has closed stdout (or one of these): text is then lost."""
+    for name in ("stdout", *names):
+        if getattr(getattr(sys, name), "name", None) == os.devnull:  # main put it there
+            raise UsageError(f"{name} is closed: expected a terminal, a file or a pipe there.")
 
 
 def _missing(name: str) -> str | None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.failure import UsageError, need
+from saccade.cli.context_length import Room, as_saved, free_memory, note_without_effect, reaching
+from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import load
+from saccade.cli.notes import Notes
 from saccade.cli.outputs import file_option
-from saccade.cli.sessions import DeferredInterrupt, Session
+from saccade.cli.sessions import Saved, Session
 from saccade.cli.tokens import (
     encode_messages,
     encode_next_message,
@@ -23,11 +23,11 @@ from saccade.cli.tokens import (
     tokenizer_of,
 )
 from saccade.cli.values import file_name, utf8_text
-from saccade.units import as_bytes, significant
+from saccade.cli.writing import Writing
 
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
-    from saccade.runtime import Context, GeneratedToken, Sampler, Stats
+    from saccade.runtime import ContextParams
 
 EXAMPLES = """examples:
   saccade generate --model smollm2 --prompt "Why is the sky blue?"
@@ -57,71 +57,97 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="no chat template around the prompt")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only the text")] = False,
+    as_json: Annotated[bool, typer.Option(
+        "--json", help="one line of JSON: the text, why it ended, speeds, memory, options",
+    )] = False,
     *,
     sampling: shared_options.Values,
     context: shared_options.Values,
 ) -> int:  # fmt: skip
     """Continue a prompt, with any of the techniques."""
-    saved = None if session is None else Session(session)
+    check_streams()
+    notes = Notes(quiet=quiet)
+    saved = None if session is None else Session(session, notes)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
     params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")
     from saccade.core import BadInput, Unsupported
 
-    sampler = shared_options.sampler_of(sampling)
-    loaded = load(model, device, dtype)
-    from saccade.hf.context import Context
-
+    shared_options.sampler_of(sampling)  # refused before a model is loaded
+    loaded = load(model, device, dtype, notes=notes)
+    where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     try:
-        with Context(loaded, params) as ctx:
-            if saved is not None and saved.exists:
-                sampler = shared_options.sampler_of(sampling, saved.load(ctx))
-            elif saved is not None:
-                saved.check(ctx)
-            follows = saved is not None and saved.exists and ctx.seen > 0
-            tokens = encode(loaded, text, raw=raw, follows=follows) if text else []
-            generated = ctx.stream(
-                tokens, n_predict=n_predict, sampler=sampler, stop=end_tokens(loaded)
-            )
-            return _print(ctx, generated, sampler, loaded, saved)
+        asked = _Asked(loaded, text, where, raw, n_predict, saved, notes)
+        return _generate(asked, params, sampling, as_json=as_json)
     except (BadInput, Unsupported) as error:  # a prompt too long, say
         raise UsageError(shared_options.with_flags(str(error))) from error
 
 
-def _print(
-    ctx: Context, generated: Iterator[GeneratedToken], sampler: Sampler, loaded: LoadedModel,
-    session: Session | None,
-) -> int:  # fmt: skip
-    """Print what comes and what it took; with a session, Ctrl-C ends it between two tokens."""
-    interrupt = DeferredInterrupt() if session is not None else None
-    came = False
+class _Asked(NamedTuple):
+    """What to write, apart from options."""
 
-    def written() -> Iterator[int]:
-        nonlocal came
-        for each in generated:
-            came = True
-            yield each.token
+    loaded: LoadedModel
+    text: str
+    where: str
+    raw: bool
+    n_predict: int
+    session: Session | None
+    notes: Notes
 
-    tokens = written()
-    try:
-        if interrupt is None:
-            _print_text(tokens, loaded.tokenizer)
-        else:
-            with interrupt:
-                _print_text(interrupt.until_stopped(tokens), loaded.tokenizer)
-    except Exception:  # the context is full, or nobody reads the output any more
-        if session is not None and came:
-            with contextlib.suppress(Exception):  # what stopped the text is what to say
-                session.save(ctx, sampler)
-        raise
-    finally:
-        if ctx.stats.prompt_tokens or ctx.stats.decode_tokens:
-            print(stats_line(ctx.stats), file=sys.stderr)
-    if session is not None:
-        session.save(ctx, sampler)
-    if interrupt is not None and interrupt.stopped:
-        raise KeyboardInterrupt
-    return 0
+
+def _generate(
+    asked: _Asked, params: ContextParams, sampling: dict[str, Any], *, as_json: bool
+) -> int:
+    from saccade.hf.context import Context, as_model
+
+    loaded, session, notes = asked.loaded, asked.session, asked.notes
+    facts = as_model(loaded).facts
+    saved = session.peek() if session is not None and session.exists else None
+    if saved is not None:
+        params = as_saved(params, saved.params, facts.n_ctx_train, notes)
+    tokens, before, seen = _prompt(asked, Room(facts, params, free_memory(loaded)), saved)
+    further = 0 if params.n_keep is not None else asked.n_predict
+    params = reaching(params, facts, seen + len(tokens) + further, notes)
+    note_without_effect(facts, params, notes)
+    with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
+        sampler = shared_options.sampler_of(sampling)
+        if session is not None and saved is not None:
+            sampler = shared_options.sampler_of(sampling, session.load(ctx))
+        elif session is not None:
+            session.check(ctx)
+        return Writing(
+            ctx=ctx, loaded=loaded, sampler=sampler, tokens=tokens, n_predict=asked.n_predict,
+            stop=end_tokens(loaded), session=session, notes=notes, before=before, as_json=as_json,
+        ).run()  # fmt: skip
+
+
+def _prompt(asked: _Asked, room: Room, saved: Saved | None) -> tuple[list[int], int, int]:
+    """(tokens of the prompt still to read, how many a session has of it, tokens it has in all)."""
+    loaded, text, raw = asked.loaded, asked.text, asked.raw
+    seen = 0 if saved is None else len(saved.tokens)
+    if not text:
+        return [], 0, seen
+    room.check(tokenizer_of(loaded), text, asked.where, seen=0 if saved and saved.cut else seen)
+    whole = tokens = encode(loaded, text, raw=raw, follows=seen > 0)
+    if saved is not None and saved.cut and seen:
+        whole, tokens = saved.unread(encode(loaded, text, raw=raw), whole)
+        if len(tokens) == len(whole):
+            asked.notes.note("the session ends inside a prompt; this one is read behind it.")
+    if not whole:
+        raise UsageError(f"the tokenizer of {loaded.name} makes no token of {asked.where}.")
+    room.check_tokens(len(tokens), seen=seen)
+    return tokens, len(whole) - len(tokens), seen
+
+
+def _reserve(params: ContextParams, tokens: int, further: int) -> int:
+    """Tokens to allocate caches for at once, so that too little memory is said before reading."""
+    if params.n_swa is not None or params.kv_policy is not None:
+        return 0
+    return min(params.n_ctx or tokens + further, tokens + min(further, _AHEAD))
+
+
+_AHEAD = 1024  # an answer of any length may be allowed, and is seldom written
 
 
 def read_prompt(prompt: str | None, file: str | None, *, optional: bool = False) -> str:
@@ -144,7 +170,7 @@ def read_prompt(prompt: str | None, file: str | None, *, optional: bool = False)
     else:
         where = f"--prompt-file {file}"
         try:
-            text = _read_bytes(file).decode()
+            text = _read_bytes(file).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UsageError(f"{where} is not UTF-8 text (at byte {error.start}).") from None
     if not text.strip():
@@ -181,28 +207,3 @@ def encode(loaded: LoadedModel, text: str, *, raw: bool, follows: bool = False) 
     if follows:
         return encode_next_message(tokenizer, text)
     return encode_messages(tokenizer, [{"role": "user", "content": text}])
-
-
-def stats_line(stats: Stats) -> str:
-    """What it took, on one line."""
-    read = _rate("prompt", stats.prompt_tokens, stats.prefill_seconds)
-    written = _rate("more", stats.decode_tokens, stats.decode_seconds)
-    return f"[{read}; {written}; cache {as_bytes(stats.cache_bytes)}]"
-
-
-def _rate(what: str, tokens: int, seconds: float) -> str:
-    speed = f" at {significant(tokens / seconds)} tokens/s" if tokens and seconds else ""
-    return f"{tokens:,} {what} tokens{speed}"
-
-
-def _print_text(tokens: Iterable[int], tokenizer: Any) -> None:
-    from saccade.cli.streaming import TextStream
-
-    stream, started = TextStream(tokenizer), False
-    try:
-        for token in tokens:
-            started = True
-            print(stream.push(token), end="", flush=True)
-    finally:
-        if started:
-            print(stream.flush(), flush=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
+from saccade.cli.notes import Notes
 from saccade.cli.shared_options import DTYPES
 
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
 
 
-def load(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load(
+    name: str, device: str = "auto", dtype: str = "auto", *, notes: Notes | None = None
+) -> LoadedModel:
     """The model of `--model` on `--device` in `--dtype`, with its notes on stderr."""
-    print(f"Loading {name} ...", file=sys.stderr, flush=True)
+    notes = notes or Notes()
+    notes.say(f"Loading {name} ...")
     import torch
 
     from saccade.hf.load import load_model  # transformers comes with it and takes seconds
@@ -23,5 +26,5 @@ def load(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
         name, device=device, dtype=None if wanted is None else getattr(torch, wanted)
     )
     for note in loaded.notes:
-        print(f"Note: {note}", file=sys.stderr)
+        notes.note(note)
     return loaded

@@ -1,7 +1,7 @@
 """`saccade`: the commands, and errors as one sentence.
 
 Exit codes: 0 done, 1 a bug of ours (--traceback shows where), 2 something to change in the call,
-130 stopped by Ctrl-C, 141 the reader of the output is gone.
+130 stopped by Ctrl-C, 143 by SIGTERM, 141 the reader of the output is gone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from saccade.cli import bench, chat, check, compare, doctor, generate, plan
+from saccade.cli import bench, chat, check, compare, doctor, generate, plan, report
 from saccade.cli.failure import bug, sentence
+from saccade.cli.stopping import stop_signals
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _module in (compare, generate, chat, plan, check, doctor):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=f"\b\n{_module.EXAMPLES}")(_module.run)
 app.add_typer(bench.app, name="bench")
+app.add_typer(report.app, name="report")
 
 
 def _version(wanted: bool) -> None:
@@ -62,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     _open_streams()
     try:
-        code = _run(["--help"] if words in ([], ["help"]) else words)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
+        with stop_signals() as came:
+            code = _run(["--help"] if words in ([], ["help"]) else words)
+            sys.stdout.flush()
+        return 128 + came[-1] if code == _STOPPED and came else code
+    except KeyboardInterrupt as stop:
         print("Stopped.", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", _STOPPED)
     except BrokenPipeError:
         _nowhere(sys.stdout)
         return 141
@@ -85,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _nowhere(sys.stdout)
 
 
+_STOPPED = 130
+
+
 def _nowhere(stream: Any) -> None:
     """Let what a stream still holds go nowhere."""
     with contextlib.suppress(OSError, ValueError):  # a stand-in has no number
@@ -96,6 +102,8 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))
+    with contextlib.suppress(AttributeError):  # some locales hide bytes that are no text
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # type: ignore[union-attr]
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

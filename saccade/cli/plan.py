@@ -1,74 +1,139 @@
-"""`saccade plan`: will it fit? Answered from a model's config, before anything is loaded."""
+"""`saccade plan`: which options make this context run in this memory, how fast, at what cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.cli import shared_options
+from saccade.cli.advice import as_json, as_text
 from saccade.cli.failure import UsageError, need
-from saccade.cli.values import whole_number
-from saccade.units import as_bytes, parse_bytes
+from saccade.cli.outputs import file_option
+from saccade.cli.values import MOST
+from saccade.units import parse_bytes
 
 if TYPE_CHECKING:
-    from saccade.runtime.plan import Fit
+    from saccade.advice.recommend import Advice
+    from saccade.runtime.params import ContextParams
+    from saccade.runtime.plan_blueprint import Blueprint
 
 EXAMPLES = """examples:
-  saccade plan --model smollm2 --context 8192
-  saccade plan -m model.gguf --context 131072 --memory 8GiB
-  saccade plan -m folder --context 32768 -ctk int8 -ctv int8 --memory 16GiB
+  saccade plan --model smollm2 --context 32k --memory 2GiB
+  saccade plan -m model.gguf --context 131072 --memory 24GiB --device cuda
+  saccade plan -m folder --context 64k --json
+  saccade plan -m smollm2 --context 4k --memory 1GiB --measure --svg pareto.svg
 """
-NOT_COUNTED = (
-    "Not counted: the hidden states of a chunk, PyTorch itself, and the copy that a growing cache "
-    "makes of one layer."
-)
+_TOKENS = re.compile(r"(\d[\d_]*)([km]?)", re.IGNORECASE)
+
+
+def tokens(text: str) -> int:
+    """A number of tokens: `32768`, or `32k` for 32 * 1024 and `1m` for 1024 * 1024."""
+    found = _TOKENS.fullmatch(text.strip()) if len(text) < 40 else None
+    value = 0
+    if found:
+        value = int(found[1].replace("_", "")) * 1024 ** " km".index(found[2].lower() or " ")
+    if not 0 < value <= MOST:
+        raise ValueError(f"expected a number of tokens such as 32768 or 32k, got {text[:40]!r}.")
+    return value
 
 
 @shared_options.takes(context=shared_options.CONTEXT)
 def run(
     model: shared_options.Model,
+    device: shared_options.Device = "auto",
+    dtype: shared_options.DType = "auto",
     length: Annotated[Any, typer.Option(
-        "--context", metavar="N", parser=whole_number(1),
-        help="tokens in context (default: --ctx-size, or what the model was trained for)",
+        "--context", metavar="N", parser=tokens,
+        help="tokens to hold, such as 32768 or 32k (default: --ctx-size, or the trained length)",
     )] = None,
     memory: Annotated[Any, typer.Option(
         "--memory", metavar="SIZE", parser=parse_bytes,
-        help="say which settings fit into this (8GiB)",
+        help="what may be used, with its unit: 8GiB (default: what is available on the device)",
     )] = None,
+    measure: Annotated[bool, typer.Option(
+        "--measure", help="load the model and try the settings that fit, a short run each",
+    )] = False,
+    svg: Annotated[str | None, file_option("--svg", "with --measure: the picture of it")] = None,
+    html: Annotated[str | None, file_option("--html", "the same as a page")] = None,
+    as_json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     *,
     context: shared_options.Values,
 ) -> int:  # fmt: skip
-    """How much memory a model will need, from its config, before it is loaded."""
+    """One command that holds this context in this memory, with its memory, speed and quality.
+
+    Nothing is loaded: sizes come from the model's header, times from a measurement of this machine
+    that is made once. The exit code is 2 where nothing fits.
+    """
     params = shared_options.context_params(context)
-    need("transformers", purpose="saccade plan")
+    if (svg or html) and not measure:
+        raise UsageError("--svg and --html draw what --measure measures. Add --measure.")
     from saccade.core import BadInput, Unsupported
-    from saccade.hf.plan import plan
 
     try:
-        made = plan(model, params, length)
-        print(made)
-        if memory is not None:
-            print(f"\nIn {as_bytes(memory)}, {made.n_ctx:,} tokens of context:\n")
-            print(fitting_table(made.what_fits(memory)))
+        advice = _advice(
+            model, device, dtype, length, memory, params, chunked=context["n_batch"] is not None
+        )
+        said = {"model": model, "device": device, "dtype": dtype}
+        trials = _measured(model, device, dtype, advice, (svg, html)) if measure else []
     except (BadInput, Unsupported) as error:
         raise UsageError(shared_options.with_flags(str(error))) from error
-    print(f"\n{NOT_COUNTED}")
-    return 0
+    if as_json_:
+        print(json.dumps(as_json(advice, said, trials), indent=1))
+    else:
+        print(as_text(advice, said, trials))
+    return 0 if advice.chosen else 2
 
 
-def fitting_table(fits: Sequence[Fit]) -> str:
-    """What fits and what does not, a line each."""
-    rows = [("setting", "needs", "fits", "longest context")]
-    for fit in fits:
-        longest = "any length" if fit.longest is None else f"{fit.longest:,} tokens"
-        rows.append((fit.setting, as_bytes(fit.needed), "yes" if fit.fits else "no", longest))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for setting, needs, verdict, longest in rows:
-        lines.append(
-            f"{setting:<{widths[0]}}  {needs:>{widths[1]}}  {verdict:<{widths[2]}}  "
-            f"{longest:>{widths[3]}}"
-        )
-    return "\n".join(lines)
+def _advice(
+    model: str, device: str, dtype: str, length: int | None, memory: int | None,
+    params: ContextParams, *, chunked: bool,
+) -> Advice:  # fmt: skip
+    import torch
+
+    from saccade.advice.machine import machine
+    from saccade.advice.recommend import advise
+
+    wanted = shared_options.DTYPES[dtype]
+    where = machine(device, memory)
+    gguf = torch.bfloat16 if where.kind == "cuda" else torch.float32
+    found = blueprint(model, None if wanted is None else getattr(torch, wanted), gguf)
+    held = length or params.n_ctx or found.facts.n_ctx_train
+    return advise(found, params, held, where, chunk_is_asked=chunked)
+
+
+def blueprint(model: str, dtype: Any, gguf_dtype: Any) -> Blueprint:
+    """Sizes of a model, by transformers where its files alone do not tell.
+
+    Raises:
+        BadInput, Unsupported: no model, or one that cannot be planned.
+    """
+    from saccade.runtime.located import located
+    from saccade.runtime.plan_files import blueprint_of
+
+    path = located(model)
+    found = blueprint_of(path, dtype, gguf_dtype)
+    if found is not None:
+        return found
+    need("transformers", purpose="saccade plan")
+    from saccade.hf import plan
+
+    return plan.blueprint(path, dtype, gguf_dtype)
+
+
+def _measured(
+    model: str, device: str, dtype: str, advice: Advice, files: tuple[str | None, str | None]
+) -> list[Any]:
+    """What the settings that fit took on the model itself, drawn to files."""
+    need("transformers", purpose="saccade plan --measure")
+    from saccade.advice.trials import page, picture, trials
+    from saccade.cli.loading import load
+    from saccade.cli.outputs import write
+
+    found = trials(load(model, device, dtype), advice)
+    for name, draw in zip(files, (picture, page), strict=True):
+        if name is not None:
+            write(name, draw(found))
+    return found

@@ -1,16 +1,14 @@
-"""`--session FILE`: continue from it, save to it, and stop between two tokens on Ctrl-C."""
+"""`--session FILE`: continue from it and save to it."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saccade.cli.failure import UsageError, need
+from saccade.cli.notes import Notes
 from saccade.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -25,11 +23,12 @@ class Session:
         exists: whether there is one to go on from.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, notes: Notes | None = None) -> None:
         check_outputs({"--session": name})
         need("safetensors", purpose="--session")
         self.path = Path(name).expanduser()
         self.exists = self.path.exists()
+        self._notes = notes or Notes()
 
     def check(self, ctx: Context) -> None:
         """Save the empty context beside the file, so that what cannot be saved is said now.
@@ -46,53 +45,66 @@ class Session:
         except (BadInput, Unsupported, ValueError, TypeError) as error:
             raise UsageError(f"--session cannot be saved later: {error}") from error
 
+    def peek(self) -> Saved:
+        """What it holds, before a context is opened for it.
+
+        Raises:
+            BadInput: no session, or a damaged one.
+        """
+        from saccade.runtime.session_file import SessionFile
+
+        file = SessionFile(self.path)
+        parts = [file.record.get(name) for name in ("params", "extra")]
+        params, extra = (part if isinstance(part, dict) else {} for part in parts)
+        tokens = file.tensor("tokens").tolist() if "tokens" in file.names else []
+        return Saved(tokens, file.record.get("next") is None, params, extra)
+
     def load(self, ctx: Context) -> Sampler:
         """Put it into a context; the sampler it was saved with."""
         from saccade.runtime import load_session
 
         sampler = load_session(self.path, ctx)
-        print(f"Going on from {self.path}: {ctx.seen:,} tokens.", file=sys.stderr)
+        self._notes.say(f"Going on from {self.path}: {ctx.seen:,} tokens.")
         return sampler
 
-    def save(self, ctx: Context, sampler: Sampler) -> None:
+    def save(self, ctx: Context, sampler: Sampler, extra: Mapping[str, Any] | None = None) -> None:
         """Replace it by what the context holds now."""
         from saccade.runtime import save_session
 
-        save_session(self.path, ctx, sampler)
-        print(f"Saved {self.path}: {ctx.seen:,} tokens.", file=sys.stderr)
+        save_session(self.path, ctx, sampler, extra=extra)
+        self.exists = True
+        self._notes.say(f"Saved {self.path}: {ctx.seen:,} tokens.")
 
 
-class DeferredInterrupt:
-    """`with` it, Ctrl-C waits for the next token once tokens come; a second one does not wait.
-
-    A step that is cut off leaves some layers a token ahead of others, which cannot be saved.
-    While the prompt is still being read Ctrl-C works at once, and the old session stays.
+class Saved(NamedTuple):
+    """What a session holds, without its caches.
 
     Attributes:
-        stopped: whether Ctrl-C was pressed.
+        tokens: in its caches.
+        cut: whether a stop came while a prompt was being read, so that no token was chosen.
+        params: options it was saved with, by field.
+        extra: what else was saved with it.
     """
 
-    def __init__(self) -> None:
-        self.stopped = False
-        self._waits = False
-        self._before: Any = None
+    tokens: list[int]
+    cut: bool
+    params: dict[str, Any]
+    extra: dict[str, Any]
 
-    def __enter__(self) -> DeferredInterrupt:
-        self._before = signal.signal(signal.SIGINT, self._pressed)
-        return self
+    def unread(self, first: list[int], following: list[int]) -> tuple[list[int], list[int]]:
+        """(the tokens of a prompt, those not in the session that was cut off while reading it).
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        Args:
+            first, following: the prompt as the beginning of a text, and behind an answer.
+        """
+        held = len(self.tokens)
+        if first[:held] == self.tokens:
+            return first, first[held:]
+        return following, following[self._begun(following) :]
 
-    def until_stopped(self, tokens: Iterable[int]) -> Iterator[int]:
-        """The tokens, until Ctrl-C."""
-        for token in tokens:
-            self._waits = True
-            yield token
-            if self.stopped:
-                return
-
-    def _pressed(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped or not self._waits:
-            raise KeyboardInterrupt
-        self.stopped = True
+    def _begun(self, prompt: list[int]) -> int:
+        """How many tokens of the prompt the text ends with."""
+        for count in range(min(len(prompt), len(self.tokens)), 0, -1):
+            if self.tokens[-count:] == prompt[:count]:
+                return count
+        return 0

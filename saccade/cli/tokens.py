@@ -34,7 +34,14 @@ def tokenizer_of(loaded: LoadedModel) -> Any:
 
 def encode_text(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Tokens of a text as it is; `special` puts the model's first token in front."""
-    return list(tokenizer(text, add_special_tokens=special).input_ids)
+    if len(text) <= _SHORT:
+        return list(tokenizer(text, add_special_tokens=special).input_ids)
+    from saccade.hf.text_tokens import all_tokens  # in pieces, with bounded memory
+
+    return all_tokens(tokenizer, text, special=special)
+
+
+_SHORT = 1 << 16
 
 
 def encode_messages(tokenizer: Any, messages: Messages) -> list[int]:

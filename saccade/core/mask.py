@@ -83,11 +83,9 @@ class Mask:
     def allows(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         """Visibility of each pair: boolean, the broadcast shape of `q_pos` and `k_pos`."""
         distance = q_pos - k_pos
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if self.causal:
-            visible &= distance >= 0
+        visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
-            visible &= (distance < self.window) | (k_pos < self.sinks)
+            visible = visible & ((distance < self.window) | (k_pos < self.sinks))
         return visible
 
     def key_ranges(self, first_q: int, last_q: int, num_keys: int) -> tuple[KeyRange, ...]:

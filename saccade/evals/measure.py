@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.compress import compress_context
 from saccade.evals import quality
-from saccade.evals.needle import Needle
-from saccade.evals.peak import PeakMemory
+from saccade.evals.allocated import AllocatedPeak
+from saccade.evals.needle import Question, answered
 from saccade.evals.rows import RowSpec
-from saccade.report.comparison import Row
-from saccade.runtime import Context, Model, Sampler
-from saccade.runtime.importance import token_importance
+from saccade.evals.speed import Rounds
+from saccade.evals.subject import Ours, Subject, Theirs, implementation
+from saccade.hf.model import HFModel
+from saccade.report.comparison import Row, SweepPoint
+from saccade.runtime.importance import HEAD_CHUNK
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,84 +27,163 @@ class Trial:
     """What every row measures on.
 
     Attributes:
-        context: tokens `[n]` with the needles in them; continuation: scored tokens `[m]`.
-        exact: log-probabilities of the baseline `[m - 1, vocab]`, once there is one.
+        model: as it was loaded.
+        context: tokens `[n]` with the needles in them; continuation: tokens `[m]` behind it, scored
+            unless `scored` is False, as for random weights.
+        questions: asked behind the continuation.
         heads: opens the model with another number of KV heads ("mha", "mqa").
+        steps: how many tokens of the continuation are read one by one, as in decoding.
     """
 
-    model: Model
+    model: HFModel
     context: Tensor
     continuation: Tensor
-    needles: list[Needle]
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    heads: Callable[[str], AbstractContextManager[Model]]
-    num_answer: int = 10
-    exact: Tensor | None = None
+    questions: list[Question]
+    heads: Callable[[str], AbstractContextManager[HFModel]]
+    steps: int = 12
+    scored: bool = True
+
+    @property
+    def total(self) -> int:
+        """Tokens that are read in all."""
+        return len(self.context) + len(self.continuation) + self.asked
+
+    @property
+    def asked(self) -> int:
+        """Tokens of questions and answers."""
+        return sum(len(question.tokens) for question in self.questions)
 
 
-def measure(spec: RowSpec, trial: Trial) -> Row:
-    """Run one configuration and fill a row."""
-    row = Row(name=spec.name, group=spec.group, options=spec.options())
-    with trial.heads(spec.heads) if spec.heads else nullcontext(trial.model) as model:
-        peak = PeakMemory()
-        peak.start()
-        start = time.perf_counter()
-        context = _important_tokens(spec, trial, model)
-        with Context(model, spec.params, reserve=_length(context, trial)) as ctx:
-            last = ctx.append(context)
-            ctx.compress()
-            row.prefill_tps = len(trial.context) / (time.perf_counter() - start)
-            row.peak_bytes = peak.bytes()
-            row.cache_bytes = ctx.cache_bytes
-            _score(ctx, last, trial, row)
-            _ask(ctx, trial, row)
-    return row
+@dataclass(slots=True, kw_only=True)
+class Seen:
+    """What a row predicted, kept until it is known what it is compared with.
+
+    Attributes:
+        log_probs: before each token of the continuation `[m, vocab]`; None once compared.
+        nll: negative log-likelihoods of these tokens `[m]`.
+        answers: whether each question was answered.
+    """
+
+    log_probs: Tensor | None
+    nll: Tensor
+    answers: list[bool]
 
 
-def _length(context: Tensor, trial: Trial) -> int:
-    """Tokens the caches will store in all, so that they are allocated once."""
-    questions = sum(len(trial.encode(n.question)) + trial.num_answer for n in trial.needles)
-    return len(context) + len(trial.continuation) + questions
+@contextmanager
+def opened(spec: RowSpec, trial: Trial, model: HFModel) -> Iterator[Subject]:
+    """The configuration of a row, ready to read; closed and restored on exit."""
+    if spec.theirs is not None:
+        with implementation(model.model, spec.theirs):
+            yield Theirs(model.model, spec.params.n_batch)
+        return
+    kept = round((spec.token_share or 1.0) * len(trial.context))
+    ours = Ours(model, spec.params, spec.token_share, reserve=kept + trial.steps)
+    with ours.ctx:
+        yield ours
 
 
-def _important_tokens(spec: RowSpec, trial: Trial, model: Model) -> Tensor:
-    """The context, or the share of its tokens that the model itself finds important."""
-    if spec.token_share is None:
-        return trial.context
-    with Context(model, spec.params) as ctx:
-        scores = token_importance(ctx, trial.context)
-    return compress_context(trial.context, scores, round(spec.token_share * len(trial.context)))
+@contextmanager
+def _model_of(spec: RowSpec, trial: Trial) -> Iterator[HFModel]:
+    """The model of a row; on a GPU its kernels are compiled before anything is timed."""
+    with ExitStack() as stack:
+        model = trial.model
+        if spec.heads in ("mha", "mqa"):
+            model = stack.enter_context(trial.heads(spec.heads))
+        if trial.model.device.type == "cuda":
+            with opened(spec, trial, model) as subject:
+                subject.read(trial.context)
+                subject.write(trial.continuation[: trial.steps])
+        yield model
 
 
-def _score(ctx: Context, last: Tensor, trial: Trial, row: Row) -> None:
-    """Perplexity and divergence over the continuation, teacher-forced."""
-    targets = trial.continuation
-    hidden = ctx.append(targets, wanted=len(targets))
-    states = torch.cat((last, hidden[:-1]))  # the state before each target
-    ours = quality.log_probs(ctx, states)
-    exact = ours if trial.exact is None else trial.exact
-    result = quality.compare(ours, exact, targets)
-    row.perplexity, row.perplexity_se = _known(result.perplexity), _known(result.perplexity_se)
-    row.kl, row.kl_se, row.same_top = _known(result.kl), _known(result.kl_se), result.same_top
-    if trial.exact is None:
-        trial.exact = ours
+def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) -> Seen | None:
+    """The first round of a configuration: memory and quality into `row`, times into `rounds`.
+
+    Returns:
+        What it predicted; None where nothing is scored.
+    """
+    device = trial.model.device
+    with _model_of(spec, trial) as model, ExitStack() as stack:
+        with AllocatedPeak(device) as peak:
+            subject = stack.enter_context(opened(spec, trial, model))
+            begin = time.perf_counter()
+            subject.read(trial.context)
+            _wait(device)
+            prefill = time.perf_counter() - begin
+        row.peak_bytes, row.cache_bytes = peak.bytes, subject.cache_bytes
+        written = trial.continuation[: trial.steps]
+        begin = time.perf_counter()
+        steps = subject.write(written)
+        first = prefill + steps.stamps[0] - begin
+        rounds.add(prefill, first, steps.seconds())
+        if not trial.scored:
+            return None
+        # A pattern selects keys for a block of queries: a question of its own is one block.
+        apart = spec.params.sparse is not None
+        return _predictions(subject, trial, torch.stack(steps.logits), apart=apart)
 
 
-def _known(value: float) -> float | None:
+def measure_speed(spec: RowSpec, trial: Trial, rounds: Rounds) -> None:
+    """One round more, of times alone."""
+    with _model_of(spec, trial) as model, opened(spec, trial, model) as subject:
+        begin = time.perf_counter()
+        subject.read(trial.context)
+        _wait(trial.model.device)
+        prefill = time.perf_counter() - begin
+        steps = subject.write(trial.continuation[: trial.steps])
+        rounds.add(prefill, steps.stamps[0] - begin, steps.seconds())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _predictions(subject: Subject, trial: Trial, first: Tensor, *, apart: bool) -> Seen:
+    """Predictions before each token of the continuation, and the answers.
+
+    Args:
+        first: logits before the tokens that were read one by one, and behind the last of them.
+        apart: whether questions are read one by one.
+    """
+    rest = trial.continuation[trial.steps :]
+    parts = [first.log_softmax(-1)]
+    if len(rest):
+        parts.append(quality.log_probs(subject, subject.states(rest)))
+    found = torch.cat(parts)[: len(trial.continuation)].cpu()
+    nll = quality.losses(found, trial.continuation)
+    asked = [[q] for q in trial.questions] if apart else [trial.questions]
+    answers = [answer for some in asked for answer in _answers(subject, some)]
+    return Seen(log_probs=found, nll=nll, answers=answers)
+
+
+def _answers(subject: Subject, asked: Sequence[Question]) -> list[bool]:
+    if not asked:
+        return []
+    states = subject.states(torch.tensor([token for q in asked for token in q.tokens]))
+    best = [subject.logits(part).argmax(-1).cpu() for part in states.split(HEAD_CHUNK)]
+    return answered(asked, torch.cat(best))
+
+
+def fill_perplexity(row: Row | SweepPoint, seen: Seen) -> None:
+    """Perplexity of the continuation; None for what is no number."""
+    value, error = quality.perplexity(seen.nll)
+    row.perplexity = finite(value)
+    if isinstance(row, Row):
+        row.perplexity_se = finite(error)
+
+
+def fill_divergence(row: Row | SweepPoint, seen: Seen, exact: Tensor) -> None:
+    """Distance from the exact row's log-probabilities; those of this row are let go."""
+    if seen.log_probs is None:
+        return
+    found = quality.divergence(seen.log_probs, exact)
+    row.kl, row.kl_se = finite(found.kl), finite(found.kl_se)
+    if isinstance(row, Row):
+        row.same_top = found.same_top
+    seen.log_probs = None
+
+
+def finite(value: float) -> float | None:
     """None for what is no number: a record does not store a broken model's perplexity."""
     return value if math.isfinite(value) else None
-
-
-def _ask(ctx: Context, trial: Trial, row: Row) -> None:
-    """Ask for every needle, one after another; the answers are also the decode benchmark."""
-    found = 0
-    for needle in trial.needles:
-        generated = ctx.stream(
-            trial.encode(needle.question), n_predict=trial.num_answer, sampler=Sampler()
-        )
-        found += needle.value in trial.decode([each.token for each in generated])
-    if trial.needles:
-        row.needle, row.needle_trials = found / len(trial.needles), len(trial.needles)
-    if ctx.stats.decode_tokens:
-        row.decode_tps = ctx.stats.decode_tokens / ctx.stats.decode_seconds

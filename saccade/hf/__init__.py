@@ -9,7 +9,7 @@ Importing this package registers the attention implementation "saccade" with tra
 from saccade.hf.attach import Attached, attach
 from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
 from saccade.hf.context import Context
-from saccade.hf.heads import expand_to_mha, pool_to_mqa
+from saccade.hf.convert import converted_heads, expand_to_mha, pool_to_mqa
 from saccade.hf.load import LoadedModel, load_model
 from saccade.hf.model import HFModel, rotary_frequencies
 from saccade.hf.plan import plan
@@ -26,6 +26,7 @@ __all__ = [
     "SaccadeCache",
     "SaccadeCacheLayer",
     "attach",
+    "converted_heads",
     "expand_to_mha",
     "load_model",
     "plan",

@@ -19,7 +19,9 @@ from transformers.initialization import no_init_weights
 from saccade.cache import DenseCache, LayerCache, StateCache
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import text_config
+from saccade.hf.positions import positions_of
 from saccade.hf.split_forward import hidden_states
+from saccade.runtime.positions import ROTARY, Positions
 
 KVShape = tuple[int, int, int]
 """KV heads, width of a key, width of a value."""
@@ -41,9 +43,24 @@ def cached_shapes(
     model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> CachedShapes | None:
     """Shapes for a model of this class and config; None where it cannot run without memory."""
+    return _found(model_class, _Config(_own(model_class, config))).shapes
+
+
+def positions_said(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Positions:
+    """How a model of this class and config tells positions apart."""
+    return _found(model_class, _Config(_own(model_class, config))).positions
+
+
+def _own(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     kind = model_class.config_class
-    own = config if kind is None or isinstance(config, kind) else text_config(config)
-    return _found(model_class, _Config(own))
+    return config if kind is None or isinstance(config, kind) else text_config(config)
+
+
+class _Found(NamedTuple):
+    """What a model without memory shows."""
+
+    shapes: CachedShapes | None
+    positions: Positions
 
 
 class _Config:
@@ -60,18 +77,21 @@ class _Config:
 
 
 @lru_cache(maxsize=16)
-def _found(model_class: type[PreTrainedModel], key: _Config) -> CachedShapes | None:
+def _found(model_class: type[PreTrainedModel], key: _Config) -> _Found:
+    positions = ROTARY
     try:
         with torch.device("meta"), torch.inference_mode(), no_init_weights():
             model = model_class._from_config(copy.deepcopy(key.config), attn_implementation="eager")
             with suppress(Exception):  # experts whose shapes do not depend on the routing
                 model.set_experts_implementation("batched_mm")
+            length = getattr(text_config(model.config), "max_position_embeddings", 0)
+            positions = positions_of(model, length)
             cache = SaccadeCache(model.config, _dense)
             tokens = torch.ones(1, 2, dtype=torch.int64)
             hidden_states(model.eval(), input_ids=tokens, past_key_values=cache, use_cache=True)
-        return _shapes_in(cache)
+        return _Found(_shapes_in(cache), positions)
     except Exception:  # whatever a model class does that has no meaning without memory
-        return None
+        return _Found(None, positions)
 
 
 def _dense(layer: int, window: int | None) -> LayerCache:

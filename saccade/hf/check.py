@@ -9,44 +9,49 @@ options in one forward pass of the backend "reference", which the first comparis
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from saccade.core import BadInput, Unsupported
-from saccade.hf import changes, check_store
-from saccade.hf.attach import attach
-from saccade.hf.layers import attention_modules, text_config
+from saccade.hf import check_store
+from saccade.hf.check_passes import (
+    MEANT,
+    Outputs,
+    eager,
+    in_context,
+    is_half,
+    reference,
+    rounded_otherwise,
+    sample_tokens,
+)
 from saccade.hf.model import HFModel
-from saccade.hf.runs import Undo, run_in_force
+from saccade.hf.runs import run_in_force
 from saccade.hf.settings import ATTRIBUTE
-from saccade.runtime import Context, ContextParams, Model, Sampler
+from saccade.runtime import ContextParams, Model
 from saccade.runtime.params import QUANTIZED
 from saccade.sparse import Pattern
 
 CheckMode = Literal["auto", "always", "off"]
 AS_IT_IS: Final = "as it is"
 MODES: Final = ("auto", "always", "off")
-PROMPT, STEPS, CHUNK, WINDOW, SINKS = 32, 4, 12, 12, 4
+PROMPT, CHUNK, WINDOW, SINKS = 32, 12, 12, 4
 QUANTIZED_PROMPT, QUANTIZED_CHUNK = 136, 48
 """Enough tokens for a full group to be quantized behind those kept in full precision."""
 
-_BOUNDS: Final = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2}
+_BOUNDS: Final = {
+    torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2
+}  # fmt: skip
+"""Difference relative to the reference (both as vectors) that is rounding in every model."""
+_NOISE: Final = 3.0
+"""How much more than rounding costs eager attention in the worst of some trials."""
 _STORED_BOUNDS: Final = {"f16": 1e-2, "bf16": 5e-2, "int8": 0.1, "fp8": 0.25, "int4": 0.6}
-"""Largest difference relative to the reference (both as vectors): rounding alone stays below."""
+"""What a cache of another type may cost on top."""
 
-_MEANT: Final = (
-    ("n_swa", "n_sinks"),
-    ("rope_scaling_type", "rope_freq_base", "rope_freq_scale"),
-    ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx"),
-)
-"""Options that change the result on purpose, which the reference therefore has too."""
 _TOGETHER: Final = (
-    *_MEANT,
+    *MEANT,
     ("type_k", "type_v"),
     ("kv_policy", "kv_budget"),
     ("sparse",),
@@ -97,14 +102,6 @@ class Checked:
         )
 
 
-@dataclass(slots=True)
-class Outputs:
-    """Logits `[n, vocab]` of the last positions, and the output `[t, hidden]` of each layer."""
-
-    logits: Tensor
-    layers: dict[str, Tensor]
-
-
 def verify(model: Model, params: ContextParams, mode: CheckMode = "auto") -> None:
     """Refuse a model or options whose results differ beyond rounding.
 
@@ -136,18 +133,35 @@ def verify(model: Model, params: ContextParams, mode: CheckMode = "auto") -> Non
 
 
 def check_eager(model: HFModel) -> Checked:
-    """The model without options, against its own eager attention."""
-    tokens = _tokens(model.model, PROMPT)
+    """The model without options, against its own eager attention.
+
+    Raises:
+        Unsupported: the model's numbers are too large for its dtype, in its own attention too.
+    """
+    tokens = sample_tokens(model.model, PROMPT)
     params = ContextParams(n_batch=CHUNK)
     try:
-        expected = _eager(model.model, tokens)
+        expected = eager(model.model, tokens)
     except Exception as error:  # whatever a model that cannot run by itself raises
         return Checked(options=AS_IT_IS, refusal=f"{type(error).__name__}: {error}")
     try:
-        got = _in_context(model, params, tokens)
+        got = in_context(model, params, tokens)
     except (Unsupported, BadInput, ValueError) as error:
         return Checked(options=AS_IT_IS, refusal=str(error))
-    return _compared(model, AS_IT_IS, tokens, got, expected, _bound(model.model, params))
+    if not expected.logits.isfinite().all():
+        return _overflow(model, got)
+    return _compared(model, params, tokens, got, expected)
+
+
+def _overflow(model: HFModel, got: Outputs) -> Checked:
+    """Nothing to compare with: refused where saccade's logits are no numbers either."""
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    said = f"the logits of its own eager attention in {dtype} are not finite"
+    if got.logits.isfinite().all():
+        return Checked(options=AS_IT_IS, refusal=f"{said}, so there is nothing to compare with.")
+    raise Unsupported(
+        f"{model.facts.name} cannot run in {dtype}: {said}. Load it in bfloat16 or float32."
+    )
 
 
 def check_options(model: HFModel, params: ContextParams) -> Checked:
@@ -179,10 +193,10 @@ def described(params: ContextParams) -> str:
 
 def _options_compared(model: HFModel, label: str, params: ContextParams) -> Checked:
     quantized = params.type_k in QUANTIZED and params.sparse is None
-    tokens = _tokens(model.model, QUANTIZED_PROMPT if quantized else PROMPT)
-    expected = _reference(model.model, params, tokens)
-    got = _in_context(model, params, tokens)
-    return _compared(model, label, tokens, got, expected, _bound(model.model, params))
+    tokens = sample_tokens(model.model, QUANTIZED_PROMPT if quantized else PROMPT)
+    expected = reference(model.model, params, tokens)
+    got = in_context(model, params, tokens)
+    return replace(_compared(model, params, tokens, got, expected), options=label)
 
 
 def _at_fault(model: HFModel, params: ContextParams) -> str | None:
@@ -225,176 +239,67 @@ def _one_block(pattern: Pattern) -> Pattern | None:
     return wide
 
 
-def _bound(model: PreTrainedModel, params: ContextParams) -> float:
-    stored = [_STORED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v)]
-    return max(_BOUNDS.get(model.dtype, _STORED_BOUNDS["bf16"]), *stored)
-
-
-def _tokens(model: PreTrainedModel, prompt: int) -> Tensor:
-    """Fixed random tokens, without those that mean something special to the model."""
-    config = text_config(model)
-    special = {
-        value
-        for part in (config, model.config)
-        for name, value in vars(part).items()
-        if name.endswith("token_id") and isinstance(value, int)
-    }
-    usable = torch.tensor([t for t in range(min(config.vocab_size, 4096)) if t not in special])
-    longest = getattr(config, "max_position_embeddings", None) or prompt + STEPS + 1
-    # One less than the longest: transformers' dynamic tables forget a longer text only then.
-    count = max(STEPS + 1, min(prompt + STEPS, longest - 1))
-    at = torch.randint(len(usable), (count,), generator=torch.Generator().manual_seed(1))
-    return usable[at]
-
-
-def _eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
-    """One forward pass with the model's own attention function, without a cache.
-
-    Raises:
-        Unsupported: transformers cannot run the model on tokens alone.
-    """
-    try:
-        with _eager_attention(model):
-            return _forward(model, tokens)
-    except (Unsupported, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise Unsupported(
-            f"{type(model).__name__} cannot read tokens alone by its own eager attention "
-            f"({type(error).__name__}), so there is nothing to compare with."
-        ) from error
-
-
-def _reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
-    """One forward pass without a cache, with the options that change the result on purpose."""
-    meant = {name: getattr(params, name) for name in ("n_ctx", *sum(_MEANT, ()))}
-    with attach(model, ContextParams(**meant, backend="reference", fused_layers=False)):
-        return _forward(model, tokens)
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    undo = Undo()
-    try:
-        changes.set_implementation(undo, model, "eager")
-        yield
-    finally:
-        undo.run()
-
-
-@torch.inference_mode()
-def _forward(model: PreTrainedModel, tokens: Tensor, *, rows: int = 1) -> Outputs:
-    """One forward pass without a cache; of several equal rows the first one's outputs."""
-    batch = tokens.expand(rows, -1).to(model.device)
-    with _recorded(model) as layers:
-        output = model(input_ids=batch, use_cache=False)
-    if getattr(output, "logits", None) is None:
-        raise Unsupported(f"{type(model).__name__} gives no logits that could be compared.")
-    return Outputs(_on_host(output.logits[0, -STEPS - 1 :]), _joined(layers))
-
-
-def _in_context(model: HFModel, params: ContextParams, tokens: Tensor) -> Outputs:
-    """The same tokens through a Context: a prompt in chunks, then single steps.
-
-    All logits from the end of the prompt on, or those after the last step alone.
-    """
-    sampler = _Forced(tokens[-STEPS:].tolist())
-    with Context(model, params) as ctx:
-        with _recorded(model.model) as layers:
-            stream = ctx.stream(tokens[:-STEPS], n_predict=STEPS, sampler=sampler)
-            next(stream)
-        for _ in stream:
-            pass
-        grows = ctx.model.table_key(len(tokens) - STEPS) != ctx.model.table_key(len(tokens))
-    if grows:  # the rotary tables of earlier outputs were those of a shorter text
-        return Outputs(sampler.logits[-1][None], {})
-    return Outputs(torch.stack(sampler.logits), _joined(layers))
-
-
-class _Forced(Sampler):
-    """Keeps the logits it is given, and picks the tokens it was made with."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        super().__init__()
-        self.logits: list[Tensor] = []
-        self._tokens = tokens
-
-    def pick(self, logits: Tensor) -> int:
-        self.logits.append(_on_host(logits))
-        return self._tokens[min(len(self.logits), len(self._tokens)) - 1]
-
-
-@contextmanager
-def _recorded(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, the outputs `[t, hidden]` of every layer are kept by the layer's name."""
-    found: dict[str, list[Tensor]] = {}
-    with ExitStack() as hooks:
-        for name, layer in _layers(model).items():
-            outputs = found.setdefault(name, [])
-
-            def keep(*call: Any, outputs: list[Tensor] = outputs) -> None:
-                output = call[-1]
-                hidden = output if isinstance(output, Tensor) else output[0]
-                if isinstance(hidden, Tensor) and hidden.ndim == 3:
-                    outputs.append(_on_host(hidden[0]))
-
-            hooks.callback(layer.register_forward_hook(keep).remove)
-        yield found
-
-
-def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that hold an attention module each, in order."""
-    attention = {id(module) for _, module in attention_modules(model)}
-    names = [name for name, module in model.named_modules() if id(module) in attention]
-    return {
-        parent: model.get_submodule(parent)
-        for parent in dict.fromkeys(name.rpartition(".")[0] for name in names)
-        if parent
-    }
-
-
-def _joined(layers: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat(outputs) for name, outputs in layers.items() if outputs}
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().clone()
-
-
 def _compared(
-    model: HFModel, label: str, tokens: Tensor, got: Outputs, expected: Outputs, bound: float
+    model: HFModel, params: ContextParams, tokens: Tensor, got: Outputs, expected: Outputs
 ) -> Checked:
-    """The comparison; a difference that rounding alone makes in this model is allowed."""
-    gap = _gap(got.logits, expected.logits[-len(got.logits) :])
-    if not gap <= bound:
-        bound = max(bound, 4 * _own_noise(model.model, tokens))
+    """The comparison of logits; in half precision also of what attention gives in each layer.
+
+    There rounding alone moves logits as far as the error of a single layer does.  In the output of
+    the first layer whose attention is wrong the two are told apart.
+    """
+    label, half = described(params), is_half(model.model)
+    stored = max(_STORED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v))
+    gap = _gap(got.logits, expected.logits[:, -got.logits.shape[1] :])
+    bound = max(_BOUNDS.get(model.model.dtype, _BOUNDS[torch.bfloat16]), stored)
+    if gap <= bound and not half:
+        return Checked(options=label, gap=gap, bound=bound)
+    noise = rounded_otherwise(model.model, tokens)
+    if half and not stored:
+        for name, difference, allowed in _attention_gaps(got, expected, noise, bound):
+            if not difference <= allowed:
+                return Checked(options=label, gap=difference, bound=allowed, layer=name)
+    bound = max(bound, stored + _NOISE * _gap(noise.logits, noise.logits[:1]))
     layer = None if gap <= bound else _first_difference(got, expected, bound)
     return Checked(options=label, gap=gap, bound=bound, layer=layer)
 
 
-def _own_noise(model: PreTrainedModel, tokens: Tensor) -> float:
-    """What rounding costs in this model: its eager attention for one row, and for three equal rows.
+def _attention_gaps(
+    got: Outputs, expected: Outputs, noise: Outputs, least: float
+) -> Iterator[tuple[str, float, float]]:
+    """(layer, difference of what its attention gives, what rounding explains), in order.
 
-    The two differ in the order of sums alone.  In a mixture of experts that is enough to choose
-    another expert, and no two implementations agree more closely than this.
+    Of the tokens' differences the median: in a mixture of experts rounding sends a few tokens to
+    other experts, and a fault of attention meets most.
     """
-    with _eager_attention(model):
-        return _gap(_forward(model, tokens, rows=3).logits, _forward(model, tokens).logits)
+    bound = least
+    for name, wanted in expected.attention.items():
+        if name in got.attention and name in noise.attention:
+            rounded = noise.attention[name]
+            medians = _differences(rounded, rounded[:1]).median(-1).values
+            bound = max(bound, _NOISE * float(medians.amax()))
+            ours = got.attention[name]
+            difference = _differences(ours, wanted[:, : ours.shape[1]]).median()
+            yield name, float(difference), bound
 
 
 def _first_difference(got: Outputs, expected: Outputs, bound: float) -> str | None:
     for name, wanted in expected.layers.items():
         ours = got.layers.get(name)
         if ours is not None:
-            length = min(len(ours), len(wanted))
-            if not _gap(ours[:length], wanted[:length]) <= bound:
+            length = min(ours.shape[1], wanted.shape[1])
+            if not _gap(ours[:, :length], wanted[:, :length]) <= bound:
                 return name
     return None
 
 
 def _gap(got: Tensor, expected: Tensor) -> float:
-    """Largest distance of a row from its reference, relative to the size of the reference."""
+    """Largest difference of a token."""
+    return float(_differences(got, expected).amax())
+
+
+def _differences(got: Tensor, expected: Tensor) -> Tensor:
+    """Distance of each token from its reference `[rows, t]`, relative to the reference's size."""
     expected = expected.double()
     size = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
     distance = (got.double() - expected).norm(dim=-1)
-    return float((distance / size.clamp_min(1e-30)).nan_to_num(nan=torch.inf).amax())
+    return (distance / size.clamp_min(1e-30)).nan_to_num(nan=torch.inf)

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from saccade.core import BadInput, Unsupported
-from saccade.hf.cached_shapes import CachedShapes, KVShape, cached_shapes
+from saccade.hf.cached_shapes import CachedShapes, KVShape, cached_shapes, positions_said
 from saccade.hf.layers import layer_kinds, text_config
 from saccade.runtime.model import ModelFacts
+from saccade.runtime.positions import ROTARY
 
 _LENGTHS: Final = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
@@ -66,6 +67,7 @@ def facts_of(
         windows=tuple(kind.window for kind in kinds if kind.keys),
         softcap=getattr(config, "attn_logit_softcapping", None),
         learned_sinks=config.model_type == "gpt_oss",
+        positions=ROTARY if model_class is None else positions_said(model_class, model_config),
     )
 
 

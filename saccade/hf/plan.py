@@ -16,6 +16,7 @@ from saccade.hf.model import HFModel
 from saccade.runtime.model import Model, ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan import Plan, make_plan
+from saccade.runtime.plan_blueprint import Blueprint
 
 Source = str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel | LoadedModel | Model
 
@@ -49,6 +50,43 @@ def plan(
     return make_plan(facts, params, n_ctx, prompt=prompt, reserve=reserve, weights_bytes=weights)
 
 
+def blueprint(
+    source: str | Path, dtype: torch.dtype | None = None, gguf_dtype: torch.dtype = torch.float32
+) -> Blueprint:
+    """Sizes of any model that transformers knows, from its config; slower than `plan_files`.
+
+    Args:
+        dtype: of the weights; None: what a config says, `gguf_dtype` for GGUF.
+
+    Raises:
+        BadInput: nothing that describes a model, or one that cannot be built.
+        Unsupported: layers that saccade's caches do not serve.
+    """
+    config, name, n_ctx_train = read_config(source)
+    own = gguf_dtype if str(source).endswith(".gguf") else _dtype_of(config)
+    facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype or own)
+    model = _without_memory(config, facts.dtype)
+    if model is None:
+        raise BadInput(
+            f"the model class of {config.model_type} cannot be built without memory, so that its "
+            "size is not known before it is loaded. Plan with a model of another class."
+        )
+    text = text_config(config)
+    experts = [n for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(text, n)]
+    used = getattr(text, "num_experts_per_tok", None) if experts else None
+    inner = getattr(text, "moe_intermediate_size", None) if experts else None
+    inner = inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    idle = 0
+    if used:
+        every = sum(w.numel() for n, w in model.named_parameters() if ".experts." in n)
+        idle = every * max(0, getattr(text, experts[0]) - used) // max(1, getattr(text, experts[0]))
+    return Blueprint(
+        facts=facts, weights=sum(weight.numel() for weight in model.parameters()),
+        hidden=text.hidden_size, inner=inner * (used or 1), idle=idle,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+    )  # fmt: skip
+
+
 def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, int | None]:
     """Facts and bytes of weights."""
     if isinstance(model, LoadedModel):
@@ -66,7 +104,8 @@ def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, in
         return model.facts, None
     dtype = dtype or _dtype_of(config)
     facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype)
-    return facts, _planned_weights(config, dtype)
+    built = _without_memory(config, dtype)
+    return facts, None if built is None else _bytes_of(built)
 
 
 def _config_from(values: dict[str, Any]) -> PreTrainedConfig:
@@ -91,11 +130,11 @@ def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     return found
 
 
-def _planned_weights(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
-    """Bytes of the parameters of a model that is built without memory; None if it cannot be."""
+def _without_memory(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model on the meta device, None where it cannot be built there."""
     try:
         with torch.device("meta"):
-            return _bytes_of(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception:  # whatever a model class does that has no meaning without memory
         return None
 

@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 from saccade.rope import (
     DynamicNTK,
     Linear,
+    Llama3,
     LongRoPE,
     NTKAware,
     ParsedRope,
@@ -132,7 +133,7 @@ def _rule(own: Rule, params: ContextParams, trained: int) -> Rule:
 
 def _refactored(own: Rule, factor: float) -> Rule:
     """The model's own rule with another factor; plain interpolation where it has none."""
-    if isinstance(own, Linear | NTKAware | DynamicNTK | YaRN):
+    if isinstance(own, Linear | NTKAware | DynamicNTK | YaRN | Llama3):
         return replace(own, factor=factor)
     if isinstance(own, Unscaled):
         return Linear(factor=factor)

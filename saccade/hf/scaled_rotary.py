@@ -28,7 +28,7 @@ from saccade.rope import (
 )
 from saccade.runtime.params import ContextParams
 
-_SCALED_TYPE: Final = "full_attention"
+SCALED_TYPE: Final = "full_attention"
 """The layer type whose positions are scaled where each type has its own; the others attend only to
 a window, which is shorter than the trained length."""
 
@@ -133,12 +133,12 @@ def scaled_rotary(module: nn.Module, config: Any, params: ContextParams) -> Scal
     stated = configured_ropes(config, only_known=True)  # _layout finds what other keys change
     pairs = {kind: n for kind in stated if (n := _num_pairs(module, kind))}
     ropes = {kind: stated[kind] for kind in pairs}
-    if not ropes.keys() & {None, _SCALED_TYPE}:
-        raise _unknown(module, f"it has no frequencies of {_SCALED_TYPE} layers")
+    if not ropes.keys() & {None, SCALED_TYPE}:
+        raise _unknown(module, f"it has no frequencies of {SCALED_TYPE} layers")
     joins_rows = _joins_rows(module, next(iter(ropes)))
     layout = _layout(module, ropes, pairs, joins_rows)
     changed = {
-        kind: scaled(rope, params, config) if kind in (None, _SCALED_TYPE) else rope
+        kind: scaled(rope, params, config) if kind in (None, SCALED_TYPE) else rope
         for kind, rope in ropes.items()
     }
     return ScaledRotary(changed, pairs, layout, joins_rows=joins_rows)

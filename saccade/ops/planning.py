@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from torch.utils._pytree import tree_leaves
 from saccade.ops.kv_write import hadamard
 
 _planning: list[bool] = []
-_counters: list[PeakBytes] = []
+_counters: list[Counter] = []
+
+
+class Counter(Protocol):
+    """What wants to know of memory that kernels allocate behind PyTorch's back."""
+
+    def note(self, num_bytes: int) -> None:
+        """A kernel takes so much while it runs."""
+        ...
 
 
 @contextmanager
@@ -44,10 +52,33 @@ def planning() -> bool:
     return bool(_planning)
 
 
+def counting() -> bool:
+    """Whether somebody counts workspaces, in a plan or while kernels really run."""
+    return bool(_counters)
+
+
 def note_workspace(num_bytes: int) -> None:
     """A kernel allocates that much by itself while it runs."""
     for counter in _counters:
         counter.note(num_bytes)
+
+
+class LargestWorkspace:
+    """The largest workspace of a native kernel inside the `with`; threads keep it afterwards."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __enter__(self) -> LargestWorkspace:
+        _counters.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _counters.remove(self)
+
+    def note(self, num_bytes: int) -> None:
+        """A kernel takes so much."""
+        self.bytes = max(self.bytes, num_bytes)
 
 
 class PeakBytes(TorchDispatchMode):

@@ -6,24 +6,24 @@ A cell carries its value and, where that makes sense, the ratio to the baseline'
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from saccade.report.comparison import Report, Row
+from saccade.report import verdict
+from saccade.report.comparison import Report, Row, SweepPoint
 from saccade.report.numbers import (
     MISSING,
     as_bytes,
-    as_duration,
-    as_fact,
     as_ratio,
+    as_seconds,
     as_share,
     significant,
     with_error,
 )
 from saccade.report.table import Cell, Heading, Line, Table
 
-NOTEWORTHY = 0.05  # a ratio within 5 % of 1 is not called better or worse
+LONGEST = 60  # letters of a reason that a cell can show; the notes have all of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,9 @@ class Column:
         key: the field of `Row` it shows.
         title: its heading; unit: what the numbers count, "" where the cell says it.
         lower_is_better: the direction of a gain.
-        compared: whether the ratio to the baseline says something.
+        compared: whether ratios to other rows say something.
+        error: how certain the ratio to the reference is; None where it is not judged by ratio.
+        multiplies: whether a combination of rows is expected to give the product of their ratios.
         show: the text of a row and its value, called only where there is a value.
         meaning: how to read it; measured: how it was obtained.
     """
@@ -44,31 +46,68 @@ class Column:
     unit: str = ""
     lower_is_better: bool
     compared: bool = True
-    show: Callable[[Row, float], str]
+    error: verdict.Error | None = None
+    multiplies: bool = False
+    show: Callable[[Any, float], str]
     meaning: str
     measured: str
 
-    def value(self, row: Row) -> float | None:
+    def value(self, row: Any) -> float | None:
         """The number behind the cell, None where there is none to show."""
-        value = getattr(row, self.key)
-        return value if value is not None and math.isfinite(value) else None
+        return verdict.finite(row, self.key)
 
-    def ratio(self, row: Row, baseline: Row | None) -> float | None:
-        """Value over the baseline's, None where one of them is missing or zero."""
-        if not self.compared or baseline is None or row is baseline:
+    def ratio(self, row: Any, other: Any) -> float | None:
+        """Value over the other row's, None where one of them is missing or zero."""
+        return verdict.ratio(row, other, self.key) if self.compared else None
+
+    def better(self, row: Any, reference: Any) -> bool | None:
+        """Whether a row is better than the reference, None within the interval or unknown."""
+        if reference is None or row is reference:
             return None
-        value, reference = self.value(row), self.value(baseline)
-        return value / reference if value is not None and reference else None
+        if self.key == "needle":
+            return verdict.of_shares(row, reference, self.key, "needle_trials")
+        if self.error is None:
+            return None
+        error = self.error(row, reference)
+        found = self.ratio(row, reference)
+        return verdict.of_ratio(found, error, lower_is_better=self.lower_is_better)
 
-    def cell(self, row: Row, baseline: Row | None) -> Cell:
-        """The cell of a row."""
-        value, ratio = self.value(row), self.ratio(row, baseline)
+    def cell(self, row: Row, report: Report) -> Cell:
+        """The cell of a row: value, ratio to the baseline and to the reference, verdict."""
+        value, reference = self.value(row), report.reference_row()
         if value is None:
             return Cell(MISSING)
+        better = self.better(row, reference)
+        if row is not reference and verdict.is_broken(row, reference):
+            better = False if self in QUALITY else (better and None)
+        expected = expectation(self, row, report)
+        said = "" if expected is None else as_ratio(expected)
+        return Cell(self.show(row, value), self._ratios(row, report), better, said)
+
+    def _ratios(self, row: Row, report: Report) -> str:
+        """`4.33x, 1.06x`; a row is `1x` of itself, and what is missing of two is a dash."""
+        others = list(dict.fromkeys(filter(None, (report.baseline, report.reference))))
+        rows = [report.row(name) for name in others]
+        if rows and rows[-1] is None:  # one that is not there yet is no second ratio
+            rows.pop()
+        ratios = [self.ratio(row, other) for other in rows]
+        if all(ratio is None for ratio in ratios) or (len(rows) == 1 and row is rows[0]):
+            return ""
+        texts = [MISSING if ratio is None else as_ratio(ratio) for ratio in ratios]
+        return ", ".join("1x" if row is o else t for o, t in zip(rows, texts, strict=True))
+
+
+def expectation(column: Column, row: Row, report: Report) -> float | None:
+    """Of a combination, the product of its parts' ratios to the baseline, None where one lacks."""
+    if not column.multiplies or not row.parts:
+        return None
+    product, baseline = 1.0, report.baseline_row()
+    for name in row.parts:
+        ratio = column.ratio(report.row(name), baseline)
         if ratio is None:
-            return Cell(self.show(row, value))
-        better = None if abs(ratio - 1) < NOTEWORTHY else (ratio < 1) == self.lower_is_better
-        return Cell(self.show(row, value), as_ratio(ratio), better)
+            return None
+        product *= ratio
+    return product
 
 
 COLUMNS = (
@@ -76,25 +115,40 @@ COLUMNS = (
         key="peak_bytes",
         title="Peak memory",
         lower_is_better=True,
+        error=verdict.exact,
+        multiplies=True,
         show=lambda row, value: as_bytes(value),
         meaning="The most memory in use above the loaded model while the context was read. "
         "Less is better.",
-        measured="High-water mark of resident memory while the model reads the context, above "
-        "what was in use before (the weights).",
+        measured="The most bytes that the allocator had given out at one time while the model "
+        "read the context; weights and loading are not in it.",
     ),
     Column(
         key="cache_bytes",
         title="Cache",
         lower_is_better=True,
+        error=verdict.exact,
+        multiplies=True,
         show=lambda row, value: as_bytes(value),
         meaning="What the key/value caches hold once the context is read. Less is better.",
         measured="Bytes allocated by the caches of all layers, spare slots included.",
+    ),
+    Column(
+        key="ttft_seconds",
+        title="First token",
+        lower_is_better=True,
+        error=verdict.sampled("ttft_seconds"),
+        show=lambda row, value: as_seconds(value),
+        meaning="Time until the first token of an answer. Less is better.",
+        measured="Wall time of reading the whole context and choosing one token.",
     ),
     Column(
         key="prefill_tps",
         title="Prefill",
         unit="tokens/s",
         lower_is_better=False,
+        error=verdict.sampled("prefill_tps"),
+        multiplies=True,
         show=lambda row, value: significant(value),
         meaning="Speed of reading the context. More is better.",
         measured="Tokens of the context over the wall time of reading them, choosing what to "
@@ -105,19 +159,24 @@ COLUMNS = (
         title="Decode",
         unit="tokens/s",
         lower_is_better=False,
+        error=verdict.sampled("decode_tps"),
+        multiplies=True,
         show=lambda row, value: significant(value),
         meaning="Speed of writing an answer behind the whole context. More is better.",
-        measured="Tokens of the answers to the needle questions over the wall time of writing "
-        "them one by one.",
+        measured="Tokens of answers over the wall time of writing them one by one.",
     ),
     Column(
         key="perplexity",
         title="Perplexity",
         lower_is_better=True,
-        show=lambda row, value: with_error(value, row.perplexity_se, most_decimals=2),
+        error=verdict.paired_perplexity,
+        show=lambda row, value: with_error(
+            value, verdict.finite(row, "perplexity_se"), most_decimals=2
+        ),
         meaning="How surprised the model is by the real text: exp of the mean loss. "
         "Less is better; ± is one standard error.",
-        measured="Over the scored tokens that continue the context, the same for every row.",
+        measured="Over the scored tokens that continue the context, the same for every row; "
+        "whether a ratio differs from 1 is judged from the differences token by token.",
     ),
     Column(
         key="kl",
@@ -125,10 +184,10 @@ COLUMNS = (
         unit="nats",
         lower_is_better=True,
         compared=False,
-        show=lambda row, value: with_error(value, row.kl_se, most_decimals=5),
-        meaning="How far the next-token distribution is from the baseline's. "
+        show=lambda row, value: with_error(value, verdict.finite(row, "kl_se"), most_decimals=5),
+        meaning="How far the next-token distribution is from the reference's. "
         "0 is identical; ± is one standard error.",
-        measured="Mean KL divergence, baseline to row, over the scored tokens.",
+        measured="Mean KL divergence, reference to row, over the scored tokens.",
     ),
     Column(
         key="same_top",
@@ -136,7 +195,7 @@ COLUMNS = (
         lower_is_better=False,
         compared=False,
         show=lambda row, value: as_share(value),
-        meaning="How often the most likely next token is the one the baseline prefers. "
+        meaning="How often the most likely next token is the one the reference prefers. "
         "More is better.",
         measured="Share of the scored tokens.",
     ),
@@ -151,12 +210,12 @@ COLUMNS = (
             else as_share(value)
         ),
         meaning="Facts hidden in the context that the model could repeat. More is better.",
-        measured="Sentences spread evenly through the context; the model completes each one "
-        "when it is asked; found / asked.",
+        measured="Sentences hidden in the context; the model completes each one when it is "
+        "asked; found / asked.",
     ),
 )
 
-COST, QUALITY = COLUMNS[:4], COLUMNS[4:]
+COST, QUALITY = COLUMNS[:5], COLUMNS[5:]
 
 
 def groups(report: Report) -> list[tuple[str, list[Row]]]:
@@ -167,52 +226,46 @@ def groups(report: Report) -> list[tuple[str, list[Row]]]:
     return list(headings.items())
 
 
-def cells(row: Row, baseline: Row | None, columns: Sequence[Column] = COLUMNS) -> list[Cell]:
-    """One cell for each of the columns; a row that did not run says so in the first."""
-    line = [column.cell(row, baseline) for column in columns]
-    if row.status != "ok" and line[0].text == MISSING:
-        line[0] = Cell(row.status, better=False)
+def cells(row: Row, report: Report, columns: Sequence[Column] = COLUMNS) -> list[Cell]:
+    """One cell for each of the columns; a row that did not run says why where numbers lack."""
+    line = [column.cell(row, report) for column in columns]
+    missing = [at for at, cell in enumerate(line) if cell.text == MISSING]
+    if row.status != "ok" and missing:
+        line[missing[0]] = Cell(why(row), better=None if row.status == "not applicable" else False)
     return line
+
+
+def why(row: Row | SweepPoint, most: int = LONGEST) -> str:
+    """The status of a row that did not run and its reason, cut after about `most` letters."""
+    reason = row.note.strip().removeprefix(row.status).lstrip(" :,;")
+    whole = f"{row.status}: {reason}" if reason else row.status
+    if len(whole) <= most:
+        return whole
+    cut = whole[:most].rpartition(" ")[0] or whole[:most]
+    return cut.rstrip(" ,;:.") + "…"
 
 
 def comparison_table(report: Report, columns: Sequence[Column] = COLUMNS) -> Table:
     """The rows under their headings."""
-    baseline = report.baseline_row()
     lines: list[Line] = []
     for name, rows in groups(report):
         lines.append(Line(name, kind="group"))
-        for row in rows:
-            kind, note = "base" if row.name == report.baseline else "row", as_fact("", row.options)
-            lines.append(Line(label(row, report), cells(row, baseline, columns), kind, note))
-    return Table([Heading(column.title, column.unit) for column in columns], lines)
+        lines += [_line(row, report, columns) for row in rows]
+    headings = [Heading(column.title, column.unit) for column in columns]
+    return Table(headings, lines, marks_best=True, marks_worse=True)
+
+
+def _line(row: Row, report: Report, columns: Sequence[Column]) -> Line:
+    kind = "base" if row.name in (report.baseline, report.reference) else "row"
+    empty = row.status != "ok" and all(column.value(row) is None for column in COLUMNS)
+    note = BROKEN if verdict.is_broken(row, report.reference_row()) else ""
+    return Line(label(row, report), cells(row, report, columns), kind, note, spans=empty)
+
+
+BROKEN = "quality broken"
 
 
 def label(row: Row, report: Report) -> str:
-    """The name of a row, the baseline marked."""
-    return f"{row.name} (baseline)" if row.name == report.baseline else row.name
-
-
-def notes(report: Report) -> list[tuple[str, str]]:
-    """(name, note) of the rows and curves that have something to say, repetitions dropped."""
-    said = [(row.name, _row_note(row)) for row in report.rows]
-    said += [(curve.name, curve.note) for curve in report.curves]
-    return list(dict.fromkeys(pair for pair in said if pair[1]))
-
-
-def _row_note(row: Row) -> str:
-    if row.status == "ok" or row.note.lower().startswith(row.status):
-        return row.note
-    return f"{row.status}: {row.note}" if row.note else row.status
-
-
-def summary(report: Report) -> str:
-    """One sentence that says what was run: model, text, context, machine, time."""
-    model = report.model.get("name", "a model")
-    text = report.text.get("source", "a text")
-    tokens = report.settings.get("n_context")
-    context = f", {tokens:,} tokens of context" if isinstance(tokens, int) else ""
-    machine = report.environment.get("cpu", "an unknown machine")
-    threads = report.environment.get("threads")
-    where = f"{machine}, {threads} threads" if threads else str(machine)
-    cut = "" if report.complete else "; stopped before the end"
-    return f"{model} on {text}{context}; {where}; {as_duration(report.seconds)}{cut}"
+    """The name of a row, the baseline and the reference marked."""
+    marks = {report.baseline: "baseline", report.reference: "reference"}
+    return f"{row.name} ({marks[row.name]})" if row.name in marks else row.name

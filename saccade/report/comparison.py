@@ -13,6 +13,7 @@ from saccade.report import record
 from saccade.report.record import Record
 
 SCHEMA = "saccade.compare/2"
+OLDER = ("saccade.compare/1",)  # without sweep, claims and reference; its fields mean the same
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,7 +27,8 @@ class Row:
             change nothing for this model.  Any but "ok" says why in `note`.
         peak_bytes: most bytes allocated above the loaded model while the context was read.
         cache_bytes: bytes allocated by the caches after the context was read.
-        ttft_seconds: time to first token: reading the whole context and choosing a token.
+        ttft_seconds: time to first token: reading the whole context and choosing a token, with
+            the standard error of its mean.
         prefill_tps, decode_tps: tokens a second reading the context and writing an answer, each
             with the standard error of its mean.
         perplexity, perplexity_se: of the scored tokens, with its standard error.
@@ -47,6 +49,7 @@ class Row:
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     ttft_seconds: float | None = None
+    ttft_seconds_se: float | None = None
     prefill_tps: float | None = None
     prefill_tps_se: float | None = None
     decode_tps: float | None = None
@@ -155,17 +158,21 @@ class Report(Record):
 
 
 def read(path: Path) -> Report:
-    """Read a record back.
+    """Read a record back; what one of an older schema does not have is left at its default.
 
     Raises:
-        BadInput: not a record of this schema.
+        BadInput: not a record of this schema, or a field of the wrong kind.
     """
-    return record.read(path, SCHEMA, _made)
+    return record.read(path, SCHEMA, _made, older=OLDER)
 
 
 def _made(data: dict[str, Any]) -> Report:
-    rows = [Row(**row) for row in data.pop("rows")]
-    curves = [Curve(**curve) for curve in data.pop("curves")]
-    sweep = [SweepPoint(**point) for point in data.pop("sweep")]
-    claims = [Claim(**claim) for claim in data.pop("claims")]
-    return Report(**data, rows=rows, curves=curves, sweep=sweep, claims=claims)
+    parts = {name: _each(kind, data.pop(name, [])) for name, kind in _PARTS.items()}
+    return record.made(Report, {**data, "schema": SCHEMA, **parts})
+
+
+def _each(kind: type[Any], entries: list[dict[str, Any]]) -> list[Any]:
+    return [record.made(kind, entry) for entry in entries]
+
+
+_PARTS = {"rows": Row, "curves": Curve, "sweep": SweepPoint, "claims": Claim}

@@ -12,10 +12,12 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from saccade.report.columns import COLUMNS, Column, groups, label, summary
+from saccade.report.columns import COLUMNS, Column, groups, label, why
 from saccade.report.comparison import Report, Row
-from saccade.report.numbers import as_position
-from saccade.report.positions import trained_length
+from saccade.report.labels import spread
+from saccade.report.notes import summary
+from saccade.report.numbers import as_position, as_ratio
+from saccade.report.positions import curve_points, trained_length
 from saccade.report.table import Cell
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ INK, SOFT, FAINT = "#1f2430", "#6b7280", "#e5e7eb"
 BETTER, WORSE, SAME = "#0f8a6c", "#c2410c", "#9aa2af"
 LINES = ("#c2410c", "#b8860b", "#7c4dbd", "#0f8a6c", "#2563a8", "#c2417f", "#5b6472")
 LONGEST = 40  # letters of a name; what is longer is cut
-CLIP = 2.0  # times the baseline's perplexity: points beyond sit at the edge as arrows
-KEY = "green: better than the baseline (dotted line)   orange: worse   grey: within 5 %"
+CLIP = 2.0  # times the reference's perplexity: points beyond sit at the edge as arrows
+ROOM = 100  # letters of a reason, which runs over all panels
 PANELS = ("peak_bytes", "cache_bytes", "prefill_tps", "decode_tps", "perplexity")
 
 ROW, HEADER, CURVES = 0.235, 1.12, 3.05  # inches
@@ -81,8 +83,24 @@ def _title(figure: Figure, report: Report, height: float) -> None:
     left = 0.16 / WIDTH
     figure.text(left, 1 - 0.2 / height, "What each technique costs and gives", size=12,
                 weight="bold", va="center")  # fmt: skip
-    for inches, text in ((0.42, summary(report)), (0.6, KEY)):
+    for inches, text in ((0.42, summary(report)), (0.6, _key(report))):
         figure.text(left, 1 - inches / height, text, size=8, color=SOFT, va="center")
+
+
+def _key(report: Report) -> str:
+    """What the colours, the ratios and the dotted line mean."""
+    name = (_compared(report) or Row(name="nothing", group="")).name
+    if report.reference_row() is None:
+        return f"ratios and dotted line: {name}   no colours: no reference was measured"
+    return (
+        f"ratios and dotted line: {name}   green: better, orange: worse, beyond 5 % and two "
+        "standard errors   grey: neither"
+    )
+
+
+def _compared(report: Report) -> Row | None:
+    """The row that ratios refer to: the reference, or the baseline of a run without one."""
+    return report.reference_row() or report.baseline_row()
 
 
 def _lines(report: Report) -> list[Row | str]:
@@ -104,7 +122,7 @@ def _panels(figure: Figure, report: Report, lines: list[Row | str], height: floa
             figure.add_artist(Line2D((0.16 / WIDTH, 1 - 0.15 / WIDTH), (rule, rule), color=FAINT,
                                      lw=0.8))  # fmt: skip
         else:
-            bold = "bold" if line.name == report.baseline else "normal"
+            bold = "bold" if line.name in (report.baseline, report.reference) else "normal"
             text = _short(label(line, report), LONGEST)
             figure.text(0.3 / WIDTH, y, text, va="center", weight=bold)
     names = _names_width(report)
@@ -113,6 +131,8 @@ def _panels(figure: Figure, report: Report, lines: list[Row | str], height: floa
     for index, key in enumerate(PANELS):
         left = (names + index * wide + 0.1) / WIDTH
         axes = figure.add_axes((left, bottom, (wide - 0.14) / WIDTH, tall / height))
+        axes.patch.set_visible(False)  # a reason in the first panel runs over the others
+        axes.set_zorder(len(PANELS) - index)
         _panel(axes, report, lines, columns[key])
 
 
@@ -124,29 +144,38 @@ def _names_width(report: Report) -> float:
 
 def _panel(axes: Axes, report: Report, lines: list[Row | str], column: Column) -> None:
     """Bars for amounts, points for perplexity."""
-    baseline = report.baseline_row()
+    compared = _compared(report)
     rows = [(at, line) for at, line in enumerate(lines) if isinstance(line, Row)]
     known = [value for _, row in rows if (value := column.value(row)) is not None]
-    reference = column.value(baseline) if baseline is not None else None
+    reference = column.value(compared) if compared is not None else None
     scale = _log_scale if column.key == "perplexity" else _linear_scale
     share = scale(known or [1.0], reference)
     for at, row in rows:
-        value, cell = column.value(row), column.cell(row, baseline)
+        value, cell = column.value(row), column.cell(row, report)
         if value is None:
-            failed = row.status != "ok"
-            _write(axes, 0.01, at, row.status if failed else cell.text, color=SOFT, italic=failed)
+            _absent(axes, at, row, cell, first=column.key == PANELS[0])
             continue
-        color = INK if row is baseline else {True: BETTER, False: WORSE, None: SAME}[cell.better]
+        color = INK if row is compared else {True: BETTER, False: WORSE, None: SAME}[cell.better]
         x = share(value)
         if scale is _linear_scale:
             axes.barh(at, x, height=0.62, color=color, alpha=0.88, lw=0)
         else:
             _point(axes, at, x, color, clipped=share(value * 1.001) == x)
             x += 0.012
-        _write(axes, x + 0.025, at, _mark(cell, column), color=INK)
+        _write(axes, x + 0.025, at, _mark(cell, column, column.ratio(row, compared)), color=INK)
     if reference is not None:
         axes.axvline(share(reference), color="#aab1bd", lw=0.8, ls=(0, (1.5, 2)), zorder=0)
     _frame_panel(axes, column, len(lines))
+
+
+def _absent(axes: Axes, at: int, row: Row, cell: Cell, *, first: bool) -> None:
+    """A dash, or once for a row without any number: its reason, over all panels."""
+    empty = row.status != "ok" and all(column.value(row) is None for column in COLUMNS)
+    if first and empty:
+        _write(axes, 0.01, at, _short(why(row, ROOM), ROOM + 1), color=SOFT, italic=True)
+    elif not empty:
+        said = cell.text if row.status == "ok" else row.status
+        _write(axes, 0.01, at, said, color=SOFT, italic=row.status != "ok")
 
 
 def _linear_scale(values: list[float], _: float | None) -> Callable[[float], float]:
@@ -156,7 +185,7 @@ def _linear_scale(values: list[float], _: float | None) -> Callable[[float], flo
 
 
 def _log_scale(values: list[float], reference: float | None) -> Callable[[float], float]:
-    """Value to 0 .. 1 on a log axis that ends at CLIP times the baseline; text has its room."""
+    """Value to 0 .. 1 on a log axis that ends at CLIP times the reference; text has its room."""
     low = min(values) / 1.04
     high = max(min(max(values), CLIP * reference) if reference else max(values), low * 1.1)
     span = math.log(high / low) / 0.5
@@ -177,9 +206,9 @@ def _write(axes: Axes, x: float, at: int, text: str, *, color: str, italic: bool
               path_effects=[withStroke(linewidth=2.4, foreground="white")])  # fmt: skip
 
 
-def _mark(cell: Cell, column: Column) -> str:
+def _mark(cell: Cell, column: Column, ratio: float | None) -> str:
     text = cell.text.split(" ±")[0] if column.key == "perplexity" else cell.text
-    return f"{text}  {cell.ratio}" if cell.ratio and cell.better is not None else text
+    return f"{text}  {as_ratio(ratio)}" if ratio is not None and cell.better is not None else text
 
 
 def _frame_panel(axes: Axes, column: Column, num_lines: int) -> None:
@@ -207,11 +236,7 @@ def _draw_curves(axes: Axes, report: Report) -> None:
     ends: list[tuple[float, float, str, str]] = []
     for index, curve in enumerate(curves):
         color = LINES[index % len(LINES)]
-        points = [
-            (start + curve.block / 2, value)
-            for start, value in zip(curve.positions, curve.perplexity, strict=False)
-            if math.isfinite(value) and value > 0
-        ]
+        points = curve_points(curve)
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=color, lw=1.8, marker="o", ms=2.6)
@@ -258,18 +283,6 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         axes.text(1.012, y, f"{_short(name, 22)}  {value:,.3g}" if value < 1000 else
                   f"{_short(name, 22)}  {value:,.0f}", color=color, va="center", size=8.5,
                   weight="bold", transform=axes.transAxes)  # fmt: skip
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as needed to be `gap` apart and inside 0 .. 1."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
-    ceiling = 1.0
-    for index in reversed(range(len(placed))):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - gap
-    return placed
 
 
 def _short(text: str, most: int) -> str:

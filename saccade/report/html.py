@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 from importlib import resources
 from typing import Any
 
-from saccade.report.columns import COLUMNS, comparison_table, notes, summary
+from saccade.report.claims import claims_table
+from saccade.report.columns import COLUMNS, comparison_table
 from saccade.report.comparison import Report
-from saccade.report.figures import to_png
+from saccade.report.notes import key, notes, summary
 from saccade.report.numbers import as_fact, fact_name
-from saccade.report.positions import position_table
+from saccade.report.pareto import pareto_svg, points_of
+from saccade.report.positions import position_table, positions_chart
+from saccade.report.sweep import sweep_charts, sweep_tables
 
 _FACTS = (
     ("Model", "model"),
@@ -20,13 +22,14 @@ _FACTS = (
 )
 
 
-def to_html(report: Report, *, picture: bytes | None = None) -> str:
-    """The page as text; `picture` is the PNG of `figures.to_png`, drawn here where not given.
+def to_html(report: Report) -> str:
+    """The page as text; its pictures are SVG and follow the reader's colour scheme.
 
     Raises:
-        ModuleNotFoundError: jinja2 or matplotlib is not installed.
+        ModuleNotFoundError: jinja2 is not installed.
     """
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     source = resources.files("saccade.report").joinpath("page.html.jinja").read_text("utf-8")
     # autoescape: names and notes come from files and errors, never from us.
@@ -36,11 +39,17 @@ def to_html(report: Report, *, picture: bytes | None = None) -> str:
     return page.render(
         report=report,
         summary=summary(report),
-        picture=base64.b64encode(to_png(report) if picture is None else picture).decode(),
+        key=key(report, place="Below each value"),
         columns=COLUMNS,
         comparison=comparison_table(report),
-        positions=position_table(report, most=17),
         notes=notes(report),
+        pareto=Markup(pareto_svg(points_of(report))),
+        sweep=sweep_tables(report),
+        charts=[Markup(chart) for chart in sweep_charts(report)],
+        positions=position_table(report, most=17),
+        curves=Markup(positions_chart(report)),
+        claims=claims_table(report),
+        options=[(row.name, as_fact("", row.options)) for row in report.rows if row.options],
         facts=[(title, _facts(getattr(report, name))) for title, name in _FACTS],
         record=_embeddable(report.to_json()),
     )

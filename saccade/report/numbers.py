@@ -8,8 +8,8 @@ from typing import Any
 from saccade.units import as_bytes, significant
 
 __all__ = [
-    "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_share",
-    "as_time", "fact_name", "significant", "with_error",
+    "MISSING", "as_bytes", "as_duration", "as_fact", "as_position", "as_ratio", "as_seconds",
+    "as_share", "as_time", "fact_name", "significant", "with_error",
 ]  # fmt: skip
 
 MISSING = "–"
@@ -64,6 +64,11 @@ def as_time(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{significant(seconds * 1e6)} µs"
     return f"{significant(seconds * 1e3)} ms" if seconds < 10 else f"{significant(seconds)} s"
+
+
+def as_seconds(seconds: float) -> str:
+    """How long somebody waits: `171 ms`, `9.27 s`, `151 s`."""
+    return f"{significant(seconds * 1e3)} ms" if seconds < 1 else f"{significant(seconds)} s"
 
 
 def as_position(position: int) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from saccade.report.comparison import Curve, Report
+from saccade.report.line_chart import Chart, Series, line_chart
 from saccade.report.numbers import MISSING, as_position, significant
 from saccade.report.table import Cell, Heading, Line, Table
 
@@ -67,14 +69,44 @@ def position_table(report: Report, *, most: int = 9) -> PositionTable | None:
     return PositionTable(starts, curves[0].block, past, lines)
 
 
+def curve_points(curve: Curve) -> list[tuple[float, float]]:
+    """(middle of a block, its perplexity), those that are not finite left out."""
+    pairs: list[tuple[int, float | None]] = list(
+        zip(curve.positions, curve.perplexity, strict=False)
+    )
+    return [
+        (start + curve.block / 2, value)
+        for start, value in pairs
+        if value is not None and math.isfinite(value) and value > 0
+    ]
+
+
+def positions_chart(report: Report) -> str:
+    """The curves as SVG text, "" where none was measured."""
+    trained = trained_length(report)
+    chart = Chart(
+        label="Perplexity by position in the text, one line for each way of scaling positions; "
+        "the table below has the numbers",
+        x="position in the text, tokens",
+        y="Perplexity, less is better",
+        show_x=lambda value: as_position(round(value)),
+        show_y=significant,
+        log_x=False,
+        boundary=None if trained is None else (trained, "trained length"),
+        series=[Series(c.name, curve_points(c), ink) for ink, c in enumerate(report.curves)],
+    )
+    return line_chart(chart)
+
+
 def as_perplexity(value: float | None) -> str:
     """A perplexity without its error, as short as a table of many needs."""
     return MISSING if value is None else significant(value)
 
 
 def _at(curve: Curve, start: int) -> float | None:
-    values = dict(zip(curve.positions, curve.perplexity, strict=False))
-    return values.get(start)
+    values: dict[int, float | None] = dict(zip(curve.positions, curve.perplexity, strict=False))
+    value = values.get(start)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _choose(starts: list[int], trained: int | None, most: int) -> list[int]:

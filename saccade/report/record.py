@@ -7,13 +7,15 @@ them.  `saccade compare`, `saccade bench` and `benchmarks/*.py` write theirs thr
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from saccade.core import BadInput
 from saccade.report import environment
@@ -42,8 +44,8 @@ class Record:
     schema: str = ""
 
     def to_json(self) -> str:
-        """The record as one line of JSON."""
-        return json.dumps(asdict(self), allow_nan=False)
+        """The record as one line of JSON, in which a number that is not finite is null."""
+        return json.dumps(_finite(asdict(self)), allow_nan=False)
 
     def write(self, path: Path) -> None:
         """Write the record atomically."""
@@ -93,16 +95,62 @@ def as_text(data: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def read(path: Path, schema: str, make: Callable[[dict[str, Any]], _Made]) -> _Made:
-    """What `make` builds from a record of that schema.
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: one broken perplexity must not cost the record of a long run."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(
+    path: Path,
+    schema: str,
+    make: Callable[[dict[str, Any]], _Made],
+    *,
+    older: Sequence[str] = (),
+) -> _Made:
+    """What `make` builds from a record of that schema, or of an older one that it can read too.
 
     Raises:
-        BadInput: not a record of this schema.
+        BadInput: not a record of these schemas.
     """
     try:
-        data = json.loads(path.read_text())
-        if data.get("schema") != schema:
+        data = json.loads(path.read_text("utf-8"))
+        if data.get("schema") not in (schema, *older):
             raise ValueError(f"schema {data.get('schema')!r}")
         return make(data)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput(f"{path} is not a {schema} record ({error}).") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a {schema} record ({_reason(error)}).") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a record cannot be read, without the path that the sentence has already said."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def made(kind: type[_Made], data: dict[str, Any]) -> _Made:
+    """A dataclass of JSON's values, each of the kind that its field declares.
+
+    Raises:
+        TypeError, ValueError: fields that do not exist or are missing, or another kind of value.
+    """
+    result, declared = kind(**data), get_type_hints(kind)
+    for name, value in data.items():
+        if not _fits(value, declared[name]):
+            raise ValueError(f"{kind.__name__}.{name} is {value!r}")
+    return result
+
+
+def _fits(value: Any, declared: Any) -> bool:
+    kinds = get_args(declared) if isinstance(declared, UnionType) else (declared,)
+    plain = tuple(get_origin(kind) or kind for kind in kinds)
+    if isinstance(value, bool):
+        return bool in plain
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    fits = isinstance(value, (*plain, int) if float in plain else plain)
+    if fits and isinstance(value, list) and get_args(declared)[0] in (int, float):
+        return all(v is None or isinstance(v, (int, float)) for v in value)
+    return fits

@@ -9,14 +9,27 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cell of a table; `better` is None where it is neither good nor bad."""
+    """One cell of a table.
+
+    Attributes:
+        text: the value; ratio: what it is of others' values, "4.33x, 1.06x".
+        better: None where it is neither good nor bad.
+        expected: the ratio that was to be expected, "" where nothing is.
+    """
 
     text: str
     ratio: str = ""
     better: bool | None = None
+    expected: str = ""
+
+    @property
+    def aside(self) -> str:
+        """What stands in brackets behind the value."""
+        expected = f"expected {self.expected}" if self.expected else ""
+        return "; ".join(part for part in (self.ratio, expected) if part)
 
     def __str__(self) -> str:
-        return f"{self.text} ({self.ratio})" if self.ratio else self.text
+        return f"{self.text} ({self.aside})" if self.aside else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +52,14 @@ class Line:
         kind: "group" is the heading of the rows below it and has no cells, "base" is what others
             are compared with, "peer" is an implementation by others.
         note: what pages show in small letters below the name.
+        spans: the first cell says why there are no others: where it can, it takes their room.
     """
 
     name: str
     cells: Sequence[Cell | Sequence[Cell]] = ()
     kind: Literal["row", "group", "base", "peer"] = "row"
     note: str = ""
+    spans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +67,13 @@ class Table:
     """Columns and rows.
 
     Attributes:
-        corner: the heading of the names; marks_best: Markdown, which has no colours, shows cells
-            that are better in bold.
+        corner: the heading of the names.
+        marks_best: Markdown, which has no colours, shows cells that are better in bold;
+            marks_worse: and those that are worse in italics.
     """
 
     headings: Sequence[Heading]
     lines: Sequence[Line]
     corner: str = ""
     marks_best: bool = False
+    marks_worse: bool = False

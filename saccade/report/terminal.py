@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from saccade.report.columns import COLUMNS, COST, QUALITY, comparison_table, notes, summary
+from saccade.report.claims import claims_table
+from saccade.report.columns import COLUMNS, COST, QUALITY, Column, comparison_table
 from saccade.report.comparison import Report
+from saccade.report.diff import Difference, difference_table, status_changes
+from saccade.report.notes import key, notes, summary
 from saccade.report.positions import position_table
+from saccade.report.sweep import sweep_tables
 from saccade.report.table import Cell, Table
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
 STYLES = {True: "green", False: "red", None: ""}
+REASON = 22  # letters of a line of a reason, so that no column is wider than its numbers
 NAMES = {"group": "bold", "base": "bold", "peer": "dim", "row": ""}
-PIPE_WIDTH = 180  # columns of a table that goes into a file: nothing is folded
+LAYOUTS = (  # (columns of each table, whether ratios stand below their values)
+    ((COLUMNS,), False),
+    ((COST, QUALITY), False),
+    ((COST, QUALITY), True),
+    ((COST[:2], COST[2:], QUALITY), True),
+)
+PIPE_WIDTH = 260  # columns of a table that goes into a file: nothing is folded
 
 
 def to_stdout() -> Console:
@@ -29,7 +41,7 @@ def to_stdout() -> Console:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print summary, table, perplexity by position and notes.
+    """Print summary, table, sweep, perplexity by position, claims and notes.
 
     In a narrow console cost and quality become two tables, and in a very narrow one the ratio
     stands below its value.
@@ -37,11 +49,37 @@ def print_report(report: Report, console: Console) -> None:
     from rich.text import Text
 
     console.print(Text(summary(report), style="dim"))
-    for table in _comparison(report, console):
+    for table in fitting(lambda part: comparison_table(report, part), console):
         console.print()
         console.print(table)
-    for part in (*_by_position(report), _notes(report)):
-        console.print(part)
+    if said := key(report):
+        console.print(Text(f"\n{said}", style="dim"))
+    for title, table in _sections(report):
+        console.print(Text(f"\n{title}", style="bold"))
+        console.print(drawn(table))
+    console.print(_notes(report))
+
+
+def print_difference(found: Difference, console: Console) -> None:
+    """Print what makes the comparison unfair, then old -> new of each row, then what is in one."""
+    from rich.text import Text
+
+    if found.unfair:
+        console.print(Text("These records were not made alike:", style="bold"))
+        console.print(Text("\n".join(f"  {line}" for line in found.unfair)))
+    for name, report in (("old", found.old), ("new", found.new)):
+        stopped = "" if report.complete else "; stopped before the end"
+        said = f"{name}: revision {report.revision or 'unknown'}, {report.date}{stopped}"
+        console.print(Text(said, style="dim"))
+    for table in fitting(lambda part: difference_table(found, part), console):
+        console.print()
+        console.print(table)
+    for title, lines in (("Did not run", status_changes(found)),
+                         ("Only in the old record", found.old_only),
+                         ("Only in the new record", found.new_only)):  # fmt: skip
+        if lines:
+            console.print(Text(f"\n{title}", style="bold"))
+            console.print(Text("\n".join(f"  {line}" for line in lines)))
 
 
 def drawn(table: Table, *, stacked: bool = False) -> RichTable:
@@ -59,8 +97,17 @@ def drawn(table: Table, *, stacked: bool = False) -> RichTable:
     for line in table.lines:
         indent = "  " if grouped and line.kind != "group" else ""
         name = Text(indent + line.name, style=NAMES[line.kind])
-        made.add_row(name, *(_cell(cell, stacked) for cell in line.cells))
+        narrow = zip(line.cells, table.headings, strict=False)
+        cells = [_folded(cell) if heading.right else cell for cell, heading in narrow]
+        made.add_row(name, *(_cell(cell, stacked) for cell in cells))
     return made
+
+
+def _folded(cell: Cell | Sequence[Cell]) -> Cell | Sequence[Cell]:
+    """The reason of a row that did not run on several short lines; numbers stay as they are."""
+    if not isinstance(cell, Cell) or cell.ratio or len(cell.text) <= REASON:
+        return cell
+    return [Cell(part, better=cell.better) for part in textwrap.wrap(cell.text, REASON)]
 
 
 def _cell(cell: Cell | Sequence[Cell], stacked: bool) -> Text:
@@ -68,34 +115,38 @@ def _cell(cell: Cell | Sequence[Cell], stacked: bool) -> Text:
 
     if not isinstance(cell, Cell):
         return Text("\n").join(_cell(part, stacked) for part in cell)
+    style = STYLES[cell.better]
     if not cell.ratio:
-        return Text(cell.text, style=STYLES[cell.better])
+        return Text(cell.text, style=style)
     ratio = f"\n{cell.ratio}" if stacked else f" ({cell.ratio})"
-    return Text.assemble(cell.text, (ratio, STYLES[cell.better] or "dim"))
+    expected = f"\nexpected {cell.expected}" if cell.expected else ""
+    return Text.assemble(cell.text, (ratio, style or "dim"), (expected, "dim"))
 
 
-def _comparison(report: Report, console: Console) -> list[RichTable]:
-    """The widest layout that fits."""
+def fitting(make: Callable[[Sequence[Column]], Table], console: Console) -> list[RichTable]:
+    """What `make` draws of some columns: one table or several, the widest layout that fits."""
     from rich.measure import Measurement
 
     options = console.options.update(max_width=10_000)
     tables: list[RichTable] = []
-    for parts, stacked in (((COLUMNS,), False), ((COST, QUALITY), False), ((COST, QUALITY), True)):
-        tables = [drawn(comparison_table(report, part), stacked=stacked) for part in parts]
+    for parts, stacked in LAYOUTS:
+        tables = [drawn(make(part), stacked=stacked) for part in parts]
         if all(Measurement.get(console, options, t).maximum <= console.width for t in tables):
             break
     return tables
 
 
-def _by_position(report: Report) -> list[RenderableType]:
-    from rich.text import Text
-
-    found = position_table(report)
-    if found is None:
-        return []
-    title = f"\nPerplexity by position, in blocks of {found.block:,} tokens"
-    title += " (* past the trained length)" if any(found.past_training) else ""
-    return [Text(title, style="bold"), drawn(found.table())]
+def _sections(report: Report) -> list[tuple[str, Table]]:
+    """What follows the comparison: (title, table)."""
+    found = [(f"By length of the context: {title}", table) for title, table in sweep_tables(report)]
+    positions = position_table(report)
+    if positions is not None:
+        title = f"Perplexity by position, in blocks of {positions.block:,} tokens"
+        title += " (* past the trained length)" if any(positions.past_training) else ""
+        found.append((title, positions.table()))
+    if report.claims:
+        found.append(("The chapter's claims and what was measured", claims_table(report)))
+    return found
 
 
 def _notes(report: Report) -> Text:

@@ -26,6 +26,7 @@ from saccade.runtime.compression import ObservationWindow, compress_cache
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint, reachable, roll_back, undo_read
+from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
 
@@ -121,6 +122,11 @@ class CachedText:
         return held.tokens[: held.length]
 
     @property
+    def length(self) -> int:
+        """How many tokens the record lists; nothing is read again for it, even after an error."""
+        return self._held.length
+
+    @property
     def window(self) -> ObservationWindow | None:
         """The newest queries of each layer, while a kv_policy observes them."""
         self.settle()
@@ -189,19 +195,23 @@ class CachedText:
             raise
         self._caches = Caches.AGREE
 
-    def read(self, tokens: Tensor, *, wanted: int) -> Tensor:
-        """Read int64 `[n]`, at most `n_batch` at a time.
+    def read(self, tokens: Tensor, *, wanted: int, on_progress: OnProgress | None = None) -> Tensor:
+        """Read int64 `[n]`, at most `n_batch` at a time; `on_progress` follows every chunk.
 
         Returns:
             The last `wanted` hidden states `[wanted, hidden]`.
         """
         self._fit(self.held.length + len(tokens))
         states: list[Tensor] = []
+        done = 0
         with torch.inference_mode():
             for chunk in tokens.split(self._params.n_batch):
                 states.append(self._read_chunk(chunk))
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
+                done += len(chunk)
+                if on_progress is not None:
+                    on_progress(done, len(tokens))
         return torch.cat(states)[-wanted:]
 
     def _fit(self, length: int) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,33 +17,10 @@ from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
+from saccade.runtime.stats import FinishReason, GeneratedToken, OnProgress, Stats
 from saccade.runtime.step import refusal
 from saccade.runtime.tables import outgrown
-from saccade.runtime.token_ids import stop_tokens, token_ids, whole_number
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedToken:
-    """One token of `Context.stream`, as its id."""
-
-    token: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Stats:
-    """What a context has done so far.
-
-    Attributes:
-        prompt_tokens, decode_tokens: tokens read in prompts, and tokens generated.
-        prefill_seconds, decode_seconds: wall time they took.
-        cache_bytes: bytes of all caches at the last generated token.
-    """
-
-    prompt_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    cache_bytes: int = 0
+from saccade.runtime.token_ids import check_types, stop_tokens, token_ids, whole_number
 
 
 class Context:
@@ -59,6 +34,11 @@ class Context:
         params: options; default ContextParams().
         reserve: tokens to allocate caches for at once, when the length is known beforehand.
 
+    Attributes:
+        stats: what it has done so far.
+        finish_reason: why the last stream ended: "stop", "length" (n_predict tokens) or "context"
+            (full); None while one runs, and after an interrupt.
+
     Raises:
         BadInput: n_ctx or a window needs more memory for caches than the machine has, or n_keep
             leaves nothing to remove.
@@ -69,12 +49,13 @@ class Context:
     def __init__(
         self, model: Model, params: ContextParams | None = None, *, reserve: int = 0
     ) -> None:
-        _check_types(model, params)
+        check_types(model, params)
         self.model = model
         self.params = params or ContextParams()
         self.reserve = whole_number("reserve", reserve, least=0)
         self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
         self.stats = Stats()
+        self.finish_reason: FinishReason | None = None
         self._check_keep()
         self._check_memory(max(reserve, self.params.n_ctx or 0))
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
@@ -144,7 +125,13 @@ class Context:
         """Bytes allocated for keys and values."""
         return self._text.cache.nbytes
 
-    def append(self, tokens: Sequence[int] | Tensor, *, wanted: int = 1) -> Tensor:
+    def append(
+        self,
+        tokens: Sequence[int] | Tensor,
+        *,
+        wanted: int = 1,
+        on_progress: OnProgress | None = None,
+    ) -> Tensor:
         """Read tokens after those already seen, at most `n_batch` at a time.
 
         A token that `stream` has yielded and not yet read is read before them; one that it has
@@ -153,6 +140,7 @@ class Context:
         Args:
             tokens: ids `[n]`.
             wanted: how many of the last hidden states to return.
+            on_progress: called after every chunk with (tokens read, all of them).
 
         Returns:
             Hidden states `[min(wanted, n), hidden]` of the last tokens.
@@ -164,13 +152,14 @@ class Context:
         wanted = min(whole_number("wanted", wanted, least=1), len(ids))
         if not len(ids):
             raise BadInput("the prompt is empty: give at least one token to read.")
-        return self._append(ids, wanted)
+        return self._append(ids, wanted, on_progress)
 
-    def _append(self, ids: Tensor, wanted: int) -> Tensor:
+    def _append(self, ids: Tensor, wanted: int, on_progress: OnProgress | None) -> Tensor:
         self._check_open()
         waiting = torch.tensor(self._text.waiting, dtype=torch.int64)
         self._check_room(len(waiting) + len(ids))
-        return self._text.read(torch.cat((waiting, ids)), wanted=wanted)
+        both = torch.cat((waiting, ids))
+        return self._text.read(both, wanted=wanted, on_progress=on_progress)
 
     def reuse(self, tokens: Sequence[int] | Tensor) -> int:
         """Roll back to the common prefix of `tokens` and what was read, or earlier.
@@ -207,17 +196,20 @@ class Context:
         n_predict: int = 128,
         sampler: Sampler | None = None,
         stop: Iterable[int] = (),
+        on_progress: OnProgress | None = None,
     ) -> Iterator[GeneratedToken]:
         """Read the prompt, apply kv_policy, then generate up to `n_predict` tokens.
 
         Generation ends early at a `stop` token (not yielded), or when n_ctx is full and n_keep is
         None; with n_keep tokens in the middle of the context are removed instead (context shift).
-        Several streams of one context continue one text, each behind what the others have read.
+        `finish_reason` says which, and `stats` how long it took.  Several streams of one context
+        continue one text, each behind what the others have read.
 
         Args:
             prompt: token ids `[n]`; without any, generation continues behind what was read last, by
                 a stream, by `append`, or in a restored session.
             sampler: chooses tokens; default greedy.
+            on_progress: called after every chunk of the prompt with (tokens read, all of them).
 
         Raises:
             BadInput: neither prompt nor a token to continue from, a prompt longer than n_ctx, or
@@ -225,21 +217,31 @@ class Context:
         """
         ids = token_ids(prompt, self.model.facts.vocab_size)
         count, ends = whole_number("n_predict", n_predict, least=0), stop_tokens(stop)
-        return self._stream(ids, count, sampler or Sampler(), ends)
+        return self._stream(ids, count, sampler or Sampler(), ends, on_progress)
 
     def _stream(
-        self, ids: Tensor, n_predict: int, sampler: Sampler, ends: set[int]
+        self,
+        ids: Tensor,
+        n_predict: int,
+        sampler: Sampler,
+        ends: set[int],
+        on_progress: OnProgress | None,
     ) -> Iterator[GeneratedToken]:
+        start, self.finish_reason = time.perf_counter(), None
         if len(ids):
-            self._read(ids, sampler)
-        for _ in range(n_predict):
+            self._read(ids, sampler, on_progress)
+        for index in range(n_predict):
             self.stats.cache_bytes = self.cache_bytes
             token = self._unshown_token(sampler)
+            if index == 0:
+                self.stats.ttft_seconds = time.perf_counter() - start
             if token is None or token in ends:
+                self.finish_reason = "context" if token is None else "stop"
                 return
             self._text.choose(token, shown=True)
             yield GeneratedToken(token)
         self._unshown_token(sampler)
+        self.finish_reason = "length"
 
     def _unshown_token(self, sampler: Sampler) -> int | None:
         """The next token to yield, chosen by a step where none is left; None: no room for it."""
@@ -264,15 +266,18 @@ class Context:
         self.stats.decode_seconds += time.perf_counter() - start
         return token
 
-    def _read(self, ids: Tensor, sampler: Sampler) -> None:
+    def _read(self, ids: Tensor, sampler: Sampler, on_progress: OnProgress | None) -> None:
         """Read a prompt, apply the policy and choose the token behind it."""
         start, before = time.perf_counter(), self.stats.decode_seconds
-        self._append(ids, 1)
-        self.compress()
-        self._choose(sampler)
-        self.stats.decode_seconds = before
-        self.stats.prompt_tokens += len(ids)
-        self.stats.prefill_seconds += time.perf_counter() - start
+        waited, read = len(self._text.waiting), self.seen
+        try:
+            self._append(ids, 1, on_progress)
+            self.compress()
+            self._choose(sampler)
+        finally:  # what was read before an interrupt counts too
+            self.stats.decode_seconds = before
+            self.stats.prompt_tokens += max(0, self._text.length - read - waited)
+            self.stats.prefill_seconds += time.perf_counter() - start
 
     def _step(self, token: int) -> bool:
         """Read the token just yielded; False where no room is left."""
@@ -374,16 +379,3 @@ class Context:
                 f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
                 "quantize the cache (type_k=type_v='int8')."
             )
-
-
-def _check_types(model: Any, params: Any) -> None:
-    if not hasattr(model, "attached"):
-        raise TypeError(
-            f"expected a loaded model, a model of transformers or a runtime.Model, got "
-            f"{type(model).__name__}. Load one with saccade.load_model."
-        )
-    if params is not None and not isinstance(params, ContextParams):
-        raise TypeError(
-            f"expected ContextParams or None, got {type(params).__name__}. Give "
-            "ContextParams(n_ctx=...)."
-        )

@@ -50,17 +50,30 @@ def cache_bytes(
     Raises:
         BadInput: more bytes than can be counted.
     """
+    kept = layers_bytes(facts, params, read, written, reserve=reserve)
+    return facts.state_bytes + sum(count * nbytes for count, nbytes in kept)
+
+
+def layers_bytes(
+    facts: ModelFacts,
+    params: ContextParams,
+    read: Sequence[Run],
+    written: Sequence[Run] | None = None,
+    *,
+    reserve: int = 0,
+) -> list[tuple[int, int]]:
+    """(layers, bytes of the cache of each) for layers that are alike; see `cache_bytes`."""
     tokens = sum(size * count for size, count in (*read, *(written or ())))
     _check_countable(facts, max(tokens, reserve))
-    total = facts.state_bytes
+    found: list[tuple[int, int]] = []
     for layer, count in facts.alike():
         cache = planned_cache(layer_cache(layer.windows[0], params, reserve=reserve), layer)
         run_all(cache, read)
         if written is not None and params.kv_budget is not None:
             cache = cache.compress(params.kv_budget)
         run_all(cache, written or ())
-        total += count * cache.nbytes
-    return total
+        found.append((count, cache.nbytes))
+    return found
 
 
 def _check_countable(facts: ModelFacts, tokens: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from saccade.cache import Cursor, LayerCache
 from saccade.ops import AttentionCall
 from saccade.runtime.params import ContextParams
+from saccade.runtime.positions import ROTARY, Positions
 
 Observer = Callable[[int, AttentionCall, Tensor], None]
 """Called after the attention of each layer with (layer, the call that ran, its lse).
@@ -39,6 +40,7 @@ class ModelFacts:
         value_dim: width of a value where it is not that of a key.
         kv_shapes: (KV heads, width of a key, width of a value) of each layer, where they differ.
         state_bytes: of the recurrent and convolution states of one row.
+        positions: how it tells positions apart.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ModelFacts:
     value_dim: int | None = None
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
     state_bytes: int = 0
+    positions: Positions = ROTARY
 
     def alike(self) -> list[tuple[ModelFacts, int]]:
         """(facts of one layer, how many layers are like it) of the layers that keep keys."""

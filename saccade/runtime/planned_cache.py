@@ -1,14 +1,15 @@
 """Caches of a plan: what real caches would allocate, in a time that does not grow with the tokens.
 
-Dense, quantized and ring caches run themselves on meta tensors, which have shapes and no memory;
-equal appends that allocate nothing are run as one.  Pages are counted instead of listed, by the
-rule that the allocator itself grows by.
+Dense and ring caches run themselves on meta tensors, which have shapes and no memory; equal appends
+that allocate nothing are run as one.  Pages and the groups of a quantized cache are counted instead
+of stored, by the rules that the caches themselves grow by: quantizing without memory would load
+half of PyTorch's compiler, which takes longer than the rest of a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
         pool, pages = cache.pool, cache.pool.allocator
         page_bytes = pool.nbytes // pages.num_pages
         return CountedPages(1, pages.page_size, page_bytes, per_head=0)
+    if isinstance(cache, QuantizedCache):
+        return CountedGroups(cache, facts)
     return MetaCache(cache, facts)
 
 
@@ -80,6 +83,8 @@ class MetaCache:
         cache = self._cache
         if isinstance(cache, RingCache) and cache.most_checkpoints and size > 1:
             return self._run_with_checkpoints(cache, size, count)
+        if isinstance(cache, RingCache) and not cache.most_checkpoints:
+            return self._append(1)  # all that it will ever take
         while count:
             joined = max(1, min(count, _alike(cache, size, count)))
             self._append(joined * size)
@@ -91,8 +96,11 @@ class MetaCache:
         if isinstance(cache, DenseCache):
             kept = resolve_budget(budget, cache.num_slots)
             if kept < cache.num_slots:
-                shape = (1, facts.num_kv_heads, kept)
-                cache.keep(torch.zeros(shape, dtype=torch.int64, device="meta"), room=DECODE_ROOM)
+                stored = cache.like[0]
+                dtype = facts.dtype if stored is None else stored.dtype
+                smaller = DenseCache(dtype=dtype, reserve=kept + DECODE_ROOM)
+                smaller.append(*new_keys(facts, kept, torch.device("meta")))
+                return MetaCache(smaller, facts)
         elif isinstance(cache, RaggedCache):
             kept = resolve_budget(budget, cache.seen)
             if kept < cache.seen:
@@ -130,8 +138,6 @@ def _alike(cache: LayerCache, size: int, count: int) -> int:
         return cache.prompt.free_slots // size
     if isinstance(cache, DenseCache | OffloadedCache):
         return cache.free_slots // size  # nothing is allocated for them
-    if isinstance(cache, QuantizedCache):
-        return count - 1  # what is quantized follows from the tokens before the last append
     return count  # a ring
 
 
@@ -168,6 +174,66 @@ class CountedPages:
     def compress(self, budget: int | float) -> PlannedCache:
         """Nothing: a cache of pages takes no policy."""
         return self
+
+
+class CountedGroups:
+    """A quantized cache of which only the numbers of tokens are kept.
+
+    Its bytes are those of a real one that has quantized nothing, and of what it adds at a time.
+    """
+
+    def __init__(self, cache: QuantizedCache, facts: ModelFacts) -> None:
+        settings, reserved = cache.state().settings, cache.reserved
+        self._group, self._least = int(settings["group"]), int(settings["recent"])
+        self._slots, self._step = self._least + 2 * self._group, cache.growth_step
+        self._quantized = self._recent = 0
+        self._capacity, self._reserved = 0, -(-reserved // self._step) * self._step
+        self._empty, self._grown = _sizes_of(settings, facts, self._slots + self._group)
+
+    @property
+    def nbytes(self) -> int:
+        """See PlannedCache."""
+        if not self._quantized + self._recent:
+            return 0
+        return self._empty + self._capacity // self._step * self._grown
+
+    def run(self, size: int, count: int) -> None:
+        """See PlannedCache; what is quantized follows from the tokens before the last append."""
+        for joined in (size * (count - 1), size):
+            if joined:
+                self._append(joined)
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """Nothing: a quantized cache takes no policy."""
+        return self
+
+    def _append(self, size: int) -> None:
+        self._quantize(self._recent - self._least)
+        self._recent += size
+        if self._recent > self._slots:
+            self._quantize(self._recent - self._least)
+        if self._quantized > self._capacity:
+            needed = -(-self._quantized // self._step) * self._step
+            self._capacity = max(needed, self._reserved)
+
+    def _quantize(self, ready: int) -> None:
+        moved = max(0, ready) // self._group * self._group
+        self._quantized, self._recent = self._quantized + moved, self._recent - moved
+
+
+def _sizes_of(settings: Mapping[str, Any], facts: ModelFacts, enough: int) -> tuple[int, int]:
+    """Bytes of a cache with one token, and what it has more once it has quantized a first group."""
+    cache = QuantizedCache(
+        bits_k=settings["bits_k"], bits_v=settings["bits_v"], group=settings["group"],
+        recent=settings["recent"], hadamard=settings["hadamard"], fp8=settings["fp8"],
+    )  # fmt: skip
+    sizes: list[int] = []
+    with torch.device("cpu"):
+        for tokens in (1, enough):
+            k, v = (x.fill_(1.0) for x in new_keys(facts, tokens, torch.device("cpu")))
+            cache.append(k, v)
+            sizes.append(cache.nbytes)
+    return sizes[0], sizes[1] - sizes[0]
 
 
 def new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -50,13 +50,20 @@ _CONTRADICTIONS: Final = (
 """What building a context from contents that contradict each other may raise."""
 
 
-def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None) -> None:
+def save_session(
+    path: str | Path,
+    ctx: Context,
+    sampler: Sampler | None = None,
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Write a context to a file, which replaces an older session atomically.
 
     Args:
         path: the file; if the process is killed, the old file is unchanged.
         ctx: between two tokens; after an interrupt it is what `ctx.tokens` says.
         sampler: the one in use; default greedy.
+        extra: JSON that travels with it; `SessionFile(path).record["extra"]` reads it.
 
     Raises:
         BadInput: other code interrupted in the middle of a step of its own, so that layers have
@@ -90,6 +97,7 @@ def save_session(path: str | Path, ctx: Context, sampler: Sampler | None = None)
         **identity,
         "reaches": ctx.cache.reaches,
         "sampler": _options(sampler),
+        "extra": dict(extra or {}),
         "next": None if held.next_token is None else held.next_token._asdict(),
         "compressed_at": held.compressed_at,
         "layers": described,

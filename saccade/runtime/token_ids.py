@@ -1,4 +1,4 @@
-"""What callers pass as tokens and counts, checked before anything is read."""
+"""What callers pass, checked before anything is read: a model, options, tokens, counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import BadInput
+from saccade.runtime.params import ContextParams
 
 
 def token_ids(tokens: Sequence[int] | Tensor, vocab_size: int) -> Tensor:
@@ -94,3 +95,17 @@ def stop_tokens(stop: Iterable[int]) -> set[int]:
             "with the model's tokenizer first."
         )
     return found  # type: ignore[return-value]
+
+
+def check_types(model: Any, params: Any) -> None:
+    """Raise TypeError unless these are a model that can run and options (or None)."""
+    if not hasattr(model, "attached"):
+        raise TypeError(
+            f"expected a loaded model, a model of transformers or a runtime.Model, got "
+            f"{type(model).__name__}. Load one with saccade.load_model."
+        )
+    if params is not None and not isinstance(params, ContextParams):
+        raise TypeError(
+            f"expected ContextParams or None, got {type(params).__name__}. Give "
+            "ContextParams(n_ctx=...)."
+        )

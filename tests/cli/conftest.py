@@ -26,8 +26,8 @@ def fake(monkeypatch):
     state = SimpleNamespace(report=sample.report(), error=None, calls=[])
     state.report.complete = True
 
-    def run(model, text, *, context, quick, rows, on_progress):
-        state.calls.append(SimpleNamespace(text=text, context=context, quick=quick, rows=rows))
+    def run(model, text, *, on_progress, **options):
+        state.calls.append(SimpleNamespace(text=text, **options))
         for done in range(3):
             on_progress(SimpleNamespace(done=done, total=2, label=f"step {done}", report=None))
         if state.error is not None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from saccade.cli import chat, main
+from saccade.cli import main
 from saccade.cli.dialogue import Dialogue, endless
 from saccade.cli.streaming import TextStream
 from saccade.hf.context import Context
@@ -155,7 +155,6 @@ def test_ctrl_c_ends_the_answer_and_not_the_dialogue(call, monkeypatch):
 
 
 def test_live_on_a_terminal(call, monkeypatch, loaded):
-    monkeypatch.setattr(chat, "show", chat.show)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     code, out, _ = call("hello\n", "-n", "3")
     assert code == 0 and "[cache 84.0 KiB" in out

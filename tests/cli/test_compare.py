@@ -30,7 +30,7 @@ def test_all_files_are_written(tmp_path, monkeypatch, capsys, fake):
     assert read(Path("r.json")).text["source"] == "book.txt"
     assert Path("r.html").read_text().startswith("<!doctype html>")
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
-    assert "| standard attention (baseline) |" in Path("r.md").read_text()
+    assert "| transformers eager (baseline) |" in Path("r.md").read_text()
     assert sorted(path.name for path in Path().iterdir()) == [
         "book.txt", "r.html", "r.json", "r.md", "r.png",
     ]  # fmt: skip

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import re
+import signal
 import sys
 from dataclasses import fields
 from types import SimpleNamespace
@@ -12,8 +16,9 @@ import pytest
 from saccade.cli import generate, main, shared_options, tokens
 from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
+from saccade.cli.writing import Writing
 from saccade.core import BadInput
-from saccade.runtime import Stats
+from saccade.hf.load import LoadedModel
 from saccade.runtime import params as runtime_params
 from saccade.runtime.params import ContextParams
 from saccade.sparse import PATTERNS
@@ -120,86 +125,103 @@ def test_end_tokens_come_from_both_places():
     assert tokens.end_tokens(loaded) == set()
 
 
-class Echo:
-    """A context that writes back what it reads."""
-
-    def __init__(self, loaded, params):
-        self.params, self.stats = params, Stats()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def stream(self, prompt, *, n_predict, sampler, stop):
-        if self.params.n_ctx is not None:
-            raise BadInput(f"{len(prompt)} tokens do not fit into n_ctx={self.params.n_ctx}.")
-        self.stats.prompt_tokens, self.stats.prefill_seconds = len(prompt), 1.0
-        for token in prompt[:n_predict]:
-            self.stats.decode_tokens += 1
-            if self.stats.decode_tokens == 5:
-                raise KeyboardInterrupt
-            yield SimpleNamespace(token=token)
-
-
 @pytest.fixture
-def echo(stand_in):
-    config = SimpleNamespace(generation_config=None)
-    loaded = SimpleNamespace(
-        model=config, tokenizer=Bytes(), name="m", n_ctx_train=8, notes=["it was guessed."]
+def tiny(monkeypatch):
+    model = tiny_model(tiny_config("llama"))
+    loaded = LoadedModel(
+        model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=512, notes=["it was guessed."]
     )
-    stand_in("saccade.hf.load", load_model=lambda *_, **__: loaded)
-    stand_in("saccade.hf.context", Context=Echo)
+    monkeypatch.setattr("saccade.hf.load.load_model", lambda *_, **__: loaded)
 
 
-def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, echo):
-    assert main.main(["generate", "--model", "m", "--prompt", "čau", "-n", "3"]) == 0
+def call(capsys, *words):
+    code = main.main(["generate", "--model", "m", *words])
     captured = capsys.readouterr()
-    assert captured.out == "ča\n"
-    assert captured.err.endswith("[4 prompt tokens at 4.00 tokens/s; 3 more tokens; cache 0 B]\n")
-    assert "Note: it was guessed.\n" in captured.err
+    return code, captured.out, captured.err
 
 
-def test_errors_of_the_context_name_options(capsys, echo):
-    assert main.main(["generate", "--model", "m", "--prompt", "hello", "-c", "2"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.endswith("saccade: 5 tokens do not fit into --ctx-size=2.\n")
+def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, tiny):
+    code, out, err = call(capsys, "--prompt", "hello", "-n", "3")
+    assert code == 0 and len(out.encode()) == 4 and out.endswith("\n")
+    assert err.startswith("Loading m ...\nNote: it was guessed.\n[5 prompt tokens at ")
+    numbers = r"tokens/s; first token after [\d.,]+ s; 3 tokens written at [\d.,]+ tokens/s; cache "
+    assert re.search(numbers + r"[\d.]+ KiB; cpu, float32\]\nEnded at --n-predict 3: ", err), err
 
 
-def test_ctrl_c_keeps_what_was_written(capsys, echo):
-    assert main.main(["generate", "--model", "m", "--prompt", "hello world"]) == 130
-    captured = capsys.readouterr()
-    assert captured.out == "hell\n"
-    assert captured.err.endswith("cache 0 B]\nStopped.\n")
+def test_quiet_is_the_text_alone(capsys, tiny):
+    _, whole, _ = call(capsys, "--prompt", "hello", "-n", "3")
+    code, out, err = call(capsys, "--prompt", "hello", "-n", "3", "--quiet")
+    assert code == 0 and out == whole and err == ""
 
 
-def test_stats_line():
-    stats = Stats(prompt_tokens=1000, prefill_seconds=2, decode_tokens=10, decode_seconds=1)
-    said = generate.stats_line(stats)
-    assert (
-        said == "[1,000 prompt tokens at 500 tokens/s; 10 more tokens at 10.0 tokens/s; cache 0 B]"
-    )
-    assert "tokens/s" not in generate.stats_line(Stats(prompt_tokens=1))
+def test_json_has_the_text_and_what_it_took(capsys, tiny):
+    _, text, _ = call(capsys, "-p", "hello", "-n", "3", "--temp", "1", "--seed", "4")
+    words = ["-p", "hello", "-n", "3", "--temp", "1", "--seed", "4", "--json", "--cache-type-k"]
+    code, out, _ = call(capsys, *words, "int8", "-ctv", "int8", "--kv-offload", "on")
+    record = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    plain = json.loads(call(capsys, *words[:-1])[1])
+    assert plain["text"] + "\n" == text
+    assert plain["finish_reason"] == "length" and plain["tokens"] == 3
+    assert plain["prompt_tokens"] == 5 and plain["context_tokens"] == 8
+    rates = [plain[name] for name in ("ttft_seconds", "prefill_tps", "decode_tps", "cache_bytes")]
+    assert all(value > 0 for value in rates)
+    assert (plain["model"], plain["device"], plain["dtype"]) == ("tiny", "cpu", "float32")
+    assert plain["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 4}
+    assert plain["notes"] == ["it was guessed."] and plain["options"] == {}
+    assert record["options"] == {"type_k": "int8", "type_v": "int8"}
+
+
+def test_a_full_context_says_how_much_was_written_and_what_to_do(capsys, tiny):
+    """A caller must not take text that was cut off for a short answer."""
+    code, out, err = call(capsys, "-p", "hello", "-c", "16", "-n", "200")
+    assert code == 0 and len(out) == 13
+    assert "Ended after 12 of 200 tokens, because the context of 16 tokens is full. Raise " in err
+    record = json.loads(call(capsys, "-p", "hello", "-c", "16", "-n", "200", "--json")[1])
+    assert record["finish_reason"] == "context" and record["n_ctx"] == 16
+    code, out, _ = call(capsys, "-p", "hello", "-c", "16", "-n", "40", "--keep", "4")
+    assert code == 0 and len(out) == 41
+
+
+def test_an_end_token_ends_the_answer(capsys, tiny, monkeypatch):
+    first = json.loads(call(capsys, "-p", "hello", "-n", "1", "--json")[1])["text"]
+    monkeypatch.setattr(generate, "end_tokens", lambda _: {ord(first)})
+    code, out, err = call(capsys, "-p", "hello", "-n", "9")
+    assert code == 0 and out == "" and "Ended: the model ended its answer.\n" in err
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_a_context_is_opened(capsys, tiny):
+    code, out, err = call(capsys, "--prompt", "hello", "-c", "2")
+    assert code == 2 and out == ""
+    assert "saccade: the prompt has about 5 tokens, but 2 fit (--ctx-size 2). Give a " in err
+
+
+def test_ctrl_c_without_a_session_keeps_what_was_written(capsys, tiny, monkeypatch):
+    _, whole, _ = call(capsys, "-p", "hello", "-n", "9")
+    press_at(monkeypatch, 4, signal.SIGINT)
+    code, out, err = call(capsys, "-p", "hello", "-n", "9")
+    assert code == 130 and out[:-1] == whole[: len(out) - 1] and len(out) in (4, 5)
+    assert "tokens written" in err and err.endswith("Stopped.\n")
+
+
+def press_at(monkeypatch, count, number):
+    """Send a signal while that token is shown."""
+    pushed, push = [], TextStream.push
+
+    def press(stream, token):
+        pushed.append(token)
+        if len(pushed) == count:
+            os.kill(os.getpid(), number)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", press)
+    return pushed
 
 
 class TestSession:
     """The command line with a tiny model in place of a real one."""
 
-    @pytest.fixture
-    def tiny(self, monkeypatch):
-        from saccade.hf.load import LoadedModel
-        from tests.tiny_models import tiny_config, tiny_model
-
-        model = tiny_model(tiny_config("llama"))
-        loaded = LoadedModel(model=model, tokenizer=Bytes(), name="tiny", n_ctx_train=512)
-        monkeypatch.setattr("saccade.hf.load.load_model", lambda *_, **__: loaded)
-
-    def call(self, capsys, *words):
-        code = main.main(["generate", "--model", "m", *words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+    call = staticmethod(call)
 
     def test_two_parts_give_what_one_run_gives(self, capsys, tmp_path, tiny):
         options = ["--temp", "1", "--seed", "3"]
@@ -228,31 +250,109 @@ class TestSession:
         code, _, said = self.call(capsys, "--session", str(tmp_path / "no" / "s"), "-p", "x")
         assert code == 2 and "there is no folder" in said
 
-    def test_ctrl_c_saves_between_two_tokens(self, capsys, tmp_path, tiny, monkeypatch):
-        import os
-        import signal
-
+    @pytest.mark.parametrize(("number", "exit"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_a_signal_saves_between_two_tokens(self, capsys, tmp_path, tiny, number, exit):
         _, whole, _ = self.call(capsys, "-p", "Why?", "-n", "12")
-        path, pushed = str(tmp_path / "s"), []
-        push = TextStream.push
-
-        def press(stream, token):
-            pushed.append(token)
-            if len(pushed) == 4:
-                os.kill(os.getpid(), signal.SIGINT)
-            return push(stream, token)
-
-        monkeypatch.setattr(TextStream, "push", press)
-        code, first, said = self.call(capsys, "-p", "Why?", "-n", "12", "--session", path)
-        assert code == 130 and f"Saved {path}" in said and said.endswith("Stopped.\n")
+        path = str(tmp_path / "s")
+        with pytest.MonkeyPatch.context() as patched:
+            pushed = press_at(patched, 4, number)
+            code, first, said = self.call(capsys, "-p", "Why?", "-n", "12", "--session", path)
+        assert code == exit and f"Saved {path}" in said and said.endswith("Stopped.\n")
         assert len(pushed) == 4
-        monkeypatch.undo()
-        self.tiny_again(monkeypatch)
         _, second, _ = self.call(capsys, "-n", "8", "--session", path)
         assert first[:-1] + second == whole
 
-    def tiny_again(self, monkeypatch):
-        TestSession.tiny.__wrapped__(self, monkeypatch)
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_in_the_prompt_saves_what_was_read(
+        self, capsys, tmp_path, tiny, monkeypatch, number
+    ):
+        """The same prompt again reads the rest, and gives what one run gives."""
+        prompt = "Why is it that the sky is blue?"
+        words, path = ["-p", prompt, "-n", "6", "-b", "8"], str(tmp_path / "s")
+        _, whole, _ = self.call(capsys, *words)
+        with monkeypatch.context() as patched:
+            kill_in_prompt(patched, 16, number)
+            code, out, said = self.call(capsys, *words, "--session", path)
+        assert code == 128 + number and out == ""
+        assert f"16 of the {len(prompt)} tokens of the prompt are in {path}. Give the same" in said
+        code, out, said = self.call(capsys, *words, "--session", path)
+        assert code == 0 and out == whole and f"[{len(prompt) - 16} prompt tokens" in said
+
+    def test_a_signal_in_a_later_prompt_saves_what_was_read(self, capsys, tmp_path, tiny):
+        options, second = ["-n", "4", "-b", "8"], ["-p", "And how is the sea then, my friend?"]
+        outs = []
+        for name in ("whole", "cut"):
+            path = ["--session", str(tmp_path / name)]
+            self.call(capsys, "-p", "Why?", *options, *path)
+            if name == "cut":
+                with pytest.MonkeyPatch.context() as patched:
+                    kill_in_prompt(patched, 16, signal.SIGTERM)
+                    code, _, said = self.call(capsys, *second, *options, *path)
+                assert code == 143 and "16 of the 35 tokens of the prompt are in" in said
+            code, out, said = self.call(capsys, *second, *options, *path)
+            assert code == 0
+            outs.append(out)
+        assert outs[0] == outs[1] and "[19 prompt tokens" in said
+
+    def test_another_prompt_behind_one_that_was_cut_off_is_said(self, capsys, tmp_path, tiny):
+        path = ["--session", str(tmp_path / "s"), "-b", "8", "-n", "2"]
+        with pytest.MonkeyPatch.context() as patched:
+            kill_in_prompt(patched, 8, signal.SIGINT)
+            self.call(capsys, "-p", "a prompt of some length", *path)
+        code, _, said = self.call(capsys, "-p", "something else", *path)
+        assert code == 0 and "Note: the session ends inside a prompt; this one is read" in said
+
+    def test_a_second_signal_stops_at_once_and_keeps_the_old_file(self, capsys, tmp_path, tiny):
+        path = tmp_path / "s"
+        words = ["-p", "Why is it so?", "-n", "4", "-b", "2", "--session", str(path)]
+        with pytest.MonkeyPatch.context() as patched:
+            kill_in_prompt(patched, 4, signal.SIGTERM, signal.SIGTERM)
+            code, _, said = self.call(capsys, *words)
+        assert code == 143 and not path.exists() and "was not written" in said
+        self.call(capsys, *words)
+        before = path.read_bytes()
+        with pytest.MonkeyPatch.context() as patched:
+            kill_in_prompt(patched, 4, signal.SIGINT, signal.SIGINT)
+            code, _, said = self.call(capsys, *words)
+        assert code == 130 and path.read_bytes() == before and "is as it was" in said
+
+    def test_a_signal_while_saving_waits_for_the_whole_file(self, capsys, tmp_path, tiny):
+        from saccade.runtime import session_file
+
+        path, write = str(tmp_path / "s"), session_file.os.fsync
+
+        def pressed(handle):
+            os.kill(os.getpid(), signal.SIGTERM)
+            write(handle)
+
+        words = ["-p", "Why?", "-n", "4", "--session", path]
+        with pytest.MonkeyPatch.context() as patched:
+            self.call(capsys, *words)
+            patched.setattr(session_file.os, "fsync", pressed)
+            patched.setattr(session_file, "_sync_folder", lambda _: None)
+            code, _, said = self.call(capsys, *words)
+        assert code == 143 and "Saved" in said
+        code, _, said = self.call(capsys, "-n", "1", "--session", path)
+        assert code == 0 and "Going on from" in said
+
+
+def kill_in_prompt(monkeypatch, at, *numbers):
+    """Send signals once so many tokens of a prompt are read."""
+    show = Writing._stream
+
+    def patched(writing, deferred):
+        on_chunk = deferred.on_chunk
+
+        def pressed(done, total):
+            if done == at:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            on_chunk(done, total)
+
+        deferred.on_chunk = pressed
+        return show(writing, deferred)
+
+    monkeypatch.setattr(Writing, "_stream", patched)
 
 
 def test_the_next_message_begins_behind_the_answer():

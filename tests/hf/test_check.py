@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from saccade import ContextParams, Unsupported
+from saccade import ContextParams, Mask, Unsupported
 from saccade.cache import QuantizedCache
-from saccade.hf import Context, HFModel, check, check_store
+from saccade.hf import Context, HFModel, attention, check, check_store
 from saccade.hf.register import KEY
 from saccade.sparse import Strided
 from tests.hf.conftest import OWN_CACHE_FAMILIES
@@ -41,6 +42,15 @@ def llama() -> PreTrainedModel:
     return tiny_model(tiny_config("llama"), "eager")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", OWN_CACHE_FAMILIES)
+def test_rounding_to_half_precision_is_no_fault(family: str, dtype: torch.dtype) -> None:
+    model: Any = tiny_model(tiny_config(family, initializer_range=0.1), "eager")
+    found = check.check_eager(HFModel(model.to(dtype)))
+    assert found.ok, found
+    assert found.gap > 1e-3
+
+
 @pytest.mark.parametrize("family", OWN_CACHE_FAMILIES)
 def test_a_model_as_it_is_gives_what_its_eager_attention_gives(family: str) -> None:
     found = check.check_eager(HFModel(tiny_model(tiny_config(family), "eager")))
@@ -67,18 +77,23 @@ def test_a_model_that_transformers_cannot_run_is_not_compared(llama: PreTrainedM
     assert check.check_eager(HFModel(llama)).ok
 
 
-def _off_by_a_little(layer: torch.nn.Module, model: PreTrainedModel) -> Any:
+def _off_by_a_little(layer: torch.nn.Module, model: PreTrainedModel, by: float) -> Any:
     def change(module: Any, args: Any, output: Any) -> Any:
         if model.config._attn_implementation == KEY:
-            return (output[0] * 1.01, *output[1:])
+            return (output[0] * (1 + by), *output[1:])
         return output
 
     return layer.register_forward_hook(change)
 
 
-def test_a_layer_that_differs_is_named(llama: PreTrainedModel) -> None:
-    attention: Any = llama.model.layers[2].self_attn
-    hook = _off_by_a_little(attention, llama)
+@pytest.mark.parametrize(
+    ("dtype", "by"), [(torch.float32, 0.01), (torch.float16, 0.03), (torch.bfloat16, 0.2)]
+)
+def test_a_layer_that_differs_is_named(
+    llama: PreTrainedModel, dtype: torch.dtype, by: float
+) -> None:
+    layers: Any = llama.to(dtype).model.layers  # type: ignore[arg-type]
+    hook = _off_by_a_little(layers[2].self_attn, llama, by)
     with pytest.raises(Unsupported, match=r"first in model\.layers\.2\. Run this model with"):
         Context(llama)
     hook.remove()
@@ -153,3 +168,59 @@ def test_the_model_is_left_as_it_was(llama: PreTrainedModel) -> None:
 def test_an_unknown_mode_is_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="check must be one of auto, always, off, got 'yes'"):
         Context(llama, check="yes")  # type: ignore[arg-type]
+
+
+def rotated_by_one(query: torch.Tensor) -> torch.Tensor:
+    """Queries as they would be one position later (RoPE of base 10,000)."""
+    half = query.shape[-1] // 2
+    angle = 10000.0 ** (-torch.arange(half) / half)
+    first, second = query.float().chunk(2, -1)
+    pairs = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+    return torch.cat(pairs, -1).to(query.dtype)
+
+
+FAULTS: dict[str, Any] = {
+    "scale": lambda q, args, options: (q, args, options | {"scale": 1.3 * options["scale"]}),
+    "softcap": lambda q, args, options: (q, args, options | {"softcap": 1.0}),
+    "window": lambda q, args, options: (q, replace(args, mask=Mask(window=8)), options),
+    "hides itself": lambda q, args, options: (
+        q, replace(args, mask=Mask(), q_offset=args.q_offset - 1), options
+    ),
+    "sees later keys": lambda q, args, options: (
+        q, replace(args, mask=Mask(causal=False)), options
+    ),
+    "rope": lambda q, args, options: (rotated_by_one(q), args, options),
+    "heads": lambda q, args, options: (q.roll(1, 1), args, options),
+}  # fmt: skip
+"""What an implementation of attention may get wrong: (query, arguments, options) of its calls."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sharp(dtype: torch.dtype) -> PreTrainedModel:
+    """A Llama whose attention chooses, as that of a trained model does."""
+    model = tiny_model(tiny_config("llama", initializer_range=0.05), "eager")
+    return model.to(dtype)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_in_every_precision(
+    fault: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, make = HFModel(sharp(dtype)), attention._call
+    assert check.check_eager(model).ok
+
+    def wrong(query: Any, args: Any, settings: Any, options: Any) -> Any:
+        query, args, options = FAULTS[fault](query, args, options)
+        return make(query, args, settings, options)
+
+    monkeypatch.setattr(attention, "_call", wrong)
+    found = check.check_eager(model)
+    assert not found.ok
+
+
+def test_numbers_too_large_for_the_dtype_are_said_to_be(llama: PreTrainedModel) -> None:
+    model: Any = llama.half()  # type: ignore[operator]
+    model.lm_head.weight.data.fill_(6e4)
+    with pytest.raises(Unsupported, match=r"in float16 are not finite\. Load it in bfloat16"):
+        check.verify(HFModel(model), ContextParams())

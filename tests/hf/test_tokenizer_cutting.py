@@ -16,9 +16,9 @@ from tests.hf.byte_level import ENGLISH, bpe, spelled, texts
 @pytest.mark.real_model
 def test_the_demo_model_reads_text_as_it_was_trained():
     """SmolLM2: every digit by itself, GPT-2's expression between them, then the merges."""
-    from saccade.hf.load import _located
+    from saccade.runtime.located import located
 
-    header = parse_file(_located("smollm2")).keys
+    header = parse_file(located("smollm2")).keys
     tokenizer, ends, notes = gguf_tokenizer(header)
     assert (notes, tokenizer.convert_ids_to_tokens(ends)) == ([], ["<|im_end|>", "<|endoftext|>"])
     tokens = [token.decode() for token in header["tokenizer.ggml.tokens"]]

@@ -1,5 +1,7 @@
 """Transformations of the operator: each is right for a backend, or refused in a sentence."""
 
+import warnings
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -189,3 +191,64 @@ def test_only_calls_are_attended():
     x = normal(1, 2, 3, 8)
     with pytest.raises(TypeError, match="must be an AttentionCall"):
         attend(DenseKV(x, x))  # type: ignore[arg-type]
+
+
+MAPPED = {
+    "sink_logits": torch.zeros(3, 4),
+    "alibi_slopes": torch.zeros(3, 4),
+    "key_padding": torch.ones(3, 1, 9, dtype=torch.bool),
+    "kv_lens": torch.full((3, 1), 9),
+    "cu_seqlens": torch.tensor([[0, 9]] * 3),
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_no_argument_can_be_mapped(name):
+    q, k, v = (x[:1] for x in qkv(*INPUTS))
+    queries = k.repeat_interleave(2, dim=1) if name == "cu_seqlens" else q
+    with pytest.raises(Unsupported, match="Fold the mapped dimension into the batch"):
+        torch.vmap(lambda x: attention(queries, k, v, **{name: x}))(MAPPED[name])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_gradients_at_once(backend):
+    q, k, v = qkv(*INPUTS)
+
+    def jacobian(x, backend):
+        def f(x):
+            return attention(x, k.to(x.dtype), v.to(x.dtype), backend=backend).sum((1, 2, 3))
+
+        return torch.autograd.functional.jacobian(f, x, vectorize=True)
+
+    assert largest_error(jacobian(q, backend), jacobian(q.double(), "reference")) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_forward_over_reverse(backend):
+    q, k, v = (x[:1, :, :3, :4] for x in qkv(*INPUTS))
+
+    def hessian(x, backend):
+        def f(x):
+            return attention(x, k.to(x.dtype), v.to(x.dtype), backend=backend).square().sum()
+
+        return torch.func.hessian(f)(x)
+
+    assert largest_error(hessian(q, backend), hessian(q.double(), "reference")) < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_functionalize_and_linearize(backend):
+    q, k, v = qkv(*INPUTS)
+    expected = attention(q, k, v, backend="reference")
+
+    def f(x):
+        return attention(x, k, v, backend=backend)
+
+    assert largest_error(torch.func.functionalize(f)(q), expected) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, about its graph
+        out, push = torch.func.linearize(f, q)
+    assert largest_error(out, expected) < 1e-5
+    direction = torch.randn_like(q)
+    assert largest_error(push(direction), torch.func.jvp(f, (q,), (direction,))[1]) < 1e-5

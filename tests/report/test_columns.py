@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from saccade.report.columns import COLUMNS, cells, groups, notes, summary
+import pytest
+
+from saccade.report.columns import COLUMNS, COST, QUALITY, cells, comparison_table, groups
 from saccade.report.comparison import Row
+from saccade.report.notes import key, notes, summary
 from saccade.report.positions import position_table
 from tests.report import sample
 
@@ -15,43 +18,119 @@ def _row(report, name):
 
 
 def test_every_measured_field_has_a_column():
-    words = {"name", "group", "options", "status", "note", "needle_trials", "parts"} | {
-        "ttft_seconds"
-    }
+    words = {"name", "group", "options", "status", "note", "needle_trials", "parts"}
     measured = {f.name for f in fields(Row) if f.name not in words and not f.name.endswith("_se")}
     assert {column.key for column in COLUMNS} == measured
 
 
-def test_a_cell_carries_value_and_ratio():
+def _cells(report, name):
+    line = cells(_row(report, name), report)
+    return {column.key: cell for column, cell in zip(COLUMNS, line, strict=True)}
+
+
+def test_a_cell_carries_value_and_both_ratios():
+    found = _cells(sample.report(), "flash attention")
+    assert str(found["peak_bytes"]) == "246 MiB (0.30x, 0.61x)"
+    assert str(found["prefill_tps"]) == "373 (3.01x, 1.06x)"
+    assert str(found["ttft_seconds"]) == "11.0 s (0.33x, 0.94x)"
+    assert str(found["cache_bytes"]) == "184 MiB (1.00x, 1.00x)"
+    assert found["needle"].text == "24/24" and not found["kl"].ratio
+
+
+def test_colours_follow_the_reference_and_not_the_textbook():
     report = sample.report()
-    line = cells(_row(report, "flash attention"), report.baseline_row())
-    assert str(line[0]) == "246 MiB (0.30x)" and line[0].better is True
-    assert str(line[1]) == "184 MiB (1.00x)" and line[1].better is None
-    assert line[-1].text == "4/4"
-    expansion = cells(_row(report, "MHA, exact expansion (9)"), report.baseline_row())
-    assert expansion[3].better is False  # slower to decode
+    found = _cells(report, "flash attention")
+    assert found["peak_bytes"].better is True and found["cache_bytes"].better is None
+    assert found["prefill_tps"].better is True and found["decode_tps"].better is None  # 1.02x
+    eager = _cells(report, "transformers eager")
+    assert eager["prefill_tps"].better is False and eager["ttft_seconds"].better is False
+    assert {cell.better for cell in _cells(report, "transformers sdpa").values()} == {None}
 
 
-def test_the_baseline_has_no_ratio_and_nothing_has_one_without_it():
+def test_a_speed_without_an_interval_has_no_colour():
     report = sample.report()
-    baseline = report.baseline_row()
-    assert not any(cell.ratio for cell in cells(baseline, baseline))
-    report.rows.remove(baseline)
-    assert report.baseline_row() is None
-    assert not any(cell.ratio for row in report.rows for cell in cells(row, None))
+    _row(report, "flash attention").prefill_tps_se = None
+    assert _cells(report, "flash attention")["prefill_tps"].better is None
+    _row(report, "transformers sdpa").decode_tps_se = None
+    assert {_cells(report, row.name)["decode_tps"].better for row in report.rows} == {None}
 
 
-def test_rows_that_did_not_run_say_so():
+def test_a_broken_row_saves_nothing_and_its_quality_is_red():
     report = sample.report()
-    failed = cells(_row(report, "int4 cache"), report.baseline_row())
-    assert [cell.text for cell in failed] == ["failed"] + ["–"] * (len(COLUMNS) - 1)
-    assert ("dynamic", "stopped") in notes(report)
-    assert dict(notes(report))["int4 cache"].startswith("failed: float16")
+    found = _cells(report, sample.BROKEN)
+    assert found["peak_bytes"].ratio == "0.15x, 0.30x"
+    assert {found[column.key].better for column in COST} == {None}
+    assert {found[column.key].better for column in QUALITY} == {False}
+    assert any(
+        "quality is broken" in note for names, note in notes(report) if sample.BROKEN in names
+    )
+    lines = {line.name: line for line in comparison_table(report).lines}
+    assert lines[sample.BROKEN].note and not lines["window 1024 + 4 sinks"].note
+
+
+def test_a_row_is_once_itself_and_a_missing_baseline_is_a_dash():
+    report = sample.report()
+    assert _cells(report, "transformers eager")["prefill_tps"].ratio == "1x, 0.35x"
+    assert _cells(report, "transformers sdpa")["prefill_tps"].ratio == "2.84x, 1x"
+    report.baseline_row().status = "failed"  # too large for the score matrices
+    assert _cells(report, "flash attention")["prefill_tps"].ratio == "–, 1.06x"
+
+
+def test_without_a_reference_there_is_one_ratio_and_no_colour():
+    report = sample.report()
+    report.rows = [row for row in report.rows if row.name != report.reference]
+    found = _cells(report, "flash attention")
+    assert found["prefill_tps"].ratio == "3.01x"
+    whole = [r for r in report.rows if r.status == "ok" and r.name != sample.BROKEN]
+    assert {cell.better for row in whole for cell in cells(row, report)} == {None}
+    assert "transformers sdpa was not measured" in key(report)
+    report.rows.remove(report.baseline_row())
+    assert not any(cell.ratio for row in report.rows for cell in cells(row, report))
+
+
+def test_combinations_show_what_their_parts_multiply_to():
+    report = sample.report()
+    found = _cells(report, sample.TOGETHER)
+    assert found["peak_bytes"].expected == "0.009x"  # 246 * 132 * 142 / 812**3
+    parts = [_row(report, name) for name in _row(report, sample.TOGETHER).parts]
+    eager = report.baseline_row()
+    for column in COLUMNS:
+        if column.key not in ("peak_bytes", "cache_bytes", "prefill_tps", "decode_tps"):
+            assert not found[column.key].expected
+            continue
+        product = 1.0
+        for part in parts:
+            product *= getattr(part, column.key) / getattr(eager, column.key)
+        assert float(found[column.key].expected.rstrip("x")) == pytest.approx(product, rel=0.06)
+    assert "expected" in str(found["cache_bytes"]) and '"expected"' in key(report)
+    _row(report, "int8 KV").status = "failed"
+    assert not any(cell.expected for cell in _cells(report, sample.TOGETHER).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("int4 KV", "failed: float16 accumulation is not supported on this CPU…"),
+        ("SnapKV, KV kept 25 %", "not applicable: every layer already slides over 512 tokens…"),
+    ],
+)
+def test_rows_that_did_not_run_say_why_in_short_and_the_notes_in_full(name, text):
+    report = sample.report()
+    line = cells(_row(report, name), report)
+    assert [cell.text for cell in line] == [text] + ["–"] * (len(COLUMNS) - 1)
+    assert _row(report, name).note in dict(notes(report))[name]
+
+
+def test_a_stopped_row_keeps_what_it_measured():
+    found = _cells(sample.report(), "YaRN + SnapKV 25 %")
+    assert found["peak_bytes"].text == "90.0 MiB"
+    assert found["cache_bytes"].text == "stopped: while its answers were written"
+    assert ("dynamic", "stopped") in notes(sample.report())
 
 
 def test_numbers_that_are_not_finite_are_not_shown():
     row = Row(name="x", group="y", perplexity=float("inf"), kl=float("nan"))
-    assert {cell.text for cell in cells(row, None)} == {"–"}
+    assert {cell.text for cell in cells(row, sample.report())} == {"–"}
 
 
 def test_groups_keep_the_order_and_gather_their_rows():

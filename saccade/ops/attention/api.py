@@ -181,7 +181,7 @@ def make_call(
     """
     q_scale = q.scale if isinstance(q, PerHeadFP8) else None
     q = qdata_of(q)
-    check_traceable(q)
+    check_traceable(q, kv_lens)
     check_kinds(q, kv, mask)
     if kv_lens is not None and q_offset is None:  # the default offset is made of them
         check_masks(q, kv, None, kv_lens, None, None)

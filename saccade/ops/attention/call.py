@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, Unsupported
 from saccade.core.formats import FP8
+from saccade.ops.attention import watch
 from saccade.ops.attention.checks import (
     check_kinds,
     check_masks,
@@ -62,7 +63,7 @@ class AttentionCall:
     def __post_init__(self) -> None:
         check_kinds(self.q, self.kv, self.mask)
         check_queries(self.q, self.kv, self.q_scale)
-        check_traceable(*self.floats)
+        check_traceable(*self.floats, *self._others)
         check_offset(self.q, self.q_offset)
         masks = (self.key_padding, self.kv_lens, self.blocks, self.attn_mask)
         check_masks(self.q, self.kv, *masks)
@@ -75,6 +76,14 @@ class AttentionCall:
         """The tensors that a gradient could flow to."""
         own = (self.q, self.q_scale, self.sink_logits, self.alibi_slopes)
         return *[x for x in own if x is not None], *self.kv.floats
+
+    @property
+    def _others(self) -> tuple[object, ...]:
+        """Everything else that may be a tensor."""
+        blocks = self.blocks.allowed if isinstance(self.blocks, BlockSelection) else None
+        sequences = self.cu_seqlens if isinstance(self.cu_seqlens, tuple) else ()
+        own = (self.q_offset, self.key_padding, self.kv_lens, self.attn_mask, blocks)
+        return *own, *sequences
 
     @property
     def group_rows(self) -> int:
@@ -108,10 +117,16 @@ class AttentionCall:
 
     @property
     def has_tangents(self) -> bool:
-        """Whether a tensor carries a tangent of forward-mode differentiation (torch.func.jvp)."""
+        """Whether a tensor carries a tangent of forward-mode differentiation (torch.func.jvp).
+
+        Under another transformation inside of a jvp (torch.func.hessian) tangents are not seen on
+        the tensors, so all tensors count there.
+        """
         if torch.compiler.is_compiling() or forward_ad._current_level < 0:
             return False
-        return any(forward_ad.unpack_dual(x).tangent is not None for x in self.floats)
+        return watch.is_nested_jvp() or any(
+            forward_ad.unpack_dual(x).tangent is not None for x in self.floats
+        )
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -22,7 +22,7 @@ from saccade.core import AttentionOutput, BlockSelection, DenseKV, Mask
 from saccade.ops.attention import dispatch
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.first_order import FirstOrder
-from saccade.ops.attention.watch import is_watched
+from saccade.ops.attention.watch import is_transformed, is_watched
 from saccade.ops.planning import planning
 
 _SCHEMA = (
@@ -198,4 +198,5 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return _gradients_by(_backward, ctx, dout, dlse)
+        mapped = is_transformed(dout) or is_transformed(dlse)  # by is_grads_batched or vectorize
+        return _gradients_by(attention_backward if mapped else _backward, ctx, dout, dlse)

@@ -27,6 +27,7 @@ from saccade.core.kv import KVTile
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 from saccade.ops.attention.varlen import per_sequence
+from saccade.ops.attention.watch import is_recorded
 
 Q_TILE = 256
 K_TILE = 512
@@ -94,7 +95,7 @@ def _absorb(
     anchor = m_new.masked_fill(m_new == -torch.inf, 0)  # rows without a visible key so far
     shrink = (m - anchor).exp()
     p = (scores - anchor).exp()
-    if v.is_meta or torch.compiler.is_compiling() or v.isfinite().all():
+    if is_recorded(v) or v.isfinite().all():
         gained = p @ v[:, :, None]
     else:  # an unseen key contributes nothing, not 0 * nan
         products = p[..., None] * v[:, :, None, None]

@@ -32,7 +32,24 @@ def is_intercepted(parts: Iterable[object]) -> bool:
     return _get_current_dispatch_mode() is not None or any(map(is_transformed, tensors))
 
 
-def is_transformed(x: Tensor) -> bool:
-    """Whether a transformation of torch.func wraps a tensor: it has no memory of its own."""
+def is_recorded(x: Tensor) -> bool:
+    """Whether values of a tensor cannot be read: a graph is made that holds for others too."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return True
+    return _get_current_dispatch_mode() is not None
+
+
+def is_nested_jvp() -> bool:
+    """Whether torch.func runs another transformation inside of a forward-mode one."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]
-    return functorch.is_functorch_wrapped_tensor(x)
+    kinds = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    return functorch.TransformType.Jvp in kinds[:-1]
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transformation of torch.func wraps a tensor: it has no memory of its own.
+
+    Autograd's is_grads_batched wraps gradients in the same way, by an older class.
+    """
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)

@@ -22,7 +22,7 @@ from saccade.ops.attention.cpu.binding import (
     workspace_bytes,
 )
 from saccade.ops.attention.cpu.gradients import backward
-from saccade.ops.planning import note_workspace, planning
+from saccade.ops.planning import counting, note_workspace, planning
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DIM = 576
@@ -87,9 +87,9 @@ def run(call: AttentionCall) -> AttentionOutput:
     # new_empty: inside of `with torch.device(...)` torch.empty would allocate elsewhere.
     out = call.q.new_empty((*call.q.shape[:3], call.kv.shape[4]))
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    if planning():
+    if counting():
         note_workspace(workspace_bytes(call))
-    else:
+    if not planning():
         kernels.attend(*arguments(call, out, lse))
     return AttentionOutput(out, lse)
 

@@ -1,0 +1,102 @@
+"""Candidates: settings worth trying where memory is short, the most exact first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Final
+
+import torch
+
+from saccade.runtime.model import ModelFacts
+from saccade.runtime.params import ContextParams
+
+WINDOW: Final = {"n_swa": 4096, "n_sinks": 4}
+RULE: Final = (
+    "The first that fits, most exact first (exact, bf16, int8, exact with keys in host memory, which "
+    "is slow, int8 keys with int4 values, int4, SnapKV, window with sinks)."
+)
+SETTINGS: Final[dict[str, dict[str, object]]] = {
+    "exact": {},
+    "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
+    "int8 cache": {"type_k": "int8", "type_v": "int8"},
+    "exact, keys in host memory": {"offload_kqv": False},
+    "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
+    "int4 cache": {"type_k": "int4", "type_v": "int4"},
+    "SnapKV, 25 % kept": {"kv_policy": "snapkv", "kv_budget": 0.25},
+    "window 4096 + 4 sinks": WINDOW,
+    "window 4096 + 4 sinks, bf16": {**WINDOW, "type_k": "bf16", "type_v": "bf16"},
+}
+"""Settings by name, in the order of RULE; adding one is one line."""
+_CHUNKS: Final = {"cpu": (512,), "cuda": (8192, 4096, 2048, 512)}
+"""Sizes of the chunks in which a prompt is read, the faster first; results are the same."""
+_SETTLED: Final = frozenset(
+    ("type_k", "type_v", "n_swa", "n_sinks", "page_size", "kv_policy", "kv_budget", "sparse",
+     "offload_kqv")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A setting.
+
+    Attributes:
+        name: for tables; rank: how exact, 0 first.
+        params: the options of the run, in full.
+    """
+
+    name: str
+    rank: int
+    params: ContextParams
+
+
+def candidates(
+    facts: ModelFacts, asked: ContextParams, device: str, *, chunk_is_asked: bool = False
+) -> Iterator[Candidate]:
+    """Settings beside the options that were asked for, without those that change nothing.
+
+    Options that settle how keys are kept (a type, a window, a policy) leave one setting.
+
+    Args:
+        device: "cpu" or "cuda".
+        chunk_is_asked: n_batch stays as it is.
+    """
+    default = ContextParams()
+    settled = any(getattr(asked, name) != getattr(default, name) for name in _SETTLED)
+    settings = {"as asked": {}} if settled else SETTINGS
+    sizes = (asked.n_batch,) if chunk_is_asked else _CHUNKS[device]
+    for rank, (name, options) in enumerate(settings.items()):
+        for size in sizes:
+            params = _with(asked, {**options, "n_batch": size})
+            if params is not None and (not options or _matters(facts, params, device)):
+                yield Candidate(name=name, rank=rank, params=params)
+
+
+def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | None:
+    """The options together, None where they contradict each other."""
+    try:
+        return replace(asked, **options)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _matters(facts: ModelFacts, params: ContextParams, device: str) -> bool:
+    """Whether every one of the options changes something for this model on this device."""
+    stored = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+    if params.type_k is not None and stored.get(params.type_k) is facts.dtype:
+        return False
+    windows = [own for own in facts.windows if own is None or own > (params.n_swa or 0)]
+    if params.n_swa is not None and not windows:
+        return False
+    full = any(own is None for own in facts.windows)
+    if not params.offload_kqv:
+        return full and device == "cuda"
+    quantized = params.type_k in ("int8", "int4")
+    return full or not (quantized or params.kv_policy is not None or params.n_sinks)
+
+
+def changed(params: ContextParams) -> dict[str, object]:
+    """The options that differ from the defaults."""
+    default = ContextParams()
+    every = ((each.name, getattr(params, each.name)) for each in fields(ContextParams))
+    return {name: value for name, value in every if value != getattr(default, name)}

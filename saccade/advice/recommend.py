@@ -1,0 +1,199 @@
+"""The recommendation: the most exact setting that fits, its runner-up, and what else would fit."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from saccade.advice.candidates import RULE, Candidate, candidates
+from saccade.advice.evidence import evidence_for, setting_of
+from saccade.advice.machine import Machine
+from saccade.advice.peak import Memory, memory_of
+from saccade.advice.scaling import reaching
+from saccade.advice.speed import Speed
+from saccade.core import BadInput
+from saccade.runtime.params import ContextParams
+from saccade.runtime.plan_blueprint import Blueprint
+from saccade.units import as_bytes, significant
+
+ANSWER: Final = 256
+"""Tokens of an answer, by which the time of two settings is compared."""
+_MOST_TOKENS: Final = 1 << 27
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A setting with what it takes.
+
+    Attributes:
+        candidate: what it is; memory: its bytes.
+        speed: None where it was not worth estimating, since it does not fit.
+        quality: what is known of how far outputs move, a sentence.
+        scaling: what is done about a length beyond the training, a sentence.
+    """
+
+    candidate: Candidate
+    memory: Memory
+    fits: bool
+    speed: Speed | None
+    quality: str
+    scaling: str | None
+
+    @property
+    def name(self) -> str:
+        """The setting and, where it is not the default, the size of a chunk."""
+        size = self.candidate.params.n_batch
+        chunked = "" if size == ContextParams().n_batch else f", chunks of {size}"
+        return self.candidate.name + chunked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Longest:
+    """Tokens of context that fit into the memory, None for any number."""
+
+    setting: str
+    tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What to do.
+
+    Attributes:
+        chosen: None where nothing fits.
+        second: the runner-up, and why it is one; None where nothing else fits.
+        options: every setting that was looked at, the most exact first.
+        longest: what would fit if another length were asked.
+    """
+
+    blueprint: Blueprint
+    machine: Machine
+    tokens: int
+    chosen: Option | None
+    second: Option | None
+    why_second: str
+    options: tuple[Option, ...]
+    longest: tuple[Longest, ...]
+    notes: tuple[str, ...] = field(default=())
+    rule: str = RULE
+
+
+def advise(
+    blueprint: Blueprint,
+    asked: ContextParams,
+    tokens: int,
+    machine: Machine,
+    *,
+    chunk_is_asked: bool = False,
+) -> Advice:
+    """The advice for a prompt of `tokens` tokens in the memory of a machine.
+
+    Raises:
+        BadInput: a length below 1, or more bytes than can be counted.
+    """
+    if tokens < 1:
+        raise BadInput(f"a plan needs a context of at least 1 token, got {tokens}.")
+    facts = blueprint.facts
+    found = [
+        _option(blueprint, each, tokens, machine)
+        for each in candidates(facts, asked, machine.kind, chunk_is_asked=chunk_is_asked)
+    ]
+    found = _distinct(found)
+    fitting = _timed([each for each in found if each.fits], blueprint, tokens, machine)
+    chosen, second = (*fitting, None, None)[:2]
+    shown = {each.name: each for each in fitting}
+    options = tuple(shown.get(each.name, each) for each in found)
+    economic = min(found, key=lambda each: each.memory.peak)
+    looked_at = {each.name: each for each in (found[0], chosen or found[0], economic)}
+    longest = tuple(
+        Longest(setting=name, tokens=_longest(blueprint, each.candidate.params, machine))
+        for name, each in looked_at.items()
+    )
+    return Advice(
+        blueprint=blueprint, machine=machine, tokens=tokens, chosen=chosen, second=second,
+        why_second=_why(chosen, second), options=options, longest=longest,
+        notes=_notes(blueprint, machine, chosen),
+    )  # fmt: skip
+
+
+def _option(blueprint: Blueprint, each: Candidate, tokens: int, machine: Machine) -> Option:
+    params, scaling = reaching(each.params, blueprint.facts, tokens)
+    memory = memory_of(blueprint, params, tokens, machine.kind)
+    return Option(
+        candidate=replace(each, params=params), memory=memory, speed=None, scaling=scaling,
+        fits=memory.peak <= machine.budget, quality=quality_of(params, tokens),
+    )  # fmt: skip
+
+
+def quality_of(params: ContextParams, tokens: int) -> str:
+    """What is known of how far outputs move under these options."""
+    if setting_of(params) is None:
+        return "exact: the keys that the model computes, all of them"
+    found = evidence_for(params, tokens)
+    return "no record of what it costs" if found is None else str(found)
+
+
+def _distinct(found: list[Option]) -> list[Option]:
+    """Of sizes of chunks, which change no result, the largest that fits, or the smallest."""
+    kept: dict[str, Option] = {}
+    for each in found:
+        before = kept.get(each.candidate.name)
+        if before is None or not before.fits:
+            kept[each.candidate.name] = each
+    return list(kept.values())
+
+
+def _timed(
+    fitting: list[Option], blueprint: Blueprint, tokens: int, machine: Machine
+) -> list[Option]:
+    """The first two of what fits, with their speeds."""
+    return [
+        replace(each, speed=machine.speed(blueprint, each.candidate.params, tokens))
+        for each in fitting[:2]
+    ]
+
+
+def seconds(option: Option) -> float:
+    """Until an answer of ANSWER tokens is there."""
+    assert option.speed is not None
+    return option.speed.first_token + ANSWER / option.speed.tokens_per_second
+
+
+def _why(chosen: Option | None, second: Option | None) -> str:
+    if chosen is None or second is None:
+        return ""
+    faster = seconds(chosen) / seconds(second)
+    saved = chosen.memory.peak - second.memory.peak
+    memory = f"saves {as_bytes(saved)}" if saved > 0 else f"takes {as_bytes(-saved)} more"
+    pace = f"{significant(max(faster, 1 / faster), 2)} times {'faster' if faster > 1 else 'slower'}"
+    return f"further down in the rule, {memory}, about {pace}"
+
+
+def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> int | None:
+    """Most tokens that fit, to about a hundredth; None where there is no limit."""
+
+    def peak(tokens: int) -> int:
+        at_once = replace(params, n_ctx=None, rope_scaling_type=None, yarn_orig_ctx=None)
+        return memory_of(blueprint, at_once, tokens, machine.kind, exact=False).peak
+
+    low = 1
+    while low < _MOST_TOKENS and peak(low) <= machine.budget:
+        low *= 2
+    if low >= _MOST_TOKENS:
+        return None
+    most = bisect_right(range(1, low), machine.budget, key=peak)
+    return most // 64 * 64 if most > 1024 else most
+
+
+def _notes(blueprint: Blueprint, machine: Machine, chosen: Option | None) -> tuple[str, ...]:
+    said: list[str] = []
+    if blueprint.weights_bytes > machine.budget:
+        said.append(
+            f"the weights alone take {as_bytes(blueprint.weights_bytes)} in "
+            f"{str(blueprint.facts.dtype).removeprefix('torch.')}."
+        )
+    if chosen is None and blueprint.facts.dtype.itemsize > 2:
+        half = as_bytes(blueprint.weights * 2)
+        said.append(f"--dtype bf16 makes the weights {half} (their rounding is not measured here).")
+    return tuple(said)

@@ -1,0 +1,29 @@
+"""What a command says besides its result: on stderr unless --quiet, and kept for --json."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Notes:
+    """Sentences for the user.
+
+    Attributes:
+        quiet: nothing is shown.
+        said: the notes so far, without what only concerns the moment.
+    """
+
+    quiet: bool = False
+    said: list[str] = field(default_factory=list[str])
+
+    def note(self, text: str) -> None:
+        """Something to know about the result."""
+        self.said.append(text)
+        self.say(f"Note: {text}")
+
+    def say(self, text: str) -> None:
+        """Something that only concerns the moment."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)

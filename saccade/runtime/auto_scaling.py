@@ -1,0 +1,112 @@
+"""Texts beyond the trained length: which scaling of positions reaches them, chosen where none was.
+
+Rotary positions past the trained length are angles that the model never saw, and its text falls
+apart.  YaRN (arXiv 2309.00071) maps the longer text onto angles that it knows, with the factor
+`tokens / trained length`.  A model that was trained with a scaling of its own keeps that rule, with
+a larger factor: its fast frequencies are what it learned with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from saccade.rope import Linear, Llama3, LongRoPE, YaRN
+from saccade.rope.rules import Rule
+from saccade.runtime.layers import narrowed_window
+from saccade.runtime.model import ModelFacts
+from saccade.runtime.params import ContextParams
+
+_CHOSEN: Final = ("rope_scaling_type", "rope_freq_scale", "rope_freq_base")
+_NAMES: Final[dict[type[Rule], str]] = {Linear: "linear", Llama3: "Llama 3", YaRN: "YaRN"}
+_INSIST: Final = "(--rope-scaling none to insist)"
+
+
+def reaching(
+    params: ContextParams, facts: ModelFacts, tokens: int
+) -> tuple[ContextParams, str | None]:
+    """Options that hold `tokens` tokens in context, and one sentence where text needed them to.
+
+    An `n_ctx` that was given stays, and no more tokens than that are counted.  Scaling that was
+    chosen stays too, "none" among them.  With a window and sinks positions are those inside the
+    cache, so nothing is scaled while the window is inside the trained length.
+
+    Args:
+        tokens: of prompt and answer together.
+
+    Returns:
+        The options, and what was chosen or what to expect; None where there is nothing to say.
+    """
+    if params.n_ctx is None and tokens > facts.n_ctx_train and params.n_swa is None:
+        params = replace(params, n_ctx=tokens)
+    tokens = tokens if params.n_ctx is None or params.n_swa else min(tokens, params.n_ctx)
+    reach = trained_reach(params, facts)
+    farthest = min(tokens, longest_distance(params, facts))
+    if tokens > reach and _drops_first_tokens(params, facts):
+        return params, (
+            f"{tokens:,} tokens are beyond the {reach:,} the model was trained for: a window keeps "
+            "text together there only with the first tokens too (--sinks 4)."
+        )
+    if farthest <= reach or any(getattr(params, name) is not None for name in _CHOSEN):
+        return params, None
+    return _scaled(params, facts, farthest, reach)
+
+
+def trained_reach(params: ContextParams, facts: ModelFacts) -> int:
+    """Tokens that positions reach without scaling by the params."""
+    return params.yarn_orig_ctx or facts.positions.reach(facts.n_ctx_train)
+
+
+def longest_distance(params: ContextParams, facts: ModelFacts) -> int:
+    """Most tokens, itself counted, to which a query's positions reach back in any layer."""
+    widest = 0
+    for own in facts.windows:
+        window, sinks = narrowed_window(own, params)
+        window = own if window is None else window + sinks
+        widest = max(widest, _ENDLESS if window is None else window)
+    return widest
+
+
+_ENDLESS: Final = 1 << 62
+
+
+def _drops_first_tokens(params: ContextParams, facts: ModelFacts) -> bool:
+    """Whether layers that learned to rest on the first tokens lose them (arXiv 2309.17453)."""
+    narrowed = any(own is None and narrowed_window(own, params)[0] for own in facts.windows)
+    return narrowed and not params.n_sinks and not facts.learned_sinks
+
+
+def _scaled(
+    params: ContextParams, facts: ModelFacts, tokens: int, reach: int
+) -> tuple[ContextParams, str]:
+    """The params with the scaling that reaches `tokens`, or as they are, and the sentence."""
+    positions = facts.positions
+    beyond = f"{tokens:,} tokens are beyond the {reach:,} the model was trained for: "
+    if positions.limit is not None:
+        return params, beyond + (
+            f"it has a table of {positions.limit:,} positions and cannot read further."
+        )
+    if positions.rule is None:
+        return params, beyond + "it has no rotary positions to scale, and may lose coherence."
+    if positions.refusal is not None or isinstance(positions.rule, LongRoPE):
+        why = positions.refusal or "its LongRoPE divisors are searched for that length."
+        return params, beyond + (
+            f"its positions cannot be scaled ({why.rstrip('.')}), so text may lose coherence; a "
+            "window with sinks keeps it (--swa 1024 --sinks 4)."
+        )
+    stretch = tokens / reach
+    name, changed = _stretched(positions.rule, stretch, tokens, facts.n_ctx_train, params)
+    return replace(params, **changed), (
+        f"{beyond}positions are scaled by {name} x{stretch:.1f} {_INSIST}."
+    )
+
+
+def _stretched(
+    own: Rule, stretch: float, tokens: int, n_ctx_train: int, params: ContextParams
+) -> tuple[str, dict[str, float | int | str]]:
+    """Name and options of the model's own rule stretched further, or of YaRN where it has none."""
+    if isinstance(own, Linear | Llama3 | YaRN) and params.yarn_orig_ctx is None:
+        return _NAMES[type(own)], {"rope_freq_scale": 1.0 / (own.factor * stretch)}
+    trained = params.yarn_orig_ctx or getattr(own, "original_max_position", n_ctx_train)
+    yarn = {"rope_scaling_type": "yarn", "yarn_orig_ctx": trained}
+    return "YaRN", {**yarn, "rope_freq_scale": trained / tokens}

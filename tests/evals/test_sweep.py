@@ -1,0 +1,74 @@
+"""The same configurations at several lengths."""
+
+import pytest
+
+from saccade.evals import sweep
+from saccade.evals.rows import FLASH, INT8, SDPA
+from saccade.hf.model import HFModel
+from saccade.report.comparison import Report
+from tests.evals.test_run import TEXT, Tokenizer, loaded
+from tests.tiny_models import tiny_config
+
+LENGTHS = (256, 384)
+
+
+def swept(n_ctx, lengths=LENGTHS):
+    model = loaded(tiny_config("llama", max_position_embeddings=n_ctx, num_hidden_layers=2))
+    tokens, runner = Tokenizer()(TEXT).input_ids, HFModel(model.model)
+    swept = sweep.Sweep(model, runner, tokens, lengths, n_batch=128)
+    origin = {"revision": None, "command": "", "environment": {}, "date": ""}
+    report = Report(model={}, text={}, settings={}, baseline="", **origin)
+    labels = []
+    swept.run(report, labels.append, lambda: False)
+    assert len(labels) == len(report.sweep) == swept.steps
+    return report
+
+
+@pytest.fixture(scope="module")
+def report():
+    return swept(1024)
+
+
+def test_every_configuration_at_every_length(report):
+    assert [point.n_context for point in report.sweep] == sorted(
+        point.n_context for point in report.sweep
+    )
+    for name in (SDPA, FLASH, INT8):
+        points = [point for point in report.sweep if point.name == name]
+        assert [point.n_context for point in points] == list(LENGTHS)
+        for point in points:
+            assert point.status == "ok", point.note
+            assert point.peak_bytes and point.ttft_seconds and point.decode_tps
+            assert point.perplexity and point.kl is not None
+
+
+def test_caches_grow_with_the_length_but_a_window(report):
+    def caches(name):
+        return [point.cache_bytes for point in report.sweep if point.name.startswith(name)]
+
+    assert caches(SDPA)[1] == 1.5 * caches(SDPA)[0]
+    assert len(set(caches("window"))) == 1
+
+
+def test_past_the_trained_length_there_is_no_kl_and_yarn_joins():
+    report = swept(300, (256, 384))
+    past = [point for point in report.sweep if point.n_context == 384]
+    assert {point.name for point in past} >= {SDPA, FLASH, "YaRN"}
+    assert all(point.kl is None and point.perplexity for point in past if point.status == "ok")
+
+
+def test_points_that_would_take_too_long_say_so(monkeypatch):
+    monkeypatch.setattr(sweep, "LONGEST_SECONDS", 0.0)
+    report = swept(1024)
+    first, second = (
+        {point.status for point in report.sweep if point.n_context == length} for length in LENGTHS
+    )
+    assert first == {"ok"} and second == {"stopped"}
+    assert "expected" in report.sweep[-1].note and report.sweep[-1].peak_bytes is None
+
+
+def test_points_that_would_not_fit_say_so(monkeypatch):
+    monkeypatch.setattr(sweep, "free_memory", lambda _: 1000)
+    report = swept(1024, (256,))
+    assert {point.status for point in report.sweep} == {"stopped"}
+    assert "caches need about" in report.sweep[0].note
