@@ -13,6 +13,7 @@ from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import check_attention
+from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
@@ -152,14 +153,20 @@ def running(run: Run) -> Running:
     return Running(run)
 
 
-def new_cache(run: Run, *, reserve: int = 0) -> SaccadeCache:
-    """Empty caches that follow the options of a run; see `Attached.new_cache`."""
+def new_cache(run: Run, *, reserve: int = 0, n_ctx_train: int | None = None) -> SaccadeCache:
+    """Empty caches that follow the options of a run; see `Attached.new_cache`.
+
+    Args:
+        n_ctx_train: length that the model was trained for; default what its config says.
+    """
     staging = None if run.params.offload_kqv else StagingBuffers()
 
     def make(layer: int, own: int | None) -> LayerCache:
         return layer_cache(own, run.params, staging=staging, reserve=reserve)
 
-    return SaccadeCache(run.model.config, make, run=run)
+    cache = SaccadeCache(run.model.config, make, run=run)
+    move_sinks(cache, run, n_ctx_train)
+    return cache
 
 
 def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
@@ -173,6 +180,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
         run = runs.in_force
         if run is not None:
             _bring_cache(run, kwargs)
+            read_prompt_in_blocks(args, kwargs)
         return original(*args, **kwargs)
 
     changes.override(undo, runs.model, "generate", generate)
