@@ -47,9 +47,9 @@ def weights_of(module: nn.Module, call: AttentionCall, num_keys: int) -> Tensor:
             "output_attentions=True needs all keys of a layer as one tensor, which this cache does "
             "not keep. Leave it out, use a cache of transformers, or attn_implementation='eager'."
         )
+    k = call.kv.k
     if type(module).__name__ in _WITHOUT_SINKS:
         call = replace(call, sink_logits=None)
-    k = call.kv.k
     values = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
     identity = replace(call, kv=DenseKV(k, values), wants_lse=False)
     weights = attend(identity, backend="reference").out
