@@ -49,7 +49,7 @@ def checks() -> list[Check]:
     found = [_python(), _torch()]
     if found[-1].status == "broken":
         return found
-    found += [_cpu(), _memory(), *_gpu(), _triton(), *_launches(), _transformers()]
+    found += [_cpu(), _memory(), *_gpu(), _device(), _triton(), *_launches(), _transformers()]
     found += [_package(name, purpose) for name, purpose in _OPTIONAL.items()]
     found.append(_demo_model())
     return found
@@ -137,6 +137,19 @@ def _gpu() -> list[Check]:
         return [Check("GPU", "missing", "none that torch can use", advice)]
     advice = "Everything runs on the CPU. With a GPU, install a CUDA or ROCm build of torch."
     return [Check("GPU", "missing", "this torch was built for CPUs", advice)]
+
+
+def _device() -> Check:
+    """Where models run if no --device and no --dtype is given, and what else can be asked for."""
+    import torch
+
+    if torch.cuda.is_available():
+        dtypes = "f32, bf16 and f16" if torch.cuda.is_bf16_supported(False) else "f32 and f16"
+        found = f"--device auto is cuda, cpu on request; --dtype {dtypes}"
+        return Check("device", "ok", found)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    how = "" if native else " (bf16 and f16 slowly: this CPU has no instructions for them)"
+    return Check("device", "ok", f"--device auto is cpu; --dtype f32, bf16 and f16{how}")
 
 
 def _triton() -> Check:

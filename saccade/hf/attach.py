@@ -206,7 +206,8 @@ def _check_can_go_back(cache: SaccadeCache, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config")
     for name in ("prompt_lookup_num_tokens", "assistant_model"):
         guesses = kwargs.get(name, getattr(config, name, None))
-        if guesses is not None and any(isinstance(x.store, RingCache) for x in cache.layers):
+        stores = [getattr(layer, "store", None) for layer in cache.layers]
+        if guesses is not None and any(isinstance(store, RingCache) for store in stores):
             raise Unsupported(
                 f"{name} takes back tokens that were guessed wrong, but the cache of a sliding "
                 f"window keeps the window alone. Leave {name} out, or attach without a window."

@@ -105,7 +105,7 @@ def _attended(
     result = attend(call, backend=settings.backend)
     if observe is not None:
         observe(call, result.lse.detach())
-    weights = weights_of(call, key.shape[2]) if wants_weights(module, kwargs) else None
+    weights = weights_of(module, call, key.shape[2]) if wants_weights(module, kwargs) else None
     return result.out.transpose(1, 2).contiguous(), weights
 
 

