@@ -30,8 +30,9 @@ from saccade.advice.speed import Speed
 from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
 from saccade.runtime import ContextParams, Sampler
+from saccade.runtime.located import located
 from saccade.runtime.plan_blueprint import Blueprint
-from saccade.runtime.plan_files import from_config
+from saccade.runtime.plan_files import blueprint_of, from_config
 
 SCHEMA = "saccade.plan_check/1"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,10 +63,11 @@ def shaped(tiny: bool) -> tuple[Any, Blueprint]:
 
 def loaded(name: str) -> tuple[Any, Blueprint]:
     """A model by name or path on the CPU, and its blueprint."""
-    from saccade.cli.plan import blueprint
     from saccade.hf.load import load_model
+    from saccade.hf.plan import blueprint
 
-    found = blueprint(name, None, torch.float32)
+    path = located(name)
+    found = blueprint_of(path, None, torch.float32) or blueprint(path)
     return load_model(name).model, found
 
 
@@ -115,8 +117,8 @@ def row_of(
     ids = torch.randint(
         0, blueprint.facts.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1)
     )
-    if where.kind == "cuda":  # kernels are compiled once, which is no part of a user's second run
-        measured(model, params, ids[: 2 * params.n_batch + 64], 4)
+    # Kernels are compiled and a model is checked once: no part of a user's second run.
+    measured(model, params, ids[: 2 * params.n_batch + 64 if where.kind == "cuda" else 64], 4)
     try:
         real = measured(model, params, ids, 64 if where.kind == "cuda" else 16)
     except Exception as error:

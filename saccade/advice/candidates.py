@@ -10,7 +10,7 @@ from saccade.runtime.model import ModelFacts
 from saccade.runtime.no_effect import without_effect
 from saccade.runtime.params import ContextParams
 
-WINDOW: Final = {"n_swa": 4096, "n_sinks": 4}
+WINDOW: Final[dict[str, object]] = {"n_swa": 4096, "n_sinks": 4}
 RULE: Final = (
     "The first that fits, most exact first (exact, bf16, int8, int8 keys with int4 values, then "
     "exact with keys in host memory, which is slow, int4, SnapKV, window with sinks)."

@@ -60,7 +60,7 @@ def setting_of(params: ContextParams) -> str | None:
     if params.n_swa is not None:
         return "window + sinks"
     stored = (params.type_k, params.type_v)
-    names = {
+    names: dict[tuple[str | None, str | None], str] = {
         ("bf16", "bf16"): "bf16 cache", ("int8", "int8"): "int8 cache",
         ("int8", "int4"): "int8 keys, int4 values", ("int4", "int4"): "int4 cache",
     }  # fmt: skip

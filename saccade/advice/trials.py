@@ -9,7 +9,7 @@ import html
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from torch import Tensor
 from saccade.advice.allocated import Allocated
 from saccade.advice.evidence import evidence_for, setting_of
 from saccade.advice.recommend import Advice, Option
-from saccade.runtime import Context, Model, Sampler
+from saccade.runtime import Context, Sampler
+
+if TYPE_CHECKING:
+    from saccade.hf.load import LoadedModel
 
 MOST_TOKENS: Final = {"cpu": 2048, "cuda": 32768}
 _WRITTEN: Final = 16
@@ -46,30 +49,24 @@ class Trial:
         return asdict(self)
 
 
-def trials(model: Any, advice: Advice) -> list[Trial]:
-    """The settings that fit, each read and written with once, at a context scaled down.
-
-    Args:
-        model: a LoadedModel.
-    """
+def trials(model: LoadedModel, advice: Advice) -> list[Trial]:
+    """The settings that fit, each read and written with once, at a context scaled down."""
     tokens = min(advice.tokens, MOST_TOKENS[advice.machine.kind])
     fitting = [each for each in advice.options if each.fits][:_MOST_SETTINGS]
-    return [trial(model, each, tokens, model.model) for each in fitting]
+    return [_trial(model, each, tokens) for each in fitting]
 
 
-def trial(model: Any, option: Option, tokens: int, module: torch.nn.Module) -> Trial:
-    """One setting on a model that is loaded.
-
-    Args:
-        module: whose parameters are the weights.
-    """
-    params = replace(option.candidate.params, n_ctx=None)
-    weights = sum(each.nbytes for each in module.parameters())
+def _trial(model: LoadedModel, option: Option, tokens: int) -> Trial:
+    """One setting on a model that is loaded."""
     from saccade.hf.context import Context as Opened
 
-    ids = prompt_of(option, tokens, advice_vocabulary(module))
+    params = replace(option.candidate.params, n_ctx=None)
+    weights = sum(each.nbytes for each in model.model.parameters())
     with Opened(model, params) as ctx:
-        peak, caches, first, rate = run(ctx, ids)
+        vocabulary = ctx.model.facts.vocab_size
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, vocabulary, (tokens,), generator=generator)
+        peak, caches, first, rate = _run(ctx, ids)
     found = evidence_for(params, tokens)
     kl = 0.0 if setting_of(params) is None else (found.kl if found else None)
     return Trial(
@@ -78,29 +75,15 @@ def trial(model: Any, option: Option, tokens: int, module: torch.nn.Module) -> T
     )  # fmt: skip
 
 
-def advice_vocabulary(module: Any) -> int:
-    """Tokens that a model knows."""
-    return int(module.config.get_text_config(decoder=True).vocab_size)
-
-
-def prompt_of(option: Option, tokens: int, vocabulary: int) -> Tensor:
-    """Random tokens, the same for every setting."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, vocabulary, (tokens,), generator=generator)
-
-
-def run(ctx: Context[Model] | Any, ids: Tensor) -> tuple[int, int, float, float]:
+def _run(ctx: Context, ids: Tensor) -> tuple[int, int, float, float]:
     """(peak bytes above the start, bytes of caches, seconds to the first token, tokens/s)."""
     with Allocated(ctx.model.device) as allocated:
         begin = time.perf_counter()
         stream = ctx.stream(ids, n_predict=_WRITTEN, sampler=Sampler())
         next(stream)
         first, caches = time.perf_counter() - begin, ctx.cache_bytes
-    taken: list[float] = []
-    for _ in stream:
-        taken.append(time.perf_counter())
-    steps = len(taken) - 1
-    rate = steps / (taken[-1] - taken[0]) if steps > 0 else 0.0
+    moments = [time.perf_counter() for _ in stream]
+    rate = (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else 0.0
     return allocated.peak, caches, first, rate
 
 

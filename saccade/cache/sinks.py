@@ -17,7 +17,6 @@ originals: roundings do not add up.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from saccade.cache.base import ShiftKeys
@@ -54,7 +53,9 @@ class SinkPlaces:
     def allocate(self, keys: Tensor) -> None:
         """Make room for the originals of keys `[B, Hkv, slots, D]`, of which none is stored yet."""
         self._moved = 0
-        self._originals = torch.empty_like(keys[:, :, : self._sinks]) if self._sinks else None
+        batch, heads, _, dim = keys.shape
+        shape = batch, heads, min(self._sinks, keys.shape[2]), dim
+        self._originals = keys.new_empty(shape) if self._sinks else None
 
     def moved_at(self, position: int) -> int:
         """Positions by which the sinks are moved for a query at `position`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,7 +103,12 @@ def _advice(
     where = machine(device, memory)
     gguf = torch.bfloat16 if where.kind == "cuda" else torch.float32
     found = blueprint(model, None if wanted is None else getattr(torch, wanted), gguf)
+    if length is not None and params.n_ctx not in (None, length):
+        raise UsageError(
+            f"--context {length} and --ctx-size {params.n_ctx} both say how many tokens. Give one."
+        )
     held = length or params.n_ctx or found.facts.n_ctx_train
+    params = replace(params, n_ctx=None)  # the recommendation sets it where it has to be
     return advise(found, params, held, where, chunk_is_asked=chunked)
 
 

@@ -35,7 +35,9 @@ _NOT_PLAIN: Final = (
 )
 _THETA: Final = 10000.0
 _DTYPES: Final = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-_NUMBERS: Final = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_NUMBERS: Final[dict[int, str]] = dict(
+    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
+)
 _STRING, _ARRAY = 8, 9
 _MOST: Final = 1 << 40
 _ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
@@ -204,5 +206,5 @@ class _Header:
     def _tensor(self) -> tuple[str, tuple[int, ...]]:
         name, dims = self._text(), self._number("I")
         shape = tuple(self._number("Q") for _ in range(dims))[::-1]
-        self._number("I"), self._number("Q")
+        self.at += struct.calcsize("<IQ")  # its type and where it lies
         return name, shape

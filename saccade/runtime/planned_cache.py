@@ -183,7 +183,8 @@ class CountedGroups:
     """
 
     def __init__(self, cache: QuantizedCache, facts: ModelFacts) -> None:
-        settings, reserved = cache.state().settings, cache.reserved
+        settings: Mapping[str, Any] = cache.state().settings
+        reserved = cache.reserved
         self._group, self._least = int(settings["group"]), int(settings["recent"])
         self._slots, self._step = self._least + 2 * self._group, cache.growth_step
         self._quantized = self._recent = 0

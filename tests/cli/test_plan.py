@@ -143,6 +143,7 @@ def test_trials_on_the_model(capsys, tmp_path):
         (["--context", "0"], "expected a number of tokens"),
         (["--device", "tpu"], "expected one of auto, cpu, cuda as device, got 'tpu'"),
         (["--svg", "x.svg"], "Add --measure."),
+        (["--context", "2k", "-c", "1000"], "--context 2048 and --ctx-size 1000 both say"),
         (["--dtype", "int3"], "expected one of auto, f32, bf16, f16"),
         (["--sinks", "4"], "set --swa"),
     ],
