@@ -68,17 +68,20 @@ def absent(path: Path, *names: str) -> list[str]:
 def sweep(path: Path, quantity: str, *names: str) -> str:
     """One quantity of a comparison's sweep: a row for each configuration, a column a length.
 
+    Names that the sweep does not have are left out.
+
     Raises:
-        ValueError: a name that the sweep does not have.
+        ValueError: it has none of them.
     """
     points = comparison.read(path).sweep
     lengths = sorted({point.n_context for point in points})
     known = list(dict.fromkeys(point.name for point in points))
-    for name in names:
-        if not any(each.startswith(name) for each in known):
-            raise ValueError(f"the sweep of {path.name} has no {name!r}, only {', '.join(known)}.")
     by_place = {(point.name, point.n_context): point for point in points}
     chosen = [name for name in known if name.startswith(names)]
+    if points and not chosen:
+        raise ValueError(f"the sweep of {path.name} has no {names[0]!r}, only {', '.join(known)}.")
+    if not points:
+        return "*This record has no sweep.*"
     lines = [
         Line(name, [_point(by_place.get((name, at)), quantity) for at in lengths])
         for name in chosen
@@ -105,6 +108,29 @@ def claims(path: Path) -> str:
         for c in found
     ]
     return table_text(Table([Heading(title, right=False) for title in titles], lines, "technique"))
+
+
+def plan_check(path: Path) -> str:
+    """`benchmarks/plan_check.py`: what was planned beside what was measured."""
+    shows: dict[str, Callable[[float], str]] = {
+        "caches": as_bytes,
+        "peak": as_bytes,
+        "first_token": lambda value: f"{significant(value)} s",
+        "tokens_per_second": significant,
+    }
+    lines: list[Line] = []
+    for row in json.loads(path.read_text())["rows"]:
+        cells = [Cell(f"{row['tokens']:,}")]
+        if "failed" in row:
+            cells += [Cell(MISSING)] * len(shows)
+        else:
+            for key, show in shows.items():
+                planned, real = row["plan"][key], row["measured"][key]
+                cells.append(Cell(f"{show(planned)} / {show(real)}", f"{row['off'][key]:+.0%}"))
+        lines.append(Line(row["name"], cells))
+    titles = ("tokens", "caches", "peak", "first token", "tokens/s")
+    corner = "planned / measured (off)"
+    return table_text(Table([Heading(title) for title in titles], lines, corner))
 
 
 def groups(path: Path) -> str:
@@ -192,6 +218,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "claims": claims,
     "groups": groups,
+    "plan_check": plan_check,
     "decode_shares": decode_shares,
     "rules": rules,
 }

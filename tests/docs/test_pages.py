@@ -1,5 +1,6 @@
 """What README and docs claim: rendered from records, commands parse, snippets run, links lead."""
 
+import json
 import re
 from functools import cache
 
@@ -23,7 +24,7 @@ LONGEST_PAGE = 80  # without its tables
 COMING = ("convert",)
 COMING_PAGES = ("docs/kv-heads.md",)
 # Pages whose records are measured when everything is merged; each has to be removed then.
-UNMEASURED = ("docs/claims.md", *(page for page in TECHNIQUES[:4]))
+UNMEASURED = ("docs/claims.md", "docs/recipes.md", *(page for page in TECHNIQUES[:4]))
 
 
 def _each(pages, unfinished=()):
@@ -133,6 +134,22 @@ def test_a_sweep_is_a_table_by_length(tmp_path):
     assert table.splitlines()[2:] == ["| int8 KV | 1.00 MiB | failed |"]
     with pytest.raises(ValueError, match="has no 'none', only int8 KV, other"):
         page_tables.sweep(path, "kl", "none")
+
+
+def test_plans_stand_beside_what_was_measured(tmp_path):
+    plan = {"caches": 2**20, "peak": 2**30, "first_token": 2.0, "tokens_per_second": 50.0}
+    off = {"caches": 0.0, "peak": 0.0, "first_token": -0.2, "tokens_per_second": 0.0}
+    rows = [
+        {"name": "int8", "tokens": 2048, "plan": plan, "measured": plan | {"first_token": 2.5},
+         "off": off},
+        {"name": "int4", "tokens": 2048, "failed": "MemoryError"},
+    ]  # fmt: skip
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"rows": rows}))
+    int8, int4 = page_tables.plan_check(path).splitlines()[2:]
+    assert int8.startswith("| int8 | 2,048 | 1.00 MiB / 1.00 MiB (+0%) | ")
+    assert "2.00 s / 2.50 s (-20%)" in int8
+    assert int4 == "| int4 | 2,048 | – | – | – | – |"
 
 
 def test_claims_stand_beside_what_was_measured(tmp_path):
