@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import gpu_tables
 from saccade.report import comparison
+from saccade.report.claims import claims_table
 from saccade.report.markdown import escape, table_text, to_markdown
 from saccade.report.numbers import (
     MISSING,
@@ -99,15 +100,9 @@ def _point(point: comparison.SweepPoint | None, quantity: str) -> Cell:
 
 def claims(path: Path) -> str:
     """The chapter's figures, what this record measured, and why they differ."""
-    found = comparison.read(path).claims
-    if not found:
-        return "*This record has no claims.*"
-    titles = ("what", "claimed", "measured", "why they differ")
-    lines = [
-        Line(c.technique, [Cell(c.quantity), Cell(c.claimed), Cell(c.measured), Cell(c.reason)])
-        for c in found
-    ]
-    return table_text(Table([Heading(title, right=False) for title in titles], lines, "technique"))
+    report = comparison.read(path)
+    found = claims_table(report) if report.claims else None
+    return "*This record has no claims.*" if found is None else table_text(found)
 
 
 def plan_check(path: Path) -> str:
