@@ -37,7 +37,7 @@ class AllocatedPeak:
         self._workspace = LargestWorkspace()
 
     def __enter__(self) -> AllocatedPeak:
-        gc.collect()  # what is let go inside should have been allocated inside
+        gc.collect(1)  # what is let go inside should have been allocated inside
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)

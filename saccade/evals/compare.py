@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 from saccade.report.comparison import Report
 from saccade.report.record import origin
+from saccade.runtime import ContextParams
+from saccade.runtime.auto_scaling import trained_reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Sizes:
     batch: int = 512
 
 
+STEPS_ON_GPU = 64  # a token takes milliseconds there
 QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=72)
 FULL = Sizes(context=3072, scored=512, steps=24, curve=12288, rounds=3, repeat_until=330)
 LEAST_CONTEXT = 256
@@ -67,6 +71,7 @@ def run(
     rows: Sequence[str] | None = None,
     sweep: Sequence[int] = (),
     scored: bool = True,
+    n_batch: int = 512,
     seconds: float | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
@@ -80,6 +85,7 @@ def run(
         rows: names, or parts of names, of rows to measure; the two of transformers always run.
         sweep: lengths at which a few configurations are measured too.
         scored: False leaves the columns of quality empty, as for random weights.
+        n_batch: tokens that every row reads at once.
         seconds: nothing new begins after that time.
         on_progress: called before each step and at the end.
 
@@ -87,7 +93,7 @@ def run(
         BadInput: no tokenizer, a text too short, or a row that does not exist.
     """
     begin = time.perf_counter()
-    sizes = _sizes(context, quick)
+    sizes = _sizes(context, quick, n_batch, model.model.device.type)
     read = _tokens(model, text) if tokens is None else list(tokens)
     runner = HFModel(model.model, name=model.name, n_ctx_train=model.n_ctx_train)
     count = needles_for(sizes.context) if tokens is None and scored else 0
@@ -97,49 +103,78 @@ def run(
     )  # fmt: skip
     trial.scored = scored
     known = rows_for(runner.facts, n_context=sizes.context, total=trial.total, n_batch=sizes.batch)
-    chosen = _chosen(known, rows, quick)
     report = _report(model, runner, text, read, sizes, quick)
     report.settings |= {"needles": count} | ({"scaling": known.scaling} if known.scaling else {})
-    table = Table(report, trial, known.exact)
-    swept = Sweep(model, runner, read, sweep, n_batch=sizes.batch, scored=scored)
-    curves = _curves(runner, sizes, read) if rows is None and scored else {}
-    total = len(chosen) * sizes.rounds + len(curves) + swept.steps
-    done = 0
-
-    def late(limit: float | None) -> bool:
-        return limit is not None and time.perf_counter() - begin > limit
-
-    def step(label: str) -> None:
-        nonlocal done
-        on_progress(Progress(done, total, label, report))
-        done += 1
-
+    work = _Work(
+        report=report,
+        sizes=sizes,
+        table=Table(report, trial, known.exact),
+        chosen=_chosen(known, rows, quick),
+        curves=_curves(runner, sizes, read) if rows is None and scored else {},
+        sweep=Sweep(model, runner, read, sweep, n_batch=sizes.batch, scored=scored),
+        on_progress=on_progress,
+        begin=begin,
+        seconds=math.inf if seconds is None else seconds,
+    )
     try:
-        table.warm_up()
-        for spec in chosen:
-            step(spec.name)
-            table.first(spec, late=late(seconds))
-        for again in range(1, sizes.rounds):
-            for spec in chosen:
-                step(f"{spec.name}, round {again + 1}")
-                if not late(sizes.repeat_until) and not late(seconds):
-                    table.again(spec)
-        for name, params in curves.items():
-            step(f"perplexity by position: {name}")
-            curve = measure_curve(name, runner, params, token_tensor(read[: sizes.curve]))
-            report.curves.append(curve)
-        swept.run(report, step, lambda: late(seconds))
-        on_progress(Progress(total, total, "done", report))
+        work.run(runner, read)
     except KeyboardInterrupt:
         report.complete = False
-    table.finish()
+    work.table.finish()
     report.claims = claims_of(report)
     report.seconds = time.perf_counter() - begin
     return report
 
 
-def _sizes(context: int | None, quick: bool) -> Sizes:
-    base = QUICK if quick else FULL
+@dataclass(slots=True, kw_only=True)
+class _Work:
+    """What a run has to do, in this order, and how far it is."""
+
+    report: Report
+    sizes: Sizes
+    table: Table
+    chosen: list[RowSpec]
+    curves: dict[str, ContextParams]
+    sweep: Sweep
+    on_progress: Callable[[Progress], None]
+    begin: float
+    seconds: float
+    done: int = 0
+
+    def run(self, runner: HFModel, tokens: Sequence[int]) -> None:
+        """All of it, as far as the time reaches."""
+        self.table.warm_up()
+        for spec in self.chosen:
+            self._step(spec.name)
+            self.table.first(spec, late=self._late())
+        for again in range(1, self.sizes.rounds):
+            for spec in self.chosen:
+                self._step(f"{spec.name}, round {again + 1}")
+                if not self._late(self.sizes.repeat_until):
+                    self.table.again(spec)
+        for name, params in self.curves.items():
+            self._step(f"perplexity by position: {name}")
+            text = token_tensor(tokens[: self.sizes.curve])
+            self.report.curves.append(measure_curve(name, runner, params, text))
+        self.sweep.run(self.report, self._step, self._late)
+        self.done = self._total
+        self._step("done")
+
+    @property
+    def _total(self) -> int:
+        return len(self.chosen) * self.sizes.rounds + len(self.curves) + self.sweep.steps
+
+    def _step(self, label: str) -> None:
+        self.on_progress(Progress(self.done, self._total, label, self.report))
+        self.done += 1
+
+    def _late(self, limit: float = math.inf) -> bool:
+        return time.perf_counter() - self.begin > min(limit, self.seconds)
+
+
+def _sizes(context: int | None, quick: bool, n_batch: int, device: str) -> Sizes:
+    base = replace(QUICK if quick else FULL, batch=n_batch)
+    base = replace(base, steps=STEPS_ON_GPU) if device == "cuda" else base
     if context is None:
         return base
     if context < LEAST_CONTEXT:
@@ -170,7 +205,7 @@ def _chosen(known: Rows, names: Sequence[str] | None, quick: bool) -> list[RowSp
     return [spec for spec in known.specs if spec.name in wanted]
 
 
-def _curves(runner: HFModel, sizes: Sizes, tokens: Sequence[int]) -> dict[str, Any]:
+def _curves(runner: HFModel, sizes: Sizes, tokens: Sequence[int]) -> dict[str, ContextParams]:
     """Curves to measure: none in a quick run, or where the text does not reach that far."""
     past = sizes.curve > runner.facts.n_ctx_train and len(tokens) >= sizes.curve
     if not past:
@@ -197,7 +232,7 @@ def _report(
             "query_heads": facts.num_heads,
             "kv_heads": facts.num_kv_heads,
             "head_dim": facts.head_dim,
-            "trained_length": facts.n_ctx_train,
+            "trained_length": trained_reach(ContextParams(), facts),
             "dtype": str(facts.dtype).removeprefix("torch."),
             "weight_bytes": sum(weights.values()),
         },

@@ -42,7 +42,8 @@ def measure_curve(name: str, model: Model, params: ContextParams, tokens: Tensor
             states = hidden[:-1] if last is None else torch.cat((last, hidden[:-1]))
             targets = block[1:] if last is None else block
             last = hidden[-1:]
-            value = perplexity(-token_log_probs(ctx, states, targets))[0]
+            wanted = targets.to(states.device)
+            value = perplexity(-token_log_probs(ctx, states, wanted))[0]
             if math.isfinite(value):
                 curve.positions.append(start)
                 curve.perplexity.append(value)

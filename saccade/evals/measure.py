@@ -84,16 +84,20 @@ def opened(spec: RowSpec, trial: Trial, model: HFModel) -> Iterator[Subject]:
 
 @contextmanager
 def _model_of(spec: RowSpec, trial: Trial) -> Iterator[HFModel]:
-    """The model of a row; on a GPU its kernels are compiled before anything is timed."""
-    with ExitStack() as stack:
-        model = trial.model
-        if spec.heads in ("mha", "mqa"):
-            model = stack.enter_context(trial.heads(spec.heads))
-        if trial.model.device.type == "cuda":
-            with opened(spec, trial, model) as subject:
-                subject.read(trial.context)
-                subject.write(trial.continuation[: trial.steps])
-        yield model
+    """The model of a row, with the heads that it needs."""
+    if spec.heads in ("mha", "mqa"):
+        with trial.heads(spec.heads) as model:
+            yield model
+    else:
+        yield trial.model
+
+
+def _compile(spec: RowSpec, trial: Trial, model: HFModel) -> None:
+    """On a GPU kernels are compiled by their first call, which is not timed."""
+    if model.device.type == "cuda":
+        with opened(spec, trial, model) as subject:
+            subject.read(trial.context)
+            subject.write(trial.continuation[:2])
 
 
 def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) -> Seen | None:
@@ -104,6 +108,7 @@ def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) 
     """
     device = trial.model.device
     with _model_of(spec, trial) as model, ExitStack() as stack:
+        _compile(spec, trial, model)
         with AllocatedPeak(device) as peak:
             subject = stack.enter_context(opened(spec, trial, model))
             begin = time.perf_counter()

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from saccade.evals.reach import reaching
 from saccade.runtime import ContextParams
+from saccade.runtime.auto_scaling import reaching, trained_reach
 from saccade.runtime.model import ModelFacts
 from saccade.sparse import BlockTopK, Strided
 
@@ -21,6 +21,7 @@ MHA, GQA, MQA = "MHA (KV heads repeated)", "GQA (the model as it is)", "MQA (by 
 INT8, INT4, SNAPKV = "int8 KV", "int4 KV", "SnapKV, KV kept 25 %"
 TOKENS = "tokens kept 50 %"
 _AS_IT_IS = "positions past the trained length, as the model is"
+_UNTRAINED = "KV heads aligned on activations and merged, without any training"
 _CAN_ONLY_COST = "inside the trained length scaling can only cost: it is for longer contexts"
 
 
@@ -84,9 +85,9 @@ class Rows:
 def rows_for(facts: ModelFacts, *, n_context: int, total: int, n_batch: int) -> Rows:
     """All rows for a context of `n_context` tokens, `total` with what is read behind it."""
     plain = ContextParams(n_batch=n_batch)
-    if total <= facts.n_ctx_train:
+    if total <= trained_reach(plain, facts):
         return Rows(specs=_inside(facts, plain, n_context), exact=SDPA)
-    as_it_is = replace(plain, n_ctx=total, rope_scaling_type="none")
+    as_it_is = replace(plain, n_ctx=total)
     specs = [replace(spec, note=_AS_IT_IS) for spec in _attention(plain, as_it_is)]
     scaled, said = reaching(plain, facts, total)
     positions = _positions(facts, scaled, total)
@@ -108,7 +109,7 @@ def _positions(facts: ModelFacts, scaled: ContextParams, total: int) -> list[Row
         return []
     if scaled.rope_scaling_type is None:
         return [row(name="the model's own scaling, stretched", params=scaled)]
-    factor = f"x{total / facts.n_ctx_train:.3g}"
+    factor = f"x{total / trained_reach(ContextParams(), facts):.3g}"
     names = {"yarn": "YaRN", "linear": "linear", "ntk": "NTK"}
     return [
         row(name=f"{name} {factor}", params=replace(scaled, rope_scaling_type=kind))
@@ -147,7 +148,7 @@ def _heads(plain: ContextParams, same: str) -> list[RowSpec]:
     return [
         row(name=MHA, heads="mha"),
         row(name=GQA, heads="gqa", same_as=same),
-        row(name=MQA, heads="mqa"),
+        row(name=MQA, heads="mqa", note=_UNTRAINED),
     ]
 
 

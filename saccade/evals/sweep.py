@@ -24,6 +24,7 @@ from saccade.hf.model import HFModel
 from saccade.report.comparison import Report, SweepPoint
 from saccade.report.numbers import as_duration
 from saccade.runtime import ContextParams
+from saccade.runtime.auto_scaling import trained_reach
 from saccade.runtime.memory import cache_bytes
 from saccade.units import as_bytes
 
@@ -112,7 +113,7 @@ class Sweep:
         if seen is None:
             return exact
         fill_perplexity(point, seen)
-        inside = trial.total <= trial.model.facts.n_ctx_train
+        inside = trial.total <= trained_reach(ContextParams(), trial.model.facts)
         if spec.name == SDPA and inside:
             exact = seen.log_probs
         if exact is not None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from saccade.core import BadInput
 from saccade.evals.measure import Trial
 from saccade.evals.needle import hide, make_needles, questions
-from saccade.hf.heads import expand_to_mha, pool_to_mqa
+from saccade.hf.convert import converted_heads
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 
-_CALIBRATION = 512  # tokens
+_CALIBRATION = 512  # tokens, from the end of the text
 
 
 def token_tensor(tokens: Sequence[int]) -> Tensor:
@@ -65,10 +65,15 @@ def make_trial(
 def _converter(model: LoadedModel, calibration: Tensor) -> Any:
     """What opens the model with another number of KV heads."""
 
+    facts = HFModel(model.model, name=model.name, n_ctx_train=model.n_ctx_train).facts
+
     @contextmanager
     def heads(kind: str) -> Iterator[HFModel]:
-        convert: Any = expand_to_mha if kind == "mha" else pool_to_mqa
-        with convert(model.model):
+        if kind == "mha":
+            converted = converted_heads(model.model, facts.num_heads)
+        else:
+            converted = converted_heads(model.model, 1, method="aligned", calibration=calibration)
+        with converted:
             yield HFModel(model.model, name=model.name, n_ctx_train=model.n_ctx_train)
 
     return heads

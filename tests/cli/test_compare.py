@@ -21,6 +21,26 @@ def test_the_last_line_of_stdout_is_the_record(capsys, fake):
     assert fake.calls[0].quick and fake.calls[0].rows == ["flash", "int8"]
 
 
+def test_lengths_are_written_as_people_do(fake):
+    assert main.main("compare --context 2k --sweep 1k,4k,96,1.5K,1M".split()) == 0
+    assert fake.calls[0].context == 2048
+    assert fake.calls[0].sweep == [1024, 4096, 96, 1536, 1024**2]
+
+
+def test_a_run_without_a_sweep_asks_for_none(fake):
+    assert main.main(["compare"]) == 0
+    assert list(fake.calls[0].sweep) == [] and fake.calls[0].context is None
+
+
+@pytest.mark.parametrize("text", ["4q", "-1", "0", "1.3", "k", "", "1e3", "9" * 50, "nan"])
+@pytest.mark.parametrize("option", ["--context", "--sweep"])
+def test_lengths_that_are_none(capsys, fake, option, text):
+    assert main.main(["compare", f"{option}={text}"]) == 2
+    err = capsys.readouterr().err
+    assert option in err and "expected" in err and "Traceback" not in err
+    assert not fake.calls
+
+
 def test_all_files_are_written(tmp_path, monkeypatch, capsys, fake):
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text("Call me Ishmael.")

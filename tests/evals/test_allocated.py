@@ -42,7 +42,7 @@ def test_memory_from_before_does_not_count():
     assert new.numel() < old.numel()
 
 
-def test_garbage_from_before_is_gone_when_counting_begins(capfd):
+def test_new_garbage_from_before_is_gone_when_counting_begins(capfd):
     """PyTorch would write a line about each release of what it did not see allocated."""
     cycle = [floats(MB)]
     cycle.append(cycle)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from saccade.core import BadInput
-from saccade.evals.needle import hide, make_needles
-from saccade.evals.quality import compare, perplexity
-from saccade.evals.rows import BASELINE, specs, unchunked_batch
+from saccade.evals.needle import answered, hide, make_needles, needles_for, questions
+from saccade.evals.quality import divergence, losses, perplexity, ratio_error
 from saccade.evals.text import default_text, read_text
 
 
@@ -23,26 +22,52 @@ def test_perplexity_error_shrinks_with_the_sample():
     assert few / many == pytest.approx(math.sqrt(40), rel=0.3)
 
 
+def test_perplexity_beyond_all_floats_is_infinite():
+    assert perplexity(torch.tensor([1000.0, 1000.0]))[0] == math.inf
+
+
+def test_losses_are_those_of_the_targets():
+    logs = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    assert losses(logs, torch.tensor([0, 1])).tolist() == pytest.approx(
+        [math.log(4), math.log(2)], rel=1e-6
+    )
+
+
+def test_paired_differences_are_surer_than_two_perplexities():
+    """Hard tokens are hard for both, which says nothing about their ratio."""
+    nll = torch.rand(500) * 8
+    other = nll + 0.1 + 0.01 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    error = ratio_error(other, nll)
+    assert error == pytest.approx(math.exp(0.1) * 0.01 / math.sqrt(500), rel=0.2)
+    assert error < 0.01 * perplexity(nll)[1] / perplexity(nll)[0]
+
+
 def test_identical_predictions_do_not_diverge():
     logs = torch.randn(30, 11).log_softmax(-1)
-    result = compare(logs, logs, torch.randint(0, 11, (30,)))
+    result = divergence(logs, logs)
     assert result.kl == 0 and result.same_top == 1
 
 
 def test_divergence_is_the_textbook_one():
     exact = torch.tensor([[0.5, 0.5]]).log()
     ours = torch.tensor([[0.9, 0.1]]).log()
-    result = compare(ours, exact, torch.tensor([0]))
-    assert result.kl == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert divergence(ours, exact).kl == pytest.approx(expected)
+
+
+def test_tokens_that_are_never_predicted_add_nothing():
+    exact = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    ours = torch.tensor([[0.9, 0.1, 0.0]]).log()
+    assert divergence(ours, exact).kl == pytest.approx(0.5108, abs=1e-4)
+
+
+def encode(text):
+    return [ord(c) for c in text]
 
 
 def test_needles_are_hidden_whole_and_spread():
     needles = make_needles(3)
     words = list(range(1000, 3000))
-
-    def encode(text):
-        return [ord(c) for c in text]
-
     tokens = hide(words, needles, encode, 900)
     assert len(tokens) == 900
     text = "".join(chr(t) if t < 1000 else "." for t in tokens)
@@ -50,6 +75,38 @@ def test_needles_are_hidden_whole_and_spread():
     assert places == sorted(places) and places[0] > 50 and places[-1] < 880
     assert [t for t in tokens if t >= 1000] == words[: sum(t >= 1000 for t in tokens)]
     assert all(n.value in n.sentence and n.value not in n.question for n in needles)
+
+
+def test_needles_differ_and_grow_with_the_context():
+    assert [needles_for(n) for n in (256, 1024, 3072, 10**6)] == [8, 16, 24, 24]
+    needles = make_needles(24)
+    assert len({n.question for n in needles}) == len({n.value for n in needles}) == 24
+
+
+def greedy(asked, wrong):
+    """Most likely tokens of a model that knows all answers but a token of question `wrong`."""
+    stream = [token for question in asked for token in question.tokens]
+    best = torch.tensor([*stream[1:], 0])
+    if wrong is not None:
+        before = sum(len(question.tokens) for question in asked[:wrong])
+        best[before + asked[wrong].answer + 1] += 1  # in the middle of the answer
+    return best
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 2])
+def test_an_answer_counts_where_every_token_is_the_likeliest(wrong):
+    asked = questions(make_needles(3), encode)
+    expected = [index != wrong for index in range(3)]
+    assert answered(asked, greedy(asked, wrong)) == expected
+
+
+def test_what_is_not_the_answer_does_not_count():
+    asked = questions(make_needles(2), encode)
+    best = greedy(asked, None)
+    best[: asked[0].answer - 1] += 1  # the question itself need not be predicted
+    assert answered(asked, best) == [True, True]
+    for question in asked:
+        assert "".join(map(chr, question.tokens[question.answer :])).strip().isdigit()
 
 
 def test_a_text_too_short():
@@ -71,16 +128,3 @@ def test_bad_text_files(tmp_path, content, text):
         read_text(path)
     with pytest.raises(BadInput, match="cannot read the text"):
         read_text(tmp_path / "missing.txt")
-
-
-def test_rows_have_distinct_names_and_a_baseline_first():
-    rows = specs(1536, 512, 8192)
-    assert rows[0].name == BASELINE
-    assert len({row.name for row in rows}) == len(rows)
-    assert all(row.options() for row in rows)
-
-
-def test_the_whole_score_matrix_only_where_it_fits():
-    assert unchunked_batch(4096, 512, 9, 20 * 2**30) == 4096
-    assert unchunked_batch(65536, 512, 9, 20 * 2**30) == 512
-    assert unchunked_batch(4096, 512, 9, None) == 4096

@@ -8,6 +8,7 @@ import torch
 from saccade.evals.applies import inapplicable
 from saccade.evals.rows import FLASH, GQA, INT8, MHA, MQA, SDPA, SNAPKV, TEXTBOOK, rows_for
 from saccade.runtime.model import ModelFacts
+from saccade.runtime.positions import Positions
 
 FACTS = ModelFacts(
     name="made up", num_layers=2, num_heads=8, num_kv_heads=2, head_dim=16, vocab_size=99,
@@ -47,11 +48,24 @@ def test_a_combination_names_rows_that_there_are():
 def test_past_the_trained_length_all_but_the_plain_rows_are_scaled():
     rows, named = specs(n_context=5600, total=6000)
     assert rows.exact.startswith("YaRN x1.46") and rows.scaling
-    assert named[FLASH].params.rope_scaling_type == "none" and "past" in named[FLASH].note
+    assert named[FLASH].params.rope_scaling_type is None and "past" in named[FLASH].note
+    assert named[FLASH].params.n_ctx == 6000
     for name in (rows.exact, INT8, SNAPKV, MHA):
         assert named[name].params.rope_scaling_type == "yarn", name
         assert named[name].params.n_ctx >= 6000
     assert named[GQA].same_as == rows.exact
+
+
+def test_a_window_with_sinks_needs_no_scaling():
+    window = specs(n_context=5600, total=6000)[1]["window 1400 + 4 sinks"]
+    assert window.params.rope_scaling_type is None and window.params.n_sinks == 4
+
+
+def test_positions_that_cannot_be_scaled_are_read_as_they_are():
+    table = replace(FACTS, positions=Positions(rule=None))
+    rows, named = specs(table, n_context=5600, total=6000)
+    assert rows.exact == SDPA and "no rotary positions" in rows.scaling
+    assert named[INT8].params.rope_scaling_type is None
 
 
 def test_scaling_inside_the_trained_length_says_that_it_can_only_cost():
@@ -73,11 +87,11 @@ def test_heads_that_are_there_already():
 @pytest.mark.parametrize("name", [INT8, SNAPKV, "sparse: block top-k"])
 def test_options_of_layers_that_all_slide(name):
     slides = replace(FACTS, windows=(64, 64))
-    assert "64 tokens" in reason(slides, name)
+    assert reason(slides, name).startswith("every layer")
     assert reason(replace(FACTS, windows=(64, None)), name) is None
 
 
 def test_a_pattern_that_selects_everything_is_not_measured():
     spec = specs()[1]["sparse: block top-k"]
-    assert "every block" in inapplicable(spec, FACTS, 300)
+    assert "blocks cover all of 300" in inapplicable(spec, FACTS, 300)
     assert inapplicable(spec, FACTS, 4096) is None

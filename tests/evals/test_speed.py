@@ -35,9 +35,7 @@ def test_a_row_measured_once_has_the_error_of_the_others():
 
 
 def test_a_row_worse_than_the_others_keeps_its_own_error():
-    calm, wild = filled(
-        Rounds([1.0, 1.0], [1, 1], []), Rounds([1.0, 2.0], [1, 1], []), n_context=1
-    )
+    calm, wild = filled(Rounds([1.0, 1.0], [1, 1], []), Rounds([1.0, 2.0], [1, 1], []), n_context=1)
     own = math.log(2) / math.sqrt(2)
     assert wild.prefill_tps_se == pytest.approx(wild.prefill_tps * own / math.sqrt(2))
     assert 0 < calm.prefill_tps_se < wild.prefill_tps_se / wild.prefill_tps

@@ -24,8 +24,15 @@ def swept(n_ctx, lengths=LENGTHS):
     return report
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_window():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "WINDOW", 64)
+        yield
+
+
 @pytest.fixture(scope="module")
-def report():
+def report(short_window):
     return swept(1024)
 
 
@@ -46,8 +53,15 @@ def test_caches_grow_with_the_length_but_a_window(report):
     def caches(name):
         return [point.cache_bytes for point in report.sweep if point.name.startswith(name)]
 
+    assert all(caches("window"))
     assert caches(SDPA)[1] == 1.5 * caches(SDPA)[0]
     assert len(set(caches("window"))) == 1
+
+
+def test_a_window_that_holds_the_whole_text_does_not_apply(monkeypatch):
+    monkeypatch.setattr(sweep, "WINDOW", 512)
+    window = swept(1024, (256,)).sweep[-1]
+    assert window.status == "not applicable" and "holds all" in window.note
 
 
 def test_past_the_trained_length_there_is_no_kl_and_yarn_joins():
