@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import gpu_tables
 from saccade.report import comparison
+from saccade.report.claims import claims_table
 from saccade.report.markdown import escape, table_text, to_markdown
 from saccade.report.numbers import (
     MISSING,
@@ -68,17 +69,20 @@ def absent(path: Path, *names: str) -> list[str]:
 def sweep(path: Path, quantity: str, *names: str) -> str:
     """One quantity of a comparison's sweep: a row for each configuration, a column a length.
 
+    Names that the sweep does not have are left out.
+
     Raises:
-        ValueError: a name that the sweep does not have.
+        ValueError: it has none of them.
     """
     points = comparison.read(path).sweep
     lengths = sorted({point.n_context for point in points})
     known = list(dict.fromkeys(point.name for point in points))
-    for name in names:
-        if not any(each.startswith(name) for each in known):
-            raise ValueError(f"the sweep of {path.name} has no {name!r}, only {', '.join(known)}.")
     by_place = {(point.name, point.n_context): point for point in points}
     chosen = [name for name in known if name.startswith(names)]
+    if points and not chosen:
+        raise ValueError(f"the sweep of {path.name} has no {names[0]!r}, only {', '.join(known)}.")
+    if not points:
+        return "*This record has no sweep.*"
     lines = [
         Line(name, [_point(by_place.get((name, at)), quantity) for at in lengths])
         for name in chosen
@@ -96,15 +100,32 @@ def _point(point: comparison.SweepPoint | None, quantity: str) -> Cell:
 
 def claims(path: Path) -> str:
     """The chapter's figures, what this record measured, and why they differ."""
-    found = comparison.read(path).claims
-    if not found:
-        return "*This record has no claims.*"
-    titles = ("what", "claimed", "measured", "why they differ")
-    lines = [
-        Line(c.technique, [Cell(c.quantity), Cell(c.claimed), Cell(c.measured), Cell(c.reason)])
-        for c in found
-    ]
-    return table_text(Table([Heading(title, right=False) for title in titles], lines, "technique"))
+    report = comparison.read(path)
+    found = claims_table(report) if report.claims else None
+    return "*This record has no claims.*" if found is None else table_text(found)
+
+
+def plan_check(path: Path) -> str:
+    """`benchmarks/plan_check.py`: what was planned beside what was measured."""
+    shows: dict[str, Callable[[float], str]] = {
+        "caches": as_bytes,
+        "peak": as_bytes,
+        "first_token": lambda value: f"{significant(value)} s",
+        "tokens_per_second": significant,
+    }
+    lines: list[Line] = []
+    for row in json.loads(path.read_text())["rows"]:
+        cells = [Cell(f"{row['tokens']:,}")]
+        if "failed" in row:
+            cells += [Cell(MISSING)] * len(shows)
+        else:
+            for key, show in shows.items():
+                planned, real = row["plan"][key], row["measured"][key]
+                cells.append(Cell(f"{show(planned)} / {show(real)}", f"{row['off'][key]:+.0%}"))
+        lines.append(Line(row["name"], cells))
+    titles = ("tokens", "caches", "peak", "first token", "tokens/s")
+    corner = "planned / measured (off)"
+    return table_text(Table([Heading(title) for title in titles], lines, corner))
 
 
 def groups(path: Path) -> str:
@@ -192,6 +213,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "claims": claims,
     "groups": groups,
+    "plan_check": plan_check,
     "decode_shares": decode_shares,
     "rules": rules,
 }

@@ -13,10 +13,10 @@ import saccade
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWN = {
     "operator": r"changes queries from position 132 on\n(.*\n)*.*cpu +(chosen|supported|cannot)",
-    "quantized_generate": r"f32 .* then (.*)\nint8 .* then \1\nint8 takes [3-6]\d% of the bytes",
+    "quantized_generate": r"int8 .* 3\d% of f32, .* by \d\.\de-0[4-9]\nint4 .* 2\d% of f32",
     "saved_prefix": r"217 of \d+ tokens were known: The keeper was called Marta[^$]*built in 1871",
-    "shorter_prompt": r"29 tokens: .*bridge over Tam",
-    "streaming": r"176 tokens read, ([\d.]+ MiB)(.*\n)* 352 tokens read, \1",
+    "shorter_prompt": r"27 tokens: .*bridge over Tam",
+    "streaming": r"132 tokens read, ([\d.]+ MiB)(.*\n)* 264 tokens read, \1",
     "yarn": r"unscaled +12 of(.*\n)*linear +0 of(.*\n)*YaRN +0 of 32 +1.00 rad\n.*Paris",
 }
 """What each example has to print."""
