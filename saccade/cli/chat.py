@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   saccade chat --model smollm2
   saccade chat -m model.gguf --swa 4096 --sinks 4 --temperature 0.7
-  saccade chat -m model.gguf -c 8192 -ctk int8 -ctv int8
+  saccade chat -m model.gguf -c 8192 -ctk int8 -ctv int8 --session talk.chat
   printf 'Hello!\\nAnd who are you?\\n' | saccade chat -m smollm2
 
-Without options that bound the memory: a window of the last 2,048 tokens and 4 sinks.
+Without options that bound the memory: a window of the last 2,048 tokens and 4
+sinks. Ctrl-C ends an answer; SIGTERM ends the dialogue and saves the --session.
 """
 HELP = "/reset forgets the dialogue, /memory shows what is in use, /exit ends (so does Ctrl-D)."
 
@@ -106,7 +107,7 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
     if saved is not None:
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
     params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
-    note_without_effect(facts, params, notes)
+    note_without_effect(facts, params, notes, loaded.model.device)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.
     bounded = params.n_swa is not None or params.kv_policy is not None
     with Context(

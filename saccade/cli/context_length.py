@@ -121,12 +121,14 @@ def as_saved(
     return replace(params, **taken)
 
 
-def note_without_effect(facts: ModelFacts, params: ContextParams, notes: Notes) -> None:
+def note_without_effect(
+    facts: ModelFacts, params: ContextParams, notes: Notes, device: Any = None
+) -> None:
     """Say which of the options that were given change nothing for this model."""
     from saccade.runtime.no_effect import without_effect
 
     flags = {option.field: option.flags[0] for option in CONTEXT}
-    for name, why in without_effect(facts, params).items():
+    for name, why in without_effect(facts, params, device=device).items():
         notes.note(f"{flags.get(name, name)} changes nothing here: {why.rstrip('.')}.")
 
 

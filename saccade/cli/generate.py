@@ -34,7 +34,11 @@ EXAMPLES = """examples:
   saccade generate -m model.gguf -f book.txt --swa 1024 --sinks 4 -n 200
   saccade generate -m smollm2 --prompt-file book.txt --session book.session
   saccade generate -m smollm2 --session book.session --prompt "Who did it?"
-  cat long.txt | saccade generate -m smollm2 -f - -c 16384 --rope-scaling yarn
+  cat long.txt | saccade generate -m smollm2 -f - --json --quiet | jq .text
+
+Text beyond the trained length gets YaRN by itself (--rope-scaling none insists
+on the model's positions); with --swa and --sinks it has no end. Ctrl-C and
+SIGTERM save the --session, in the prompt too: the same call again reads on.
 """
 
 
@@ -109,7 +113,7 @@ def _generate(
     tokens, before, seen = _prompt(asked, Room(facts, params, free_memory(loaded)), saved)
     further = 0 if params.n_keep is not None else asked.n_predict
     params = reaching(params, facts, seen + len(tokens) + further, notes)
-    note_without_effect(facts, params, notes)
+    note_without_effect(facts, params, notes, loaded.model.device)
     with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
         sampler = shared_options.sampler_of(sampling)
         if session is not None and saved is not None:

@@ -1,13 +1,16 @@
 """`saccade chat`: a dialogue of any length, in constant memory."""
 
 import io
+import json
 import os
 import signal
 import sys
+import threading
+import time
 
 import pytest
 
-from saccade.cli import main
+from saccade.cli import chat, main
 from saccade.cli.dialogue import Dialogue, endless
 from saccade.cli.streaming import TextStream
 from saccade.hf.context import Context
@@ -121,7 +124,7 @@ def call(loaded, monkeypatch, capsys):
 def test_piped_lines_are_answered_one_by_one(call):
     code, out, said = call("hello\n\n  \nand?\n/memory\n/exit\nnever\n", "-n", "4")
     assert code == 0
-    assert said.count("[cache 84.0 KiB") == 3, said  # two answers, and /memory
+    assert said.count("[cache 86.0 KiB") == 3, said  # two answers, and /memory
     assert out.endswith("\n")
     code, again, _ = call("hello\nand?\n", "-n", "4")
     assert code == 0 and again == out
@@ -154,10 +157,88 @@ def test_ctrl_c_ends_the_answer_and_not_the_dialogue(call, monkeypatch):
     assert len(pushed) == 3 + 6
 
 
-def test_live_on_a_terminal(call, monkeypatch, loaded):
+def test_live_on_a_terminal_asks_the_context_from_one_thread(call, monkeypatch):
+    """A line drawn by another thread in the middle of a step would spoil the caches."""
+    threads, push, line = set(), TextStream.push, chat.memory_line
+
+    def slow(stream, token):
+        time.sleep(0.2)
+        return push(stream, token)
+
+    def asked(dialogue):
+        threads.add(threading.get_ident())
+        return line(dialogue)
+
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(TextStream, "push", slow)
+    monkeypatch.setattr(chat, "memory_line", asked)
     code, out, _ = call("hello\n", "-n", "3")
-    assert code == 0 and "[cache 84.0 KiB" in out
+    assert code == 0 and "[cache 86.0 KiB" in out
+    assert threads == {threading.get_ident()}
+
+
+def test_a_dialogue_goes_on_in_another_process(call, tmp_path):
+    """Two runs with a session give what one run gives."""
+    path = ["--session", str(tmp_path / "c"), "-n", "4"]
+    _, whole, _ = call("hello\nand?\n", "-n", "4")
+    code, first, said = call("hello\n", *path)
+    assert code == 0 and f"Saved {path[1]}" in said
+    code, second, said = call("and?\n", *path)
+    assert code == 0 and "Going on from" in said and first + second == whole
+    code, _, said = call("x\n", *path, "--system", "be kind")
+    assert code == 0 and "read again 1x" in said
+
+
+def test_a_session_of_generate_is_no_dialogue(call, tmp_path):
+    words = ["generate", "-m", "m", "-p", "hi", "-n", "2", "--session", str(tmp_path / "s")]
+    assert main.main([*words, "--swa", "80", "--sinks", "4"]) == 0
+    code, _, said = call("hi\n", "--session", str(tmp_path / "s"))
+    assert code == 2 and "is no dialogue: saccade generate saved it" in said
+
+
+def test_json_lines_and_quiet(call):
+    _, plain, _ = call("hello\nand?\n", "-n", "4")
+    code, out, said = call("hello\nand?\n", "-n", "4", "--quiet")
+    assert code == 0 and out == plain and said == ""
+    code, out, _ = call("hello\nand?\n", "-n", "4", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert "".join(record["text"] + "\n" for record in records) == plain
+    assert [record["tokens"] for record in records] == [4, 4]
+    assert {record["finish_reason"] for record in records} == {"length"}
+    assert all(record["ttft_seconds"] > 0 for record in records)
+
+
+def test_sigterm_ends_the_answer_and_the_dialogue(call, monkeypatch, tmp_path):
+    pushed, push = [], TextStream.push
+
+    def press(stream, token):
+        pushed.append(token)
+        if len(pushed) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", press)
+    path = str(tmp_path / "c")
+    code, _, said = call("hello\nand?\n", "-n", "6", "--session", path)
+    assert code == 143 and len(pushed) == 3 and f"Saved {path}" in said
+    monkeypatch.undo()
+
+
+def test_a_message_that_was_not_read_to_its_end_is_forgotten(call, monkeypatch):
+    ask = Dialogue.ask
+
+    def pressed(dialogue, text, on_progress):
+        def chunk(done, total):
+            if done == 8:
+                os.kill(os.getpid(), signal.SIGINT)
+            on_progress(done, total)
+
+        return ask(dialogue, text, chunk)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dialogue, "ask", pressed)
+        code, out, said = call("a longer message\n", "-n", "4", "-b", "8")
+    assert code == 0 and out == "" and "was not read to its end, say it again" in said
 
 
 def test_refusals(call, loaded, monkeypatch):
