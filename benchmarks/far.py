@@ -3,9 +3,9 @@
     python -m benchmarks.far --times 3 --out benchmarks/results/far-smollm2.json
 
 Each way reads the same text from its first token; the last `--scored` tokens are scored inside the
-trained length (at its end) and at `--times` that length.  A way that keeps text together has a ratio
-near 1.  The texts at both places differ, so the model itself, read with fresh caches over the same
-last tokens, is the measure of how hard they are.
+trained length (at its end) and at `--times` that length.  A way that keeps text together has a
+ratio near 1.  The texts at both places differ: the last window of each, read from its own start by
+fresh caches, says how hard they are.
 """
 
 from __future__ import annotations
