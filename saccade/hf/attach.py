@@ -12,6 +12,7 @@ from saccade.cache import LayerCache, RingCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.cropped_caches import check_not_cropped
 from saccade.hf.layers import check_attention
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
@@ -180,6 +181,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
         run = runs.in_force
         if run is not None:
             _bring_cache(run, kwargs)
+            check_not_cropped(run.model, kwargs)
             read_prompt_in_blocks(args, kwargs)
         return original(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
+from saccade.core import BadInput
 from saccade.rope import DynamicNTK, Linear, Llama3, LongRoPE, YaRN
 from saccade.rope.rules import Rule
 from saccade.runtime.layers import narrowed_window
@@ -50,6 +51,50 @@ def reaching(
     if farthest <= reach or any(getattr(params, name) is not None for name in _CHOSEN):
         return params, None
     return _scaled(params, facts, farthest, reach)
+
+
+def what_fits(params: ContextParams, facts: ModelFacts, tokens: int) -> str:
+    """What to do where `tokens` tokens do not fit into n_ctx, as a sentence for an error."""
+    limit = facts.positions.limit
+    if limit is not None:
+        return f"Give a shorter text: this model has a table of {limit:,} positions."
+    full, reach = None in facts.windows, scaled_reach(params, facts)
+    beyond = full and reach is not None and tokens > reach
+    if beyond and not _can_scale(facts):
+        return f"Set {_WINDOW}, or give a shorter prompt."
+    scaling = f" (with rope_scaling_type='yarn' beyond {reach:,} tokens)" if beyond else ""
+    return f"Raise n_ctx{scaling}, {f'set {_WINDOW}, ' if full else ''}or give a shorter prompt."
+
+
+def notes_on(params: ContextParams, facts: ModelFacts) -> list[str]:
+    """What to expect of a context under these options beyond the trained length.
+
+    Raises:
+        BadInput: more tokens than the model has positions for.
+    """
+    limit, length = facts.positions.limit, params.n_ctx or 0
+    if limit is not None and length > limit:
+        raise BadInput(
+            f"n_ctx={length} is more than the table of {limit} positions of this model. Lower "
+            f"n_ctx to {limit}."
+        )
+    reach = scaled_reach(params, facts)
+    farthest = min(length, longest_distance(params, facts))
+    if reach is None or farthest <= reach or params.n_swa is not None:
+        return []
+    advice = "rope_scaling_type='yarn', or n_swa with n_sinks" if _can_scale(facts) else _WINDOW
+    return [
+        f"n_ctx={length:,} is beyond the {reach:,} tokens that positions reach here, so text may "
+        f"lose coherence past them. Set {advice}."
+    ]
+
+
+_WINDOW: Final = "a window with the first tokens (n_swa, n_sinks=4)"
+
+
+def _can_scale(facts: ModelFacts) -> bool:
+    rule = facts.positions.rule
+    return rule is not None and facts.positions.refusal is None and not isinstance(rule, LongRoPE)
 
 
 def trained_reach(params: ContextParams, facts: ModelFacts) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
+from saccade.runtime.auto_scaling import notes_on, what_fits
 from saccade.runtime.cached_text import CachedText, NextToken
 from saccade.runtime.compression import ObservationWindow
 from saccade.runtime.memory import cache_bytes
@@ -56,6 +57,8 @@ class Context:
         self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
         self.stats = Stats()
         self.finish_reason: FinishReason | None = None
+        self.notes = notes_on(self.params, model.facts)
+        self._has_table = model.facts.positions.limit is not None
         self._check_keep()
         self._check_memory(max(reserve, self.params.n_ctx or 0))
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
@@ -332,8 +335,11 @@ class Context:
 
     @property
     def _bounded(self) -> bool:
-        """Whether n_ctx limits the tokens; under n_swa memory is constant, so there is no limit."""
-        return self.params.n_swa is None
+        """Whether n_ctx limits the tokens; under n_swa memory is constant, so there is no limit.
+
+        A model with a table of positions ends where its table does.
+        """
+        return self.params.n_swa is None or self._has_table
 
     def _room_for_one(self) -> bool:
         if not self._bounded or self.seen < self.n_ctx:
@@ -346,9 +352,8 @@ class Context:
     def _check_room(self, count: int) -> None:
         if self._bounded and self.seen + count > self.n_ctx:
             raise BadInput(
-                f"{self.seen + count} tokens do not fit into n_ctx={self.n_ctx}. Raise n_ctx "
-                "(with rope_scaling_type='yarn' beyond the trained length), set a window (n_swa), "
-                "or give a shorter prompt."
+                f"{self.seen + count} tokens do not fit into n_ctx={self.n_ctx}. "
+                f"{what_fits(self.params, self.model.facts, self.seen + count)}"
             )
 
     def _check_open(self) -> None:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
+import saccade
+from saccade.core import BadInput
 from saccade.hf import rotary_frequencies
 from saccade.hf.attach import attach
 from saccade.hf.facts import facts_of
 from saccade.rope import inverse_frequencies, parse
 from saccade.runtime import ContextParams
-from saccade.runtime.auto_scaling import reaching
+from saccade.runtime.auto_scaling import reaching, what_fits
 from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 BASE = {"rope_theta": 10000.0}
@@ -151,3 +153,49 @@ def test_longrope_is_left_as_it_was_searched():
     }
     params, said = reaching(ContextParams(), facts(llama(rope)), 2048)
     assert params == ContextParams(n_ctx=2048) and said and "LongRoPE" in said
+
+
+def gpt2():
+    config = GPT2Config(
+        vocab_size=99,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return tiny_model(config)
+
+
+def test_a_context_beyond_the_trained_length_says_so():
+    model = tiny_model(llama())
+    with saccade.Context(model, ContextParams(n_ctx=2048)) as ctx:
+        assert len(ctx.notes) == 1 and "beyond the 512 tokens" in ctx.notes[0]
+    scaled, _ = reaching(ContextParams(n_ctx=2048), facts(llama()), 2048)
+    for params in (scaled, ContextParams(n_ctx=512), ContextParams(n_swa=64, n_sinks=4)):
+        with saccade.Context(model, params) as ctx:
+            assert ctx.notes == []
+
+
+def test_what_does_not_fit_is_told_what_works():
+    known = facts(llama())
+    assert "yarn" in what_fits(ContextParams(), known, 600)
+    assert "n_sinks" in what_fits(ContextParams(), known, 600)
+    assert "yarn" not in what_fits(ContextParams(n_ctx=50), known, 100)
+    assert "n_swa" not in what_fits(ContextParams(), facts(tiny_config("mistral")), 600)
+    odd = replace(known, positions=replace(known.positions, refusal="they are odd."))
+    assert "yarn" not in what_fits(ContextParams(), odd, 600)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_swa": 16, "n_sinks": 2}])
+def test_a_text_beyond_a_table_of_positions_is_refused(options):
+    with saccade.Context(gpt2(), ContextParams(**options)) as ctx:
+        with pytest.raises(BadInput, match="table of 64 positions"):
+            ctx.append(torch.arange(2, 72))
+        assert len(list(ctx.stream(torch.arange(2, 62), n_predict=20))) == 5
+
+
+def test_more_context_than_a_table_has_is_refused():
+    with pytest.raises(BadInput, match="Lower n_ctx to 64"):
+        saccade.Context(gpt2(), ContextParams(n_ctx=65))

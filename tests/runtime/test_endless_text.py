@@ -1,5 +1,7 @@
 """A window with sinks beyond the trained length: positions are those inside the cache."""
 
+import sys
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -82,7 +84,7 @@ def test_beyond_the_trained_length_the_sinks_follow_the_window(model):
 def test_inside_the_trained_length_nothing_is_moved(model, monkeypatch):
     ours = logits_of(model, TOKENS[:TRAINED])
     expected = by_formula(model, TOKENS[:200])[-1]
-    monkeypatch.setattr("saccade.hf.attach.move_sinks", lambda *_: None)
+    monkeypatch.setattr(sys.modules["saccade.hf.attach"], "move_sinks", lambda *_: None)
     assert torch.equal(ours, logits_of(model, TOKENS[:TRAINED]))
     assert not torch.allclose(logits_of(model, TOKENS[:200])[-1], expected, atol=1e-2)
 
@@ -210,3 +212,12 @@ def test_keys_that_cannot_be_moved_are_refused_where_they_have_to_be(model, monk
         with pytest.raises(Unsupported, match="longer than the 64 tokens"):
             ctx.append(TOKENS[:1])
         assert ctx.seen == TRAINED
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "model"}])
+def test_guessed_tokens_cannot_be_taken_back_from_a_ring(model, options):
+    """transformers would crop the cache in the middle of the text."""
+    options = {name: model if value == "model" else value for name, value in options.items()}
+    with attach(model, params()) as attached:
+        with pytest.raises(Unsupported, match="guesses tokens and takes wrong ones back"):
+            attached.model.generate(TOKENS[None, :20], max_new_tokens=5, **options)
