@@ -16,7 +16,7 @@ def floors(text: str) -> dict[str, str]:
     """Name and lowest version, three numbers long, of every requirement with a floor."""
     project = tomllib.loads(text)["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
-    found = (re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement) for requirement in wanted)
+    found = (re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<\d+)?", requirement) for requirement in wanted)
     return {m[1]: ".".join([*m[2].split("."), "0", "0"][:3]) for m in found if m}
 
 

@@ -34,6 +34,13 @@ def cpu_fma_share() -> str:
     return f"{span(100 * r['flops'] / r['seconds'] / peak for r in dense)} %"
 
 
+def cpu_decode_intensity() -> str:
+    """Operations a byte of decoding over bf16, int8 and int4 keys."""
+    rows = {r["label"]: r for r in record("cpu")["rows"] if r["ours"] and r["work"] == "decode"}
+    found = [rows[kind]["flops"] / rows[kind]["nbytes"] for kind in ("bf16", "int8", "int4")]
+    return ", ".join(f"{value:.1f}" for value in found)
+
+
 def h200_prefill() -> str:
     """Gluon prefill at D 128, causal, from 8k tokens on."""
     return f"{span(_tflops(r) for r in _prefill() if r['queries'] >= 8192)} TFLOP/s"
@@ -165,6 +172,7 @@ def demo_seconds() -> str:
 FACTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
+        cpu_decode_intensity,
         cpu_fma_share,
         demo_seconds,
         families_exact,

@@ -25,7 +25,9 @@ MARKS = re.compile(r"(<!-- table: (\S+) ?(\S*) -->\n)(.*?)(<!-- end of table -->
 
 # How a record of a schema is shown: its path, its content and the part of it that is shown.
 RENDER: dict[str, Callable[[Path, dict[str, Any], str], str]] = {
-    comparison.SCHEMA: lambda path, data, part: to_markdown(comparison.read(path)),
+    comparison.SCHEMA: lambda path, data, part: to_markdown(
+        comparison.read(path), part or "comparison"
+    ),
     bench.SCHEMA: lambda path, data, part: bench_table.to_markdown(bench.read(path)),
     caches.SCHEMA: lambda path, data, part: caches.to_markdown(data),
     caches.KILLS_SCHEMA: lambda path, data, part: caches.kills_in_words(data),

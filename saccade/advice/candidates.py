@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-import torch
-
 from saccade.runtime.model import ModelFacts
+from saccade.runtime.no_effect import without_effect
 from saccade.runtime.params import ContextParams
 
 WINDOW: Final = {"n_swa": 4096, "n_sinks": 4}
 RULE: Final = (
-    "The first that fits, most exact first (exact, bf16, int8, exact with keys in host memory, which "
-    "is slow, int8 keys with int4 values, int4, SnapKV, window with sinks)."
+    "The first that fits, most exact first (exact, bf16, int8, int8 keys with int4 values, then "
+    "exact with keys in host memory, which is slow, int4, SnapKV, window with sinks)."
 )
 SETTINGS: Final[dict[str, dict[str, object]]] = {
     "exact": {},
     "bf16 cache": {"type_k": "bf16", "type_v": "bf16"},
     "int8 cache": {"type_k": "int8", "type_v": "int8"},
-    "exact, keys in host memory": {"offload_kqv": False},
     "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
+    "exact, keys in host memory": {"offload_kqv": False},
     "int4 cache": {"type_k": "int4", "type_v": "int4"},
     "SnapKV, 25 % kept": {"kv_policy": "snapkv", "kv_budget": 0.25},
     "window 4096 + 4 sinks": WINDOW,
@@ -31,8 +30,17 @@ SETTINGS: Final[dict[str, dict[str, object]]] = {
 _CHUNKS: Final = {"cpu": (512,), "cuda": (8192, 4096, 2048, 512)}
 """Sizes of the chunks in which a prompt is read, the faster first; results are the same."""
 _SETTLED: Final = frozenset(
-    ("type_k", "type_v", "n_swa", "n_sinks", "page_size", "kv_policy", "kv_budget", "sparse",
-     "offload_kqv")
+    (
+        "type_k",
+        "type_v",
+        "n_swa",
+        "n_sinks",
+        "page_size",
+        "kv_policy",
+        "kv_budget",
+        "sparse",
+        "offload_kqv",
+    )
 )
 
 
@@ -51,14 +59,19 @@ class Candidate:
 
 
 def candidates(
-    facts: ModelFacts, asked: ContextParams, device: str, *, chunk_is_asked: bool = False
+    facts: ModelFacts,
+    asked: ContextParams,
+    device: str,
+    tokens: int,
+    *,
+    chunk_is_asked: bool = False,
 ) -> Iterator[Candidate]:
     """Settings beside the options that were asked for, without those that change nothing.
 
     Options that settle how keys are kept (a type, a window, a policy) leave one setting.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda"; tokens: of the context.
         chunk_is_asked: n_batch stays as it is.
     """
     default = ContextParams()
@@ -68,7 +81,8 @@ def candidates(
     for rank, (name, options) in enumerate(settings.items()):
         for size in sizes:
             params = _with(asked, {**options, "n_batch": size})
-            if params is not None and (not options or _matters(facts, params, device)):
+            held = None if params is None else replace(params, n_ctx=tokens)
+            if params is not None and held and _matters(facts, held, options, device):
                 yield Candidate(name=name, rank=rank, params=params)
 
 
@@ -80,19 +94,9 @@ def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | N
         return None
 
 
-def _matters(facts: ModelFacts, params: ContextParams, device: str) -> bool:
-    """Whether every one of the options changes something for this model on this device."""
-    stored = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-    if params.type_k is not None and stored.get(params.type_k) is facts.dtype:
-        return False
-    windows = [own for own in facts.windows if own is None or own > (params.n_swa or 0)]
-    if params.n_swa is not None and not windows:
-        return False
-    full = any(own is None for own in facts.windows)
-    if not params.offload_kqv:
-        return full and device == "cuda"
-    quantized = params.type_k in ("int8", "int4")
-    return full or not (quantized or params.kv_policy is not None or params.n_sinks)
+def _matters(facts: ModelFacts, params: ContextParams, options: Iterable[str], device: str) -> bool:
+    """Whether every one of these options changes something for this model on this device."""
+    return not without_effect(facts, params, device=device).keys() & set(options)
 
 
 def changed(params: ContextParams) -> dict[str, object]:

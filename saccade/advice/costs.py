@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -28,7 +28,7 @@ _MOST_NUMBERS: Final = 1 << 24
 _CACHE_FREE: Final = 96 * 2**20
 """Bytes that are read once each, so that no processor cache holds them."""
 _MOST_FLOPS: Final = 4e9
-_KEYS: Final = 2048
+_NEAR, _KEYS = 128, 2048
 _ROUNDS: Final = 3
 
 
@@ -105,7 +105,6 @@ def measured_attention(facts: ModelFacts, params: ContextParams, tokens: int) ->
     share = _share(facts)
     facts = _with_heads(facts, share)
     chunk, own = min(params.n_batch, tokens), facts.windows[0]
-    far = max(1, min(tokens, _KEYS) - chunk)
     cache: Any = layer_cache(own, params)
     window, sinks = narrowed_window(own, params)
     mask = Mask(window=window or own, sinks=sinks)
@@ -131,16 +130,14 @@ def measured_attention(facts: ModelFacts, params: ContextParams, tokens: int) ->
         return min(taken) / share
 
     taken: list[float] = []
-    best(1, chunk)
-    near, step_near = best(chunk, 0), best(1, chunk)
-    if tokens <= chunk:
-        return AttentionCosts(chunk=near, chunk_key=0.0, step=step_near, step_key=0.0)
-    beyond, step_beyond = best(chunk, far), best(1, far)
-    step_key = max(0.0, step_beyond - step_near) / max(1, far - chunk)
+    best(1, _NEAR)
+    itself, beyond = best(chunk, 0), best(chunk, _KEYS) if tokens > chunk else 0.0
+    near, far = best(1, _NEAR), best(1, _KEYS)
+    step_key = max(0.0, far - near) / (_KEYS - _NEAR)
     return AttentionCosts(
-        chunk=near,
-        chunk_key=max(0.0, beyond - near) / far,
-        step=max(step_near - chunk * step_key, step_near / 4),
+        chunk=itself,
+        chunk_key=max(0.0, beyond - itself) / _KEYS,
+        step=max(near - _NEAR * step_key, near / 4),
         step_key=step_key,
     )
 
@@ -154,8 +151,6 @@ def _share(facts: ModelFacts) -> float:
 
 
 def _with_heads(facts: ModelFacts, share: float) -> ModelFacts:
-    from dataclasses import replace
-
     kept = round(facts.num_kv_heads * share)
     group = max(1, facts.num_heads // facts.num_kv_heads)
     return replace(facts, num_kv_heads=kept, num_heads=kept * group)

@@ -27,7 +27,7 @@ STEP_LAYER, STEP_QUANTIZED = 27e-6, 45e-6
 HOST_LAYER: Final = 0.65e-3
 """Seconds in which the host launches a layer of transformers."""
 HOST_READ: Final = 25e9
-"""Bytes a second that reach a GPU from host memory (PCIe 4 or 5, 16 lanes, not pinned to be more)."""
+"""Bytes a second that reach a GPU from host memory (PCIe of 16 lanes)."""
 _HALF_ROWS: Final = 160
 """Rows of a chunk with which products reach half of their rate."""
 
@@ -76,7 +76,9 @@ def _chunk(
         keys = (before if reach is None else min(before, reach)) + rows / 2
         flops = 2 * each.num_heads * (each.head_dim + (each.value_dim or each.head_dim)) * rows
         attention = flops * keys / (roof.flops * ATTENTION_SHARE * min(1.0, each.head_dim / 128))
-        seconds += count * max(HOST_LAYER, layer + attention)
+        width = each.num_kv_heads * (each.head_dim + (each.value_dim or each.head_dim))
+        fetched = before * width * each.dtype.itemsize / HOST_READ * (not params.offload_kqv)
+        seconds += count * max(HOST_LAYER, layer + attention, fetched)
     return seconds
 
 
@@ -119,4 +121,3 @@ def measured_roofline(dtype: torch.dtype) -> Roofline:
         read=2 * big.nbytes / best(lambda: there.copy_(big)),
         source="measured here",
     )
-

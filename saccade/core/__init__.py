@@ -1,5 +1,10 @@
 """Masks, views of stored keys, storage formats, checks.  Needs only torch and psutil."""
 
+# ruff: noqa: E402 (an old torch is refused before anything is imported from it)
+from saccade.core.versions import require
+
+require("torch")
+
 from saccade.core.errors import BadInput, Unsupported
 from saccade.core.fp8 import PerHeadFP8, quantize_fp8_per_head
 from saccade.core.kv import DenseKV, KVView, PerHeadFP8KV, Span

@@ -6,6 +6,11 @@ Importing this package registers the attention implementation "saccade" with tra
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="saccade")
 """
 
+# ruff: noqa: E402 (an old version is refused before anything is imported from it)
+from saccade.core.versions import require
+
+require("transformers")
+
 from saccade.hf.attach import Attached, attach
 from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
 from saccade.hf.context import Context

@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, StagingBuffers
+from saccade.cache import LayerCache, RingCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.layers import check_attention
+from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
@@ -152,14 +153,20 @@ def running(run: Run) -> Running:
     return Running(run)
 
 
-def new_cache(run: Run, *, reserve: int = 0) -> SaccadeCache:
-    """Empty caches that follow the options of a run; see `Attached.new_cache`."""
+def new_cache(run: Run, *, reserve: int = 0, n_ctx_train: int | None = None) -> SaccadeCache:
+    """Empty caches that follow the options of a run; see `Attached.new_cache`.
+
+    Args:
+        n_ctx_train: length that the model was trained for; default what its config says.
+    """
     staging = None if run.params.offload_kqv else StagingBuffers()
 
     def make(layer: int, own: int | None) -> LayerCache:
         return layer_cache(own, run.params, staging=staging, reserve=reserve)
 
-    return SaccadeCache(run.model.config, make, run=run)
+    cache = SaccadeCache(run.model.config, make, run=run)
+    move_sinks(cache, run, n_ctx_train)
+    return cache
 
 
 def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
@@ -173,6 +180,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
         run = runs.in_force
         if run is not None:
             _bring_cache(run, kwargs)
+            read_prompt_in_blocks(args, kwargs)
         return original(*args, **kwargs)
 
     changes.override(undo, runs.model, "generate", generate)
@@ -188,7 +196,21 @@ def _bring_cache(run: Run, kwargs: dict[str, Any]) -> None:
     needed = params.n_swa is not None or needs_own_cache(params)
     if needed and kwargs.get("past_key_values") is None:
         _check_no_conflict(kwargs)
-        kwargs["past_key_values"] = new_cache(run)
+        cache = new_cache(run)
+        _check_can_go_back(cache, kwargs)
+        kwargs["past_key_values"] = cache
+
+
+def _check_can_go_back(cache: SaccadeCache, kwargs: dict[str, Any]) -> None:
+    """Guessed tokens that were wrong are taken back, which a ring can do for a few at most."""
+    config = kwargs.get("generation_config")
+    for name in ("prompt_lookup_num_tokens", "assistant_model"):
+        guesses = kwargs.get(name, getattr(config, name, None))
+        if guesses is not None and any(isinstance(x.store, RingCache) for x in cache.layers):
+            raise Unsupported(
+                f"{name} takes back tokens that were guessed wrong, but the cache of a sliding "
+                f"window keeps the window alone. Leave {name} out, or attach without a window."
+            )
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:

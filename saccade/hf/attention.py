@@ -300,12 +300,8 @@ def _narrowed(args: AttentionArgs, settings: AttentionSettings) -> AttentionArgs
     """The arguments with the window of the settings in place of the model's own."""
     if settings.window is None:
         return args
-    if settings.sinks and args.key_padding is not None:
-        check_values(
-            args.key_padding[:, : settings.sinks].all(),
-            "n_sinks keeps the first slots of every row, but the batch is padded on the left. "
-            "Pad on the right, run the rows one by one, or set n_sinks=0.",
-        )
+    if settings.sinks:
+        _check_sinks(args, settings.sinks)
     narrow = Mask(window=settings.window, sinks=settings.sinks)
     if args.attn_mask is not None:  # it may show later keys, which a window does not hide
         return replace(args, attn_mask=args.attn_mask & _near(narrow, args))
@@ -315,6 +311,19 @@ def _narrowed(args: AttentionArgs, settings: AttentionSettings) -> AttentionArgs
             "Leave n_swa out for this model."
         )
     return replace(args, mask=narrow)
+
+
+def _check_sinks(args: AttentionArgs, sinks: int) -> None:
+    """Raise where a row's last token does not see its first slots: they are no sinks then."""
+    seen = args.key_padding
+    if args.attn_mask is not None:
+        seen = args.attn_mask[..., -1, :]
+    if seen is not None:
+        check_values(
+            seen[..., :sinks].all(),
+            "n_sinks keeps the first slots of every row, but the attention mask hides them "
+            "(padding on the left, or packed sequences). Run rows one by one, or set n_sinks=0.",
+        )
 
 
 def _near(narrow: Mask, args: AttentionArgs) -> Tensor:

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from saccade.core import Unsupported
 from saccade.hf.convert_aligned import merge
 from saccade.hf.convert_calibrate import moments_of, rows_of
-from saccade.hf.convert_freedom import freedoms, put_layers
+from saccade.hf.convert_freedom import freedoms
 from saccade.hf.convert_shapes import Changes, head_changes
-from saccade.hf.heads import FUSED, SEPARATE, Heads, check_projections, layers_of, read_heads
+from saccade.hf.heads import FUSED, Heads, Swap, check_projections, layers_of, read_heads
 from saccade.hf.layers import attention_modules, text_config
 
 Method = Literal["mean", "aligned"]
@@ -39,12 +39,14 @@ class Conversion:
     Attributes:
         before, after: KV heads of a layer.
         notes: what could not be done as asked, a sentence each.
+        swaps: what was replaced in each attention layer.
     """
 
     before: int
     after: int
     method: Method
     notes: list[str] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
 
 
 @contextmanager
@@ -76,8 +78,17 @@ def converted_heads(
         )
     changes = head_changes(model, num_kv_heads)
     layers = _new_layers(model, done, calibration)
+    _check_shapes(model, changes, layers)
+    done.swaps.extend(swaps_of(model, changes, layers))
+    modules = dict(model.named_modules())
     with ExitStack() as undo:
-        change_heads(undo, model, changes, done, layers)
+        for name, attributes in changes.attributes.items():
+            for attribute, value in attributes.items():
+                replace(undo, modules[name], attribute, value)
+        replace(undo, text_config(model), "num_key_value_heads", done.after)
+        for swap in done.swaps:
+            undo.callback(swap.put, swap.before)
+            swap.put(swap.after)
         yield done
 
 
@@ -144,35 +155,21 @@ def _new_layers(
             for part, seen, allowed in zip(parts, moments, freedom, strict=True)
         ]
     return [
-        _changed(part, each, layers_of(module, each))
+        layers_of(module, each, part)
         for module, part, each in zip(modules, parts, made, strict=True)
     ]
 
 
-def _changed(old: Heads, new: Heads, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of the layers that have other contents than the old ones."""
-    same = {SEPARATE[0]} if new.q is old.q else set[str]()
-    same |= set(layers) - {*SEPARATE, FUSED} if new.o is old.o else set[str]()
-    return {name: layer for name, layer in layers.items() if name not in same}
-
-
-def change_heads(
-    undo: ExitStack,
-    model: PreTrainedModel,
-    changes: Changes,
-    done: Conversion,
-    layers: Sequence[Mapping[str, nn.Linear]],
-) -> None:
-    """Give the model its new number of heads and these layers."""
-    config = text_config(model)
-    modules = dict(model.named_modules())
-    _check_shapes(model, changes, layers)
-    replace(undo, config, "num_key_value_heads", done.after)
-    for name, attributes in changes.attributes.items():
-        for attribute, value in attributes.items():
-            replace(undo, modules[name], attribute, value)
+def swaps_of(
+    model: PreTrainedModel, changes: Changes, layers: Sequence[Mapping[str, nn.Linear]]
+) -> list[Swap]:
+    """What is replaced in each attention layer, in order."""
+    names = {module: name for name, module in model.named_modules()}
+    found: list[Swap] = []
     for (_, module), new in zip(attention_modules(model), layers, strict=True):
-        put_layers(undo, module, new)
+        after = {**changes.attributes.get(names[module], {}), **new}
+        found.append(Swap(module, {name: getattr(module, name) for name in after}, after))
+    return found
 
 
 def _check_shapes(
@@ -192,7 +189,9 @@ def _check_shapes(
 def averaged(heads: Heads, num_kv_heads: int) -> Heads:
     """Copies of KV heads, or the means of neighbouring ones."""
     own = len(heads.k)
-    if num_kv_heads >= own:
+    if num_kv_heads == own:
+        return heads
+    if num_kv_heads > own:
         copies = num_kv_heads // own
         k, v = (part.repeat_interleave(copies, dim=0) for part in (heads.k, heads.v))
     else:

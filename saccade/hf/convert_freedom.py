@@ -88,7 +88,7 @@ def _allowed(
         return False  # queries hold more than queries: a gate, for example
     random = torch.Generator().manual_seed(0)
     made = [
-        layers_of(module, turned(each, allowed, random))
+        layers_of(module, turned(each, allowed, random), each)
         for module, each, allowed in zip(modules, heads, freedom, strict=True)
     ]
     before = _output(model)

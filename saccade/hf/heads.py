@@ -38,6 +38,20 @@ class Heads:
     o: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Attributes of an attention layer, its linear layers among them, before and after."""
+
+    module: nn.Module
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Give the layer these attributes; the same objects come back."""
+        for name, value in values.items():
+            setattr(self.module, name, value)
+
+
 def check_projections(module: nn.Module) -> None:
     """Raise Unsupported unless keys and values of a layer come from linear layers known here."""
     names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
@@ -77,17 +91,24 @@ def output_name(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def layers_of(module: nn.Module, heads: Heads) -> Mapping[str, nn.Linear]:
-    """New linear layers of these maps, by the names of those that they replace in the layer."""
+def layers_of(module: nn.Module, heads: Heads, old: Heads) -> dict[str, nn.Linear]:
+    """New linear layers of these maps, by the names of those that they replace in the layer.
+
+    Args:
+        old: the maps that the layer has; those that are the same objects are left out.
+    """
     rows = [part.flatten(0, 1) for part in (heads.q, heads.k, heads.v)]
+    same = [heads.q is old.q, heads.k is old.k, heads.v is old.v]
     made: dict[str, nn.Linear] = {}
     if hasattr(module, FUSED):
-        made[FUSED] = _linear(getattr(module, FUSED), torch.cat(rows))
+        if not all(same):
+            made[FUSED] = _linear(getattr(module, FUSED), torch.cat(rows))
     else:
-        for name, part in zip(SEPARATE, rows, strict=True):
-            made[name] = _linear(getattr(module, name), part)
+        for name, part, kept in zip(SEPARATE, rows, same, strict=True):
+            if not kept:
+                made[name] = _linear(getattr(module, name), part)
     name = output_name(module)
-    if name is not None and heads.o is not None:
+    if name is not None and heads.o is not None and heads.o is not old.o:
         old: Any = getattr(module, name)
         weight = heads.o.flatten(1)
         made[name] = _linear(

@@ -12,22 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.cache import DenseCache, ShiftKeys, StateCache
+from saccade.cache import ShiftKeys, StateCache
 from saccade.core import Unsupported
-from saccade.core.kv import dense
 from saccade.hf.attach import make_run, new_cache, running
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.cached_keys import key_rotations, probe_cache
 from saccade.hf.deferred_rope import deferred
 from saccade.hf.facts import facts_of
 from saccade.hf.identity import model_identity
-from saccade.hf.key_rotation import Cached, KeyRotation, find_rotations
+from saccade.hf.key_rotation import KeyRotation
 from saccade.hf.layers import layer_kinds
 from saccade.hf.rope import (
     Rotary,
-    distinct_frequencies,
     first_rotary,
     frequencies_of,
-    rotary_tables,
     table_key,
 )
 from saccade.hf.rope_labels import rope_labels
@@ -98,7 +96,7 @@ class HFModel:
         run = self.run
         if run is None or run.params != params:
             run = make_run(self.model, params, serves_every_call=False)
-        return new_cache(run, reserve=reserve)
+        return new_cache(run, reserve=reserve, n_ctx_train=self._n_ctx_train)
 
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
@@ -135,7 +133,7 @@ class HFModel:
 
     def _probe(self) -> SaccadeCache:
         """An empty cache of all keys, to see what the model does with a few tokens."""
-        return SaccadeCache(self.model.config, lambda layer, window: DenseCache(), run=self.run)
+        return probe_cache(self.model, self.run)
 
     @cached_property
     def _counts_from_zero(self) -> bool:
@@ -188,32 +186,8 @@ class HFModel:
         length = self.facts.n_ctx_train if length is None else length
         key = self.table_key(length)
         if key not in self._rotations:
-            self._rotations[key] = self._find_rotations(length)
+            self._rotations[key] = key_rotations(self.model, self.run, length)
         return self._rotations[key][layer]
-
-    @torch.inference_mode()
-    def _find_rotations(self, length: int) -> list[KeyRotation]:
-        with reaching(length), activated(self.run):
-            return find_rotations(
-                self._read_keys,
-                distinct_frequencies(rotary_tables(self.model, self._rotary, length)),
-                vocab_size=self.facts.vocab_size,
-                longest=self.facts.n_ctx_train,
-            )
-
-    def _read_keys(self, tokens: Tensor, positions: Tensor | None) -> list[Cached]:
-        """What each layer caches of these tokens, in a cache of its own."""
-        cache = self._probe()
-        where = {} if positions is None else {"position_ids": positions.to(self.device)}
-        hidden_states(
-            self.model,
-            input_ids=tokens.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            **where,
-        )
-        views = [dense(store.view()) for store in cache.stores if isinstance(store, DenseCache)]
-        return [Cached(view.k, view.v) for view in views]
 
     def _check_keys_are_rotated(self) -> None:
         if any(kind.states for kind in layer_kinds(self.model.config)):

@@ -64,27 +64,36 @@ def blueprint(
     """
     config, name, n_ctx_train = read_config(source)
     own = gguf_dtype if str(source).endswith(".gguf") else _dtype_of(config)
-    facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype or own)
-    model = _without_memory(config, facts.dtype)
+    return _blueprint_of(config, name, n_ctx_train, dtype or own)
+
+
+def _blueprint_of(
+    config: PreTrainedConfig, name: str, n_ctx_train: int | None, dtype: torch.dtype
+) -> Blueprint:
+    facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype)
+    model = _without_memory(config, dtype)
     if model is None:
         raise BadInput(
             f"the model class of {config.model_type} cannot be built without memory, so that its "
             "size is not known before it is loaded. Plan with a model of another class."
         )
     text = text_config(config)
-    experts = [n for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(text, n)]
-    used = getattr(text, "num_experts_per_tok", None) if experts else None
-    inner = getattr(text, "moe_intermediate_size", None) if experts else None
-    inner = inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    idle = 0
-    if used:
-        every = sum(w.numel() for n, w in model.named_parameters() if ".experts." in n)
-        idle = every * max(0, getattr(text, experts[0]) - used) // max(1, getattr(text, experts[0]))
+    experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts")
+    used = _first(text, "num_experts_per_tok") if experts else None
+    inner = _first(text, *(["moe_intermediate_size"] if experts else []), "intermediate_size")
+    every = sum(each.numel() for part, each in model.named_parameters() if ".experts." in part)
     return Blueprint(
         facts=facts, weights=sum(weight.numel() for weight in model.parameters()),
-        hidden=text.hidden_size, inner=inner * (used or 1), idle=idle,
+        hidden=text.hidden_size, inner=(inner or 4 * text.hidden_size) * (used or 1),
+        idle=every * (experts - used) // experts if experts and used else 0,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
     )  # fmt: skip
+
+
+def _first(config: Any, *names: str) -> int | None:
+    """The first of these fields that is a positive number."""
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def _described(model: Source, dtype: torch.dtype | None) -> tuple[ModelFacts, int | None]:

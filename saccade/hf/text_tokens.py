@@ -49,9 +49,11 @@ def token_pieces(tokenizer: Any, text: str) -> Iterator[list[int]]:
             width *= 4
             window = _encoded(tokenizer, text, at, at + width)
             continue
-        if joint is None:  # cut behind the last token but one
-            here, after = len(window.ids) - 1, window.starts[-1]
-            following, there = _encoded(tokenizer, text, after, after + WINDOW), 0
+        if joint is None:  # cut in front of the last token, or behind the only one
+            here, after, there = len(window.ids) - 1, window.starts[-1] if window.ids else at, 0
+            if after <= at:
+                here, after = len(window.ids), at + width
+            following = _encoded(tokenizer, text, after, after + WINDOW)
         else:
             here, there = joint
         yield window.ids[first:here]

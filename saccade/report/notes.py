@@ -27,7 +27,9 @@ def _machine(report: Report) -> str:
         return str(gpu if isinstance(gpu, str) else gpu[0])
     machine = report.environment.get("cpu", "an unknown machine")
     threads = report.environment.get("threads")
-    return f"{machine}, {threads} threads" if threads else str(machine)
+    if not threads:
+        return str(machine)
+    return f"{machine}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def key(report: Report, *, place: str = "In brackets") -> str:
@@ -35,6 +37,8 @@ def key(report: Report, *, place: str = "In brackets") -> str:
     if not any(row.status == "ok" for row in report.rows):
         return ""
     if report.reference_row() is None:
+        if report.baseline_row() is None:
+            return "Nothing is compared: the rows that others are compared with were not measured."
         reason = f"{report.reference} was not measured" if report.reference else "no reference"
         return f"{place}: ratio to {report.baseline}. Nothing is marked as better: {reason}."
     said = (

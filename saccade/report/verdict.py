@@ -49,6 +49,12 @@ def sampled(key: str) -> Error:
     return error
 
 
+def waited(row: Any, reference: Any) -> float | None:
+    """Of times to the first token: their own, else that of prefill, which is all but one step."""
+    own = sampled("ttft_seconds")(row, reference)
+    return sampled("prefill_tps")(row, reference) if own is None else own
+
+
 def paired_perplexity(row: Any, reference: Any) -> float | None:
     """From the differences token by token where they were kept, else from both perplexities."""
     error, found = finite(row, "perplexity_ratio_se"), ratio(row, reference, "perplexity")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from saccade.rope import Linear, Llama3, LongRoPE, YaRN
+from saccade.rope import DynamicNTK, Linear, Llama3, LongRoPE, YaRN
 from saccade.rope.rules import Rule
 from saccade.runtime.layers import narrowed_window
 from saccade.runtime.model import ModelFacts
@@ -55,6 +55,23 @@ def reaching(
 def trained_reach(params: ContextParams, facts: ModelFacts) -> int:
     """Tokens that positions reach without scaling by the params."""
     return params.yarn_orig_ctx or facts.positions.reach(facts.n_ctx_train)
+
+
+def scaled_reach(params: ContextParams, facts: ModelFacts) -> int | None:
+    """Tokens that positions reach under the params; None: without end, or not known.
+
+    A base that was given by hand says not how far it stretches: there the trained length counts.
+    """
+    positions, reach = facts.positions, facts.positions.reach(facts.n_ctx_train)
+    own, kind, scale = positions.rule, params.rope_scaling_type, params.rope_freq_scale
+    if own is None or kind == "dynamic" or (kind is None and isinstance(own, DynamicNTK)):
+        return None
+    trained = params.yarn_orig_ctx or getattr(own, "original_max_position", facts.n_ctx_train)
+    if kind == "none":
+        return trained
+    if kind is None:
+        return reach if scale is None else int(reach / (scale * getattr(own, "factor", 1.0)))
+    return max(trained, params.n_ctx or 0) if scale is None else int(trained / scale)
 
 
 def longest_distance(params: ContextParams, facts: ModelFacts) -> int:

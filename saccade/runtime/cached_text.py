@@ -25,7 +25,7 @@ from saccade.core import Unsupported
 from saccade.runtime.compression import ObservationWindow, compress_cache
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
-from saccade.runtime.rollback import checkpoint, reachable, roll_back, undo_read
+from saccade.runtime.rollback import checkpoint, queries_alike, reachable, roll_back, undo_read
 from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
@@ -205,7 +205,7 @@ class CachedText:
         states: list[Tensor] = []
         done = 0
         with torch.inference_mode():
-            for chunk in tokens.split(self._params.n_batch):
+            for chunk in self._chunks(tokens):
                 states.append(self._read_chunk(chunk))
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
@@ -228,9 +228,15 @@ class CachedText:
         return hidden
 
     def _run_chunks(self, tokens: Tensor) -> None:
-        for chunk in tokens.split(self._params.n_batch):
-            if len(chunk):
-                self._run(chunk)
+        for chunk in self._chunks(tokens):
+            self._run(chunk)
+
+    def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
+        """At most `n_batch` tokens at a time, read before the next are cut off."""
+        while len(tokens):
+            size = queries_alike(self._cache.stores, self._params.n_batch)
+            yield tokens[:size]
+            tokens = tokens[size:]
 
     def _run(self, chunk: Tensor) -> Tensor:
         """Hidden states `[n, hidden]` of new tokens, which are in the caches afterwards."""

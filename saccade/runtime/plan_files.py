@@ -15,8 +15,10 @@ from typing import Any, Final
 
 import torch
 
+from saccade.rope import parse
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.runtime.positions import Positions
 
 _FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 """Norm, attention, norm, gated MLP."""
@@ -24,7 +26,14 @@ _SIZES: Final = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings",
 )  # fmt: skip
-_OTHER_WEIGHTS: Final = ("quantization_config", "auto_map", "text_config")
+_NOT_PLAIN: Final = (
+    "quantization_config",
+    "auto_map",
+    "text_config",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+_THETA: Final = 10000.0
 _DTYPES: Final = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 _NUMBERS: Final = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
@@ -32,7 +41,9 @@ _MOST: Final = 1 << 40
 _ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
 
 
-def blueprint_of(path: Path, dtype: torch.dtype | None, gguf_dtype: torch.dtype) -> Blueprint | None:
+def blueprint_of(
+    path: Path, dtype: torch.dtype | None, gguf_dtype: torch.dtype
+) -> Blueprint | None:
     """The blueprint of a transformers folder or a GGUF file; None where it takes more to know.
 
     Args:
@@ -43,14 +54,14 @@ def blueprint_of(path: Path, dtype: torch.dtype | None, gguf_dtype: torch.dtype)
             values = json.loads((path / "config.json").read_bytes())
             return from_config(values, path.name, dtype)
         return from_gguf(path, dtype or gguf_dtype)
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
 
 
 def from_config(values: dict[str, Any], name: str, dtype: torch.dtype | None) -> Blueprint | None:
     """The blueprint of what a config.json holds."""
     family = values.get("model_type")
-    if family not in _FAMILIES or any(values.get(key) for key in _OTHER_WEIGHTS):
+    if family not in _FAMILIES or any(values.get(key) for key in _NOT_PLAIN):
         return None
     sizes = [values[key] for key in _SIZES]
     said = values.get("dtype") or values.get("torch_dtype") or "float32"
@@ -72,10 +83,21 @@ def from_config(values: dict[str, Any], name: str, dtype: torch.dtype | None) ->
     layer += 2 * head_dim * (family == "qwen3")
     facts = ModelFacts(
         name=name, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-        vocab_size=vocab, n_ctx_train=length, dtype=dtype or _DTYPES[said], windows=windows,
+        vocab_size=vocab, n_ctx_train=length, dtype=dtype or _DTYPES[said],
+        windows=windows, positions=_positions(values, length),
     )  # fmt: skip
     weights = layers * layer + hidden + vocab * hidden * (1 if tied else 2)
     return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied)
+
+
+def _positions(values: dict[str, Any], trained: int) -> Positions:
+    """How it rotates, under the names that old and new configs have for it."""
+    given = {**(values.get("rope_parameters") or values.get("rope_scaling") or {})}
+    given["rope_type"] = given.get("rope_type") or given.pop("type", None) or "default"
+    given.pop("type", None)
+    theta = float(given.pop("rope_theta", None) or values.get("rope_theta") or _THETA)
+    rope = parse(given, max_position_embeddings=trained, rope_theta=theta, only_known=True)
+    return Positions(rule=rope.rule, base=rope.base)
 
 
 def _are_sizes(*sizes: object) -> bool:
@@ -114,6 +136,8 @@ def from_gguf(path: Path, dtype: torch.dtype) -> Blueprint | None:
 
     if size("expert_count", 0) or size("attention.sliding_window", 0):
         return None
+    if "rope_freqs.weight" in shapes or keys.get(f"{family}.rope.scaling.type", "none") != "none":
+        return None
     hidden, heads = size("embedding_length"), size("attention.head_count")
     head_dim = size("attention.key_length", hidden // heads)
     facts = ModelFacts(
@@ -121,13 +145,14 @@ def from_gguf(path: Path, dtype: torch.dtype) -> Blueprint | None:
         num_kv_heads=size("attention.head_count_kv", heads), head_dim=head_dim,
         vocab_size=shapes["token_embd.weight"][0], n_ctx_train=size("context_length"), dtype=dtype,
         windows=(None,) * size("block_count"),
+        positions=Positions(base=float(keys.get(f"{family}.rope.freq_base", _THETA))),
     )  # fmt: skip
     inner = size("feed_forward_length")
     if not _are_sizes(hidden, inner, facts.num_layers, heads, facts.num_kv_heads, head_dim):
         return None
     if size("attention.value_length", head_dim) != head_dim or facts.n_ctx_train < 1:
         return None
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if "rope" not in name)
+    weights = sum(math.prod(shape) for shape in shapes.values())
     tied = "output.weight" not in shapes
     return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied)
 

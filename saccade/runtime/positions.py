@@ -7,7 +7,6 @@ from typing import Final
 
 from saccade.rope import DynamicNTK, Rule, Unscaled, YaRN
 
-
 _UNSCALED: Final = Unscaled()
 
 

@@ -1,4 +1,4 @@
-"""Rolling back all layers of a model to one position that each of them can reach."""
+"""What all layers of a model can do together: read so many tokens, go back to one position."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def checkpoint(layers: Sequence[LayerCache]) -> None:
     for layer in layers:
         if isinstance(layer, RingCache | StateCache):
             layer.checkpoint()
+
+
+def queries_alike(layers: Sequence[LayerCache], most: int) -> int:
+    """How many of the next tokens, up to `most`, see the sinks of every ring at one place."""
+    rings = (layer for layer in layers if isinstance(layer, RingCache))
+    return min((ring.places.alike(ring.seen, most) for ring in rings), default=most)
 
 
 def reachable(layers: Sequence[LayerCache], length: int) -> int:

@@ -294,9 +294,16 @@ def _identity(ctx: Context) -> tuple[dict[str, Any], bytes]:
 def _facts(facts: ModelFacts) -> dict[str, Any]:
     """The facts that caches depend on; weights have a fingerprint of their own."""
     values = {f.name: getattr(facts, f.name) for f in fields(facts)}
-    for name in ("name", "n_ctx_train", "softcap", "learned_sinks", "kv_shapes", "state_bytes"):
+    for name in _OTHERWISE_KNOWN:
         del values[name]
     return {**values, "dtype": str(facts.dtype), "windows": list(facts.windows)}
+
+
+_OTHERWISE_KNOWN: Final = (
+    *("name", "n_ctx_train", "softcap", "learned_sinks"),
+    *("kv_shapes", "state_bytes", "positions"),
+)
+"""Facts that follow from the tensors of the caches, from the weights or from `Model.identity`."""
 
 
 def _params(params: ContextParams) -> dict[str, Any]:

@@ -38,7 +38,7 @@ FLOORS = [
     ["compress"],
     ["runtime"],
     ["hf", "report"],
-    ["evals", "bench"],
+    ["evals", "bench", "advice"],
     ["cli"],
     [""],
 ]

@@ -44,6 +44,16 @@ def test_old_and_absent_torch_are_broken(monkeypatch, capsys):
         assert "!!  torch" in out and said in out and "Attention" not in out
 
 
+def test_versions_newer_than_tested_are_said_to_be(monkeypatch):
+    real = environment.version
+    newer = {"torch": "2.99.0", "transformers": "5.99.1"}
+    monkeypatch.setattr(environment, "version", lambda n: newer.get(n) or real(n))
+    found = {check.name: check for check in health.checks()}
+    assert found["torch"].status == found["transformers"].status == "ok"
+    assert 'pip install "torch<2.14"' in found["torch"].advice
+    assert "the newest that saccade is tested with" in found["transformers"].advice
+
+
 def test_every_missing_check_says_what_to_do():
     for check in health.checks():
         assert check.status in doctor._MARKS

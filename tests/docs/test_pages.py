@@ -20,7 +20,8 @@ TECHNIQUES = [
 ]  # fmt: skip
 LONGEST_PAGE = 80  # without its tables
 # Commands that another branch adds; each has to be removed here once it parses.
-COMING = ("convert", "report", "--sweep", "--measure", "--quiet")
+COMING = ("convert",)
+COMING_PAGES = ("docs/kv-heads.md",)
 # Pages whose records are measured when everything is merged; each has to be removed then.
 UNMEASURED = ("docs/claims.md", *(page for page in TECHNIQUES[:4]))
 
@@ -37,7 +38,7 @@ def _each(pages, unfinished=()):
 
 def _command(page, words):
     coming = any(word in COMING for word in words)
-    mark = pytest.mark.xfail(strict=True, raises=SystemExit, reason="not there yet")
+    mark = pytest.mark.xfail(strict=True, reason="not there yet")
     return pytest.param(words, id=f"{page}: {' '.join(words)}", marks=[mark] * coming)
 
 
@@ -77,6 +78,9 @@ def test_commands_parse(words):
 def test_links_lead_somewhere(page):
     for path, anchor in links(PAGES[page]):
         target = (ROOT / page).parent / path if path else ROOT / page
+        if path in COMING_PAGES:
+            assert not target.exists(), f"{path} is there: remove it from COMING_PAGES"
+            continue
         assert target.exists(), path
         if anchor:
             assert anchor in anchors(target.read_text()), f"{path}#{anchor}"
@@ -146,7 +150,8 @@ def test_rows_of_a_comparison_come_with_its_references(tmp_path):
     table = page_tables.rows(path, "window")
     names = [row.name for row in record.rows]
     shown = [name for name in names if f"| {name}" in table]
-    assert shown == [name for name in names if name.startswith(("window", record.baseline))]
+    wanted = ("window", record.baseline, record.reference)
+    assert shown == [name for name in names if name.startswith(wanted)]
 
 
 def test_a_hand_typed_number_is_found():

@@ -153,9 +153,41 @@ def test_quantized_params_refuse_a_cache_of_transformers(llama, ids):
 def test_sinks_and_left_padding_do_not_go_together(llama, ids, padded):
     with (
         attach(llama, ContextParams(n_swa=5, n_sinks=2)),
-        pytest.raises(Unsupported, match="padded on the left"),
+        pytest.raises(Unsupported, match="the attention mask hides them"),
     ):
         llama(ids, attention_mask=padded)
+
+
+@torch.no_grad()
+def test_masks_that_hide_the_sinks_are_refused(llama, ids, padded):
+    """Padding on the left as a 4-D mask, as a graph gets it, and two sequences in a row."""
+    length = ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    sequence = torch.arange(length) // (length // 2)
+    masks = {
+        "left": padded,
+        "left, 4-D": (causal & padded[:, None, None].bool()),
+        "packed": (causal & (sequence[:, None] == sequence))[None, None],
+    }
+    with attach(llama, ContextParams(n_swa=5, n_sinks=2)):
+        for name, mask in masks.items():
+            with pytest.raises(Unsupported, match="the attention mask hides them"):
+                llama(ids, attention_mask=mask)
+                pytest.fail(f"{name} went through")
+        llama(ids, attention_mask=padded.flip(1))
+
+
+@torch.no_grad()
+def test_guessing_ahead_needs_a_cache_that_can_go_back(llama, ids):
+    window, whole = ContextParams(n_swa=5), ContextParams(type_k="int8", type_v="int8")
+    with attach(llama, window), pytest.raises(Unsupported, match="Leave prompt_lookup_num_tokens"):
+        llama.generate(ids[:1], max_new_tokens=2, prompt_lookup_num_tokens=2)
+    with attach(llama, whole):
+        plain = llama.generate(ids[:1], max_new_tokens=20, do_sample=False)
+        ahead = llama.generate(
+            ids[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=2
+        )
+    assert torch.equal(plain, ahead)
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def measured(page: str, folder: Path, *, dark: bool) -> dict[int, dict[str, Any]
 
 def _printed(folder: Path, action: str, *, dark: bool) -> str:
     command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
         "--window-size=2600,1000", "--virtual-time-budget=20000",
         f"--user-data-dir={folder / 'profile'}",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",

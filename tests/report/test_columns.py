@@ -85,6 +85,7 @@ def test_without_a_reference_there_is_one_ratio_and_no_colour():
     assert {cell.better for row in whole for cell in cells(row, report)} == {None}
     assert "transformers sdpa was not measured" in key(report)
     report.rows.remove(report.baseline_row())
+    assert key(report).startswith("Nothing is compared")
     assert not any(cell.ratio for row in report.rows for cell in cells(row, report))
 
 

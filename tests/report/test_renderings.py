@@ -99,6 +99,17 @@ def test_markdown_is_one_rectangular_table():
     assert text.endswith("\n") and not text.endswith("\n\n")
 
 
+def test_markdown_has_a_part_for_each_page_that_shows_one():
+    report = sample.report()
+    sweep, claims = to_markdown(report, "sweep"), to_markdown(report, "claims")
+    assert "Time to first token:" in sweep and "| transformers eager | 7.74 s |" in sweep
+    assert claims.count("\n") == 2 + len(report.claims) and "| 2-4x | 3.01x" in claims
+    assert to_markdown(report, "positions").startswith("Perplexity by position")
+    whole = to_markdown(report, "all")
+    for part in (sweep, claims, to_markdown(report)):
+        assert part.strip() in whole
+
+
 def test_markdown_notes_stay_on_one_line():
     report = sample.report()
     report.rows[0].note = "two\nlines"

@@ -40,6 +40,15 @@ def test_errors_of_independent_means_add_in_quadrature():
     assert verdict.sampled("decode_tps")(fast, slow) is None
 
 
+def test_times_to_the_first_token_are_as_certain_as_those_of_prefill():
+    row, reference = (
+        _row(ttft_seconds=4.0, prefill_tps=100.0, prefill_tps_se=error) for error in (3.0, 4.0)
+    )
+    assert verdict.waited(row, reference) == pytest.approx(0.05)
+    row.ttft_seconds_se, reference.ttft_seconds_se = 0.0, 0.4
+    assert verdict.waited(row, reference) == pytest.approx(0.1)
+
+
 def test_perplexity_is_judged_by_its_pairs():
     reference = _row(perplexity=10.0, perplexity_se=1.7)
     row = _row(perplexity=11.0, perplexity_se=1.8, perplexity_ratio_se=0.011)

@@ -326,27 +326,6 @@ def test_planned_weights_count_tied_ones_once():
     assert planned == sum(p.nbytes for p in tiny_model(config).parameters()) // 2
 
 
-@pytest.mark.parametrize("name", ["plain", "int8", "int4"])
-def test_the_longest_context_fits_and_a_longer_one_does_not(name):
-    params, config = ContextParams(**PARAMS[name]), tiny_config("llama")
-    memory = saccade.plan(config).weights_bytes + (3 << 20)
-    fit = saccade.plan(config, params, 100_000).what_fits(memory)[0]
-    assert not fit.fits and fit.needed > memory and 100 < fit.longest < 100_000
-
-    def total(tokens):
-        return saccade.plan(config, params, tokens, reserve=tokens).total_bytes
-
-    assert total(fit.longest) <= memory < total(fit.longest * 102 // 100 + 1024)
-
-
-def test_what_fits_lists_every_setting():
-    planned = saccade.plan(tiny_config("llama"), n_ctx=50_000)
-    fits = {fit.setting: fit for fit in planned.what_fits(planned.weights_bytes + (16 << 20))}
-    assert fits["window 4096 + 4 sinks"].longest is None and fits["window 4096 + 4 sinks"].fits
-    assert not fits["as asked"].fits and fits["int4 cache"].longest > fits["as asked"].longest
-    assert all(fit.longest == 0 for fit in planned.what_fits(1000))
-
-
 def test_a_readable_table():
     text = str(saccade.plan(tiny_config("llama"), n_ctx=1000))
     assert "1,000 tokens (trained for 512)" in text
@@ -366,8 +345,6 @@ def test_refusals():
             saccade.plan(config, n_ctx=n_ctx)
     with pytest.raises(BadInput, match="a plan counts up to [0-9]+ tokens for this model"):
         saccade.plan(config, n_ctx=9, reserve=2**62)
-    with pytest.raises(BadInput, match="memory must be a number of bytes"):
-        saccade.plan(config, n_ctx=9).what_fits(-1)
     with pytest.raises(BadInput, match="a plan counts up to 256 checkpoints"):
         saccade.plan(config, ContextParams(n_swa=8, ctx_checkpoints=10**9), n_ctx=999)
     with pytest.raises(BadInput, match="expected what a config.json holds"):

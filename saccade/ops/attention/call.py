@@ -10,7 +10,6 @@ from torch.autograd import forward_ad
 
 from saccade.core import BlockSelection, DenseKV, KVView, Mask, Unsupported
 from saccade.core.formats import FP8
-from saccade.ops.attention import watch
 from saccade.ops.attention.checks import (
     check_kinds,
     check_masks,
@@ -19,6 +18,7 @@ from saccade.ops.attention.checks import (
     check_queries,
     check_scores,
     check_traceable,
+    is_nested_jvp,
 )
 
 MANY_QUERIES = 16  # more of them than this is prefill, up to it decoding
@@ -124,9 +124,8 @@ class AttentionCall:
         """
         if torch.compiler.is_compiling() or forward_ad._current_level < 0:
             return False
-        return watch.is_nested_jvp() or any(
-            forward_ad.unpack_dual(x).tangent is not None for x in self.floats
-        )
+        duals = (forward_ad.unpack_dual(x) for x in self.floats)
+        return is_nested_jvp() or any(dual.tangent is not None for dual in duals)
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -226,6 +226,13 @@ def check_traceable(*tensors: object) -> None:
         )
 
 
+def is_nested_jvp() -> bool:
+    """Whether torch.func runs another transformation inside of a forward-mode one."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    kinds = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    return functorch.TransformType.Jvp in kinds[:-1]
+
+
 def _is_batched(x: Tensor) -> bool:
     """Whether a tensor, or what other transformations wrapped, is mapped by vmap."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]

@@ -39,13 +39,6 @@ def is_recorded(x: Tensor) -> bool:
     return _get_current_dispatch_mode() is not None
 
 
-def is_nested_jvp() -> bool:
-    """Whether torch.func runs another transformation inside of a forward-mode one."""
-    functorch = torch._C._functorch  # type: ignore[attr-defined]
-    kinds = [level.key() for level in functorch.get_interpreter_stack() or ()]
-    return functorch.TransformType.Jvp in kinds[:-1]
-
-
 def is_transformed(x: Tensor) -> bool:
     """Whether a transformation of torch.func wraps a tensor: it has no memory of its own.
 

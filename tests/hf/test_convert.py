@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.core import Unsupported
-from saccade.hf import HFModel, attach, expand_to_mha, pool_to_mqa
+from saccade.hf import HFModel, attach, converted_heads, expand_to_mha, pool_to_mqa
 from saccade.runtime.params import ContextParams
 from tests.hf.model_state import different, state_of
 from tests.tiny_models import tiny_config, tiny_model
@@ -94,3 +94,41 @@ def test_other_projections_are_refused():
     with pytest.raises(Unsupported, match="needs a linear q_proj in every attention layer"):
         pool_to_mqa(model).__enter__()
     assert different(kept, state_of(model)) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["mean", "aligned"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_models_own_number_of_heads_changes_nothing(ids, family, method):
+    model = tiny_model(tiny_config(family))
+    plain = model(ids).logits
+    with converted_heads(model, 2, method=method, calibration=ids) as done:
+        assert torch.equal(model(ids).logits, plain)
+    assert done.before == done.after == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"num_kv_heads": 3}, ValueError, "4 query heads and 2 KV heads can have 1, 2, 4 KV heads"),
+        ({"num_kv_heads": 0}, ValueError, "got 0. Choose one of these"),
+        ({"num_kv_heads": 8}, ValueError, "got 8"),
+        ({"num_kv_heads": True}, TypeError, "whole number, got bool True"),
+        ({"num_kv_heads": 1.0}, TypeError, "whole number, got float 1.0"),
+        ({"num_kv_heads": 1, "method": "svd"}, ValueError, "method is one of mean, aligned"),
+        ({"num_kv_heads": 1, "method": "aligned"}, ValueError, "needs calibration="),
+    ],
+)
+def test_wrong_requests_are_one_sentence_and_change_nothing(llama, options, error, said):
+    kept = state_of(llama)
+    with pytest.raises(error, match=said):
+        converted_heads(llama, **options).__enter__()
+    assert different(kept, state_of(llama)) == []
+
+
+def test_models_that_cannot_share_heads_are_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(Unsupported, match="no field num_key_value_heads"):
+        converted_heads(model, 1).__enter__()

@@ -1,0 +1,42 @@
+"""Planned peaks against what PyTorch's allocator gave out while a model read."""
+
+import pytest
+import torch
+
+import saccade
+from saccade.advice.allocated import Allocated
+from saccade.advice.peak import memory_of
+from saccade.runtime import ContextParams
+from saccade.runtime.plan_files import from_config
+from tests.tiny_models import tiny_config, tiny_model
+
+SIZES = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512}
+SETTINGS = {
+    "dense": {},
+    "bf16": {"type_k": "bf16", "type_v": "bf16"},
+    "int8": {"type_k": "int8", "type_v": "int8"},
+    "int4": {"type_k": "int4", "type_v": "int4"},
+    "window": {"n_swa": 256, "n_sinks": 4},
+    "snapkv": {"kv_policy": "snapkv", "kv_budget": 0.25},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(tiny_config("llama", max_position_embeddings=4096, **SIZES))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_peaks_within_5_percent_and_caches_to_the_byte(model, name):
+    tokens, params = 1200, ContextParams(n_batch=256, **SETTINGS[name])
+    found = from_config(model.config.to_dict() | {"dtype": "float32"}, "tiny", None)
+    planned = memory_of(found, params, tokens, "cpu")
+    with saccade.Context(model, params) as ctx:
+        ids = torch.arange(tokens) % 512
+        with Allocated(torch.device("cpu")) as allocated:
+            ctx.append(ids)
+            ctx.compress()
+        assert planned.caches == ctx.cache_bytes
+    measured = planned.weights + allocated.peak
+    assert planned.weights == sum(p.nbytes for p in model.parameters())
+    assert abs(planned.peak / measured - 1) < 0.05, (planned, measured)

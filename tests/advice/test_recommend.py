@@ -1,0 +1,193 @@
+"""The recommendation: what fits comes first by exactness, with its memory, time and evidence."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from saccade.advice import evidence, store
+from saccade.advice.candidates import SETTINGS, candidates
+from saccade.advice.gpu_speed import RECORDED, gpu_speed
+from saccade.advice.machine import CUDA_ITSELF, Machine, machine
+from saccade.advice.peak import memory_of
+from saccade.advice.recommend import advise
+from saccade.advice.speed import Speed
+from saccade.core import BadInput
+from saccade.runtime import ContextParams
+from saccade.runtime.plan_files import from_config
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+MIB = 2**20
+LLAMA_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "dtype": "bfloat16",
+}  # fmt: skip
+SMALL = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 8192, "dtype": "float32",
+}  # fmt: skip
+
+
+class Still(Machine):
+    """A machine on which nothing has to be timed."""
+
+    def speed(self, blueprint, params, tokens):
+        return Speed(first_token=tokens / 100, tokens_per_second=10.0)
+
+
+def small(**changes):
+    return from_config({**SMALL, **changes}, "small", None)
+
+
+def still(budget, kind="cpu"):
+    return Still(kind=kind, name="still", budget=budget, said="as asked")
+
+
+def peak_of(name, tokens=8192):
+    params = ContextParams(**SETTINGS[name])
+    return memory_of(small(), params, tokens, "cpu").peak
+
+
+@pytest.mark.parametrize("name", ["exact", "bf16 cache", "int8 cache"])
+def test_the_most_exact_setting_that_fits_is_chosen(name):
+    found = advise(small(), ContextParams(), 8192, still(peak_of(name)))
+    assert found.chosen.candidate.name == name and found.chosen.memory.peak == peak_of(name)
+    assert found.second is not None and found.second.candidate.rank > found.chosen.candidate.rank
+    assert found.second.fits and "further down in the rule" in found.why_second
+    less = advise(small(), ContextParams(), 8192, still(peak_of(name) - 1))
+    assert less.chosen is None or less.chosen.candidate.rank > found.chosen.candidate.rank
+
+
+def test_nothing_fits_is_an_answer():
+    found = advise(small(), ContextParams(), 8192, still(100_000))
+    assert found.chosen is None and found.second is None and not any(o.fits for o in found.options)
+    assert all(each.tokens == 0 for each in found.longest)
+    assert "the weights alone take" in found.notes[0] and "--dtype bf16" in found.notes[1]
+
+
+def test_a_longest_context_fits_and_a_longer_one_does_not():
+    blueprint, budget = small(), peak_of("exact", 5000)
+    found = {each.setting: each.tokens for each in
+             advise(blueprint, ContextParams(), 8192, still(budget)).longest}  # fmt: skip
+    longest = found["exact"]
+    assert 4500 < longest <= 5100
+
+    def peak(tokens):
+        return memory_of(blueprint, ContextParams(), tokens, "cpu").peak
+
+    assert peak(longest) <= budget < peak(longest * 9 // 8)
+
+
+def test_a_window_has_no_longest_context():
+    found = advise(small(), ContextParams(), 64_000, still(peak_of("exact")))
+    assert found.chosen.candidate.name.startswith("window") and found.chosen.scaling is None
+    assert {each.setting: each.tokens for each in found.longest}[found.chosen.name] is None
+
+
+def test_beyond_the_trained_length_positions_are_scaled():
+    found = advise(small(), ContextParams(), 16384, still(2**30))
+    params = found.chosen.candidate.params
+    assert params.rope_scaling_type == "yarn" and params.n_ctx == 16384
+    assert "YaRN x2.0" in found.chosen.scaling
+    inside = advise(small(), ContextParams(), 8192, still(2**30)).chosen
+    assert inside.scaling is None and inside.candidate.params.rope_scaling_type is None
+
+
+def test_settings_without_effect_are_left_out():
+    def names(device="cpu", **changes):
+        found = candidates(small(**changes).facts, ContextParams(), device, 8192)
+        return [each.name for each in found]
+
+    assert "bf16 cache" in names() and "bf16 cache" not in names(dtype="bfloat16")
+    assert (
+        "exact, keys in host memory" in names("cuda")
+        and "exact, keys in host memory" not in names()
+    )
+    sliding = names(model_type="mistral", sliding_window=64)
+    assert sliding == ["exact", "bf16 cache"]
+
+
+def test_options_that_were_asked_for_stay():
+    asked = ContextParams(type_k="int8", type_v="int8", n_batch=100)
+    found = advise(small(), asked, 4096, still(2**30), chunk_is_asked=True)
+    assert [each.name for each in found.options] == ["as asked, chunks of 100"]
+    assert found.chosen.candidate.params.type_k == "int8"
+    assert found.chosen.quality.startswith("KL ") and "measured on SmolLM2" in found.chosen.quality
+
+
+def test_evidence_is_what_the_record_says():
+    assert [asdict(each) for each in evidence.known()] == list(evidence.distilled(RESULTS))
+    rows = json.loads((RESULTS / "caches-smollm2.json").read_text())["rows"]
+    kl = next(r["kl"] for r in rows if r["name"] == "int4" and r["length"] == 8192)
+    found = evidence.evidence_for(ContextParams(type_k="int4", type_v="int4"), 7000)
+    assert (found.kl, found.tokens) == (kl, 8192)
+    assert evidence.evidence_for(ContextParams(), 7000) is None
+    assert evidence.evidence_for(ContextParams(type_k="fp8", type_v="fp8"), 7000) is None
+
+
+def test_gpu_speeds_are_within_a_quarter_of_a_record():
+    ours = json.loads((RESULTS / "h200_llama.json").read_text())["ours"]
+    blueprint = from_config(LLAMA_8B, "8b", None)
+    for length, measured in ours["decode"].items():
+        for name, seconds in (
+            ("first_token_s", "first_token"),
+            ("tokens_per_s", "tokens_per_second"),
+        ):
+            planned = gpu_speed(
+                blueprint, ContextParams(n_batch=8192), int(length), RECORDED["NVIDIA H200"]
+            )
+            assert abs(getattr(planned, seconds) / measured[name] - 1) < 0.25, (length, name)
+    for kind in ("int8", "int4"):
+        params = ContextParams(n_batch=8192, type_k=kind, type_v=kind)
+        planned = gpu_speed(blueprint, params, 130816, RECORDED["NVIDIA H200"])
+        assert abs(planned.tokens_per_second / ours[kind]["tokens_per_s"] - 1) < 0.25
+
+
+def test_a_gpu_takes_the_largest_chunks_that_fit():
+    blueprint = from_config(LLAMA_8B, "8b", None)
+    sizes = {}
+    for gib in (16.3, 60):
+        found = advise(blueprint, ContextParams(), 8192, still(int(gib * 2**30), "cuda"))
+        sizes[gib] = found.chosen.candidate.params.n_batch
+    assert sizes[60] == 8192 and sizes[16.3] < 8192
+
+
+def test_machines():
+    here = machine("cpu", 10 * MIB)
+    assert (here.kind, here.budget, here.said) == ("cpu", 10 * MIB, "as asked")
+    assert machine("cpu", None).budget > 0
+    away = machine("cuda", 24 << 30)
+    assert away.kind == "cuda" and away.budget == (24 << 30) - CUDA_ITSELF
+    with pytest.raises(BadInput, match="expected one of auto, cpu, cuda as device, got 'tpu'"):
+        machine("tpu", None)
+    with pytest.raises(BadInput, match="at least 1 token"):
+        advise(small(), ContextParams(), 0, here)
+
+
+def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert store.recall("costs", "cpu", 1) is None
+    store.remember("costs", {"flop": 1.0}, "cpu", 1)
+    assert (
+        store.recall("costs", "cpu", 1) == {"flop": 1.0} and store.recall("costs", "cpu", 2) is None
+    )
+    (file,) = store.folder().iterdir()
+    for damaged in ("{", "[]", '{"value"'):
+        file.write_text(damaged)
+        assert store.recall("costs", "cpu", 1) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    store.remember("costs", 1, "cpu")
+    assert store.recall("costs", "cpu") is None
+
+
+def test_a_plan_on_this_cpu_measures_itself_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here, params = machine("cpu", 2**30), ContextParams(n_batch=64)
+    first = here.speed(small(), params, 256)
+    assert first.first_token > 0 and first.tokens_per_second > 0
+    assert here.speed(small(), params, 256) == first
+    longer = here.speed(small(), params, 2560)
+    assert longer.first_token > 8 * first.first_token
