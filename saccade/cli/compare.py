@@ -25,7 +25,7 @@ DEMO_MODEL = "smollm2"
 EXAMPLES = """examples:
   saccade compare --quick
   saccade compare -m model.gguf --text book.txt --context 8k --html out.html
-  saccade compare -m model.gguf --text book.txt --sweep 1k,4k,16k --html out.html
+  saccade compare -m model.gguf --sweep 1k,4k,16k,64k --html out.html
   saccade compare --rows "flash,window,int8" --json - | tail -1 | jq .rows
 """
 

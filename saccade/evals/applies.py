@@ -37,7 +37,9 @@ def _no_effect(params: ContextParams, facts: ModelFacts, n_context: int) -> str 
     """Of the options that make a row what it is; how much it reads decides on some of them."""
     known = params if params.n_ctx is not None else replace(params, n_ctx=n_context)
     clauses = without_effect(facts, known)
-    return next((clauses[name] for name in _TECHNIQUES if name in clauses), None)
+    # Of two options that say the same scaling, neither has an effect beside the other.
+    scaling = () if facts.positions.rotary else ("rope_scaling_type",)
+    return next((clauses[name] for name in (*_TECHNIQUES, *scaling) if name in clauses), None)
 
 
-_TECHNIQUES: Final = ("n_swa", "sparse", "kv_policy", "type_k", "rope_scaling_type")
+_TECHNIQUES: Final = ("n_swa", "sparse", "kv_policy", "type_k")

@@ -183,7 +183,7 @@ def _extrapolation(report: Report, name: str, row: Row | None, plain: Row | None
         ),
     )
     curves = {c.name.split(" x")[0]: c for c in report.curves if c.perplexity}
-    past = report.settings["n_context"] > trained
+    past = "scaling" in report.settings
     if past and row and plain and row.perplexity and plain.perplexity:
         with_it, without = row.perplexity, plain.perplexity
     elif "YaRN" in curves and "plain" in curves:

@@ -114,7 +114,7 @@ class Sweep:
             return exact
         fill_perplexity(point, seen)
         inside = trial.total <= trained_reach(ContextParams(), trial.model.facts)
-        if spec.name == SDPA and inside:
+        if inside and exact is None and spec.name in (SDPA, FLASH):  # not all models have sdpa
             exact = seen.log_probs
         if exact is not None:
             fill_divergence(point, seen, exact)

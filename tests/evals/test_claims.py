@@ -112,7 +112,7 @@ def test_extrapolation_from_the_curves_or_from_rows_past_the_trained_length():
     key = "YaRN x2", "effect on quality"
     assert claims(made)[key].measured == "perplexity 12.0 instead of 300"
     past = report()
-    past.settings["n_context"] = 10_000
+    past.settings["scaling"] = "YaRN x2"
     past.row("YaRN x2").perplexity = 11.0
     past.row(FLASH).perplexity = 200.0
     assert claims(past)[key].measured == "perplexity 11.0 instead of 200"

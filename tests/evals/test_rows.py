@@ -84,6 +84,12 @@ def test_heads_that_are_there_already():
     assert [reason(FACTS, name) for name in (MHA, GQA, MQA)] == [None] * 3
 
 
+def test_scaling_of_a_model_without_rotary_positions():
+    table = replace(FACTS, positions=Positions(rule=None))
+    assert "no rotary positions" in reason(table, "YaRN x2")
+    assert reason(FACTS, "YaRN x2") is None
+
+
 @pytest.mark.parametrize("name", [INT8, SNAPKV, "sparse: block top-k"])
 def test_options_of_layers_that_all_slide(name):
     slides = replace(FACTS, windows=(64, 64))

@@ -120,6 +120,8 @@ def test_past_the_trained_length_with_and_without_scaling():
     assert report.row(FLASH).kl > 1e-5
     assert report.row(FLASH).perplexity == pytest.approx(report.row(SDPA).perplexity, rel=1e-4)
     assert "300" in report.settings["scaling"]
+    linear = next(row for row in report.rows if row.name.startswith("linear"))
+    assert linear.status == "ok" and linear.kl > 0
 
 
 def test_an_interrupt_keeps_finished_rows(monkeypatch):

@@ -12,8 +12,9 @@ from tests.tiny_models import tiny_config
 LENGTHS = (256, 384)
 
 
-def swept(n_ctx, lengths=LENGTHS):
-    model = loaded(tiny_config("llama", max_position_embeddings=n_ctx, num_hidden_layers=2))
+def swept(n_ctx, lengths=LENGTHS, family="llama"):
+    layers = {"num_hidden_layers": 2} if family == "llama" else {}
+    model = loaded(tiny_config(family, max_position_embeddings=n_ctx, **layers))
     tokens, runner = Tokenizer()(TEXT).input_ids, HFModel(model.model)
     swept = sweep.Sweep(model, runner, tokens, lengths, n_batch=128)
     origin = {"revision": None, "command": "", "environment": {}, "date": ""}
@@ -58,6 +59,12 @@ def test_caches_grow_with_the_length_but_a_window(report):
     assert len(set(caches("window"))) == 1
 
 
+def test_a_model_without_sdpa_is_compared_with_flash_attention():
+    points = {point.name: point for point in swept(1024, (256,), "gemma2").sweep}
+    assert points[SDPA].status == "failed" and points[FLASH].kl == 0
+    assert 0 < points[INT8].kl < 1e-3
+
+
 def test_a_window_that_holds_the_whole_text_does_not_apply(monkeypatch):
     monkeypatch.setattr(sweep, "WINDOW", 512)
     window = swept(1024, (256,)).sweep[-1]
@@ -65,7 +72,7 @@ def test_a_window_that_holds_the_whole_text_does_not_apply(monkeypatch):
 
 
 def test_past_the_trained_length_there_is_no_kl_and_yarn_joins():
-    report = swept(300, (256, 384))
+    report = swept(300, (384,))
     past = [point for point in report.sweep if point.n_context == 384]
     assert {point.name for point in past} >= {SDPA, FLASH, "YaRN"}
     assert all(point.kl is None and point.perplexity for point in past if point.status == "ok")
