@@ -73,7 +73,7 @@ def distill(
     Args:
         swaps: of the Conversion whose `with` is open.
         rows: token ids `[rows, n]`; the last one is kept to judge by.
-        rate: largest learning rate, relative to the size of the weights; it falls to 0 along half a cosine.
+        rate: largest learning rate, relative to the size of the weights; it falls to 0 as a cosine.
         on_progress: called with (layers done, layers, relative error of the last one).
     """
     done = Distilled(steps)
