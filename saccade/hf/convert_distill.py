@@ -24,7 +24,8 @@ from saccade.hf.changes import override
 from saccade.hf.heads import Swap
 from saccade.hf.split_forward import hidden_states
 
-RATE: Final = 1e-3
+RATE: Final = 0.01
+"""Largest step of a weight, relative to the root mean square of its layer's weights."""
 TURNS: Final = 2
 """How often a row of the text is used."""
 
@@ -72,7 +73,7 @@ def distill(
     Args:
         swaps: of the Conversion whose `with` is open.
         rows: token ids `[rows, n]`; the last one is kept to judge by.
-        rate: largest learning rate; it falls to 0 along half a cosine.
+        rate: largest learning rate, relative to the size of the weights; it falls to 0 as a cosine.
         on_progress: called with (layers done, layers, relative error of the last one).
     """
     done = Distilled(steps)
@@ -131,6 +132,10 @@ def _rows(value: Any, row: int, count: int) -> Any:
     return value
 
 
+def _size(layer: nn.Linear) -> float:
+    return layer.weight.detach().float().square().mean().sqrt().item()
+
+
 def _output(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
@@ -154,7 +159,7 @@ class _Layer:
                 undo.callback(p.requires_grad_, p.requires_grad)
                 p.requires_grad_(True)
             with torch.enable_grad():
-                self._steps(parameters, steps, rate, random)
+                self._steps(layers, steps, rate, random)
         after = self.error()
         if not after < before:
             for p, value in zip(parameters, old, strict=True):
@@ -163,16 +168,20 @@ class _Layer:
         return before, after
 
     def _steps(
-        self, parameters: list[nn.Parameter], steps: int, rate: float, random: torch.Generator
+        self, layers: list[nn.Linear], steps: int, rate: float, random: torch.Generator
     ) -> None:
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        groups = [
+            {"params": list(layer.parameters()), "lr": rate * _size(layer)} for layer in layers
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        largest = [group["lr"] for group in optimizer.param_groups]
         rows = len(self.targets) - 1
         order = torch.cat(
             [torch.randperm(rows, generator=random) for _ in range(steps // rows + 1)]
         )
         for step, row in enumerate(order[:steps].tolist()):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, most in zip(optimizer.param_groups, largest, strict=True):
+                group["lr"] = most * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             self._loss(row).backward()
             optimizer.step()
