@@ -24,7 +24,8 @@ BAD_LINES = [
     (["compre"], "No such command 'compre'. Did you mean 'compare'?"),
     (
         ["zzz"],
-        "No such command 'zzz'. There are compare, generate, chat, plan, convert, check, doctor, bench.",
+        "No such command 'zzz'. There are compare, generate, chat, plan, convert, check, doctor, "
+        "bench.",
     ),
     (["--verbose"], "saccade has no option --verbose. Did you mean --version?"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),
