@@ -42,7 +42,7 @@ def other_text() -> str:
             said = metadata(name)
         except PackageNotFoundError:
             continue
-        found.append(str(said.get("Description") or said.get_payload()))
+        found.append(said.json.get("description") or "")
     return "\n\n".join(found)
 
 

@@ -132,8 +132,7 @@ def head_counts(model: PreTrainedModel) -> tuple[int, int]:
             "for all layers, so no model of this class can share KV heads. It works for Llama, "
             "Mistral, Qwen, Gemma and Phi-3."
         )
-    heads, own = counts
-    return heads, own
+    return config.num_attention_heads, config.num_key_value_heads
 
 
 def _new_layers(
@@ -146,7 +145,8 @@ def _new_layers(
     if done.after >= own or calibration is None or done.method == "mean":
         made = [averaged(part, done.after) for part in parts]
     else:
-        rows = rows_of(calibration, model.get_input_embeddings().weight.shape[0])
+        embeddings: Any = model.get_input_embeddings()
+        rows = rows_of(calibration, len(embeddings.weight))
         freedom, notes = freedoms(model, heads, own)
         done.notes.extend(notes)
         moments = moments_of(model, rows, heads, own)

@@ -111,7 +111,8 @@ def merge(heads: Heads, moments: Moments, num_kv_heads: int, freedom: Freedom) -
         made.append((q, k[None], v[None]) if o is None else (q, k[None], v[None], o))
     q, k, v, *rest = zip(*made, strict=True)
     o = torch.cat(rest[0], dim=1).to(heads.q.dtype) if rest else heads.o
-    return Heads(*(torch.cat(part).to(heads.q.dtype) for part in (q, k, v)), o)
+    q, k, v = (torch.cat(part).to(heads.q.dtype) for part in (q, k, v))
+    return Heads(q, k, v, o)
 
 
 def _merge_keys(

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from saccade.hf.changes import override
 from saccade.hf.heads import Swap
+from saccade.hf.runs import Undo
 from saccade.hf.split_forward import hidden_states
 
 RATE: Final = 0.01
@@ -45,10 +46,6 @@ class Distilled:
     before: float = 0.0
     after: float = 0.0
     complete: bool = True
-
-
-class _Stopped(BaseException):
-    """Ends the pass of the model after an interrupt; what is trained stays."""
 
 
 def rows_needed(steps: int) -> int:
@@ -79,7 +76,9 @@ def distill(
     done = Distilled(steps)
     random = torch.Generator().manual_seed(seed)
     twice = torch.cat((rows, rows)).to(model.device)
-    with ExitStack() as undo, torch.no_grad():
+    undo = Undo()
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(undo.run)
         for swap in swaps:
 
             def learn(layer: _Layer) -> None:
@@ -92,7 +91,7 @@ def distill(
             override(undo, swap.module, "forward", _two_streams(swap, len(rows), learn))
         try:
             hidden_states(model, input_ids=twice, use_cache=False)
-        except (KeyboardInterrupt, _Stopped):
+        except KeyboardInterrupt:
             done.complete = False
         finally:
             for swap in swaps:

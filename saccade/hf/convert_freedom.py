@@ -109,8 +109,10 @@ def put_layers(undo: ExitStack, module: nn.Module, layers: Mapping[str, nn.Linea
 
 
 def _output(model: PreTrainedModel) -> Tensor:
-    vocab = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.linspace(1, vocab - 1, _TOKENS, dtype=torch.float64).long()[None]
+    embeddings: Any = model.get_input_embeddings()
+    tokens = torch.linspace(1, len(embeddings.weight) - 1, _TOKENS, dtype=torch.float64).long()[
+        None
+    ]
     return model(input_ids=tokens.to(model.device), use_cache=False).logits.float()
 
 

@@ -109,10 +109,11 @@ def layers_of(module: nn.Module, heads: Heads, old: Heads) -> dict[str, nn.Linea
                 made[name] = _linear(getattr(module, name), part)
     name = output_name(module)
     if name is not None and heads.o is not None and heads.o is not old.o:
-        old: Any = getattr(module, name)
+        output: Any = getattr(module, name)
         weight = heads.o.flatten(1)
         made[name] = _linear(
-            old, weight if old.bias is None else torch.cat((weight, old.bias[:, None]), dim=1)
+            output,
+            weight if output.bias is None else torch.cat((weight, output.bias[:, None]), dim=1),
         )
     return made
 
@@ -123,13 +124,13 @@ def split_rows(rows: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor,
     return rows.split([num_heads * width, num_kv_heads * width, num_kv_heads * width])
 
 
-def _with_bias(linear: nn.Linear) -> Tensor:
+def _with_bias(linear: Any) -> Tensor:
     """`[outputs, inputs]`, or one more column with a bias."""
     weight = linear.weight.detach()
     return weight if linear.bias is None else torch.cat((weight, linear.bias[:, None]), dim=1)
 
 
-def _linear(old: nn.Linear, rows: Tensor) -> nn.Linear:
+def _linear(old: Any, rows: Tensor) -> nn.Linear:
     """A linear layer of these rows, in the dtype and state of an old one; the same if equal."""
     parts = {"weight": rows if old.bias is None else rows[:, :-1]}
     if old.bias is not None:
