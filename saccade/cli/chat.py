@@ -106,8 +106,8 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
     params = endless(params, loaded.n_ctx_train)
     if saved is not None:
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
-    params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
     note_without_effect(facts, params, notes, loaded.model.device)
+    params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.
     bounded = params.n_swa is not None or params.kv_policy is not None
     with Context(

@@ -112,8 +112,8 @@ def _generate(
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
     tokens, before, seen = _prompt(asked, Room(facts, params, free_memory(loaded)), saved)
     further = 0 if params.n_keep is not None else asked.n_predict
-    params = reaching(params, facts, seen + len(tokens) + further, notes)
     note_without_effect(facts, params, notes, loaded.model.device)
+    params = reaching(params, facts, seen + len(tokens) + further, notes)
     with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
         sampler = shared_options.sampler_of(sampling)
         if session is not None and saved is not None:

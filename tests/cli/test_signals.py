@@ -16,7 +16,8 @@ from tests.tiny_models import tiny_config, tiny_model
 
 PROMPT = " ".join(f"t{n % 30}" for n in range(60))
 SLOW = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 from saccade.cli import sessions, writing
 from saccade.cli.main import main
 from saccade.runtime import session_file
@@ -39,7 +40,7 @@ def before(owner, name, place):
 
 before(CachedText, "_read_chunk", "prompt")
 before(writing.TextStream, "push", "answer")
-before(session_file, "_bytes", "save")
+before(session_file.os, "fsync", "save")
 sys.exit(main(sys.argv[2:]))
 """
 
