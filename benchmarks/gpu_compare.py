@@ -55,7 +55,7 @@ PARTS = {
     "smollm2": Part(file="compare-h200-smollm2.json", seconds=270, context=4096, real=True,
                     sweep=(1024, 4096, 16384, 65536)),
     "8b-8k": Part(file="compare-h200-8b-8k.json", seconds=110, context=8192),
-    "8b-32k": Part(file="compare-h200-8b-32k.json", seconds=130, context=32768),
+    "8b-32k": Part(file="compare-h200-8b-32k.json", seconds=240, context=32768),
     "8b-sweep": Part(file="compare-h200-8b-sweep.json", seconds=130, context=1024,
                      rows=("flash",), sweep=(4096, 16384, 65536, LONG - 1024)),
 }  # fmt: skip
@@ -73,7 +73,7 @@ def report_of(part: Part, model: str, seconds: float, *, tiny: bool) -> Report:
     if part.real:
         loaded = load_model(model, device=DEVICE)
         return run(loaded, context=context, sweep=sweep, rows=rows, seconds=seconds,
-                   quick=tiny, n_batch=128 if tiny else BATCH, on_progress=show)  # fmt: skip
+                   quick=tiny, on_progress=show)  # fmt: skip
     config = LlamaConfig(**{**SHAPE, **(TINY if tiny else {})})
     shape = LoadedModel(model=random_model(config, "sdpa"), tokenizer=None, name=NAME,
                         n_ctx_train=LONG)  # fmt: skip

@@ -75,6 +75,7 @@ def run(
     from saccade.core import BadInput, Unsupported
 
     loaded = load(model, device, dtype, notes=notes)
+    params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
     try:
         encode_messages(

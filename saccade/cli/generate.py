@@ -80,6 +80,7 @@ def run(
 
     shared_options.sampler_of(sampling)  # refused before a model is loaded
     loaded = load(model, device, dtype, notes=notes)
+    params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     try:
         asked = _Asked(loaded, text, where, raw, n_predict, saved, notes)

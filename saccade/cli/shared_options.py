@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,7 +85,7 @@ CONTEXT = (
     Option("n_ctx", ("--ctx-size", "-c"),
            "most tokens in context (default: what the model was trained for)", whole_number(1)),
     Option("n_batch", ("--batch-size", "-b"),
-           "most tokens read in one step (default: 512)", whole_number(1)),
+           "most tokens read in one step (default: 512, on a GPU 2048)", whole_number(1)),
     Option("flash_attn", ("--flash-attn", "-fa"),
            "auto, enabled (or on), disabled (or off: materialized scores)",
            lambda text: {"on": "enabled", "off": "disabled"}.get(text, text),
@@ -186,6 +186,17 @@ def context_params(values: Values) -> ContextParams:
         return ContextParams(**given)
     except ValueError as error:
         raise UsageError(with_flags(str(error))) from error
+
+
+GPU_BATCH = 2048
+"""Tokens that a GPU reads in one step where --batch-size is not given: 512 leave it waiting."""
+
+
+def for_device(params: ContextParams, values: Values, device: str) -> ContextParams:
+    """`params` with as many tokens a step as this kind of device reads best, unless given."""
+    if device != "cuda" or values["n_batch"] is not None:
+        return params
+    return replace(params, n_batch=GPU_BATCH)
 
 
 def with_flags(message: str) -> str:

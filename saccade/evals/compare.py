@@ -45,6 +45,7 @@ class Sizes:
     batch: int = 512
 
 
+BATCH_ON_GPU = 2048
 STEPS_ON_GPU = 64  # a token takes milliseconds there
 QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=68)
 FULL = Sizes(context=3072, scored=512, steps=24, curve=12288, rounds=3, repeat_until=330)
@@ -71,7 +72,7 @@ def run(
     rows: Sequence[str] | None = None,
     sweep: Sequence[int] = (),
     scored: bool = True,
-    n_batch: int = 512,
+    n_batch: int | None = None,
     seconds: float | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
@@ -85,7 +86,7 @@ def run(
         rows: names, or parts of names, of rows to measure; the two of transformers always run.
         sweep: lengths at which a few configurations are measured too.
         scored: False leaves the columns of quality empty, as for random weights.
-        n_batch: tokens that every row reads at once.
+        n_batch: tokens that every row reads at once; default 512, on a GPU 2048.
         seconds: nothing new begins after that time.
         on_progress: called before each step and at the end.
 
@@ -172,9 +173,11 @@ class _Work:
         return time.perf_counter() - self.begin > min(limit, self.seconds)
 
 
-def _sizes(context: int | None, quick: bool, n_batch: int, device: str) -> Sizes:
-    base = replace(QUICK if quick else FULL, batch=n_batch)
-    base = replace(base, steps=STEPS_ON_GPU) if device == "cuda" else base
+def _sizes(context: int | None, quick: bool, n_batch: int | None, device: str) -> Sizes:
+    base = QUICK if quick else FULL
+    if device == "cuda":
+        base = replace(base, steps=STEPS_ON_GPU, batch=BATCH_ON_GPU)
+    base = base if n_batch is None else replace(base, batch=n_batch)
     if context is None:
         return base
     if context < LEAST_CONTEXT:
