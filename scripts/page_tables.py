@@ -200,6 +200,35 @@ def _ratios(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(as_ratio(value) for value in (min(values), max(values))))
 
 
+def far(path: Path) -> str:
+    """`benchmarks/far.py`: perplexity inside the trained length and far beyond it."""
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        by_name.setdefault(row["name"], {})[row["place"]] = row
+    lines = [Line(name, [_perplexity(places.get(at)) for at in ("inside", "far")])
+             for name, places in by_name.items()]  # fmt: skip
+    headings = [Heading("inside the trained length"), Heading("at 3 times that length")]
+    return table_text(Table(headings, lines, "perplexity of the last 1k tokens"))
+
+
+def conversion(path: Path) -> str:
+    """`saccade convert --json`: quality of a model before and after its KV heads were merged."""
+    lines: list[Line] = []
+    for stage, texts in json.loads(path.read_text())["quality"].items():
+        for text, found in texts.items():
+            kl = with_error(found["kl"], found["kl_se"], most_decimals=2)
+            cells = [_perplexity(found), Cell(kl), Cell(as_share(found["same_top"]))]
+            lines.append(Line(f"{stage}, {text}", cells))
+    titles = ("perplexity", "KL, nats", "same top")
+    return table_text(Table([Heading(title) for title in titles], lines, "stage, text"))
+
+
+def _perplexity(found: dict[str, Any] | None) -> Cell:
+    if found is None:
+        return Cell(MISSING)
+    return Cell(with_error(found["perplexity"], found["perplexity_se"], most_decimals=2))
+
+
 def source(path: Path) -> str:
     """Where a table comes from: its record, the revision and the command that made it."""
     data = json.loads(path.read_text())
@@ -212,6 +241,8 @@ KINDS: dict[str, Callable[..., str]] = {
     "rows": rows,
     "sweep": sweep,
     "claims": claims,
+    "conversion": conversion,
+    "far": far,
     "groups": groups,
     "plan_check": plan_check,
     "decode_shares": decode_shares,
