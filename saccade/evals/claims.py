@@ -241,4 +241,5 @@ def _missing(report: Report, *names: str) -> str:
     """Why rows were not measured, as these rows say."""
     said = {row.name: row.note or row.status for row in report.rows if row.status != "ok"}
     found = [f"{name}: {said[name]}" for name in names if name in said]
-    return "; ".join(found) or f"this run has no row {' or '.join(names)}"
+    absent = [name for name in names if report.row(name) is None]
+    return "; ".join(found) or f"this run has no row {' or '.join(absent or names)}"

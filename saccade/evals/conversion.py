@@ -42,7 +42,7 @@ def other_text() -> str:
             said = metadata(name)
         except PackageNotFoundError:
             continue
-        found.append(said.json.get("description") or "")
+        found.append(str(said.json.get("description") or ""))
     return "\n\n".join(found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from saccade.cache import LayerCache, RingCache, StagingBuffers
+from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
@@ -198,22 +198,7 @@ def _bring_cache(run: Run, kwargs: dict[str, Any]) -> None:
     needed = params.n_swa is not None or needs_own_cache(params)
     if needed and kwargs.get("past_key_values") is None:
         _check_no_conflict(kwargs)
-        cache = new_cache(run)
-        _check_can_go_back(cache, kwargs)
-        kwargs["past_key_values"] = cache
-
-
-def _check_can_go_back(cache: SaccadeCache, kwargs: dict[str, Any]) -> None:
-    """Guessed tokens that were wrong are taken back, which a ring can do for a few at most."""
-    config = kwargs.get("generation_config")
-    for name in ("prompt_lookup_num_tokens", "assistant_model"):
-        guesses = kwargs.get(name, getattr(config, name, None))
-        stores = [getattr(layer, "store", None) for layer in cache.layers]
-        if guesses is not None and any(isinstance(store, RingCache) for store in stores):
-            raise Unsupported(
-                f"{name} takes back tokens that were guessed wrong, but the cache of a sliding "
-                f"window keeps the window alone. Leave {name} out, or attach without a window."
-            )
+        kwargs["past_key_values"] = new_cache(run)
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:

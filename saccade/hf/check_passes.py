@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -99,28 +100,48 @@ def reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> 
 def rounded_otherwise(model: PreTrainedModel, tokens: Tensor) -> Outputs:
     """Eager attention in row 0, and in ROWS more rows with results that are rounded otherwise.
 
-    There the output of every attention module is changed at random by what two right
-    implementations may differ by.  How much that changes the logits depends on the model alone.
+    There what every attention module gives is changed at random by what two right implementations
+    may differ by, and so is what its projections give: queries and keys are rotated with more
+    digits or with fewer.  How much that changes the logits depends on the model alone.
     """
     size = torch.finfo(model.dtype).eps * (1 if is_half(model) else SUMS)
     random = torch.Generator().manual_seed(1)
 
-    def change(*call: Any) -> Any:
+    def rounded(hidden: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        noise = torch.rand(wide.shape, generator=random).mul_(2).sub_(1).to(wide)
+        noise[0] = 0
+        return (wide + size * scale(wide) * noise).to(hidden.dtype)
+
+    def change(scale: Callable[[Tensor], Tensor], *call: Any) -> Any:
         output = call[-1]
         hidden = output if isinstance(output, Tensor) else output[0]
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
             return None
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        noise = torch.rand(wide.shape, generator=random).mul_(2).sub_(1).to(wide)
-        noise[0] = 0
-        rms = wide.square().mean(-1, keepdim=True).sqrt()
-        changed = (wide + size * rms * noise).to(hidden.dtype)
+        changed = rounded(hidden, scale)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     with ExitStack() as hooks, _eager_attention(model):
         for _, module in attention_modules(model):
-            hooks.callback(module.register_forward_hook(change).remove)
+            for part in module.modules():
+                scale = _rms if part is module else _half
+                if part is module or _projects(part):
+                    hooks.callback(part.register_forward_hook(partial(change, scale)).remove)
         return _forward(model, tokens, rows=1 + ROWS)
+
+
+def _rms(hidden: Tensor) -> Tensor:
+    return hidden.square().mean(-1, keepdim=True).sqrt()
+
+
+def _half(hidden: Tensor) -> Tensor:
+    """What rounding one number may cost is half of the distance to the next."""
+    return hidden.abs() / 2
+
+
+def _projects(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 @contextmanager

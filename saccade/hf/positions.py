@@ -68,7 +68,7 @@ def _refusal(modules: list[nn.Module], config: Any) -> str | None:
 
 def _rows(model: PreTrainedModel, n_ctx_train: int) -> int | None:
     """Positions that a table of learned or computed rows has, None where there is no such table."""
-    tokens = model.get_input_embeddings()
+    tokens: Any = model.get_input_embeddings()
     words = None if tokens is None else getattr(tokens, "weight", None)
     tables = [*model.named_parameters(), *model.named_buffers()]
     for name, table in tables:

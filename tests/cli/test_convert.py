@@ -14,7 +14,7 @@ from saccade import load_model
 from saccade.cli.main import main
 from saccade.evals import converting
 from saccade.evals.conversion import Judge, other_text, parts_of, spread_rows
-from saccade.evals.quality import compare
+from saccade.evals.quality import divergence, losses, perplexity
 from tests.hf.test_convert_save import tokenizer
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -124,10 +124,12 @@ def test_a_judge_measures_as_the_comparison_does() -> None:
     exact = model(tokens[None]).logits[0, :-1].log_softmax(-1)
     model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
     ours = model(tokens[None]).logits[0, :-1].log_softmax(-1)
-    expected, found = compare(ours, exact, tokens[1:]), judge.judge()["text"]
+    expected, found = divergence(ours, exact), judge.judge()["text"]
     assert found.tokens == 39 and expected.kl > 0.01
-    for name in ("perplexity", "perplexity_se", "kl", "kl_se", "same_top"):
+    for name in ("kl", "kl_se", "same_top"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+    of_text = perplexity(losses(ours, tokens[1:]))
+    assert (found.perplexity, found.perplexity_se) == pytest.approx(of_text, rel=1e-4)
 
 
 def test_text_to_judge_by_is_not_learned_from() -> None:

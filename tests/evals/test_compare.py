@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "saccade"]
 def report():
     from saccade.hf.load import load_model
 
-    rows = ["flash", "MHA", INT8, SNAPKV]
+    rows = ["flash", "MHA", "GQA", INT8, SNAPKV]
     return run(load_model("smollm2"), context=400, quick=True, rows=rows, seconds=60)
 
 

@@ -180,8 +180,10 @@ def test_masks_that_hide_the_sinks_are_refused(llama, ids, padded):
 @torch.no_grad()
 def test_guessing_ahead_needs_a_cache_that_can_go_back(llama, ids):
     window, whole = ContextParams(n_swa=5), ContextParams(type_k="int8", type_v="int8")
-    with attach(llama, window), pytest.raises(Unsupported, match="Leave prompt_lookup_num_tokens"):
-        llama.generate(ids[:1], max_new_tokens=2, prompt_lookup_num_tokens=2)
+    for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": llama}):
+        refused = pytest.raises(Unsupported, match="guesses tokens and takes wrong ones back")
+        with attach(llama, window), refused:
+            llama.generate(ids[:1], max_new_tokens=2, **options)
     with attach(llama, whole):
         plain = llama.generate(ids[:1], max_new_tokens=20, do_sample=False)
         ahead = llama.generate(

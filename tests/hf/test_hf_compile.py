@@ -60,7 +60,7 @@ def compiled(model, case):
     ("family", "case", "params"),
     [
         ("llama", static, ContextParams()),
-        ("llama", packed, ContextParams(n_swa=4, n_sinks=1, fused_layers=True)),
+        ("llama", packed, ContextParams(n_swa=4, fused_layers=True)),
         ("mistral", dynamic, ContextParams()),
         ("gpt_oss", padded, ContextParams()),
     ],

@@ -212,12 +212,3 @@ def test_keys_that_cannot_be_moved_are_refused_where_they_have_to_be(model, monk
         with pytest.raises(Unsupported, match="longer than the 64 tokens"):
             ctx.append(TOKENS[:1])
         assert ctx.seen == TRAINED
-
-
-@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "model"}])
-def test_guessed_tokens_cannot_be_taken_back_from_a_ring(model, options):
-    """transformers would crop the cache in the middle of the text."""
-    options = {name: model if value == "model" else value for name, value in options.items()}
-    with attach(model, params()) as attached:
-        with pytest.raises(Unsupported, match="guesses tokens and takes wrong ones back"):
-            attached.model.generate(TOKENS[None, :20], max_new_tokens=5, **options)
