@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from saccade.advice import evidence
-from saccade.advice.allocated import Allocated
 from saccade.advice.machine import Machine, machine
 from saccade.advice.peak import Memory, memory_of
 from saccade.advice.speed import Speed
+from saccade.ops.allocated import AllocatedPeak
 from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
 from saccade.runtime import ContextParams, Sampler
@@ -81,9 +81,9 @@ def measured(model: Any, params: ContextParams, ids: Tensor, written: int) -> di
         gc.collect()
         with saccade.Context(model, params) as ctx:
             if counted:
-                with Allocated(ctx.model.device) as allocated:
+                with AllocatedPeak(ctx.model.device) as allocated:
                     next(iter(ctx.stream(ids, n_predict=1, sampler=Sampler())))
-                found["peak"] = weights + allocated.peak
+                found["peak"] = weights + allocated.bytes
                 found["caches"] = ctx.cache_bytes
                 continue
             stream, moments = ctx.stream(ids, n_predict=written + 1), []

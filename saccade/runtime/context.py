@@ -14,6 +14,7 @@ from saccade.core.hardware import available_memory
 from saccade.runtime.auto_scaling import notes_on, what_fits
 from saccade.runtime.cached_text import CachedText, NextToken
 from saccade.runtime.compression import ObservationWindow
+from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
@@ -52,7 +53,7 @@ class Context:
     ) -> None:
         check_types(model, params)
         self.model = model
-        self.params = params or ContextParams()
+        self.params = without_own_dtype(params or ContextParams(), model.facts.dtype)
         self.reserve = whole_number("reserve", reserve, least=0)
         self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
         self.stats = Stats()

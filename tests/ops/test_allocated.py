@@ -9,8 +9,8 @@ import torch
 
 from saccade.core import Mask
 from saccade.core.kv import DenseKV
-from saccade.evals.allocated import AllocatedPeak
 from saccade.ops import attend, make_call
+from saccade.ops.allocated import AllocatedPeak
 from saccade.ops.attention.cpu import binding
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_an_error_inside_comes_out_and_ends_the_counting():
 def test_counting_prints_nothing():
     """The profiler's own lines would stand between those of the progress."""
     code = (
-        "import torch\nfrom saccade.evals.allocated import AllocatedPeak\n"
+        "import torch\nfrom saccade.ops.allocated import AllocatedPeak\n"
         "with AllocatedPeak(torch.device('cpu')) as peak:\n    torch.empty(10)\n"
         "assert peak.bytes == 40"
     )
