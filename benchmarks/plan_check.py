@@ -8,6 +8,10 @@
 Six settings for each length.  The plan is made first, from sizes alone; then the same prompt is
 read and a few tokens are written.  Peaks are what PyTorch's allocator had given out at once,
 weights counted: a GPU counts by itself, on a CPU the profiler does, in a run apart from the timed.
+
+Plans for a GPU take their shares of the roofline from records (`saccade.advice.gpu_fit`), one of
+them the record that this script writes at 8,192 tokens.  A row of that length and shape is a fit
+and marked so; the other lengths are left out there, and are the test.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.advice import evidence
-from saccade.advice.allocated import Allocated
+from saccade.advice import evidence, gpu_fit
+from saccade.advice.gpu_speed import RECORDED
 from saccade.advice.machine import Machine, machine
 from saccade.advice.peak import Memory, memory_of
 from saccade.advice.speed import Speed
+from saccade.ops.allocated import AllocatedPeak
 from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
 from saccade.runtime import ContextParams, Sampler
@@ -44,9 +49,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SnapKV 25 %": {"kv_policy": "snapkv", "kv_budget": 0.25},
 }
 BARS = {"caches": 0.0, "peak": 0.05, "first_token": 0.25, "tokens_per_second": 0.25}
+SHAPED = "llama-8b"
 RESULTS = Path(__file__).parent / "results"
 TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+
+
+def blueprint_of_shape(*, tiny: bool) -> Blueprint:
+    """The blueprint of Llama-3.1-8B's shape."""
+    from benchmarks.gpu_models import SHAPE
+
+    options = {"model_type": "llama", **SHAPE, **(TINY if tiny else {}), "dtype": "bfloat16"}
+    found = from_config(options, SHAPED, None)
+    assert found is not None, "a Llama is a family that plan_files reads"
+    return found
 
 
 def shaped(tiny: bool) -> tuple[Any, Blueprint]:
@@ -56,9 +72,7 @@ def shaped(tiny: bool) -> tuple[Any, Blueprint]:
     from benchmarks.gpu_models import SHAPE, random_model
 
     options: dict[str, Any] = SHAPE | (TINY if tiny else {})
-    found = from_config({"model_type": "llama", **options, "dtype": "bfloat16"}, "llama-8b", None)
-    assert found is not None, "a Llama is a family that plan_files reads"
-    return random_model(LlamaConfig(**options), "sdpa"), found
+    return random_model(LlamaConfig(**options), "sdpa"), blueprint_of_shape(tiny=tiny)
 
 
 def loaded(name: str) -> tuple[Any, Blueprint]:
@@ -81,9 +95,9 @@ def measured(model: Any, params: ContextParams, ids: Tensor, written: int) -> di
         gc.collect()
         with saccade.Context(model, params) as ctx:
             if counted:
-                with Allocated(ctx.model.device) as allocated:
+                with AllocatedPeak(ctx.model.device) as allocated:
                     next(iter(ctx.stream(ids, n_predict=1, sampler=Sampler())))
-                found["peak"] = weights + allocated.peak
+                found["peak"] = weights + allocated.bytes
                 found["caches"] = ctx.cache_bytes
                 continue
             stream, moments = ctx.stream(ids, n_predict=written + 1), []
@@ -126,7 +140,13 @@ def row_of(
     off = {key: plan[key] / real[key] - 1 for key in plan}
     within = all(abs(off[key]) <= BARS[key] for key in off)
     return {"name": name, "tokens": tokens, "options": options, "plan": plan, "measured": real,
-            "off": off, "within": within}  # fmt: skip
+            "off": off, "within": within, "fitted": _is_fit(where, blueprint, tokens)}  # fmt: skip
+
+
+def _is_fit(where: Machine, blueprint: Blueprint, tokens: int) -> bool:
+    """Whether the plan's constants come from a measurement of just this."""
+    known = where.name in RECORDED and blueprint.facts.name == SHAPED
+    return known and tokens in (gpu_fit.FITTED, *gpu_fit.PROMPTS)
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -137,7 +157,8 @@ def shown(row: dict[str, Any]) -> str:
         f"{key} {row['plan'][key]:.5g}/{row['measured'][key]:.5g} ({row['off'][key]:+.1%})"
         for key in row["off"]
     ]
-    return f"{row['name']:<22} {row['tokens']:>7,}  {'; '.join(cells)}"
+    fit = "  a fit, no test" if row["fitted"] else ""
+    return f"{row['name']:<22} {row['tokens']:>7,}  {'; '.join(cells)}{fit}"
 
 
 def main() -> None:
@@ -145,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--shape", choices=("llama-8b",), help="random weights instead of --model")
+    parser.add_argument("--shape", choices=(SHAPED,), help="random weights instead of --model")
     parser.add_argument("--tiny", action="store_true", help="a toy, to try the script on a CPU")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--batch", type=int, default=512, help="tokens read at once")
@@ -155,6 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.evidence:
         evidence.write(RESULTS)
+        gpu_fit.write(RESULTS, blueprint_of_shape(tiny=False))
         return
     deadline = time.perf_counter() + arguments.seconds
     model, blueprint = shaped(arguments.tiny) if arguments.shape else loaded(arguments.model)

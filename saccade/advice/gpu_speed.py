@@ -1,35 +1,32 @@
-"""Speed on a GPU: its roofline and the shares of it that whole models reached in a record.
+"""Speed on a GPU: its roofline, and how far whole models stayed below it in a record.
 
-Steps are captured CUDA graphs, so they cost what reading weights and keys costs, and a few
-microseconds a layer.  Prompts are launched layer by layer: small chunks wait for the host.
+Captured steps cost what reading weights and keys costs, and some microseconds a layer.  Whatever
+Python launches layer by layer, small chunks and steps that are not captured, waits for the host.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 
 from saccade.advice.speed import INNER_MOVED, STATES_MOVED, Speed, kept_keys, visible
+from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import chunks, layers_bytes
-from saccade.runtime.params import ContextParams
+from saccade.runtime.params import QUANTIZED, ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.runtime.step import captures
 
-ATTENTION_SHARE: Final = 0.69
-"""FLOP/s of causal prefill attention with 128 numbers a head, over those of large products."""
-PRODUCT_SHARE: Final = 0.92
-"""The same of a layer's products with a chunk of thousands of rows."""
-STEP_LAYER, STEP_QUANTIZED = 27e-6, 45e-6
-"""Seconds of a layer in a captured step beside reading its weights and keys."""
-HOST_LAYER: Final = 0.65e-3
-"""Seconds in which the host launches a layer of transformers."""
 HOST_READ: Final = 25e9
-"""Bytes a second that reach a GPU from host memory (PCIe of 16 lanes)."""
+"""Bytes a second that reach a GPU from host memory: PCIe of 16 lanes, in no record."""
 _HALF_ROWS: Final = 160
-"""Rows of a chunk with which products reach half of their rate."""
+"""Rows of a chunk with which products reach half of their rate, in no record."""
+FILE: Final = Path(__file__).with_name("gpu_shares.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,47 +39,87 @@ class Roofline:
     source: str
 
 
-RECORDED: Final = {
-    "NVIDIA H200": Roofline(
-        device="NVIDIA H200",
-        flops=783.8e12,
-        read=4391.7e9,
-        source="the record benchmarks/results/h200_llama.json",
-    ),
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """What a model took in a record; `benchmarks.plan_check --evidence` works it out.
+
+    Attributes:
+        products, attention: of a chunk, as a multiple of the time at the roofline's FLOP/s.
+        step, quantized_step: seconds of a layer in a captured step beside reading.
+        host_layer: seconds in which Python launches a layer.
+        quantizing: seconds for each number that a quantized cache stores.
+        observing: seconds for each token, layer and head that a kv_policy observes and compresses.
+    """
+
+    products: float
+    attention: float
+    step: float
+    quantized_step: float
+    host_layer: float
+    quantizing: float
+    observing: float
 
 
-def gpu_speed(blueprint: Blueprint, params: ContextParams, tokens: int, roof: Roofline) -> Speed:
+def _recorded() -> tuple[Roofline, Shares]:
+    values = json.loads(FILE.read_text())
+    return Roofline(**values["roofline"]), Shares(**values["shares"])
+
+
+_ROOFLINE, SHARES = _recorded()
+RECORDED: Final = {_ROOFLINE.device: _ROOFLINE}
+
+
+def gpu_speed(
+    blueprint: Blueprint,
+    params: ContextParams,
+    tokens: int,
+    roof: Roofline,
+    shares: Shares = SHARES,
+) -> Speed:
     """Speed of a prompt of `tokens` tokens and of the tokens behind it."""
+    params = without_own_dtype(params, blueprint.facts.dtype)
     reading = sum(
-        _chunk(blueprint, params, start, min(params.n_batch, tokens - start), roof)
+        _chunk(blueprint, params, start, min(params.n_batch, tokens - start), roof, shares)
         for start in range(0, tokens, params.n_batch)
     )
-    return Speed(first_token=reading, tokens_per_second=1 / _step(blueprint, params, tokens, roof))
+    step = step_seconds(blueprint, params, tokens, roof, shares)
+    return Speed(first_token=reading, tokens_per_second=1 / step)
 
 
 def _chunk(
-    blueprint: Blueprint, params: ContextParams, before: int, rows: int, roof: Roofline
+    blueprint: Blueprint,
+    params: ContextParams,
+    before: int,
+    rows: int,
+    roof: Roofline,
+    shares: Shares,
 ) -> float:
     """Seconds of a chunk of `rows` tokens behind `before` others."""
     facts = blueprint.facts
-    rate = roof.flops * PRODUCT_SHARE * rows / (rows + _HALF_ROWS)
+    rate = roof.flops * rows / (rows + _HALF_ROWS)
     moved = (STATES_MOVED * blueprint.hidden + INNER_MOVED * blueprint.inner) * rows
-    layer = 2 * rows * blueprint.layers / facts.num_layers / rate
+    layer = 2 * rows * blueprint.layers / facts.num_layers / rate * shares.products
     layer += moved * facts.dtype.itemsize / roof.read
     seconds = 0.0
     for each, count in facts.alike():
         reach = visible(params, each.windows[0])
         keys = (before if reach is None else min(before, reach)) + rows / 2
-        flops = 2 * each.num_heads * (each.head_dim + (each.value_dim or each.head_dim)) * rows
-        attention = flops * keys / (roof.flops * ATTENTION_SHARE * min(1.0, each.head_dim / 128))
-        width = each.num_kv_heads * (each.head_dim + (each.value_dim or each.head_dim))
-        fetched = before * width * each.dtype.itemsize / HOST_READ * (not params.offload_kqv)
-        seconds += count * max(HOST_LAYER, layer + attention, fetched)
+        width = each.head_dim + (each.value_dim or each.head_dim)
+        flops = 2 * each.num_heads * width * rows * max(1.0, 128 / each.head_dim)
+        stored = each.num_kv_heads * width
+        work = layer + flops * keys / roof.flops * shares.attention
+        if reach is None:  # rings are neither quantized nor compressed
+            work += rows * stored * shares.quantizing * (params.type_k in QUANTIZED)
+            work += rows * each.num_heads * shares.observing * (params.kv_policy is not None)
+        fetched = before * stored * each.dtype.itemsize / HOST_READ * (not params.offload_kqv)
+        seconds += count * max(shares.host_layer, work, fetched)
     return seconds
 
 
-def _step(blueprint: Blueprint, params: ContextParams, tokens: int, roof: Roofline) -> float:
+def step_seconds(
+    blueprint: Blueprint, params: ContextParams, tokens: int, roof: Roofline, shares: Shares
+) -> float:
+    """Seconds of a step behind `tokens` tokens: the device's, or the host's if it is slower."""
     facts = blueprint.facts
     weights = (blueprint.layers + blueprint.head) * facts.dtype.itemsize
     stored = layers_bytes(facts, params, chunks(tokens, params.n_batch))
@@ -91,10 +128,17 @@ def _step(blueprint: Blueprint, params: ContextParams, tokens: int, roof: Roofli
         own = layer.windows[0]
         there = min(tokens, visible(params, own) or tokens)
         keys += count * nbytes * kept_keys(params, own, tokens) / there
-    quantized = params.type_k in ("int8", "int4", "fp8")
-    overhead = facts.num_layers * (STEP_QUANTIZED if quantized else STEP_LAYER)
     bandwidth = roof.read if params.offload_kqv else HOST_READ
-    return weights / roof.read + keys / bandwidth + overhead
+    quantized = params.type_k in QUANTIZED
+    layer = shares.quantized_step if quantized else shares.step
+    device = weights / roof.read + keys / bandwidth + facts.num_layers * layer
+    return device if _captured(params) else max(device, facts.num_layers * shares.host_layer)
+
+
+def _captured(params: ContextParams) -> bool:
+    """Whether a Context replays its steps: the kernels allow it, and every cache can be stepped."""
+    steps = params.offload_kqv and params.page_size is None and params.kv_policy is None
+    return steps and captures(params)
 
 
 def measured_roofline(dtype: torch.dtype) -> Roofline:

@@ -13,6 +13,7 @@ from saccade.advice.peak import Memory, memory_of
 from saccade.advice.speed import Speed
 from saccade.core import BadInput
 from saccade.runtime.auto_scaling import reaching
+from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
 from saccade.units import as_bytes, significant
@@ -118,7 +119,8 @@ def advise(
 
 
 def _option(blueprint: Blueprint, each: Candidate, tokens: int, machine: Machine) -> Option:
-    params, scaling = reaching(each.params, blueprint.facts, tokens)
+    asked = without_own_dtype(each.params, blueprint.facts.dtype)
+    params, scaling = reaching(asked, blueprint.facts, tokens)
     memory = memory_of(blueprint, params, tokens, machine.kind)
     return Option(
         candidate=replace(each, params=params), memory=memory, speed=None, scaling=scaling,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from saccade.advice.allocated import Allocated
 from saccade.advice.evidence import evidence_for, setting_of
 from saccade.advice.recommend import Advice, Option
+from saccade.ops.allocated import AllocatedPeak
 from saccade.runtime import Context, Sampler
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def _trial(model: LoadedModel, option: Option, tokens: int) -> Trial:
 
 def _run(ctx: Context, ids: Tensor) -> tuple[int, int, float, float]:
     """(peak bytes above the start, bytes of caches, seconds to the first token, tokens/s)."""
-    with Allocated(ctx.model.device) as allocated:
+    with AllocatedPeak(ctx.model.device) as allocated:
         begin = time.perf_counter()
         stream = ctx.stream(ids, n_predict=_WRITTEN, sampler=Sampler())
         next(stream)
         first, caches = time.perf_counter() - begin, ctx.cache_bytes
     moments = [time.perf_counter() for _ in stream]
     rate = (len(moments) - 1) / (moments[-1] - moments[0]) if len(moments) > 1 else 0.0
-    return allocated.peak, caches, first, rate
+    return allocated.bytes, caches, first, rate
 
 
 def picture(found: Iterable[Trial]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +12,8 @@ import typer
 from saccade.cli import shared_options
 from saccade.cli.advice import as_json, as_text
 from saccade.cli.failure import UsageError, need
+from saccade.cli.lengths import length as tokens
 from saccade.cli.outputs import check_outputs, file_option
-from saccade.cli.values import MOST
 from saccade.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -26,20 +25,8 @@ EXAMPLES = """examples:
   saccade plan --model smollm2 --context 32k --memory 2GiB
   saccade plan -m model.gguf --context 131072 --memory 24GiB --device cuda
   saccade plan -m folder --context 64k --json
-  saccade plan -m smollm2 --context 4k --memory 1GiB --measure --svg pareto.svg
+  saccade plan -m smollm2 --context 4k --memory 1GiB --measure --svg a.svg
 """
-_TOKENS = re.compile(r"(\d[\d_]*)([km]?)", re.IGNORECASE)
-
-
-def tokens(text: str) -> int:
-    """A number of tokens: `32768`, or `32k` for 32 * 1024 and `1m` for 1024 * 1024."""
-    found = _TOKENS.fullmatch(text.strip()) if len(text) < 40 else None
-    value = 0
-    if found:
-        value = int(found[1].replace("_", "")) * 1024 ** " km".index(found[2].lower() or " ")
-    if not 0 < value <= MOST:
-        raise ValueError(f"expected a number of tokens such as 32768 or 32k, got {text[:40]!r}.")
-    return value
 
 
 @shared_options.takes(context=shared_options.CONTEXT)

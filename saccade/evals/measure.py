@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from saccade.evals import quality
-from saccade.evals.allocated import AllocatedPeak
 from saccade.evals.needle import Question, answered
 from saccade.evals.rows import RowSpec
 from saccade.evals.speed import Rounds
 from saccade.evals.subject import Ours, Subject, Theirs, implementation
 from saccade.hf.model import HFModel
+from saccade.ops.allocated import AllocatedPeak
 from saccade.report.comparison import Row, SweepPoint
 from saccade.runtime.importance import HEAD_CHUNK
 

@@ -19,7 +19,7 @@ from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
 from saccade.hf.settings import LayerSettings, needs_own_cache
-from saccade.runtime.layers import layer_cache
+from saccade.runtime.layers import layer_cache, without_own_dtype
 from saccade.runtime.params import ContextParams
 
 
@@ -124,6 +124,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
             f"yarn_orig_ctx={params.yarn_orig_ctx} changes nothing without a scaling of positions: "
             "set rope_scaling_type, or leave yarn_orig_ctx unset."
         )
+    params = without_own_dtype(params, model.dtype)
     check_attention(model)
     rotary = run_rotary(model, params)
     fused = params.fused_layers

@@ -33,6 +33,7 @@ from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import Run, activated, run_in_force
 from saccade.hf.split_forward import cuttable, hidden_states, logits_of
 from saccade.rope import Frequencies
+from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.model import ModelCache, ModelFacts
 from saccade.runtime.params import ContextParams
 
@@ -93,7 +94,7 @@ class HFModel:
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
         """Empty caches under these params, with room for `reserve` tokens at once."""
-        run = self.run
+        params, run = without_own_dtype(params, self.model.dtype), self.run
         if run is None or run.params != params:
             run = make_run(self.model, params, serves_every_call=False)
         return new_cache(run, reserve=reserve, n_ctx_train=self._n_ctx_train)

@@ -14,12 +14,13 @@ from saccade.core.hardware import available_memory
 from saccade.runtime.auto_scaling import notes_on, what_fits
 from saccade.runtime.cached_text import CachedText, NextToken
 from saccade.runtime.compression import ObservationWindow
+from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.stats import FinishReason, GeneratedToken, OnProgress, Stats
-from saccade.runtime.step import refusal
+from saccade.runtime.step import captures, refusal
 from saccade.runtime.tables import outgrown
 from saccade.runtime.token_ids import check_types, stop_tokens, token_ids, whole_number
 
@@ -52,7 +53,7 @@ class Context:
     ) -> None:
         check_types(model, params)
         self.model = model
-        self.params = params or ContextParams()
+        self.params = without_own_dtype(params or ContextParams(), model.facts.dtype)
         self.reserve = whole_number("reserve", reserve, least=0)
         self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
         self.stats = Stats()
@@ -309,11 +310,7 @@ class Context:
 
     def _can_step(self) -> bool:
         """Whether DecodeStep may run here: a GPU, and options that its kernels support."""
-        params = self.params
-        plain = params.sparse is None and params.flash_attn != "disabled"
-        stored = params.type_k in (None, "int8", "int4", "fp8")
-        served = stored and params.backend in (None, "triton")
-        return self.model.device.type == "cuda" and plain and served
+        return self.model.device.type == "cuda" and captures(self.params)
 
     def shift(self, n_keep: int) -> None:
         """Context shift: remove half of the tokens after the first `n_keep`, re-rotate later keys.

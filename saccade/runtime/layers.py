@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
+import torch
+
 from saccade.cache import LayerCache, StagingBuffers, make_layer_cache
+from saccade.cache.make import STORAGE
 from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
 
@@ -49,6 +53,13 @@ def layer_cache(
         staging=staging,
         reserve=reserve,
     )
+
+
+def without_own_dtype(params: ContextParams, dtype: torch.dtype) -> ContextParams:
+    """The same options, where storage in the dtype of the model is None: it is what None means."""
+    if params.type_k is None or STORAGE.get(params.type_k) != dtype:
+        return params
+    return replace(params, type_k=None, type_v=None)  # plain types of both are equal
 
 
 def backend_of(params: ContextParams) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saccade.cache import snapshot
 from saccade.cache.base import CacheState
+from saccade.cache.make import STORAGE
 from saccade.compress import ObservedQueries
 from saccade.core import BadInput, Unsupported
 from saccade.runtime.cached_text import CachedText, Held, NextToken, Observed
@@ -173,7 +174,8 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
         zip(text.cache.stores, saved, like.layers, strict=True)
     ):
         prefix = f"layer.{index}."
-        state = CacheState(part["settings"], part["progress"], {})
+        settings = _settings(part["settings"], ctx.model.facts.dtype)
+        state = CacheState(settings, part["progress"], {})
         snapshot.check(layer, part["kind"], state, len(tokens))
         state = state._replace(tensors=file.tensors(prefix))
         snapshot.check_tensors(part["kind"], state, model)
@@ -192,6 +194,12 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
     text.cache.reaches = _reaches(record["reaches"])
     text.restore(Held(tokens, len(tokens), following, None, logits, at, observed))
     return text, sampler
+
+
+def _settings(saved: Mapping[str, Any], own: torch.dtype) -> dict[str, Any]:
+    """Settings of a cache, where storage in the model's own dtype is None, as in a Context."""
+    unsaid = saved.get("dtype") == str(own).removeprefix("torch.")
+    return {**saved, "dtype": None} if unsaid else {**saved}
 
 
 def _reaches(saved: Any) -> int | None:
@@ -312,6 +320,12 @@ def _params(params: ContextParams) -> dict[str, Any]:
     return {**values, "sparse": None if pattern is None else str(pattern)}
 
 
+def _without_own_dtype(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Saved options like those of a Context, where storage in the model's own dtype is None."""
+    stored = STORAGE.get(str(params.get("type_k")))
+    return {**params, "type_k": None, "type_v": None} if str(stored) == dtype else params
+
+
 def _options(sampler: Sampler) -> dict[str, Any]:
     return {f.name: getattr(sampler, f.name) for f in fields(sampler) if f.init}
 
@@ -333,10 +347,11 @@ def _check_identity(
                 f"{path} was saved with another model: its {name} is {there}, this model has "
                 f"{value}. Load the model it was saved with."
             )
+    theirs = _without_own_dtype(record["params"], here["model"]["dtype"])
     scaled = params.rope_scaling_type is not None  # the scaling factor may follow n_ctx
     changeable = _CHANGEABLE if scaled else (*_CHANGEABLE, "n_ctx")
-    for name in (*here["params"], *record["params"]):
-        there, value = record["params"].get(name), here["params"].get(name)
+    for name in (*here["params"], *theirs):
+        there, value = theirs.get(name), here["params"].get(name)
         if name not in changeable and there != value:
             raise BadInput(
                 f"{path} was saved with {name}={there!r}, this context has {value!r}. "

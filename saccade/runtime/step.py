@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.cache import Cursor, SteppingCache
 from saccade.core import Unsupported
 from saccade.runtime.model import Model, ModelCache
+from saccade.runtime.params import QUANTIZED, ContextParams
 
 _stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
 
@@ -33,6 +34,13 @@ def refusal(cache: ModelCache) -> str | None:
                 f"layer {index} has a {type(layer).__name__}, which needs the host for each token"
             )
     return None if cache.seen else "the cache is empty"
+
+
+def captures(params: ContextParams) -> bool:
+    """Whether the kernels under these options, of a Context, need nothing from the host."""
+    plain = params.sparse is None and params.flash_attn != "disabled"
+    stored = params.type_k is None or params.type_k in QUANTIZED
+    return plain and stored and params.backend in (None, "triton")
 
 
 class DecodeStep:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import saccade
-from saccade.advice.allocated import Allocated
 from saccade.advice.peak import memory_of
+from saccade.ops.allocated import AllocatedPeak
 from saccade.runtime import ContextParams
 from saccade.runtime.plan_files import from_config
 from tests.tiny_models import tiny_config, tiny_model
@@ -33,10 +33,10 @@ def test_peaks_within_5_percent_and_caches_to_the_byte(model, name):
     planned = memory_of(found, params, tokens, "cpu")
     with saccade.Context(model, params) as ctx:
         ids = torch.arange(tokens) % 512
-        with Allocated(torch.device("cpu")) as allocated:
+        with AllocatedPeak(torch.device("cpu")) as allocated:
             ctx.append(ids)
             ctx.compress()
         assert planned.caches == ctx.cache_bytes
-    measured = planned.weights + allocated.peak
+    measured = planned.weights + allocated.bytes
     assert planned.weights == sum(p.nbytes for p in model.parameters())
     assert abs(planned.peak / measured - 1) < 0.05, (planned, measured)

@@ -50,7 +50,7 @@ BAD_LINES = [
     (["generate", "--modle", "m"], "Did you mean --model?"),
     (["plan"], "saccade plan: --model/-m: this option is required."),
     (["plan", "--model", "m", "--memory", "8 giraffes"], "--memory: expected a size such as 8GiB"),
-    (["plan", "--model", "m", "--context", "0"], "at least 1, got '0'"),
+    (["plan", "--model", "m", "--context", "0"], "number of tokens such as 4096 or 4k"),
     (["plan", "--model", "m", "--type-k", "int8"], "--cache-type-k='int8'"),
     (["chat", "--model", "m", "--sinks", "4"], "set --swa"),
     (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),

