@@ -4,6 +4,9 @@ Importing this package registers the attention implementation "saccade" with tra
 
     import saccade.hf
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="saccade")
+
+transformers takes the name for any model.  One that does not use its attention interface (Bloom)
+keeps its own attention then without a word; `attach` refuses such a model.
 """
 
 # ruff: noqa: E402 (an old version is refused before anything is imported from it)

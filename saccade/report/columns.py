@@ -185,9 +185,10 @@ COLUMNS = (
         lower_is_better=True,
         compared=False,
         show=lambda row, value: with_error(value, verdict.finite(row, "kl_se"), most_decimals=5),
-        meaning="How far the next-token distribution is from the reference's. "
+        meaning="How far the next-token distribution is from the exact one. "
         "0 is identical; ± is one standard error.",
-        measured="Mean KL divergence, reference to row, over the scored tokens.",
+        measured="Mean KL divergence over the scored tokens from the row that the settings name in "
+        "divergence_from, else from the reference.",
     ),
     Column(
         key="same_top",
@@ -195,8 +196,7 @@ COLUMNS = (
         lower_is_better=False,
         compared=False,
         show=lambda row, value: as_share(value),
-        meaning="How often the most likely next token is the one the reference prefers. "
-        "More is better.",
+        meaning="How often the most likely next token is the one of the exact row. More is better.",
         measured="Share of the scored tokens.",
     ),
     Column(

@@ -33,7 +33,7 @@ def _machine(report: Report) -> str:
 
 
 def key(report: Report, *, place: str = "In brackets") -> str:
-    """How to read the ratios, which stand at `place`, and what is marked, in two sentences."""
+    """How to read the ratios, which stand at `place`, what is marked, and what KL compares with."""
     if not any(row.status == "ok" for row in report.rows):
         return ""
     if report.reference_row() is None:
@@ -48,6 +48,8 @@ def key(report: Report, *, place: str = "In brackets") -> str:
     )
     if any(_expects(row, report) for row in report.rows):
         said += '; "expected" is the product of the ratios of the rows that are combined'
+    if exact := report.settings.get("divergence_from"):
+        said += f". KL and Same top compare with the predictions of {exact}"
     return said + "."
 
 

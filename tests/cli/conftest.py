@@ -48,7 +48,8 @@ def _module(monkeypatch, name, **members):
     package, _, last = name.rpartition(".")
     if package == "saccade.hf":  # importing the real package would import transformers
         parent = sys.modules.get(package) or ModuleType(package)
-        parent.__path__ = []
+        if parent.__spec__ is None:  # ours; the real one still has to find its other modules
+            parent.__path__ = []
         monkeypatch.setitem(sys.modules, package, parent)
     else:
         parent = __import__(package, fromlist=["_"])

@@ -76,6 +76,15 @@ def test_a_row_is_once_itself_and_a_missing_baseline_is_a_dash():
     assert _cells(report, "flash attention")["prefill_tps"].ratio == "–, 1.06x"
 
 
+def test_the_row_that_kl_compares_with_is_named():
+    found = sample.report()
+    assert "compare with the predictions" not in key(found)
+    found.settings["divergence_from"] = "transformers eager"
+    assert key(found).endswith(
+        "KL and Same top compare with the predictions of transformers eager."
+    )
+
+
 def test_without_a_reference_there_is_one_ratio_and_no_colour():
     report = sample.report()
     report.rows = [row for row in report.rows if row.name != report.reference]
