@@ -20,13 +20,15 @@ import argparse
 import gc
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.advice import evidence, gpu_fit
+from saccade.advice import calls, evidence, gpu_fit
+from saccade.advice.calls import measured_calls
 from saccade.advice.gpu_speed import RECORDED
 from saccade.advice.machine import Machine, machine
 from saccade.advice.peak import Memory, memory_of
@@ -176,12 +178,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.evidence:
         evidence.write(RESULTS)
+        calls.write(RESULTS)
         gpu_fit.write(RESULTS, blueprint_of_shape(tiny=False))
         return
     deadline = time.perf_counter() + arguments.seconds
     model, blueprint = shaped(arguments.tiny) if arguments.shape else loaded(arguments.model)
     where = machine("cuda" if next(model.parameters()).is_cuda else "cpu", None)
-    record = {"schema": SCHEMA, **origin(), "model": blueprint.facts.name, "bars": BARS, "rows": []}
+    where = where if where.kind == "cuda" else replace(where, calls=measured_calls())
+    record = {"schema": SCHEMA, **origin(), "model": blueprint.facts.name, "bars": BARS,
+              "calls": asdict(where.calls), "rows": []}  # fmt: skip
     for tokens in arguments.tokens:
         for name in arguments.settings:
             if time.perf_counter() > deadline:

@@ -29,7 +29,7 @@ _CACHE_FREE: Final = 96 * 2**20
 """Bytes that are read once each, so that no processor cache holds them."""
 _MOST_FLOPS: Final = 4e9
 _NEAR, _KEYS = 128, 2048
-_ROUNDS: Final = 3
+_ROUNDS: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,17 @@ class Costs:
     op: float
     elementwise: float
 
+    def sums(self) -> tuple[float, ...]:
+        """What two measurements have to agree on."""
+        return self.flop, self.byte, self.op, self.elementwise
+
+    def faster(self, other: Costs) -> Costs:
+        """The faster of two measurements of each: what slows one down is another program."""
+        return Costs(
+            flop=min(self.flop, other.flop), byte=min(self.byte, other.byte),
+            op=min(self.op, other.op), elementwise=min(self.elementwise, other.elementwise),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCosts:
@@ -62,6 +73,20 @@ class AttentionCosts:
     chunk_key: float
     step: float
     step_key: float
+
+    def sums(self) -> tuple[float, ...]:
+        """What two measurements have to agree on; what a key takes alone is a small difference."""
+        return self.chunk + _KEYS * self.chunk_key, self.step + _KEYS * self.step_key
+
+    def faster(self, other: AttentionCosts) -> AttentionCosts:
+        """The faster of two measurements of a chunk, and of a step."""
+        (chunk, step), (chunks, steps) = self.sums(), other.sums()
+        reading = self if chunk <= chunks else other
+        writing = self if step <= steps else other
+        return AttentionCosts(
+            chunk=reading.chunk, chunk_key=reading.chunk_key,
+            step=writing.step, step_key=writing.step_key,
+        )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -8,12 +8,13 @@ taken from a record.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 import torch
 
 from saccade.advice import store
+from saccade.advice.calls import Calls, recorded
 from saccade.advice.costs import AttentionCosts, Costs, measured_attention, measured_costs
 from saccade.advice.gpu_speed import RECORDED, Roofline, gpu_speed, measured_roofline
 from saccade.advice.speed import Speed, speed_of
@@ -28,7 +29,9 @@ from saccade.units import as_bytes
 DEVICES: Final = ("auto", "cpu", "cuda")
 CUDA_ITSELF: Final = 512 * 2**20
 """Bytes of a GPU that PyTorch's allocator never sees: the context and loaded kernels."""
-_Costs = TypeVar("_Costs", Costs, AttentionCosts, Roofline)
+_AGREE: Final = 0.2
+"""Two measurements that differ by more were disturbed by other programs."""
+_Costs = TypeVar("_Costs", Costs, AttentionCosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +41,16 @@ class Machine:
     Attributes:
         kind: "cpu" or "cuda"; name: what it is called, and where its speed is known from.
         budget: bytes that may be used; said: where that number comes from.
+        calls: what Python takes on a CPU.
+        busy: what was timed while other programs ran, so that it is rough and not remembered.
     """
 
     kind: str
     name: str
     budget: int
     said: str
+    calls: Calls = field(default_factory=recorded, compare=False)
+    busy: list[str] = field(default_factory=list[str], compare=False)
 
     def speed(self, blueprint: Blueprint, params: ContextParams, tokens: int) -> Speed:
         """Time to the first token and tokens a second."""
@@ -52,7 +59,9 @@ class Machine:
         rows = min(params.n_batch, tokens)
         shape = (blueprint.hidden, blueprint.inner, blueprint.facts.head_dim, rows)
         measure = lambda: measured_costs(blueprint, rows)  # noqa: E731
-        costs = _remembered("costs", Costs, measure, *_processor(), blueprint.facts.dtype, shape)
+        costs = self._remembered(
+            "costs", Costs, measure, *_processor(), blueprint.facts.dtype, shape
+        )
 
         def attention(layer: ModelFacts) -> AttentionCosts:
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.windows)
@@ -60,9 +69,26 @@ class Machine:
             how = (params.flash_attn, params.backend, params.kv_policy, rows, tokens > rows)
             parts = (*_processor(), layer.dtype, heads, kept, how)
             measure = lambda: measured_attention(layer, params, tokens)  # noqa: E731
-            return _remembered("attention", AttentionCosts, measure, *parts)
+            return self._remembered("attention", AttentionCosts, measure, *parts)
 
-        return speed_of(blueprint, params, tokens, costs, attention)
+        return speed_of(blueprint, params, tokens, costs, attention, self.calls)
+
+    def _remembered(
+        self, kind: str, make: type[_Costs], measure: Callable[[], _Costs], *parts: object
+    ) -> _Costs:
+        """What was measured before under these parts; or now, twice, and kept if both agree."""
+        known: Any = store.recall(kind, *parts)
+        try:
+            return make(**known)
+        except TypeError:  # nothing there, or of another version
+            first, second = measure(), measure()
+        found = first.faster(second)
+        pairs = zip(first.sums(), second.sums(), strict=True)
+        if all(max(pair) <= (1 + _AGREE) * min(pair) for pair in pairs):
+            store.remember(kind, asdict(found), *parts)
+        else:
+            self.busy.append(kind)
+        return found
 
 
 def machine(wanted: str, memory: int | None) -> Machine:
@@ -103,7 +129,13 @@ def _roofline(dtype: torch.dtype) -> Roofline:
     if not torch.cuda.is_available():
         return next(iter(RECORDED.values()))
     parts = (torch.cuda.get_device_name(), torch.__version__, dtype)
-    return _remembered("roofline", Roofline, lambda: measured_roofline(dtype), *parts)
+    known: Any = store.recall("roofline", *parts)
+    try:
+        return Roofline(**known)
+    except TypeError:  # nothing there, or of another version
+        found = measured_roofline(dtype)
+        store.remember("roofline", asdict(found), *parts)
+        return found
 
 
 def _threads() -> str:
@@ -113,16 +145,3 @@ def _threads() -> str:
 
 def _processor() -> tuple[object, ...]:
     return cpu_name(), torch.get_num_threads(), torch.__version__
-
-
-def _remembered(
-    kind: str, make: type[_Costs], measure: Callable[[], _Costs], *parts: object
-) -> _Costs:
-    """What was measured before under these parts, or now."""
-    known: Any = store.recall(kind, *parts)
-    try:
-        return make(**known)
-    except TypeError:  # nothing there, or of another version
-        found = measure()
-        store.remember(kind, asdict(found), *parts)
-        return found

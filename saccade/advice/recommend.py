@@ -193,6 +193,11 @@ def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> i
 
 def _notes(blueprint: Blueprint, machine: Machine, chosen: Option | None) -> tuple[str, ...]:
     said: list[str] = []
+    if machine.busy:
+        said.append(
+            "this machine was busy while it was timed: times are rough, and the next plan measures "
+            "again."
+        )
     if blueprint.weights_bytes > machine.budget:
         said.append(
             f"the weights alone take {as_bytes(blueprint.weights_bytes)} in "

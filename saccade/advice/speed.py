@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
+from saccade.advice.calls import Calls
 from saccade.advice.costs import AttentionCosts, Costs
 from saccade.runtime.layers import narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
 
-LAYER_OPS: Final = 380
-"""What Python takes for a decoder layer of transformers under saccade, its attention apart, in the
-time of small operations."""
-CALL_OPS: Final = 300
-"""The same around the layers: embedding, masks, rotary tables, the choice of a token."""
 STATES_MOVED, INNER_MOVED = 24, 8
 """How often norms, rotations and additions pass over hidden states, an activation over the MLP."""
 
@@ -45,18 +40,20 @@ def speed_of(
     tokens: int,
     costs: Costs,
     attention: Callable[[ModelFacts], AttentionCosts],
+    calls: Calls,
 ) -> Speed:
     """Speed of a prompt of `tokens` tokens and of the tokens behind it, on a CPU.
 
     Args:
         attention: costs of one layer of these facts under the same params.
+        calls: what Python takes beside them.
     """
     facts, size = blueprint.facts, blueprint.facts.dtype.itemsize
-    calls = -(-tokens // params.n_batch)
+    chunks = -(-tokens // params.n_batch)
     moved = (STATES_MOVED * blueprint.hidden + INNER_MOVED * blueprint.inner) * size
     token = 2 * blueprint.layers * costs.flop + facts.num_layers * moved * costs.elementwise
-    called = (facts.num_layers * LAYER_OPS + CALL_OPS) * costs.op
-    reading, step = tokens * token + calls * called, called
+    called = (facts.num_layers * calls.layer + calls.model) * costs.op
+    reading, step = tokens * token + chunks * called, called
     for layer, count in facts.alike():
         found = attention(layer)
         reading += count * read_seconds(found, params, layer.windows[0], tokens)

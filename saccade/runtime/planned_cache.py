@@ -9,6 +9,7 @@ half of PyTorch's compiler, which takes longer than the rest of a plan.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -189,7 +190,11 @@ class CountedGroups:
         self._slots, self._step = self._least + 2 * self._group, cache.growth_step
         self._quantized = self._recent = 0
         self._capacity, self._reserved = 0, -(-reserved // self._step) * self._step
-        self._empty, self._grown = _sizes_of(settings, facts, self._slots + self._group)
+        widths = facts.head_dim, facts.value_dim or facts.head_dim
+        self._empty, self._grown = _sizes_of(
+            tuple(settings.items()), (facts.num_kv_heads, *widths), facts.dtype,
+            self._slots + self._group,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -222,8 +227,12 @@ class CountedGroups:
         self._quantized, self._recent = self._quantized + moved, self._recent - moved
 
 
-def _sizes_of(settings: Mapping[str, Any], facts: ModelFacts, enough: int) -> tuple[int, int]:
+@lru_cache(maxsize=64)
+def _sizes_of(
+    made: tuple[tuple[str, Any], ...], heads: tuple[int, int, int], dtype: torch.dtype, enough: int
+) -> tuple[int, int]:
     """Bytes of a cache with one token, and what it has more once it has quantized a first group."""
+    settings = dict(made)
     cache = QuantizedCache(
         bits_k=settings["bits_k"], bits_v=settings["bits_v"], group=settings["group"],
         recent=settings["recent"], hadamard=settings["hadamard"], fp8=settings["fp8"],
@@ -231,7 +240,7 @@ def _sizes_of(settings: Mapping[str, Any], facts: ModelFacts, enough: int) -> tu
     sizes: list[int] = []
     with torch.device("cpu"):
         for tokens in (1, enough):
-            k, v = (x.fill_(1.0) for x in new_keys(facts, tokens, torch.device("cpu")))
+            k, v = (torch.ones(1, heads[0], tokens, width, dtype=dtype) for width in heads[1:])
             cache.append(k, v)
             sizes.append(cache.nbytes)
     return sizes[0], sizes[1] - sizes[0]

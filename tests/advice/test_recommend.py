@@ -1,13 +1,15 @@
 """The recommendation: what fits comes first by exactness, with its memory, time and evidence."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from saccade.advice import evidence, store
+from saccade.advice import calls, evidence, store
+from saccade.advice import machine as machines
 from saccade.advice.candidates import SETTINGS, candidates
+from saccade.advice.costs import AttentionCosts, Costs
 from saccade.advice.machine import CUDA_ITSELF, Machine, machine
 from saccade.advice.peak import memory_of
 from saccade.advice.recommend import advise
@@ -164,11 +166,42 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert store.recall("costs", "cpu") is None
 
 
-def test_a_plan_on_this_cpu_measures_itself_once(tmp_path, monkeypatch):
+def costs(scale):
+    return AttentionCosts(chunk=scale, chunk_key=scale / 1e4, step=scale, step_key=scale / 1e4)
+
+
+@pytest.mark.parametrize(("second", "kept"), [(1.1, True), (1.5, False)])
+def test_only_measurements_that_agree_are_remembered(tmp_path, monkeypatch, second, kept):
+    """Of two the faster is taken; where another program disturbed them the plan says so."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        machines, "measured_costs", lambda *_: Costs(flop=1e-9, byte=1e-9, op=1e-6, elementwise=0.0)
+    )
+    scales = [second, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(machines, "measured_attention", lambda *_: costs(scales.pop(0)))
+    here, params = machine("cpu", 2**30), ContextParams(n_batch=64)
+    first = here.speed(small(), params, 64)
+    assert len(scales) == 2 and bool(here.busy) is not kept
+    again = machine("cpu", 2**30)
+    assert again.speed(small(), params, 64) == first and not again.busy
+    assert len(scales) == (2 if kept else 0)
+    said = advise(small(), ContextParams(), 64, replace(still(2**30), busy=list(here.busy))).notes
+    assert any("this machine was busy" in note for note in said) is not kept
+
+
+def test_what_python_takes_is_what_the_record_says():
+    known = json.loads(calls.FILE.read_text())
+    if known["record"] is not None:
+        record = json.loads((RESULTS / known["record"]).read_text())
+        assert known["calls"] == record["calls"] and known["revision"] == record["revision"]
+    assert 20 < calls.recorded().layer < 5000
+    measured = calls.measured_calls()
+    assert 5 < measured.layer < 5000 and measured.model >= 0
+
+
+def test_longer_prompts_take_longer_on_this_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here, params = machine("cpu", 2**30), ContextParams(n_batch=64)
     first = here.speed(small(), params, 256)
     assert first.first_token > 0 and first.tokens_per_second > 0
-    assert here.speed(small(), params, 256) == first
-    longer = here.speed(small(), params, 2560)
-    assert longer.first_token > 8 * first.first_token
+    assert here.speed(small(), params, 2560).first_token > 3 * first.first_token
