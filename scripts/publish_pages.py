@@ -7,7 +7,8 @@ Marks in a page say what stands there; what is between them is rendered again:
     <!-- show: rows RECORD "flash" "window" -->     rows of a record whose names begin like this
     <!-- show: sweep RECORD kl "flash" -->          one quantity of a comparison's sweep by length
     <!-- show: claims RECORD -->                    the chapter's figures beside the measured ones
-    <!-- show: far RECORD --> / conversion RECORD   what `benchmarks.far`, `saccade convert` measured
+    <!-- show: far RECORD -->                       what `benchmarks.far` measured
+    <!-- show: conversion RECORD -->                what `saccade convert` measured
     <!-- show: planned SHAPE TOKENS -->             what `saccade.plan` says of a shape
     <!-- end of show -->
     <!-- fact: NAME -->a number<!-- end of fact -->  a sentence's number, see `page_facts`

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from saccade.runtime.params import ContextParams
 
 Said = Mapping[str, str]
-"""--model, --device and --dtype as they were given."""
+"""--model, --device and --dtype as they were given, and the kind of device that was planned for."""
 _AUTO = "auto"
 
 
@@ -27,7 +27,10 @@ def command(params: ContextParams, said: Said) -> str:
     for name in ("device", "dtype"):
         words += [] if said[name] == _AUTO else [f"--{name}", said[name]]
     options = {option.field: option for option in CONTEXT}
-    for field, value in changed(params).items():
+    given = changed(params)
+    if said["kind"] == "cuda":  # the command would read more at once than the default of a Context
+        given = {"n_batch": params.n_batch, **given}
+    for field, value in given.items():
         if field == "rope_freq_scale":
             words += ["--rope-scale", f"{1 / float(str(value)):g}"]
         elif field in options:
@@ -47,6 +50,7 @@ def _as_word(value: object) -> str:
 
 def as_text(advice: Advice, said: Said, trials: Sequence[Any] = ()) -> str:
     """The advice for people."""
+    said = {**said, "kind": advice.machine.kind}
     return "\n".join(_lines(advice, said, trials))
 
 
@@ -152,6 +156,7 @@ def _seconds(seconds: float) -> str:
 def as_json(advice: Advice, said: Said, trials: Sequence[Any] = ()) -> dict[str, Any]:
     """The advice for programs; bytes, seconds, tokens."""
     facts, machine = advice.blueprint.facts, advice.machine
+    said = {**said, "kind": machine.kind}
     return {
         "schema": "saccade.plan/1",
         "model": facts.name,

@@ -160,3 +160,9 @@ def test_refused_models(capsys, tmp_path):
     config.save_pretrained(tmp_path / "recurrent")
     code, out, said = call(capsys, "--model", str(tmp_path / "recurrent"))
     assert (code, out) == (2, "") and "none with attention" in said
+
+
+def test_a_plan_for_a_gpu_says_how_much_it_reads_at_once(capsys, folder):
+    words = ["plan", "-m", folder, "--context", "2k", "-b", "512", "--memory", "8GiB"]
+    assert main.main([*words, "--device", "cuda", "--json"]) == 0
+    assert "--batch-size 512" in json.loads(capsys.readouterr().out)["command"]
