@@ -82,14 +82,25 @@ def _checked(original: Any, mask_at: int, known: list[Any], ran: list[str]) -> A
         mask = args[mask_at]
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         first = np.broadcast_to(pointers.data, np.shape(mask.data))[np.asarray(mask.data, bool)]
-        inside = np.zeros(first.shape, dtype=bool)
-        for start, stop in known[0]:
-            inside |= (first >= start) & (first + np.uint64(size) <= stop)
-        if not inside.all():
-            raise OutOfBounds(_sentence(original.__name__, first[~inside], known[0], ran[-1]))
+        wrong = _outside(first, np.uint64(size), known[0])
+        if wrong.size:
+            raise OutOfBounds(_sentence(original.__name__, wrong, known[0], ran[-1]))
         return original(builder, *args, **options)
 
     return access
+
+
+def _outside(first: np.ndarray, size: np.uint64, known: np.ndarray) -> np.ndarray:
+    """Those addresses whose `size` bytes lie in no storage; most accesses lie in one."""
+    if not first.size:
+        return first
+    starts, stops = known[:, 0], known[:, 1]
+    if ((starts <= first.min()) & (first.max() + size <= stops)).any():
+        return first[:0]
+    inside = np.zeros(first.shape, dtype=bool)
+    for start, stop in known:
+        inside |= (first >= start) & (first + size <= stop)
+    return first[~inside]
 
 
 def _sentence(access: str, wrong: np.ndarray, known: np.ndarray, kernel: str) -> str:
