@@ -299,3 +299,15 @@ def test_scaled_tables_copy_nothing_from_the_host_twice(kind):
     assert counts == [1, 0, 0]
     cos, _ = rotary(torch.zeros(1), torch.tensor([[3]]))  # and back on the CPU
     assert cos.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_scaled_positions_decode_by_a_captured_step(kind):
+    model = tiny_model(tiny_config("llama")).to("cuda", torch.bfloat16)
+    stream = torch.cuda.current_stream()
+    with saccade.Context(model, ContextParams(rope_scaling_type=kind, n_ctx=4096)) as ctx:
+        assert len(list(ctx.stream(TEXT, n_predict=4))) == 4
+        assert ctx._use_step is True
+    assert torch.cuda.current_stream() == stream
