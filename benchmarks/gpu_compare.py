@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from benchmarks.gpu_models import DEVICE, LONG, SHAPE, TINY, random_model, tokens
 from saccade.evals.compare import Progress, run
 from saccade.hf.load import LoadedModel, load_model
-from saccade.report.comparison import Report
+from saccade.report.comparison import Report, SweepPoint
 from saccade.report.record import origin
 
 NAME = "Llama-3.1-8B's shape, random weights"
@@ -106,12 +106,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = report_of(PARTS[args.part], args.model, args.seconds, tiny=args.tiny)
         report.command = origin()["command"]
         report.write(args.out / PARTS[args.part].file)
-        return 0
+        return _say_failures(report)
     if not (args.tiny or torch.cuda.is_available()):
         sys.exit("There is no GPU here; --tiny tries the script on the CPU.")
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + args.seconds
     return max(_in_process(name, args, deadline) for name in args.parts)
+
+
+def _say_failures(report: Report) -> int:
+    """Each row and point that failed, with its error; 1 where the GPU failed."""
+    for row in (*report.rows, *report.sweep):
+        if row.status == "failed":
+            at = f" at {row.n_context:,} tokens" if isinstance(row, SweepPoint) else ""
+            print(f"failed: {row.name}{at}: {row.note}", file=sys.stderr)
+    for name, why in report.settings.get("missing_curves", {}).items():
+        print(f"failed: perplexity by position: {name}: {why}", file=sys.stderr)
+    if not report.complete:
+        print(f"stopped by: {report.settings.get('stopped_by')}", file=sys.stderr, flush=True)
+    return 0 if report.complete else 1
 
 
 def _in_process(name: str, args: argparse.Namespace, deadline: float) -> int:

@@ -18,9 +18,16 @@ settings.load_profile("repeatable")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton's kernels are then interpreted on the CPU and tested there.
+    from tests.support.bounds import checked_bounds
     from tests.support.interpreted import patch_interpreter
 
     patch_interpreter()
+
+    @pytest.fixture(autouse=True)
+    def _kernels_stay_inside_their_tensors(monkeypatch):
+        """Every address of every interpreted kernel belongs to a tensor of its launch."""
+        with checked_bounds(monkeypatch):
+            yield
 
 
 @pytest.fixture(scope="session", autouse=True)

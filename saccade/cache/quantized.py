@@ -141,7 +141,8 @@ class QuantizedCache:
 
     def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
-        tensors = (*(self._k or ()), *(self._v or ()), self._recent_k, self._recent_v)
+        others = self._recent_k, self._recent_v, self._num_quantized_tensor
+        tensors = (*(self._k or ()), *(self._v or ()), *others)
         assert self._v is not None
         return *(x.data_ptr() for x in tensors if x is not None), self._v.qdata.shape[2]
 

@@ -141,7 +141,8 @@ class RingCache:
         """See SteppingCache."""
         assert self._step_view is not None, "reserve comes first"
         view = self._step_view
-        return view.k.data_ptr(), view.v.data_ptr(), view.positions.data_ptr()
+        read = view.k, view.v, view.positions, view.page_table, view.kv_lens
+        return tuple(x.data_ptr() for x in read)
 
     def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
         """See SteppingCache; the slot is computed from the position on the device."""

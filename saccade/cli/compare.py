@@ -67,8 +67,10 @@ def run(
     report = _measure((model, device, dtype), text, **options)
     failed = _show(report, files)
     if not report.complete:
-        print("Stopped. The finished rows are kept.", file=sys.stderr)
-        return 130
+        why = report.settings.get("stopped_by")
+        said = f"Stopped: {why}" if why else "Stopped."
+        print(f"{said} The finished rows are kept.", file=sys.stderr)
+        return 2 if why else 130
     return 2 if failed else 0
 
 

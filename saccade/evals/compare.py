@@ -11,8 +11,9 @@ from typing import Any
 from saccade.core import BadInput
 from saccade.evals.claims import claims_of
 from saccade.evals.curves import measure_curve, position_params
+from saccade.evals.gpu_failure import GPUFailed, end_if_failed
 from saccade.evals.needle import needles_for
-from saccade.evals.rounds import Table
+from saccade.evals.rounds import Table, sentence
 from saccade.evals.rows import SDPA, TEXTBOOK, Rows, RowSpec, rows_for
 from saccade.evals.sweep import Sweep
 from saccade.evals.text import default_text
@@ -76,7 +77,9 @@ def run(
     seconds: float | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Report:
-    """Measure all rows (or those named), the curves and the sweep; Ctrl-C keeps what is finished.
+    """Measure all rows (or those named), the curves and the sweep.
+
+    Ctrl-C, and a GPU that fails, keep what is finished: the report is not `complete` then.
 
     Args:
         text: what it reads; default the help topics of this Python.
@@ -121,6 +124,10 @@ def run(
         work.run(runner, read)
     except KeyboardInterrupt:
         report.complete = False
+    except GPUFailed as failed:
+        report.complete = False
+        report.settings["stopped_by"] = sentence(failed.error)
+        work.table.stop(work.chosen)
     work.table.finish()
     report.claims = claims_of(report)
     report.seconds = time.perf_counter() - begin
@@ -155,11 +162,22 @@ class _Work:
                     self.table.again(spec)
         for name, params in self.curves.items():
             self._step(f"perplexity by position: {name}")
-            text = token_tensor(tokens[: self.sizes.curve])
-            self.report.curves.append(measure_curve(name, runner, params, text))
+            self._curve(name, runner, params, tokens)
         self.sweep.run(self.report, self._step, self._late)
         self.done = self._total
         self._step("done")
+
+    def _curve(
+        self, name: str, runner: HFModel, params: ContextParams, tokens: Sequence[int]
+    ) -> None:
+        """One curve; the record says why one is missing."""
+        text = token_tensor(tokens[: self.sizes.curve])
+        try:
+            self.report.curves.append(measure_curve(name, runner, params, text))
+        except Exception as error:  # any model's own code runs here; finished rows stay
+            missing = self.report.settings.setdefault("missing_curves", {})
+            missing[name] = sentence(error)
+            end_if_failed(runner.device, error)
 
     @property
     def _total(self) -> int:

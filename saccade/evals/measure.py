@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.evals import quality
+from saccade.evals.gpu_failure import wait
 from saccade.evals.needle import Question, answered
 from saccade.evals.rows import RowSpec
 from saccade.evals.speed import Rounds
@@ -113,7 +114,7 @@ def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) 
             subject = stack.enter_context(opened(spec, trial, model))
             begin = time.perf_counter()
             subject.read(trial.context)
-            _wait(device)
+            wait(device)
             prefill = time.perf_counter() - begin
         row.peak_bytes, row.cache_bytes = peak.bytes, subject.cache_bytes
         written = trial.continuation[: trial.steps]
@@ -133,15 +134,10 @@ def measure_speed(spec: RowSpec, trial: Trial, rounds: Rounds) -> None:
     with _model_of(spec, trial) as model, opened(spec, trial, model) as subject:
         begin = time.perf_counter()
         subject.read(trial.context)
-        _wait(trial.model.device)
+        wait(trial.model.device)
         prefill = time.perf_counter() - begin
         steps = subject.write(trial.continuation[: trial.steps])
         rounds.add(prefill, steps.stamps[0] - begin, steps.seconds())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _predictions(subject: Subject, trial: Trial, first: Tensor, *, apart: bool) -> Seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from saccade.core import Unsupported
 from saccade.core.hardware import available_memory
 from saccade.evals.applies import inapplicable
+from saccade.evals.gpu_failure import THE_ROW_BEFORE, end_if_failed, wait
 from saccade.evals.judge import Judge
 from saccade.evals.measure import Trial, measure, measure_speed
 from saccade.evals.rows import FLASH, SDPA, TEXTBOOK, RowSpec
@@ -45,12 +47,11 @@ class Table:
 
         Args:
             late: whether there is no time left for it.
+
+        Raises:
+            GPUFailed: nothing more can be measured.
         """
-        row = Row(
-            name=spec.name, group=spec.group, options=spec.options(), note=spec.note,
-            parts=list(spec.parts),
-        )  # fmt: skip
-        self._report.rows.append(row)
+        row = self._row(spec)
         why = inapplicable(spec, self._trial.model.facts, len(self._trial.context))
         why = why or self._too_large(spec)
         if why is not None:
@@ -62,15 +63,33 @@ class Table:
         else:
             self._measure(spec, row)
 
+    def _row(self, spec: RowSpec) -> Row:
+        row = Row(
+            name=spec.name, group=spec.group, options=spec.options(), note=spec.note,
+            parts=list(spec.parts),
+        )  # fmt: skip
+        self._report.rows.append(row)
+        return row
+
+    def stop(self, specs: Iterable[RowSpec]) -> None:
+        """Those of these rows that were not begun: the GPU does not work any more."""
+        begun = {row.name for row in self._report.rows}
+        for spec in specs:
+            if spec.name not in begun:
+                row = self._row(spec)
+                row.status, row.note = "stopped", THE_ROW_BEFORE
+
     def _measure(self, spec: RowSpec, row: Row) -> None:
-        rounds = Rounds()
+        rounds, device = Rounds(), self._trial.model.device
         try:
             seen = measure(spec, self._trial, row, rounds)
+            wait(device)
         except KeyboardInterrupt:
             _empty(row, "stopped", "stopped before it was measured")
             raise
         except Exception as error:  # any model's own code runs here; finished rows stay
             _empty(row, "failed", sentence(error))
+            end_if_failed(device, error)
             return
         self._rounds[row.name] = row, rounds
         if seen is not None:
@@ -78,7 +97,11 @@ class Table:
         self._fill()
 
     def again(self, spec: RowSpec) -> None:
-        """One round more of a row that was measured."""
+        """One round more of a row that was measured.
+
+        Raises:
+            GPUFailed: nothing more can be measured.
+        """
         if spec.name not in self._rounds or spec.heads == "mqa":
             return  # converting takes longer than what would be measured
         try:
@@ -86,6 +109,7 @@ class Table:
         except Exception as error:  # what it did before counts
             row = self._rounds[spec.name][0]
             row.note = f"{row.note}; measured once, then: {sentence(error)}".lstrip("; ")
+            end_if_failed(self._trial.model.device, error)
 
     def finish(self) -> None:
         """What needs all rows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade.core import BadInput
 from saccade.evals.applies import inapplicable
+from saccade.evals.gpu_failure import end_if_failed, wait
 from saccade.evals.measure import Trial, fill_divergence, fill_perplexity, measure
 from saccade.evals.rounds import free_memory, sentence
 from saccade.evals.rows import FLASH, INT4, INT8, SDPA, SNAPKV, RowSpec, rows_for
@@ -77,6 +78,9 @@ class Sweep:
         Args:
             step: called with a label before each.
             late: whether no other point may begin.
+
+        Raises:
+            GPUFailed: nothing more can be measured.
         """
         for length in self._lengths:
             exact: Tensor | None = None
@@ -100,11 +104,13 @@ class Sweep:
         rounds, begin = Rounds(), time.perf_counter()
         try:
             seen = measure(spec, trial, point, rounds)
+            wait(self._runner.device)
         except KeyboardInterrupt:
             _empty(point, "stopped", "stopped before it was measured")
             raise
         except Exception as error:  # any model's own code runs here; finished points stay
             _empty(point, "failed", sentence(error))
+            end_if_failed(self._runner.device, error)
             return exact
         self._last[spec.name] = point.n_context, time.perf_counter() - begin
         point.ttft_seconds = rounds.first[0]

@@ -69,6 +69,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(t in str(error) for t in _NO_MEMORY)
 
 
+def is_of_the_device(error: Exception) -> bool:
+    """Whether a device failed or has no memory left, which says nothing of what it computed."""
+    failed = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    return failed or is_out_of_memory(error)
+
+
 def reason(error: Exception) -> str:
     """The text of an error on one line; its type where it has none.
 

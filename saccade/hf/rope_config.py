@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from saccade.core import BadInput
+from saccade.hf.foreign_errors import is_of_the_device
 from saccade.hf.layers import text_config
 from saccade.hf.rope_options import configured_ropes
 from saccade.hf.rope_tables import pristine, rope_types, thresholds
@@ -48,6 +49,8 @@ def _check_table(module: Any, own: str | None, length: int) -> None:
     try:
         found = _table(module, own, length)
     except RuntimeError as error:  # lists of divisors of another length
+        if is_of_the_device(error):
+            raise
         raise _bad(module, length, str(error).partition("\n")[0]) from error
     if found is None or found.is_meta:
         return

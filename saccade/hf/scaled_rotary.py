@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core import Unsupported
+from saccade.hf.foreign_errors import is_of_the_device
 from saccade.hf.rope_options import configured_ropes, depends_on_length, scaled
 from saccade.hf.rope_tables import pristine, reached, reaching
 from saccade.rope import (
@@ -69,6 +70,7 @@ class ScaledRotary:
         self.joins_rows = joins_rows
         self.positions: Tensor | None = None
         self._fixed = {kind: self.frequencies(kind) for kind in ropes}
+        self._latest: dict[str | None, tuple[Hashable, Frequencies]] = {}  # with what they are for
 
     def frequencies(self, kind: str | None = None, seq_len: int | None = None) -> Frequencies:
         """Frequencies of a layer type for a sequence of that length."""
@@ -90,16 +92,30 @@ class ScaledRotary:
         kind = layer_type if layer_type in self.ropes else None
         if self.joins_rows and position_ids.ndim == 3:
             position_ids = _of_text(position_ids)
-        found, self.positions = self._fixed[kind], position_ids
+        self.positions, length = position_ids, None
         if depends_on_length(self.ropes[kind].rule):
             length = reached()
             length = int(position_ids.max()) + 1 if length is None else length
-            found = self.frequencies(kind, seq_len=length)
+        found = self._frequencies_on(x.device, kind, length)
         dtype = torch.float32 if self.layout == "complex" else x.dtype
         cos, sin = tables(
             found.inv_freq, position_ids.to(x.device), found.attention_factor, dtype=dtype
         )
         return _LAYOUTS[self.layout](cos, sin)
+
+    def _frequencies_on(
+        self, device: torch.device, kind: str | None, length: int | None
+    ) -> Frequencies:
+        """`frequencies`, kept on the device: a CUDA graph holds no copy from the host."""
+        key = device, None if length is None else _table_key(self.ropes[kind].rule, length)
+        before = None if torch.compiler.is_compiling() else self._latest.get(kind)
+        if before is not None and before[0] == key:
+            return before[1]
+        found = self._fixed[kind] if length is None else self.frequencies(kind, length)
+        found = found._replace(inv_freq=found.inv_freq.to(device))
+        if not torch.compiler.is_compiling():
+            self._latest[kind] = key, found
+        return found
 
     def table_key(self, length: int) -> Hashable:
         """Equal for two lengths that have the same tables."""
@@ -199,7 +215,9 @@ def _asked(module: nn.Module, x: Tensor, at: Tensor, kind: str | None) -> Any:
     fresh = pristine(module)  # modules of dynamic rules change their state when called
     try:
         return fresh(x, at) if kind is None else fresh(x, at, kind)
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError) as error:
+        if is_of_the_device(error):
+            raise
         return ()
 
 

@@ -138,7 +138,8 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Where a capture fails, PyTorch leaves its stream current: the outer `with` does not.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self._logits = self._run()
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]

@@ -1,6 +1,7 @@
 """A whole comparison of tiny random models, against transformers itself where that can tell."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 from transformers import GPT2Config
 
 from saccade.core import BadInput
-from saccade.evals import rounds
+from saccade.evals import compare, gpu_failure, rounds
 from saccade.evals.compare import run
 from saccade.evals.needle import hide, make_needles
-from saccade.evals.rows import FLASH, INT8, MHA, MQA, SDPA, TEXTBOOK
+from saccade.evals.rows import FLASH, INT4, INT8, MHA, MQA, SDPA, TEXTBOOK
 from saccade.hf.load import LoadedModel
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -138,6 +139,56 @@ def test_an_interrupt_keeps_finished_rows(monkeypatch):
         (TEXTBOOK, "ok"), (SDPA, "ok"), (FLASH, "stopped"),
     ]  # fmt: skip
     assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
+
+
+def failing_at(name, monkeypatch, *, for_good):
+    """From the row of that name on the GPU reports an error: at every call, or once."""
+    measure, broken = rounds.measure, []
+
+    def measured(spec, *rest):
+        if spec.name == name:
+            broken.append(for_good)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return measure(spec, *rest)
+
+    def synchronized(device):
+        if any(broken):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(rounds, "measure", measured)
+    monkeypatch.setattr(gpu_failure, "wait", synchronized)
+
+
+def test_a_gpu_that_failed_ends_the_run_and_keeps_finished_rows(monkeypatch):
+    failing_at(FLASH, monkeypatch, for_good=True)
+    report = compared(tiny_config("llama"), ["flash", "int8", "int4"])
+    notes = {row.name: (row.status, row.note) for row in report.rows}
+    assert notes[FLASH] == (
+        "failed", "RuntimeError: CUDA error: an illegal memory access was encountered",
+    )  # fmt: skip
+    assert notes[INT8] == notes[INT4] == ("stopped", "the GPU failed in the row before")
+    assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
+    assert not report.complete and "illegal memory access" in report.settings["stopped_by"]
+
+
+def test_an_error_that_the_gpu_survives_costs_one_row(monkeypatch):
+    failing_at(FLASH, monkeypatch, for_good=False)
+    report = compared(tiny_config("llama"), ["flash", "int8"])
+    assert report.complete and report.row(INT8).status == "ok"
+    assert next(row for row in report.rows if row.name == FLASH).status == "failed"
+
+
+def test_a_curve_that_fails_keeps_the_rows(monkeypatch):
+    def fails(*args):
+        raise ValueError("no positions here")
+
+    monkeypatch.setattr(compare, "measure_curve", fails)
+    monkeypatch.setattr(compare, "FULL", replace(compare.QUICK, curve=1200, rounds=1, scored=64))
+    model = loaded(tiny_config("llama", max_position_embeddings=600))
+    monkeypatch.setattr(compare, "_chosen", lambda known, *_: known.specs[:2])
+    report = run(model, TEXT, context=256)
+    assert report.complete and [row.status for row in report.rows] == ["ok", "ok"]
+    assert report.settings["missing_curves"]["plain"] == "no positions here"
 
 
 def test_token_ids_in_place_of_a_tokenizer():

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import saccade
 from saccade.core import BadInput
+from saccade.hf import rope_config
+from saccade.hf.rope import rotary_modules
+from saccade.hf.rope_config import check_tables
+from saccade.hf.scaled_rotary import scaled_rotary
+from saccade.runtime.params import ContextParams
 from tests.tiny_models import tiny_config, tiny_model
 
 LISTS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -65,3 +71,32 @@ def test_lists_of_another_length_say_what_is_expected():
     model = tiny_model(tiny_config("llama", rope_parameters=parameters))
     with pytest.raises(BadInput, match="must be finite numbers .* one per pair"):
         saccade.Context(model)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+@pytest.mark.parametrize("asking", ["_table", "_joins_rows"])
+def test_an_error_of_the_device_is_not_blamed_on_the_config(error, asking, monkeypatch):
+    model = tiny_model(tiny_config("llama"))
+    module = next(rotary_modules(model))
+    monkeypatch.setattr(type(module), "forward", raising(error))
+    if asking == "_table":
+        monkeypatch.setattr(rope_config, "_table", raising(error))
+        with pytest.raises(type(error)) as raised:
+            check_tables([module])
+    else:
+        with pytest.raises(type(error)) as raised:
+            scaled_rotary(module, model.config, ContextParams(rope_freq_scale=0.5))
+    assert raised.value is error
+
+
+def raising(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails

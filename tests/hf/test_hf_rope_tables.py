@@ -6,12 +6,15 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Phi3Config
 
 import saccade
 from saccade.core import Unsupported
 from saccade.hf import attach
+from saccade.hf.rope import rotary_modules
 from saccade.hf.rope_tables import FittedRotary, pristine, reaching
+from saccade.hf.scaled_rotary import scaled_rotary
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import COMMON, tiny_config, tiny_model
 
@@ -261,3 +264,50 @@ def test_a_fitted_rotary_forgets_what_it_was_called_with(kind):
         with reaching(length):
             assert torch.equal(rotary(x, near)[0], cos)
     assert torch.equal(module.inv_freq, module.original_inv_freq)
+
+
+class CopiesFromHost(TorchDispatchMode):
+    """Counts tensors that are copied from the CPU to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copied = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if copied and args[-1 if func is torch.ops.aten.copy_.default else 0].device.type == "cpu":
+            self.count += result.device.type != "cpu"
+        return result
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "longrope"])
+def test_scaled_tables_copy_nothing_from_the_host_twice(kind):
+    """A copy from the host in the middle of a step cannot be captured in a CUDA graph."""
+    model = llama("longrope") if kind == "longrope" else tiny_model(tiny_config("llama"))
+    params = ContextParams(rope_scaling_type=None if kind == "longrope" else kind, n_ctx=4096)
+    if kind == "longrope":
+        params = ContextParams(rope_freq_base=20000.0)
+    module = next(rotary_modules(model))
+    rotary = scaled_rotary(module, model.config, params)
+    x, at = torch.zeros(1, 1, 1, device="meta"), torch.zeros(1, 1, dtype=torch.int64, device="meta")
+    counts = []
+    for _ in range(3):
+        with reaching(200), CopiesFromHost() as copies:
+            rotary(x, at)
+        counts.append(copies.count)
+    assert counts == [1, 0, 0]
+    cos, _ = rotary(torch.zeros(1), torch.tensor([[3]]))  # and back on the CPU
+    assert cos.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn"])
+def test_scaled_positions_decode_by_a_captured_step(kind):
+    model = tiny_model(tiny_config("llama")).to("cuda", torch.bfloat16)
+    stream = torch.cuda.current_stream()
+    with saccade.Context(model, ContextParams(rope_scaling_type=kind, n_ctx=4096)) as ctx:
+        assert len(list(ctx.stream(TEXT, n_predict=4))) == 4
+        assert ctx._use_step is True
+    assert torch.cuda.current_stream() == stream

@@ -37,7 +37,9 @@ def test_contract_in_the_interpreter():
         "test_chunked",
         "test_gluon_pre_postprocess",
         "test_gemv",
+        "test_kernel_bounds",
         "test_kv_write",
+        "test_triton_blocks",
         "test_triton_views",
     )
     files = [__file__, *(__file__.replace("test_triton", name) for name in others)]

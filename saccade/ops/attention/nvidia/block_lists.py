@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from saccade.core import KeyRange
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.kernel_args import BlockLists
@@ -29,6 +30,7 @@ def block_lists_of(
     *,
     groups: int = 1,
     by_keys: bool = False,
+    keys: KeyRange | None = None,
 ) -> BlockLists:
     """Lists of key tiles for each query tile (by_keys: of query tiles for each key tile).
 
@@ -36,13 +38,16 @@ def block_lists_of(
         tiles: number of query tiles; tile t covers rows t * block_m onwards, and row r is query
             r // groups.
         block_n: keys of a key tile.
+        keys: positions that the kernel reads, tile 0 from the first of them on; default all.
     """
     if problem.block_mask is None:
         return BlockLists()
+    keys = keys or KeyRange(0, problem.num_keys)
     first = torch.arange(0, tiles * block_m, block_m, device=problem.q.device)
-    same_tiles = groups == 1 and (block_m, block_n) == (problem.q_block, problem.k_block)
+    same = (groups, block_m, block_n) == (1, problem.q_block, problem.k_block)
+    same_tiles = same and keys.start == 0
     stop = (first + block_m - 1) // groups + 1
-    classes = _tile_classes(problem, first // groups, stop, block_n, same_tiles)
+    classes = _tile_classes(problem, first // groups, stop, keys, block_n, same_tiles)
     lists, counts = _index_lists(classes.mT if by_keys else classes)
     batch, head = (0 if lists.shape[i] == 1 else lists.stride(i) for i in (0, 1))
     return BlockLists(lists, counts, batch, head, lists.shape[3])
@@ -80,14 +85,20 @@ def index_list_kernel(classes, lists, counts, columns, BLOCK: tl.constexpr):
 
 
 def _tile_classes(
-    problem: Problem, first_q: Tensor, stop_q: Tensor, block_n: int, same_tiles: bool
+    problem: Problem,
+    first_q: Tensor,
+    stop_q: Tensor,
+    keys: KeyRange,
+    block_n: int,
+    same_tiles: bool,
 ) -> Tensor:
     """0 skipped, 1 partial, 2 full: uint8 `[B | 1, Hkv | 1, q tiles, k tiles]`."""
-    q_len, k_len = problem.q.shape[2], problem.num_keys
+    q_len, k_len = problem.q.shape[2], keys.stop
     device = problem.q.device
     q0, q1 = first_q[:, None], stop_q.clamp(max=q_len)[:, None]
-    k0 = torch.arange(0, max(k_len, 1), block_n, device=device)[None]
-    k1 = (k0 + block_n).clamp(max=max(k_len, 1))
+    end = max(k_len, keys.start + 1)
+    k0 = torch.arange(keys.start, end, block_n, device=device)[None]
+    k1 = (k0 + block_n).clamp(max=end)
     visited, selected = _coverage(problem, q0, q1, k0, k1, same_tiles)
     first, last = _positions(problem, q0), _positions(problem, q1 - 1)
     full = (stop_q[:, None] <= q_len) & (k0 + block_n <= k_len)

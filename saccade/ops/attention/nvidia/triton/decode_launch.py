@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.core import AttentionOutput, PagedKV, Span
+from saccade.core import AttentionOutput, KeyRange, PagedKV, Span
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.decode import decode_kernel
@@ -22,7 +22,7 @@ from saccade.ops.attention.nvidia.triton.launch import (
 )
 from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
-from saccade.ops.gpu.kernel_args import MAX_SPANS, PageTable, StridedTensor
+from saccade.ops.gpu.kernel_args import MAX_SPANS, BlockLists, PageTable, StridedTensor
 from saccade.ops.gpu.launching import pdl_options, strided
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import tables as tuning
@@ -102,7 +102,7 @@ def decode_into(
         seqlen_info,
         mask_args_of(problem),
         score_args_of(problem),
-        block_lists_of(problem, row_tiles, block_m, launch.block_n, groups=groups),
+        _block_lists(problem, spans, row_tiles, block_m, launch.block_n, groups),
         q_len,
         slots if pages.positions is not None else problem.num_keys,
         slots,
@@ -119,6 +119,27 @@ def decode_into(
         **pdl_options(problem.q.device),
         **compile_options(launch),
     )
+
+
+def _block_lists(
+    problem: Problem,
+    spans: tuple[int, ...] | None,
+    tiles: int,
+    block_m: int,
+    block_n: int,
+    groups: int,
+) -> BlockLists:
+    """Lists of tiles of slots, which are positions only where the storage has no spans.
+
+    Over several spans there are none: all slots are read, and the mask leaves out blocks.
+    """
+    keys = None
+    if spans is not None:
+        slot, position, length = spans[:3]
+        if slot or any(spans[5::3]):
+            return BlockLists()
+        keys = KeyRange(position, position + length)
+    return block_lists_of(problem, tiles, block_m, block_n, groups=groups, keys=keys)
 
 
 def strided_storage(x: Tensor, pages: PageTable) -> StridedTensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saccade.core import AttentionOutput, GrowingKV, QuantizedKV, Span
+from saccade.core import AttentionOutput, GrowingKV, KeyRange, QuantizedKV, Span
 from saccade.core.formats import FP8
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
@@ -117,7 +117,9 @@ def _decode_quantized_into(
         seqlen_info,
         mask_args_of(problem),
         score_args if with_sinks else score_args._replace(sink_logits=None),
-        block_lists_of(problem, row_tiles, block_m, block_n, groups=groups),
+        block_lists_of(
+            problem, row_tiles, block_m, block_n, groups=groups, keys=KeyRange(0, kv.num_quantized)
+        ),
         problem.q.shape[2],
         kv.num_quantized,
         problem.q_offset,
