@@ -48,7 +48,7 @@ class Sizes:
 
 BATCH_ON_GPU = 2048
 STEPS_ON_GPU = 64  # a token takes milliseconds there
-QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=68)
+QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=60)
 FULL = Sizes(context=3072, scored=512, steps=24, curve=12288, rounds=3, repeat_until=330)
 LEAST_CONTEXT = 256
 
