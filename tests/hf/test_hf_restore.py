@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM
 
 import saccade
 from saccade.core import Unsupported
-from saccade.hf import KEY, attach
+from saccade.hf import KEY, attach, runs
 from saccade.runtime.params import ContextParams
 from tests.hf.model_state import code_of_transformers, different, state_of
+from tests.support.locks import is_free, takes_a_lock
 from tests.tiny_models import tiny_config, tiny_model
 
 YARN = ContextParams(n_ctx=2048, rope_scaling_type="yarn")
@@ -175,7 +176,7 @@ class InterruptAt:
         ours = code.co_filename.startswith(self.FILES) or code.co_name in RaiseAt.THEIRS
         if not ours or self.left <= 0 or self.is_freeing(frame):
             return None
-        if event == "line":
+        if event == "line" and not takes_a_lock(frame):
             self.left -= 1
             if self.left == 0:
                 self.where = f"{code.co_qualname}, line {frame.f_lineno}"
@@ -231,6 +232,7 @@ def test_an_interrupt_of_each_step_of_undoing(model):
             sys.settrace(None)
         del attaching
         assert different(before, state_of(model)) == [], interrupt.where
+        assert is_free(runs._LOCK), interrupt.where
 
 
 def test_an_attach_is_entered_once(model):
