@@ -15,11 +15,12 @@ from saccade.evals.gpu_failure import GPUFailed, end_if_failed
 from saccade.evals.needle import needles_for
 from saccade.evals.rounds import Table, sentence
 from saccade.evals.rows import SDPA, TEXTBOOK, Rows, RowSpec, rows_for
-from saccade.evals.sweep import Sweep
+from saccade.evals.sweep import SCORED, Sweep
 from saccade.evals.text import default_text
-from saccade.evals.trial import make_trial, token_tensor
+from saccade.evals.trial import CALIBRATION, make_trial, token_tensor
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
+from saccade.hf.text_tokens import first_tokens
 from saccade.report.comparison import Report
 from saccade.report.record import origin
 from saccade.runtime import ContextParams
@@ -98,7 +99,8 @@ def run(
     """
     begin = time.perf_counter()
     sizes = _sizes(context, quick, n_batch, model.model.device.type)
-    read = _tokens(model, text) if tokens is None else list(tokens)
+    used = max(sizes.context + sizes.scored, sizes.curve, *(n + SCORED for n in sweep))
+    read = _tokens(model, text, used + CALIBRATION) if tokens is None else list(tokens)
     runner = HFModel(model.model, name=model.name, n_ctx_train=model.n_ctx_train)
     count = needles_for(sizes.context) if tokens is None and scored else 0
     trial = make_trial(
@@ -205,11 +207,14 @@ def _sizes(context: int | None, quick: bool, n_batch: int | None, device: str) -
     return replace(base, context=context)
 
 
-def _tokens(model: LoadedModel, text: str | None) -> list[int]:
+def _tokens(model: LoadedModel, text: str | None, most: int) -> list[int]:
+    """The default text, or the first `most` tokens of another one, which may be very long."""
     if model.tokenizer is None:
         raise BadInput(f"{model.name} has no tokenizer. Give a model that brings one.")
     tokenizer: Any = model.tokenizer
-    return tokenizer(default_text() if text is None else text).input_ids
+    if text is None:
+        return tokenizer(default_text()).input_ids
+    return first_tokens(tokenizer, text, most, special=True)
 
 
 def _chosen(known: Rows, names: Sequence[str] | None, quick: bool) -> list[RowSpec]:

@@ -15,6 +15,7 @@ from saccade.hf.convert_distill import distill, rows_needed
 from saccade.hf.convert_save import save_folder
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
+from saccade.hf.text_tokens import all_tokens
 from saccade.report.record import Record, origin
 from saccade.runtime.model import ModelFacts
 
@@ -135,4 +136,4 @@ def _note(record: Converted, stage: str, judge: Judge) -> None:
 
 
 def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
-    return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
+    return torch.tensor(all_tokens(tokenizer, text, special=False), dtype=torch.int64)

@@ -16,7 +16,7 @@ from saccade.hf.convert import converted_heads
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
 
-_CALIBRATION = 512  # tokens, from the end of the text
+CALIBRATION = 512  # tokens, from the end of the text
 
 
 def token_tensor(tokens: Sequence[int]) -> Tensor:
@@ -57,7 +57,7 @@ def make_trial(
         context=token_tensor(hide(tokens, hidden, encode, context)),
         continuation=token_tensor(tokens[rest : rest + scored]),
         questions=questions(hidden, encode),
-        heads=_converter(model, token_tensor(tokens[-_CALIBRATION:])),
+        heads=_converter(model, token_tensor(tokens[-CALIBRATION:])),
         steps=steps,
     )
 

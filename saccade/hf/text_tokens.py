@@ -103,20 +103,23 @@ def _specials(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def first_tokens(tokenizer: Any, source: str | Path, count: int) -> list[int]:
-    """The first `count` tokens of a text or of a file, without special tokens; fewer if it ends.
+def first_tokens(
+    tokenizer: Any, source: str | Path, count: int, *, special: bool = False
+) -> list[int]:
+    """The first `count` tokens of a text or of a file; fewer if it ends.
 
-    Only as much is read as is needed.
+    Only as much is read as is needed.  `special` puts the model's own in front of it.
 
     Raises:
         BadInput: a file that cannot be read or is not UTF-8.
     """
+    before = _specials(tokenizer)[0] if special else []
     size = max(WINDOW, 8 * count)
     while True:
         text, whole = _beginning(source, size)
         tokens = _first(token_pieces(tokenizer, text), count if whole else count + _AGREEING)
         if whole or len(tokens) >= count + _AGREEING:
-            return tokens[:count]
+            return [*before, *tokens][:count]
         size *= 4
 
 

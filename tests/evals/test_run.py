@@ -215,6 +215,13 @@ def test_no_time_left():
     assert report.complete
 
 
+def test_of_a_long_text_only_what_is_used_is_read():
+    sizes = compare.QUICK
+    report = compared(tiny_config("llama"), ["flash"], seconds=0.0, sweep=[600])
+    used = max(256 + sizes.scored, 600 + compare.SCORED)
+    assert report.text["tokens"] == used + compare.CALIBRATION < len(TEXT)
+
+
 def test_bad_requests():
     model = loaded(tiny_config("llama"))
     with pytest.raises(BadInput, match="no row is called 'magic'; expected one of: transformers"):

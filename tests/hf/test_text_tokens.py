@@ -90,6 +90,8 @@ def test_the_first_tokens_of_a_text_and_of_a_file(tokenizer, tmp_path):
     for count in (0, 1, 100, len(whole) - 1, len(whole), len(whole) + 50):
         assert first_tokens(tokenizer, given, count) == whole[:count]
         assert first_tokens(tokenizer, tmp_path / "t", count) == whole[:count]
+        special = list(tokenizer(given).input_ids)[: min(count, len(whole))]
+        assert first_tokens(tokenizer, given, len(special), special=True) == special
 
 
 def test_only_as_much_is_tokenized_as_is_used(tokenizer):
