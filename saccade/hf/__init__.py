@@ -17,7 +17,7 @@ require("transformers")
 from saccade.hf.attach import Attached, attach
 from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
 from saccade.hf.context import Context
-from saccade.hf.convert import converted_heads, expand_to_mha, pool_to_mqa
+from saccade.hf.convert import converted_heads
 from saccade.hf.load import LoadedModel, load_model
 from saccade.hf.model import HFModel, rotary_frequencies
 from saccade.hf.plan import plan
@@ -35,10 +35,8 @@ __all__ = [
     "SaccadeCacheLayer",
     "attach",
     "converted_heads",
-    "expand_to_mha",
     "load_model",
     "plan",
-    "pool_to_mqa",
     "register",
     "rotary_frequencies",
 ]

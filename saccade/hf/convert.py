@@ -203,17 +203,3 @@ def replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Set an attribute, and note that the old value (the same object) has to come back."""
     undo.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-@contextmanager
-def expand_to_mha(model: PreTrainedModel) -> Iterator[Conversion]:
-    """The model with as many KV heads as query heads and the same output; restored on exit."""
-    with converted_heads(model, head_counts(model)[0]) as done:
-        yield done
-
-
-@contextmanager
-def pool_to_mqa(model: PreTrainedModel) -> Iterator[Conversion]:
-    """The model with one KV head, the mean of its own; restored on exit."""
-    with converted_heads(model, 1) as done:
-        yield done

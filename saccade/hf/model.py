@@ -64,7 +64,7 @@ class HFModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the config says, heads as they are now (`pool_to_mqa` changes them)."""
+        """What the config says, heads as they are now (`converted_heads` changes them)."""
         return facts_of(
             self.model.config,
             name=self._name,

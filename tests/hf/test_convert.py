@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.core import Unsupported
-from saccade.hf import HFModel, attach, converted_heads, expand_to_mha, pool_to_mqa
+from saccade.hf import HFModel, attach, converted_heads
 from saccade.runtime.params import ContextParams
 from tests.hf.model_state import different, state_of
 from tests.tiny_models import tiny_config, tiny_model
@@ -19,13 +19,13 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss",
 def test_mha_gives_the_same_output_from_a_larger_cache(ids, family):
     model = tiny_model(tiny_config(family))
     plain, kept, sizes = model(ids).logits, state_of(model), []
-    for convert in (None, expand_to_mha):
+    for heads in (None, 4):
         with attach(model) as attached:
-            if convert is None:
+            if heads is None:
                 cache = attached.new_cache()
                 model(ids, past_key_values=cache)
             else:
-                with convert(model):
+                with converted_heads(model, heads):
                     cache = attached.new_cache()
                     output = model(ids, past_key_values=cache).logits
                     assert HFModel(model).facts.num_kv_heads == 4
@@ -42,7 +42,7 @@ def test_mqa_is_the_mean_of_the_heads(ids, family):
     model = tiny_model(tiny_config(family))
     plain, kept = model(ids).logits, state_of(model)
     keys = key_rows(model.model.layers[1].self_attn)
-    with pool_to_mqa(model):
+    with converted_heads(model, 1):
         pooled = key_rows(model.model.layers[1].self_attn)
         torch.testing.assert_close(pooled, keys.unflatten(0, (2, 16)).mean(0))
         output = model(ids).logits
@@ -77,13 +77,13 @@ def test_equal_heads_pool_without_loss(ids):
             weight = getattr(layer.self_attn, name).weight
             weight[16:] = weight[:16]
     plain = model(ids).logits
-    with pool_to_mqa(model), attach(model, ContextParams(backend="tiled")):
+    with converted_heads(model, 1), attach(model, ContextParams(backend="tiled")):
         torch.testing.assert_close(model(ids).logits, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_restored_after_an_exception(llama):
     kept = state_of(llama)
-    with pytest.raises(KeyError), expand_to_mha(llama):
+    with pytest.raises(KeyError), converted_heads(llama, 4):
         raise KeyError
     assert different(kept, state_of(llama)) == []
 
@@ -92,7 +92,7 @@ def test_other_projections_are_refused():
     model = tiny_model(tiny_config("deepseek_v3"))
     kept = state_of(model)
     with pytest.raises(Unsupported, match="needs a linear q_proj in every attention layer"):
-        pool_to_mqa(model).__enter__()
+        converted_heads(model, 1).__enter__()
     assert different(kept, state_of(model)) == []
 
 
