@@ -5,20 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Final
 
+from saccade.core.user_cache import user_cache
+from saccade.report.files import write_whole
+
 OLD: Final = 7 * 24 * 3600
 """Seconds after which a time is measured again: the machine may have been busy."""
-
-
-def folder() -> Path:
-    """`saccade/plan` in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "saccade" / "plan"
 
 
 def recall(kind: str, *parts: object) -> Any:
@@ -35,11 +30,9 @@ def remember(kind: str, value: Any, *parts: object) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         path = _file(kind, parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"of": [str(part) for part in parts], "value": value}, file)
-        Path(file.name).replace(path)
+        write_whole(path, json.dumps({"of": [str(part) for part in parts], "value": value}))
 
 
 def _file(kind: str, parts: tuple[object, ...]) -> Path:
     key = "\n".join(str(part) for part in parts)
-    return folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    return user_cache("plan") / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

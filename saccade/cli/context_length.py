@@ -12,7 +12,6 @@ from saccade.cli.shared_options import CONTEXT, with_flags
 from saccade.units import as_bytes
 
 if TYPE_CHECKING:
-    from saccade.hf.load import LoadedModel
     from saccade.runtime import ContextParams, ModelFacts
 
 _LENGTH_OPTIONS = (
@@ -139,13 +138,3 @@ def in_force(params: ContextParams) -> dict[str, Any]:
     if params.sparse is not None:
         changed["sparse"] = str(params.sparse)
     return changed
-
-
-def free_memory(loaded: LoadedModel) -> int:
-    """Bytes that caches may take where the model is."""
-    import torch
-
-    from saccade.core.hardware import available_memory
-
-    device = loaded.model.device
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.context_length import Room, as_saved, free_memory, note_without_effect, reaching
+from saccade.cli.context_length import Room, as_saved, note_without_effect, reaching
 from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import load
 from saccade.cli.notes import Notes
@@ -104,6 +104,7 @@ class _Asked(NamedTuple):
 def _generate(
     asked: _Asked, params: ContextParams, sampling: dict[str, Any], *, as_json: bool
 ) -> int:
+    from saccade.core.hardware import free_memory
     from saccade.hf.context import Context, as_model
 
     loaded, session, notes = asked.loaded, asked.session, asked.notes
@@ -111,7 +112,9 @@ def _generate(
     saved = session.peek() if session is not None and session.exists else None
     if saved is not None:
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
-    tokens, before, seen = _prompt(asked, Room(facts, params, free_memory(loaded)), saved)
+    tokens, before, seen = _prompt(
+        asked, Room(facts, params, free_memory(loaded.model.device)), saved
+    )
     further = 0 if params.n_keep is not None else asked.n_predict
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, seen + len(tokens) + further, notes)

@@ -66,39 +66,37 @@ def _already(report: Report, flash: Row | None, book: Row | None, users: Row | N
 
 
 def _gqa(report: Report) -> list[Claim]:
-    gqa, mha = report.row(GQA), report.row(MHA)
     heads, kv_heads = report.model["query_heads"], report.model["kv_heads"]
-    shape = (
+    return _fewer_heads(report, GQA, "75 %", "1.5x", (
         f"{heads} query heads over {kv_heads} KV heads can save "
         f"{100 * (1 - kv_heads / heads):.0f} % of the cache"
-    )
-    return [
-        Claim(technique=GQA, quantity="memory saved", claimed="75 %",
-              measured=_saved(gqa, mha, "cache_bytes", "cache"),
-              reason=shape if gqa and mha else _missing(report, GQA, MHA)),
-        Claim(technique=GQA, quantity="speed-up", claimed="1.5x",
-              measured=_speed(gqa, mha, "decode_tps", "decode"),
-              reason=_bytes_read(report, gqa, mha)),
-    ]  # fmt: skip
+    ))  # fmt: skip
 
 
 def _mqa(report: Report) -> list[Claim]:
-    mqa, mha = report.row(MQA), report.row(MHA)
-    heads = report.model["query_heads"]
-    shape = (
-        f"one KV head for {heads} query heads can save {100 * (1 - 1 / heads):.0f} % of the cache"
-    )
+    mqa, heads = report.row(MQA), report.model["query_heads"]
     changed = "the model was trained with its own heads; converted ones need training to follow"
     return [
-        Claim(technique=MQA, quantity="memory saved", claimed="97 %",
-              measured=_saved(mqa, mha, "cache_bytes", "cache"),
-              reason=shape if mqa and mha else _missing(report, MQA, MHA)),
-        Claim(technique=MQA, quantity="speed-up", claimed="2x",
-              measured=_speed(mqa, mha, "decode_tps", "decode"),
-              reason=_bytes_read(report, mqa, mha)),
+        *_fewer_heads(report, MQA, "97 %", "2x", (
+            f"one KV head for {heads} query heads can save {100 * (1 - 1 / heads):.0f} % of the "
+            "cache"
+        )),
         Claim(technique=MQA, quantity="effect on quality", claimed="moderate",
               measured=_perplexity(mqa, report),
               reason=changed if mqa and mqa.perplexity else _missing(report, MQA)),
+    ]  # fmt: skip
+
+
+def _fewer_heads(report: Report, name: str, saved: str, faster: str, shape: str) -> list[Claim]:
+    """Cache and decoding beside those of the same model with a KV head for every query head."""
+    few, many = report.row(name), report.row(MHA)
+    return [
+        Claim(technique=name, quantity="memory saved", claimed=saved,
+              measured=_saved(few, many, "cache_bytes", "cache"),
+              reason=shape if few and many else _missing(report, name, MHA)),
+        Claim(technique=name, quantity="speed-up", claimed=faster,
+              measured=_speed(few, many, "decode_tps", "decode"),
+              reason=_bytes_read(report, few, many)),
     ]  # fmt: skip
 
 

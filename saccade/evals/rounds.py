@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 
 from saccade.core import Unsupported
-from saccade.core.hardware import available_memory
+from saccade.core.hardware import free_memory
 from saccade.evals.applies import inapplicable
 from saccade.evals.gpu_failure import THE_ROW_BEFORE, end_if_failed, wait
 from saccade.evals.judge import Judge
@@ -149,14 +149,6 @@ class Table:
         if needed < 0.8 * free:
             return None
         return f"its scores need about {as_bytes(needed)}, {as_bytes(free)} are free"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated where the model runs."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return available_memory()
 
 
 def sentence(error: Exception) -> str:

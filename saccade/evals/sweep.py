@@ -13,10 +13,11 @@ from typing import Final
 from torch import Tensor
 
 from saccade.core import BadInput
+from saccade.core.hardware import free_memory
 from saccade.evals.applies import inapplicable
 from saccade.evals.gpu_failure import end_if_failed, wait
 from saccade.evals.measure import Trial, fill_divergence, fill_perplexity, measure
-from saccade.evals.rounds import free_memory, sentence
+from saccade.evals.rounds import sentence
 from saccade.evals.rows import FLASH, INT4, INT8, SDPA, SNAPKV, RowSpec, rows_for
 from saccade.evals.speed import Rounds
 from saccade.evals.trial import make_trial

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -19,17 +18,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from saccade.core.user_cache import user_cache
 from saccade.version import __version__
 
 _BOOKKEEPING: Final = ("_name_or_path", "transformers_version", "_attn_implementation")
 _passed: Final[set[str]] = set()
 """Keys of checks that passed in this process, where the folder cannot be written to."""
-
-
-def folder() -> Path:
-    """`saccade/checks` in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "saccade" / "checks"
 
 
 def has_passed(model: PreTrainedModel, options: str) -> bool:
@@ -60,7 +54,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _file(model: PreTrainedModel) -> Path:
-    return folder() / f"{type(model).__name__}.json"
+    return user_cache("checks") / f"{type(model).__name__}.json"
 
 
 def _key(model: PreTrainedModel, options: str) -> str:

@@ -15,6 +15,7 @@ from saccade.advice.peak import memory_of
 from saccade.advice.recommend import advise
 from saccade.advice.speed import Speed
 from saccade.core import BadInput
+from saccade.core.user_cache import user_cache
 from saccade.runtime import ContextParams
 from saccade.runtime.plan_files import from_config
 
@@ -157,7 +158,7 @@ def test_what_was_measured_is_remembered(tmp_path, monkeypatch):
     assert (
         store.recall("costs", "cpu", 1) == {"flop": 1.0} and store.recall("costs", "cpu", 2) is None
     )
-    (file,) = store.folder().iterdir()
+    (file,) = user_cache("plan").iterdir()
     for damaged in ("{", "[]", '{"value"'):
         file.write_text(damaged)
         assert store.recall("costs", "cpu", 1) is None
