@@ -1,7 +1,7 @@
 """Linear layers whose weights stay quantized in memory, as groups along the input.
 
-W[n, k] = q[n, k] * scale[n, g] + minimum[n, g] with g = k // group.  The blocks of GGUF are such groups
-(Q4_0, Q4_1 and the sub-blocks of Q4_K: 32 numbers of 4 bits, Q8_0: 32 of 8, Q6_K: 16 that fit 8) and
+W[n, k] = q[n, k] * scale[n, g] + minimum[n, g], g = k // group.  The blocks of GGUF are such groups
+(Q4_0, Q4_1, sub-blocks of Q4_K: 32 numbers of 4 bits, Q8_0: 32 of 8, Q6_K: 16 that fit 8) and
 are held exactly, but for scales and minima that are rounded to float16.
 """
 
