@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -114,7 +114,9 @@ class Ours:
         """The context, or the share of its tokens that the model itself finds important."""
         if self._share is None:
             return tokens
-        with Context(self._model, self.ctx.params) as ctx:
+        # What compression keeps of the caches is chosen from the queries that read the kept tokens.
+        whole = replace(self.ctx.params, kv_policy=None, kv_budget=None)
+        with Context(self._model, whole) as ctx:
             scores = token_importance(ctx, tokens)
         return compress_context(tokens, scores, round(self._share * len(tokens)))
 

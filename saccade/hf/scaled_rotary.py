@@ -185,7 +185,7 @@ def _joins_rows(module: nn.Module, kind: str | None) -> bool:
     """Whether a module makes one table of three rows of positions."""
     x, at = _question(module)
     with reaching(None):
-        answer = _parts(_asked(module, x, at.expand(3, -1, -1), kind))
+        answer = _parts(_asked(pristine(module), x, at.expand(3, -1, -1), kind))
     return bool(answer) and answer[0].shape[:-1] == at.shape
 
 
@@ -195,12 +195,27 @@ def _agrees(module: nn.Module, own: ScaledRotary, kind: str | None) -> bool:
     x, at = _question(module)
     asked = [at, at.expand(3, -1, -1)] if own.joins_rows else [at]
     with reaching(None):
-        theirs = [part for p in asked for part in _parts(_asked(module, x, p, kind))]
+        answers = [_asked(_unrounded(module, own), x, p, kind) for p in asked]
+        theirs = [part for answer in answers for part in _parts(answer)]
         ours = [part for p in asked for part in _parts(own(x, p, kind))]
     return len(theirs) == len(ours) and all(
         a.shape == b.shape and a.is_complex() == b.is_complex() and bool((a - b).abs().max() < 1e-4)
         for a, b in zip(theirs, ours, strict=True)
     )
+
+
+def _unrounded(module: nn.Module, own: ScaledRotary) -> nn.Module:
+    """A copy as it was built; `model.to(torch.bfloat16)` rounds frequencies, which is undone."""
+    fresh = pristine(module)
+    for kind in own.ropes:
+        name = "inv_freq" if kind is None else f"{kind}_inv_freq"
+        held, exact = fresh._buffers[name], own.frequencies(kind).inv_freq.float()
+        if held is None or held.dtype.itemsize >= 4 or held.shape != exact.shape:
+            continue
+        exact = exact.to(held.device)
+        if torch.allclose(held.float(), exact, rtol=torch.finfo(held.dtype).eps, atol=1e-7):
+            fresh._buffers[name] = exact
+    return fresh
 
 
 def _question(module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -210,9 +225,8 @@ def _question(module: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.zeros(1, 1, 1, device=device), at
 
 
-def _asked(module: nn.Module, x: Tensor, at: Tensor, kind: str | None) -> Any:
-    """What a module returns for these positions, nothing where it does not take them."""
-    fresh = pristine(module)  # modules of dynamic rules change their state when called
+def _asked(fresh: nn.Module, x: Tensor, at: Tensor, kind: str | None) -> Any:
+    """What a copy, which the call may change, returns for positions; nothing if it refuses."""
     try:
         return fresh(x, at) if kind is None else fresh(x, at, kind)
     except (RuntimeError, IndexError, ValueError) as error:

@@ -311,3 +311,26 @@ def test_scaled_positions_decode_by_a_captured_step(kind):
         assert len(list(ctx.stream(TEXT, n_predict=4))) == 4
         assert ctx._use_step is True
     assert torch.cuda.current_stream() == stream
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_that_a_cast_has_rounded_are_scaled_from_the_config(dtype):
+    config = tiny_config("llama")
+    params = ContextParams(rope_scaling_type="yarn", rope_freq_scale=0.5)
+    cast = tiny_model(config).to(dtype)
+    plain = tiny_model(config)
+    at = torch.arange(200)[None]
+    tables = [
+        scaled_rotary(next(rotary_modules(model)), config, params)(torch.zeros(1), at)
+        for model in (cast, plain)
+    ]
+    for ours, exact in zip(*tables, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=0)
+
+
+def test_other_frequencies_than_the_configs_are_refused_in_half_precision_too():
+    model = tiny_model(tiny_config("llama")).to(torch.bfloat16)
+    rotary = next(rotary_modules(model))
+    rotary.original_inv_freq = rotary.original_inv_freq * 1.1
+    with pytest.raises(Unsupported, match="does not return the tables"):
+        scaled_rotary(rotary, model.config, ContextParams(rope_scaling_type="linear"))
