@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,6 @@ from saccade.hf.packed_layers import (
     WeightStore,
     dequantized,
 )
-from saccade.hf.placement import Form
-from saccade.ops.linear import quantized
-
-_GROUP: Final = 32
-"""Numbers of a row that are rounded together."""
 
 
 def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -49,16 +44,6 @@ def outer_layers(model: PreTrainedModel) -> set[str]:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules = model.named_modules(remove_duplicate=False)
     return {f"{name}.weight" for name, part in modules if any(part is end for end in ends)}
-
-
-def rounded(matrix: Tensor, form: Form, outer: bool) -> StoredWeight | None:
-    """A matrix `[out, in]` rounded to int8 or int4; None where its rows are no whole groups.
-
-    Embedding and output head, which cost most when they are rounded, get 8 bits in either.
-    """
-    if matrix.shape[1] % _GROUP:
-        return None
-    return quantized(matrix, 8 if outer or form == "int8" else 4)
 
 
 class StandIns:

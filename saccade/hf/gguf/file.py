@@ -57,12 +57,14 @@ class TensorInfo:
             BadInput: a kind that the installed package `gguf` cannot dequantize.
         """
         own = torch.float64 if self.kind == "F64" else torch.float32
-        numbers = torch.empty(self.shape, dtype=dtype or own)
-        flat = numbers.view(self._rows, self.shape[-1])
-        raw = self.raw(maps or FileMaps())
+        return self.numbers(self.raw(maps or FileMaps()), dtype or own).view(self.shape)
+
+    def numbers(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers `[rows, width]` of rows of bytes."""
+        numbers = torch.empty(len(raw), self.shape[-1], dtype=dtype)
         step = max(1, _AT_ONCE // self.row_bytes)
-        for at in range(0, self._rows, step):
-            flat[at : at + step] = self._numbers(raw[at : at + step])
+        for at in range(0, len(raw), step):
+            numbers[at : at + step] = self._numbers(raw[at : at + step])
         return numbers
 
     def raw(self, maps: FileMaps) -> Tensor:
