@@ -13,6 +13,7 @@ from saccade.hf.facts import facts_of
 from saccade.hf.layers import text_config
 from saccade.hf.load import LoadedModel, read_config
 from saccade.hf.model import HFModel
+from saccade.hf.packed_layers import weights_bytes
 from saccade.runtime.model import Model, ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan import Plan, make_plan
@@ -149,4 +150,4 @@ def _without_memory(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedM
 
 
 def _bytes_of(model: PreTrainedModel) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
+    return weights_bytes(model)
