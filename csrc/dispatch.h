@@ -1,5 +1,6 @@
 // The kernels of every target that was compiled, and which of them this machine can run.
 #pragma once
+#include "layer.h"
 #include "problem.h"
 
 namespace saccade {
@@ -13,6 +14,7 @@ struct Kernels {
   float (*fma_chains)(int64_t steps);
   float (*read_all)(const float* p, int64_t n);
   void (*exp2)(const float* x, float* y, int64_t n);  // the kernels' own, for its error bound
+  const StepKernels* step;
 };
 
 // Targets this machine can run, best first; ends with nullptr.
