@@ -14,6 +14,9 @@
 //     tiles, key_ranges    which keys are read, and where they lie
 //     rows, softmax        masks and the online softmax of a row
 //     simd_*               vector operations of a target; intmath, arena
+//   linear_binding       products with packed weights: linear_arguments, check_linear, and for each
+//                        target linear_kernels.cpp: linear_products (inputs, block), linear_rows,
+//                        linear_pack (blocks)
 //   pool, workspace      threads, and the memory that they keep for the kernels
 //   decoder              a step of decoding: layer_arguments, then for each layer
 //     layer_kernels        norms, RoPE, the MLP; products with the weights
@@ -31,6 +34,7 @@
 #include "checks.h"
 #include "decoder.h"
 #include "dispatch.h"
+#include "linear_binding.h"
 #include "machine.h"
 #include "workspace.h"
 
@@ -139,4 +143,5 @@ NB_MODULE(_cpu, m) {
         nb::arg("target") = "");
   saccade::define_decoder(m);
   m.def("exp2", &saccade::exp2, nb::arg("x"), nb::arg("target") = "");
+  saccade::bind_linear(m);
 }

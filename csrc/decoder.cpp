@@ -6,6 +6,7 @@
 
 #include "check_tensor.h"
 #include "checks.h"
+#include "layer.h"
 #include "layer_arguments.h"
 
 namespace saccade {
@@ -35,7 +36,7 @@ void check_rows_of(const TensorArg& x, const char* name, std::initializer_list<i
 }  // namespace
 
 Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
-                 const std::string& target)
+                 int64_t vocab, const std::string& target)
     : kernels_(find_kernels(target.c_str())), hidden_(hidden) {
   if (!kernels_) fail("this machine has no SIMD target \"" + target + "\".");
   require(hidden >= 1 && hidden <= kMaxCount, "hidden is out of range.");
@@ -45,10 +46,7 @@ Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle he
     attends_.push_back({read.scale, read.softcap});
   }
   norm_ = read_norm(norm, hidden, "norm");
-  if (head.is_none()) return;
-  const TensorArg matrix = tensor(nb::borrow<nb::tuple>(head)[0]);
-  require(matrix.ndim == 2, "the output matrix has two dimensions.");
-  head_ = read_weight(head, matrix.shape[0], hidden, "head");
+  if (!head.is_none()) head_ = read_weight(head, vocab, hidden, "head");
 }
 
 const Layer& Decoder::layer(int64_t i) const {
@@ -248,8 +246,8 @@ void Decoder::logits(nb::handle hidden, nb::handle out, int64_t threads) {
 
 void define_decoder(nb::module_& m) {
   nb::class_<Decoder>(m, "Decoder")
-      .def(nb::init<int64_t, nb::list, nb::handle, nb::handle, const std::string&>(), nb::arg(),
-           nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg())
+      .def(nb::init<int64_t, nb::list, nb::handle, nb::handle, int64_t, const std::string&>(),
+           nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
       .def("begin", &Decoder::begin)
       .def("front", &Decoder::front)
       .def("queries", &Decoder::queries)

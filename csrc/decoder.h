@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "dispatch.h"
+#include "layer.h"
 
 namespace saccade {
 
@@ -19,9 +20,9 @@ struct Attends {
 class Decoder {
  public:
   // `layers`: see read_layer; `norm`: (weight, eps, plus_one) behind the last one; `head`: the
-  // output matrix or None.  Tensors have to stay alive as long as the decoder.
+  // output matrix [vocab, hidden] or None.  Tensors have to stay alive as long as the decoder.
   Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
-          const std::string& target);
+          int64_t vocab, const std::string& target);
 
   // Begins a step: x [batch, tokens, hidden], cos and sin of each kind of layer, float32
   // [tokens, head_dim].

@@ -1,9 +1,11 @@
 // The kernels of every target that was compiled, and which of them this machine can run.
 #pragma once
-#include "layer.h"
 #include "problem.h"
 
 namespace saccade {
+
+struct LinearKernels;  // linear.h
+struct StepKernels;    // layer.h
 
 struct Kernels {
   const char* name;
@@ -14,6 +16,7 @@ struct Kernels {
   float (*fma_chains)(int64_t steps);
   float (*read_all)(const float* p, int64_t n);
   void (*exp2)(const float* x, float* y, int64_t n);  // the kernels' own, for its error bound
+  const LinearKernels* linear;
   const StepKernels* step;
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "linear.h"
 #include "problem.h"
 
 namespace saccade {
@@ -16,10 +17,12 @@ struct Numbers {
   Dtype dtype = Dtype::f32;
 };
 
-// A matrix `[out, in]` of plain numbers, contiguous, and the bias `[out]` added to its products.
+// A matrix `[out, in]`, packed or of plain numbers, and the bias `[out]` added to its products.
 struct Weight {
   int64_t out = 0, in = 0;
-  Numbers numbers, bias;
+  bool is_packed = false;
+  PackedMatrix packed = {};
+  Numbers numbers, bias;  // numbers: contiguous
 };
 
 // weight * x / rms(x), or (1 + weight) * x / rms(x); without a weight x itself.

@@ -4,7 +4,9 @@
 
 #include <string>
 
+#include "check_linear.h"
 #include "check_tensor.h"
+#include "linear_arguments.h"
 
 namespace saccade {
 namespace {
@@ -49,12 +51,17 @@ Norm read_norm(nb::handle x, int64_t n, const char* name) {
 
 Weight read_weight(nb::handle x, int64_t out, int64_t in, const char* name) {
   nb::tuple parts = fields(x, 2, "a weight is (matrix, bias)");
+  if (PyTuple_Check(parts[0].ptr()) && PyTuple_GET_SIZE(parts[0].ptr()) == 7) {
+    const PackedMatrix packed = check_packed(read_packed(parts[0]));
+    require(packed.out == out && packed.in == in, "a packed weight has another shape.");
+    return {out, in, true, packed, {}, read_numbers(parts[1], out, name)};
+  }
   const TensorArg matrix = tensor(parts[0]);
   check_tensor(matrix, name, 2);
   check_shape(matrix, name, {out, in});
   check_contiguous(matrix, name);
   require(is_float(matrix.dtype), "weights must be float32, bfloat16 or float16.");
-  return {out, in, {matrix.data, matrix.dtype}, read_numbers(parts[1], out, name)};
+  return {out, in, false, {}, {matrix.data, matrix.dtype}, read_numbers(parts[1], out, name)};
 }
 
 ReadLayer read_layer(nb::handle x, int64_t hidden) {

@@ -17,7 +17,7 @@ ReadLayer read_layer(nb::handle x, int64_t hidden);
 // (weight, eps, plus_one), or None.
 Norm read_norm(nb::handle x, int64_t n, const char* name);
 
-// (matrix, bias or None).
+// (matrix, bias or None); the matrix is a tensor, or packed as linear_arguments.h reads it.
 Weight read_weight(nb::handle x, int64_t out, int64_t in, const char* name);
 
 }  // namespace saccade

@@ -93,8 +93,9 @@ static void layer_front(const Layer& layer, const LayerFront& f) {
   float* v = k + rows * kv_width;
   for (int64_t r = 0; r < rows; ++r)
     normalize(layer.attention_norm, f.x + r * hidden, hidden, normed + r * hidden);
-  Products products{{&layer.q, &layer.k, &layer.v}, {f.q, k, v}, 3, normed, rows, 0};
-  products.run(f.threads);
+  const Weight* weights[] = {&layer.q, &layer.k, &layer.v};
+  float* products[] = {f.q, k, v};
+  multiply_each(weights, products, 3, normed, rows, f.threads);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t b = r / f.tokens, t = r % f.tokens;
     const float *cos = f.cos + t * dim, *sin = f.sin + t * dim;
@@ -141,8 +142,9 @@ static void layer_back(const Layer& layer, const LayerBack& b) {
     add_normalized(layer.attended_norm, row + r * hidden, hidden, b.x + r * hidden);
     normalize(layer.mlp_norm, b.x + r * hidden, hidden, row + r * hidden);
   }
-  Products products{{&layer.gate, &layer.up}, {gate, up}, 2, row, b.rows, 0};
-  products.run(b.threads);
+  const Weight* weights[] = {&layer.gate, &layer.up};
+  float* products[] = {gate, up};
+  multiply_each(weights, products, 2, row, b.rows, b.threads);
   gate_by(layer.activation, gate, up, b.rows * layer.inner);
   multiply(layer.down, gate, b.rows, row, b.threads);
   for (int64_t r = 0; r < b.rows; ++r)

@@ -87,9 +87,9 @@ static void product_rows(const Weight& m, const float* x, int64_t rows, float* y
   }
 }
 
-// Products of the same rows of x with up to three matrices, as one list of work.
-struct Products {
-  static constexpr int64_t kBlock = 16;  // rows of a matrix that one item is a multiple of
+// Products of the same rows of x with up to three weights of plain numbers, as one list of work.
+struct PlainProducts {
+  static constexpr int64_t kBlock = 16;  // rows of a weight that one item is a multiple of
   const Weight* weights[3];
   float* y[3];
   int count;
@@ -99,7 +99,7 @@ struct Products {
   int64_t items(int i) const { return (weights[i]->out + step - 1) / step; }
 
   static void run_item(void* context, int64_t item) {
-    const Products& all = *(const Products*)context;
+    const PlainProducts& all = *(const PlainProducts*)context;
     for (int i = 0; i < all.count; ++i) {
       if (item < all.items(i)) {
         const int64_t begin = item * all.step;
@@ -117,7 +117,7 @@ struct Products {
       total += weights[i]->out;
       work += weights[i]->out * weights[i]->in;
     }
-    if (work < (1 << 15)) threads = 1;  // below 20 us waking a thread costs more than it saves
+    if (work < (1 << 15)) threads = 1;  // waking a thread costs more than it saves
     const int64_t parts = threads == 1 ? 1 : 4 * threads;
     step = std::max(kBlock, (total / parts + kBlock - 1) / kBlock * kBlock);
     for (int i = 0; i < count; ++i) number += items(i);
@@ -125,9 +125,38 @@ struct Products {
   }
 };
 
+extern const LinearKernels linear_kernels;  // linear_kernels.cpp
+
+// y[i] `[rows, out]` = products of the rows of x with up to three weights of equally many columns.
+static void multiply_each(const Weight* const* weights, float* const* y, int count, const float* x,
+                          int64_t rows, int threads) {
+  PlainProducts plain{{}, {}, 0, x, rows, 0};
+  LinearProblem packed{};
+  for (int i = 0; i < count; ++i) {
+    const Weight& w = *weights[i];
+    if (!w.is_packed) {
+      plain.weights[plain.count] = &w;
+      plain.y[plain.count++] = y[i];
+      continue;
+    }
+    const int n = packed.num_weights++;
+    packed.weights[n] = w.packed;
+    packed.bias[n] = {w.bias.data, w.bias.dtype};
+    packed.out[n] = {(char*)y[i], Dtype::f32, w.out * (int64_t)sizeof(float)};
+  }
+  if (plain.count) plain.run(threads);
+  if (!packed.num_weights) return;
+  packed.x = {(char*)x, Dtype::f32, weights[0]->in * (int64_t)sizeof(float)};
+  packed.rows = rows;
+  packed.in = weights[0]->in;
+  packed.num_outs = packed.num_weights;
+  packed.threads = threads;
+  linear_kernels.products(packed);
+}
+
 static void multiply(const Weight& m, const float* x, int64_t rows, float* y, int threads) {
-  Products one{{&m}, {y}, 1, x, rows, 0};
-  one.run(threads);
+  const Weight* one = &m;
+  multiply_each(&one, &y, 1, x, rows, threads);
 }
 
 }  // namespace saccade::SACCADE_TARGET

@@ -21,6 +21,8 @@ from saccade.hf.fused_norms import EPS
 from saccade.hf.layers import layer_kinds
 from saccade.hf.split_forward import is_watched
 from saccade.ops.attention.cpu.binding import record
+from saccade.ops.linear import PackedWeight
+from saccade.ops.linear.native import record_packed
 
 PLAIN_ATTENTION: Final = frozenset(
     f"{name}Attention"
@@ -60,6 +62,7 @@ class Unchanged:
             self.same.append((module._parameters, name, parameter))
             if parameter is not None:
                 self.addresses.append((parameter, parameter.data_ptr()))
+        self.same += [(module._buffers, name, each) for name, each in module._buffers.items()]
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -189,8 +192,21 @@ def _norm(norm: Any) -> tuple[Any, ...]:
 
 def _weight(linear: Any) -> tuple[Any, ...]:
     """(matrix, bias or None)."""
-    _require(is_linear(linear) and is_untouched(linear) and linear.weight.is_contiguous())
-    return _record(linear.weight), None if linear.bias is None else _record(linear.bias)
+    return _matrix(linear), None if linear.bias is None else _record(linear.bias)
+
+
+def _matrix(linear: Any) -> tuple[Any, ...]:
+    """The weight of a linear layer: plain, or as it is stored."""
+    if is_linear(linear):
+        _require(linear.weight.is_contiguous())
+        return _record(linear.weight)
+    _require(type(linear).__module__ == "saccade.hf.packed_layers" and is_untouched(linear))
+    stored = linear.packed
+    if isinstance(stored, PackedWeight):
+        _require(stored.qdata.is_cpu)
+        return record_packed(stored)
+    _require(stored.values.is_contiguous())
+    return _record(stored.values)
 
 
 def _record(x: Tensor) -> tuple[Any, ...]:

@@ -55,13 +55,16 @@ class FusedDecoder:
         kernels = extension()
         assert kernels is not None
         parts = (described.hidden, described.layers, described.norm, described.head)
-        self._decoder = kernels.Decoder(*parts, target())
+        self._decoder = kernels.Decoder(*parts, run.model.config.vocab_size, target())
         self._described = described
         self._model: Any = run.model
         self._inner: Any = run.model.model
         self._settings = [run.settings[i] for i in range(len(described.layers))]
         self._ranges = [_range(*each) for each in zip(described.windows, self._settings)]
         self._direct = [_is_direct(each) for each in self._settings]
+        self._all_direct = all(self._direct)
+        self._places: list[Tensor | None] = [None] * len(described.layers)
+        self._buffers: list[Any] = [None] * len(described.layers)
         self._rotary = _Rotary(self._inner, len(described.layers))
         self._kinds = sorted(set(zip(self._rotary.kinds, self._ranges)), key=str)
         pairs = zip(self._rotary.kinds, self._ranges)
@@ -89,24 +92,30 @@ class FusedDecoder:
 
     def _run(self, cache: SaccadeCache, count: int, tables: dict[Hashable, Any]) -> bool:
         """All layers in one call, where all have dense caches with nothing special about them."""
-        stores, buffers, slots = cache.stores, [], []
-        if cache.observer is not None or not cache.seen or not all(self._direct):
+        if cache.observer is not None or not cache.seen or not self._all_direct:
             return False
-        for store, (window, _) in zip(stores, self._ranges, strict=True):
+        stores: list[DenseCache] = []
+        for store, (window, _) in zip(cache.stores, self._ranges, strict=True):
             if type(store) is not DenseCache or (window >= 0 and store.is_compressed):
                 return False
-        for store in stores:
-            assert isinstance(store, DenseCache)
+            stores.append(store)
+        slots: list[int] = []
+        for index, store in enumerate(stores):
             store.reserve(count)
-            k, v = store.like
-            assert k is not None and v is not None
-            buffers.append((record(k), record(v)))
             slots.append(store.num_slots)
+            if self._places[index] is not store.like[0]:
+                self._note_buffers(index, store)
         kinds = [(*tables[name], *reach) for name, reach in self._kinds]
-        self._decoder.run(buffers, kinds, self._of_kind, slots)
+        self._decoder.run(self._buffers, kinds, self._of_kind, slots)
         for store in stores:
-            store.commit(count)  # type: ignore[attr-defined]
+            store.commit(count)
         return True
+
+    def _note_buffers(self, index: int, store: DenseCache) -> None:
+        """Where a layer stores its keys and values, until its cache grows."""
+        k, v = store.like
+        assert k is not None and v is not None
+        self._places[index], self._buffers[index] = k, (record(k), record(v))
 
     def _layer(
         self, index: int, cache: SaccadeCache, like: Tensor, tables: dict[Hashable, Any]
