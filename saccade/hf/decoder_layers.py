@@ -19,6 +19,7 @@ from saccade.hf.allowlist import kind_of
 from saccade.hf.fused_layers import is_linear, is_untouched
 from saccade.hf.fused_norms import EPS
 from saccade.hf.layers import layer_kinds
+from saccade.hf.packed_layers import HalfLinear, PackedLinear
 from saccade.hf.split_forward import is_watched
 from saccade.ops.attention.cpu.binding import record
 from saccade.ops.linear import PackedWeight
@@ -200,7 +201,7 @@ def _matrix(linear: Any) -> tuple[Any, ...]:
     if is_linear(linear):
         _require(linear.weight.is_contiguous())
         return _record(linear.weight)
-    _require(type(linear).__module__ == "saccade.hf.packed_layers" and is_untouched(linear))
+    _require(type(linear) in (PackedLinear, HalfLinear) and is_untouched(linear))
     stored = linear.packed
     if isinstance(stored, PackedWeight):
         _require(stored.qdata.is_cpu)
