@@ -8,7 +8,9 @@ without hooks, adapters or forwards of their own.  What the description rests on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import contains, is_
 from typing import Any, Final
 
 import torch
@@ -44,34 +46,41 @@ class NotDescribed(Exception):
     """The C++ step does not compute this model."""
 
 
-@dataclass(slots=True)
 class Unchanged:
-    """What a description rests on; `holds` says whether all of it is still so."""
+    """What a description rests on; `holds` says whether all of it is still so.
 
-    empty: list[dict[Any, Any]] = field(default_factory=list)
-    same: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
-    without: list[dict[str, Any]] = field(default_factory=list)
-    addresses: list[tuple[Tensor, int]] = field(default_factory=list)
+    It is asked for every token, of a thousand objects: the loops are those of built-in functions.
+    """
+
+    def __init__(self) -> None:
+        self._empty: list[dict[Any, Any]] = []
+        self._owners: list[dict[str, Any]] = []
+        self._parts: list[Any] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
 
     def module(self, module: Any, *, own_forward: bool = False) -> None:
         """A module without hooks, whose parts and parameters are those that it has now."""
         if not own_forward:
-            self.without.append(vars(module))
-        self.empty += [module._forward_hooks, module._forward_pre_hooks]
-        self.same += [(module._modules, name, part) for name, part in module._modules.items()]
-        for name, parameter in module._parameters.items():
-            self.same.append((module._parameters, name, parameter))
-            if parameter is not None:
-                self.addresses.append((parameter, parameter.data_ptr()))
-        self.same += [(module._buffers, name, each) for name, each in module._buffers.items()]
+            self._attributes.append(vars(module))
+        self._empty += [module._forward_hooks, module._forward_pre_hooks]
+        for owner in (module._modules, module._parameters, module._buffers):
+            (self._owners if owner else self._empty).append(owner)
+            self._parts += owner.values()
+        tensors = [each for each in module._parameters.values() if each is not None]
+        self._tensors += tensors
+        self._addresses += map(Tensor.data_ptr, tensors)
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
+        parts = chain.from_iterable(map(dict.values, self._owners))
         return (
-            not any(self.empty)
-            and all(owner.get(name) is part for owner, name, part in self.same)
-            and not any("forward" in attributes for attributes in self.without)
-            and all(tensor.data_ptr() == address for tensor, address in self.addresses)
+            not any(self._empty)
+            and sum(map(len, self._owners)) == len(self._parts)
+            and all(map(is_, parts, self._parts))
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
         )
 
 
@@ -85,7 +94,7 @@ class Described:
         windows: the model's own window of each layer.
         attention: the attention module of each layer.
         softcap: of the logits, None for none.
-        unchanged: what all of it rests on.
+        unchanged, unchanged_head: what the layers rest on, and what the logits do.
     """
 
     hidden: int
@@ -96,6 +105,7 @@ class Described:
     attention: list[Any]
     softcap: float | None
     unchanged: Unchanged
+    unchanged_head: Unchanged
 
 
 def describe(model: PreTrainedModel) -> Described | None:
@@ -113,7 +123,7 @@ def _describe(model: Any) -> Described:
     config = model.config
     _require(not getattr(config, "use_bidirectional_attention", False))
     _require("forward" not in vars(decoder) or is_watched(model, decoder))
-    unchanged = Unchanged()
+    unchanged, unchanged_head = Unchanged(), Unchanged()
     unchanged.module(model)
     unchanged.module(decoder, own_forward=True)
     unchanged.module(decoder.layers)
@@ -124,9 +134,11 @@ def _describe(model: Any) -> Described:
     for each in layers:
         for part in each.modules():
             unchanged.module(part)
-    for part in (decoder.norm, model.lm_head):
-        unchanged.module(part)
-    _require(unchanged.holds())
+    unchanged.module(decoder.norm)
+    unchanged_head.module(model)
+    for part in model.lm_head.modules():
+        unchanged_head.module(part)
+    _require(unchanged.holds() and unchanged_head.holds())
     return Described(
         hidden=config.hidden_size,
         layers=described,
@@ -136,6 +148,7 @@ def _describe(model: Any) -> Described:
         attention=[each.self_attn for each in layers],
         softcap=getattr(config, "final_logit_softcapping", None),
         unchanged=unchanged,
+        unchanged_head=unchanged_head,
     )
 
 

@@ -156,7 +156,7 @@ class FusedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Logits `[rows, vocab]` float32 of hidden states; None: the model has to compute them."""
-        if len(hidden) > MAX_ROWS or not self._described.unchanged.holds():
+        if len(hidden) > MAX_ROWS or not self._described.unchanged_head.holds():
             return None
         out = torch.empty(len(hidden), self._model.config.vocab_size)
         self._decoder.logits(record(hidden.contiguous()), record(out), torch.get_num_threads())
