@@ -93,7 +93,9 @@ void read_quantized(nb::tuple x, ViewArg& arg) {
   arg.k_group = integer(x[11]);
 }
 
-ViewArg view(nb::tuple x) {
+}  // namespace
+
+ViewArg read_view(nb::tuple x) {
   if (x.size() < 4) throw nb::type_error("a view is (kind, k, v, ...)");
   ViewArg arg;
   const std::string kind = nb::cast<std::string>(nb::str(x[0]));
@@ -110,6 +112,8 @@ ViewArg view(nb::tuple x) {
   }
   return arg;
 }
+
+namespace {
 
 // `extras`: (sink_logits, alibi_slopes, key_padding, lengths, cu_q, cu_k, blocks, q_block, k_block,
 // attn_mask), or None when there are none.
@@ -137,7 +141,7 @@ CallArg read_call(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bo
   call.q = tensor(q);
   call.out = tensor(out);
   call.lse = maybe_tensor(lse);
-  call.kv = view(kv);
+  call.kv = read_view(kv);
   call.causal = causal;
   call.window = window;
   call.sinks = sinks;

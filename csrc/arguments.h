@@ -14,6 +14,9 @@ namespace nb = nanobind;
 
 TensorArg tensor(nb::handle x);
 
+// (kind, k, v, ...), as saccade.ops.attention.cpu.binding describes each kind of view.
+ViewArg read_view(nb::tuple x);
+
 CallArg read_call(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal,
                   int64_t window, int64_t sinks, double scale, double softcap, nb::handle q_offset,
                   nb::handle extras, int64_t threads);

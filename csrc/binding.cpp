@@ -18,6 +18,8 @@
 //                        target linear_kernels.cpp: linear_products (inputs, block), linear_rows,
 //                        linear_pack (blocks)
 //   pool, workspace      threads, and the memory that they keep for the kernels
+//   decoder              a step of decoding: layer_arguments, then for each layer
+//     layer_kernels        norms, RoPE, the MLP; products with the weights
 //   machine, ceilings    FMA rate and read bandwidth of the machine
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -30,6 +32,7 @@
 #include "arguments.h"
 #include "call_shape.h"
 #include "checks.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "linear_binding.h"
 #include "machine.h"
@@ -138,6 +141,7 @@ NB_MODULE(_cpu, m) {
         nb::arg("target") = "");
   m.def("read_through", &saccade::read_through, nb::arg("memory"), nb::arg("threads"),
         nb::arg("target") = "");
+  saccade::define_decoder(m);
   m.def("exp2", &saccade::exp2, nb::arg("x"), nb::arg("target") = "");
   saccade::bind_linear(m);
 }

@@ -22,6 +22,8 @@ void check_contiguous(const TensorArg& x, const char* name, Dtype dtype,
   }
 }
 
+}  // namespace
+
 PackedMatrix check_packed(const PackedArg& w) {
   require(w.bits == 4 || w.bits == 8, "bits must be 4 or 8.");
   require(w.group == 16 || w.group == 32, "group must be 16 or 32.");
@@ -35,6 +37,8 @@ PackedMatrix check_packed(const PackedArg& w) {
   return {(uint8_t*)w.qdata.data, (uint16_t*)w.scale.data,
           w.minimum ? (uint16_t*)w.minimum->data : nullptr, w.out, w.in, w.group, (int)w.bits};
 }
+
+namespace {
 
 Matrix matrix(const TensorArg& x) { return {x.data, x.dtype, x.stride[0] * item_size(x.dtype)}; }
 

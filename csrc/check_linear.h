@@ -39,6 +39,7 @@ struct PackArg {
 };
 
 // All throw std::invalid_argument (a ValueError in Python) with what was expected and what came.
+PackedMatrix check_packed(const PackedArg& w);
 LinearProblem check(const LinearArg& call);
 RowsProblem check(const RowsArg& call);
 PackProblem check(const PackArg& call);

@@ -5,6 +5,7 @@
 namespace saccade {
 
 struct LinearKernels;  // linear.h
+struct StepKernels;    // layer.h
 
 struct Kernels {
   const char* name;
@@ -16,6 +17,7 @@ struct Kernels {
   float (*read_all)(const float* p, int64_t n);
   void (*exp2)(const float* x, float* y, int64_t n);  // the kernels' own, for its error bound
   const LinearKernels* linear;
+  const StepKernels* step;
 };
 
 // Targets this machine can run, best first; ends with nullptr.

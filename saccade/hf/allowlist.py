@@ -9,6 +9,9 @@ adds the hashes of another version.
     rms_norm_plus_one   (1 + weight) * x / rms(x), Gemma's
     gated_mlp           down_proj(act_fn(gate_proj(x)) * up_proj(x))
     decoder_layer       h = x + self_attn(input_layernorm(x)); h + mlp(post_attention_layernorm(h))
+    sandwich_layer      the same with norms of what is added: Gemma 2's four norms
+    decoder             norm(layers(embed_tokens(ids))): causal, windows and rotary tables by layer
+    causal_lm           lm_head(decoder), softcapped where config.final_logit_softcapping says so
     attention           its forward calls the global `apply_rotary_pos_emb` on queries and keys
     rotary_function     RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)
 """
@@ -31,9 +34,15 @@ KINDS: Final = (
     "rms_norm_plus_one",
     "gated_mlp",
     "decoder_layer",
+    "sandwich_layer",
+    "decoder",
+    "causal_lm",
     "attention",
     "rotary_function",
 )
+
+_DECORATED: Final = ("decoder", "causal_lm")
+_PACKAGE: Final = str(Path(modeling_layers.__file__).parent)
 
 
 def kind_of(module_class: type) -> str | None:
@@ -82,7 +91,8 @@ def _entries() -> dict[str, tuple[str, tuple[str, ...]]]:
 def _checked(module_class: type, forward: Any) -> str | None:
     """The kind of a class with this `forward`, if both are what was read."""
     kind, hashes = _entries()[_qualified(module_class)]
-    source, of_forward = _source(module_class), _source(_without_checkpointing(forward))
+    bare = _without_decorators if kind in _DECORATED else _without_checkpointing
+    source, of_forward = _source(module_class), _source(bare(forward))
     if source is None or of_forward is None or source_hash(source) not in hashes:
         return None
     return kind if of_forward in source else None
@@ -93,10 +103,22 @@ def _without_checkpointing(forward: Any) -> Any:
 
     It calls what it wraps, except in training with gradient checkpointing.
     """
-    code: Any = getattr(forward, "__code__", None)
-    name, file = getattr(code, "co_qualname", ""), getattr(code, "co_filename", "")
+    name, file = _origin(forward)
     wraps = name.startswith("GradientCheckpointingLayer.__init_subclass__.")
     return forward.__wrapped__ if wraps and file == modeling_layers.__file__ else forward
+
+
+def _without_decorators(forward: Any) -> Any:
+    """`forward` without transformers' own decorators, which its source names."""
+    while hasattr(forward, "__wrapped__") and _origin(forward)[1].startswith(_PACKAGE):
+        forward = forward.__wrapped__
+    return forward
+
+
+def _origin(function: Any) -> tuple[str, str]:
+    """Qualified name and file of the code of a function."""
+    code: Any = getattr(function, "__code__", None)
+    return getattr(code, "co_qualname", ""), getattr(code, "co_filename", "")
 
 
 def _qualified(thing: Any) -> str:

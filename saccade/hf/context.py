@@ -23,8 +23,9 @@ def as_model(model: Model | LoadedModel | PreTrainedModel) -> Model:
 class Context(runtime.Context):
     """A running model under ContextParams; see `saccade.runtime.Context` for its methods.
 
-    Several may be open for one model, with different options, and be closed in any order.  On a GPU
-    layers of known transformers classes are computed by fused kernels (`fused_layers`).
+    Several may be open for one model, with different options, and be closed in any order.  Layers
+    of known transformers classes are computed by fused kernels (`fused_layers`): on a GPU, and
+    on a CPU where a few tokens are read, such as in decoding.
 
     Args:
         model: what `saccade.load_model` returns, a transformers model, or a `runtime.Model`.

@@ -21,7 +21,7 @@ Forward = Callable[..., Any]
 Enabled = Callable[[], bool]
 """Whether the run in force wants fused layers."""
 
-_EPS: Final = {"rms_norm": "variance_epsilon", "rms_norm_plus_one": "eps"}
+EPS: Final = {"rms_norm": "variance_epsilon", "rms_norm_plus_one": "eps"}
 """Under which name a kind of norm keeps what it adds to the mean of squares."""
 
 
@@ -32,9 +32,9 @@ def steps() -> bool:
 
 def norm_forward(norm: Any, kind: str | None, enabled: Enabled) -> Forward | None:
     """What replaces the forward of an RMS norm of a listed kind; None for anything else."""
-    if kind not in _EPS:
+    if kind not in EPS:
         return None
-    eps, weight = getattr(norm, _EPS[kind], None), getattr(norm, "weight", None)
+    eps, weight = getattr(norm, EPS[kind], None), getattr(norm, "weight", None)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
     return _fused(norm, eps, enabled) if kind == "rms_norm" else _plus_one(norm, eps, enabled)

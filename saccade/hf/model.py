@@ -19,6 +19,7 @@ from saccade.hf.cache import SaccadeCache
 from saccade.hf.cached_keys import key_rotations, probe_cache
 from saccade.hf.deferred_rope import deferred
 from saccade.hf.facts import facts_of
+from saccade.hf.fused_decoder import FusedDecoder, fused_decoder
 from saccade.hf.identity import model_identity
 from saccade.hf.key_rotation import KeyRotation
 from saccade.hf.layers import layer_kinds
@@ -114,6 +115,9 @@ class HFModel:
         with ExitStack() as stack:
             stack.enter_context(activated(self.run))
             stack.enter_context(reaching(cache.reaches))
+            fused = None if self._fused is None else self._fused.hidden(tokens, cache)
+            if fused is not None:
+                return fused
             if cache.cursor is not None or self._counts_from_zero:
                 start = before if cache.cursor is None else cache.cursor.start[:, None]
                 options["position_ids"] = start + torch.arange(count, device=model.device)[None]
@@ -135,6 +139,11 @@ class HFModel:
     def _probe(self) -> SaccadeCache:
         """An empty cache of all keys, to see what the model does with a few tokens."""
         return probe_cache(self.model, self.run)
+
+    @cached_property
+    def _fused(self) -> FusedDecoder | None:
+        """What computes a few tokens on a CPU, under the options of a run."""
+        return None if self.run is None else fused_decoder(self.run)
 
     @cached_property
     def _counts_from_zero(self) -> bool:
@@ -167,7 +176,8 @@ class HFModel:
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
         with activated(self.run):
             flat = hidden.reshape(1, -1, hidden.shape[-1])
-            logits = logits_of(self.model, flat)
+            logits = None if self._fused is None else self._fused.logits(flat[0])
+            logits = logits_of(self.model, flat) if logits is None else logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def table_key(self, length: int) -> Hashable:

@@ -132,6 +132,12 @@ def cuttable(model: PreTrainedModel) -> Iterator[None]:
                 vars(model).pop(ATTRIBUTE, None)
 
 
+def is_watched(model: PreTrainedModel, part: nn.Module) -> bool:
+    """Whether a decoder of the model has no other forward of its own than `cuttable` gave it."""
+    watched: _Watched | None = vars(model).get(ATTRIBUTE)
+    return watched is not None and watched.is_ours(part)
+
+
 class _Watched:
     """The decoders of one model, with forwards that look up what to do; undone when unused."""
 
@@ -141,6 +147,13 @@ class _Watched:
         self._ours = [_watched(part.forward) for part, _ in self._changed]
         for (part, _), forward in zip(self._changed, self._ours, strict=True):
             part.forward = forward
+
+    def is_ours(self, part: nn.Module) -> bool:
+        """Whether the forward of a decoder is the one that can be cut off, over its class's own."""
+        return any(
+            each is part and old is None and vars(part).get("forward") is ours
+            for (each, old), ours in zip(self._changed, self._ours, strict=True)
+        )
 
     def undo(self) -> None:
         """Put the forwards back; one that other code has replaced since stays."""

@@ -106,7 +106,10 @@ def _largest(logits: Tensor) -> tuple[float, int]:
     if logits.ndim != 1 or not len(logits):
         raise ValueError(f"expected logits [vocab], got the shape {list(logits.shape)}.")
     found = logits.max(0)
-    largest, token = torch.stack((found.values.double(), found.indices.double())).tolist()
+    if logits.is_cpu:
+        largest, token = found.values.item(), found.indices.item()
+    else:  # one copy to the host
+        largest, token = torch.stack((found.values.double(), found.indices.double())).tolist()
     if math.isnan(largest):
         raise ValueError(
             "expected logits that are numbers, got NaN. Check the model's weights and dtype: "

@@ -37,7 +37,7 @@ def products(
     """
     _kernels().linear(
         record(x),
-        tuple(map(_record, weights)),
+        tuple(map(record_packed, weights)),
         tuple(None if bias is None else record(bias) for bias in biases),
         tuple(map(record, outs)),
         None if scratch is None else record(scratch),
@@ -51,14 +51,14 @@ def read_rows(weight: PackedWeight, index: Tensor | None, first: int, out: Tenso
     """Rows `index` of a weight, or those from `first` on, into out `[n, in]`."""
     chosen = None if index is None else record(index)
     threads = torch.get_num_threads()
-    _kernels().read_rows(_record(weight), chosen, first, record(out), threads, target())
+    _kernels().read_rows(record_packed(weight), chosen, first, record(out), threads, target())
 
 
 def fill(weight: PackedWeight, kind: str, raw: Tensor) -> bool:
     """Packs raw bytes `[out, bytes]` of a kind; False where a scale leaves float16's range."""
     threads = torch.get_num_threads()
     code = KINDS.index(kind)
-    return _kernels().pack_weight(code, record(raw), _record(weight), threads, target())
+    return _kernels().pack_weight(code, record(raw), record_packed(weight), threads, target())
 
 
 def _kernels():
@@ -67,7 +67,7 @@ def _kernels():
     return kernels
 
 
-def _record(weight: PackedWeight) -> _Record:
+def record_packed(weight: PackedWeight) -> _Record:
     low = None if weight.minimum is None else record(weight.minimum)
     parts = record(weight.qdata), record(weight.scale), low
     return *parts, *weight.shape, weight.group, weight.bits

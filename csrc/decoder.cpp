@@ -1,0 +1,261 @@
+#include "decoder.h"
+
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+
+#include "check_tensor.h"
+#include "checks.h"
+#include "layer.h"
+#include "layer_arguments.h"
+
+namespace saccade {
+namespace {
+
+// float32 memory of ours as a tensor [batch, heads, tokens, dim], rows [batch, tokens, heads, dim].
+TensorArg by_heads(std::vector<float>& x, int64_t batch, int64_t heads, int64_t tokens,
+                   int64_t dim) {
+  TensorArg arg{(char*)x.data(), Dtype::f32, 4, {batch, heads, tokens, dim}, {}, 0};
+  const int64_t strides[] = {tokens * heads * dim, dim, heads * dim, 1};
+  std::copy(strides, strides + 4, arg.stride);
+  arg.reach = (int64_t)(x.size() * sizeof(float));
+  return arg;
+}
+
+void check_rows_of(const TensorArg& x, const char* name, std::initializer_list<int64_t> shape) {
+  check_tensor(x, name, (int)shape.size());
+  check_shape(x, name, shape);
+  require(is_float(x.dtype), "expected float32, bfloat16 or float16.");
+  int64_t expected = 1;
+  for (int i = x.ndim - 1; i >= 0; --i) {
+    require(x.shape[i] == 1 || x.stride[i] == expected, "expected contiguous memory.");
+    expected *= x.shape[i];
+  }
+}
+
+}  // namespace
+
+Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
+                 int64_t vocab, const std::string& target)
+    : kernels_(find_kernels(target.c_str())), hidden_(hidden) {
+  if (!kernels_) fail("this machine has no SIMD target \"" + target + "\".");
+  require(hidden >= 1 && hidden <= kMaxCount, "hidden is out of range.");
+  for (nb::handle each : layers) {
+    const ReadLayer read = read_layer(each, hidden);
+    layers_.push_back(read.layer);
+    attends_.push_back({read.scale, read.softcap});
+  }
+  norm_ = read_norm(norm, hidden, "norm");
+  if (!head.is_none()) head_ = read_weight(head, vocab, hidden, "head");
+}
+
+const Layer& Decoder::layer(int64_t i) const {
+  require(i >= 0 && i < (int64_t)layers_.size(), "there is no such layer.");
+  return layers_[(size_t)i];
+}
+
+void Decoder::check_begun() const { require(batch_ > 0, "no step has begun."); }
+
+void Decoder::begin(nb::handle x, int64_t threads) {
+  const TensorArg from = tensor(x);
+  require(from.ndim == 3, "x must be [batch, tokens, hidden].");
+  check_rows_of(from, "x", {from.shape[0], from.shape[1], hidden_});
+  const int64_t rows = from.shape[0] * from.shape[1];
+  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 8 rows.");
+  require(threads >= 1 && threads <= 4096, "threads must be 1 to 4096.");
+  batch_ = from.shape[0];
+  tokens_ = from.shape[1];
+  threads_ = (int)threads;
+  int64_t q = 0, scratch = 0;
+  for (const Layer& each : layers_) {
+    q = std::max(q, each.heads * each.head_dim);
+    scratch = std::max({scratch, hidden_ + 2 * each.kv_heads * each.head_dim,
+                        hidden_ + 2 * each.inner});
+  }
+  x_.resize((size_t)(rows * hidden_));
+  q_.resize((size_t)(rows * q));
+  attended_.resize((size_t)(rows * q));
+  scratch_.resize((size_t)(rows * scratch));
+  kernels_->step->widen({from.data, from.dtype}, rows * hidden_, x_.data());
+}
+
+void Decoder::check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const {
+  for (const TensorArg* table : {&cos, &sin}) {
+    check_rows_of(*table, "cos and sin", {tokens_, layer.head_dim});
+    check_dtype(*table, "cos and sin", Dtype::f32);
+  }
+}
+
+// Where the new tokens of a layer go in x [batch, kv_heads, slots, head_dim], from a slot on.
+Strided Decoder::stored(const TensorArg& x, const Layer& layer, int64_t slot,
+                        const char* name) const {
+  check_tensor(x, name, 4);
+  check_shape(x, name, {batch_, layer.kv_heads, x.shape[2], layer.head_dim});
+  require(is_float(x.dtype), "keys are stored as float32, bfloat16 or float16.");
+  require(slot >= 0 && slot <= x.shape[2] - tokens_, "there is no room for the new tokens.");
+  check_no_self_overlap(x, name);
+  Strided to = strided(x);
+  to.data += slot * to.row;
+  return to;
+}
+
+void Decoder::front_checked(const Layer& layer, const Kind& kind, const Strided& k,
+                            const Strided& v) {
+  kernels_->step->front(layer, {x_.data(), batch_, tokens_, (const float*)kind.cos.data,
+                               (const float*)kind.sin.data, q_.data(), k, v, scratch_.data(),
+                               threads_});
+}
+
+void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb::handle v) {
+  check_begun();
+  const Layer& at = layer(i);
+  const Kind kind{tensor(cos), tensor(sin), -1, 0};
+  check_tables(at, kind.cos, kind.sin);
+  const Strided to_k = stored(tensor(k), at, 0, "k"), to_v = stored(tensor(v), at, 0, "v");
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> lock(busy_);
+  front_checked(at, kind, to_k, to_v);
+}
+
+void Decoder::queries(nb::handle q) {
+  check_begun();
+  const TensorArg to = tensor(q);
+  check_tensor(to, "q", 4);
+  require(to.shape[0] == batch_ && to.shape[2] == tokens_ && is_float(to.dtype) &&
+              to.shape[0] * to.shape[1] * to.shape[2] * to.shape[3] <= (int64_t)q_.size(),
+          "q has another shape than the queries of this step.");
+  check_no_self_overlap(to, "q");
+  const Strided place = strided(to);
+  const int64_t heads = to.shape[1], dim = to.shape[3];
+  for (int64_t b = 0; b < batch_; ++b)
+    for (int64_t t = 0; t < tokens_; ++t)
+      for (int64_t h = 0; h < heads; ++h)
+        kernels_->step->narrow(
+            q_.data() + ((b * tokens_ + t) * heads + h) * dim, dim,
+            {place.data + b * place.batch + h * place.head + t * place.row, place.dtype});
+}
+
+void Decoder::attend_checked(int64_t i, CallArg& call) {
+  const Layer& at = layers_[(size_t)i];
+  call.q = by_heads(q_, batch_, at.heads, tokens_, at.head_dim);
+  call.out = by_heads(attended_, batch_, at.heads, tokens_, at.head_dim);
+  call.scale = attends_[(size_t)i].scale;
+  call.softcap = attends_[(size_t)i].softcap;
+  call.threads = threads_;
+  CheckedProblem checked;
+  check(call, checked);
+  kernels_->attend(checked.problem);
+}
+
+void Decoder::back_checked(const Layer& layer) {
+  kernels_->step->back(layer, {x_.data(), attended_.data(), rows(), scratch_.data(), threads_});
+}
+
+void Decoder::attend(int64_t i, nb::tuple kv, int64_t window, int64_t sinks, int64_t q_offset) {
+  check_begun();
+  const Layer& at = layer(i);
+  CallArg call;
+  call.kv = read_view(kv);
+  call.window = window;
+  call.sinks = sinks;
+  call.q_offset = q_offset;
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> lock(busy_);
+  attend_checked(i, call);
+  back_checked(at);
+}
+
+void Decoder::back(int64_t i, nb::handle attended) {
+  check_begun();
+  const Layer& at = layer(i);
+  const TensorArg from = tensor(attended);
+  check_rows_of(from, "attended", {batch_, tokens_, at.heads * at.head_dim});
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> lock(busy_);
+  kernels_->step->widen({from.data, from.dtype}, rows() * at.heads * at.head_dim, attended_.data());
+  back_checked(at);
+}
+
+void Decoder::run(nb::list buffers, nb::list kinds, nb::list of_kind, nb::list slots) {
+  check_begun();
+  std::vector<Kind> read;
+  for (nb::handle each : kinds) {
+    nb::tuple kind = nb::cast<nb::tuple>(each);
+    require(kind.size() == 4, "a kind is (cos, sin, window, sinks).");
+    read.push_back({tensor(kind[0]), tensor(kind[1]), nb::cast<int64_t>(kind[2]),
+                    nb::cast<int64_t>(kind[3])});
+  }
+  const size_t n = layers_.size();
+  require(buffers.size() == n && of_kind.size() == n && slots.size() == n,
+          "expected buffers, a kind and a slot for each layer.");
+  std::vector<CallArg> calls(n);
+  std::vector<size_t> kind_of(n);
+  std::vector<Strided> to_k(n), to_v(n);
+  for (size_t i = 0; i < n; ++i) {
+    nb::tuple pair = nb::cast<nb::tuple>(buffers[i]);
+    require(pair.size() == 2, "buffers are (k, v).");
+    kind_of[i] = nb::cast<size_t>(of_kind[i]);
+    require(kind_of[i] < read.size(), "there is no such kind.");
+    const Kind& kind = read[kind_of[i]];
+    check_tables(layers_[i], kind.cos, kind.sin);
+    CallArg& call = calls[i];
+    call.kv.k = tensor(pair[0]);
+    call.kv.v = tensor(pair[1]);
+    call.q_offset = nb::cast<int64_t>(slots[i]);
+    to_k[i] = stored(call.kv.k, layers_[i], call.q_offset, "k");
+    to_v[i] = stored(call.kv.v, layers_[i], call.q_offset, "v");
+    call.kv.k.shape[2] = call.kv.v.shape[2] = call.q_offset + tokens_;
+    call.window = kind.window;
+    call.sinks = kind.sinks;
+  }
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> lock(busy_);
+  for (size_t i = 0; i < n; ++i) {
+    front_checked(layers_[i], read[kind_of[i]], to_k[i], to_v[i]);
+    attend_checked((int64_t)i, calls[i]);
+    back_checked(layers_[i]);
+  }
+}
+
+void Decoder::finish(nb::handle out) {
+  check_begun();
+  const TensorArg to = tensor(out);
+  check_rows_of(to, "out", {batch_, tokens_, hidden_});
+  for (int64_t r = 0; r < rows(); ++r)
+    kernels_->step->normalize(norm_, x_.data() + r * hidden_, hidden_, x_.data() + r * hidden_);
+  kernels_->step->narrow(x_.data(), rows() * hidden_, {to.data, to.dtype});
+  batch_ = 0;
+}
+
+void Decoder::logits(nb::handle hidden, nb::handle out, int64_t threads) {
+  require(head_.out > 0, "this decoder has no output matrix.");
+  const TensorArg from = tensor(hidden), to = tensor(out);
+  require(from.ndim == 2 && threads >= 1 && threads <= 4096, "hidden must be [rows, hidden].");
+  const int64_t rows = from.shape[0];
+  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 8 rows.");
+  check_rows_of(from, "hidden", {rows, hidden_});
+  check_rows_of(to, "logits", {rows, head_.out});
+  check_dtype(to, "logits", Dtype::f32);
+  nb::gil_scoped_release unlocked;
+  std::lock_guard<std::mutex> lock(busy_);
+  x_.resize(std::max(x_.size(), (size_t)(rows * hidden_)));
+  batch_ = 0;
+  kernels_->step->widen({from.data, from.dtype}, rows * hidden_, x_.data());
+  kernels_->step->multiply(head_, x_.data(), rows, (float*)to.data, (int)threads);
+}
+
+void define_decoder(nb::module_& m) {
+  nb::class_<Decoder>(m, "Decoder")
+      .def(nb::init<int64_t, nb::list, nb::handle, nb::handle, int64_t, const std::string&>(),
+           nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg())
+      .def("begin", &Decoder::begin)
+      .def("front", &Decoder::front)
+      .def("queries", &Decoder::queries)
+      .def("attend", &Decoder::attend)
+      .def("back", &Decoder::back)
+      .def("run", &Decoder::run)
+      .def("finish", &Decoder::finish)
+      .def("logits", &Decoder::logits);
+}
+
+}  // namespace saccade

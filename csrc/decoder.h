@@ -1,0 +1,83 @@
+// The layers of one decoder, and what a step through them holds between two calls from Python.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "dispatch.h"
+#include "layer.h"
+
+namespace saccade {
+
+// How a layer attends in every call.
+struct Attends {
+  double scale = 1, softcap = 0;
+};
+
+class Decoder {
+ public:
+  // `layers`: see read_layer; `norm`: (weight, eps, plus_one) behind the last one; `head`: the
+  // output matrix [vocab, hidden] or None.  Tensors have to stay alive as long as the decoder.
+  Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
+          int64_t vocab, const std::string& target);
+
+  // Begins a step: x [batch, tokens, hidden], cos and sin of each kind of layer, float32
+  // [tokens, head_dim].
+  void begin(nb::handle x, int64_t threads);
+
+  // Stores k and v [batch, kv_heads, tokens, head_dim] of layer i; queries stay inside.
+  void front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb::handle v);
+
+  // The queries of the last `front`, as [batch, heads, tokens, head_dim].
+  void queries(nb::handle q);
+
+  // The rest of layer i behind attention over a view; as `attend` of the module.
+  void attend(int64_t i, nb::tuple kv, int64_t window, int64_t sinks, int64_t q_offset);
+
+  // The rest of layer i behind `attended` [batch, tokens, heads * head_dim].
+  void back(int64_t i, nb::handle attended);
+
+  // All layers, where each stores its keys and values in a dense buffer: `buffers` is a list of
+  // (k, v) [batch, kv_heads, slots, head_dim]; `kinds` of (cos, sin, window, sinks); new tokens go
+  // to slots[i]; of_kind[i] says which kind layer i is.
+  void run(nb::list buffers, nb::list kinds, nb::list of_kind, nb::list slots);
+
+  // Ends a step: the normed rows of x -> out [batch, tokens, hidden].
+  void finish(nb::handle out);
+
+  // logits [rows, vocab] float32 of normed hidden states [rows, hidden].
+  void logits(nb::handle hidden, nb::handle out, int64_t threads);
+
+ private:
+  struct Kind {
+    TensorArg cos, sin;
+    int64_t window, sinks;
+  };
+
+  const Layer& layer(int64_t i) const;
+  int64_t rows() const { return batch_ * tokens_; }
+  void check_begun() const;
+  void check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const;
+  Strided stored(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
+  void front_checked(const Layer& layer, const Kind& kind, const Strided& k, const Strided& v);
+  void attend_checked(int64_t i, CallArg& call);
+  void back_checked(const Layer& layer);
+
+  const Kernels* kernels_;
+  int64_t hidden_;
+  std::vector<Layer> layers_;
+  std::vector<Attends> attends_;
+  Norm norm_;
+  Weight head_;
+  int64_t batch_ = 0, tokens_ = 0;
+  int threads_ = 1;
+  std::vector<float> x_, q_, attended_, scratch_;
+  std::mutex busy_;
+};
+
+void define_decoder(nb::module_& m);
+
+}  // namespace saccade

@@ -1,0 +1,76 @@
+// One decoder layer as the kernels take it, after all checks (decoder.cpp).
+//
+// A layer is: q, k, v of norm(x), rotated; [the cache stores k and v, attention runs];
+// x += norm(o(attended)); x += norm(down(act(gate(norm(x))) * up(norm(x)))).  Norms may be missing.
+// Data and no code, as in problem.h.  The residual stream x is float32, whatever the weights are.
+#pragma once
+#include <cstdint>
+
+#include "linear.h"
+#include "problem.h"
+
+namespace saccade {
+
+// Plain numbers; data is null where there are none.
+struct Numbers {
+  const char* data = nullptr;
+  Dtype dtype = Dtype::f32;
+};
+
+// A matrix `[out, in]`, packed or of plain numbers, and the bias `[out]` added to its products.
+struct Weight {
+  int64_t out = 0, in = 0;
+  bool is_packed = false;
+  PackedMatrix packed = {};
+  Numbers numbers, bias;  // numbers: contiguous
+};
+
+// weight * x / rms(x), or (1 + weight) * x / rms(x); without a weight x itself.
+struct Norm {
+  Numbers weight;
+  float eps = 0;
+  bool plus_one = false;
+};
+
+enum class Activation : int { silu, gelu_tanh };
+
+struct Layer {
+  int64_t hidden, heads, kv_heads, head_dim, inner;
+  Norm attention_norm, attended_norm, mlp_norm, mlp_out_norm, q_norm, k_norm;
+  Weight q, k, v, o, gate, up, down;
+  Activation activation;
+};
+
+constexpr int64_t kMaxRows = 8;  // of x in one step
+
+// Rows of x are those of `batch` sequences with `tokens` tokens each: row b * tokens + t.
+struct LayerFront {
+  const float* x;
+  int64_t batch, tokens;
+  const float *cos, *sin;  // [tokens, head_dim]
+  float* q;                // [rows, heads, head_dim]
+  Strided k, v;            // where they are stored: [batch, kv_heads, tokens, head_dim]
+  float* scratch;
+  int threads;
+};
+
+struct LayerBack {
+  float* x;
+  const float* attended;  // [rows, heads * head_dim]
+  int64_t rows;
+  float* scratch;
+  int threads;
+};
+
+struct StepKernels {
+  void (*front)(const Layer&, const LayerFront&);
+  void (*back)(const Layer&, const LayerBack&);
+  // y `[rows, out]` = products of the rows of x with a weight.
+  void (*multiply)(const Weight&, const float* x, int64_t rows, float* y, int threads);
+  void (*normalize)(const Norm&, const float* x, int64_t n, float* y);
+  // Numbers of a dtype from floats, and floats from them.
+  void (*narrow)(const float* x, int64_t n, Numbers to);
+  void (*widen)(Numbers x, int64_t n, float* y);
+};
+
+}  // namespace saccade

@@ -1,0 +1,154 @@
+// A decoder layer for a few rows: everything but the cache and attention (layer.h).
+#pragma once
+#include <cmath>
+
+#include "products.h"
+
+namespace saccade::SACCADE_TARGET {
+
+template <class Do>
+SACCADE_INLINE void each_vector(int64_t n, Do&& with) {
+  for (int64_t i = 0; i < n; i += W) with(i, (int)std::min<int64_t>(W, n - i));
+}
+
+SACCADE_INLINE F lanes(const float* x, int64_t i, int count) {
+  return count == W ? load(x + i) : load_part(x + i, count);
+}
+
+SACCADE_INLINE void put(float* x, int64_t i, int count, F values) {
+  if (count == W) return store(x + i, values);
+  store_part(x + i, values, count);
+}
+
+// Lanes of numbers in any of the float dtypes.
+SACCADE_INLINE F lanes(const Numbers& x, int64_t i, int count) {
+  if (x.dtype == Dtype::bf16) return load_part((const Bf16*)x.data + i, count);
+  if (x.dtype == Dtype::f16) return load_part((const F16*)x.data + i, count);
+  return lanes((const float*)x.data, i, count);
+}
+
+SACCADE_INLINE void put(const Numbers& x, int64_t i, int count, F values) {
+  if (x.dtype == Dtype::bf16) return store_part((Bf16*)x.data + i, values, count);
+  if (x.dtype == Dtype::f16) return store_part((F16*)x.data + i, values, count);
+  put((float*)x.data, i, count, values);
+}
+
+static void narrow(const float* x, int64_t n, Numbers to) {
+  each_vector(n, [&](int64_t i, int count) { put(to, i, count, lanes(x, i, count)); });
+}
+
+static void widen(Numbers x, int64_t n, float* y) {
+  each_vector(n, [&](int64_t i, int count) { put(y, i, count, lanes(x, i, count)); });
+}
+
+// y = the norm of x `[n]`; x itself without a weight.  Both may be the same memory.
+static void normalize(const Norm& norm, const float* x, int64_t n, float* y) {
+  if (!norm.weight.data) {
+    if (x != y) std::memcpy(y, x, (size_t)n * sizeof(float));
+    return;
+  }
+  F squares = zero();
+  each_vector(n, [&](int64_t i, int count) {
+    const F at = lanes(x, i, count);
+    squares = fma(at, at, squares);
+  });
+  const F factor = set1(1.f / std::sqrt(hsum(squares) / (float)n + norm.eps));
+  const F one = set1(norm.plus_one ? 1.f : 0.f);
+  each_vector(n, [&](int64_t i, int count) {
+    const F weight = add(lanes(norm.weight, i, count), one);
+    put(y, i, count, mul(mul(lanes(x, i, count), factor), weight));
+  });
+}
+
+// x += the norm of delta `[n]`, which is overwritten.
+static void add_normalized(const Norm& norm, float* delta, int64_t n, float* x) {
+  normalize(norm, delta, n, delta);
+  each_vector(n, [&](int64_t i, int count) {
+    put(x, i, count, add(lanes(x, i, count), lanes(delta, i, count)));
+  });
+}
+
+// A head after its norm, rotated by halves: (a, b) -> (a cos - b sin, b cos + a sin).
+static void rotate_head(const Norm& norm, float* x, int64_t dim, const float* cos, const float* sin,
+                        Numbers to) {
+  normalize(norm, x, dim, x);
+  const int64_t half = dim / 2;
+  each_vector(half, [&](int64_t i, int count) {
+    const F a = lanes(x, i, count), b = lanes(x, half + i, count);
+    put(to, i, count, sub(mul(a, lanes(cos, i, count)), mul(b, lanes(sin, i, count))));
+    put(to, half + i, count,
+        fma(b, lanes(cos, half + i, count), mul(a, lanes(sin, half + i, count))));
+  });
+}
+
+SACCADE_INLINE Numbers place(const Strided& x, int64_t batch, int64_t head, int64_t row) {
+  return {x.data + batch * x.batch + head * x.head + row * x.row, x.dtype};
+}
+
+static void layer_front(const Layer& layer, const LayerFront& f) {
+  const int64_t rows = f.batch * f.tokens, dim = layer.head_dim, hidden = layer.hidden;
+  const int64_t q_width = layer.heads * dim, kv_width = layer.kv_heads * dim;
+  float* normed = f.scratch;
+  float* k = normed + rows * hidden;
+  float* v = k + rows * kv_width;
+  for (int64_t r = 0; r < rows; ++r)
+    normalize(layer.attention_norm, f.x + r * hidden, hidden, normed + r * hidden);
+  const Weight* weights[] = {&layer.q, &layer.k, &layer.v};
+  float* products[] = {f.q, k, v};
+  multiply_each(weights, products, 3, normed, rows, f.threads);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t b = r / f.tokens, t = r % f.tokens;
+    const float *cos = f.cos + t * dim, *sin = f.sin + t * dim;
+    for (int64_t h = 0; h < layer.heads; ++h) {
+      float* head = f.q + r * q_width + h * dim;
+      rotate_head(layer.q_norm, head, dim, cos, sin, {(char*)head, Dtype::f32});
+    }
+    for (int64_t h = 0; h < layer.kv_heads; ++h) {
+      rotate_head(layer.k_norm, k + r * kv_width + h * dim, dim, cos, sin, place(f.k, b, h, t));
+      narrow(v + r * kv_width + h * dim, dim, place(f.v, b, h, t));
+    }
+  }
+}
+
+// x / (1 + e^-x); never overflows.
+SACCADE_INLINE F silu(F x) {
+  const F e = exp2_negative(mul(abs(x), set1(-kLog2e)));
+  const F share = div(select(lt(x, zero()), e, set1(1.f)), add(set1(1.f), e));
+  return mul(x, share);
+}
+
+SACCADE_INLINE F gelu_tanh(F x) {
+  const F cube = mul(mul(x, x), x);
+  const F inner = mul(fma(cube, set1(0.044715f), x), set1(0.7978845608028654f));
+  return mul(mul(x, set1(0.5f)), add(set1(1.f), tanh(inner)));
+}
+
+// gate = act(gate) * up.
+static void gate_by(Activation activation, float* gate, const float* up, int64_t n) {
+  each_vector(n, [&](int64_t i, int count) {
+    const F x = lanes(gate, i, count);
+    const F on = activation == Activation::silu ? silu(x) : gelu_tanh(x);
+    put(gate, i, count, mul(on, lanes(up, i, count)));
+  });
+}
+
+static void layer_back(const Layer& layer, const LayerBack& b) {
+  const int64_t hidden = layer.hidden;
+  float* row = b.scratch;  // [rows, hidden]
+  float* gate = row + b.rows * hidden;
+  float* up = gate + b.rows * layer.inner;
+  multiply(layer.o, b.attended, b.rows, row, b.threads);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    add_normalized(layer.attended_norm, row + r * hidden, hidden, b.x + r * hidden);
+    normalize(layer.mlp_norm, b.x + r * hidden, hidden, row + r * hidden);
+  }
+  const Weight* weights[] = {&layer.gate, &layer.up};
+  float* products[] = {gate, up};
+  multiply_each(weights, products, 2, row, b.rows, b.threads);
+  gate_by(layer.activation, gate, up, b.rows * layer.inner);
+  multiply(layer.down, gate, b.rows, row, b.threads);
+  for (int64_t r = 0; r < b.rows; ++r)
+    add_normalized(layer.mlp_out_norm, row + r * hidden, hidden, b.x + r * hidden);
+}
+
+}  // namespace saccade::SACCADE_TARGET

@@ -1,0 +1,207 @@
+"""A step of decoding on a CPU by the C++ layers: a few rows through the whole decoder.
+
+transformers runs a layer as some forty operations of torch, which take 0.2 ms on a CPU whatever the
+size of the model; a small one is bound by that.  Here norms, products, RoPE and the MLP of a layer
+are two calls, and where every layer has a dense cache the whole decoder is one.  Nothing of the
+model is changed: a Context takes this way instead of the model's forward where it can.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from saccade.cache import DenseCache
+from saccade.hf.attention import saccade_attention
+from saccade.hf.cache import SaccadeCache
+from saccade.hf.decoder_layers import Described, describe
+from saccade.hf.rope import follow_length
+from saccade.hf.runs import Run
+from saccade.hf.settings import AttentionSettings
+from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
+
+MAX_ROWS: Final = 8
+"""Rows of one step: more are a matrix product, which torch computes faster."""
+_TABLE: Final = 64
+"""Positions whose cos and sin are computed at once."""
+
+Range = tuple[int, int]
+"""Window and sinks for the kernels: -1 for no window."""
+
+
+def fused_decoder(run: Run) -> FusedDecoder | None:
+    """The C++ steps of a run's model; None where it or its options have none."""
+    model, kernels = run.model, extension()
+    if run.params.fused_layers is False or model.device.type != "cpu" or model.training:
+        return None
+    if kernels is None or not hasattr(kernels, "Decoder") or follow_length(run.rotary.values()):
+        return None
+    described = describe(model)
+    return None if described is None else FusedDecoder(run, described)
+
+
+class FusedDecoder:
+    """Steps through one model under the options of one run.
+
+    Args:
+        described: of the model of the run.
+    """
+
+    def __init__(self, run: Run, described: Described) -> None:
+        kernels = extension()
+        assert kernels is not None
+        parts = (described.hidden, described.layers, described.norm, described.head)
+        self._decoder = kernels.Decoder(*parts, run.model.config.vocab_size, target())
+        self._described = described
+        self._model: Any = run.model
+        self._inner: Any = run.model.model
+        self._settings = [run.settings[i] for i in range(len(described.layers))]
+        self._ranges = [_range(*each) for each in zip(described.windows, self._settings)]
+        self._direct = [_is_direct(each) for each in self._settings]
+        self._all_direct = all(self._direct)
+        self._places: list[Tensor | None] = [None] * len(described.layers)
+        self._buffers: list[Any] = [None] * len(described.layers)
+        self._rotary = _Rotary(self._inner, len(described.layers))
+        self._kinds = sorted(set(zip(self._rotary.kinds, self._ranges)), key=str)
+        pairs = zip(self._rotary.kinds, self._ranges)
+        self._of_kind = [self._kinds.index(each) for each in pairs]
+
+    def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
+        """Hidden states `[B, t, hidden]` of new tokens `[B, t]`; None: the model has to do it."""
+        if tokens.numel() > MAX_ROWS or not self._serves(cache):
+            return None
+        x = self._inner.embed_tokens(tokens)
+        self._decoder.begin(record(x.contiguous()), torch.get_num_threads())
+        start, count = cache.seen, tokens.shape[1]
+        tables = self._rotary.tables(start, count, x)
+        if not self._run(cache, count, tables):
+            for index in range(len(self._ranges)):
+                self._layer(index, cache, x, tables)
+        out = torch.empty_like(x)
+        self._decoder.finish(record(out))
+        return out
+
+    def _serves(self, cache: SaccadeCache) -> bool:
+        plain = cache.cursor is None and not cache.has_states
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return plain and eager and not self._inner.training and self._described.unchanged.holds()
+
+    def _run(self, cache: SaccadeCache, count: int, tables: dict[Hashable, Any]) -> bool:
+        """All layers in one call, where all have dense caches with nothing special about them."""
+        if cache.observer is not None or not cache.seen or not self._all_direct:
+            return False
+        stores: list[DenseCache] = []
+        for store, (window, _) in zip(cache.stores, self._ranges, strict=True):
+            if type(store) is not DenseCache or (window >= 0 and store.is_compressed):
+                return False
+            stores.append(store)
+        slots: list[int] = []
+        for index, store in enumerate(stores):
+            store.reserve(count)
+            slots.append(store.num_slots)
+            if self._places[index] is not store.like[0]:
+                self._note_buffers(index, store)
+        kinds = [(*tables[name], *reach) for name, reach in self._kinds]
+        self._decoder.run(self._buffers, kinds, self._of_kind, slots)
+        for store in stores:
+            store.commit(count)
+        return True
+
+    def _note_buffers(self, index: int, store: DenseCache) -> None:
+        """Where a layer stores its keys and values, until its cache grows."""
+        k, v = store.like
+        assert k is not None and v is not None
+        self._places[index], self._buffers[index] = k, (record(k), record(v))
+
+    def _layer(
+        self, index: int, cache: SaccadeCache, like: Tensor, tables: dict[Hashable, Any]
+    ) -> None:
+        """One layer, whose cache stores keys and values itself."""
+        _, kv_heads, dim, *_ = self._described.layers[index]
+        batch, count, _ = like.shape
+        k, v = like.new_empty(2, batch, kv_heads, count, dim)
+        cos_sin = tables[self._rotary.kinds[index]]
+        self._decoder.front(index, *cos_sin, record(k), record(v))
+        key, value = cache.update(k, v, index)
+        view, (window, sinks) = key.view, self._ranges[index]
+        whole = key.shape[2] == key.seen or window < 0
+        if self._direct[index] and key.observe is None and not view.hadamard and whole:
+            offset = view.shape[2] - count
+            if type(view) in VIEWS:
+                kv = VIEWS[type(view)](view)
+                self._decoder.attend(index, kv, window, sinks, offset)
+                return
+        self._attend(index, like, key, value)
+
+    def _attend(self, index: int, like: Tensor, key: Any, value: Any) -> None:
+        """The rest of a layer, with attention as transformers would call it."""
+        heads, _, dim, *_, scale, softcap, _, _ = self._described.layers[index]
+        batch, count, _ = like.shape
+        q = like.new_empty(batch, heads, count, dim)
+        self._decoder.queries(record(q))
+        attended, _ = saccade_attention(
+            self._described.attention[index],
+            q,
+            key,
+            value,
+            scaling=scale,
+            sliding_window=self._described.windows[index],
+            softcap=softcap or None,
+        )
+        self._decoder.back(index, record(attended.flatten(2)))
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """Logits `[rows, vocab]` float32 of hidden states; None: the model has to compute them."""
+        if len(hidden) > MAX_ROWS or not self._described.unchanged_head.holds():
+            return None
+        out = torch.empty(len(hidden), self._model.config.vocab_size)
+        self._decoder.logits(record(hidden.contiguous()), record(out), torch.get_num_threads())
+        cap = self._described.softcap
+        return out if cap is None else torch.tanh(out / cap) * cap
+
+
+def _range(own: int | None, settings: AttentionSettings) -> Range:
+    """Window and sinks of a layer: those of the settings in place of the model's own."""
+    if settings.window is not None:
+        return settings.window, settings.sinks
+    return (-1 if own is None else own), 0
+
+
+def _is_direct(settings: AttentionSettings) -> bool:
+    """Whether attention is the C++ kernels' own, over all keys in the window."""
+    return settings.sparse is None and settings.backend in ("auto", "cpu")
+
+
+class _Rotary:
+    """cos and sin of the next positions, from the model's rotary module, a block at a time."""
+
+    def __init__(self, decoder: Any, num_layers: int) -> None:
+        self._decoder = decoder
+        takes = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
+        types = decoder.config.layer_types if takes else [None] * num_layers
+        self.kinds: list[Hashable] = list(types)[:num_layers]
+        self._start, self._stop = 0, 0
+        self._blocks: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def tables(self, start: int, count: int, like: Tensor) -> dict[Hashable, Any]:
+        """Kind of layer -> (cos, sin) of `count` positions, float32 `[count, head_dim]`."""
+        if start < self._start or start + count > self._stop:
+            self._compute(start, like)
+        first = start - self._start
+        return {
+            kind: tuple(record(x[first : first + count]) for x in block)
+            for kind, block in self._blocks.items()
+        }
+
+    def _compute(self, start: int, like: Tensor) -> None:
+        positions = torch.arange(start, start + _TABLE)[None]
+        for kind in set(self.kinds):
+            options = {} if kind is None else {"layer_type": kind}
+            found = self._decoder.rotary_emb(like, position_ids=positions, **options)
+            cos, sin = (x[0].float().contiguous() for x in found)
+            self._blocks[kind] = cos, sin
+        self._start, self._stop = start, start + _TABLE

@@ -1,0 +1,220 @@
+"""Steps through the C++ layers equal those through the model's own forward, for whatever is cached."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saccade
+from saccade.hf import fused_decoder
+from saccade.hf.attach import make_run
+from saccade.hf.decoder_layers import describe
+from saccade.hf.fused_decoder import FusedDecoder
+from saccade.hf.model import HFModel
+from saccade.ops.attention.cpu.binding import BUILT
+from saccade.runtime import ContextParams
+from tests.tiny_models import tiny_config, tiny_model
+
+pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ kernels are not built")
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+PROMPT, TOKENS = torch.arange(3, 60), [5, 9, 17, 40]
+PLAIN = ContextParams(fused_layers=False)
+CACHES = {
+    "dense": {},
+    "float16": {"type_k": "f16", "type_v": "f16"},
+    "int8": {"type_k": "int8", "type_v": "int8"},
+    "int4": {"type_k": "int4", "type_v": "int4"},
+    "pages": {"page_size": 16},
+    "window": {"n_swa": 24, "n_sinks": 2},
+    "scaled": {"rope_scaling_type": "yarn", "rope_freq_scale": 0.5},
+}
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[str]:
+    """Which way each step went: "run" for one call of all layers, "layer" for one by itself."""
+    seen: list[str] = []
+    for name, label in {"_run": "run", "_layer": "layer"}.items():
+        original = getattr(FusedDecoder, name)
+
+        def counted(self, *args, original=original, label=label):
+            result = original(self, *args)
+            if result is not False:
+                seen.append(label)
+            return result
+
+        monkeypatch.setattr(FusedDecoder, name, counted)
+    return seen
+
+
+def lively(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model whose norms and biases are no ones and zeros."""
+    model = tiny_model(tiny_config(family))
+    random = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
+    return model.to(dtype)
+
+
+def logits(model: nn.Module, params: ContextParams) -> Tensor:
+    """Of each step behind a prompt."""
+    with saccade.Context(model, params, check="off") as ctx:
+        ctx.append(PROMPT)
+        return torch.stack([ctx.logits(ctx.append([token])[0]) for token in TOKENS])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cache", CACHES)
+def test_steps_equal_the_models_own(family, cache, steps):
+    model, options = lively(family), CACHES[cache]
+    expected = logits(model, ContextParams(fused_layers=False, **options))
+    assert not steps
+    found = logits(model, ContextParams(**options))
+    assert steps, "the C++ layers did not run"
+    assert torch.allclose(found, expected, atol=3e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_half_weights_are_within_their_rounding(family):
+    """Against the same weights in float32; the C++ step keeps float32 between its operations."""
+    model = lively(family, torch.bfloat16)
+    exact = logits(copy.deepcopy(model).float(), PLAIN)
+    ours = (logits(model, ContextParams()) - exact).abs().max()
+    theirs = (logits(model, PLAIN) - exact).abs().max()
+    assert 0 < ours <= 1.5 * theirs
+
+
+def test_dense_caches_take_one_call_for_all_layers(steps):
+    logits(lively("llama"), ContextParams())
+    assert steps == ["run"] * len(TOKENS)
+
+
+@pytest.mark.parametrize("rows", [(1, 3), (2, 1), (4, 2), (3, 1)])
+def test_several_rows_and_tokens(rows, steps):
+    """Rows of a batch, and several tokens of a row, against the model's own forward."""
+    model, tokens = lively("qwen3"), torch.randint(3, 99, rows)
+    found = []
+    for params in (PLAIN, ContextParams()):
+        with HFModel(model).attached(params) as attached, torch.inference_mode():
+            cache = attached.new_cache(params)
+            attached.hidden(torch.arange(rows[0] * 20).view(rows[0], 20) + 3, cache)
+            found.append(attached.hidden(tokens, cache))
+            found[-1] = attached.logits(attached.hidden(tokens, cache) + found[-1])
+    assert steps == ["run"] * 2
+    assert torch.allclose(found[1], found[0], atol=1e-4)
+
+
+def test_the_first_tokens_of_a_text_too(steps):
+    """Caches are empty then, so they allocate as they are told of keys."""
+    model, found = lively("llama"), []
+    for params in (PLAIN, ContextParams()):
+        with saccade.Context(model, params, check="off") as ctx:
+            found.append(ctx.append(TOKENS[:3], wanted=3))
+    assert "layer" in steps and torch.allclose(found[1], found[0], atol=1e-4)
+
+
+def test_rolling_back_and_sessions(tmp_path, steps):
+    model, path = lively("gemma3"), tmp_path / "text.saccade"
+    found = []
+    for params in (PLAIN, ContextParams()):
+        with saccade.Context(model, params, check="off") as ctx:
+            ctx.append(PROMPT)
+            ctx.append([7])
+            ctx.append([8])
+            ctx.reuse([*PROMPT.tolist(), 7, 9])
+            ctx.append([9])
+            saccade.save_session(path, ctx)
+        with saccade.Context(model, params, check="off") as ctx:
+            saccade.load_session(path, ctx)
+            found.append([each.token for each in ctx.stream([11], n_predict=6)])
+    assert steps and found[0] == found[1]
+
+
+def _hook(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def _adapter(model):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) * 1.5
+
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+
+
+def _new_data(model):
+    norm = model.model.layers[0].input_layernorm
+    norm.weight.data = norm.weight.data * 3
+
+
+def _in_place(model):
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(2)
+
+
+def _forward(model):
+    mlp = model.model.layers[0].mlp
+    original = mlp.forward
+    mlp.forward = lambda x: original(x) * 2
+
+
+@pytest.mark.parametrize("change", [_hook, _adapter, _new_data, _in_place, _forward])
+def test_a_model_changed_while_a_context_is_open_computes_what_it_is(change):
+    """Hooks, adapters and new weights count from the next token on."""
+    model, found = lively("llama"), []
+    with saccade.Context(model, check="off") as ctx, saccade.Context(model, PLAIN) as plain:
+        for each in (ctx, plain):
+            each.append(PROMPT)
+            each.append([5])
+        before = ctx.append([6])
+        plain.append([6])
+        change(model)
+        found = [each.logits(each.append([9])) for each in (ctx, plain)]
+    assert before.isfinite().all() and torch.allclose(*found, atol=1e-4)
+
+
+def test_what_is_not_listed_is_not_described(monkeypatch):
+    assert describe(tiny_model(tiny_config("llama"))) is not None
+    assert describe(tiny_model(tiny_config("phi3"))) is None
+    hooked = tiny_model(tiny_config("llama"))
+    _hook(hooked)
+    assert describe(hooked) is None
+
+
+@pytest.mark.parametrize("params", [PLAIN, ContextParams(rope_scaling_type="dynamic")])
+def test_options_that_the_c_layers_do_not_take(params):
+    model = tiny_model(tiny_config("llama"))
+    try:
+        run = make_run(model, params, serves_every_call=False)
+    except (ValueError, saccade.Unsupported):
+        pytest.skip("these options are refused")
+    assert fused_decoder.fused_decoder(run) is None
+
+
+def test_wrong_arguments_are_refused():
+    """The extension checks shapes and addresses itself."""
+    from saccade.ops.attention.cpu.binding import extension, record
+
+    described = describe(tiny_model(tiny_config("llama")))
+    parts = (described.hidden, described.layers, described.norm, described.head)
+    decoder = extension().Decoder(*parts, 128, "")
+    x = torch.zeros(1, 1, described.hidden)
+    with pytest.raises(ValueError, match="no step has begun"):
+        decoder.finish(record(x))
+    with pytest.raises(ValueError, match="must be 64"):
+        decoder.begin(record(x[..., :-1].contiguous()), 1)
+    with pytest.raises(ValueError, match="1 to 8 rows"):
+        decoder.begin(record(x.expand(1, 9, -1).contiguous()), 1)
+    decoder.begin(record(x), 1)
+    with pytest.raises(ValueError, match="no such layer"):
+        decoder.back(99, record(x))
+    with pytest.raises(ValueError):
+        extension().Decoder(described.hidden + 2, *parts[1:], 128, "")
