@@ -7,7 +7,6 @@
 #include <utility>
 
 namespace saccade {
-namespace {
 
 int64_t integer(nb::handle x) {
   if (!PyLong_Check(x.ptr())) throw nb::type_error("expected an integer");
@@ -26,6 +25,8 @@ char* address(nb::handle x) {
   }
   return (char*)value;
 }
+
+namespace {
 
 nb::tuple tuple_of(nb::handle x, size_t size, const char* what) {
   if (!PyTuple_Check(x.ptr()) || (size_t)PyTuple_GET_SIZE(x.ptr()) != size)
@@ -116,10 +117,10 @@ ViewArg read_view(nb::tuple x) {
 namespace {
 
 // `extras`: (sink_logits, alibi_slopes, key_padding, lengths, cu_q, cu_k, blocks, q_block, k_block,
-// attn_mask), or None when there are none.
+// attn_mask, hadamard), or None when there are none.
 void read_extras(nb::handle x, CallArg& call) {
   if (x.is_none()) return;
-  nb::tuple extras = tuple_of(x, 10, "extras must have 10 fields");
+  nb::tuple extras = tuple_of(x, 11, "extras must have 11 fields");
   call.sink_logits = maybe_tensor(extras[0]);
   call.alibi = maybe_tensor(extras[1]);
   call.key_padding = maybe_tensor(extras[2]);
@@ -130,6 +131,7 @@ void read_extras(nb::handle x, CallArg& call) {
   call.q_block = integer(extras[7]);
   call.k_block = integer(extras[8]);
   call.attn_mask = maybe_tensor(extras[9]);
+  call.hadamard = integer(extras[10]) != 0;
 }
 
 }  // namespace
@@ -165,7 +167,7 @@ BackwardArg read_backward(CallArg call, nb::handle gradients) {
 
 CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool causal,
                      int64_t window, int64_t sinks, int64_t q_offset, nb::handle blocks,
-                     int64_t threads) {
+                     int64_t transformed_item, int64_t threads) {
   nb::tuple q = tuple_of(q_shape, 4, "the shape of q is (batch, heads, q_len, head_dim)");
   nb::tuple kv = tuple_of(kv_shape, 3, "the shape of the keys is (kv_heads, kv_len, value_dim)");
   nb::tuple block = tuple_of(blocks, 2, "blocks are (q_block, k_block)");
@@ -184,6 +186,7 @@ CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool 
   s.q_offset = q_offset;
   s.q_block = integer(block[0]);
   s.k_block = integer(block[1]);
+  s.transformed_item = transformed_item;
   s.threads = threads;
   return s;
 }

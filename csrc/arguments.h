@@ -12,6 +12,8 @@ namespace saccade {
 
 namespace nb = nanobind;
 
+int64_t integer(nb::handle x);
+char* address(nb::handle x);
 TensorArg tensor(nb::handle x);
 
 // (kind, k, v, ...), as saccade.ops.attention.cpu.binding describes each kind of view.
@@ -25,9 +27,9 @@ CallArg read_call(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bo
 BackwardArg read_backward(CallArg call, nb::handle gradients);
 
 // `q_shape`: (batch, heads, q_len, head_dim); `kv_shape`: (kv_heads, kv_len, value_dim);
-// `blocks`: (q_block, k_block).
+// `blocks`: (q_block, k_block); `transformed_item`: see CallShape.
 CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool causal,
                      int64_t window, int64_t sinks, int64_t q_offset, nb::handle blocks,
-                     int64_t threads);
+                     int64_t transformed_item, int64_t threads);
 
 }  // namespace saccade

@@ -4,6 +4,7 @@
 
 #include "arena.h"
 #include "decode.h"
+#include "hadamard.h"
 #include "pool.h"
 #include "prefill.h"
 
@@ -14,6 +15,7 @@ struct Call {
   const Problem* problem;
   WorkItem* items;
   Partials partials;
+  char* queries;  // transformed, where the problem says that they are to be
 };
 
 static void lay_out(Arena& arena, const Partition& sizes, Call& call) {
@@ -22,11 +24,12 @@ static void lay_out(Arena& arena, const Partition& sizes, Call& call) {
   call.partials.o = arena.take<float>(rows * call.problem->value_dim);
   call.partials.m = arena.take<float>(rows);
   call.partials.l = arena.take<float>(rows);
+  if (call.problem->hadamard) call.queries = arena.take<char>(transformed_bytes(*call.problem));
 }
 
 static int64_t call_bytes(const Problem& p, const Partition& sizes) {
   Arena measure(nullptr);
-  Call call{&p, nullptr, {}};
+  Call call{&p, nullptr, {}, nullptr};
   lay_out(measure, sizes, call);
   return measure.bytes();
 }
@@ -67,17 +70,29 @@ static void combine_item(void* context, int64_t i) {
   }
 }
 
-static void attend(const Problem& p) {
+// Multiply-adds for which another thread is not worth starting: about two microseconds' work.
+constexpr int64_t kSmallWork = 1 << 16;
+
+static int threads_for(const Problem& p, const WorkItem* items, int64_t count) {
+  int64_t pairs = 0;
+  for (int64_t i = 0; i < count; ++i) pairs += items[i].cost;
+  return pairs * (p.head_dim + p.value_dim) < kSmallWork ? 1 : p.threads;
+}
+
+static void attend(const Problem& given) {
+  Problem p = given;
   const Partition sizes = partition(p);
-  Call call{&p, nullptr, {}};
+  Call call{&p, nullptr, {}, nullptr};
   Arena arena(workspace(WorkspaceSlot::call, (size_t)call_bytes(p, sizes)));
   lay_out(arena, sizes, call);
   list_items(p, sizes, call.items);
   // The longest first, so that threads finish together.
   std::stable_sort(call.items, call.items + sizes.items,
                    [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
-  parallel_for(p.threads, sizes.items, run_item, &call);
+  if (p.hadamard) transform_queries(p, call.queries);
+  parallel_for(threads_for(p, call.items, sizes.items), sizes.items, run_item, &call);
   if (sizes.partial_rows > 0) parallel_for(p.threads, sizes.items, combine_item, &call);
+  if (p.hadamard) transform_outputs(p);
 }
 
 }  // namespace saccade::SACCADE_TARGET

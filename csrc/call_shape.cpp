@@ -21,6 +21,8 @@ void check_shape(const CallShape& s) {
           "q_offset lies beyond the largest supported position.");
   require((s.q_block == 0) == (s.k_block == 0) && s.q_block >= 0 && s.k_block >= 0,
           "block sizes must be at least 1, or both 0.");
+  require(s.transformed_item == 0 || s.transformed_item == 2 || s.transformed_item == 4,
+          "an element of q has 2 or 4 bytes, or 0 where queries are not transformed.");
   require(s.threads >= 1 && s.threads <= 4096, "threads must be 1 to 4096.");
 }
 
@@ -39,6 +41,8 @@ void make_problem(const CallShape& s, ShapedProblem& out) {
   p.sinks = std::min(s.sinks, kMaxPosition);
   p.q_block = s.q_block;
   p.k_block = s.k_block;
+  p.hadamard = s.transformed_item != 0;
+  p.q.dtype = s.transformed_item == 2 ? Dtype::bf16 : Dtype::f32;
   p.threads = (int)s.threads;
   if (s.ragged) {  // as many keys in every head: strides of 0
     out.lengths = {(int32_t)s.kv_len};

@@ -15,6 +15,7 @@ struct CallShape {
   int64_t window, sinks;     // window: -1 for none
   int64_t q_offset;          // position of the first query
   int64_t q_block, k_block;  // of block selection, 0 for none
+  int64_t transformed_item;  // bytes of an element of q, if queries are transformed, 0 if not
   int64_t threads;
 };
 

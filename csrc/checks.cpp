@@ -34,6 +34,7 @@ void Checker::check_queries() {
   p_.q = strided(c_.q);
   require(c_.threads >= 1 && c_.threads <= 4096, "threads must be 1 to 4096.");
   p_.threads = (int)c_.threads;
+  p_.hadamard = c_.hadamard;
 }
 
 void Checker::check_outputs() {

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "openmp.h"
+
 namespace saccade {
 namespace {
 
@@ -43,6 +45,7 @@ class Pool {
   bool try_run(int threads, Job& job) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
+    if (threads > job.count) threads = (int)job.count;
     while ((int)workers_.size() < threads - 1) start_worker();
     start(threads - 1, job);
     job.work();
@@ -123,13 +126,35 @@ Pool& pool() {
   return *the_pool.load();
 }
 
+std::atomic<bool> sharing{true};
+
+// On torch's threads.  The team always has its full size: GCC's runtime ends the threads that a
+// smaller one leaves over, and starts them again for the next operator of torch.  False where there
+// are none, or another caller is computing on them.
+bool run_shared(int threads, Job& job) {
+  static std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  if (!sharing.load(std::memory_order_relaxed) || !has_openmp()) return false;
+  if (busy.test_and_set(std::memory_order_acquire)) return false;
+  run_on_openmp(threads, [](void* job) { ((Job*)job)->work(); }, &job);
+  busy.clear(std::memory_order_release);
+  return true;
+}
+
 }  // namespace
 
 void parallel_for(int threads, int64_t count, void (*fn)(void*, int64_t), void* context) {
   Job job{fn, context, count};
-  if (threads > count) threads = (int)count;
-  if (threads <= 1 || !pool().try_run(threads, job)) job.work();
+  if (threads <= 1 || count <= 1) {
+    job.work();
+  } else if (!run_shared(threads, job) && !pool().try_run(threads, job)) {
+    job.work();
+  }
   if (job.out_of_memory.load()) throw std::bad_alloc();
+}
+
+bool share_threads(bool on) {
+  sharing.store(on);
+  return on && has_openmp();
 }
 
 }  // namespace saccade

@@ -84,6 +84,7 @@ struct Problem {
   ByteGrid blocks;
   int64_t q_block, k_block;  // 0 where there are no blocks
   ByteGrid attn_mask;
+  bool hadamard;  // q and out are still to be transformed (hadamard.h)
   int threads;
 };
 

@@ -57,7 +57,9 @@ __all__ = [*sorted(_HOME), "__version__"]  # pyright: ignore[reportUnsupportedDu
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'saccade' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    found = getattr(import_module(_HOME[name]), name)
+    globals()[name] = found  # finding it again would cost a short call of attention a tenth
+    return found
 
 
 def __dir__() -> list[str]:

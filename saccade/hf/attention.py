@@ -104,7 +104,7 @@ def _attended(
     call = _call(query, args, settings, {**scores, "wants_lse": observe is not None})
     result = attend(call, backend=settings.backend)
     if observe is not None:
-        observe(call, result.lse.detach())
+        observe(call.transformed(), result.lse.detach())
     weights = weights_of(module, call, key.shape[2]) if wants_weights(module, kwargs) else None
     return result.out.transpose(1, 2).contiguous(), weights
 

@@ -14,7 +14,7 @@ FLOORS = [
     ["ops.tuning"],
     ["ops.kv_write", "ops.gemv"],
     ["ops.planning"],
-    ["ops.attention.checks"],
+    ["ops.attention.checks", "ops.attention.known"],
     ["ops.attention.call"],
     [
         "ops.attention.watch",

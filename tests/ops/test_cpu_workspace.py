@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ def test_workspace_of_views(target, q_len):
         quantized(2, 2, 32, 5, 16, 8, group=16, v_group=16, dtype=FLOATS[0]),
     ]
     for kv in kinds:
-        planned, allocated = new_workspace(call_of(normal(2, 4, q_len, 16), kv, q_offset=17))
-        assert planned == allocated > 0
+        for view in (kv, replace(kv, hadamard=True)):
+            planned, allocated = new_workspace(call_of(normal(2, 4, q_len, 16), view, q_offset=17))
+            assert planned == allocated > 0
 
 
 @pytest.mark.parametrize("blocks", [(4, 16), (16, 1), (64, 300)])
@@ -101,10 +103,11 @@ def test_workspace_of_split_keys_on_several_threads(q_len):
 @pytest.mark.parametrize(
     ("place", "value", "match"),
     [(0, (1, 3, 4, 64), "multiple"), (0, (1, 4, 4, 600), "head_dim"), (6, 2**40, "q_offset"),
-     (7, (4, 0), "block sizes"), (8, 0, "threads"), (1, (2, -1, 64), "negative")],
+     (7, (4, 0), "block sizes"), (8, 3, "2 or 4"), (9, 0, "threads"),
+     (1, (2, -1, 64), "negative")],
 )  # fmt: skip
 def test_impossible_shapes_have_no_workspace(place, value, match):
-    shape = [(1, 4, 4, 64), (2, 20, 64), False, True, -1, 0, 16, (0, 0), 2, ""]
+    shape = [(1, 4, 4, 64), (2, 20, 64), False, True, -1, 0, 16, (0, 0), 0, 2, ""]
     assert _cpu.workspace_bytes(*shape) > 0
     shape[place] = value
     with pytest.raises(ValueError, match=match):

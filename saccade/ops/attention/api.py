@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
+from operator import is_
+from typing import Any
+
 from torch import Tensor
 
 from saccade.core import (
@@ -13,14 +18,15 @@ from saccade.core import (
     PagedKV,
     PerHeadFP8,
     PerHeadFP8KV,
+    Span,
     Unsupported,
 )
 from saccade.core.check import check_qkv, describe, integer, number, truth
 from saccade.core.formats import FP8
 from saccade.core.fp8 import qdata_of, scale_of
-from saccade.ops.attention import dispatch, operator
-from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.checks import check_kinds, check_masks, check_queries, check_traceable
+from saccade.ops.attention import dispatch, known, operator
+from saccade.ops.attention.call import AttentionCall, known_again
+from saccade.ops.attention.checks import check_kinds, check_masks, check_traceable
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 
@@ -77,23 +83,31 @@ def attention(
         TypeError, ValueError: inputs that do not fit together.
         Unsupported: the named backend cannot run this call.
     """
-    truth("return_lse", return_lse)
-    check_traceable(q, k, v)
-    check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
-    call = make_call(
-        q,
-        _view(k, v),
-        mask=Mask(causal=causal, window=window, sinks=sinks),
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        alibi_slopes=alibi_slopes,
-        key_padding=key_padding,
-        kv_lens=kv_lens,
-        cu_seqlens=cu_seqlens,
-        blocks=blocks,
-        wants_lse=return_lse,
-    )
+    options = (causal, window, sinks, scale, softcap, None, return_lse)
+    others = _others(sink_logits, alibi_slopes, key_padding, kv_lens, blocks)
+    signature = None if cu_seqlens is not None else known.signature_of(q, (k, v), options, others)
+    before = known.find(signature)
+    if before is not None:
+        call = _again(before, q, _dense_again(k, v, before.spans), others)
+    else:
+        truth("return_lse", return_lse)
+        check_traceable(q, k, v)
+        check_qkv(qdata_of(q), qdata_of(k), qdata_of(v))
+        call = _described(
+            q,
+            _view(k, v),
+            mask=Mask(causal=causal, window=window, sinks=sinks),
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            alibi_slopes=alibi_slopes,
+            key_padding=key_padding,
+            kv_lens=kv_lens,
+            cu_seqlens=cu_seqlens,
+            blocks=blocks,
+            wants_lse=return_lse,
+        )
+        _remember(signature, call)
     result = attend(call, backend=backend)
     return result if return_lse else result.out
 
@@ -118,14 +132,16 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
         raise TypeError(
             f"call must be an AttentionCall of saccade.make_call, got {describe(call)}."
         )
-    chosen = dispatch.choose(call, backend)
-    if operator.needed(call, chosen):
-        result = operator.run(call, backend)
-    else:
-        result = chosen.run(call)
-    return (
-        AttentionOutput(hadamard_transform(result.out), result.lse) if call.kv.hadamard else result
-    )
+    chosen = dispatch.remembered(call, backend)
+    if chosen is None:
+        if call.kv.hadamard and not dispatch.transforms(call, backend):
+            result = attend(call.transformed(), backend=backend)
+            return AttentionOutput(hadamard_transform(result.out), result.lse)
+        chosen = dispatch.choose(call, backend)
+        if operator.needed(call, chosen):
+            return operator.run(call, backend)
+        dispatch.remember(call, backend, chosen)
+    return chosen.run(call)
 
 
 def explain(
@@ -174,11 +190,60 @@ def make_call(
         wants_lse: if False, the lse is undefined; some kernels then save work.
 
     The other arguments are those of `attention`.  Queries over a view that holds Hadamard-
-    transformed keys are transformed here.
+    transformed keys are given as they are: `attend` transforms them.
 
     Raises:
         TypeError, ValueError, Unsupported: arguments that do not fit together.
     """
+    offset = q_offset if isinstance(q_offset, Tensor) else None
+    others = _others(sink_logits, alibi_slopes, key_padding, kv_lens, blocks, attn_mask, offset)
+    signature = None
+    if cu_seqlens is None and type(mask) is Mask:
+        start = None if offset is not None else q_offset
+        options = (mask.causal, mask.window, mask.sinks, scale, softcap, start, wants_lse)
+        signature = known.signature_of(q, kv, options, others)
+    before = known.find(signature)
+    if before is not None:
+        assert isinstance(q, Tensor)
+        return _again(before, q, kv, others)
+    call = _described(
+        q,
+        kv,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
+        key_padding=key_padding,
+        kv_lens=kv_lens,
+        cu_seqlens=cu_seqlens,
+        blocks=blocks,
+        attn_mask=attn_mask,
+        q_offset=q_offset,
+        wants_lse=wants_lse,
+    )
+    _remember(signature, call)
+    return call
+
+
+def _described(
+    q: Tensor | PerHeadFP8,
+    kv: KVView,
+    *,
+    mask: Mask,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_padding: Tensor | None,
+    kv_lens: Tensor | None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
+    blocks: BlockSelection | None,
+    wants_lse: bool,
+    attn_mask: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+) -> AttentionCall:
+    """A call that is checked from the start; see `make_call`."""
     q_scale = q.scale if isinstance(q, PerHeadFP8) else None
     q = qdata_of(q)
     check_traceable(q, kv_lens)
@@ -193,9 +258,6 @@ def make_call(
         q_offset = _default_offset(q, kv, mask, kv_lens, alibi_slopes)
     elif not isinstance(q_offset, Tensor):
         q_offset = integer("q_offset", q_offset)
-    if kv.hadamard:
-        check_queries(q, kv, q_scale)
-        q = hadamard_transform(q)
     return AttentionCall(
         q=q,
         kv=kv,
@@ -215,6 +277,60 @@ def make_call(
     )
 
 
+def _remember(signature: known.Signature | None, call: AttentionCall) -> None:
+    """Keep what was worked out for a call, for the next ones of its signature."""
+    if signature is None or call.q.is_meta:
+        return
+    offset, kv = call.q_offset, call.kv
+    found = known.Known(
+        call.mask,
+        (call.scale, call.softcap),
+        None if isinstance(offset, Tensor) else offset,
+        kv.spans if isinstance(kv, DenseKV) else (),
+        wants_lse=call.wants_lse,
+        learns=any(x.requires_grad for x in call.floats),
+    )
+    known.remember(signature, found)
+    object.__setattr__(call, "known", found)
+
+
+def _others(*given: object) -> tuple[Any, ...]:
+    """The arguments that NO_OTHERS names, or itself; those at the end may be left out."""
+    if all(map(_IS_NONE, given)):
+        return known.NO_OTHERS
+    return *given, *known.NO_OTHERS[len(given) :]
+
+
+_IS_NONE = partial(is_, None)
+
+
+def _again(before: known.Known, q: Tensor, kv: KVView, others: tuple[Any, ...]) -> AttentionCall:
+    """A call of a signature that is known, over a view that was checked."""
+    at = before.q_offset
+    if at is None:
+        *_, kv_lens, _, _, offset = others
+        at = offset if offset is not None else _row_ends(kv, kv_lens) - q.shape[2]
+    return known_again(before, q, kv, at, others)
+
+
+def _dense_again(k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> DenseKV:
+    """DenseKV(k, v) of tensors whose signature was checked before."""
+    kv = object.__new__(DenseKV)
+    for put, value in zip(_PUT_DENSE, (k, v, spans, False), strict=True):
+        put(kv, value)
+    return kv
+
+
+_PUT_DENSE = tuple(getattr(DenseKV, each.name).__set__ for each in fields(DenseKV))
+
+
+def _row_ends(kv: KVView, kv_lens: Tensor | None) -> Tensor:
+    """Where the keys of each row end, int64 `[batch]`."""
+    ends = kv.kv_lens if isinstance(kv, PagedKV) else kv_lens
+    assert ends is not None
+    return ends.long()
+
+
 def _default_offset(
     q: Tensor, kv: KVView, mask: Mask, kv_lens: Tensor | None, slopes: Tensor | None
 ) -> int | Tensor:
@@ -223,11 +339,11 @@ def _default_offset(
     A last query that attends to all keys of its row may have any position after them, so for one
     token no kernel computes its position.
     """
-    ends = kv.kv_lens if isinstance(kv, PagedKV) else kv_lens
+    alike = kv_lens is None and not isinstance(kv, PagedKV)
     all_keys = mask.window is None and (q.shape[2] == 1 or not mask.causal)
-    if ends is None or (all_keys and slopes is None):
+    if alike or (all_keys and slopes is None):
         return kv.shape[2] - q.shape[2]
-    return ends.long() - q.shape[2]
+    return _row_ends(kv, kv_lens) - q.shape[2]
 
 
 def _sequence_bounds(cu_seqlens: object) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from saccade.core import BlockSelection, DenseKV, KVView, Mask, Unsupported
+from saccade.core import (
+    BlockSelection,
+    DenseKV,
+    GrowingKV,
+    KVView,
+    Mask,
+    PerHeadFP8KV,
+    Unsupported,
+)
 from saccade.core.formats import FP8
 from saccade.ops.attention.checks import (
     check_kinds,
     check_masks,
+    check_numbers,
     check_offset,
     check_packed,
     check_queries,
@@ -20,6 +30,8 @@ from saccade.ops.attention.checks import (
     check_traceable,
     is_nested_jvp,
 )
+from saccade.ops.attention.known import Known
+from saccade.ops.kv_write.hadamard import hadamard_transform
 
 MANY_QUERIES = 16  # more of them than this is prefill, up to it decoding
 
@@ -29,7 +41,8 @@ class AttentionCall:
     """One attention problem; see `saccade.attention` for the meaning of each field.
 
     Attributes:
-        q: `[B, H, Lq, D]`; float8_e4m3fn stands for `q * q_scale`.
+        q: `[B, H, Lq, D]`; float8_e4m3fn stands for `q * q_scale`.  Not Hadamard-transformed,
+            whatever the view: `attend` does that where it has to be done.
         q_scale: float32 `[B, H]`, None for 1.
         kv: a view of keys and values with Hkv heads, H a multiple of Hkv.
         q_offset: position of the first query: an int, or int64 `[B]` where rows differ.
@@ -37,6 +50,7 @@ class AttentionCall:
             libraries that have no structure); intersected with everything else.
         wants_lse: the caller reads the lse.
         training: whether gradients are needed; None: what autograd says of the tensors.
+        known: what calls of the same signature have worked out; None for a signature of its own.
 
     Raises:
         TypeError, ValueError, Unsupported: parts that do not fit together.  A call that exists can
@@ -59,6 +73,7 @@ class AttentionCall:
     wants_lse: bool = True
     q_scale: Tensor | None = None
     training: bool | None = None
+    known: Known | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_kinds(self.q, self.kv, self.mask)
@@ -158,6 +173,50 @@ class AttentionCall:
             return (index[None] + self.q_offset[:, None])[:, None]
         return (index + self.q_offset)[None, None]
 
+    def transformed(self) -> AttentionCall:
+        """The call over Hadamard-transformed keys as one over plain ones: q is transformed too.
+
+        Its output has still to be transformed.
+        """
+        kv: Any = self.kv
+        if not kv.hadamard:
+            return self
+        if isinstance(kv, PerHeadFP8KV):
+            plain = replace(kv, qdata=replace(kv.qdata, hadamard=False))
+        elif isinstance(kv, GrowingKV):
+            plain = replace(kv, stored=replace(kv.stored, hadamard=False))
+        else:
+            plain = replace(kv, hadamard=False)
+        return self.with_(q=hadamard_transform(self.q), kv=plain)
+
     def with_(self, **changes: object) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def known_again(
+    known: Known,
+    q: Tensor,
+    kv: KVView,
+    q_offset: int | Tensor,
+    others: tuple[Any, ...],
+) -> AttentionCall:
+    """A call whose signature was checked before: only the numbers in its tensors are checked.
+
+    Args:
+        others: as in `known.signature_of`.
+    """
+    sink_logits, alibi_slopes, key_padding, kv_lens, blocks, attn_mask, _ = others
+    check_numbers(q, kv, kv_lens, q_offset)
+    call = object.__new__(AttentionCall)
+    values = (
+        q, kv, known.mask, known.scale, q_offset, known.softcap, sink_logits, alibi_slopes,
+        key_padding, kv_lens, None, blocks, attn_mask, known.wants_lse, None, None, known,
+    )  # fmt: skip
+    for put, value in zip(_PUT, values, strict=True):
+        put(call, value)
+    return call
+
+
+# Writes the fields of a frozen call, in their order, at a third of what its constructor costs.
+_PUT = tuple(getattr(AttentionCall, each.name).__set__ for each in fields(AttentionCall))

@@ -76,7 +76,7 @@ def check_masks(
         check_exactly("key_padding", key_padding, (torch.bool,), (batch, end), q.device)
     if kv_lens is not None:
         check_exactly("kv_lens", kv_lens, (torch.int64,), (batch,), q.device)
-        check_bounds("kv_lens", kv_lens, 0, end)
+        _check_kv_lens(kv, kv_lens)
     if isinstance(kv, RaggedKV) and (blocks is not None or attn_mask is not None):
         raise Unsupported(
             "blocks and attn_mask need positions that all heads share, and a ragged view has "
@@ -132,10 +132,9 @@ def check_scores(
 
 def check_offset(q: Tensor, q_offset: object) -> None:
     """Raise unless the position of the first query is one number, or int64 `[batch]`."""
-    most = LARGEST_POSITION - q.shape[2]
     if isinstance(q_offset, Tensor):
         check_exactly("q_offset", q_offset, (torch.int64,), (q.shape[0],), q.device)
-        check_bounds("q_offset", q_offset, -LARGEST_POSITION, most)
+        _check_offsets(q, q_offset)
         return
     if isinstance(q_offset, bool) or not isinstance(q_offset, (int, torch.SymInt)):
         raise TypeError(
@@ -143,7 +142,23 @@ def check_offset(q: Tensor, q_offset: object) -> None:
         )
     if torch.compiler.is_compiling():  # would bound symbolic lengths; the operator checks again
         return
-    integer("q_offset", q_offset, -LARGEST_POSITION, most)
+    integer("q_offset", q_offset, -LARGEST_POSITION, LARGEST_POSITION - q.shape[2])
+
+
+def _check_kv_lens(kv: KVView, kv_lens: Tensor) -> None:
+    check_bounds("kv_lens", kv_lens, 0, kv.shape[2])
+
+
+def _check_offsets(q: Tensor, q_offset: Tensor) -> None:
+    check_bounds("q_offset", q_offset, -LARGEST_POSITION, LARGEST_POSITION - q.shape[2])
+
+
+def check_numbers(q: Tensor, kv: KVView, kv_lens: Tensor | None, q_offset: int | Tensor) -> None:
+    """Raise where numbers in tensors do not fit, in a call whose signature does."""
+    if kv_lens is not None:
+        _check_kv_lens(kv, kv_lens)
+    if isinstance(q_offset, Tensor):
+        _check_offsets(q, q_offset)
 
 
 def check_packed(q: Tensor, kv: KVView, bounds: Bounds, others: tuple[object, ...]) -> None:

@@ -19,6 +19,7 @@ from saccade.core import AttentionOutput, Unsupported
 from saccade.ops.attention import reference, rules, tiled, watch
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend as cpu
+from saccade.ops.attention.known import is_disturbed
 from saccade.ops.attention.nvidia import (
     gluon_backend,
     gluon_fp8_backend,
@@ -81,6 +82,10 @@ FORWARD_MODE = ("reference", "tiled")
 NATIVE = ("triton", "gluon", "gluon_triton", "gluon_fp8", "cpu")
 
 
+# Backends that transform queries and outputs of Hadamard-transformed views themselves.
+TRANSFORMING = ("cpu",)
+
+
 def load(name: str) -> Backend:
     """The backend module of that name.
 
@@ -124,6 +129,44 @@ def choose(call: AttentionCall, name: str) -> Backend:
         Unsupported: the named backend cannot run this call.
     """
     return load(_auto(call) if name == "auto" else _named(call, name))
+
+
+def remembered(call: AttentionCall, name: object) -> Backend | None:
+    """The backend that ran a call of this signature in the same circumstances, or None.
+
+    None too where gradients are needed or something watches: those calls are always worked out.
+    """
+    known = call.known
+    if known is None or type(name) is not str or (known.learns and torch.is_grad_enabled()):
+        return None
+    return None if is_disturbed() else known.backends.get(_circumstances(call, name))
+
+
+def remember(call: AttentionCall, name: str, chosen: Backend) -> None:
+    """Note which backend runs the calls of a signature, without gradients."""
+    known = call.known
+    if known is not None and not call.needs_grad and not is_disturbed():
+        known.backends[_circumstances(call, name)] = chosen
+
+
+def _circumstances(call: AttentionCall, name: str) -> tuple[object, ...]:
+    """What the choice depends on beside the signature."""
+    if call.q.is_cpu:
+        return name, torch.get_num_threads()
+    allowed = torch.backends.cuda
+    return (
+        name,
+        allowed.flash_sdp_enabled(),
+        allowed.mem_efficient_sdp_enabled(),
+        allowed.cudnn_sdp_enabled(),
+    )
+
+
+def transforms(call: AttentionCall, name: str) -> bool:
+    """Whether the backend of a call transforms its queries and outputs itself."""
+    if not call.q.is_cpu or call.needs_grad or torch.compiler.is_compiling():
+        return False
+    return (_auto(call) if name == "auto" else name) in TRANSFORMING
 
 
 def differentiable(call: AttentionCall, name: str) -> Differentiable:

@@ -16,6 +16,8 @@ from saccade.ops.attention.cpu.binding import (
     BUILT,
     VIEWS,
     arguments,
+    attend_described,
+    description,
     extension,
     in_kernel_form,
     is_strided,
@@ -81,16 +83,29 @@ def run(call: AttentionCall) -> AttentionOutput:
     Raises:
         ValueError: a table entry, length, offset or stride that does not fit the tensors.
     """
-    kernels = extension()
-    assert kernels is not None
-    call = in_kernel_form(call)  # a name of its own keeps converted tensors alive during the call
+    known = call.known
+    prepared = None if known is None else known.prepared.get("cpu")
+    if prepared is None:
+        shape = call.q.shape[:3]
+        shapes, described = ((*shape, call.kv.shape[4]), shape), None
+    else:
+        shapes, described = prepared
     # new_empty: inside of `with torch.device(...)` torch.empty would allocate elsewhere.
-    out = call.q.new_empty((*call.q.shape[:3], call.kv.shape[4]))
-    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    out = call.q.new_empty(shapes[0])
+    lse = call.q.new_empty(shapes[1], dtype=torch.float32)
     if counting():
         note_workspace(workspace_bytes(call))
-    if not planning():
-        kernels.attend(*arguments(call, out, lse))
+    if planning():
+        return AttentionOutput(out, lse)
+    if described is not None:
+        attend_described(described, call, out, lse)
+    else:
+        kernels = extension()
+        assert kernels is not None
+        plain = in_kernel_form(call)  # the name keeps converted tensors alive during the call
+        kernels.attend(*arguments(plain, out, lse))
+        if known is not None:
+            known.prepared["cpu"] = shapes, kernels.describe(*description(plain, out, lse))
     return AttentionOutput(out, lse)
 
 

@@ -66,6 +66,11 @@ def is_strided(x: Tensor) -> bool:
 
 def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ...]:
     """The call as the binding reads it; the tensors have to stay alive meanwhile."""
+    return *description(call, out, lse), torch.get_num_threads(), target()
+
+
+def description(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ...]:
+    """The call as the binding reads it, but for threads and target."""
     return (
         record(call.q),
         record(out),
@@ -76,9 +81,38 @@ def arguments(call: AttentionCall, out: Tensor, lse: Tensor) -> tuple[object, ..
         call.softcap or 0.0,
         call.q_offset if isinstance(call.q_offset, int) else record(call.q_offset),
         _extras(call),
-        torch.get_num_threads(),
-        target(),
     )
+
+
+def attend_described(described: Any, call: AttentionCall, out: Tensor, lse: Tensor) -> None:
+    """Run a call whose signature was described before: addresses alone go to the kernels.
+
+    Args:
+        described: what the binding made of `description` of a call of the same signature.
+    """
+    own = (_unit_rows(call.q), out, lse, *_STORED[type(call.kv)](call.kv))
+    tensors = (*own, *_other_tensors(call))  # alive during the call
+    places: list[int] = []
+    for x in tensors:
+        storage = x.untyped_storage().nbytes()
+        places += x.data_ptr(), storage - x.storage_offset() * x.element_size()
+    described.attend(tuple(places), torch.get_num_threads(), target())
+
+
+def _other_tensors(call: AttentionCall) -> list[Tensor]:
+    """Tensors beside queries and keys, in the order in which the binding describes them."""
+    blocks, bounds = call.blocks, call.cu_seqlens or ()
+    found = (
+        call.q_offset if isinstance(call.q_offset, Tensor) else None,
+        None if call.sink_logits is None else _in_float32(call.sink_logits),
+        None if call.alibi_slopes is None else _slopes(call.alibi_slopes),
+        call.key_padding,
+        call.kv_lens,
+        *bounds,
+        None if blocks is None else blocks.allowed,
+        call.attn_mask,
+    )
+    return [x for x in found if x is not None]
 
 
 def workspace_bytes(call: AttentionCall) -> int:
@@ -98,6 +132,7 @@ def workspace_bytes(call: AttentionCall) -> int:
         *_mask_options(call.mask),
         call.q_bounds(0, q_len)[1] - q_len + 1,
         (0, 0) if blocks is None else (blocks.q_block, blocks.k_block),
+        call.q.element_size() if call.kv.hadamard else 0,
         torch.get_num_threads(),
         target(),
     )
@@ -111,15 +146,28 @@ def _mask_options(mask: Mask) -> tuple[bool, int, int]:
 
 def in_kernel_form(call: AttentionCall) -> AttentionCall:
     """The call with a unit stride in q and its few numbers per head in float32."""
-    if is_strided(call.q):
-        call = call.with_(q=call.q.contiguous())
     sinks, slopes = call.sink_logits, call.alibi_slopes
+    if is_strided(call.q):
+        call = call.with_(q=_unit_rows(call.q))
     if sinks is not None:
-        call = call.with_(sink_logits=sinks.detach().float().contiguous())
+        call = call.with_(sink_logits=_in_float32(sinks))
     if slopes is not None:
-        slopes = slopes.detach().float().contiguous()
-        call = call.with_(alibi_slopes=slopes[None] if slopes.ndim == 1 else slopes)
+        call = call.with_(alibi_slopes=_slopes(slopes))
     return call
+
+
+def _unit_rows(q: Tensor) -> Tensor:
+    return q.contiguous() if is_strided(q) else q
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    return x.detach().float().contiguous()
+
+
+def _slopes(x: Tensor) -> Tensor:
+    """`[1 or batch, heads]`."""
+    slopes = _in_float32(x)
+    return slopes[None] if slopes.ndim == 1 else slopes
 
 
 def record(x: Tensor) -> _Record:
@@ -149,6 +197,14 @@ def _quantized(kv: QuantizedKV) -> tuple[object, ...]:
     return "quantized", *recent, *qdata, kv.bits_k, kv.bits_v, kv.k_group
 
 
+# The tensors of each view, in the order of its description.
+_STORED: dict[type, Callable[[Any], tuple[Tensor, ...]]] = {
+    DenseKV: lambda kv: (kv.k, kv.v),
+    PagedKV: lambda kv: (kv.k, kv.v, kv.page_table, kv.kv_lens),
+    RaggedKV: lambda kv: (kv.k, kv.v, kv.page_table, kv.kv_lens, kv.positions),
+    QuantizedKV: lambda kv: (kv.recent_k, kv.recent_v, *kv.k, *kv.v),
+}
+
 # How each view is described to the binding (csrc/binding.cpp names the fields).
 VIEWS: dict[type, Callable[[Any], tuple[object, ...]]] = {
     DenseKV: _dense,
@@ -160,7 +216,7 @@ VIEWS: dict[type, Callable[[Any], tuple[object, ...]]] = {
 
 def _extras(call: AttentionCall) -> tuple[object, ...] | None:
     """Everything beyond the mask, or None for a call without any of it."""
-    if all(getattr(call, name) is None for name in _EXTRAS):
+    if not call.kv.hadamard and all(getattr(call, name) is None for name in _EXTRAS):
         return None
     blocks = call.blocks
     return (
@@ -173,6 +229,7 @@ def _extras(call: AttentionCall) -> tuple[object, ...] | None:
         0 if blocks is None else blocks.q_block,
         0 if blocks is None else blocks.k_block,
         _maybe(call.attn_mask),
+        int(call.kv.hadamard),
     )
 
 
