@@ -1,16 +1,36 @@
 // All kernels for one target: compiled once for each, with that target's flags.
 #include "attend.h"
+#if !defined(SACCADE_AMX)
 #include "backward.h"
+#endif
 #include "ceilings.h"
 #include "dispatch.h"
 
 #define SACCADE_STRING_(x) #x
 #define SACCADE_STRING(x) SACCADE_STRING_(x)
 
+#if defined(SACCADE_AMX)  // its gradients are those of the target below
+namespace saccade::avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
 namespace saccade::SACCADE_TARGET {
 
+#if defined(SACCADE_AMX)
+static void attend_backward(const Gradients& g) { avx512_bf16::kernels.attend_backward(g); }
+#endif
+
 extern const Kernels kernels;
-const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend,   workspace_bytes, attend_backward,
-                         fma_flops,                      fma_chains, read_all,      exp2_row};
+const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET),
+                         attend,
+                         workspace_bytes,
+                         attend_backward,
+                         fma_flops,
+                         fma_chains,
+                         pair_flops,
+                         pair_chains,
+                         read_all,
+                         exp2_row};
 
 }  // namespace saccade::SACCADE_TARGET
