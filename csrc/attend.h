@@ -7,6 +7,7 @@
 #include "hadamard.h"
 #include "pool.h"
 #include "prefill.h"
+#include "prefill_pairs.h"
 
 namespace saccade::SACCADE_TARGET {
 
@@ -34,27 +35,39 @@ static int64_t call_bytes(const Problem& p, const Partition& sizes) {
   return measure.bytes();
 }
 
+// Memory of one work item.  Shapes alone decide, so that it is known before there are tensors.
+static int64_t item_bytes(const Problem& p, const WorkItem& item) {
+  if (is_decode(p, item)) return Decode::workspace_bytes(p, item);
+#if defined(SACCADE_DOT)
+  return max(Prefill::workspace_bytes(p, item), PrefillPairs<kMostParts>::workspace_bytes(p, item));
+#else
+  return Prefill::workspace_bytes(p, item);
+#endif
+}
+
 // What `attend` allocates: the list of items, and a workspace for each thread that gets one.
 static int64_t workspace_bytes(const Problem& p) {
   const Partition sizes = partition(p);
   int64_t largest = 0;
-  each_block(p, sizes.block_rows, [&](const WorkItem& item) {
-    const int64_t bytes = is_decode(p, item) ? Decode::workspace_bytes(p, item)
-                                             : Prefill::workspace_bytes(p, item);
-    largest = max(largest, bytes);
-  });
+  each_block(p, sizes.block_rows,
+             [&](const WorkItem& item) { largest = max(largest, item_bytes(p, item)); });
   const int64_t threads = min(p.threads, sizes.items);
   return workspace_size(call_bytes(p, sizes)) + threads * workspace_size(largest);
 }
 
 static void run_item(void* context, int64_t i) {
   const Call& call = *(const Call*)context;
+  const Problem& p = *call.problem;
   const WorkItem& item = call.items[i];
-  if (is_decode(*call.problem, item)) {
-    Decode(*call.problem, call.partials).run(item);
-  } else {
-    Prefill(*call.problem, call.partials).run(item);
-  }
+  if (is_decode(p, item)) return Decode(p, call.partials).run(item);
+  void* memory = workspace(WorkspaceSlot::item, (size_t)item_bytes(p, item));
+#if defined(SACCADE_DOT)
+  if (parts_of(p) == 1) return PrefillPairs<1>(p, call.partials).run(item, memory);
+#endif
+#if defined(SACCADE_AMX)
+  if (parts_of(p) == 2) return PrefillPairs<2>(p, call.partials).run(item, memory);
+#endif
+  Prefill(p, call.partials).run(item, memory);
 }
 
 static void combine_item(void* context, int64_t i) {

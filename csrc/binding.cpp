@@ -5,10 +5,11 @@
 //   described_call       call.h once, addresses alone for each next call of that description
 //   checks, check_*      call.h -> problem.h, or a ValueError; checker.h lists them in order
 //   call_shape           call_shape.h -> a problem without memory, for planning
-//   dispatch             which SIMD targets are compiled and which one runs
+//   dispatch             which SIMD targets are compiled and which one runs; amx_permission
 //   kernels.cpp          everything below, compiled once for each target:
 //     attend               forward: work_items (cutting), then for each item
-//       prefill              many rows: pack, micro_kernel
+//       prefill              many rows in float32: prefill_rows, pack, micro_kernel
+//       prefill_pairs        in bfloat16: pack_pairs, pair_products, amx_products, amx
 //       decode               few rows: decode_plain, decode_quantized, integer_dot, loaders
 //       split_kv, output     partial results, finished rows
 //       hadamard             q and out of views whose keys were transformed
@@ -123,6 +124,12 @@ double fma_peak(int64_t threads, const std::string& target) {
   return measure_fma_peak(kernels, threads);
 }
 
+double pair_peak(int64_t threads, const std::string& target) {
+  const Kernels& kernels = kernels_named(target);
+  nb::gil_scoped_release unlocked;
+  return measure_pair_peak(kernels, threads);
+}
+
 double read_bandwidth(int64_t threads, int64_t megabytes, const std::string& target) {
   const Kernels& kernels = kernels_named(target);
   nb::gil_scoped_release unlocked;
@@ -173,6 +180,7 @@ NB_MODULE(_cpu, m) {
   m.def("share_threads", &saccade::share_threads);
   m.def("empty_items", &saccade::empty_items);
   m.def("fma_peak", &saccade::fma_peak, nb::arg("threads"), nb::arg("target") = "");
+  m.def("pair_peak", &saccade::pair_peak, nb::arg("threads"), nb::arg("target") = "");
   m.def("read_bandwidth", &saccade::read_bandwidth, nb::arg("threads"), nb::arg("megabytes") = 512,
         nb::arg("target") = "");
   m.def("read_through", &saccade::read_through, nb::arg("memory"), nb::arg("threads"),

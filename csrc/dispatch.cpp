@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "amx_permission.h"
+
 namespace saccade {
 
 #define SACCADE_DECLARE(target) \
@@ -13,6 +15,8 @@ SACCADE_DECLARE(scalar)
 SACCADE_DECLARE(avx2)
 SACCADE_DECLARE(avx512)
 SACCADE_DECLARE(avx512_bf16)
+SACCADE_DECLARE(amx)
+SACCADE_DECLARE(amx_emulated)
 #elif defined(__aarch64__)
 SACCADE_DECLARE(neon)
 #endif
@@ -20,7 +24,7 @@ SACCADE_DECLARE(neon)
 namespace {
 
 struct Usable {
-  const Kernels* list[5] = {};
+  const Kernels* list[7] = {};
   Usable() {
     int n = 0;
 #if defined(__x86_64__)
@@ -30,14 +34,19 @@ struct Usable {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-       list[n++] = &avx512_bf16::kernels;
+    const bool pairs = avx512 && __builtin_cpu_supports("avx512vnni") &&
+                       __builtin_cpu_supports("avx512bf16");
+    if (pairs && ask_for_amx()) list[n++] = &amx::kernels;
+    if (pairs) list[n++] = &avx512_bf16::kernels;
     if (avx512) list[n++] = &avx512::kernels;
     if (avx2) list[n++] = &avx2::kernels;
 #elif defined(__aarch64__)
     list[n++] = &neon::kernels;
 #endif
-    list[n] = &scalar::kernels;
+    list[n++] = &scalar::kernels;
+#if defined(__x86_64__)
+    if (pairs) list[n++] = &amx_emulated::kernels;  // for tests: last, so never chosen
+#endif
   }
 };
 

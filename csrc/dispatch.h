@@ -14,6 +14,8 @@ struct Kernels {
   void (*attend_backward)(const Gradients&);
   double (*fma_flops)(int64_t steps);
   float (*fma_chains)(int64_t steps);
+  double (*pair_flops)(int64_t steps);  // products of bfloat16 pairs: 0 where the target has none
+  float (*pair_chains)(int64_t steps);
   float (*read_all)(const float* p, int64_t n);
   void (*exp2)(const float* x, float* y, int64_t n);  // the kernels' own, for its error bound
   const LinearKernels* linear;

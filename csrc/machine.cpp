@@ -40,6 +40,24 @@ void read_item(void* context, int64_t i) {
   reading->sink = reading->kernels->read_all(reading->memory + i * reading->size, reading->size);
 }
 
+// Operations a second of chains of products on all threads.
+double best_rate(double (*flops)(int64_t), float (*chains)(int64_t), int64_t steps,
+                 int64_t threads) {
+  check_threads(threads);
+  struct Context {
+    float (*chains)(int64_t);
+    int64_t steps;
+    volatile float sink;
+  } context{chains, steps, 0};
+  const double best = best_of_nine([&] {
+    parallel_for((int)threads, threads, [](void* c, int64_t) {
+      auto* context = (Context*)c;
+      context->sink = context->chains(context->steps);
+    }, &context);
+  });
+  return flops(steps) * (double)threads / best;
+}
+
 }  // namespace
 
 void check_threads(int64_t threads) {
@@ -47,19 +65,14 @@ void check_threads(int64_t threads) {
 }
 
 double measure_fma_peak(const Kernels& kernels, int64_t threads) {
-  constexpr int64_t kSteps = 4'000'000;
-  check_threads(threads);
-  struct Context {
-    const Kernels* kernels;
-    volatile float sink;
-  } context{&kernels, 0};
-  const double best = best_of_nine([&] {
-    parallel_for((int)threads, threads, [](void* c, int64_t) {
-      auto* context = (Context*)c;
-      context->sink = context->kernels->fma_chains(kSteps);
-    }, &context);
-  });
-  return kernels.fma_flops(kSteps) * (double)threads / best;
+  return best_rate(kernels.fma_flops, kernels.fma_chains, 4'000'000, threads);
+}
+
+double measure_pair_peak(const Kernels& kernels, int64_t threads) {
+  if (kernels.pair_flops(1) == 0.0) return 0.0;
+  // As long as the other: a step of matrix tiles does 85 times the work of one of registers.
+  const int64_t steps = kernels.pair_flops(1) > 1e4 ? 100'000 : 4'000'000;
+  return best_rate(kernels.pair_flops, kernels.pair_chains, steps, threads);
 }
 
 double measure_read_bandwidth(const Kernels& kernels, int64_t threads, int64_t megabytes) {

@@ -17,6 +17,11 @@ constexpr int kRows = 8, kVectors = 2;  // 16 of 32
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kColumns = kVectors * W;
+#if defined(SACCADE_AMX)
+constexpr int kRowStep = 96;  // full strips of 32 rows for the tiles, of 12 in float32
+#else
+constexpr int kRowStep = kRows;
+#endif
 
 // Element (i, k) of A lies at a[i * RS + k * CS]; B is a panel [depth][NV * W] with stride LB.
 // `finish(acc)` says what becomes of the product while it is still in registers.

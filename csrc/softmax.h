@@ -21,6 +21,12 @@ struct Scoring {
   bool masked, alibi;
   float softcap;  // softcap * log2(e), 0 for none
   int32_t sinks;
+  float factor = 1.f;  // of the scores as they arrive
+
+  // Whether scores are only multiplied by the factor, so that their order stays.
+  SACCADE_INLINE_MEMBER bool plain() const {
+    return !masked && !alibi && softcap == 0.f && factor > 0.f;
+  }
 };
 
 // Softcap, bias and mask of one row; leaves the final scores in place and returns their maximum.
@@ -28,7 +34,7 @@ SACCADE_INLINE F adjust_row(const Scoring& how, const Row& row, const int32_t* p
                             int begin, int end) {
   F top = set1(-kInf);
   for (int c = begin; c < end; c += W) {
-    F x = load(s + c);
+    F x = mul(load(s + c), set1(how.factor));
     const I at = loadi(positions + c);
     if (how.softcap != 0.f) x = mul(tanh(x), set1(how.softcap));
     if (how.alibi) {
@@ -67,6 +73,25 @@ SACCADE_INLINE void update_maxima(Softmax state, int row, float* top) {
   }
 }
 
+// The first half of a step for MR rows over score columns [begin, end), multiples of W: maxima and
+// alpha.  Leaves what to subtract from the scores in `top`; they are final, but for `how.factor`
+// where `how.plain()`.
+// `positions_of(i)` gives the key positions of row i, kNoKey where another mask hides the key.
+template <int MR, class PositionsOf>
+SACCADE_INLINE void find_maxima(Softmax state, int row, const Row* rows, const Scoring& how,
+                                PositionsOf&& positions_of, float* s, int ld, int begin, int end,
+                                float* top) {
+  const bool plain = how.plain();
+  for (int i = 0; i < MR; ++i) {
+    top[i] = plain ? hmax(plain_row_max(s + i * ld, begin, end)) * how.factor
+                   : hmax(adjust_row(how, rows[row + i], positions_of(i), s + i * ld, begin, end));
+  }
+  update_maxima<MR>(state, row, top);
+}
+
+template <int MR>
+constexpr int kMaximaRoom = (MR + W - 1) / W * W;
+
 SACCADE_INLINE void exponentiate_row(float* s, int begin, int end, float anchor, float alpha,
                                      float* l) {
   F sum = mul(load(l), set1(alpha));
@@ -78,19 +103,13 @@ SACCADE_INLINE void exponentiate_row(float* s, int begin, int end, float anchor,
   store(l, sum);
 }
 
-// One step for MR rows over score columns [begin, end), multiples of W.
-// `positions_of(i)` gives the key positions of row i, kNoKey where another mask hides the key.
+// One step for MR rows; scores become weights.
 template <int MR, class PositionsOf>
 SACCADE_INLINE void online_softmax(Softmax state, int row, const Row* rows, const Scoring& how,
                                    PositionsOf&& positions_of, float* s, int ld, int begin,
                                    int end) {
-  alignas(64) float top[(MR + W - 1) / W * W] = {};
-  const bool plain = !how.masked && !how.alibi && how.softcap == 0.f;
-  for (int i = 0; i < MR; ++i) {
-    top[i] = hmax(plain ? plain_row_max(s + i * ld, begin, end)
-                        : adjust_row(how, rows[row + i], positions_of(i), s + i * ld, begin, end));
-  }
-  update_maxima<MR>(state, row, top);
+  alignas(64) float top[kMaximaRoom<MR>] = {};
+  find_maxima<MR>(state, row, rows, how, positions_of, s, ld, begin, end, top);
   for (int i = 0; i < MR; ++i)
     exponentiate_row(s + i * ld, begin, end, top[i], state.alpha[row + i], state.l + (row + i) * W);
 }

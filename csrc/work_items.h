@@ -38,7 +38,7 @@ static int64_t rows_per_block(const Problem& p) {
   const int64_t cached = min(kBlockRows, max(96, kBlockRows * 128 / wide));
   const int64_t fair = ceil_div(rows, p.threads * kItemsPerThread);
   const int64_t chosen = p.threads > 1 ? max(96, min(cached, fair)) : cached;
-  return ceil_div(chosen, kRows) * kRows;
+  return ceil_div(chosen, kRowStep) * kRowStep;
 }
 
 // Keys that the mask leaves to the rows of an item; block selection is not counted.

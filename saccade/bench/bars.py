@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from saccade.bench.cases import Bar, Case
+from saccade.bench.products import PRODUCT
 from saccade.bench.reads import READS
 from saccade.bench.record import BarResult, Benchmark, Row
 
@@ -33,10 +34,12 @@ def value_of(bar: Bar, row: Row, record: Benchmark) -> float | None:
         )  # sampled alternately with the row, where it was measured
         rate = alone.byte_rate if alone is not None else None
         return row.nbytes / row.seconds / (rate or record.ceilings.read_bandwidth)
-    peer = bar.measure == "torch"
-    other = record.find(row.case, "torch") if peer else record.find(bar.against, row.backend)
+    beside = {"torch": "torch", "product": PRODUCT}.get(bar.measure)
+    other = record.find(row.case, beside) if beside else record.find(bar.against, row.backend)
     if other is None or other.seconds is None:
         return None
+    if bar.measure == "product":
+        return row.flops / row.seconds / (other.flops / other.seconds)
     if bar.measure == "time":
         return row.seconds / other.seconds
     if bar.measure == "pairs":

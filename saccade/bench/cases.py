@@ -17,7 +17,7 @@ import torch
 from saccade.core import Mask
 
 Work = Literal["prefill", "decode", "window", "backward"]
-Measure = Literal["peak", "bandwidth", "torch", "time", "rate", "pairs"]
+Measure = Literal["peak", "bandwidth", "torch", "product", "time", "rate", "pairs"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {"int8": 8, "int4": 4}
@@ -35,6 +35,7 @@ class Bar:
             peak        share of the machine's FMA rate, at least
             bandwidth   share of the machine's read bandwidth, at least
             torch       speed as a multiple of torch SDPA's on the same tensors, at least
+            product     share of the rate of torch's bfloat16 matrix product, at least
             rate        speed as a multiple of that of the case `against`, at least
             time        time as a multiple of that of the case `against`, at most
             pairs       time as a multiple of what the pair count predicts at the rate measured
@@ -152,14 +153,19 @@ def prefill(heads: int, kv_heads: int, head_dim: int, length: int, *, quick: boo
         q_len=length, kv_len=length, storage="fp32", quick=quick, peers=("torch", "flex"),
         bars=(Bar(measure="peak", limit=0.75), Bar(measure="torch", limit=3.0)),
     )  # fmt: skip
-    half = (Bar(measure="time", limit=1.15, against=base),)
-    qdata = (Bar(measure="time", limit=1.2, against=base),)
+    bf16 = (
+        Bar(measure="rate", limit=1.5, against=base),
+        Bar(measure="torch", limit=1.5),
+        Bar(measure="product", limit=0.5),
+    )
+    fp16 = (Bar(measure="time", limit=1.15, against=base),)
+    qdata = (Bar(measure="time", limit=1.0, against=f"{group} bf16"),)
     return [
         plain,
-        replace(plain, storage="bf16", bars=half, peers=peers),
-        replace(plain, storage="fp16", bars=half, peers=peers, quick=False),
-        replace(plain, storage="int8", bars=qdata, peers=()),
-        replace(plain, storage="int4", bars=qdata, peers=()),
+        replace(plain, storage="bf16", bars=bf16, peers=("torch", *peers[1:])),
+        replace(plain, storage="fp16", bars=fp16, peers=peers, quick=False),
+        replace(plain, storage="int8", q_type="bf16", bars=qdata, peers=()),
+        replace(plain, storage="int4", q_type="bf16", bars=qdata, peers=()),
     ]
 
 

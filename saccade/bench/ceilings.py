@@ -1,4 +1,4 @@
-"""What the machine could do at best: FMA rate and read bandwidth, measured in the same run.
+"""What the machine could do at best: rates of products and reads, measured in the same run.
 
 With the C++ extension both come from loops that do nothing else.  Without it a large matrix
 product and a large sum stand in; they stay below the true ceiling, and the record says so.
@@ -29,6 +29,7 @@ class Ceilings:
         fma_peak: float32 operations a second; read_bandwidth: bytes a second.
         threads: that measured; source: how; target: instruction set of the kernels, "" unknown.
         peak_samples, bandwidth_samples: one a batch of cases, so that a busy machine shows.
+        pair_samples: the same of products of bfloat16 pairs, 0 where the kernels have none.
     """
 
     threads: int
@@ -36,10 +37,16 @@ class Ceilings:
     target: str = ""
     peak_samples: list[float] = field(default_factory=list)
     bandwidth_samples: list[float] = field(default_factory=list)
+    pair_samples: list[float] = field(default_factory=list)
 
     @property
     def fma_peak(self) -> float:
         return max(self.peak_samples)
+
+    @property
+    def pair_peak(self) -> float:
+        """Operations a second in products of bfloat16 pairs, 0 where there are none."""
+        return max(self.pair_samples, default=0.0)
 
     @property
     def read_bandwidth(self) -> float:
@@ -56,6 +63,7 @@ class Ceilings:
         peak, bandwidth = _measurements(self.threads)
         self.peak_samples.append(peak())
         self.bandwidth_samples.append(bandwidth())
+        self.pair_samples.append(_pair_peak(self.threads))
 
 
 def measure(threads: int) -> Ceilings:
@@ -83,6 +91,11 @@ def _measurements(threads: int) -> tuple[Callable[[], float], Callable[[], float
         lambda: float(kernels.fma_peak(threads, target=target)),
         lambda: float(kernels.read_bandwidth(threads, target=target)),
     )
+
+
+def _pair_peak(threads: int) -> float:
+    kernels = extension()
+    return float(kernels.pair_peak(threads, target=_target())) if kernels is not None else 0.0
 
 
 def _matmul_rate(size: int = 1024) -> float:

@@ -17,6 +17,7 @@ from saccade.bench.cases import Case, batches
 from saccade.bench.gate import Gate
 from saccade.bench.inputs import Inputs, make
 from saccade.bench.peers import PEERS, Call, backward, forget_compiled
+from saccade.bench.products import product
 from saccade.bench.reads import reading
 from saccade.bench.record import Benchmark, Row
 from saccade.core import Unsupported
@@ -99,6 +100,10 @@ def _prepare(
             if found is not None:
                 rows.append(found[0])
                 candidates.append(Candidate(*found))
+        if any(bar.measure == "product" for bar in case.bars):
+            found = product(_row(case, "", ours=False))
+            rows.append(found[0])
+            candidates.append(Candidate(*found))
     return rows, candidates
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from saccade.bench import products
 from saccade.bench.peers import PEERS, QUOTED
 from saccade.bench.reads import READS, TITLE
 from saccade.bench.record import BarResult, Benchmark, Row
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BASES = {"prefill": "fp32", "decode": "bf16"}  # what the other storage types are compared with
+IN_PAIRS = ("bf16", "int8", "int4")  # prefill of these multiplies pairs of bfloat16
 COLUMNS = ("time", "rate", "of ceiling", "vs torch", "vs base", "bars")
 
 
@@ -71,9 +73,11 @@ def heading(record: Benchmark) -> list[str]:
     machine, ceilings = record.environment, record.ceilings
     target = f", kernels for {ceilings.target}" if ceilings.target else ""
     threads = f"{ceilings.threads} thread{'s' if ceilings.threads != 1 else ''}"
+    peak = ceilings.pair_peak
+    pairs = f"products of bf16 {significant(peak / 1e9)} GF/s, " if peak else ""
     return [
         f"{machine.get('cpu')}, {threads}{target}, torch {machine.get('torch')}",
-        f"Ceilings: FMA {significant(ceilings.fma_peak / 1e9)} GF/s, "
+        f"Ceilings: FMA {significant(ceilings.fma_peak / 1e9)} GF/s, {pairs}"
         f"reads {significant(ceilings.read_bandwidth / 1e9)} GB/s, by {ceilings.source}",
     ]
 
@@ -101,6 +105,8 @@ def title(row: Row) -> str:
     """The name of what computed a row."""
     if row.backend == READS:
         return TITLE
+    if row.backend == products.PRODUCT:
+        return products.TITLE
     return f"saccade {row.backend}" if row.ours else PEERS[row.backend].title
 
 
@@ -131,11 +137,13 @@ def _base(row: Row, record: Benchmark) -> Row | None:
 def _rates(row: Row, record: Benchmark) -> tuple[str, str]:
     """Rate, and the share of whichever ceiling is the nearer one for this case."""
     assert row.seconds is not None and row.flop_rate is not None and row.byte_rate is not None
-    by_fma = row.flops / record.ceilings.fma_peak / row.seconds
+    in_pairs = row.work == "prefill" and row.storage in IN_PAIRS and record.ceilings.pair_peak > 0
+    peak = record.ceilings.pair_peak if in_pairs else record.ceilings.fma_peak
+    by_fma = row.flops / peak / row.seconds
     by_reads = row.nbytes / record.ceilings.read_bandwidth / row.seconds
     is_decode = row.work == "decode"
     rate, unit = (row.byte_rate, "GB/s") if is_decode else (row.flop_rate, "GF/s")
-    limit = "FMA" if by_fma >= by_reads else "reads"
+    limit = ("bf16 products" if in_pairs else "FMA") if by_fma >= by_reads else "reads"
     return f"{significant(rate / 1e9)} {unit}", f"{100 * max(by_fma, by_reads):.0f} % {limit}"
 
 
@@ -154,11 +162,12 @@ def as_bar(bar: BarResult) -> str:
         "peak": "of FMA peak",
         "bandwidth": "of read bandwidth",
         "torch": "torch's speed",
+        "product": "of torch's bf16 matrix product",
         "time": f"time of {_last(bar.against)}",
-        "rate": f"tokens/s of {_last(bar.against)}",
+        "rate": f"speed of {_last(bar.against)}",
         "pairs": "time that pairs predict",
     }[bar.measure]
-    if bar.measure in ("peak", "bandwidth"):
+    if bar.measure in ("peak", "bandwidth", "product"):
         value = MISSING if bar.value is None else f"{100 * bar.value:.0f} %"
         return f"{mark} {value} {what} (bar {sign} {100 * bar.limit:.0f} %)"
     value = MISSING if bar.value is None else as_ratio(bar.value)

@@ -197,12 +197,17 @@ def test_the_extension_measures_where_it_is(monkeypatch):
         def read_bandwidth(threads, target):
             return 3.0
 
+        @staticmethod
+        def pair_peak(threads, target):
+            return 20.0 * threads if target == "" else 0.0
+
     monkeypatch.setattr(ceilings, "extension", lambda: Extension)
     found = ceilings.measure(2)
     assert (found.source, found.target, found.fma_peak) == ("extension", "best", 20)
+    assert found.pair_peak == 40
     monkeypatch.setenv("SACCADE_CPU_TARGET", "worst")
     found = ceilings.measure(2)
-    assert (found.target, found.fma_peak) == ("worst", 1)  # the ceiling matches the kernels
+    assert (found.target, found.fma_peak, found.pair_peak) == ("worst", 1, 0)  # the ceiling matches the kernels
 
 
 def test_decoding_uses_the_views_in_turn(monkeypatch):

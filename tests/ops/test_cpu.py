@@ -14,7 +14,7 @@ from saccade.core.kv import dense
 from saccade.ops import attend, attention, make_call
 from saccade.ops.attention.cpu import backend, binding
 from tests.support.random_inputs import normal
-from tests.support.tolerance import assert_output
+from tests.support.tolerance import assert_output, largest_error
 
 _cpu = binding.extension()
 pytestmark = pytest.mark.skipif(_cpu is None, reason="built without the C++ kernels")
@@ -38,6 +38,10 @@ def check(q, kv, exact=None, **options):
     rounding = 0 if q.dtype == torch.float32 else truth.out.abs().max() * torch.finfo(q.dtype).eps
     # The eager product may be lucky: sums over up to 576 channels in another order differ by more.
     near = 2e-5 if q.dtype == torch.float32 else 2e-4
+    # An eager run rounds dequantized keys to the type of the queries; kernels may as well.
+    near = max(
+        near, 2 * largest_error(eager.lse.nan_to_num(neginf=0), truth.lse.nan_to_num(neginf=0))
+    )
     assert_output(ours, eager, truth, 4e-6 + float(rounding), near)
 
 

@@ -1,0 +1,192 @@
+// What prefill kernels share, whatever the number format of their products: the rows of a work
+// item, which keys each of them attends to, and the walk over the tiles of keys.
+//
+// A kernel derives from PrefillRows<Kernel> and has: lay_out(arena), pack_queries(), pack_tile(),
+// process_strip<MR>(first), and each_strip(visit), which calls visit<MR>(first) for all rows.
+#pragma once
+#include "arena.h"
+#include "pack.h"
+#include "softmax.h"
+#include "split_kv.h"
+
+namespace saccade::SACCADE_TARGET {
+
+template <class Kernel>
+class PrefillRows {
+ public:
+  PrefillRows(const Problem& p, const Partials& partials) : p_(p), partials_(partials) {}
+
+  // Bytes of the memory that `run(item, memory)` lays out.
+  static int64_t workspace_bytes(const Problem& p, const WorkItem& item) {
+    const Partials none{};
+    Kernel kernel(p, none);
+    kernel.select(item);
+    Arena measure(nullptr);
+    kernel.lay_out(measure);
+    return measure.bytes();
+  }
+
+  void run(const WorkItem& item, void* memory) {
+    select(item);
+    Arena arena(memory);
+    self().lay_out(arena);
+    start_rows();
+    self().pack_queries();
+    const int64_t num_ranges =
+        visited_ranges(p_, *sequence_, item.head, item.row_begin / p_.group,
+                       (item.row_end - 1) / p_.group, ranges_);
+    const Range part = split_range(total_keys(ranges_, num_ranges), item.split, item.splits);
+    TileWalk walk(p_, *sequence_, item.head, ranges_, num_ranges, part.start,
+                  part.stop - part.start);
+    while (walk.next(tile_)) {
+      self().pack_tile();
+      apply_block_mask();
+      self().each_strip([&]<int MR>(int first) { self().template process_strip<MR>(first); });
+    }
+    write();
+  }
+
+ protected:
+  // The columns of a tile that a strip of rows computes.
+  struct Part {
+    Columns visible;  // some row attends to the first and the last of them
+    int begin, end;   // the same in full panels
+    bool full;        // every row attends to all of them
+  };
+
+  Kernel& self() { return *static_cast<Kernel*>(this); }
+
+  void select(const WorkItem& item) {
+    item_ = &item;
+    sequence_ = &p_.sequences[item.sequence];
+    num_rows_ = (int)item.num_rows();
+    o_stride_ = ceil_div(p_.value_dim, kColumns) * kColumns;
+    if (!has_blocks(p_)) return;
+    first_block_ = item.row_begin / p_.group / p_.q_block;
+    num_blocks_ = (item.row_end - 1) / p_.group / p_.q_block - first_block_ + 1;
+  }
+
+  // `strip`: rows of the largest strip, by which the last one may exceed the rows of the item.
+  void lay_out_rows(Arena& arena, int strip) {
+    padded_rows_ = num_rows_ + strip;
+    rows_ = arena.take<Row>(padded_rows_);
+    o_ = arena.take<float>(padded_rows_ * o_stride_);
+    state_.m = arena.take<float>(padded_rows_ + W);
+    state_.alpha = arena.take<float>(padded_rows_ + W);
+    state_.l = arena.take<float>(padded_rows_ * W);
+    scores_ = arena.take<float>(strip * kScoreStride);
+    ranges_ = arena.take<Range>(max_ranges(p_, *sequence_));
+    block_positions_ = arena.take<int32_t>(num_blocks_ * kTile);
+    row_positions_ = arena.take<int32_t>(strip * kTile);
+  }
+
+  void start_rows() {
+    std::memset(o_, 0, padded_rows_ * o_stride_ * sizeof(float));
+    std::memset(state_.l, 0, padded_rows_ * W * sizeof(float));
+    const bool sinks = p_.sink_logits && item_->split == 0;
+    for (int i = 0; i < padded_rows_; ++i) {  // rows past the end repeat the last one
+      const int64_t row = min(item_->row_begin + i, item_->row_end - 1);
+      rows_[i] = make_row(p_, *sequence_, item_->head, row);
+      // A learned sink is a first score without a value.
+      state_.m[i] = sinks ? p_.sink_logits[rows_[i].head] * kLog2e : -kInf;
+      if (sinks && state_.m[i] != -kInf) state_.l[i * W] = 1.f;
+    }
+  }
+
+  // Positions of the tile for each block of queries: kNoKey where it does not select the key.
+  void apply_block_mask() {
+    if (!has_blocks(p_) || num_blocks_ == 1) return;
+    for (int64_t b = 0; b < num_blocks_; ++b) {
+      for (int j = 0; j < kTile; ++j) {
+        const int32_t at = tile_.positions[j];
+        const bool selected = j < tile_.count && at != kNoKey &&
+                              block_allowed(p_, sequence_->batch, item_->head, first_block_ + b,
+                                            at / p_.k_block);
+        block_positions_[b * kTile + j] = selected ? at : kNoKey;
+      }
+    }
+  }
+
+  // The key positions of the tile for one row: kNoKey where blocks or attn_mask hide the key.
+  const int32_t* positions_of(int row, int slot) {
+    const int32_t* base = tile_.positions;
+    if (has_blocks(p_) && num_blocks_ > 1)
+      base = block_positions_ + (rows_[row].query / p_.q_block - first_block_) * kTile;
+    if (!p_.attn_mask.data) return base;
+    const ByteGrid& g = p_.attn_mask;
+    const uint8_t* mask = g.data + sequence_->batch * g.batch + rows_[row].head * g.head +
+                          rows_[row].query * g.row;
+    int32_t* out = row_positions_ + slot * kTile;
+    for (int j = 0; j < kTile; ++j) {
+      const bool real = j < tile_.count && base[j] != kNoKey;
+      out[j] = real && mask[base[j] * g.column] ? base[j] : kNoKey;
+    }
+    return out;
+  }
+
+  // What rows first .. last, in the order of positions, attend to.
+  Part part_of(int first, int last) const {
+    const Columns visible = visible_columns(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
+    const int end = (int)ceil_div(visible.end, kColumns) * kColumns;
+    const bool masked_by_row = p_.attn_mask.data || (has_blocks(p_) && num_blocks_ > 1);
+    const bool full = end <= tile_.count && !tile_.holes && !masked_by_row &&
+                      all_visible(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
+    return {visible, visible.begin / kColumns * kColumns, end, full};
+  }
+
+  // `factor`: of scores, 1 where queries were multiplied by it.
+  Scoring scoring(const Part& part, float factor) const {
+    return {!part.full, p_.alibi != nullptr, p_.softcap * kLog2e, (int32_t)p_.sinks, factor};
+  }
+
+  // o = o * alpha + P V, where a masked value may be NaN or infinite, of which even 0 times is NaN.
+  template <int MR, class WeightOf, class ValueOf>
+  void accumulate_visible(int first, Columns columns, WeightOf&& weight_of, ValueOf&& value_of) {
+    for (int i = 0; i < MR; ++i) {
+      float* o = o_ + (first + i) * o_stride_;
+      for (int64_t d = 0; d < p_.value_dim; ++d) o[d] *= state_.alpha[first + i];
+      const int32_t* positions = positions_of(first + i, i);
+      for (int j = columns.begin; j < columns.end; ++j) {
+        if (!is_visible(rows_[first + i], (int32_t)p_.sinks, positions[j])) continue;
+        const float weight = weight_of(i, j);
+        for (int64_t d = 0; d < p_.value_dim; ++d) o[d] += weight * value_of(j, d);
+      }
+    }
+  }
+
+  void write() {
+    for (int i = 0; i < num_rows_; ++i)
+      finish_row(p_, *item_, partials_, i, rows_[i], o_ + i * o_stride_, state_.m[i],
+                 hsum(load(state_.l + i * W)));
+  }
+
+  const Problem& p_;
+  const Partials& partials_;
+  const WorkItem* item_ = nullptr;
+  const Sequence* sequence_ = nullptr;
+  int num_rows_ = 0, padded_rows_ = 0;
+  int64_t o_stride_ = 0, first_block_ = 0, num_blocks_ = 1;
+  bool values_finite_ = true;
+  Row* rows_ = nullptr;
+  float *o_ = nullptr, *scores_ = nullptr;
+  Softmax state_{};
+  Range* ranges_ = nullptr;
+  int32_t *block_positions_ = nullptr, *row_positions_ = nullptr;
+  Tile tile_;
+};
+
+// Strips of kRows rows, the rest in one strip of the smallest size that holds it.
+template <class Visit>
+SACCADE_INLINE void strips_of_rows(int num_rows, Visit&& visit) {
+  int row = 0;
+  for (; row + kRows <= num_rows; row += kRows) visit.template operator()<kRows>(row);
+  const int rest = num_rows - row;
+  if (rest == 0) return;
+  if (rest > 8) return visit.template operator()<kRows>(row);
+  if (kRows > 8 && rest > 4) return visit.template operator()<8>(row);
+  if (rest > 4) return visit.template operator()<kRows>(row);
+  if (rest > 2) return visit.template operator()<4>(row);
+  visit.template operator()<2>(row);
+}
+
+}  // namespace saccade::SACCADE_TARGET
