@@ -21,6 +21,7 @@ from saccade.core.fp8 import qdata_of, scale_of
 from saccade.ops.attention import dispatch, operator
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.checks import check_kinds, check_masks, check_queries, check_traceable
+from saccade.ops.attention.first_key import from_first_key
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 
@@ -118,6 +119,7 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
         raise TypeError(
             f"call must be an AttentionCall of saccade.make_call, got {describe(call)}."
         )
+    call = from_first_key(call)
     chosen = dispatch.choose(call, backend)
     if operator.needed(call, chosen):
         result = operator.run(call, backend)
