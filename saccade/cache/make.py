@@ -16,7 +16,7 @@ from saccade.cache.ring import RingCache
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 LEAST_WINDOW = 128
-"""Narrower windows keep the dtype of the keys: most of their tokens would wait for a group anyway."""
+"""Narrower windows keep the dtype of the keys: most tokens would wait for a group anyway."""
 
 
 def make_layer_cache(
