@@ -7,8 +7,10 @@ from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.page_allocator import PageAllocator
 from saccade.cache.paged import PagedCache, PagePool
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.quantized_ring import QuantizedRing
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.sliding import SlidingCache
 from saccade.cache.states import StateCache
 from saccade.cache.step import Cursor, SteppingCache, StepView
 
@@ -21,9 +23,11 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "QuantizedCache",
+    "QuantizedRing",
     "RaggedCache",
     "RingCache",
     "ShiftKeys",
+    "SlidingCache",
     "StagingBuffers",
     "StateCache",
     "StepView",

@@ -9,11 +9,14 @@ from saccade.cache.dense import DenseCache
 from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.quantized_ring import QuantizedRing
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
+LEAST_WINDOW = 128
+"""Narrower windows keep the dtype of the keys: most tokens would wait for a group anyway."""
 
 
 def make_layer_cache(
@@ -42,10 +45,14 @@ def make_layer_cache(
         staging: for keys in host memory, the buffers on the device, shared by all layers.
         reserve: tokens to allocate for at once, when the final length is known.
     """
-    if type_k in BITS and type_v in BITS and window is None:
+    if type_k in BITS and type_v in BITS and (window is None or window >= LEAST_WINDOW):
         bits_k, bits_v, fp8 = BITS[type_k], BITS[type_v], "fp8" in (type_k, type_v)
-        return QuantizedCache(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
-    # Sliding layers of a hybrid model stay small, so they keep the model's own precision.
+        if window is None:
+            return QuantizedCache(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
+        return QuantizedRing(
+            window=window, sinks=sinks, checkpoints=checkpoints,
+            bits_k=bits_k, bits_v=bits_v, fp8=fp8,
+        )  # fmt: skip
     dtype = STORAGE.get(type_k or "")
     if window is not None:
         return RingCache(

@@ -7,10 +7,6 @@ of the chunk is written.
 
 In a captured decoding step the next slot is computed on the device.  There the positions of the
 slots are a device tensor, and the view of the ring is a RaggedKV with one page a head.
-
-Keys before the window are overwritten, so a ring alone can hardly roll back.  A checkpoint copies
-the window before a position, which is enough to go on from there: prompts with a common prefix
-read it once.
 """
 
 from __future__ import annotations
@@ -29,15 +25,17 @@ from saccade.cache.base import (
     expect_tensors,
     fits,
 )
+from saccade.cache.checkpoints import Checkpoints, missing_window
 from saccade.cache.ring_view import one_page_per_head
 from saccade.cache.sinks import SinkPlaces
+from saccade.cache.sliding import SlidingCache
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, RaggedKV, Span, Unsupported
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
-class RingCache:
+class RingCache(SlidingCache):
     """The last `window` tokens and the first `sinks`, exact under any chunking.
 
     Args:
@@ -76,8 +74,7 @@ class RingCache:
         self._seen = 0
         self._oldest = sinks  # first position that is still in the ring
         self.places = SinkPlaces(sinks, window)
-        self._max_checkpoints = checkpoints
-        self._checkpoints: dict[int, tuple[Tensor, Tensor]] = {}  # by position, ascending
+        self._checkpoints = Checkpoints[tuple[Tensor, Tensor]](checkpoints)
         self._step_view: RaggedKV | None = None
         self._synced = False  # whether the positions of `_step_view` are those of the slots
 
@@ -91,22 +88,21 @@ class RingCache:
         """Bytes of the ring, of checkpoints, and of what describes the slots to captured steps."""
         if self._k is None or self._v is None:
             return 0
-        checkpoints = sum(k.nbytes + v.nbytes for k, v in self._checkpoints.values())
         view = self._step_view
         indices = () if view is None else (view.positions, view.page_table, view.kv_lens)
         stored = self._k.nbytes + self._v.nbytes + self.places.nbytes
-        return stored + checkpoints + sum(x.nbytes for x in indices)
+        return stored + self._checkpoints.nbytes + sum(x.nbytes for x in indices)
 
     @property
     def most_checkpoints(self) -> int:
         """How many checkpoints it keeps."""
-        return self._max_checkpoints
+        return self._checkpoints.most
 
     @property
     def checkpoints_are_full(self) -> bool:
         """Whether the next checkpoint replaces one of its own size."""
-        sizes = [k.shape[2] for k, _ in self._checkpoints.values()]
-        return len(sizes) == self._max_checkpoints and min(sizes, default=0) == self._window - 1
+        sizes = [k.shape[2] for k, _ in self._checkpoints.kept.values()]
+        return len(sizes) == self._checkpoints.most and min(sizes, default=0) == self._window - 1
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
         """Store a chunk; see LayerCache."""
@@ -168,21 +164,15 @@ class RingCache:
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
             self.places.reorder(rows)
-            for at, parts in self._checkpoints.items():
+            for at, parts in self._checkpoints.kept.items():
                 k, v = (x.index_select(0, rows) for x in parts)
-                self._checkpoints[at] = k, v
+                self._checkpoints.kept[at] = k, v
 
     def checkpoint(self) -> None:
-        """Copy the window before this position, so that `truncate` can come back to it.
-
-        Where there are too many checkpoints, the one closest to its neighbours is freed.
-        """
-        if self._k is None or not self._max_checkpoints or self._seen in self._checkpoints:
-            return
-        first = max(self._sinks, self._seen - self._window + 1)
-        self._checkpoints[self._seen] = self._copy(self._spans(first, self._seen))
-        if len(self._checkpoints) > self._max_checkpoints:
-            del self._checkpoints[self._most_redundant_checkpoint()]
+        """Copy the window before this position, so that `truncate` can come back to it."""
+        if self._k is not None and self._checkpoints.wants(self._seen):
+            first = max(self._sinks, self._seen - self._window + 1)
+            self._checkpoints.add(self._seen, self._copy(self._spans(first, self._seen)))
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on.
@@ -196,26 +186,22 @@ class RingCache:
         self._synced = False
         if self._has_window_before(length):
             self._seen = length
-        elif length in self._checkpoints:
-            k, v = self._checkpoints[length]
+        elif length in self._checkpoints.kept:
+            k, v = self._checkpoints.kept[length]
             first = length - k.shape[2]
             self._write(k, v, first)
             self._oldest = first
         else:
-            raise Unsupported(
-                f"the ring cache cannot go back to position {length}: it holds positions "
-                f"{self._oldest} to {self._seen - 1} and needs the {self._window} before, and "
-                f"its checkpoints are at {list(self._checkpoints) or 'no position'}. Set "
-                "ctx_checkpoints, or reset the cache and read the prompt again."
-            )
-        self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= length}
+            kept = list(self._checkpoints.kept)
+            raise Unsupported(missing_window(self._oldest, self._seen, self._window, length, kept))
+        self._checkpoints.forget_after(length)
 
     def max_rollback(self, length: int) -> int:
         """`length` where its window is still stored, else the last checkpoint before it, or 0."""
         length = min(length, self._seen)
         if length == self._seen or self._has_window_before(length):
             return length
-        return max((at for at in self._checkpoints if at <= length), default=0)
+        return self._checkpoints.last(length)
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated.
@@ -235,7 +221,7 @@ class RingCache:
         first, moved = max(self._oldest, stop), stop - start
         k, v = self._copy(self._spans(first, self._seen))
         self._oldest = min(self._oldest, start) if self._oldest < stop else self._oldest - moved
-        self._checkpoints = {at: kv for at, kv in self._checkpoints.items() if at <= start}
+        self._checkpoints.forget_after(start)
         self._seen = start
         self._write(shift(k, -moved), v, first - moved)
 
@@ -243,7 +229,7 @@ class RingCache:
         """Remove everything; memory stays allocated, except that of checkpoints."""
         self._synced = False
         self._seen, self._oldest = 0, self._sinks
-        self._checkpoints.clear()
+        self._checkpoints.kept.clear()
         self.places.reset()
 
     def state(self) -> CacheState:
@@ -275,7 +261,7 @@ class RingCache:
         self._k = self._v = self._step_view = None
         self._synced = False
         self._seen, self._oldest = seen, oldest
-        self._checkpoints.clear()
+        self._checkpoints.kept.clear()
         if not state.tensors:
             return
         self._allocate(state.tensors["k"].to(device), state.tensors["v"].to(device))
@@ -286,11 +272,6 @@ class RingCache:
     def _has_window_before(self, length: int) -> bool:
         """Whether the window of the token at position `length` is in the ring."""
         return self._oldest <= max(self._sinks, length - self._window + 1)
-
-    def _most_redundant_checkpoint(self) -> int:
-        """The checkpoint whose two neighbours are closest together; never the newest."""
-        at = [0, *self._checkpoints]
-        return min(zip(at[2:], at, at[1:], strict=False), key=lambda x: x[0] - x[1])[2]
 
     def _allocate(self, k: Tensor, v: Tensor) -> Tensor:
         """Stored keys, of which none is there yet where the cache is new."""

@@ -18,6 +18,7 @@ from saccade.cache.dense import DenseCache
 from saccade.cache.offloaded import OffloadedCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
+from saccade.cache.quantized_ring import QuantizedRing
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
 from saccade.cache.states import StateCache
@@ -27,6 +28,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "dense": DenseCache,
     "ring": RingCache,
     "quantized": QuantizedCache,
+    "quantized ring": QuantizedRing,
     "paged": PagedCache,
     "ragged": RaggedCache,
     "offloaded": OffloadedCache,
@@ -82,11 +84,13 @@ def _counts_fit(kind: str, state: CacheState, tokens: int | None) -> bool:
     """Whether the counts of a cache can be those of one that has seen so many tokens."""
     counts, made = state.progress, cast(Mapping[str, int], state.settings)
     if tokens is None:
-        tokens = sum(counts[name] for name in ("seen", "quantized", "recent") if name in counts)
-    if kind == "quantized":
+        names = ("seen", "quantized", "recent", *(("oldest",) if "quantized" in counts else ()))
+        tokens = sum(counts.get(name, 0) for name in names)
+    if "quantized" in counts:
         whole = counts["quantized"] % made["group"] == 0
-        fits = counts["recent"] <= made["recent"] + 2 * made["group"]
-        return whole and fits and counts["quantized"] + counts["recent"] == tokens
+        fits = counts["recent"] <= made["recent"] + made["group"]
+        stored = counts["quantized"] + counts["recent"]
+        return whole and fits and counts.get("oldest", 0) + stored == tokens
     if kind == "ring":
         sinks, ring = made["sinks"], made["window"] - 1 + made["chunk"]
         oldest = max(sinks, tokens - ring)

@@ -24,15 +24,16 @@ from saccade.core.mask import KeyRange
 
 @dataclass(frozen=True, slots=True)
 class QuantizedKV:
-    """A quantized history (positions 0 .. N-1) and a full-precision recent part behind it.
+    """A quantized history of N keys and a full-precision recent part behind it.
 
     Args:
         k: of `formats.quantize_keys`, scales per channel and `k_group` tokens.
         v: of `formats.quantize_values`, scales per token.
-        recent_k, recent_v: newest keys and values `[B, Hkv, R, D]`, positions N .. N+R-1.
+        recent_k, recent_v: newest keys and values `[B, Hkv, R, D]`, behind the history.
         bits_k, bits_v: 4 or 8 (integers, or fp8 where `qdata` is float8_e4m3fn).
         k_group: tokens that share a key scale.
         hadamard: keys and values were stored after `hadamard_transform`.
+        first: position of the first key, above 0 where a window has left the keys before it.
 
     Raises:
         TypeError, ValueError: tensors that do not fit together.
@@ -46,8 +47,10 @@ class QuantizedKV:
     bits_v: int
     k_group: int
     hadamard: bool = False
+    first: int = 0
 
     def __post_init__(self) -> None:
+        integer("first", self.first, 0)
         check_storage(self.recent_k, self.recent_v, LAYOUT, 3, "batch, heads and length")
         batch, heads, _, dim = self.recent_k.shape
         value_dim, group = self.recent_v.shape[3], integer("k_group", self.k_group, 1)
@@ -78,7 +81,8 @@ class QuantizedKV:
     def shape(self) -> tuple[int, int, int, int, int]:
         """See KVView."""
         batch, heads, recent, dim = self.recent_k.shape
-        return batch, heads, self.num_quantized + recent, dim, self.recent_v.shape[3]
+        end = self.first + self.num_quantized + recent
+        return batch, heads, end, dim, self.recent_v.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,17 +96,19 @@ class QuantizedKV:
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         """See KVView."""
-        for keys in split_ranges(ranges, size):
-            quantized = KeyRange(keys.start, min(keys.stop, self.num_quantized))
+        first, history = self.first, self.num_quantized
+        within = [KeyRange(max(start - first, 0), stop - first) for start, stop in ranges]
+        for keys in split_ranges(within, size):
+            quantized = KeyRange(keys.start, min(keys.stop, history))
             if quantized.start < quantized.stop:
                 yield self._quantized_tile(quantized)
-            recent = KeyRange(max(keys.start, self.num_quantized), keys.stop)
+            recent = KeyRange(max(keys.start, history), keys.stop)
             if recent.start < recent.stop:
-                at, count = recent.start - self.num_quantized, recent.stop - recent.start
+                at, count = recent.start - history, recent.stop - recent.start
                 yield KVTile(
                     self.recent_k.narrow(2, at, count),
                     self.recent_v.narrow(2, at, count),
-                    consecutive(*recent, self.device),
+                    consecutive(first + recent.start, first + recent.stop, self.device),
                 )
 
     def _quantized_tile(self, keys: KeyRange) -> KVTile:
@@ -118,7 +124,7 @@ class QuantizedKV:
         return KVTile(
             k[:, :, keys.start - begin : keys.stop - begin],
             dequantize_values(values, bits=self.bits_v, dtype=self.dtype),
-            consecutive(*keys, self.device),
+            consecutive(self.first + keys.start, self.first + keys.stop, self.device),
         )
 
 
@@ -164,7 +170,7 @@ class GrowingKV:
     `kv_lens` of the call.
 
     Args:
-        stored: all storage, filled or not.
+        stored: all storage, filled or not, from position 0 on.
         num_quantized: int64 `[1]`, quantized keys that are filled.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from saccade.cache import RingCache, StateCache
+from saccade.cache import SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 
@@ -29,10 +29,10 @@ def check_not_cropped(model: Any, kwargs: dict[str, Any]) -> None:
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     found = next((n for n in _GUESSING if kwargs.get(n) or getattr(config, n, None)), None)
     stores = caches.stores
-    fixed = next((x for x in stores if isinstance(x, RingCache | StateCache)), None)
+    fixed = next((x for x in stores if isinstance(x, SlidingCache | StateCache)), None)
     if found is None or fixed is None:
         return
-    kept = "a window of tokens" if isinstance(fixed, RingCache) else "recurrent states"
+    kept = "a window of tokens" if isinstance(fixed, SlidingCache) else "recurrent states"
     raise Unsupported(
         f"{found} guesses tokens and takes wrong ones back, but layers of this cache keep {kept} "
         f"and cannot go back. Leave {found} out, or n_swa unset."

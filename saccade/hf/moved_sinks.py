@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from saccade.cache import RingCache, StateCache
+from saccade.cache import SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.cached_keys import key_rotations
@@ -39,7 +39,7 @@ def move_sinks(caches: SaccadeCache, run: Run, n_ctx_train: int | None) -> None:
     find = cache(partial(_rotations, run.model, run, reach))
     stores = [store for store in caches.stores if not isinstance(store, StateCache)]
     for layer, store in enumerate(stores):
-        if isinstance(store, RingCache):
+        if isinstance(store, SlidingCache):
             store.places.reach = reach
             store.places.shift = partial(_moved, find, layer)
 
@@ -49,7 +49,7 @@ def read_prompt_in_blocks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     caches, prompt = kwargs.get("past_key_values"), _prompt(args, kwargs)
     if not isinstance(caches, SaccadeCache) or prompt is None:
         return
-    rings = [store for store in caches.stores if isinstance(store, RingCache)]
+    rings = [store for store in caches.stores if isinstance(store, SlidingCache)]
     block = min((ring.places.block for ring in rings), default=None)
     config = kwargs.get("generation_config")
     given = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.cache import RingCache, ShiftKeys
+from saccade.cache import ShiftKeys, SlidingCache
 from saccade.compress import ObservedQueries
 from saccade.core import Unsupported
 from saccade.runtime.compression import ObservationWindow, compress_cache
@@ -331,7 +331,7 @@ class CachedText:
         shifts = self._shifts()
         layers = [(each, shifts(i)) for i, each in enumerate(self._cache.stores)]
         # Rings last, which can always shift: if another layer refuses, nothing has changed yet.
-        layers.sort(key=lambda item: isinstance(item[0], RingCache))
+        layers.sort(key=lambda item: isinstance(item[0], SlidingCache))
         for layer, shift in layers:
             layer.context_shift(start, stop, shift)
 

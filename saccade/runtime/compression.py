@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.cache import DenseCache, RaggedCache, RingCache, StateCache
+from saccade.cache import DenseCache, RaggedCache, SlidingCache, StateCache
 from saccade.compress import (
     POLICIES,
     LayerObservation,
@@ -116,7 +116,7 @@ def compress_cache(
     """
     policy = POLICIES[policy_name]()
     for i, layer in enumerate(cache.stores):
-        if isinstance(layer, RingCache | StateCache):
+        if isinstance(layer, SlidingCache | StateCache):
             continue
         if isinstance(layer, RaggedCache):
             _keep_by_head(layer, policy, budget, window.of(i))

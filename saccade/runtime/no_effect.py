@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from saccade.cache import RingCache, StagingBuffers
+from saccade.cache import SlidingCache, StagingBuffers
 from saccade.compress import resolve_budget
 from saccade.core import DenseKV
 from saccade.rope import DynamicNTK, Linear, NTKAware, Rule, Unscaled, YaRN, inverse_frequencies
@@ -89,7 +89,7 @@ def _made(own: int | None, params: ContextParams, dtype: torch.dtype) -> Hashabl
     cache = layer_cache(own, params, staging=staging)
     settings = {**cache.state().settings}
     settings["dtype"] = settings.get("dtype") or str(dtype).removeprefix("torch.")
-    checkpoints = cache.most_checkpoints if isinstance(cache, RingCache) else 0
+    checkpoints = cache.most_checkpoints if isinstance(cache, SlidingCache) else 0
     return type(cache), tuple(sorted(settings.items())), checkpoints
 
 
@@ -195,7 +195,7 @@ def _covers(pattern: Pattern, length: int) -> bool:
 def _policy(case: _Case) -> str | None:
     """Of kv_policy and kv_budget, which go together; rings are never compressed."""
     made = (layer_cache(own, case.params) for own in case.windows)
-    if all(isinstance(cache, RingCache) for cache in made):
+    if all(isinstance(cache, SlidingCache) for cache in made):
         return "every layer keeps only a window, which no policy makes smaller"
     budget = case.params.kv_budget
     assert budget is not None

@@ -2,15 +2,15 @@
 
 Dense and ring caches run themselves on meta tensors, which have shapes and no memory; equal appends
 that allocate nothing are run as one.  Pages and the groups of a quantized cache are counted instead
-of stored, by the rules that the caches themselves grow by: quantizing without memory would load
-half of PyTorch's compiler, which takes longer than the rest of a plan.
+of stored, by the rules that the caches themselves grow by.  (On a GPU, captured steps hold a little
+more: a quantized cache then has room for STEPPING_ROOM more tokens, so that it seldom moves.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from typing import Any, Protocol
+from collections.abc import Iterable
+from math import gcd
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from saccade.cache import (
     OffloadedCache,
     PagedCache,
     QuantizedCache,
+    QuantizedRing,
     RaggedCache,
     RingCache,
 )
 from saccade.cache.page_allocator import grown_pages
+from saccade.cache.quantized_groups import grown_groups
+from saccade.cache.recent_tokens import room_for, stored_dtype
 from saccade.compress import resolve_budget
 from saccade.core import BadInput
 from saccade.runtime.compression import DECODE_ROOM
@@ -63,6 +66,8 @@ def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
         pool, pages = cache.pool, cache.pool.allocator
         page_bytes = pool.nbytes // pages.num_pages
         return CountedPages(1, pages.page_size, page_bytes, per_head=0)
+    if isinstance(cache, QuantizedRing):
+        return MetaRing(cache, facts)
     if isinstance(cache, QuantizedCache):
         return CountedGroups(cache, facts)
     return MetaCache(cache, facts)
@@ -180,70 +185,93 @@ class CountedPages:
 class CountedGroups:
     """A quantized cache of which only the numbers of tokens are kept.
 
-    Its bytes are those of a real one that has quantized nothing, and of what it adds at a time.
+    Its bytes are those of a real one with one token and of what each slot and group adds.
     """
 
     def __init__(self, cache: QuantizedCache, facts: ModelFacts) -> None:
-        settings: Mapping[str, Any] = cache.state().settings
-        reserved = cache.reserved
-        self._group, self._least = int(settings["group"]), int(settings["recent"])
-        self._slots, self._step = self._least + 2 * self._group, cache.growth_step
-        self._quantized = self._recent = 0
-        self._capacity, self._reserved = 0, -(-reserved // self._step) * self._step
+        fmt = cache.fmt
+        self._fmt, self._least, self._most = fmt, cache.least_recent, cache.recent.most
+        self._room = fmt.whole(cache.reserved - self._least)
+        self._casts = stored_dtype(facts.dtype) != facts.dtype
+        self._quantized = self._recent = self._capacity = self._slots = 0
         widths = facts.head_dim, facts.value_dim or facts.head_dim
-        self._empty, self._grown = _sizes_of(
-            tuple(settings.items()), (facts.num_kv_heads, *widths), facts.dtype,
-            self._slots + self._group,
-        )  # fmt: skip
+        scales = fmt.group * widths[1] // fmt.value_group(widths[1]), widths[0]
+        qdata = fmt.group * (widths[0] * fmt.bits_k + widths[1] * fmt.bits_v) // 8
+        self._group_bytes = facts.num_kv_heads * (qdata + 4 * sum(scales))
+        dtype = stored_dtype(facts.dtype)
+        self._slot_bytes = facts.num_kv_heads * sum(widths) * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         """See PlannedCache."""
-        if not self._quantized + self._recent:
-            return 0
-        return self._empty + self._capacity // self._step * self._grown
+        groups = self._capacity // self._fmt.group
+        return groups * self._group_bytes + self._slots * self._slot_bytes
 
     def run(self, size: int, count: int) -> None:
-        """See PlannedCache; what is quantized follows from the tokens before the last append."""
-        for joined in (size * (count - 1), size):
-            if joined:
-                self._append(joined)
+        """See PlannedCache; single tokens are counted group by group, all but the last."""
+        group = self._fmt.group
+        if size == 1 and count > 4 * group:
+            self.run(1, 2 * group)  # from here on every group's tokens leave as many waiting
+            groups = (count - 4 * group) // group
+            for _ in range(groups):
+                self._quantize(group)
+                self._recent += group
+            count -= 2 * group + groups * group
+        for _ in range(count):
+            self._append(size)
 
     def compress(self, budget: int | float) -> PlannedCache:
         """Nothing: a quantized cache takes no policy."""
         return self
 
     def _append(self, size: int) -> None:
-        self._quantize(self._recent - self._least)
-        self._recent += size
-        if self._recent > self._slots:
+        if self._recent - self._least >= self._fmt.group:
             self._quantize(self._recent - self._least)
-        if self._quantized > self._capacity:
-            needed = -(-self._quantized // self._step) * self._step
-            self._capacity = max(needed, self._reserved)
+            self._slots = room_for(self._recent, self._most)
+        self._recent += size
+        if self._recent > self._most or (size > 1 and self._casts):
+            self._quantize(self._recent - self._least)
+            self._slots = room_for(self._recent, self._most)
+        elif self._recent > self._slots:
+            self._slots = room_for(self._recent, self._most)
 
     def _quantize(self, ready: int) -> None:
-        moved = max(0, ready) // self._group * self._group
+        moved = self._fmt.whole(ready)
         self._quantized, self._recent = self._quantized + moved, self._recent - moved
+        if self._quantized > self._capacity:
+            have, group = self._capacity, self._fmt.group
+            self._capacity = grown_groups(have, self._quantized, group, self._room)
 
 
-@lru_cache(maxsize=64)
-def _sizes_of(
-    made: tuple[tuple[str, Any], ...], heads: tuple[int, int, int], dtype: torch.dtype, enough: int
-) -> tuple[int, int]:
-    """Bytes of a cache with one token, and what it has more once it has quantized a first group."""
-    settings = dict(made)
-    cache = QuantizedCache(
-        bits_k=settings["bits_k"], bits_v=settings["bits_v"], group=settings["group"],
-        recent=settings["recent"], hadamard=settings["hadamard"], fp8=settings["fp8"],
-    )  # fmt: skip
-    sizes: list[int] = []
-    with torch.device("cpu"):
-        for tokens in (1, enough):
-            k, v = (torch.ones(1, heads[0], tokens, width, dtype=dtype) for width in heads[1:])
-            cache.append(k, v)
-            sizes.append(cache.nbytes)
-    return sizes[0], sizes[1] - sizes[0]
+class MetaRing:
+    """A quantized ring on meta tensors, which stays as it is once its window is full."""
+
+    def __init__(self, cache: QuantizedRing, facts: ModelFacts) -> None:
+        self._cache, self._facts = cache, facts
+
+    @property
+    def nbytes(self) -> int:
+        """See PlannedCache."""
+        return self._cache.nbytes
+
+    def run(self, size: int, count: int) -> None:
+        """See PlannedCache; appends that come back to the same numbers of tokens are left out."""
+        cache = self._cache
+        period = cache.fmt.group // gcd(cache.fmt.group, size)  # appends that fill whole groups
+        filled = -(-(cache.window + 2 * cache.fmt.group) // size)
+        made = filled + cache.most_checkpoints * period
+        if size > 1 and cache.most_checkpoints:
+            made = max(made, MOST_STEPS)
+        if count > made + period:
+            count = made + (count - made) % period
+        for _ in range(count):
+            cache.append(*new_keys(self._facts, size, torch.device("meta")))
+            if size > 1:
+                cache.checkpoint()
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """Nothing: a ring takes no policy."""
+        return self
 
 
 def new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saccade.cache import LayerCache, RingCache, StateCache, SteppingCache
+from saccade.cache import LayerCache, SlidingCache, StateCache, SteppingCache
 
 
 def checkpoint(layers: Sequence[LayerCache]) -> None:
     """Make a checkpoint in every ring and every recurrent layer that keeps any."""
     for layer in layers:
-        if isinstance(layer, RingCache | StateCache):
+        if isinstance(layer, SlidingCache | StateCache):
             layer.checkpoint()
 
 
 def queries_alike(layers: Sequence[LayerCache], most: int) -> int:
     """How many of the next tokens, up to `most`, see the sinks of every ring at one place."""
-    rings = (layer for layer in layers if isinstance(layer, RingCache))
+    rings = (layer for layer in layers if isinstance(layer, SlidingCache))
     return min((ring.places.alike(ring.seen, most) for ring in rings), default=most)
 
 

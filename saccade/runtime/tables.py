@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 
-from saccade.cache import RingCache
+from saccade.cache import SlidingCache
 from saccade.core import Unsupported
 from saccade.runtime.model import Model, ModelCache
 
@@ -45,7 +45,7 @@ _SLOW = (
 
 def _check_not_compressed(cache: ModelCache, length: int) -> None:
     for layer in cache.stores:
-        if not isinstance(layer, RingCache) and layer.max_rollback(1) == 0:
+        if not isinstance(layer, SlidingCache) and layer.max_rollback(1) == 0:
             raise Unsupported(
                 f"at {length} tokens the rotary tables of this model change, and a compressed "
                 f"cache cannot be read again: it holds {cache.seen} tokens under the tables before."

@@ -10,6 +10,7 @@ from saccade.cache import (
     OffloadedCache,
     PagedCache,
     QuantizedCache,
+    QuantizedRing,
     RaggedCache,
     RingCache,
     StagingBuffers,
@@ -120,9 +121,19 @@ def test_truncate_is_exact_or_refused(name, back):
     assert torch.allclose(ours, whole[:, :, rest], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*EXACT, "int8"])
+CLOSE = {
+    "int8": (QuantizedCache, Mask()),
+    "int8 ring": (lambda: QuantizedRing(window=50), Mask(window=50)),
+    "int4 ring with sinks": (
+        lambda: QuantizedRing(window=50, sinks=3, bits_k=4, bits_v=4),
+        Mask(window=50, sinks=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*EXACT, *CLOSE])
 def test_a_restored_state_continues_as_the_original(name):
-    make, mask = EXACT.get(name, (QuantizedCache, Mask()))
+    make, mask = (EXACT | CLOSE)[name]
     cache, (q, k, v) = make(), qkv(200)
     run(cache, mask, q[:, :, :150], k[:, :, :150], v[:, :, :150], [4] * 38)
     state, copy = cache.state(), make()
@@ -257,21 +268,38 @@ class TestQuantized:
         exact = attention(q, k, v, backend="reference")
         assert (ours - exact).norm() / exact.norm() < bound
 
-    def test_recent_tokens_are_exact(self):
+    @pytest.mark.parametrize(("chunks", "bound"), [([60], 1e-5), ([1] * 60, 2e-3)])
+    def test_tokens_are_exact_in_their_chunk_and_then_wait_in_16_bits(self, chunks, bound):
         q, k, v = qkv(60, dim=64)
         cache = QuantizedCache(bits_k=4, bits_v=4)
-        ours = run(cache, Mask(), q, k, v, [60])
-        assert torch.allclose(ours, attention(q, k, v), atol=1e-5)
+        ours = run(cache, Mask(), q, k, v, chunks)
+        assert torch.allclose(ours, attention(q, k, v), atol=bound)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_waiting_tokens_keep_a_16_bit_type_and_float32_becomes_float16(self, dtype):
+        _, k, v = (x.to(dtype) for x in qkv(20, dim=64))
+        cache = QuantizedCache(hadamard=False)
+        cache.append(k, v)
+        kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        assert torch.equal(cache.recent.filled[0], k.to(kept))
+
+    def test_a_float32_token_beyond_float16_is_refused(self):
+        _, k, v = qkv(2, dim=64)
+        cache = QuantizedCache(hadamard=False)
+        cache.append(k[:, :, :1], v[:, :, :1])
+        with pytest.raises(ValueError, match="between 6.1e-05 and 65504.* got 1e"):
+            cache.append(k[:, :, 1:] * 0 + 1e5, v[:, :, 1:])
+        assert cache.seen == 1
 
     def test_bytes(self):
         _, k, v = qkv(64 * 33, dim=64)
-        cache = QuantizedCache(reserve=64 * 32)
+        cache = QuantizedCache(reserve=64 * 33)
         cache.append(k, v)
         cache.append(k[:, :, :1], v[:, :, :1])
         rows = 2 * 2
         qdata = 2 * rows * 2048 * 64
         scales = 2 * rows * 2 * (2048 // 64 * 64 + 2048)
-        recent = 2 * rows * (64 + 128) * 64 * 4
+        recent = 2 * rows * 72 * 64 * 2  # 65 tokens of two bytes a number
         assert cache.nbytes == qdata + scales + recent
 
     def test_reorder_and_truncate(self):
@@ -296,7 +324,7 @@ class TestQuantized:
         rest = (x[:, :, length:] for x in (q, k, v))
         ours = run(cache, Mask(), *rest, [30] * 10)
         exact = attention(q, k, v)[:, :, length:]
-        assert (ours - exact).norm() / exact.norm() < {8: 0.008, 4: 0.12}[bits]
+        assert (ours - exact).norm() / exact.norm() < {8: 0.008, 4: 0.14}[bits]
 
     @pytest.mark.parametrize("kind", [{}, {"bits_k": 4, "bits_v": 4}, {"fp8": True}])
     def test_context_shift_moves_and_rotates_later_keys(self, kind):
@@ -309,13 +337,13 @@ class TestQuantized:
         assert ours.seen == plain.seen == 260
         recent = ours.append(*(x[:, :, 400:] for x in (k, v)))
         exact = plain.append(*(x[:, :, 400:] for x in (k, v)))
-        step = {"bits_k": 0.12, "fp8": 0.05}.get(next(iter(kind), ""), 0.01)
+        step = {"bits_k": 0.16, "fp8": 0.05}.get(next(iter(kind), ""), 0.01)
         out, expected = (
             attend(make_call(q[:, :, 400:], view, mask=Mask())).out for view in (recent, exact)
         )
         assert (out - expected).norm() / expected.norm() < step
         assert torch.allclose(
-            hadamard_transform(recent.recent_k)[:, :, -80:], exact.k[:, :, -80:], atol=1e-5
+            hadamard_transform(recent.recent_k)[:, :, -20:], exact.k[:, :, -20:], atol=1e-5
         )
 
     def test_errors(self):
@@ -335,6 +363,9 @@ def test_make():
     assert isinstance(make_layer_cache(type_k="int8", type_v="int4"), QuantizedCache)
     assert make_layer_cache(type_k="fp8", type_v="fp8").state().settings["fp8"] is True
     assert isinstance(make_layer_cache(window=8, type_k="int8", type_v="int8"), RingCache)
+    ring = make_layer_cache(window=128, sinks=3, checkpoints=2, type_k="int8", type_v="int4")
+    assert isinstance(ring, QuantizedRing) and ring.most_checkpoints == 2
+    assert ring.state().settings.items() >= {"window": 128, "sinks": 3, "bits_v": 4}.items()
     cache = make_layer_cache(type_k="bf16", type_v="bf16")
     _, k, v = qkv()
     assert cache.append(k, v).dtype == torch.bfloat16

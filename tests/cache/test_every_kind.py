@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.cache import DenseCache, QuantizedCache, RaggedCache, RingCache
+from saccade.cache import DenseCache, QuantizedCache, QuantizedRing, RaggedCache, RingCache
 from saccade.core import Mask
 from saccade.ops import attend, attention, make_call
 from tests.cache.test_contract import EXACT, qkv, run
@@ -36,6 +36,10 @@ KINDS = {
     "int8": QuantizedCache,
     "int4": lambda: QuantizedCache(bits_k=4, bits_v=4, group=16, recent=8),
     "fp8": lambda: QuantizedCache(fp8=True, group=16, recent=8),
+    "int8 ring": lambda: QuantizedRing(window=20, group=8, recent=2),
+    "int4 ring": lambda: QuantizedRing(
+        window=20, sinks=3, group=8, recent=2, bits_k=4, bits_v=4, checkpoints=2
+    ),
     "compressed dense": compressed_dense,
     "compressed ragged": compressed_ragged,
     "ring with checkpoints": ring_with_checkpoints,
@@ -78,10 +82,13 @@ def test_nbytes_are_those_of_all_tensors_of_the_cache(kind, chunks):
     assert cache.nbytes == sum(storages(cache, {}).values())
 
 
-@pytest.mark.parametrize("kind", [*EXACT, "int8", "int4", "fp8"])
+WINDOWS = {"int8 ring": Mask(window=20), "int4 ring": Mask(window=20, sinks=3)}
+
+
+@pytest.mark.parametrize("kind", [*EXACT, "int8", "int4", "fp8", *WINDOWS])
 def test_a_padded_batch_equals_single_rows(kind):
     """Left padding of another length in each row; the padded slots hold large values."""
-    _, mask = EXACT.get(kind, (None, Mask()))
+    mask = EXACT[kind][1] if kind in EXACT else WINDOWS.get(kind, Mask())
     mask = Mask(window=mask.window)  # sinks would be slots of padding: `attach` refuses that
     q, k, v = qkv(dim=32)
     pads = torch.tensor([11, 0])
@@ -100,7 +107,7 @@ def test_a_padded_batch_equals_single_rows(kind):
         alone = (x[row : row + 1, :, pad:] for x in (q, k, v))
         expected = attention(*alone, window=mask.window, backend="reference")
         error = (ours[row : row + 1, :, pad:] - expected).abs().max()
-        bound = {"int8": 0.05, "int4": 0.5, "fp8": 0.3}.get(kind, 1e-5)
+        bound = {"int8": 0.05, "int4": 0.5, "fp8": 0.3}.get(kind.removesuffix(" ring"), 1e-5)
         assert error < bound
 
 
@@ -109,7 +116,7 @@ def test_append_after_reorder(kind):
     """Rows are the selected ones, also where their number changes."""
     if "compressed" in kind or "checkpoints" in kind:
         pytest.skip("holds tokens from the start")
-    _, mask = EXACT.get(kind, (None, Mask()))
+    mask = EXACT[kind][1] if kind in EXACT else WINDOWS.get(kind, Mask())
     data = qkv()
     straight, picked = KINDS[kind](), KINDS[kind]()
     for cache in (straight, picked):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.cache import Cursor, DenseCache, QuantizedCache, RingCache
+from saccade.cache import Cursor, DenseCache, QuantizedCache, QuantizedRing, RingCache
 
 CACHES = {
     "dense": DenseCache,
     "ring": lambda: RingCache(window=12, sinks=2, chunk=4),
     "int8": lambda: QuantizedCache(group=4, recent=4, hadamard=False),
+    "int8 ring": lambda: QuantizedRing(window=8, group=4, recent=4, hadamard=False),
 }
 
 
@@ -39,7 +40,7 @@ def step(cache):
 CHANGES = {
     "steps": lambda cache: [step(cache) for _ in range(9)],
     "a chunk": lambda cache: cache.append(tokens(70), tokens(70)),
-    "a rollback": lambda cache: cache.truncate(cache.seen - 2),
+    "a rollback": lambda cache: cache.truncate(cache.max_rollback(cache.seen - 2) or cache.seen),
     "a reset": lambda cache: (cache.reset(), cache.append(tokens(5), tokens(5))),
     "other rows": lambda cache: cache.reorder(torch.tensor([0])),
     "a restored session": lambda cache: cache.restore(cache.state(), torch.device("cpu")),

@@ -49,7 +49,7 @@ def test_rollback_to_a_checkpoint_is_exact(name, every):
     for part in cuts([every], 50):
         run(cache, mask, *(x[:, :, cache.seen : cache.seen + part] for x in data), [part])
         cache.checkpoint()
-    positions = list(cache._checkpoints)
+    positions = list(cache._checkpoints.kept)
     assert positions[-1] == 50 and len(positions) == min(8, -(-50 // every))
     for at in reversed(positions):
         assert cache.max_rollback(at) == at
@@ -65,7 +65,7 @@ def test_checkpoints_take_a_window_each_and_are_thinned_out():
         cache.append(*(x[:, :, at : at + 4] for x in data[1:]))
         cache.checkpoint()
         sizes.append(cache.nbytes)
-        kept.append(list(cache._checkpoints))
+        kept.append(list(cache._checkpoints.kept))
     ring, slot = 12, 2 * 2 * 2 * 16 * 4
     assert sizes[0] == (ring + 4) * slot and sizes[2] == (ring + 4 + 8 + 8) * slot
     assert sizes[-1] == (ring + 3 * 8) * slot

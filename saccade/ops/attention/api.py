@@ -27,6 +27,7 @@ from saccade.core.fp8 import qdata_of, scale_of
 from saccade.ops.attention import dispatch, known, operator
 from saccade.ops.attention.call import AttentionCall, known_again
 from saccade.ops.attention.checks import check_kinds, check_masks, check_traceable
+from saccade.ops.attention.first_key import from_first_key
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
 
@@ -132,6 +133,7 @@ def attend(call: AttentionCall, *, backend: str = "auto") -> AttentionOutput:
         raise TypeError(
             f"call must be an AttentionCall of saccade.make_call, got {describe(call)}."
         )
+    call = from_first_key(call)
     chosen = dispatch.remembered(call, backend)
     if chosen is None:
         if call.kv.hadamard and not dispatch.transforms(call, backend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.core import QuantizedKV
+from saccade.core import KeyRange, QuantizedKV
 from saccade.core.formats import FP8, QuantizedTensor, quantize_keys, quantize_values
 from saccade.ops.gpu.support import converts_fp8, has_triton
 
@@ -50,7 +50,7 @@ def dequantize_range(kv: QuantizedKV, start: int, stop: int) -> tuple[Tensor, Te
     """Quantized keys and values start .. stop-1 in full precision, `[B, Hkv, n, D]` each.
 
     Args:
-        start, stop: multiples of `kv.k_group` below `kv.num_quantized`.
+        start, stop: multiples of `kv.k_group` up to `kv.num_quantized`, from the first key on.
     """
     groups = slice(start // kv.k_group, stop // kv.k_group)
     k = QuantizedTensor(kv.k.qdata[:, :, start:stop], *(x[:, :, groups] for x in kv.k[1:]))
@@ -68,7 +68,8 @@ def dequantize_range(kv: QuantizedKV, start: int, stop: int) -> tuple[Tensor, Te
                 v, like, kv.shape[4], bits=kv.bits_v, tokens=1, channels=value_group
             ),
         )
-    tile = next(iter(kv.tiles(((start, stop),), stop - start)))  # type: ignore[arg-type]
+    within = KeyRange(kv.first + start, kv.first + stop)
+    tile = next(iter(kv.tiles((within,), stop - start)))
     return tile.k, tile.v
 
 
