@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 DEMO := $(VENV)/.demo-ready
 READY := $(VENV)/.saccade-ready
 
-.PHONY: demo compare test test-oldest lint docs clean sanitize
+.PHONY: demo compare test test-oldest lint docs clean sanitize neon
 
 # Python compiles what it imports: compiling all that is installed would take longer than the demo's imports.
 $(DEMO): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
@@ -56,6 +56,7 @@ test: lint $(VENV)/.triton-ready
 	@echo "== Tests"
 	$(BIN)/python -m pytest -n 2
 	$(MAKE) --no-print-directory test-oldest
+	$(MAKE) --no-print-directory neon
 	@if command -v g++ >/dev/null; then $(MAKE) --no-print-directory sanitize; \
 	else echo "== No g++: the C++ kernels were neither built nor sanitised"; fi
 
@@ -79,6 +80,11 @@ test-oldest: $(OLDEST)/.saccade-ready
 sanitize: $(READY)
 	@echo "== C++ kernels under sanitizers (some minutes of compilation the first time)"
 	VENV=$(VENV) scripts/sanitize.sh address
+
+# The kernels of another processor family, cross-compiled and run in an emulator.
+neon:
+	@echo "== C++ kernels on NEON, emulated (a minute of compilation the first time)"
+	@scripts/neon.sh
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build out .pytest_cache .ruff_cache .hypothesis

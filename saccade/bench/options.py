@@ -79,7 +79,7 @@ def _measured(options: Options, on_progress: OnProgress) -> Benchmark:
         if name != "auto":
             dispatch.load(name)  # raises for an unknown name before minutes are spent
     cases = selected(CASES, words=options.cases, quick=options.quick)
-    with _threads(options.threads):
+    with threads_set(options.threads):
         return run(
             cases,
             backends=options.backends,
@@ -90,7 +90,7 @@ def _measured(options: Options, on_progress: OnProgress) -> Benchmark:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_set(count: int | None) -> Iterator[None]:
     """Torch's number of threads, which the kernels follow too, inside the `with`."""
     import torch
 

@@ -1,4 +1,4 @@
-"""What `saccade bench tune` does with its options."""
+"""What `saccade bench tune` does with its options on a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 DIMS = (64, 128, 256)
 KERNELS = tuple(tune_work.SHAPES)
 NO_GPU = (
-    "saccade bench tune needs an NVIDIA GPU, Ampere or newer, and torch finds none here. "
-    "Run it on the machine whose GPU the table is for; saccade doctor says what was found."
+    "launches are measured on an NVIDIA GPU, Ampere or newer, and torch finds none here. "
+    "Run saccade bench tune on the machine whose GPU the table is for (saccade doctor says what "
+    "was found), or with --device cpu for rules of this CPU."
 )
 
 

@@ -17,7 +17,9 @@ CPU_EXAMPLES = """examples:
   saccade bench cpu --record record.json --roofline roofline.png
 """
 TUNE_EXAMPLES = """examples:
-  saccade bench tune --out tuning.json          # all kernels, ten minutes
+  saccade bench tune                            # on a CPU: rules that auto uses from then on
+  saccade bench tune --device cpu --out r.json  # rules into a file: export SACCADE_RULES=r.json
+  saccade bench tune --out tuning.json          # on a GPU: all kernels, ten minutes
   saccade bench tune --quick --kernels forward decode --dims 128
   SACCADE_TUNING=tuning.json python train.py    # use the table
 """
@@ -50,22 +52,30 @@ Record = Annotated[
 Listed = Annotated[bool, typer.Option("--list", help="name the cases and their work")]
 Kernels = Annotated[Any, typer.Option(
     "--kernels", metavar="NAME...", parser=list_of(kernel),
-    help="which kernels, such as forward and decode (default: all)",
+    help="GPU: which kernels, such as forward and decode (default: all)",
 )]  # fmt: skip
 Dims = Annotated[Any, typer.Option(
     "--dims", metavar="D...", parser=list_of(whole_number(16, 512)),
-    help="head dimensions; a row serves those up to it (default: 64 128 256)",
+    help="head dimensions (default: CPU 64 128, GPU 64 128 256)",
 )]  # fmt: skip
 Out = Annotated[str | None, typer.Option(
     "--out", metavar="FILE", parser=file_name,
-    help="the table (default: tuning-ARCHITECTURE.json here); rows that it already holds are "
-    "kept, so a run that was stopped goes on",
+    help="CPU: the rules (default: the user's cache folder, where auto finds them); GPU: the "
+    "table (default: tuning-ARCHITECTURE.json here), whose rows are kept, so a stopped run goes on",
+)]  # fmt: skip
+TuneDevice = Annotated[Any, typer.Option(
+    "--device", metavar="DEVICE", parser=one_of("auto", "cpu", "cuda"),
+    help="auto (a GPU where there is one), cpu or cuda",
+)]  # fmt: skip
+Series = Annotated[Any, typer.Option(
+    "--cases", metavar="WORD,...", parser=list_of(str),
+    help='CPU: only calls with one of the words in their name, such as "prompt" or "bfloat16"',
 )]  # fmt: skip
 Again = Annotated[bool, typer.Option(
-    "--again", help="measure rows that the file already holds"
+    "--again", help="GPU: measure rows that the file already holds"
 )]  # fmt: skip
 
-app = typer.Typer(help="How fast attention is here, and the fastest GPU launches.")
+app = typer.Typer(help="How fast attention is here, and what is fastest on this machine.")
 
 
 class SeveralWords(TyperCommand):
@@ -123,22 +133,52 @@ def cpu(
 
 @app.command("tune", cls=SeveralWords, epilog=f"\b\n{TUNE_EXAMPLES}")
 def tune(
+    device: TuneDevice = "auto",
     kernels: Kernels = None,
     dims: Dims = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="shorter problems and four candidates a row")
+        bool, typer.Option("--quick", help="fewer lengths or candidates, fewer samples")
     ] = False,
     out: Out = None,
     again: Again = False,
+    cases: Series = None,
+    threads: Threads = None,
+    json: Annotated[
+        str | None, file_option("--json", "CPU: store the figures in a record of their own")
+    ] = None,
 ) -> int:
-    """Find the fastest launch of each GPU kernel, and write a table."""
-    check_outputs({"--out": out})
+    """Measure what is fastest here: kernel launches of a GPU, backends of a CPU."""
+    check_outputs({"--out": out, "--json": json})
+    need("rich", purpose="the table of saccade bench")
+    import torch
+
+    if device == "cuda" or (device == "auto" and (kernels or torch.cuda.is_available())):
+        _only("a CPU", {"--cases": cases, "--threads": threads, "--json": json})
+        return _tune_gpu(kernels, dims, quick=quick, out=out, again=again)
+    _only("a GPU", {"--kernels": kernels, "--again": again})
+    from saccade.bench import rule_options as rules
+
+    if cases and not out:
+        raise UsageError("--cases measures a part of the rules: name a file for them with --out.")
+    chosen = rules.Options(
+        dims=dims or rules.DIMS, quick=quick, cases=cases or (), threads=threads, out=out, json=json
+    )
+    return rules.execute(chosen)
+
+
+def _tune_gpu(kernels: Any, dims: Any, *, quick: bool, out: str | None, again: bool) -> int:
     from saccade.bench import tune_options as tuning
 
     bench = tuning.on_gpu()  # says in a sentence where there is none
-    need("rich", purpose="the table of saccade bench")
     chosen = tuning.Options(
         kernels=kernels or tuning.KERNELS, dims=dims or tuning.DIMS, quick=quick, out=out,
         again=again,
     )  # fmt: skip
     return tuning.execute(chosen, bench)
+
+
+def _only(where: str, given: dict[str, Any]) -> None:
+    """Refuse options that mean nothing on the device that is measured."""
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name} is an option of {where}: leave it out, or choose --device.")

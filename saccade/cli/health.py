@@ -49,7 +49,16 @@ def checks() -> list[Check]:
     found = [_python(), _torch()]
     if found[-1].status == "broken":
         return found
-    found += [_cpu(), _memory(), *_gpu(), _device(), _triton(), *_launches(), _transformers()]
+    found += [
+        _cpu(),
+        _memory(),
+        *_gpu(),
+        _device(),
+        _triton(),
+        *_launches(),
+        _rules(),
+        _transformers(),
+    ]
     found += [_package(name, purpose) for name, purpose in _OPTIONAL.items()]
     found.append(_demo_model())
     return found
@@ -187,6 +196,32 @@ def _launches() -> list[Check]:
         advice = "There is no GPU here to use them." if here is None else advice
         found.append(Check("launches", "missing" if unused else "ok", said, advice))
     return found
+
+
+def _rules() -> Check:
+    """Which measured rules `auto` follows on this CPU: the user's and the package's."""
+    from saccade.core.hardware import processor_family
+    from saccade.ops.tuning import rules as tuning
+
+    family = processor_family()
+    try:
+        user = tuning.user_file(family)
+    except BadInput as error:
+        return Check("rules", "missing", str(error), f"It is ignored; {tuning.REMEDY}")
+    files = {"yours": user, "the package": tuning.package_file(family)}
+    said = [
+        f"{len(file.rules)} of {whose} (measured {str(file.measured.get('date'))[:10]} on "
+        f"{file.measured.get('environment', {}).get('cpu')})"
+        for whose, file in files.items()
+        if file is not None
+    ]
+    if not said:
+        advice = "Run: saccade bench tune (some minutes), so that auto takes what is fastest here."
+        return Check("rules", "ok", f"{family}: none for these processors", advice)
+    torch = user.measured.get("environment", {}).get("torch") if user else None
+    old = user is not None and torch != environment.version("torch")
+    advice = f"Yours are of torch {torch}: run saccade bench tune again." if old else ""
+    return Check("rules", "ok", f"{family}: {', '.join(said)}", advice)
 
 
 def _transformers() -> Check:

@@ -1,7 +1,7 @@
 """Which backend computes a call: a named one never falls back, `auto` takes the first that can.
 
-`auto` tries what a measured rule puts first on this GPU (rules.py), then AUTO_ORDER.  This is the
-only place where that is decided; the chosen backend runs its own kernels and no other's.
+`auto` tries what a measured rule puts first on this machine (rules.py), then AUTO_ORDER.  This is
+the only place where that is decided; the chosen backend runs its own kernels and no other's.
 
 Adding a backend is one module with `refusal(call)` and `run(call)` and one line in BACKENDS; with
 `forward` and `backward` it is differentiable too.  A backend's module is imported here, so it
@@ -49,12 +49,17 @@ class Backend(Protocol):
 
 
 @runtime_checkable
-class Differentiable(Protocol):
-    """What a backend offers whose gradients are kernels of its own, over plain dense keys."""
+class Forward(Protocol):
+    """What a backend offers that can run inside the operator, over plain dense keys."""
 
     def forward(self, call: AttentionCall) -> AttentionOutput:
-        """Output and lse of a call, both always filled."""
+        """Output and lse of a call, both always filled and contiguous."""
         ...
+
+
+@runtime_checkable
+class Differentiable(Forward, Protocol):
+    """What a backend offers besides whose gradients are kernels of its own."""
 
     def backward(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor
@@ -171,14 +176,22 @@ def transforms(call: AttentionCall, name: str) -> bool:
 
 def differentiable(call: AttentionCall, name: str) -> Differentiable:
     """The backend for a call inside an operator; "auto" means the first that has gradients."""
-    chosen = load(_auto(call, tuple(_DIFFERENTIABLE)) if name == "auto" else name)
+    chosen = load(_auto(call, _DIFFERENTIABLE) if name == "auto" else name)
     assert isinstance(chosen, Differentiable), "the call was checked before it became an operator"
     return chosen
 
 
-_DIFFERENTIABLE = [
-    name for name, backend in BACKENDS.items() if isinstance(backend, Differentiable)
-]
+def forward(call: AttentionCall, name: str) -> AttentionOutput:
+    """Output and lse of a call inside an operator; without gradients "auto" means any backend."""
+    if name == "auto" and not call.needs_grad:
+        chosen = load(_auto(call, _FORWARD))
+        assert isinstance(chosen, Forward), "_FORWARD lists those that have it"
+        return chosen.forward(call)
+    return differentiable(call, name).forward(call)
+
+
+_FORWARD = tuple(name for name, backend in BACKENDS.items() if isinstance(backend, Forward))
+_DIFFERENTIABLE = tuple(n for n in _FORWARD if isinstance(BACKENDS[n], Differentiable))
 
 
 def _named(call: AttentionCall, name: str) -> str:
@@ -192,7 +205,8 @@ def _named(call: AttentionCall, name: str) -> str:
 
 
 def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
-    rule = preferred(call)
+    deciding = not torch.compiler.is_compiling() and rules.may_decide(call)
+    rule = preferred(call) if deciding else None
     for name in _order(rule):
         taken = name in among and not _passed_over(name, rule)
         if taken and refusal(call, name) is None:
@@ -202,7 +216,7 @@ def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
 
 def preferred(call: AttentionCall) -> rules.Rule | None:
     """The first rule that fits the call; inside torch.compile none, which would add guards."""
-    if call.q.device.type == "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     found = rules.rules_for(call.q.device)
     for rule in found.fitting(rules.facts_of(call)) if found.rules else ():
@@ -213,7 +227,7 @@ def preferred(call: AttentionCall) -> rules.Rule | None:
 
 def _order(rule: rules.Rule | None) -> tuple[str, ...]:
     """Backends in the order in which `auto` tries them."""
-    first = () if rule is None else rule.order
+    first = () if rule is None else tuple(name for name in rule.order if name in AUTO_ORDER)
     return (*first, *(name for name in AUTO_ORDER if name not in first))
 
 
@@ -248,4 +262,4 @@ def _chosen(name: str, rule: rules.Rule | None) -> str:
     """The verdict for the backend that `auto` takes, with the measurement where one decided."""
     if rule is None or name not in rule.order:
         return "chosen"
-    return f"chosen: {rule.why} ({rule.source})"
+    return f"chosen: {rule.why} ({rule.cited})"

@@ -110,7 +110,7 @@ def _call_of(flat: tuple[Any, ...]) -> AttentionCall:
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:
     call = _call_of(flat)
-    return tuple(dispatch.differentiable(call, flat[-1]).forward(call))  # type: ignore[return-value]
+    return tuple(dispatch.forward(call, flat[-1]))  # type: ignore[return-value]
 
 
 def _backward(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor, *flat: Any) -> Any:

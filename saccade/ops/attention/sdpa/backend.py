@@ -94,6 +94,12 @@ def run(call: AttentionCall) -> AttentionOutput:
     return result if call.sink_logits is None else with_sink_logits(result, call.sink_logits)
 
 
+def forward(call: AttentionCall) -> AttentionOutput:
+    """`run` inside the operator, whose results are contiguous."""
+    out, lse = run(call)
+    return AttentionOutput(out.contiguous(), lse.contiguous())
+
+
 def _of_first_order(call: AttentionCall) -> AttentionCall:
     """The call whose gradients say that PyTorch's kernels have no second derivative."""
     kv = call.kv
