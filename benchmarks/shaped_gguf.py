@@ -33,6 +33,7 @@ TOKENIZER_KEYS = {"model", "pre", "add_bos_token", "add_space_prefix", "bos_toke
                   "eos_token_id", "unknown_token_id", "padding_token_id"}  # fmt: skip
 UNUSED = 5  # the kind of a token that stands for no text
 ROWS = 16384  # rows of a matrix that are drawn at once
+EMBEDDED = 0.02  # spread of embeddings, which branches soon drown, so that no token repeats itself
 CONFIDENCE = 3.0  # spread of the logits
 
 
@@ -84,9 +85,9 @@ def matrices(shape: Shape) -> Iterator[tuple[str, tuple[int, int], float]]:
     """(name, [out, in], spread of its numbers) of every matrix, in a file's order."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     deep = (2 * shape.layers) ** -0.5  # what each of the branches adds to the residual stream
-    yield "token_embd", (shape.vocabulary, shape.hidden), CONFIDENCE * shape.hidden**-0.5
+    yield "token_embd", (shape.vocabulary, shape.hidden), EMBEDDED
     if not shape.tied:
-        yield "output", (shape.vocabulary, shape.hidden), CONFIDENCE * shape.hidden**-0.5
+        yield "output", (shape.vocabulary, shape.hidden), EMBEDDED
     for layer in range(shape.layers):
         for name, out, width, scale in (
             ("attn_q", queries, shape.hidden, 1.0),
@@ -101,8 +102,8 @@ def matrices(shape: Shape) -> Iterator[tuple[str, tuple[int, int], float]]:
 
 
 def vectors(shape: Shape) -> Iterator[tuple[str, int, float]]:
-    """(name, length, mean) of norms (mean 1) and biases (mean 0)."""
-    yield "output_norm.weight", shape.hidden, 1.0
+    """(name, length, mean) of norms (mean 1, but for the last) and biases (mean 0)."""
+    yield "output_norm.weight", shape.hidden, CONFIDENCE / (EMBEDDED * shape.hidden**0.5)
     gemma = shape.architecture == "gemma3"
     names = ["attn_norm", "ffn_norm", *(["post_attention_norm", "post_ffw_norm"] * gemma)]
     for layer in range(shape.layers):
@@ -181,7 +182,7 @@ def _add_tokens(writer: gguf.GGUFWriter, size: int, source: GGUFFile) -> None:
     tokens = keys["tokens"]
     if len(tokens) > size:
         raise SystemExit(
-            f"the tokenizer has {len(tokens):,} tokens, the shape {size:,}: expected one with fewer."
+            f"the tokenizer has {len(tokens):,} tokens, the shape {size:,}: expected fewer."
         )
     missing = size - len(tokens)
     writer.add_token_list([*tokens, *(f"<|unused_{i}|>".encode() for i in range(missing))])
