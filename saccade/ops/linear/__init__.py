@@ -5,7 +5,18 @@ W[n, k] = q[n, k] * scale[n, g] + minimum[n, g], g = k // group.  The blocks of 
 are held exactly, but for scales and minima that are rounded to float16.
 """
 
+from saccade.ops.linear.blocks import packed_blocks, quantized
 from saccade.ops.linear.packed import PackedWeight, pack
-from saccade.ops.linear.products import dequantize, linear, rows
+from saccade.ops.linear.products import dequantize, gated, linear, linears, rows
 
-__all__ = ["PackedWeight", "dequantize", "linear", "pack", "rows"]
+__all__ = [
+    "PackedWeight",
+    "dequantize",
+    "gated",
+    "linear",
+    "linears",
+    "pack",
+    "packed_blocks",
+    "quantized",
+    "rows",
+]

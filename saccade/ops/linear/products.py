@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,26 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Sums are float32; x may be rounded to bfloat16 first.
     """
     return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def linears(
+    x: Tensor, weights: Sequence[PackedWeight], biases: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """`linear` of several weights with the same input, threads woken once (q, k and v)."""
+    pairs = zip(weights, biases or [None] * len(weights), strict=True)
+    return [linear(x, weight, bias) for weight, bias in pairs]
+
+
+def gated(x: Tensor, gate: PackedWeight, up: PackedWeight, activation: str) -> Tensor:
+    """activation(gate x) * up x -> `[.., out]`: the first half of a gated MLP.
+
+    Args:
+        activation: "silu", or "gelu_tanh" (the approximation by tanh).
+    """
+    first, second = linears(x, [gate, up])
+    if activation == "silu":
+        return torch.nn.functional.silu(first) * second
+    return torch.nn.functional.gelu(first, approximate="tanh") * second
 
 
 def rows(weight: PackedWeight, index: Tensor, dtype: torch.dtype) -> Tensor:
