@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from saccade.core import BadInput
 from saccade.hf.facts import facts_of
+from saccade.hf.gguf import describe
+from saccade.hf.gguf.tensors import source_of
 from saccade.hf.layers import text_config
 from saccade.hf.load import LoadedModel, read_config
 from saccade.hf.model import HFModel
+from saccade.runtime.located import located
 from saccade.runtime.model import Model, ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan import Plan, make_plan
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.runtime.weights import Matrix, grouped
 
+_KINDS: Final = {torch.bfloat16: "BF16", torch.float16: "F16"}
 Source = str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel | LoadedModel | Model
 
 
@@ -63,13 +71,34 @@ def blueprint(
         Unsupported: layers that saccade's caches do not serve.
     """
     config, name, n_ctx_train = read_config(source)
-    own = gguf_dtype if str(source).endswith(".gguf") else _dtype_of(config)
-    return _blueprint_of(config, name, n_ctx_train, dtype or own)
+    path = located(source)
+    if path.is_dir():
+        return _blueprint_of(config, name, n_ctx_train, dtype or _dtype_of(config))
+    return _blueprint_of(config, name, n_ctx_train, dtype or gguf_dtype, _kinds_in(path))
+
+
+def _kinds_in(path: Path) -> Callable[[str], str]:
+    """Parameter -> the kind of its tensor in a GGUF file; "F32" for one made of several."""
+    described = describe(path)
+    tensors = described.facts.file.tensors
+
+    def kind_of(parameter: str) -> str:
+        found = source_of(parameter, described.row.sources, described.config)
+        names = [one for name in (found[0] if found else ()) for one in name.split("|")]
+        kinds = [tensors[name].kind for name in names if name in tensors]
+        return kinds[0] if len(kinds) == 1 else "F32"
+
+    return kind_of
 
 
 def _blueprint_of(
-    config: PreTrainedConfig, name: str, n_ctx_train: int | None, dtype: torch.dtype
+    config: PreTrainedConfig,
+    name: str,
+    n_ctx_train: int | None,
+    dtype: torch.dtype,
+    kinds: Callable[[str], str] | None = None,
 ) -> Blueprint:
+    """The blueprint; `kinds` says what the file has of a parameter."""
     facts = facts_of(config, name=name, n_ctx_train=n_ctx_train, dtype=dtype)
     model = _without_memory(config, dtype)
     if model is None:
@@ -81,13 +110,32 @@ def _blueprint_of(
     experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts")
     used = _first(text, "num_experts_per_tok") if experts else None
     inner = _first(text, *(["moe_intermediate_size"] if experts else []), "intermediate_size")
+    own = _KINDS.get(_dtype_of(config), "F32")
+    kinds = kinds or (lambda _: own)
     every = sum(each.numel() for part, each in model.named_parameters() if ".experts." in part)
     return Blueprint(
         facts=facts, weights=sum(weight.numel() for weight in model.parameters()),
         hidden=text.hidden_size, inner=(inner or 4 * text.hidden_size) * (used or 1),
         idle=every * (experts - used) // experts if experts and used else 0,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
+        matrices=grouped(_matrices(model, kinds)),
     )  # fmt: skip
+
+
+def _matrices(model: PreTrainedModel, kinds: Callable[[str], str]) -> Iterator[Matrix]:
+    """Linear layers and the embedding of tokens; what is tied is one matrix."""
+    embedding: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding.weight
+    for name, module in model.named_modules():
+        looked_up = module is embedding
+        if (tied and module is output) or not (looked_up or type(module) in (nn.Linear, Conv1D)):
+            continue
+        weight: torch.Tensor = module.get_parameter("weight")
+        rows, width = weight.T.shape if type(module) is Conv1D else weight.shape
+        is_head = module is output or (looked_up and tied)
+        kind = kinds(f"{name}.weight")
+        yield Matrix(kind, rows, width, is_head=is_head, is_read=not looked_up)
 
 
 def _first(config: Any, *names: str) -> int | None:
