@@ -57,6 +57,8 @@ EXACT = "saccade, weights f32"
 CONTEXTS = (512, 4096, 16384)
 SCORED, KL_CONTEXT = 512, 1024
 QUICK_ROWS = ("saccade", "llama.cpp")
+KEPT = ("weights", "weights_bytes", "version", "failed")
+"""What a row of KL keeps of what a process said."""
 
 
 def engine_of(row: str) -> str:
@@ -110,24 +112,24 @@ def divergences(
     scored = min(SCORED, len(ids) // 2)
     with tempfile.TemporaryDirectory() as folder:
 
-        def predictions(row: str) -> Any:
+        def predictions(row: str) -> dict[str, Any]:
             out = str(Path(folder) / "logits.npy")
             request = job_of(row, model, ids, arguments.threads)
             found = run(request | {"job": "logits", "scored": scored, "out": out},
                         arguments.peer_python)  # fmt: skip
-            if "failed" in found:
-                return found
-            return torch.from_numpy(np.load(out)).log_softmax(-1)
+            if "failed" not in found:
+                found["predictions"] = torch.from_numpy(np.load(out)).log_softmax(-1)
+            return found
 
         exact = predictions(EXACT)
         for row in rows:
-            found = exact if isinstance(exact, dict) else predictions(row)
+            found = exact if "failed" in exact else predictions(row)
             facts = {"name": row, "model": model.stem, "tokens": len(ids), "scored": scored}
-            if isinstance(found, dict):
-                yield facts | found
-                continue
-            each = divergence(found, exact)
-            yield facts | {"kl": each.kl, "kl_se": each.kl_se, "same_top": each.same_top}
+            facts |= {key: found[key] for key in KEPT if key in found}
+            if "predictions" in found:
+                each = divergence(found["predictions"], exact["predictions"])
+                facts |= {"kl": each.kl, "kl_se": each.kl_se, "same_top": each.same_top}
+            yield facts
 
 
 def tokens_of(model: Path, count: int) -> list[int]:

@@ -47,15 +47,13 @@ DType = Annotated[
     ),
 ]
 WEIGHTS = ("file", "int8", "int4", "bf16", "f32")
-Weights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        metavar="|".join(WEIGHTS),
-        parser=one_of(*WEIGHTS),
-        help="how weights lie in memory: as in the file (default), rounded to 8 or 4 bits, plain",
-    ),
-]
+WEIGHTS_OPTION: Any = typer.Option(
+    "--weights",
+    metavar="|".join(WEIGHTS),
+    parser=one_of(*WEIGHTS),
+    help="how weights lie in memory: as in the file (default), rounded to 8 or 4 bits, plain",
+)
+Weights = Annotated[str, WEIGHTS_OPTION]
 NPredict = Annotated[
     Any,
     typer.Option(

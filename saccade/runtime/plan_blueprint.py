@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from saccade.runtime.model import ModelFacts
-from saccade.runtime.weights import Matrix, Stored, stored_as
+from saccade.runtime.weights import Matrix, Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Blueprint:
         idle: weights of experts that one token does not use.
         matrices: of linear layers and embeddings; empty where they are not known one by one, and
             then all weights are plain numbers.
-        held: how they lie in memory: one of `runtime.weights.WEIGHTS`.
+        held: how they lie in memory, see `runtime.weights.held_as`.
     """
 
     facts: ModelFacts
@@ -35,7 +35,7 @@ class Blueprint:
     tied: bool
     idle: int = 0
     matrices: tuple[Matrix, ...] = ()
-    held: str = "file"
+    held: str = "plain"
 
     @property
     def weights_bytes(self) -> int:
@@ -45,13 +45,14 @@ class Blueprint:
         packed = sum(each.n_bytes(self.held, dtype) for each in self.matrices)
         return packed + plain * dtype.itemsize
 
-    def holding(self, weights: str) -> Blueprint:
-        """The same model with its weights held another way."""
-        return replace(self, held=weights)
+    def holding(self, held: str, dtype: torch.dtype | None = None) -> Blueprint:
+        """The same model with its weights held another way, in the same dtype or another one."""
+        facts = replace(self.facts, dtype=dtype or self.facts.dtype)
+        return replace(self, facts=facts, held=held)
 
     def stored(self, matrix: Matrix) -> Stored:
         """How a matrix lies in memory."""
-        return stored_as(matrix.kind, matrix.width, self.held, self.facts.dtype)
+        return matrix.stored(self.held, self.facts.dtype)
 
     def kinds(self) -> list[str]:
         """What the weights are, the most frequent first: names of the file, or of the choice."""

@@ -13,10 +13,7 @@ from typing import Final
 
 import torch
 
-WEIGHTS: Final = ("file", "int8", "int4", "bf16", "f32")
-"""As the file has them, rounded to 8 or 4 bits, or plain numbers."""
-PLAIN: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "f32": torch.float32}
-"""Choices that leave plain numbers."""
+_PLAIN: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "f32": torch.float32}
 ROWS_TOGETHER: Final = 16
 """Rows of a packed matrix that lie together; the last ones are filled up."""
 
@@ -50,28 +47,44 @@ BLOCKS: Final[Mapping[str, Form]] = {
 }
 """Kinds of GGUF's blocks that have a packed form."""
 ROUNDED: Final[Mapping[str, Form]] = {"int8": Form(8, 32, False), "int4": Form(4, 32, True)}
-
-
-HALVES: Final[Mapping[str, torch.dtype]] = {"F16": torch.float16, "BF16": torch.bfloat16}
-"""Kinds of two bytes, which stay what they are under activations of four."""
 Stored = Form | torch.dtype
+"""How a matrix lies in memory."""
 
 
-def stored_as(kind: str, width: int, weights: str, dtype: torch.dtype) -> Stored:
+def held_as(
+    weights: str, dtype: torch.dtype | None, device: str, *, is_folder: bool
+) -> tuple[str, torch.dtype | None]:
+    """(what `stored_as` takes, dtype of activations; None: the folder's) under a choice of weights.
+
+    Args:
+        weights: "file", "int8", "int4", "bf16" or "f32", as `load_model` takes it.
+        dtype: what was asked for; device: "cpu" or "cuda".
+    """
+    if weights in _PLAIN:
+        return "plain", dtype or _PLAIN[weights]
+    own = torch.float32 if device == "cpu" else torch.bfloat16
+    if weights == "file" and (is_folder or device != "cpu"):
+        return "plain", dtype or (None if is_folder else own)
+    return weights, dtype or own
+
+
+def stored_as(kind: str, width: int, held: str, dtype: torch.dtype, *, outer: bool) -> Stored:
     """How a matrix of a linear layer or an embedding lies in memory: packed, or as plain numbers.
 
     Args:
-        kind: of the file: one of GGML's, or of a dtype, "BF16".
+        kind: GGML's name for what the file holds.
         width: numbers of a row; rows that are not whole groups are not packed.
-        weights: one of WEIGHTS.
+        held: "plain", "file" (a GGUF's own blocks), "int8" or "int4".
         dtype: of activations.
+        outer: whether it is the embedding or the output matrix, which get 8 bits at least.
     """
-    if weights in PLAIN:
-        return PLAIN[weights]
-    form = BLOCKS.get(kind) if weights == "file" else ROUNDED[weights]
+    if held == "plain":
+        return dtype
+    form = BLOCKS.get(kind) if held == "file" else ROUNDED["int8" if outer else held]
     if form is not None and width % form.group == 0:
         return form
-    return HALVES.get(kind, dtype) if weights == "file" else dtype
+    halved = held == "file" and dtype == torch.float32 and kind not in ("F32", "F64")
+    return (torch.bfloat16 if kind == "BF16" else torch.float16) if halved else dtype
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -95,9 +108,14 @@ class Matrix:
         """Numbers in all of them."""
         return self.count * self.rows * self.width
 
-    def n_bytes(self, weights: str, dtype: torch.dtype) -> int:
-        """Bytes of all of them in memory; plain ones are of `dtype`."""
-        stored = stored_as(self.kind, self.width, weights, dtype)
+    def stored(self, held: str, dtype: torch.dtype) -> Stored:
+        """How each of them lies in memory; see `stored_as`."""
+        outer = self.is_head or not self.is_read
+        return stored_as(self.kind, self.width, held, dtype, outer=outer)
+
+    def n_bytes(self, held: str, dtype: torch.dtype) -> int:
+        """Bytes of all of them in memory."""
+        stored = self.stored(held, dtype)
         if isinstance(stored, torch.dtype):
             return self.numbers * stored.itemsize
         return self.count * stored.n_bytes(self.rows, self.width)
