@@ -108,14 +108,11 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
 
 
 def weights_said(blueprint: Blueprint) -> str:
-    """What the weights are, and how far that moves outputs."""
-    from saccade.advice.recommend import quality_of_weights
-
+    """What the weights are in memory."""
     kinds = ", ".join(blueprint.kinds()) or str(blueprint.facts.dtype).removeprefix("torch.")
     if blueprint.held == "plain":
         return kinds
-    as_in = " as in the file" if blueprint.held == "file" else ", rounded when they are loaded"
-    return f"{kinds}{as_in}: {quality_of_weights(blueprint.held)}"
+    return f"{kinds}{' as in the file' if blueprint.held == 'file' else ', rounded by loading'}"
 
 
 def _nothing(advice: Advice) -> Iterator[str]:
