@@ -14,6 +14,9 @@
 //     tiles, key_ranges    which keys are read, and where they lie
 //     rows, softmax        masks and the online softmax of a row
 //     simd_*               vector operations of a target; intmath, arena
+//   linear_binding       products with packed weights: linear_arguments, check_linear, and for each
+//                        target linear_kernels.cpp: linear_products (inputs, block), linear_rows,
+//                        linear_pack (blocks)
 //   pool, workspace      threads, and the memory that they keep for the kernels
 //   machine, ceilings    FMA rate and read bandwidth of the machine
 #include <nanobind/nanobind.h>
@@ -28,6 +31,7 @@
 #include "call_shape.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "linear_binding.h"
 #include "machine.h"
 #include "workspace.h"
 
@@ -135,4 +139,5 @@ NB_MODULE(_cpu, m) {
   m.def("read_through", &saccade::read_through, nb::arg("memory"), nb::arg("threads"),
         nb::arg("target") = "");
   m.def("exp2", &saccade::exp2, nb::arg("x"), nb::arg("target") = "");
+  saccade::bind_linear(m);
 }

@@ -4,6 +4,8 @@
 
 namespace saccade {
 
+struct LinearKernels;  // linear.h
+
 struct Kernels {
   const char* name;
   void (*attend)(const Problem&);
@@ -13,6 +15,7 @@ struct Kernels {
   float (*fma_chains)(int64_t steps);
   float (*read_all)(const float* p, int64_t n);
   void (*exp2)(const float* x, float* y, int64_t n);  // the kernels' own, for its error bound
+  const LinearKernels* linear;
 };
 
 // Targets this machine can run, best first; ends with nullptr.

@@ -9,8 +9,10 @@
 
 namespace saccade::SACCADE_TARGET {
 
+extern const LinearKernels linear_kernels;  // linear_kernels.cpp
 extern const Kernels kernels;
 const Kernels kernels = {SACCADE_STRING(SACCADE_TARGET), attend,   workspace_bytes, attend_backward,
-                         fma_flops,                      fma_chains, read_all,      exp2_row};
+                         fma_flops,                      fma_chains, read_all,      exp2_row,
+                         &linear_kernels};
 
 }  // namespace saccade::SACCADE_TARGET

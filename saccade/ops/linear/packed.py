@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCK_ROWS = 16
+# A row's eight columns of 4 bits lie in 32 bits, so that columns 2 j and 2 j + 1 are at the same
+# place of the two halves: the bytes hold these columns, low nibble first.
+_NIBBLES = (0, 4, 1, 5), (2, 6, 3, 7)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
@@ -16,8 +21,8 @@ class PackedWeight:
         shape: (out, in).
         bits: 4 (q from 0 to 15, or from -8 to 7 where there is no minimum) or 8 (from -128 to 127).
         group: numbers of a row that share a scale: 16 or 32.
-        qdata: uint8, in the order that the kernels read.
-        scale: float16, in the order that the kernels read.
+        qdata: uint8 `[blocks of 16 rows, .., 64]`, in the order that csrc/linear.h describes.
+        scale: float16 `[blocks, groups, 16]`.
         minimum: as scale; None where every minimum is 0.
     """
 
@@ -31,8 +36,34 @@ class PackedWeight:
     @property
     def n_bytes(self) -> int:
         """Memory that it takes."""
-        parts = [self.qdata, self.scale] + ([] if self.minimum is None else [self.minimum])
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Its tensors."""
+        return [self.qdata, self.scale] + ([] if self.minimum is None else [self.minimum])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.qdata.device
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight on a device."""
+        if self.device == torch.device(device):
+            return self
+        low = None if self.minimum is None else self.minimum.to(device)
+        qdata, scale = self.qdata.to(device), self.scale.to(device)
+        return PackedWeight(self.shape, self.bits, self.group, qdata, scale, low)
+
+
+def empty(out: int, width: int, *, bits: int, group: int, with_minimum: bool) -> PackedWeight:
+    """A packed weight that is to be filled."""
+    blocks, groups = -(-out // BLOCK_ROWS), width // group
+    qdata = torch.empty(blocks, width * bits // 32, 64, dtype=torch.uint8)
+    scale = torch.empty(blocks, groups, BLOCK_ROWS, dtype=torch.float16)
+    low = torch.empty_like(scale) if with_minimum else None
+    return PackedWeight((out, width), bits, group, qdata, scale, low)
 
 
 def pack(q: Tensor, scale: Tensor, minimum: Tensor | None, *, bits: int) -> PackedWeight:
@@ -42,7 +73,54 @@ def pack(q: Tensor, scale: Tensor, minimum: Tensor | None, *, bits: int) -> Pack
         q: uint8 from 0 to 15 for 4 bits (q - 8 is meant where minimum is None), int8 for 8.
     """
     out, width = q.shape
-    group = width // scale.shape[1]
-    qdata = q[:, ::2] | (q[:, 1::2] << 4) if bits == 4 else q.view(torch.uint8)
-    low = None if minimum is None else minimum.half()
-    return PackedWeight((out, width), bits, group, qdata.contiguous(), scale.half(), low)
+    group = width // scale.shape[1] if scale.shape[1] else 32
+    if bits not in (4, 8) or group not in (16, 32) or scale.shape != (out, width // group):
+        raise ValueError(
+            f"pack needs 4 or 8 bits and a scale of every 16 or 32 numbers of a row, got {bits} "
+            f"bits, numbers {list(q.shape)} and scales {list(scale.shape)}."
+        )
+    qdata = _bytes_in_order(_blocks_of_rows(q.view(torch.uint8)), bits)
+    low = None if minimum is None else _columns_first(minimum.half())
+    return PackedWeight((out, width), bits, group, qdata, _columns_first(scale.half()), low)
+
+
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q `[out, in]` as float32 with its centre taken off, scale and minimum `[out, groups]`."""
+    out, width = weight.shape
+    blocks = weight.qdata.shape[0]
+    if weight.bits == 8:
+        q = weight.qdata.view(torch.int8).view(blocks, width, BLOCK_ROWS).transpose(1, 2)
+    else:
+        data = weight.qdata.view(blocks, width // 8, BLOCK_ROWS, 4)
+        nibbles = torch.cat((data & 15, data >> 4), -1)
+        columns = torch.tensor((*_NIBBLES[0], *_NIBBLES[1]), device=weight.device).argsort()
+        q = nibbles.index_select(-1, columns).transpose(1, 2)
+    q = q.reshape(-1, width)[:out].float()
+    if weight.bits == 4 and weight.minimum is None:
+        q = q - 8
+    low = None if weight.minimum is None else _rows_first(weight.minimum)[:out]
+    return q, _rows_first(weight.scale)[:out], low
+
+
+def _blocks_of_rows(x: Tensor) -> Tensor:
+    """`[out, n]` -> `[blocks, 16, n]`, zeros at the end."""
+    missing = -x.shape[0] % BLOCK_ROWS
+    padded = torch.cat((x, x.new_zeros(missing, x.shape[1]))) if missing else x
+    return padded.view(-1, BLOCK_ROWS, x.shape[1])
+
+
+def _bytes_in_order(q: Tensor, bits: int) -> Tensor:
+    blocks, _, width = q.shape
+    if bits == 8:
+        return q.transpose(1, 2).reshape(blocks, width // 4, 64)
+    eight = q.view(blocks, BLOCK_ROWS, width // 8, 8)
+    low, high = (eight[..., list(columns)] for columns in _NIBBLES)
+    return (low | high << 4).transpose(1, 2).reshape(blocks, width // 8, 64)
+
+
+def _columns_first(x: Tensor) -> Tensor:
+    return _blocks_of_rows(x).transpose(1, 2).contiguous()
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(-1, x.shape[1])

@@ -1,33 +1,152 @@
 """Products with packed weights against the same matrix in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from saccade.ops.linear import dequantize, linear, pack, rows
+from saccade.ops.attention.cpu.binding import extension
+from saccade.ops.linear import dequantize, forward, gated, linear, linears, rows
+from tests.ops.linear.weights import FORMS, random_weight
+
+KERNELS = extension()
+TARGETS = [] if KERNELS is None else list(KERNELS.targets())
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPSILON = {torch.float32: 2**-16, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-@pytest.mark.parametrize("bits,group", [(4, 32), (8, 32), (8, 16)])
-@pytest.mark.parametrize("with_minimum", [False, True])
-def test_packed_weight_gives_its_numbers_back(bits: int, group: int, with_minimum: bool):
+@pytest.fixture(params=[*TARGETS, "torch"])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each set of kernels that this machine can run, and PyTorch without them."""
+    if request.param == "torch":
+        monkeypatch.setattr("saccade.ops.linear.native.BUILT", False)
+    else:
+        for module in ("native", "forward"):
+            monkeypatch.setattr(f"saccade.ops.linear.{module}.target", lambda: request.param)
+    forward.product_dtype.cache_clear()
+    yield request.param
+    forward.product_dtype.cache_clear()
+
+
+def check_product(out: torch.Tensor, x: torch.Tensor, exact: torch.Tensor, bias=None) -> None:
+    """Few rows: x is taken up to 2^-17.  Many rows: x, weight and sum may be bfloat16."""
+    wide = x.double().reshape(-1, x.shape[-1])
+    expected = wide @ exact.T + (0 if bias is None else bias.double())
+    # Rounding errors of the terms add up like a random walk; six times that never happens.
+    walk = (wide.square() @ exact.square().T).sqrt()
+    few = len(wide) <= forward.FEW_ROWS
+    share = 2**-15 if few else 2**-7
+    if x.dtype == torch.float16 and not few:
+        share = max(share, EPSILON[x.dtype] * 2)
+    rounding = EPSILON[x.dtype] if few else max(EPSILON[x.dtype], 2**-8)
+    error = (out.double().reshape(expected.shape) - expected).abs()
+    assert (error <= 6 * share * walk + rounding * expected.abs() * 1.01 + 1e-6).all()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("out", "width"), [(48, 96), (37, 32), (1, 64), (16, 160)])
+def test_weights_give_their_numbers_back(target: str, form, out: int, width: int):
+    weight, exact = random_weight(out, width, form)
+    for dtype in DTYPES:
+        found = dequantize(weight, dtype)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact.to(dtype), rtol=EPSILON[dtype], atol=2e-5)
+        index = torch.tensor([[out - 1, 0], [out // 2, 0]])
+        assert torch.equal(rows(weight, index, dtype), found[index])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_match_float64(target: str, form, dtype: torch.dtype):
     torch.manual_seed(0)
-    low, high, dtype = (0, 16, torch.uint8) if bits == 4 else (-128, 128, torch.int8)
-    q = torch.randint(low, high, (48, 96)).to(dtype)
-    scale = torch.rand(48, 96 // group).half()
-    minimum = torch.rand(48, 96 // group).half() if with_minimum else None
-    centre = 8 if bits == 4 and not with_minimum else 0
-    exact = (q.double() - centre).view(48, -1, group) * scale.double().unsqueeze(-1)
-    if minimum is not None:
-        exact = exact + minimum.double().unsqueeze(-1)
-    exact = exact.view(48, 96)
-    weight = pack(q, scale, minimum, bits=bits)
+    for out, width, n in [(48, 96, 1), (37, 160, 7), (5, 32, 13), (70, 64, 45)]:
+        weight, exact = random_weight(out, width, form)
+        x = torch.randn(n, width).to(dtype)
+        bias = torch.randn(out).to(dtype)
+        check_product(linear(x, weight), x, exact)
+        check_product(linear(x, weight, bias), x, exact, bias)
+
+
+def test_bfloat16_inputs_are_exact_but_for_the_sums(target: str):
+    """Powers of two in a float32 x are kept whatever their size, as bfloat16 keeps them."""
+    weight, exact = random_weight(32, 64, (4, 32, True))
+    x = torch.zeros(1, 64)
+    x[0, 3], x[0, 40] = 2.0**20, 2.0**-10
     torch.testing.assert_close(
-        dequantize(weight, torch.float32).double(), exact, rtol=1e-6, atol=1e-6
+        linear(x, weight)[0].double(), exact[:, 3] * 2**20, rtol=1e-5, atol=1
     )
-    index = torch.tensor([[3, 0], [47, 3]])
+    x[0, 3] = 0
     torch.testing.assert_close(
-        rows(weight, index, torch.float32).double(), exact[index], rtol=1e-6, atol=1e-6
+        linear(x, weight)[0].double(), exact[:, 40] * 2**-10, rtol=1e-6, atol=1e-9
     )
-    x = torch.randn(2, 5, 96)
-    torch.testing.assert_close(
-        linear(x, weight).double(), x.double() @ exact.T, rtol=1e-2, atol=0.5
+
+
+@pytest.mark.parametrize("n", [1, 3, 40])
+def test_several_weights_share_their_input(target: str, n: int):
+    x = torch.randn(n, 64)
+    pairs = [
+        random_weight(out, 64, form, out) for out, form in zip((48, 5, 17), FORMS, strict=False)
+    ]
+    bias = torch.randn(5)
+    outs = linears(x, [weight for weight, _ in pairs], [None, bias, None])
+    for out, (_, exact), added in zip(outs, pairs, [None, bias, None], strict=True):
+        check_product(out, x, exact, added)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("n", [1, 6, 40])
+def test_gated_products_match_their_formula(target: str, activation: str, n: int):
+    (gate, exact_gate), (up, exact_up) = (random_weight(37, 64, FORMS[1], s) for s in (1, 2))
+    x = torch.randn(n, 64) / 20
+    first, second = x.double() @ exact_gate.T, x.double() @ exact_up.T
+    if activation == "silu":
+        expected = first / (1 + (-first).exp()) * second
+    else:
+        expected = first * 0.5 * (1 + (0.7978845608028654 * (first + 0.044715 * first**3)).tanh())
+        expected = expected * second
+    close = {"rtol": 2e-4, "atol": 2e-3} if n <= forward.FEW_ROWS else {"rtol": 0.05, "atol": 0.8}
+    torch.testing.assert_close(gated(x, gate, up, activation).double(), expected, **close)
+
+
+def test_any_leading_shape_and_stride(target: str):
+    weight, exact = random_weight(20, 64, FORMS[0])
+    x = torch.randn(3, 2, 2, 64)
+    assert linear(x, weight).shape == (3, 2, 2, 20)
+    check_product(linear(x, weight), x, exact)
+    turned = torch.randn(64, 5).T
+    check_product(linear(turned, weight), turned, exact)
+    every_other = torch.randn(6, 128)[::2, ::2]
+    check_product(linear(every_other, weight), every_other, exact)
+    part = torch.randn(4, 100)[:, 3:67]
+    check_product(linear(part, weight), part, exact)
+    assert linear(x[0, 0, 0], weight).shape == (20,)
+    assert linear(x[:0], weight).shape == (0, 2, 2, 20)
+    assert rows(weight, torch.zeros(0, 3, dtype=torch.long), torch.float32).shape == (0, 3, 64)
+
+
+def test_a_value_that_is_not_a_number_stays_in_its_row(target: str):
+    weight, exact = random_weight(20, 64, FORMS[1])
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    out = linear(x, weight)
+    assert out[1].isnan().all()
+    check_product(out[::2], x[::2], exact)
+
+
+@pytest.mark.skipif(not TARGETS, reason="needs the C++ kernels")
+def test_the_variable_selects_the_kernels():
+    code = (
+        "import torch\n"
+        "from saccade.ops.linear import linear, quantized\n"
+        "linear(torch.ones(1, 32), quantized(torch.ones(4, 32), 4))"
     )
+    for name, message in ((TARGETS[-1], ""), ("worst", 'no SIMD target "worst"')):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "SACCADE_CPU_TARGET": name},
+            capture_output=True,
+            text=True,
+        )
+        assert message in done.stderr and (done.returncode == 0) == (not message)
