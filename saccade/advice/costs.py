@@ -124,9 +124,11 @@ def _flop_seconds(blueprint: Blueprint, form: Stored, rows: int) -> float:
     facts, dtype = blueprint.facts, blueprint.facts.dtype
     hidden, inner = blueprint.hidden, blueprint.inner
     queries = facts.num_heads * facts.head_dim
-    shapes = [_cut(*shape) for shape in ((queries, hidden), (inner, hidden), (hidden, inner))]
+    shapes = [(queries, hidden), (inner, hidden), (hidden, inner)]
     flops = sum(2 * rows * out * into for out, into in shapes)
-    rows = max(1, min(rows, int(rows * _MOST_FLOPS / flops)))
+    # Narrower, and not with fewer rows: what unpacking takes is shared by all rows of a chunk.
+    share = min(1.0, _MOST_FLOPS / flops)
+    shapes = [_cut(max(16, int(out * share)), into) for out, into in shapes]
     layers = [TimedWeight(form, *shape, dtype) for shape in shapes]
     inputs = [_random(rows, layer.width, dtype=dtype) for layer in layers]
     products = _best(lambda: [w.product(x) for w, x in zip(layers, inputs, strict=True)])

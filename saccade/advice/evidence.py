@@ -22,6 +22,7 @@ _WEIGHTS: Final = {
     "saccade": "weights file",
     "saccade, weights int8": "weights int8",
     "saccade, weights int4": "weights int4",
+    "saccade, weights bf16": "weights bf16",
 }
 """Rows of a whole-model record -> what they say something of."""
 _SETTINGS: Final = {
@@ -82,7 +83,7 @@ def evidence_for(params: ContextParams, tokens: int) -> Evidence | None:
 
 
 def evidence_for_weights(held: str) -> Evidence | None:
-    """The measurement of weights held so ("file", "int8", "int4"), None without any."""
+    """The measurement of weights held so ("file", "int8", "int4", "bf16"), None without any."""
     return next((each for each in known() if each.setting == f"weights {held}"), None)
 
 

@@ -175,9 +175,9 @@ def quality_of(params: ContextParams, tokens: int, held: str = "plain") -> str:
 
 
 def quality_of_weights(held: str) -> str:
-    """What is known of how far outputs move with weights held so."""
-    if held == "plain":
-        return "plain numbers"
+    """What is known of how far outputs move with weights held so (or "f32", "bf16")."""
+    if held in ("plain", "f32"):
+        return "exact: the numbers of the file" + (", as float32" if held == "f32" else "")
     found = evidence_for_weights(held)
     return "no record of what they cost" if found is None else str(found)
 

@@ -45,11 +45,12 @@ def forms(model: str) -> list[FormOfWeights]:
     try:
         for option in WEIGHTS:
             sizes = blueprint(model, None, option, machine("auto", None).kind)
-            known = evidence_for_weights(sizes.held)
+            name = option if option in ("f32", "bf16") else sizes.held
+            known = evidence_for_weights(name)
             found.append(FormOfWeights(
                 option=option, kinds=weights_said(sizes), bytes=sizes.weights_bytes,
                 dtype=str(sizes.facts.dtype).removeprefix("torch."),
-                kl=None if known is None else known.kl, evidence=quality_of_weights(sizes.held),
+                kl=None if known is None else known.kl, evidence=quality_of_weights(name),
             ))  # fmt: skip
     except (BadInput, Unsupported) as error:
         raise UsageError(str(error)) from error

@@ -117,6 +117,7 @@ def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) 
             wait(device)
             prefill = time.perf_counter() - begin
         row.peak_bytes, row.cache_bytes = peak.bytes, subject.cache_bytes
+        row.total_bytes = weights_bytes(model.model) + peak.bytes
         written = trial.continuation[: trial.steps]
         begin = time.perf_counter()
         steps = subject.write(written)

@@ -13,9 +13,9 @@ from typing import Final
 
 import torch
 
+from saccade.ops.linear.packed import BLOCK_ROWS
+
 _PLAIN: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "f32": torch.float32}
-ROWS_TOGETHER: Final = 16
-"""Rows of a packed matrix that lie together; the last ones are filled up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Form:
 
     def n_bytes(self, rows: int, width: int) -> int:
         """Bytes of a matrix `[rows, width]`."""
-        rows = -(-rows // ROWS_TOGETHER) * ROWS_TOGETHER
+        rows = -(-rows // BLOCK_ROWS) * BLOCK_ROWS  # the last ones are filled up
         return rows * (width * self.bits // 8 + width // self.group * 2 * (1 + self.minimum))
 
 
