@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging as standard_logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from saccade.core import BadInput
+from saccade.hf.folder_weights import read_folder, round_layers
 from saccade.hf.foreign_errors import as_bad_input, quiet
 from saccade.hf.meta_model import without_memory
+from saccade.hf.placement import Form
 from saccade.hf.rope_config import explained
-from saccade.hf.tensor_files import Shapes, named, shapes_in
+from saccade.hf.tensor_files import Tensors, named, tensors_in
 
 _LARGEST: Final = 2**31 - 1
 _MOST_LAYERS: Final = 10_000
@@ -58,33 +61,64 @@ def folder_config(path: Path) -> tuple[PreTrainedConfig, list[str]]:
 
 
 def folder_model(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model in evaluation mode, and what its files hold that it has no place for.
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype | None, form: Form = "plain"
+) -> tuple[PreTrainedModel, str, list[str]]:
+    """The model in evaluation mode, the form of its weights, and what its files hold besides.
 
     Raises:
-        BadInput: weights are missing, damaged, of another shape, or left over.
+        BadInput: weights are missing, damaged, of another shape, left over, or have another form
+            already.
     """
-    files = shapes_in(path)
+    files = tensors_in(path)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and form != "plain":
+        raise BadInput(
+            f"the weights of {path} are quantized already, and cannot be rounded to {form}: load "
+            'them with weights="file".'
+        )
     with quiet(), as_bad_input(path), explained(config):
         _check_layers(path, config, files)
         shapes, notes = without_memory(config)
         _check_amount(path, config, shapes, files)
-        loaded: Any = type(shapes).from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation=shapes.config._attn_implementation,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    model, info = loaded
+        model = info = None
+        if dtype is not None and files is not None and not quantized:
+            model, info = read_folder(shapes, config, files, dtype, form)
+        if model is None or info is None:
+            model, info = _mapped(path, config, shapes, dtype)
+            if dtype is not None and form != "plain":
+                round_layers(model, form, dtype)
+        else:
+            _take_settings(model, path)
     if info["missing_keys"]:
         raise BadInput(
             f"{path} lacks {len(info['missing_keys'])} of the model's weights: "
             f"{named(info['missing_keys'])}. The folder is incomplete: download or save it again."
         )
-    return model.eval(), notes + _left_over(path, shapes, set(info["unexpected_keys"]))
+    said = str(model.dtype).removeprefix("torch.") if form == "plain" else form
+    return model.eval(), said, notes + _left_over(path, shapes, set(info["unexpected_keys"]))
+
+
+def _take_settings(model: PreTrainedModel, path: Path) -> None:
+    """What transformers reads of a folder beside config and weights."""
+    changed: Any = model
+    changed.config.name_or_path = changed.name_or_path = str(path)
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        changed.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def _mapped(
+    path: Path, config: PreTrainedConfig, shapes: PreTrainedModel, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """As transformers loads it: safetensors whose dtype stays are the file itself, mapped."""
+    kind: Any = type(shapes)
+    return kind.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype or "auto",
+        attn_implementation=shapes.config._attn_implementation,
+        local_files_only=True,
+        output_loading_info=True,
+    )
 
 
 def _left_over(path: Path, model: PreTrainedModel, keys: set[str]) -> list[str]:
@@ -123,7 +157,7 @@ def check_sizes(where: str, config: PreTrainedConfig) -> None:
                 )
 
 
-def _check_layers(path: Path, config: PreTrainedConfig, files: Shapes | None) -> None:
+def _check_layers(path: Path, config: PreTrainedConfig, files: Tensors | None) -> None:
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if files is not None and layers > len(files):
         raise BadInput(
@@ -133,7 +167,7 @@ def _check_layers(path: Path, config: PreTrainedConfig, files: Shapes | None) ->
 
 
 def _check_amount(
-    path: Path, config: PreTrainedConfig, model: PreTrainedModel, files: Shapes | None
+    path: Path, config: PreTrainedConfig, model: PreTrainedModel, files: Tensors | None
 ) -> None:
     """Refuse before memory is reserved for weights that the files cannot hold."""
     if getattr(config, "quantization_config", None) is not None:
@@ -142,7 +176,7 @@ def _check_amount(
     if files is None:  # a number has at least one byte
         held = sum(file.stat().st_size for file in path.glob("*.bin")) or wanted
     else:
-        held = sum(files.values())
+        held = sum(math.prod(file.shape) for file in files.values())
     if wanted > held:
         raise BadInput(
             f"the model in config.json of {path} has {wanted:,} weights, its files hold {held:,}: "

@@ -17,7 +17,8 @@ from saccade.hf.folder import folder_config, folder_model
 from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, reason
 from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
-from saccade.hf.placement import device_of, dtype_on
+from saccade.hf.packed_layers import weights_bytes
+from saccade.hf.placement import Form, device_of, form_and_dtype
 from saccade.runtime.located import located
 
 _TOKENIZER_FILES: Final = (
@@ -39,6 +40,7 @@ class LoadedModel:
         tokenizer: None where the files bring none that can be read.
         name: for tables.
         n_ctx_train: length it was trained for, in tokens.
+        weights: the form of its weights in a few words ("Q4_K, Q6_K as in the file").
         notes: what the files hold that is not used, or lack and is assumed, a sentence each.
     """
 
@@ -46,7 +48,13 @@ class LoadedModel:
     tokenizer: Any | None
     name: str
     n_ctx_train: int
+    weights: str = ""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory that the weights take, those that layers share counted once."""
+        return weights_bytes(self.model)
 
 
 def load_model(
@@ -54,32 +62,49 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    weights: str = "file",
 ) -> LoadedModel:
     """Load a model from a `.gguf` file, a transformers folder, or a name ("smollm2").
 
-    Nothing is ever fetched.  GGUF weights are dequantized to `dtype`; of a split model any file
-    stands for all.
+    Nothing is ever fetched.  Weights are read one at a time, and take the memory of their form:
+
+    file    as in the file: on a CPU a GGUF's own blocks, computed as they are; a folder's
+            own dtype.  On a GPU a GGUF is dequantized to `dtype`.
+    int8    linear layers and output head rounded to 8 bits in groups of 32, embeddings too
+    int4    the same in 4 bits; embeddings and output head, which cost most, in 8
+    bf16    plain bfloat16
+    f32     plain float32: exactly what a GGUF file says, and what training and conversions need
+
+    Of a split model any file stands for all.
 
     Args:
         device: where it runs: "cpu" (default), "cuda", "cuda:N", or "auto", a GPU if there is one.
-        dtype: of the weights; default what the config says for folders, and for GGUF float32 on a
-            CPU and bfloat16 on a GPU.
+        dtype: of activations, caches and weights that are plain numbers; default what the config
+            says for folders, and else float32 on a CPU and bfloat16 on a GPU.
+        weights: their form.
 
     Raises:
         BadInput: nothing there, not a model, damaged, incomplete, an unknown architecture, weights
-            that do not fit the config, a device that is not there, or a package that loading needs
-            is not installed.
-        TypeError: another kind of source, device or dtype.
+            that do not fit the config or have another form already, a device that is not there, or
+            a package that loading needs is not installed.
+        TypeError: another kind of source, device, dtype or weights.
+        ValueError: weights of no such name, or of a form that excludes the dtype.
         MemoryError: there is not enough of it for the weights.
     """
     where = device_of(device)
     path = located(source)
     is_folder = path.is_dir()
-    dtype = dtype_on(where, None if is_folder else torch.float32, dtype)
+    form, own = form_and_dtype(weights, dtype, where, is_folder=is_folder)
     if is_folder:
-        return _moved(_load_folder(path, dtype), where)
+        return _moved(_load_folder(path, own, form), where)
     _need_gguf()
-    return _moved(_load_gguf(path, dtype), where)
+    loaded = _load_gguf(path, own or torch.float32, form)
+    if form == "plain" and weights == "file":
+        loaded.notes.append(
+            f"the weights of {path.name} are {loaded.weights} on this device: a GPU computes with "
+            'plain numbers. weights="int8" or "int4" take less memory there, and more time.'
+        )
+    return _moved(loaded, where)
 
 
 def _moved(loaded: LoadedModel, device: torch.device) -> LoadedModel:
@@ -116,23 +141,24 @@ def _need_gguf() -> None:
         )
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+def _load_gguf(path: Path, dtype: torch.dtype, form: Form) -> LoadedModel:
     with quiet(), as_bad_input(path):
         described = describe(path)
-        model = load_weights(described, dtype or torch.float32)
+        model, weights = load_weights(described, dtype, form)
     notes = described.notes
     return LoadedModel(
         model=model,
         tokenizer=_gguf_tokenizer(described.facts.file.keys, model, notes),
         name=described.name,
         n_ctx_train=described.n_ctx_train,
+        weights=weights,
         notes=notes,
     )
 
 
-def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
+def _load_folder(path: Path, dtype: torch.dtype | None, form: Form) -> LoadedModel:
     config, notes = folder_config(path)
-    model, found = folder_model(path, config, dtype)
+    model, weights, found = folder_model(path, config, dtype, form)
     notes += found
     where = {"pretrained_model_name_or_path": path, "trust_remote_code": False}
     if any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -145,6 +171,7 @@ def _load_folder(path: Path, dtype: torch.dtype | None) -> LoadedModel:
         tokenizer=tokenizer,
         name=path.name,
         n_ctx_train=trained_length(config),
+        weights=weights,
         notes=notes,
     )
 

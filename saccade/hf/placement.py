@@ -1,14 +1,22 @@
-"""Where a model runs and in which dtype."""
+"""Where a model runs, the form of its weights and the dtype of its activations."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 from saccade.core import BadInput
 
 DEVICES: Final = ("auto", "cpu", "cuda")
+WEIGHTS: Final = ("file", "int8", "int4", "bf16", "f32")
+"""What `load_model` takes as `weights`."""
+Form = Literal["file", "plain", "int8", "int4"]
+"""A GGUF file's own blocks, plain numbers, or rounded to 8 or 4 bits."""
+_DTYPES: Final = {"f32": (torch.float32, torch.float64), "bf16": (torch.bfloat16,)}
+_ACTIVATIONS: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""What packed weights are multiplied by.  float32 is the default on a CPU: products round it to
+bfloat16 either way, but sums and norms that are rounded too move a model's answers much farther."""
 
 
 def device_of(wanted: str | torch.device | None) -> torch.device:
@@ -38,23 +46,37 @@ def device_of(wanted: str | torch.device | None) -> torch.device:
     return device
 
 
-def dtype_on(device: torch.device, said: torch.dtype | None, wanted: Any) -> torch.dtype | None:
-    """Dtype of the weights on a device; None: as the file says.
+def form_and_dtype(
+    weights: Any, dtype: Any, device: torch.device, *, is_folder: bool
+) -> tuple[Form, torch.dtype | None]:
+    """The form of the weights, and the dtype of activations and plain weights; None: the folder's.
 
     Args:
-        said: dtype of a file that says none of its own (a GGUF), None for one that does.
-        wanted: what the caller asks for, which is taken as it is.
+        weights, dtype: as `load_model` is given them.
 
     Raises:
-        TypeError: not a floating-point dtype.
+        TypeError: no name of a form, or no floating-point dtype.
+        ValueError: a form that there is not, or one that excludes the dtype.
     """
-    if wanted is not None:
-        if not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-            raise TypeError(
-                f"expected a floating-point torch.dtype or None as dtype, got {wanted!r}."
-            )
-        return wanted
-    return torch.bfloat16 if said is torch.float32 and device.type == "cuda" else said
+    if not isinstance(weights, str):
+        raise TypeError(f"expected one of {', '.join(WEIGHTS)} as weights, got {weights!r}.")
+    if weights not in WEIGHTS:
+        raise ValueError(f"expected one of {', '.join(WEIGHTS)} as weights, got {weights!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"expected a floating-point torch.dtype or None as dtype, got {dtype!r}.")
+    allowed = _DTYPES.get(weights, _ACTIVATIONS)
+    if weights == "file" and (is_folder or device.type != "cpu"):
+        return "plain", dtype or (None if is_folder else torch.bfloat16)
+    if dtype is not None and dtype not in allowed:
+        names = " or ".join(str(each) for each in allowed)
+        raise ValueError(
+            f"weights={weights!r} goes with dtype={names}, got dtype={dtype}: leave dtype out, or "
+            'use weights="f32" for more digits and weights="bf16" for fewer.'
+        )
+    if weights in ("f32", "bf16"):
+        return "plain", dtype or allowed[0]
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return weights, dtype or default  # type: ignore[return-value]
 
 
 def _unknown(wanted: object) -> str:

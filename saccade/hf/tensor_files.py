@@ -1,23 +1,36 @@
-"""The headers of a folder's weight files: how many numbers each tensor has, before any is read."""
+"""The headers of a folder's weight files: where each tensor lies, before any is read."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from saccade.core import BadInput
 
-Shapes = dict[str, int]
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a safetensors file: `dtype` as the format names it, `start` from the file's."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+
+
+Tensors = dict[str, Stored]
 _LONGEST_HEADER: Final = 100_000_000  # the limit of safetensors
 _SINGLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 
 
-def shapes_in(folder: Path) -> Shapes | None:
-    """Tensor -> how many numbers it has; None where the folder has no safetensors.
+def tensors_in(folder: Path) -> Tensors | None:
+    """Tensor -> where it is; None where the folder has no safetensors.
 
     Raises:
         BadInput: a file is missing, truncated or damaged, or lacks a tensor that the index names.
@@ -32,7 +45,7 @@ def shapes_in(folder: Path) -> Shapes | None:
         raise BadInput(
             f"{folder} lacks {len(lost)} of its weight files: {named(lost)}. Download them again."
         )
-    held: Shapes = {}
+    held: Tensors = {}
     for name in sorted(set(places.values())):
         held |= _header(folder / name)
     if absent := places.keys() - held.keys():
@@ -61,7 +74,7 @@ def _index(path: Path) -> dict[str, str]:
     return places
 
 
-def _header(path: Path) -> Shapes:
+def _header(path: Path) -> Tensors:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -72,14 +85,20 @@ def _header(path: Path) -> Shapes:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
         spans = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-        shapes = {name: math.prod(entry["shape"]) for name, entry in header.items()}
         end = spans[-1][1] if spans else 0
-        fine = all(type(count) is int and count >= 0 for count in shapes.values())
+        found = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
+        fine = all(type(math.prod(each.shape)) is int for each in found.values())
+        fine = fine and all(size >= 0 for each in found.values() for size in each.shape)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged(path, "its header cannot be read") from error
     if not fine or type(end) is not int or end != size - 8 - length:
         raise _damaged(path, f"its tensors need {end} bytes, and it has {size - 8 - length}")
-    return shapes
+    return found
+
+
+def _stored(path: Path, start: int, entry: dict[str, Any]) -> Stored:
+    first, last = entry["data_offsets"]
+    return Stored(path, entry.get("dtype", ""), tuple(entry["shape"]), start + first, last - first)
 
 
 def _damaged(path: Path, why: str) -> BadInput:

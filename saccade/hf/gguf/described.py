@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from saccade.hf.gguf.facts import Facts, missing
 from saccade.hf.gguf.file import TensorInfo
 from saccade.hf.gguf.rows import ALIASES, ROWS, Row, values_of
 from saccade.hf.gguf.shards import read_gguf, shard_stem
-from saccade.hf.gguf.tensors import source_of
+from saccade.hf.gguf.tensors import Place, Source, source_of
 from saccade.hf.meta_model import without_memory
 from saccade.hf.tensor_files import named
 
@@ -88,47 +88,49 @@ def _unknown_keys(facts: Facts) -> list[str]:
     ]
 
 
-def check_tensors(described: Described) -> PreTrainedModel:
-    """The model without memory, after checking that the file's tensors are its parameters.
+def check_tensors(described: Described) -> tuple[PreTrainedModel, list[Recipe]]:
+    """The model without memory and what makes its parameters of the file's tensors.
 
     Raises:
         BadInput: tensors are missing, left over, or of another shape than the model's.
     """
     shapes, notes = without_memory(described.config)
     described.notes.extend(notes)
-    made = _assembled(shapes, described, read=lambda info: torch.empty(info.shape, device="meta"))
-    _check_shapes(shapes, made, described.facts)
-    return shapes
+    recipes = recipes_of(shapes, described)
+    _check_shapes(shapes, recipes, described.facts.file.path)
+    return shapes, recipes
 
 
-def load_weights(described: Described, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the weights of the file, in evaluation mode.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A parameter of the model: the tensors that make it, how, and where it stands."""
+
+    parameter: str
+    infos: list[TensorInfo]
+    source: Source
+    place: Place
+
+    def made(self, parts: list[Tensor]) -> Tensor:
+        """The parameter from its parts.
+
+        Raises:
+            BadInput: parts of shapes that the file's keys do not fit.
+        """
+        try:
+            return self.source.make(parts, self.place)
+        except (RuntimeError, IndexError, ZeroDivisionError) as error:
+            raise _misshapen(self.infos[0].path, self.infos[0].name, parts[0].shape) from error
+
+
+def recipes_of(shapes: PreTrainedModel, described: Described) -> list[Recipe]:
+    """What makes each parameter; every tensor of the file is used.
 
     Raises:
-        BadInput: as `check_tensors`.
+        BadInput: tensors are missing, or left over.
     """
-    shapes = check_tensors(described)
-    state = _assembled(shapes, described, read=lambda info: info.read().to(dtype))
-    loaded: Any = type(shapes).from_pretrained(
-        None,
-        config=described.config,
-        state_dict=state,
-        dtype=dtype,
-        attn_implementation=shapes.config._attn_implementation,
-        output_loading_info=True,
-    )
-    model, info = loaded
-    lost = {*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]}
-    assert not lost, lost
-    model.config.name_or_path = described.name
-    return model.eval()
-
-
-def _assembled(shapes: PreTrainedModel, described: Described, read: Any) -> dict[str, Tensor]:
-    """Parameter -> what its tensors make.  With `read` on the meta device, shapes alone."""
     facts, config = described.facts, described.config
     lacking: list[str] = []
-    state: dict[str, Tensor] = {}
+    recipes: list[Recipe] = []
     for parameter in shapes.state_dict():
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -136,11 +138,11 @@ def _assembled(shapes: PreTrainedModel, described: Described, read: Any) -> dict
         if found is None:
             lacking.append(parameter)
             continue
-        names, make, place = found
+        names, source, place = found
         infos = [_info(facts, name) for name in names]
         lacking += [name for name, info in zip(names, infos, strict=True) if info is None]
         if None not in infos:
-            state[parameter] = _made(facts, names, make, place, [read(info) for info in infos])
+            recipes.append(Recipe(parameter, [i for i in infos if i is not None], source, place))
     left = facts.file.tensors.keys() - facts.used_tensors
     if lacking:
         raise missing(facts.file, lacking)
@@ -150,7 +152,7 @@ def _assembled(shapes: PreTrainedModel, described: Described, read: Any) -> dict
             f"{type(shapes).__name__} has no place for: {named(left)}. It would answer wrongly "
             "without them."
         )
-    return state
+    return recipes
 
 
 def _info(facts: Facts, name: str) -> TensorInfo | None:
@@ -161,25 +163,20 @@ def _info(facts: Facts, name: str) -> TensorInfo | None:
     return None
 
 
-def _made(facts: Facts, names: list[str], make: Any, place: Any, parts: list[Tensor]) -> Tensor:
-    try:
-        return make(parts, place)
-    except (RuntimeError, IndexError, ZeroDivisionError) as error:
-        raise _misshapen(facts, names[0], tuple(parts[0].shape)) from error
-
-
-def _check_shapes(shapes: PreTrainedModel, made: dict[str, Tensor], facts: Facts) -> None:
+def _check_shapes(shapes: PreTrainedModel, recipes: list[Recipe], path: Path) -> None:
     wanted = shapes.state_dict()
-    for name, tensor in made.items():
-        if tensor.shape != wanted[name].shape:
-            raise _misshapen(facts, name, tuple(tensor.shape), tuple(wanted[name].shape))
+    for recipe in recipes:
+        made = recipe.made([torch.empty(info.shape, device="meta") for info in recipe.infos])
+        own = wanted[recipe.parameter].shape
+        if made.shape != own:
+            raise _misshapen(path, recipe.parameter, made.shape, own)
 
 
 def _misshapen(
-    facts: Facts, name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None
+    path: Path, name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None = None
 ) -> BadInput:
-    other = f" where its keys say {wanted}" if wanted else ", which its keys do not fit"
+    other = f" where its keys say {tuple(wanted)}" if wanted else ", which its keys do not fit"
     return BadInput(
-        f"{facts.file.path} gives {name} the shape {shape}{other}: it is damaged. "
+        f"{path} gives {name} the shape {tuple(shape)}{other}: it is damaged. "
         "Download or convert it again."
     )

@@ -7,6 +7,7 @@ one Python object and not one array for each of its parts.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import BadInput
+from saccade.hf.file_map import FileMaps
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -25,6 +27,8 @@ _NUMBERS: Final = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS: Final = 4
 _MOST_ELEMENTS: Final = 2**48
+_AT_ONCE: Final = 2**20
+"""Bytes of a file that are turned into numbers at a time."""
 _PLAIN: Final = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
@@ -44,21 +48,50 @@ class TensorInfo:
     n_bytes: int
     swapped: bool
 
-    def read(self) -> Tensor:
-        """The numbers in float32, or in float64 if that is what the file holds.
+    def read(self, maps: FileMaps | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers in `dtype`; default float32, or float64 if that is what the file holds.
+
+        A block of rows at a time, so that nothing but the result has the size of the tensor.
 
         Raises:
             BadInput: a kind that the installed package `gguf` cannot dequantize.
         """
-        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.n_bytes,))
+        own = torch.float64 if self.kind == "F64" else torch.float32
+        numbers = torch.empty(self.shape, dtype=dtype or own)
+        flat = numbers.view(self._rows, self.shape[-1])
+        raw = self.raw(maps or FileMaps())
+        step = max(1, _AT_ONCE // self.row_bytes)
+        for at in range(0, self._rows, step):
+            flat[at : at + step] = self._numbers(raw[at : at + step])
+        return numbers
+
+    def raw(self, maps: FileMaps) -> Tensor:
+        """uint8 `[rows, bytes of a row]`, a view of the file."""
+        return maps[self.path].at(self.offset, self.n_bytes).view(self._rows, self.row_bytes)
+
+    @property
+    def _rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.n_bytes // self._rows
+
+    def _numbers(self, raw: Tensor) -> Tensor:
+        if self.kind == "BF16" and not self.swapped:
+            return raw.view(torch.bfloat16)
         if self.kind in _PLAIN:
             plain = np.dtype(_PLAIN[self.kind]).newbyteorder(">" if self.swapped else "<")
-            numbers = raw.view(plain).astype(np.float64 if self.kind == "F64" else np.float32)
-        else:
-            numbers = self._dequantized(raw)
-        return torch.from_numpy(np.ascontiguousarray(numbers).reshape(self.shape))
+            return torch.from_numpy(raw.numpy().view(plain).astype(plain.newbyteorder("=")))
+        return torch.from_numpy(self.dequantized(raw.numpy()))
 
-    def _dequantized(self, raw: np.ndarray) -> np.ndarray:
+    def dequantized(self, raw: np.ndarray) -> np.ndarray:
+        """float32 numbers of rows of blocks.
+
+        Raises:
+            BadInput: a kind that the installed package `gguf` cannot dequantize.
+        """
         import gguf
 
         if self.swapped:
@@ -66,10 +99,8 @@ class TensorInfo:
                 f"{self.path} is big-endian and its tensor {self.name} is {self.kind}: expected "
                 "F32, F16 or F64 there. Convert the file with gguf-convert-endian."
             )
-        rows = self.shape[0] if len(self.shape) > 1 else 1
         try:
-            kind = gguf.GGMLQuantizationType[self.kind]
-            return gguf.dequantize(np.asarray(raw).reshape(rows, -1), kind)
+            return gguf.dequantize(raw, gguf.GGMLQuantizationType[self.kind])
         except NotImplementedError as error:
             raise BadInput(
                 f"the tensor {self.name} of {self.path} is {self.kind}, which the installed "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -28,12 +28,22 @@ class Place:
 Make = Callable[[list[Tensor], Place], Tensor]
 
 
+def _as_it_is(parts: list[Tensor], _: Place) -> Tensor:
+    return parts[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The tensors of one parameter, and how it is made of them."""
+    """The tensors of one parameter, and how it is made of them.
+
+    Attributes:
+        on_rows: what makes the rows of a matrix `[out, in]` from those of the one tensor, whatever
+            a row is (blocks of bytes, too); None where the parameter is more than other rows.
+    """
 
     tensors: tuple[str, ...]
-    make: Make = lambda parts, _: parts[0]
+    make: Make = _as_it_is
+    on_rows: Make | None = None
 
 
 Sources = Mapping[str, Source]
@@ -42,15 +52,15 @@ _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 def source_of(
     parameter: str, sources: Sources, config: Any
-) -> tuple[list[str], Make, Place] | None:
-    """(tensors, make, place) of a parameter; None if the table lacks it."""
+) -> tuple[list[str], Source, Place] | None:
+    """(tensors, source, place) of a parameter; None if the table lacks it."""
     numbers = tuple(int(number) for number in _NUMBER.findall(parameter))
     pattern = _NUMBER.sub("{}", parameter)
     for ending in ("", ".weight", ".bias"):
         if pattern.endswith(ending) and (source := sources.get(pattern.removesuffix(ending))):
             names = [name.replace("{}", str(*numbers[:1])) for name in source.tensors]
             endings = ["|".join(part + ending for part in name.split("|")) for name in names]
-            return endings, source.make, Place(config, numbers, ending)
+            return endings, source, Place(config, numbers, ending)
     return None
 
 
@@ -121,12 +131,21 @@ def _grouped(parts: list[Tensor], at: Place) -> Tensor:
 
 def _table(top: Mapping[str, str], layers: str, block: Mapping[str, str | Source]) -> Sources:
     """Names of the whole model and of one layer, as sources."""
-    whole = {name: Source((tensor,)) for name, tensor in top.items()}
+    whole = {name: _of(tensor) for name, tensor in top.items()}
     for name, tensor in block.items():
-        source = Source((tensor,)) if isinstance(tensor, str) else tensor
+        source = _of(tensor) if isinstance(tensor, str) else tensor
         stems = tuple("|".join(f"blk.{{}}.{s}" for s in t.split("|")) for t in source.tensors)
-        whole[f"{layers}.{{}}.{name}"] = Source(stems, source.make)
+        whole[f"{layers}.{{}}.{name}"] = replace(source, tensors=stems)
     return whole
+
+
+def _of(tensor: str) -> Source:
+    return Source((tensor,), on_rows=_as_it_is)
+
+
+def _other_rows(tensor: str, make: Make) -> Source:
+    """The rows of one tensor in another order."""
+    return Source((tensor,), make, on_rows=make)
 
 
 def _norms_minus_one(sources: Sources) -> Sources:
@@ -153,8 +172,8 @@ _ATTENTION: Final = {
 _QK_NORMS: Final = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _MLP: Final = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _PERMUTED: Final = {
-    "self_attn.q_proj": Source(("attn_q",), _rows("num_attention_heads")),
-    "self_attn.k_proj": Source(("attn_k",), _rows("num_key_value_heads")),
+    "self_attn.q_proj": _other_rows("attn_q", _rows("num_attention_heads")),
+    "self_attn.k_proj": _other_rows("attn_k", _rows("num_key_value_heads")),
 }
 _EXPERTS: Final = {
     "mlp.gate": "ffn_gate_inp",
@@ -270,15 +289,15 @@ GPT2: Final = _table(
     {
         "ln_1": "attn_norm",
         "ln_2": "ffn_norm",
-        "attn.c_attn": Source(("attn_qkv",), _transposed),
-        "attn.c_proj": Source(("attn_output",), _transposed),
-        "mlp.c_fc": Source(("ffn_up",), _transposed),
-        "mlp.c_proj": Source(("ffn_down",), _transposed),
+        "attn.c_attn": Source(("attn_qkv",), _transposed, on_rows=_as_it_is),
+        "attn.c_proj": Source(("attn_output",), _transposed, on_rows=_as_it_is),
+        "mlp.c_fc": Source(("ffn_up",), _transposed, on_rows=_as_it_is),
+        "mlp.c_proj": Source(("ffn_down",), _transposed, on_rows=_as_it_is),
     },
 )
 _FUSED: Final = {
     "input_layernorm": "attn_norm",
-    "self_attention.query_key_value": Source(("attn_qkv",), _grouped),
+    "self_attention.query_key_value": _other_rows("attn_qkv", _grouped),
     "self_attention.dense": "attn_output",
     "mlp.dense_h_to_4h": "ffn_up",
     "mlp.dense_4h_to_h": "ffn_down",

@@ -1,0 +1,184 @@
+"""A transformers model some of whose layers have stored weights: putting them in, what still works.
+
+While transformers loads a model, each stored weight is represented by a stand-in, a tensor of the
+right shape without memory of its own.  So transformers does everything else as ever (buffers,
+tying, generation config), and layers that it has tied hold the same stand-in afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from saccade.core import Unsupported
+from saccade.hf.packed_layers import (
+    HalfLinear,
+    HalfWeight,
+    PackedEmbedding,
+    PackedLinear,
+    StoredLayer,
+    StoredWeight,
+    WeightStore,
+    dequantized,
+)
+from saccade.hf.placement import Form
+from saccade.ops.linear import quantized
+
+_GROUP: Final = 32
+"""Numbers of a row that are rounded together."""
+
+
+def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Parameters that may be stored -> their layers: linear ones, and the embedding of tokens."""
+    tokens: Any = model.get_input_embeddings()
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in (nn.Linear, Conv1D) or module is tokens:
+            found[f"{name}.weight"] = module
+    return found
+
+
+def outer_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of the embedding of tokens and of the output head."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.weight" for name, part in modules if any(part is end for end in ends)}
+
+
+def rounded(matrix: Tensor, form: Form, outer: bool) -> StoredWeight | None:
+    """A matrix `[out, in]` rounded to int8 or int4; None where its rows are no whole groups.
+
+    Embedding and output head, which cost most when they are rounded, get 8 bits in either.
+    """
+    if matrix.shape[1] % _GROUP:
+        return None
+    return quantized(matrix, 8 if outer or form == "int8" else 4)
+
+
+class StandIns:
+    """The stored weights of a model that is being loaded, and what stands for them meanwhile."""
+
+    def __init__(self) -> None:
+        self._stored: dict[int, tuple[Tensor, StoredWeight]] = {}
+
+    def of(self, weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of this shape and dtype that stands for a weight, and equals no other one."""
+        one = torch.full((), 1.0 + len(self._stored) % 100, dtype=dtype)
+        self._stored[one.data_ptr()] = one, weight
+        return one.expand(shape)
+
+    @torch.no_grad()
+    def replace(self, model: PreTrainedModel, dtype: torch.dtype) -> bool:
+        """Put stored weights into a model whose parameters stand for them; False if one is lost."""
+        stores: dict[int, WeightStore] = {}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            weight = module._parameters.get("weight")
+            found = None if weight is None else self._stored.get(weight.data_ptr())
+            if weight is None or found is None:
+                continue
+            store = stores.setdefault(weight.data_ptr(), WeightStore(found[1]))
+            made = _layer(module, store, dtype)
+            if made is None:  # a layer of another kind: plain numbers
+                plain = dequantized(found[1], dtype)
+                module._parameters["weight"] = nn.Parameter(
+                    plain.T.contiguous() if type(module) is Conv1D else plain
+                )
+                continue
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made)
+        if stores:
+            _adopt(model)
+        return len(stores) == len(self._stored)
+
+
+def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredLayer | None:
+    """The layer that takes a module's place; None for one that computes something else."""
+    if type(module) in (nn.Linear, Conv1D):
+        kind = HalfLinear if isinstance(store.value, HalfWeight) else PackedLinear
+        return kind(store, module._parameters["bias"], dtype, training=module.training)
+    factor = embedding_factor(module)
+    if factor is None:
+        return None
+    padding: Any = getattr(module, "padding_idx", None)
+    made = PackedEmbedding(store, dtype, padding_idx=padding, factor=factor)
+    return made.train(module.training)
+
+
+def embedding_factor(module: nn.Module) -> float | None:
+    """What an embedding multiplies its rows by; None where it does something else to them.
+
+    It is asked: a copy of it with a small table is given token ids.
+    """
+    if type(module) is nn.Embedding:
+        return 1.0
+    asked: Any = copy.copy(module)
+    asked._parameters = {"weight": nn.Parameter(torch.eye(5), requires_grad=False)}
+    ids = torch.arange(5)[None]
+    try:
+        with torch.no_grad():
+            rows = asked(ids)
+    except Exception:  # one that is called in another way
+        return None
+    factor = rows.flatten()[0].item() if rows.numel() else 0.0
+    same = rows.shape == (1, 5, 5) and torch.equal(rows[0], factor * torch.eye(5))
+    return factor if same else None
+
+
+def _adopt(model: PreTrainedModel) -> None:
+    """Give a model with stored weights what transformers computes from parameters otherwise."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            changed: Any = part
+            changed._tied_weights_keys, changed.all_tied_weights_keys = None, {}
+    model.requires_grad_(False)
+    own: Any = model
+    own.num_parameters = partial(_num_parameters, model)
+    own.save_pretrained = partial(_refuse_saving, model)
+    own.resize_token_embeddings = partial(_refuse_resizing, model)
+
+
+def _num_parameters(
+    model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """As of the model with plain weights, none of which can be trained here."""
+    skipped = (nn.Embedding, PackedEmbedding) if exclude_embeddings else ()
+    left_out = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, skipped)
+        for part in (*module.parameters(), *module.modules())
+    }
+    plain = sum(
+        each.numel()
+        for each in model.parameters()
+        if id(each) not in left_out and (each.requires_grad or not only_trainable)
+    )
+    stores = [part for part in model.modules() if isinstance(part, WeightStore)]
+    return plain + sum(
+        store.value.shape[0] * store.value.shape[1]
+        for store in stores
+        if id(store) not in left_out and not only_trainable
+    )
+
+
+def _refuse_saving(_: nn.Module, *args: Any, **options: Any) -> None:
+    raise Unsupported(
+        "a model with packed weights cannot be saved by transformers: load it with "
+        'weights="bf16" or "f32" and save that.'
+    )
+
+
+def _refuse_resizing(model: PreTrainedModel, new: int | None = None, *_: Any, **__: Any) -> Any:
+    embedding: Any = model.get_input_embeddings()
+    if new is None or new == embedding.num_embeddings:
+        return embedding
+    raise Unsupported(
+        f"packed embeddings keep their {embedding.num_embeddings} rows, got {new}: load the model "
+        'with weights="bf16" or "f32" to resize them.'
+    )
