@@ -18,6 +18,7 @@ from saccade.evals.rows import RowSpec
 from saccade.evals.speed import Rounds
 from saccade.evals.subject import Ours, Subject, Theirs, implementation
 from saccade.hf.model import HFModel
+from saccade.hf.packed_layers import weights_bytes
 from saccade.ops.allocated import AllocatedPeak
 from saccade.report.comparison import Row, SweepPoint
 from saccade.runtime.importance import HEAD_CHUNK

@@ -48,7 +48,6 @@ _KINDS: Final = {
     11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip
 """GGML's numbers of types -> their names."""
-_KINDS_OF: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def blueprint_of(
@@ -97,7 +96,7 @@ def from_config(values: dict[str, Any], name: str, dtype: torch.dtype | None) ->
         windows=windows, positions=_positions(values, length),
     )  # fmt: skip
     weights = layers * layer + hidden + vocab * hidden * (1 if tied else 2)
-    kind = _KINDS_OF[said]
+    kind = "F32"  # of a folder, whose weights are plain unless they are rounded
     every = ((queries, hidden, 1), (keys, hidden, 2), (hidden, queries, 1), (inner, hidden, 2),
              (hidden, inner, 1))  # fmt: skip
     matrices = [Matrix(kind, rows, width, count * layers) for rows, width, count in every]
