@@ -33,6 +33,7 @@ from saccade.advice.gpu_speed import RECORDED
 from saccade.advice.machine import Machine, machine
 from saccade.advice.peak import Memory, memory_of
 from saccade.advice.speed import Speed
+from saccade.hf.packed_layers import weights_bytes
 from saccade.ops.allocated import AllocatedPeak
 from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
@@ -84,14 +85,14 @@ def loaded(name: str) -> tuple[Any, Blueprint]:
 
     path = located(name)
     found = blueprint_of(path, None, torch.float32) or blueprint(path)
-    return load_model(name).model, found
+    return load_model(name).model, found.holding("file")  # a GGUF, on the CPU
 
 
 def measured(model: Any, params: ContextParams, ids: Tensor, written: int) -> dict[str, float]:
     """What a run really takes; its peak by a run of its own, which counting slows down."""
     import saccade
 
-    weights = sum(each.nbytes for each in model.parameters())
+    weights = weights_bytes(model)
     begin, found = time.perf_counter(), {}
     for counted in (False, True):
         gc.collect()

@@ -22,6 +22,7 @@ from saccade.report.numbers import (
     with_error,
 )
 from saccade.report.table import Cell, Heading, Line, Table
+from scripts import page_whole_model
 from scripts.publish_record import RENDER
 
 ROOT = Path(__file__).parents[1]
@@ -247,4 +248,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "plan_check": plan_check,
     "decode_shares": decode_shares,
     "rules": rules,
+    "whole_model": page_whole_model.whole_model,
+    "whole_model_bars": page_whole_model.bars,
+    "whole_model_kl": page_whole_model.divergence,
 }

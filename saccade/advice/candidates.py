@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
@@ -13,7 +13,8 @@ from saccade.runtime.params import ContextParams
 WINDOW: Final[dict[str, object]] = {"n_swa": 4096, "n_sinks": 4}
 RULE: Final = (
     "The first that fits, most exact first (exact, bf16, int8, int8 keys with int4 values, then "
-    "exact with keys in host memory, which is slow, int4, SnapKV, window with sinks)."
+    "exact with keys in host memory, which is slow, int4, weights of 8 and of 4 bits where that is "
+    "less than they take, SnapKV, window with sinks)."
 )
 SETTINGS: Final[dict[str, dict[str, object]]] = {
     "exact": {},
@@ -22,11 +23,20 @@ SETTINGS: Final[dict[str, dict[str, object]]] = {
     "int8 keys, int4 values": {"type_k": "int8", "type_v": "int4"},
     "exact, keys in host memory": {"offload_kqv": False},
     "int4 cache": {"type_k": "int4", "type_v": "int4"},
+    "int8 weights": {"weights": "int8"},
+    "int8 weights, int8 cache": {"weights": "int8", "type_k": "int8", "type_v": "int8"},
+    "int8 weights, int4 cache": {"weights": "int8", "type_k": "int4", "type_v": "int4"},
+    "int4 weights": {"weights": "int4"},
+    "int4 weights, int8 cache": {"weights": "int4", "type_k": "int8", "type_v": "int8"},
+    "int4 weights, int4 cache": {"weights": "int4", "type_k": "int4", "type_v": "int4"},
     "SnapKV, 25 % kept": {"kv_policy": "snapkv", "kv_budget": 0.25},
     "window 4096 + 4 sinks": WINDOW,
     "window 4096 + 4 sinks, bf16": {**WINDOW, "type_k": "bf16", "type_v": "bf16"},
 }
-"""Settings by name, in the order of RULE; adding one is one line."""
+"""Settings by name, in the order of RULE; adding one is one line.
+
+`weights` is `load_model`'s, all others are fields of ContextParams.
+"""
 _CHUNKS: Final = {"cpu": (512,), "cuda": (8192, 4096, 2048, 512)}
 """Sizes of the chunks in which a prompt is read, the faster first; results are the same."""
 _SETTLED: Final = frozenset(
@@ -51,11 +61,13 @@ class Candidate:
     Attributes:
         name: for tables; rank: how exact, 0 first.
         params: the options of the run, in full.
+        weights: another form of the weights, None for the one that was asked for.
     """
 
     name: str
     rank: int
     params: ContextParams
+    weights: str | None = None
 
 
 def candidates(
@@ -65,6 +77,7 @@ def candidates(
     tokens: int,
     *,
     chunk_is_asked: bool = False,
+    weights: Collection[str] = (),
 ) -> Iterator[Candidate]:
     """Settings beside the options that were asked for, without those that change nothing.
 
@@ -73,17 +86,28 @@ def candidates(
     Args:
         device: "cpu" or "cuda"; tokens: of the context.
         chunk_is_asked: n_batch stays as it is.
+        weights: forms of the weights that take less than the one asked for.
     """
     default = ContextParams()
     settled = any(getattr(asked, name) != getattr(default, name) for name in _SETTLED)
-    settings = {"as asked": {}} if settled else SETTINGS
+    settings = _as_asked(weights) if settled else SETTINGS
     sizes = (asked.n_batch,) if chunk_is_asked else _CHUNKS[device]
-    for rank, (name, options) in enumerate(settings.items()):
+    for rank, (name, given) in enumerate(settings.items()):
+        options = {key: value for key, value in given.items() if key != "weights"}
+        held = str(given["weights"]) if "weights" in given else None
+        if held is not None and held not in weights:
+            continue
         for size in sizes:
             params = _with(asked, {**options, "n_batch": size})
-            held = None if params is None else replace(params, n_ctx=tokens)
-            if params is not None and held and _matters(facts, held, options, device):
-                yield Candidate(name=name, rank=rank, params=params)
+            full = None if params is None else replace(params, n_ctx=tokens)
+            if params is not None and full and _matters(facts, full, options, device):
+                yield Candidate(name=name, rank=rank, params=params, weights=held)
+
+
+def _as_asked(weights: Collection[str]) -> dict[str, dict[str, object]]:
+    """What was asked for, and the same with smaller weights."""
+    smaller = {f"as asked, {name} weights": {"weights": name} for name in weights}
+    return {"as asked": {}, **smaller}
 
 
 def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | None:

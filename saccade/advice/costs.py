@@ -8,7 +8,8 @@ layer stands for all.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,16 +19,20 @@ from torch import Tensor
 
 from saccade.core import Mask
 from saccade.ops import attend, make_call
+from saccade.ops.linear import PackedWeight, linear, pack
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.runtime.weights import Form, Stored
 
 _MOST_NUMBERS: Final = 1 << 24
 """Numbers of a matrix that is timed; larger ones are cut, and take as much longer."""
 _CACHE_FREE: Final = 96 * 2**20
 """Bytes that are read once each, so that no processor cache holds them."""
 _MOST_FLOPS: Final = 4e9
+_WIDENED: Final = 2**18
+"""Numbers of a matrix of another dtype that are converted at once."""
 _NEAR, _KEYS = 128, 2048
 _ROUNDS: Final = 2
 
@@ -37,26 +42,29 @@ class Costs:
     """Seconds.
 
     Attributes:
-        flop: a floating-point operation of a product with a chunk of rows.
-        byte: a byte of weights in products with a single row.
+        flop: a floating-point operation of the layers' products with a chunk of rows.
+        weight: a number of the layers' weights in products with a single row.
+        head: a number of the output matrix in a product with a single row.
         op: a small operation of PyTorch, which is what calling it costs.
         elementwise: a byte that norms and activations read or write.
     """
 
     flop: float
-    byte: float
+    weight: float
+    head: float
     op: float
     elementwise: float
 
     def sums(self) -> tuple[float, ...]:
         """What two measurements have to agree on."""
-        return self.flop, self.byte, self.op, self.elementwise
+        return self.flop, self.weight, self.head, self.op, self.elementwise
 
     def faster(self, other: Costs) -> Costs:
         """The faster of two measurements of each: what slows one down is another program."""
         return Costs(
-            flop=min(self.flop, other.flop), byte=min(self.byte, other.byte),
-            op=min(self.op, other.op), elementwise=min(self.elementwise, other.elementwise),
+            flop=min(self.flop, other.flop), weight=min(self.weight, other.weight),
+            head=min(self.head, other.head), op=min(self.op, other.op),
+            elementwise=min(self.elementwise, other.elementwise),
         )  # fmt: skip
 
 
@@ -91,33 +99,93 @@ class AttentionCosts:
 
 @torch.inference_mode()
 def measured_costs(blueprint: Blueprint, rows: int) -> Costs:
-    """Costs on this CPU, for chunks of `rows` rows."""
-    facts, dtype = blueprint.facts, blueprint.facts.dtype
-    hidden, inner = blueprint.hidden, blueprint.inner
-    queries = facts.num_heads * facts.head_dim
-    shapes = [_cut(*shape) for shape in ((queries, hidden), (inner, hidden), (hidden, inner))]
-    flops = sum(2 * rows * out * into for out, into in shapes)
-    rows = max(1, min(rows, int(rows * _MOST_FLOPS / flops)))
-    weights = [_random(*shape, dtype=dtype) for shape in shapes]
-    inputs = [_random(rows, into, dtype=dtype) for _, into in shapes]
-    products = _best(lambda: [F.linear(x, w) for x, w in zip(inputs, weights, strict=True)])
-    flops = sum(2 * rows * out * into for out, into in shapes)
+    """Costs on this CPU, for chunks of `rows` rows, with weights that lie as the model's do."""
+    dtype, inner = blueprint.facts.dtype, blueprint.inner
+    read, head = blueprint.read_in(), blueprint.head_in()
+    single = {form: row_seconds(form, (inner, blueprint.hidden), dtype) for form in {*read, head}}
     x, small = _random(rows, inner, dtype=dtype), _random(1, 8, dtype=dtype)
     moved = 3 * x.nbytes
     return Costs(
-        flop=products / flops,
-        byte=_row_seconds(shapes[1], dtype),
+        flop=_mean({form: _flop_seconds(blueprint, form, rows) for form in read}, read),
+        weight=_mean(single, read),
+        head=single[head],
         op=_best(lambda: [small + small for _ in range(200)]) / 200,
         elementwise=_best(lambda: x * x) / moved,
     )
 
 
-def _row_seconds(shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Seconds a byte of products with one row, each with a matrix that no cache holds."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    matrices = _random(max(2, _CACHE_FREE // size), *shape, dtype=dtype)
-    x = _random(1, shape[1], dtype=dtype)
-    return _best(lambda: [F.linear(x, w) for w in matrices], rounds=2) / matrices.nbytes
+def _mean(seconds: Mapping[Stored, float], numbers: Mapping[Stored, int]) -> float:
+    """Seconds of a number of weights, over all forms that they lie in."""
+    return sum(seconds[form] * count for form, count in numbers.items()) / sum(numbers.values())
+
+
+def _flop_seconds(blueprint: Blueprint, form: Stored, rows: int) -> float:
+    """Seconds a floating-point operation of a layer's products with a chunk of rows."""
+    facts, dtype = blueprint.facts, blueprint.facts.dtype
+    hidden, inner = blueprint.hidden, blueprint.inner
+    queries = facts.num_heads * facts.head_dim
+    shapes = [(queries, hidden), (inner, hidden), (hidden, inner)]
+    flops = sum(2 * rows * out * into for out, into in shapes)
+    # Narrower, and not with fewer rows: what unpacking takes is shared by all rows of a chunk.
+    share = min(1.0, _MOST_FLOPS / flops)
+    shapes = [_cut(max(16, int(out * share)), into) for out, into in shapes]
+    layers = [TimedWeight(form, *shape, dtype) for shape in shapes]
+    inputs = [_random(rows, layer.width, dtype=dtype) for layer in layers]
+    products = _best(lambda: [w.product(x) for w, x in zip(layers, inputs, strict=True)])
+    return products / sum(2 * rows * out * into for out, into in shapes)
+
+
+def row_seconds(form: Stored, shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """Seconds a number of products with one row, each with a matrix that no cache holds."""
+    first = TimedWeight(form, *_cut(*shape), dtype)
+    matrices = [first, *(first.copy() for _ in range(max(1, _CACHE_FREE // first.n_bytes)))]
+    x = _random(1, first.width, dtype=dtype)
+    seconds = _best(lambda: [each.product(x) for each in matrices], rounds=2)
+    return seconds / (len(matrices) * first.rows * first.width)
+
+
+class TimedWeight:
+    """A matrix that lies in memory as a model's weights do, of numbers that are no zeros."""
+
+    def __init__(self, form: Stored, rows: int, width: int, dtype: torch.dtype) -> None:
+        if isinstance(form, Form):
+            width = max(1, width // form.group) * form.group
+        self.rows, self.width, self._dtype = rows, width, dtype
+        self._weight = _packed(form, rows, width) if isinstance(form, Form) else _random(
+            rows, width, dtype=form
+        )  # fmt: skip
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that it takes."""
+        weight = self._weight
+        return weight.n_bytes if isinstance(weight, PackedWeight) else weight.nbytes
+
+    def copy(self) -> TimedWeight:
+        """Another one, in memory of its own."""
+        made, weight = copy(self), self._weight
+        if isinstance(weight, PackedWeight):
+            made._weight = replace(weight, qdata=weight.qdata.clone(), scale=weight.scale.clone())
+        else:
+            made._weight = weight.clone()
+        return made
+
+    def product(self, x: Tensor) -> Tensor:
+        """x `[n, width]` -> `[n, rows]`."""
+        weight = self._weight
+        if isinstance(weight, PackedWeight):
+            return linear(x, weight)
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight)
+        step = max(1, _WIDENED // self.width)  # as layers of another dtype than x do it
+        return torch.cat([F.linear(x, w.to(x.dtype)) for w in weight.split(step)], -1)
+
+
+def _packed(form: Form, rows: int, width: int) -> PackedWeight:
+    """A packed matrix of ones."""
+    q = torch.ones(rows, width, dtype=torch.uint8 if form.bits == 4 else torch.int8)
+    scale = torch.full((rows, width // form.group), 0.01)
+    return pack(q, scale, scale if form.minimum else None, bits=form.bits)
 
 
 @torch.inference_mode()

@@ -17,6 +17,14 @@ from saccade.runtime.params import ContextParams
 
 FILE: Final = Path(__file__).with_name("evidence.json")
 RECORDS: Final = ("caches-smollm2.json",)
+WEIGHTS_RECORDS: Final = "whole-model-*.json"
+_WEIGHTS: Final = {
+    "saccade": "weights file",
+    "saccade, weights int8": "weights int8",
+    "saccade, weights int4": "weights int4",
+    "saccade, weights bf16": "weights bf16",
+}
+"""Rows of a whole-model record -> what they say something of."""
 _SETTINGS: Final = {
     "bf16 cache": "dense bf16",
     "int8 cache": "int8",
@@ -74,6 +82,11 @@ def evidence_for(params: ContextParams, tokens: int) -> Evidence | None:
     return min(found, key=lambda each: abs(each.tokens - tokens)) if found else None
 
 
+def evidence_for_weights(held: str) -> Evidence | None:
+    """The measurement of weights held so ("file", "int8", "int4", "bf16"), None without any."""
+    return next((each for each in known() if each.setting == f"weights {held}"), None)
+
+
 @cache
 def known() -> tuple[Evidence, ...]:
     """All measurements."""
@@ -82,6 +95,11 @@ def known() -> tuple[Evidence, ...]:
 
 def distilled(results: Path) -> Iterator[dict[str, Any]]:
     """What `evidence.json` has to hold, from the records in a folder."""
+    yield from _of_caches(results)
+    yield from _of_weights(results)
+
+
+def _of_caches(results: Path) -> Iterator[dict[str, Any]]:
     for name in RECORDS:
         record: Any = json.loads((results / name).read_text())
         for row in record["rows"]:
@@ -92,6 +110,21 @@ def distilled(results: Path) -> Iterator[dict[str, Any]]:
                         model=row["where"]["model"].partition(".")[0], record=name,
                         revision=record["revision"],
                     ))  # fmt: skip
+
+
+def _of_weights(results: Path) -> Iterator[dict[str, Any]]:
+    """Of the newest whole-model record: KL from float32 weights of the same file."""
+    records: list[tuple[Path, Any]] = [
+        (path, json.loads(path.read_text())) for path in results.glob(WEIGHTS_RECORDS)
+    ]
+    for path, record in sorted(records, key=lambda each: each[1]["date"])[-1:]:
+        for row in record["kl"]:
+            if row["name"] in _WEIGHTS and "kl" in row:
+                yield asdict(Evidence(
+                    setting=_WEIGHTS[row["name"]], options=row.get("weights") or row["name"],
+                    kl=row["kl"], tokens=row["tokens"], model=row["model"].partition(".")[0],
+                    record=path.name, revision=row["revision"],
+                ))  # fmt: skip
 
 
 def write(results: Path) -> None:

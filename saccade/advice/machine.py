@@ -60,8 +60,9 @@ class Machine:
         shape = (blueprint.hidden, blueprint.inner, blueprint.facts.head_dim, rows)
         measure = lambda: measured_costs(blueprint, rows)  # noqa: E731
         costs = self._remembered(
-            "costs", Costs, measure, *_processor(), blueprint.facts.dtype, shape
-        )
+            "costs", Costs, measure, *_processor(), blueprint.facts.dtype, shape,
+            sorted(f"{form} {n}" for form, n in blueprint.read_in().items()), blueprint.head_in(),
+        )  # fmt: skip
 
         def attention(layer: ModelFacts) -> AttentionCosts:
             heads = (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.windows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from saccade.advice.candidates import RULE, Candidate, candidates
-from saccade.advice.evidence import evidence_for, setting_of
+from saccade.advice.evidence import evidence_for, evidence_for_weights, setting_of
 from saccade.advice.machine import Machine
 from saccade.advice.peak import Memory, memory_of
 from saccade.advice.speed import Speed
@@ -16,6 +16,7 @@ from saccade.runtime.auto_scaling import reaching
 from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.params import ContextParams
 from saccade.runtime.plan_blueprint import Blueprint
+from saccade.runtime.weights import ROUNDED
 from saccade.units import as_bytes, significant
 
 ANSWER: Final = 256
@@ -79,6 +80,23 @@ class Advice:
     notes: tuple[str, ...] = field(default=())
     rule: str = RULE
 
+    def held(self, each: Candidate) -> Blueprint:
+        """The model with its weights as a candidate has them."""
+        return self.blueprint if each.weights is None else self.blueprint.holding(each.weights)
+
+    def by_weights(self, asked: str) -> list[tuple[str, Advice]]:
+        """(form of the weights, the advice about the settings with it) for every form."""
+        forms = dict.fromkeys(each.candidate.weights for each in self.options)
+        return [
+            (
+                form or asked,
+                replace(
+                    self, options=tuple(o for o in self.options if o.candidate.weights == form)
+                ),
+            )
+            for form in forms
+        ]
+
 
 def advise(
     blueprint: Blueprint,
@@ -87,8 +105,12 @@ def advise(
     machine: Machine,
     *,
     chunk_is_asked: bool = False,
+    may_round: bool = False,
 ) -> Advice:
     """The advice for a prompt of `tokens` tokens in the memory of a machine.
+
+    Args:
+        may_round: whether weights may be rounded to 8 or 4 bits where memory is short.
 
     Raises:
         BadInput: a length below 1, or more bytes than can be counted.
@@ -96,9 +118,12 @@ def advise(
     if tokens < 1:
         raise BadInput(f"a plan needs a context of at least 1 token, got {tokens}.")
     facts = blueprint.facts
+    smaller = _smaller(blueprint) if may_round and machine.kind == "cpu" else ()
     found = [
         _option(blueprint, each, tokens, machine)
-        for each in candidates(facts, asked, machine.kind, tokens, chunk_is_asked=chunk_is_asked)
+        for each in candidates(
+            facts, asked, machine.kind, tokens, chunk_is_asked=chunk_is_asked, weights=smaller
+        )
     ]
     found = _distinct(found)
     fitting = _timed([each for each in found if each.fits], blueprint, tokens, machine)
@@ -108,7 +133,7 @@ def advise(
     economic = min(found, key=lambda each: each.memory.peak)
     looked_at = {each.name: each for each in (found[0], chosen or found[0], economic)}
     longest = tuple(
-        Longest(setting=name, tokens=_longest(blueprint, each.candidate.params, machine))
+        Longest(setting=name, tokens=_longest(_held(blueprint, each.candidate), each, machine))
         for name, each in looked_at.items()
     )
     return Advice(
@@ -118,22 +143,43 @@ def advise(
     )  # fmt: skip
 
 
+def _smaller(blueprint: Blueprint) -> tuple[str, ...]:
+    """Forms that the weights could be rounded to, and that take less than they do."""
+    now = blueprint.weights_bytes
+    return tuple(each for each in ROUNDED if blueprint.holding(each).weights_bytes < now)
+
+
+def _held(blueprint: Blueprint, each: Candidate) -> Blueprint:
+    """The model with its weights as a candidate has them."""
+    return blueprint if each.weights is None else blueprint.holding(each.weights)
+
+
 def _option(blueprint: Blueprint, each: Candidate, tokens: int, machine: Machine) -> Option:
+    blueprint = _held(blueprint, each)
     asked = without_own_dtype(each.params, blueprint.facts.dtype)
     params, scaling = reaching(asked, blueprint.facts, tokens)
     memory = memory_of(blueprint, params, tokens, machine.kind)
     return Option(
         candidate=replace(each, params=params), memory=memory, speed=None, scaling=scaling,
-        fits=memory.peak <= machine.budget, quality=quality_of(params, tokens),
+        fits=memory.peak <= machine.budget, quality=quality_of(params, tokens, blueprint.held),
     )  # fmt: skip
 
 
-def quality_of(params: ContextParams, tokens: int) -> str:
-    """What is known of how far outputs move under these options."""
-    if setting_of(params) is None:
-        return "exact: the keys that the model computes, all of them"
-    found = evidence_for(params, tokens)
-    return "no record of what it costs" if found is None else str(found)
+def quality_of(params: ContextParams, tokens: int, held: str = "plain") -> str:
+    """What is known of how far outputs move under these options and with weights held so."""
+    keys = "exact: the keys that the model computes, all of them"
+    if setting_of(params) is not None:
+        found = evidence_for(params, tokens)
+        keys = "no record of what it costs" if found is None else str(found)
+    return keys if held == "plain" else f"{keys}; weights: {quality_of_weights(held)}"
+
+
+def quality_of_weights(held: str) -> str:
+    """What is known of how far outputs move with weights held so (or "f32", "bf16")."""
+    if held in ("plain", "f32"):
+        return "exact: the numbers of the file" + (", as float32" if held == "f32" else "")
+    found = evidence_for_weights(held)
+    return "no record of what they cost" if found is None else str(found)
 
 
 def _distinct(found: list[Option]) -> list[Option]:
@@ -151,7 +197,10 @@ def _timed(
 ) -> list[Option]:
     """The first two of what fits, with their speeds."""
     return [
-        replace(each, speed=machine.speed(blueprint, each.candidate.params, tokens))
+        replace(
+            each,
+            speed=machine.speed(_held(blueprint, each.candidate), each.candidate.params, tokens),
+        )
         for each in fitting[:2]
     ]
 
@@ -172,8 +221,9 @@ def _why(chosen: Option | None, second: Option | None) -> str:
     return f"further down in the rule, {memory}, about {pace}"
 
 
-def _longest(blueprint: Blueprint, params: ContextParams, machine: Machine) -> int | None:
+def _longest(blueprint: Blueprint, option: Option, machine: Machine) -> int | None:
     """Most tokens that fit, to about a hundredth; None where there is no limit."""
+    params = option.candidate.params
     params = replace(params, n_ctx=None, rope_scaling_type=None, rope_freq_scale=None)
 
     def peak(tokens: int, exact: bool = False) -> int:
@@ -201,9 +251,9 @@ def _notes(blueprint: Blueprint, machine: Machine, chosen: Option | None) -> tup
     if blueprint.weights_bytes > machine.budget:
         said.append(
             f"the weights alone take {as_bytes(blueprint.weights_bytes)} in "
-            f"{str(blueprint.facts.dtype).removeprefix('torch.')}."
+            f"{', '.join(blueprint.kinds()) or str(blueprint.facts.dtype).removeprefix('torch.')}."
         )
-    if chosen is None and blueprint.facts.dtype.itemsize > 2:
+    if chosen is None and blueprint.held == "plain" and blueprint.facts.dtype.itemsize > 2:
         half = as_bytes(blueprint.weights * 2)
         said.append(f"--dtype bf16 makes the weights {half} (their rounding is not measured here).")
     return tuple(said)

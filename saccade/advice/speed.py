@@ -58,8 +58,8 @@ def speed_of(
         found = attention(layer)
         reading += count * read_seconds(found, params, layer.windows[0], tokens)
         step += count * (found.step + kept_keys(params, layer.windows[0], tokens) * found.step_key)
-    head = blueprint.head * size * costs.byte
-    step += (blueprint.layers * size) * costs.byte + head
+    head = blueprint.head * costs.head
+    step += blueprint.layers * costs.weight + head
     return Speed(first_token=reading + head, tokens_per_second=1 / step)
 
 

@@ -61,7 +61,7 @@ def _trial(model: LoadedModel, option: Option, tokens: int) -> Trial:
     from saccade.hf.context import Context as Opened
 
     params = replace(option.candidate.params, n_ctx=None)
-    weights = sum(each.nbytes for each in model.model.parameters())
+    weights = model.weights_bytes
     with Opened(model, params) as ctx:
         vocabulary = ctx.model.facts.vocab_size
         generator = torch.Generator().manual_seed(1)

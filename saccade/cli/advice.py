@@ -11,21 +11,23 @@ from saccade.cli.shared_options import CONTEXT
 from saccade.units import as_bytes, significant
 
 if TYPE_CHECKING:
+    from saccade.advice.candidates import Candidate
     from saccade.advice.recommend import Advice, Longest, Option
-    from saccade.runtime.params import ContextParams
+    from saccade.runtime.plan_blueprint import Blueprint
 
 Said = Mapping[str, str]
-"""--model, --device and --dtype as they were given, and the kind of device that was planned for."""
-_AUTO = "auto"
+"""--model, --device, --dtype and --weights as given, and the kind of device planned for."""
+_DEFAULTS = {"device": "auto", "dtype": "auto", "weights": "file"}
 
 
-def command(params: ContextParams, said: Said) -> str:
+def command(candidate: Candidate, said: Said) -> str:
     """The `saccade generate` that runs under these options."""
     from saccade.advice.candidates import changed
 
-    words = ["saccade", "generate", "-m", said["model"]]
-    for name in ("device", "dtype"):
-        words += [] if said[name] == _AUTO else [f"--{name}", said[name]]
+    params, words = candidate.params, ["saccade", "generate", "-m", said["model"]]
+    said = {**said, "weights": candidate.weights or said["weights"]}
+    for name, default in _DEFAULTS.items():
+        words += [] if said[name] == default else [f"--{name}", said[name]]
     options = {option.field: option for option in CONTEXT}
     given = changed(params)
     if said["kind"] == "cuda":  # the command would read more at once than the default of a Context
@@ -79,13 +81,14 @@ def _lines(advice: Advice, said: Said, trials: Sequence[Any]) -> Iterator[str]:
 def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
     memory, speed = option.memory, option.speed
     assert speed is not None
-    yield f"  {command(option.candidate.params, said)}"
+    yield f"  {command(option.candidate, said)}"
     yield ""
     yield f"setting      {option.name}"
     activations = as_bytes(memory.activations)
     yield f"peak         {as_bytes(memory.peak)}: weights {as_bytes(memory.weights)}, " + (
         f"caches {as_bytes(memory.reading)}, activations {activations}"
     )
+    yield f"weights      {weights_said(advice.held(option.candidate))}"
     if memory.caches != memory.reading:
         yield f"             caches {as_bytes(memory.caches)} once the prompt is read"
     if memory.host:
@@ -102,6 +105,14 @@ def _chosen(advice: Advice, option: Option, said: Said) -> Iterator[str]:
     else:
         yield f"runner-up    {advice.second.name}: {advice.why_second}"
     yield f"rule         {advice.rule}"
+
+
+def weights_said(blueprint: Blueprint) -> str:
+    """What the weights are in memory."""
+    kinds = ", ".join(blueprint.kinds()) or str(blueprint.facts.dtype).removeprefix("torch.")
+    if blueprint.held == "plain":
+        return kinds
+    return f"{kinds}{' as in the file' if blueprint.held == 'file' else ', rounded by loading'}"
 
 
 def _nothing(advice: Advice) -> Iterator[str]:
@@ -161,11 +172,12 @@ def as_json(advice: Advice, said: Said, trials: Sequence[Any] = ()) -> dict[str,
         "schema": "saccade.plan/1",
         "model": facts.name,
         "dtype": str(facts.dtype).removeprefix("torch."),
+        "weights": {"kinds": advice.blueprint.kinds(), "bytes": advice.blueprint.weights_bytes},
         "context": advice.tokens,
         "trained_length": facts.n_ctx_train,
         "device": {"kind": machine.kind, "name": machine.name},
         "memory": {"bytes": machine.budget, "from": machine.said},
-        "command": None if advice.chosen is None else command(advice.chosen.candidate.params, said),
+        "command": None if advice.chosen is None else command(advice.chosen.candidate, said),
         "chosen": None if advice.chosen is None else _option(advice.chosen, said),
         "runner_up": None if advice.second is None else _option(advice.second, said),
         "why_runner_up": advice.why_second or None,
@@ -181,7 +193,8 @@ def _option(option: Option, said: Said) -> dict[str, Any]:
     memory, speed = option.memory, option.speed
     return {
         "setting": option.name,
-        "command": command(option.candidate.params, said),
+        "weights": option.candidate.weights or said["weights"],
+        "command": command(option.candidate, said),
         "fits": option.fits,
         "peak_bytes": memory.peak,
         "weights_bytes": memory.weights,

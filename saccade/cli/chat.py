@@ -48,6 +48,7 @@ def run(
     model: shared_options.Model,
     device: shared_options.Device = "auto",
     dtype: shared_options.DType = "auto",
+    weights: shared_options.Weights = "file",
     system: Annotated[str | None, typer.Option(
         "--system", metavar="TEXT", parser=utf8_text,
         help="what the model reads before the dialogue",
@@ -74,7 +75,7 @@ def run(
     need("rich", purpose="saccade chat")
     from saccade.core import BadInput, Unsupported
 
-    loaded = load(model, device, dtype, notes=notes)
+    loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
     try:

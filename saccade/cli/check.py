@@ -36,6 +36,7 @@ def run(
     model: shared_options.Model,
     device: shared_options.Device = "auto",
     dtype: shared_options.DType = "auto",
+    weights: shared_options.Weights = "file",
     *,
     context: shared_options.Values,
 ) -> int:
@@ -48,7 +49,7 @@ def run(
     from saccade.hf.check import AS_IT_IS, check_eager, check_options, described
     from saccade.hf.model import HFModel
 
-    loaded = load(model, device, dtype)
+    loaded = load(model, device, dtype, weights)
     runnable = HFModel(loaded.model, loaded.name, loaded.n_ctx_train)
     found = [check_eager(runnable)]
     found += [check_options(runnable, p) for p in wanted if described(p) != AS_IT_IS]

@@ -12,7 +12,7 @@ from saccade.cli.failure import need
 from saccade.cli.lengths import length
 from saccade.cli.loading import load
 from saccade.cli.outputs import check_outputs, file_option
-from saccade.cli.shared_options import Device, DType, Model
+from saccade.cli.shared_options import Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import file_name, list_of
 
@@ -34,6 +34,7 @@ def run(
     model: Model = DEMO_MODEL,
     device: Device = "auto",
     dtype: DType = "auto",
+    weights: Weights = "file",
     text: Annotated[
         str | None, file_option("--text", "UTF-8 text to read (default: Python's help topics)")
     ] = None,
@@ -64,7 +65,7 @@ def run(
     files = {"html": html, "png": png, "markdown": markdown, "json": json}
     _check(files)
     options = {"context": context, "quick": quick, "rows": rows, "sweep": sweep or ()}
-    report = _measure((model, device, dtype), text, **options)
+    report = _measure((model, device, dtype, weights), text, **options)
     failed = _show(report, files)
     if not report.complete:
         why = report.settings.get("stopped_by")
@@ -86,7 +87,7 @@ def _check(files: dict[str, str | None]) -> None:
         need("jinja2", purpose="--html")
 
 
-def _measure(source: tuple[str, str, str], text_file: str | None, **options: Any) -> Report:
+def _measure(source: tuple[str, str, str, str], text_file: str | None, **options: Any) -> Report:
     from saccade.evals.text import read_text
 
     # The text first: what follows imports transformers, which takes seconds.

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from saccade.cli.values import file_name
+
 if TYPE_CHECKING:
     from saccade.cli.health import Check, Verdicts
 
 EXAMPLES = """examples:
   saccade doctor
+  saccade doctor -m model.gguf
   saccade doctor --json
 """
 
@@ -21,20 +24,32 @@ _MARKS = {"ok": "ok", "missing": "--", "broken": "!!"}
 
 
 def run(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="PATH|NAME", parser=file_name,
+            help="a model: what its weights would take in each form, and what that costs",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="the same as one line of JSON")] = False,
-) -> int:
+) -> int:  # fmt: skip
     """What can run here, and what to do about what cannot."""
     from saccade.cli.health import attention_verdicts, checks
+    from saccade.cli.weights import forms, table
 
+    weights = [] if model is None else forms(model)
     found = checks()
     usable = not any(check.status == "broken" for check in found)
     backends = attention_verdicts() if usable else []
     if as_json:
         facts = {"checks": [asdict(c) for c in found], "attention": [asdict(v) for v in backends]}
+        facts |= {} if model is None else {"weights": [asdict(form) for form in weights]}
         print(json.dumps(facts))
     else:
         _print_checks(found)
         _print_backends(backends)
+        if model is not None:
+            print(f"\nWeights of {model} in memory\n\n{table(weights)}")
     return 0 if usable else 1
 
 

@@ -47,6 +47,7 @@ def run(
     model: shared_options.Model,
     device: shared_options.Device = "auto",
     dtype: shared_options.DType = "auto",
+    weights: shared_options.Weights = "file",
     prompt: Annotated[str | None, typer.Option(
         "--prompt", "-p", metavar="TEXT", parser=utf8_text, help="text to continue"
     )] = None,
@@ -79,7 +80,7 @@ def run(
     from saccade.core import BadInput, Unsupported
 
     shared_options.sampler_of(sampling)  # refused before a model is loaded
-    loaded = load(model, device, dtype, notes=notes)
+    loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     try:

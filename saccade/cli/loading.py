@@ -13,13 +13,23 @@ if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
 
 
-_DEVICE = re.compile(r"""\bdevice=["']([\w:]+)["']""")
+_ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?([\w:.]+)["']?""")
+_SHORT = {name: short for short, name in DTYPES.items() if name}
 
 
 def load(
-    name: str, device: str = "auto", dtype: str = "auto", *, notes: Notes | None = None
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str = "file",
+    *,
+    notes: Notes | None = None,
 ) -> LoadedModel:
-    """The model of `--model` on `--device` in `--dtype`, with its notes on stderr."""
+    """The model of `--model` on `--device` in `--dtype`, with its notes on stderr.
+
+    Args:
+        weights: how they lie in memory (`--weights`).
+    """
     notes = notes or Notes()
     notes.say(f"Loading {name} ...")
     import torch
@@ -30,10 +40,18 @@ def load(
     wanted = DTYPES[dtype]
     try:
         loaded = load_model(
-            name, device=device, dtype=None if wanted is None else getattr(torch, wanted)
+            name,
+            device=device,
+            dtype=None if wanted is None else getattr(torch, wanted),
+            weights=weights,
         )
     except BadInput as error:  # of a device that is not there, say: in the words of the options
-        raise UsageError(_DEVICE.sub(r"--device \1", str(error))) from error
+        raise UsageError(_ARGUMENT.sub(_as_option, str(error))) from error
     for note in loaded.notes:
         notes.note(note)
     return loaded
+
+
+def _as_option(found: re.Match[str]) -> str:
+    """`weights="int4"` as it is written on the command line: `--weights int4`."""
+    return f"--{found[1]} {_SHORT.get(found[2].removeprefix('torch.'), found[2])}"

@@ -34,6 +34,7 @@ def run(
     model: shared_options.Model,
     device: shared_options.Device = "auto",
     dtype: shared_options.DType = "auto",
+    weights: Annotated[Any, shared_options.WEIGHTS_OPTION] = None,
     length: Annotated[Any, typer.Option(
         "--context", metavar="N", parser=tokens,
         help="tokens to hold, such as 32768 or 32k (default: --ctx-size, or the trained length)",
@@ -64,10 +65,11 @@ def run(
 
     try:
         advice = _advice(
-            model, device, dtype, length, memory, params, chunked=context["n_batch"] is not None
-        )
-        said = {"model": model, "device": device, "dtype": dtype}
-        trials = _measured(model, device, dtype, advice, (svg, html)) if measure else []
+            model, device, dtype, weights, length, memory, params,
+            chunked=context["n_batch"] is not None,
+        )  # fmt: skip
+        said = {"model": model, "device": device, "dtype": dtype, "weights": weights or "file"}
+        trials = _measured(said, advice, (svg, html)) if measure else []
     except (BadInput, Unsupported) as error:
         raise UsageError(shared_options.with_flags(str(error))) from error
     if as_json_:
@@ -78,8 +80,8 @@ def run(
 
 
 def _advice(
-    model: str, device: str, dtype: str, length: int | None, memory: int | None,
-    params: ContextParams, *, chunked: bool,
+    model: str, device: str, dtype: str, weights: str | None, length: int | None,
+    memory: int | None, params: ContextParams, *, chunked: bool,
 ) -> Advice:  # fmt: skip
     import torch
 
@@ -88,38 +90,43 @@ def _advice(
 
     wanted = shared_options.DTYPES[dtype]
     where = machine(device, memory)
-    gguf = torch.bfloat16 if where.kind == "cuda" else torch.float32
-    found = blueprint(model, None if wanted is None else getattr(torch, wanted), gguf)
+    asked = None if wanted is None else getattr(torch, wanted)
+    found = blueprint(model, asked, weights or "file", where.kind)
     if length is not None and params.n_ctx not in (None, length):
         raise UsageError(
             f"--context {length} and --ctx-size {params.n_ctx} both say how many tokens. Give one."
         )
     held = length or params.n_ctx or found.facts.n_ctx_train
     params = replace(params, n_ctx=None)  # the recommendation sets it where it has to be
-    return advise(found, params, held, where, chunk_is_asked=chunked)
+    return advise(found, params, held, where, chunk_is_asked=chunked, may_round=weights is None)
 
 
-def blueprint(model: str, dtype: Any, gguf_dtype: Any) -> Blueprint:
+def blueprint(model: str, dtype: Any, weights: str, device: str) -> Blueprint:
     """Sizes of a model, by transformers where its files alone do not tell.
 
     Raises:
         BadInput, Unsupported: no model, or one that cannot be planned.
+        ValueError: weights of a form that excludes the dtype.
     """
+    import torch
+
     from saccade.runtime.located import located
     from saccade.runtime.plan_files import blueprint_of
+    from saccade.runtime.weights import held_as
 
     path = located(model)
-    found = blueprint_of(path, dtype, gguf_dtype)
-    if found is not None:
-        return found
-    need("transformers", purpose="saccade plan")
-    from saccade.hf.plan import blueprint as described
+    held, dtype = held_as(weights, dtype, device, is_folder=path.is_dir())
+    found = blueprint_of(path, dtype, torch.float32)
+    if found is None:
+        need("transformers", purpose="saccade plan")
+        from saccade.hf.plan import blueprint as described
 
-    return described(path, dtype, gguf_dtype)
+        found = described(path, dtype)
+    return found.holding(held)
 
 
 def _measured(
-    model: str, device: str, dtype: str, advice: Advice, files: tuple[str | None, str | None]
+    said: dict[str, str], advice: Advice, files: tuple[str | None, str | None]
 ) -> list[Any]:
     """What the settings that fit took on the model itself, drawn to files."""
     need("transformers", purpose="saccade plan --measure")
@@ -127,7 +134,9 @@ def _measured(
     from saccade.cli.loading import load
     from saccade.report.files import write_whole
 
-    found = trials(load(model, device, dtype), advice)
+    found: list[Any] = []
+    for weights, some in advice.by_weights(said["weights"]):
+        found += trials(load(said["model"], said["device"], said["dtype"], weights), some)
     for name, draw in zip(files, (picture, page), strict=True):
         if name is not None:
             write_whole(Path(name).expanduser(), draw(found))

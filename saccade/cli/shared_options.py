@@ -42,9 +42,18 @@ DType = Annotated[
         "--dtype",
         metavar="|".join(DTYPES),
         parser=one_of(*DTYPES),
-        help="of the weights (default: as the file says; for GGUF f32, on a GPU bf16)",
+        help="of what is computed and of plain weights (default: as the folder says; for GGUF "
+        "f32, on a GPU bf16)",
     ),
 ]
+WEIGHTS = ("file", "int8", "int4", "bf16", "f32")
+WEIGHTS_OPTION: Any = typer.Option(
+    "--weights",
+    metavar="|".join(WEIGHTS),
+    parser=one_of(*WEIGHTS),
+    help="how weights lie in memory: as in the file (default), rounded to 8 or 4 bits, plain",
+)
+Weights = Annotated[str, WEIGHTS_OPTION]
 NPredict = Annotated[
     Any,
     typer.Option(

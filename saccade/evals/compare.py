@@ -248,7 +248,6 @@ def _report(
     quick: bool,
 ) -> Report:
     facts = runner.facts
-    weights = {p.untyped_storage().data_ptr(): p.nbytes for p in model.model.parameters()}
     return Report(
         **origin(),
         model={
@@ -260,7 +259,8 @@ def _report(
             "head_dim": facts.head_dim,
             "trained_length": trained_reach(ContextParams(), facts),
             "dtype": str(facts.dtype).removeprefix("torch."),
-            "weight_bytes": sum(weights.values()),
+            "weights": model.weights,
+            "weight_bytes": model.weights_bytes,
         },
         text={"source": "pydoc_data.topics" if text is None else "a file", "tokens": len(tokens)},
         settings={

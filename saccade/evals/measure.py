@@ -18,6 +18,7 @@ from saccade.evals.rows import RowSpec
 from saccade.evals.speed import Rounds
 from saccade.evals.subject import Ours, Subject, Theirs, implementation
 from saccade.hf.model import HFModel
+from saccade.hf.packed_layers import weights_bytes
 from saccade.ops.allocated import AllocatedPeak
 from saccade.report.comparison import Row, SweepPoint
 from saccade.runtime.importance import HEAD_CHUNK
@@ -117,6 +118,7 @@ def measure(spec: RowSpec, trial: Trial, row: Row | SweepPoint, rounds: Rounds) 
             wait(device)
             prefill = time.perf_counter() - begin
         row.peak_bytes, row.cache_bytes = peak.bytes, subject.cache_bytes
+        row.total_bytes = weights_bytes(model.model) + peak.bytes
         written = trial.continuation[: trial.steps]
         begin = time.perf_counter()
         steps = subject.write(written)

@@ -182,5 +182,5 @@ def _renamed(spec: RowSpec, name: str) -> RowSpec:
 
 def _empty(point: SweepPoint, status: str, note: str) -> None:
     """Take back what was filled in of a point that did not finish."""
-    point.peak_bytes = point.cache_bytes = None
+    point.total_bytes = point.peak_bytes = point.cache_bytes = None
     point.status, point.note = status, note

@@ -6,7 +6,7 @@ A cell carries its value and, where that makes sense, the ratio to the baseline'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Column:
         compared: whether ratios to other rows say something.
         error: how certain the ratio to the reference is; None where it is not judged by ratio.
         multiplies: whether a combination of rows is expected to give the product of their ratios.
+        optional: whether tables leave it out where no row has a value, as older records have none.
         show: the text of a row and its value, called only where there is a value.
         meaning: how to read it; measured: how it was obtained.
     """
@@ -48,6 +49,7 @@ class Column:
     compared: bool = True
     error: verdict.Error | None = None
     multiplies: bool = False
+    optional: bool = False
     show: Callable[[Any, float], str]
     meaning: str
     measured: str
@@ -111,6 +113,16 @@ def expectation(column: Column, row: Row, report: Report) -> float | None:
 
 
 COLUMNS = (
+    Column(
+        key="total_bytes",
+        title="Memory",
+        lower_is_better=True,
+        error=verdict.exact,
+        optional=True,
+        show=lambda row, value: as_bytes(value),
+        meaning="Weights and the peak of memory above them: what the run needs. Less is better.",
+        measured="Bytes of the weights as they lie in memory, and the peak in the next column.",
+    ),
     Column(
         key="peak_bytes",
         title="Peak memory",
@@ -215,7 +227,13 @@ COLUMNS = (
     ),
 )
 
-COST, QUALITY = COLUMNS[:5], COLUMNS[5:]
+COST, QUALITY = COLUMNS[:6], COLUMNS[6:]
+
+
+def shown(columns: Sequence[Column], rows: Iterable[Any]) -> list[Column]:
+    """The columns without optional ones that no row has a value for."""
+    rows = list(rows)
+    return [c for c in columns if not c.optional or any(c.value(row) is not None for row in rows)]
 
 
 def groups(report: Report) -> list[tuple[str, list[Row]]]:
@@ -247,6 +265,7 @@ def why(row: Row | SweepPoint, most: int = LONGEST) -> str:
 
 def comparison_table(report: Report, columns: Sequence[Column] = COLUMNS) -> Table:
     """The rows under their headings."""
+    columns = shown(columns, report.rows)
     lines: list[Line] = []
     for name, rows in groups(report):
         lines.append(Line(name, kind="group"))

@@ -25,6 +25,7 @@ class Row:
         options: the ContextParams that were not default, and what else makes the row.
         status: "ok", "failed", "stopped" (Ctrl-C or SIGTERM), or "not applicable": the option would
             change nothing for this model.  Any but "ok" says why in `note`.
+        total_bytes: weights and peak_bytes together; None in records from before it was counted.
         peak_bytes: most bytes allocated above the loaded model while the context was read.
         cache_bytes: bytes allocated by the caches after the context was read.
         ttft_seconds: time to first token: reading the whole context and choosing a token, with
@@ -46,6 +47,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     status: str = "ok"
     note: str = ""
+    total_bytes: int | None = None
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     ttft_seconds: float | None = None
@@ -78,6 +80,7 @@ class SweepPoint:
     n_context: int
     status: str = "ok"
     note: str = ""
+    total_bytes: int | None = None
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     ttft_seconds: float | None = None

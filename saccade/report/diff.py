@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saccade.report import verdict
-from saccade.report.columns import COLUMNS, Column, why
+from saccade.report.columns import COLUMNS, Column, shown, why
 from saccade.report.comparison import Report, Row, SweepPoint
 from saccade.report.numbers import MISSING, as_fact, as_ratio, fact_name
 from saccade.report.table import Cell, Heading, Line, Table
@@ -186,6 +186,7 @@ def _perplexity_error(old: Report, new: Report) -> verdict.Error:
 
 def difference_table(found: Difference, columns: Sequence[Column] = COLUMNS) -> Table:
     """A line for each row of both records: old -> new (ratio)."""
+    columns = shown(columns, (each for row in found.rows for each in (row.old, row.new)))
     lines = [
         Line(row.name, [_cell(column, row) for column in columns])
         for row in found.rows

@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from saccade.report.claims import claims_table
-from saccade.report.columns import COLUMNS, comparison_table
+from saccade.report.columns import COLUMNS, comparison_table, shown
 from saccade.report.comparison import Report
 from saccade.report.notes import key, notes, summary
 from saccade.report.numbers import as_fact, fact_name
@@ -40,7 +40,7 @@ def to_html(report: Report) -> str:
         report=report,
         summary=summary(report),
         key=key(report, place="Below each value"),
-        columns=COLUMNS,
+        columns=shown(COLUMNS, report.rows),
         comparison=comparison_table(report),
         notes=notes(report),
         pareto=Markup(pareto_svg(points_of(report))),

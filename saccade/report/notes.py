@@ -7,7 +7,7 @@ from typing import Any
 from saccade.report import verdict
 from saccade.report.columns import COLUMNS, expectation
 from saccade.report.comparison import Report, Row
-from saccade.report.numbers import as_duration
+from saccade.report.numbers import as_bytes, as_duration
 
 
 def summary(report: Report) -> str:
@@ -17,7 +17,14 @@ def summary(report: Report) -> str:
     tokens = report.settings.get("n_context")
     context = f", {tokens:,} tokens of context" if isinstance(tokens, int) else ""
     cut = "" if report.complete else "; stopped before the end"
-    return f"{model} on {text}{context}; {_machine(report)}; {as_duration(report.seconds)}{cut}"
+    run = f"{model}{_weights(report)} on {text}{context}"
+    return f"{run}; {_machine(report)}; {as_duration(report.seconds)}{cut}"
+
+
+def _weights(report: Report) -> str:
+    """What the weights are, and their bytes, where the record says so."""
+    kind, size = report.model.get("weights"), report.model.get("weight_bytes")
+    return f" ({kind}, {as_bytes(size)} of weights)" if kind and size else ""
 
 
 def _machine(report: Report) -> str:

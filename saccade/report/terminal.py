@@ -28,7 +28,7 @@ LAYOUTS = (  # (columns of each table, whether ratios stand below their values)
     ((COLUMNS,), False),
     ((COST, QUALITY), False),
     ((COST, QUALITY), True),
-    ((COST[:2], COST[2:], QUALITY), True),
+    ((COST[:3], COST[3:], QUALITY), True),
 )
 PIPE_WIDTH = 260  # columns of a table that goes into a file: nothing is folded
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from saccade.rope import parse
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.plan_blueprint import Blueprint
 from saccade.runtime.positions import Positions
+from saccade.runtime.weights import Matrix, grouped
 
 _FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 """Norm, attention, norm, gated MLP."""
@@ -41,6 +43,11 @@ _NUMBERS: Final[dict[int, str]] = dict(
 _STRING, _ARRAY = 8, 9
 _MOST: Final = 1 << 40
 _ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+_KINDS: Final = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K",
+    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
+}  # fmt: skip
+"""GGML's numbers of types -> their names."""
 
 
 def blueprint_of(
@@ -89,7 +96,19 @@ def from_config(values: dict[str, Any], name: str, dtype: torch.dtype | None) ->
         windows=windows, positions=_positions(values, length),
     )  # fmt: skip
     weights = layers * layer + hidden + vocab * hidden * (1 if tied else 2)
-    return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied)
+    kind = "F32"  # of a folder, whose weights are plain unless they are rounded
+    every = ((queries, hidden, 1), (keys, hidden, 2), (hidden, queries, 1), (inner, hidden, 2),
+             (hidden, inner, 1))  # fmt: skip
+    matrices = [Matrix(kind, rows, width, count * layers) for rows, width, count in every]
+    matrices += _ends(tied, kind, kind, vocab, hidden)
+    return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied,
+                     matrices=grouped(matrices))  # fmt: skip
+
+
+def _ends(tied: bool, embedding: str, output: str, vocab: int, hidden: int) -> list[Matrix]:
+    """The embedding and the output matrix, of these kinds; one matrix where they are tied."""
+    looked_up = Matrix(embedding, vocab, hidden, is_head=tied, is_read=False)
+    return [looked_up] if tied else [looked_up, Matrix(output, vocab, hidden, is_head=True)]
 
 
 def _positions(values: dict[str, Any], trained: int) -> Positions:
@@ -126,7 +145,8 @@ def _windows(values: dict[str, Any], family: str) -> tuple[int | None, ...] | No
 def from_gguf(path: Path, dtype: torch.dtype) -> Blueprint | None:
     """The blueprint that the header of a GGUF file gives."""
     with path.open("rb") as file:
-        keys, shapes = _Header(file.read(min(path.stat().st_size, 64 << 20))).read()
+        keys, tensors = _Header(file.read(min(path.stat().st_size, 64 << 20))).read()
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
     family = keys.get("general.architecture")
     if family not in _ARCHITECTURES or keys.get("general.type", "model") != "model":
         return None
@@ -156,7 +176,17 @@ def from_gguf(path: Path, dtype: torch.dtype) -> Blueprint | None:
         return None
     weights = sum(math.prod(shape) for shape in shapes.values())
     tied = "output.weight" not in shapes
-    return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied)
+    return Blueprint(facts=facts, weights=weights, hidden=hidden, inner=inner, tied=tied,
+                     matrices=grouped(_matrices(tensors, tied)))  # fmt: skip
+
+
+def _matrices(tensors: dict[str, tuple[tuple[int, ...], str]], tied: bool) -> Iterator[Matrix]:
+    """Every tensor with two dimensions: in these families all are linear layers or embeddings."""
+    for name, (shape, kind) in tensors.items():
+        if len(shape) == 2:
+            looked_up, head = name == "token_embd.weight", name == "output.weight"
+            is_head = head or (looked_up and tied)
+            yield Matrix(kind, *shape, is_head=is_head, is_read=not looked_up)
 
 
 class _Header:
@@ -165,8 +195,8 @@ class _Header:
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
-    def read(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-        """(keys that are no lists, shape of each tensor in PyTorch's order)."""
+    def read(self) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], str]]]:
+        """(keys that are no lists, shape in PyTorch's order and kind of each tensor)."""
         magic, version, n_tensors, n_keys = struct.unpack_from("<4sIQQ", self.data, 0)
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("not a GGUF file of a known version")
@@ -203,8 +233,8 @@ class _Header:
             at += 8 + length(data, at)[0]
         self.at = at
 
-    def _tensor(self) -> tuple[str, tuple[int, ...]]:
+    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], str]]:
         name, dims = self._text(), self._number("I")
         shape = tuple(self._number("Q") for _ in range(dims))[::-1]
-        self.at += struct.calcsize("<IQ")  # its type and where it lies
-        return name, shape
+        kind, _ = self._number("I"), self._number("Q")  # its type, and where it lies
+        return name, (shape, _KINDS.get(kind, f"type {kind}"))

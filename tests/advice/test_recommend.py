@@ -176,7 +176,9 @@ def test_only_measurements_that_agree_are_remembered(tmp_path, monkeypatch, seco
     """Of two the faster is taken; where another program disturbed them the plan says so."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        machines, "measured_costs", lambda *_: Costs(flop=1e-9, byte=1e-9, op=1e-6, elementwise=0.0)
+        machines,
+        "measured_costs",
+        lambda *_: Costs(flop=1e-9, weight=1e-9, head=1e-9, op=1e-6, elementwise=0.0),
     )
     scales = [second, 1.0, 1.0, 1.0]
     monkeypatch.setattr(machines, "measured_attention", lambda *_: costs(scales.pop(0)))

@@ -26,7 +26,7 @@ EXACT = {"docs/kv-heads.md": {"5 %", *(f"{100 - 100 * kv / heads:.0f} %" for hea
 # Pages that another branch adds; each has to be removed here once it is there.
 COMING_PAGES: tuple[str, ...] = ()
 # Pages whose records are measured when everything is merged; each has to be removed then.
-UNMEASURED: tuple[str, ...] = ()
+UNMEASURED: tuple[str, ...] = ("docs/real-model.md",)
 
 
 def _each(pages, unfinished=()):
