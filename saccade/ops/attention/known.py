@@ -162,7 +162,7 @@ def _ragged(kv: RaggedKV) -> Hashable:
 
 def _quantized(kv: QuantizedKV) -> Hashable:
     tensors = (kv.recent_k, kv.recent_v, *kv.k, *kv.v)
-    return *map(_part, tensors), kv.bits_k, kv.bits_v, kv.k_group, kv.hadamard
+    return *map(_part, tensors), kv.bits_k, kv.bits_v, kv.k_group, kv.hadamard, kv.first
 
 
 _VIEWS: dict[type, Callable[[Any], Hashable]] = {
