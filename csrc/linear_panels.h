@@ -1,6 +1,7 @@
-// Many rows of x: a block of the weight becomes bfloat16 in the cache once, and all rows of x, as
-// bfloat16, are multiplied with it.
+// Many rows of x: a part of a block of the weight becomes bfloat16 in the cache once, and all rows
+// of x, as bfloat16, are multiplied with it.
 #pragma once
+#include "arena.h"
 #include "linear_output.h"
 #include "pool.h"
 #include "workspace.h"
@@ -10,6 +11,7 @@ namespace saccade::SACCADE_TARGET {
 #if defined(SACCADE_DOT)
 
 constexpr int kStrip = kStripRows;  // rows of x at once: with two blocks, 24 sums in registers
+constexpr int64_t kPart = 2048;     // columns of a panel: two of them take 128 KiB of the L2 cache
 
 // Sixteen numbers of a column and sixteen of the next, as pairs, one a lane.
 SACCADE_INLINE __m512i as_pairs(F even, F odd) {
@@ -19,12 +21,13 @@ SACCADE_INLINE __m512i as_pairs(F even, F odd) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// panel[k / 2][row]: pairs of columns of a block.
-static void fill_panel(const PackedMatrix& w, int64_t block, Bf16* panel) {
-  const uint8_t* q = block_data(w, block);
-  int64_t at = block_scales(w, block);
+// panel[k / 2][row]: pairs of columns of a block, from column `first` to `end`.
+static void fill_panel(const PackedMatrix& w, int64_t block, int64_t first, int64_t end,
+                       Bf16* panel) {
+  const uint8_t* q = block_data(w, block) + first * kBlockRows * w.bits / 8;
+  int64_t at = block_scales(w, block) + first / w.group * kBlockRows;
   const NibbleTable table(centre_of(w));
-  for (int64_t k = 0; k < w.in; k += w.group, at += kBlockRows) {
+  for (int64_t k = first; k < end; k += w.group, at += kBlockRows) {
     const F scale = load((const F16*)w.scale + at);
     const F minimum = w.minimum ? load((const F16*)w.minimum + at) : zero();
     for (int64_t c = 0; c < w.group; c += 8, panel += 8 * kBlockRows) {
@@ -44,14 +47,14 @@ static void fill_panel(const PackedMatrix& w, int64_t block, Bf16* panel) {
   }
 }
 
-// The products of R rows of x, x[k / 2][R] as pairs, with B panels.
+// Adds the products of R rows of x, x[k / 2][R] as pairs, with B panels of n columns to y.
 template <int R, int B>
-SACCADE_INLINE void panel_products(const Bf16* const (&panels)[2], const Bf16* x, int64_t in,
-                                   float (&y)[2][R][kBlockRows]) {
+SACCADE_INLINE void panel_products(Bf16* const (&panels)[2], const Bf16* x, int64_t n,
+                                   float* y) {
   F sum[B][R];
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
-    SACCADE_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = zero();
-  for (int64_t k = 0; k < in; k += 2, x += 2 * R) {
+    SACCADE_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = load(y + (b * R + r) * kBlockRows);
+  for (int64_t k = 0; k < n; k += 2, x += 2 * R) {
     __m512i weights[B];
     SACCADE_UNROLL for (int b = 0; b < B; ++b)
       weights[b] = _mm512_loadu_si512(panels[b] + k * kBlockRows);
@@ -63,7 +66,7 @@ SACCADE_INLINE void panel_products(const Bf16* const (&panels)[2], const Bf16* x
     }
   }
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
-    SACCADE_UNROLL for (int b = 0; b < B; ++b) store(y[b][r], sum[b][r]);
+    SACCADE_UNROLL for (int b = 0; b < B; ++b) store(y + (b * R + r) * kBlockRows, sum[b][r]);
 }
 
 class LinearPanels {
@@ -107,32 +110,68 @@ class LinearPanels {
     }
   }
 
+  // What one item needs: two panels, and the sums of all rows with both.
+  struct Memory {
+    Bf16* panels[2];
+    float* sums;
+  };
+  Memory memory() const {
+    const auto place = [&](Arena arena, Memory& m) {
+      for (Bf16*& panel : m.panels) panel = arena.take<Bf16>(kPart * kBlockRows);
+      m.sums = arena.take<float>(strips_ * kStrip * 2 * kBlockRows);
+      return arena.bytes();
+    };
+    Memory m;
+    const int64_t bytes = place(Arena(nullptr), m);
+    place(Arena(workspace(WorkspaceSlot::item, (size_t)bytes)), m);
+    return m;
+  }
+
   void item(int64_t item) {
     int64_t weight = 0;
     while (item >= items_of(p_.weights[weight])) item -= items_of(p_.weights[weight++]);
     const bool gated = p_.gate != Gate::none;
     const int64_t block = gated ? item : 2 * item;
     const bool two = gated || block + 1 < num_blocks(p_.weights[weight]);
-    const int64_t size = p_.in * kBlockRows;
-    auto* panel = (Bf16*)workspace(WorkspaceSlot::item, (size_t)(2 * size) * sizeof(Bf16));
-    const Bf16* const panels[2] = {panel, panel + size};
-    fill_panel(p_.weights[weight], block, panel);
-    if (two) fill_panel(p_.weights[gated ? 1 : weight], gated ? block : block + 1, panel + size);
+    const Memory m = memory();
+    std::memset(m.sums, 0, (size_t)(strips_ * kStrip * 2 * kBlockRows) * sizeof(float));
+    for (int64_t k = 0; k < p_.in; k += kPart) {
+      const int64_t end = min(p_.in, k + kPart);
+      fill_panel(p_.weights[weight], block, k, end, m.panels[0]);
+      if (two)
+        fill_panel(p_.weights[gated ? 1 : weight], gated ? block : block + 1, k, end, m.panels[1]);
+      each_strip([&]<int R>(int64_t s) { add<R>(s, m, k, end, two); });
+    }
+    each_strip([&]<int R>(int64_t s) { write<R>(weight, block, s, m, two); });
+  }
+
+  template <class Fn>
+  void each_strip(Fn&& fn) const {
     for (int64_t s = 0; s < strips_; ++s) {
       switch (strip_rows(s)) {
-        case 12: multiply<12>(weight, block, s, panels, two); break;
-        case 8: multiply<8>(weight, block, s, panels, two); break;
-        default: multiply<4>(weight, block, s, panels, two);
+        case 12: fn.template operator()<12>(s); break;
+        case 8: fn.template operator()<8>(s); break;
+        default: fn.template operator()<4>(s);
       }
     }
   }
 
+  float* sums_of(int64_t strip, const Memory& m) const {
+    return m.sums + strip * kStrip * 2 * kBlockRows;
+  }
+
   template <int R>
-  SACCADE_NOINLINE void multiply(int64_t weight, int64_t block, int64_t strip,
-                                 const Bf16* const (&panels)[2], bool two) const {
-    alignas(64) float y[2][R][kBlockRows];
-    if (two) panel_products<R, 2>(panels, strip_at(strip), p_.in, y);
-    else panel_products<R, 1>(panels, strip_at(strip), p_.in, y);
+  SACCADE_NOINLINE void add(int64_t strip, const Memory& m, int64_t k, int64_t end,
+                            bool two) const {
+    const Bf16* x = strip_at(strip) + k * R;
+    if (two) panel_products<R, 2>(m.panels, x, end - k, sums_of(strip, m));
+    else panel_products<R, 1>(m.panels, x, end - k, sums_of(strip, m));
+  }
+
+  template <int R>
+  SACCADE_NOINLINE void write(int64_t weight, int64_t block, int64_t strip, const Memory& m,
+                              bool two) const {
+    auto* y = (float(*)[R][kBlockRows])sums_of(strip, m);
     const int64_t row = strip * kStrip;
     if (p_.gate != Gate::none) return output_.write_gated<R>(block, row, y[0], y[1]);
     output_.write<R>(weight, block, row, y[0]);
