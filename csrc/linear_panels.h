@@ -11,7 +11,8 @@ namespace saccade::SACCADE_TARGET {
 #if defined(SACCADE_DOT)
 
 constexpr int kStrip = kStripRows;  // rows of x at once: with two blocks, 24 sums in registers
-constexpr int64_t kPart = 2048;     // columns of a panel: two of them take 128 KiB of the L2 cache
+constexpr int64_t kPart = 1024;     // columns of a panel: eight of them take 256 KiB of the L2 cache
+constexpr int64_t kPairs = 4;       // of panels that read a strip of x while it is in the L1 cache
 
 // Sixteen numbers of a column and sixteen of the next, as pairs, one a lane.
 SACCADE_INLINE __m512i as_pairs(F even, F odd) {
@@ -73,20 +74,21 @@ class LinearPanels {
  public:
   explicit LinearPanels(const LinearProblem& p) : p_(p), output_(p) {
     strips_ = ceil_div(p_.rows, kStrip);
-    for (int i = 0; i < p_.num_outs; ++i) items_ += items_of(p_.weights[i]);
+    for (int i = 0; i < p_.num_outs; ++i) pairs_ += pairs_of(p_.weights[i]);
+    per_item_ = max(1, min(kPairs, pairs_ / (2 * p_.threads)));
   }
 
   void run() {
     parallel_for(p_.threads, strips_, [](void* c, int64_t i) { ((LinearPanels*)c)->strip(i); },
                  this);
-    parallel_for(p_.threads, items_, [](void* c, int64_t i) { ((LinearPanels*)c)->item(i); },
+    parallel_for(p_.threads, ceil_div(pairs_, per_item_), [](void* c, int64_t i) { ((LinearPanels*)c)->item(i); },
                  this);
   }
 
  private:
-  // Two panels an item: two blocks of a weight, or one of gate and one of up.
-  int64_t items_of(const PackedMatrix& w) const {
-    return p_.gate == Gate::none ? ceil_div(num_blocks(w), 2) : num_blocks(w);
+  bool is_gated() const { return p_.gate != Gate::none; }
+  int64_t pairs_of(const PackedMatrix& w) const {
+    return is_gated() ? num_blocks(w) : ceil_div(num_blocks(w), 2);
   }
 
   // The rows of a strip, filled up to a multiple of four.
@@ -110,39 +112,56 @@ class LinearPanels {
     }
   }
 
-  // What one item needs: two panels, and the sums of all rows with both.
-  struct Memory {
+  // Two panels and the sums of all rows with them: two blocks of a weight, or one of gate and one
+  // of up.
+  struct Pair {
+    int64_t weight, block;
+    bool two;
     Bf16* panels[2];
     float* sums;
   };
-  Memory memory() const {
-    const auto place = [&](Arena arena, Memory& m) {
-      for (Bf16*& panel : m.panels) panel = arena.take<Bf16>(kPart * kBlockRows);
-      m.sums = arena.take<float>(strips_ * kStrip * 2 * kBlockRows);
-      return arena.bytes();
-    };
-    Memory m;
-    const int64_t bytes = place(Arena(nullptr), m);
-    place(Arena(workspace(WorkspaceSlot::item, (size_t)bytes)), m);
-    return m;
+
+  int place(int64_t first, int64_t n, Arena& arena, Pair* pairs) const {
+    for (int64_t i = 0; i < n; ++i) {
+      Pair& pair = pairs[i];
+      for (Bf16*& panel : pair.panels) panel = arena.take<Bf16>(kPart * kBlockRows);
+      pair.sums = arena.take<float>(strips_ * kStrip * 2 * kBlockRows);
+      pair.weight = 0;
+      int64_t at = first + i;
+      while (at >= pairs_of(p_.weights[pair.weight])) at -= pairs_of(p_.weights[pair.weight++]);
+      pair.block = is_gated() ? at : 2 * at;
+      pair.two = is_gated() || pair.block + 1 < num_blocks(p_.weights[pair.weight]);
+    }
+    return (int)n;
   }
 
   void item(int64_t item) {
-    int64_t weight = 0;
-    while (item >= items_of(p_.weights[weight])) item -= items_of(p_.weights[weight++]);
-    const bool gated = p_.gate != Gate::none;
-    const int64_t block = gated ? item : 2 * item;
-    const bool two = gated || block + 1 < num_blocks(p_.weights[weight]);
-    const Memory m = memory();
-    std::memset(m.sums, 0, (size_t)(strips_ * kStrip * 2 * kBlockRows) * sizeof(float));
+    Pair pairs[kPairs];
+    const int64_t first = item * per_item_, count = min(per_item_, pairs_ - first);
+    Arena sizes(nullptr);
+    place(first, count, sizes, pairs);
+    Arena arena(workspace(WorkspaceSlot::item, (size_t)sizes.bytes()));
+    const int n = place(first, count, arena, pairs);
+    for (int i = 0; i < n; ++i)
+      std::memset(pairs[i].sums, 0, (size_t)(strips_ * kStrip * 2 * kBlockRows) * sizeof(float));
     for (int64_t k = 0; k < p_.in; k += kPart) {
       const int64_t end = min(p_.in, k + kPart);
-      fill_panel(p_.weights[weight], block, k, end, m.panels[0]);
-      if (two)
-        fill_panel(p_.weights[gated ? 1 : weight], gated ? block : block + 1, k, end, m.panels[1]);
-      each_strip([&]<int R>(int64_t s) { add<R>(s, m, k, end, two); });
+      for (int i = 0; i < n; ++i) fill(pairs[i], k, end);
+      each_strip([&]<int R>(int64_t s) {
+        for (int i = 0; i < n; ++i) add<R>(s, pairs[i], k, end);
+      });
     }
-    each_strip([&]<int R>(int64_t s) { write<R>(weight, block, s, m, two); });
+    each_strip([&]<int R>(int64_t s) {
+      for (int i = 0; i < n; ++i) write<R>(s, pairs[i]);
+    });
+  }
+
+  void fill(const Pair& pair, int64_t k, int64_t end) const {
+    fill_panel(p_.weights[pair.weight], pair.block, k, end, pair.panels[0]);
+    if (!pair.two) return;
+    const int64_t weight = is_gated() ? 1 : pair.weight;
+    fill_panel(p_.weights[weight], is_gated() ? pair.block : pair.block + 1, k, end,
+               pair.panels[1]);
   }
 
   template <class Fn>
@@ -156,31 +175,29 @@ class LinearPanels {
     }
   }
 
-  float* sums_of(int64_t strip, const Memory& m) const {
-    return m.sums + strip * kStrip * 2 * kBlockRows;
+  float* sums_of(int64_t strip, const Pair& pair) const {
+    return pair.sums + strip * kStrip * 2 * kBlockRows;
   }
 
   template <int R>
-  SACCADE_NOINLINE void add(int64_t strip, const Memory& m, int64_t k, int64_t end,
-                            bool two) const {
+  SACCADE_NOINLINE void add(int64_t strip, const Pair& pair, int64_t k, int64_t end) const {
     const Bf16* x = strip_at(strip) + k * R;
-    if (two) panel_products<R, 2>(m.panels, x, end - k, sums_of(strip, m));
-    else panel_products<R, 1>(m.panels, x, end - k, sums_of(strip, m));
+    if (pair.two) panel_products<R, 2>(pair.panels, x, end - k, sums_of(strip, pair));
+    else panel_products<R, 1>(pair.panels, x, end - k, sums_of(strip, pair));
   }
 
   template <int R>
-  SACCADE_NOINLINE void write(int64_t weight, int64_t block, int64_t strip, const Memory& m,
-                              bool two) const {
-    auto* y = (float(*)[R][kBlockRows])sums_of(strip, m);
+  SACCADE_NOINLINE void write(int64_t strip, const Pair& pair) const {
+    auto* y = (float(*)[R][kBlockRows])sums_of(strip, pair);
     const int64_t row = strip * kStrip;
-    if (p_.gate != Gate::none) return output_.write_gated<R>(block, row, y[0], y[1]);
-    output_.write<R>(weight, block, row, y[0]);
-    if (two) output_.write<R>(weight, block + 1, row, y[1]);
+    if (is_gated()) return output_.write_gated<R>(pair.block, row, y[0], y[1]);
+    output_.write<R>(pair.weight, pair.block, row, y[0]);
+    if (pair.two) output_.write<R>(pair.weight, pair.block + 1, row, y[1]);
   }
 
   const LinearProblem& p_;
   const LinearOutput output_;
-  int64_t strips_ = 0, items_ = 0;
+  int64_t strips_ = 0, pairs_ = 0, per_item_ = 1;
 };
 
 #endif
