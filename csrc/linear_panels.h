@@ -1,6 +1,7 @@
-// Many rows of x: a block of the weight becomes bfloat16 in the cache once, and all rows of x, as
-// bfloat16, are multiplied with it.
+// Many rows of x: a part of a block of the weight becomes bfloat16 in the cache once, and all rows
+// of x, as bfloat16, are multiplied with it.
 #pragma once
+#include "arena.h"
 #include "linear_output.h"
 #include "pool.h"
 #include "workspace.h"
@@ -10,6 +11,8 @@ namespace saccade::SACCADE_TARGET {
 #if defined(SACCADE_DOT)
 
 constexpr int kStrip = kStripRows;  // rows of x at once: with two blocks, 24 sums in registers
+constexpr int64_t kPart = 1024;     // columns of a panel: eight of them take 256 KiB of the L2 cache
+constexpr int64_t kPairs = 4;       // of panels that read a strip of x while it is in the L1 cache
 
 // Sixteen numbers of a column and sixteen of the next, as pairs, one a lane.
 SACCADE_INLINE __m512i as_pairs(F even, F odd) {
@@ -19,12 +22,13 @@ SACCADE_INLINE __m512i as_pairs(F even, F odd) {
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// panel[k / 2][row]: pairs of columns of a block.
-static void fill_panel(const PackedMatrix& w, int64_t block, Bf16* panel) {
-  const uint8_t* q = block_data(w, block);
-  int64_t at = block_scales(w, block);
+// panel[k / 2][row]: pairs of columns of a block, from column `first` to `end`.
+static void fill_panel(const PackedMatrix& w, int64_t block, int64_t first, int64_t end,
+                       Bf16* panel) {
+  const uint8_t* q = block_data(w, block) + first * kBlockRows * w.bits / 8;
+  int64_t at = block_scales(w, block) + first / w.group * kBlockRows;
   const NibbleTable table(centre_of(w));
-  for (int64_t k = 0; k < w.in; k += w.group, at += kBlockRows) {
+  for (int64_t k = first; k < end; k += w.group, at += kBlockRows) {
     const F scale = load((const F16*)w.scale + at);
     const F minimum = w.minimum ? load((const F16*)w.minimum + at) : zero();
     for (int64_t c = 0; c < w.group; c += 8, panel += 8 * kBlockRows) {
@@ -44,14 +48,14 @@ static void fill_panel(const PackedMatrix& w, int64_t block, Bf16* panel) {
   }
 }
 
-// The products of R rows of x, x[k / 2][R] as pairs, with B panels.
+// Adds the products of R rows of x, x[k / 2][R] as pairs, with B panels of n columns to y.
 template <int R, int B>
-SACCADE_INLINE void panel_products(const Bf16* const (&panels)[2], const Bf16* x, int64_t in,
-                                   float (&y)[2][R][kBlockRows]) {
+SACCADE_INLINE void panel_products(Bf16* const (&panels)[2], const Bf16* x, int64_t n,
+                                   float* y) {
   F sum[B][R];
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
-    SACCADE_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = zero();
-  for (int64_t k = 0; k < in; k += 2, x += 2 * R) {
+    SACCADE_UNROLL for (int b = 0; b < B; ++b) sum[b][r] = load(y + (b * R + r) * kBlockRows);
+  for (int64_t k = 0; k < n; k += 2, x += 2 * R) {
     __m512i weights[B];
     SACCADE_UNROLL for (int b = 0; b < B; ++b)
       weights[b] = _mm512_loadu_si512(panels[b] + k * kBlockRows);
@@ -63,27 +67,28 @@ SACCADE_INLINE void panel_products(const Bf16* const (&panels)[2], const Bf16* x
     }
   }
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
-    SACCADE_UNROLL for (int b = 0; b < B; ++b) store(y[b][r], sum[b][r]);
+    SACCADE_UNROLL for (int b = 0; b < B; ++b) store(y + (b * R + r) * kBlockRows, sum[b][r]);
 }
 
 class LinearPanels {
  public:
   explicit LinearPanels(const LinearProblem& p) : p_(p), output_(p) {
     strips_ = ceil_div(p_.rows, kStrip);
-    for (int i = 0; i < p_.num_outs; ++i) items_ += items_of(p_.weights[i]);
+    for (int i = 0; i < p_.num_outs; ++i) pairs_ += pairs_of(p_.weights[i]);
+    per_item_ = max(1, min(kPairs, pairs_ / (2 * p_.threads)));
   }
 
   void run() {
     parallel_for(p_.threads, strips_, [](void* c, int64_t i) { ((LinearPanels*)c)->strip(i); },
                  this);
-    parallel_for(p_.threads, items_, [](void* c, int64_t i) { ((LinearPanels*)c)->item(i); },
+    parallel_for(p_.threads, ceil_div(pairs_, per_item_), [](void* c, int64_t i) { ((LinearPanels*)c)->item(i); },
                  this);
   }
 
  private:
-  // Two panels an item: two blocks of a weight, or one of gate and one of up.
-  int64_t items_of(const PackedMatrix& w) const {
-    return p_.gate == Gate::none ? ceil_div(num_blocks(w), 2) : num_blocks(w);
+  bool is_gated() const { return p_.gate != Gate::none; }
+  int64_t pairs_of(const PackedMatrix& w) const {
+    return is_gated() ? num_blocks(w) : ceil_div(num_blocks(w), 2);
   }
 
   // The rows of a strip, filled up to a multiple of four.
@@ -107,41 +112,92 @@ class LinearPanels {
     }
   }
 
+  // Two panels and the sums of all rows with them: two blocks of a weight, or one of gate and one
+  // of up.
+  struct Pair {
+    int64_t weight, block;
+    bool two;
+    Bf16* panels[2];
+    float* sums;
+  };
+
+  int place(int64_t first, int64_t n, Arena& arena, Pair* pairs) const {
+    for (int64_t i = 0; i < n; ++i) {
+      Pair& pair = pairs[i];
+      for (Bf16*& panel : pair.panels) panel = arena.take<Bf16>(kPart * kBlockRows);
+      pair.sums = arena.take<float>(strips_ * kStrip * 2 * kBlockRows);
+      pair.weight = 0;
+      int64_t at = first + i;
+      while (at >= pairs_of(p_.weights[pair.weight])) at -= pairs_of(p_.weights[pair.weight++]);
+      pair.block = is_gated() ? at : 2 * at;
+      pair.two = is_gated() || pair.block + 1 < num_blocks(p_.weights[pair.weight]);
+    }
+    return (int)n;
+  }
+
   void item(int64_t item) {
-    int64_t weight = 0;
-    while (item >= items_of(p_.weights[weight])) item -= items_of(p_.weights[weight++]);
-    const bool gated = p_.gate != Gate::none;
-    const int64_t block = gated ? item : 2 * item;
-    const bool two = gated || block + 1 < num_blocks(p_.weights[weight]);
-    const int64_t size = p_.in * kBlockRows;
-    auto* panel = (Bf16*)workspace(WorkspaceSlot::item, (size_t)(2 * size) * sizeof(Bf16));
-    const Bf16* const panels[2] = {panel, panel + size};
-    fill_panel(p_.weights[weight], block, panel);
-    if (two) fill_panel(p_.weights[gated ? 1 : weight], gated ? block : block + 1, panel + size);
+    Pair pairs[kPairs];
+    const int64_t first = item * per_item_, count = min(per_item_, pairs_ - first);
+    Arena sizes(nullptr);
+    place(first, count, sizes, pairs);
+    Arena arena(workspace(WorkspaceSlot::item, (size_t)sizes.bytes()));
+    const int n = place(first, count, arena, pairs);
+    for (int i = 0; i < n; ++i)
+      std::memset(pairs[i].sums, 0, (size_t)(strips_ * kStrip * 2 * kBlockRows) * sizeof(float));
+    for (int64_t k = 0; k < p_.in; k += kPart) {
+      const int64_t end = min(p_.in, k + kPart);
+      for (int i = 0; i < n; ++i) fill(pairs[i], k, end);
+      each_strip([&]<int R>(int64_t s) {
+        for (int i = 0; i < n; ++i) add<R>(s, pairs[i], k, end);
+      });
+    }
+    each_strip([&]<int R>(int64_t s) {
+      for (int i = 0; i < n; ++i) write<R>(s, pairs[i]);
+    });
+  }
+
+  void fill(const Pair& pair, int64_t k, int64_t end) const {
+    fill_panel(p_.weights[pair.weight], pair.block, k, end, pair.panels[0]);
+    if (!pair.two) return;
+    const int64_t weight = is_gated() ? 1 : pair.weight;
+    fill_panel(p_.weights[weight], is_gated() ? pair.block : pair.block + 1, k, end,
+               pair.panels[1]);
+  }
+
+  template <class Fn>
+  void each_strip(Fn&& fn) const {
     for (int64_t s = 0; s < strips_; ++s) {
       switch (strip_rows(s)) {
-        case 12: multiply<12>(weight, block, s, panels, two); break;
-        case 8: multiply<8>(weight, block, s, panels, two); break;
-        default: multiply<4>(weight, block, s, panels, two);
+        case 12: fn.template operator()<12>(s); break;
+        case 8: fn.template operator()<8>(s); break;
+        default: fn.template operator()<4>(s);
       }
     }
   }
 
+  float* sums_of(int64_t strip, const Pair& pair) const {
+    return pair.sums + strip * kStrip * 2 * kBlockRows;
+  }
+
   template <int R>
-  SACCADE_NOINLINE void multiply(int64_t weight, int64_t block, int64_t strip,
-                                 const Bf16* const (&panels)[2], bool two) const {
-    alignas(64) float y[2][R][kBlockRows];
-    if (two) panel_products<R, 2>(panels, strip_at(strip), p_.in, y);
-    else panel_products<R, 1>(panels, strip_at(strip), p_.in, y);
+  SACCADE_NOINLINE void add(int64_t strip, const Pair& pair, int64_t k, int64_t end) const {
+    const Bf16* x = strip_at(strip) + k * R;
+    if (pair.two) panel_products<R, 2>(pair.panels, x, end - k, sums_of(strip, pair));
+    else panel_products<R, 1>(pair.panels, x, end - k, sums_of(strip, pair));
+  }
+
+  template <int R>
+  SACCADE_NOINLINE void write(int64_t strip, const Pair& pair) const {
+    auto* y = (float(*)[R][kBlockRows])sums_of(strip, pair);
     const int64_t row = strip * kStrip;
-    if (p_.gate != Gate::none) return output_.write_gated<R>(block, row, y[0], y[1]);
-    output_.write<R>(weight, block, row, y[0]);
-    if (two) output_.write<R>(weight, block + 1, row, y[1]);
+    if (is_gated()) return output_.write_gated<R>(pair.block, row, y[0], y[1]);
+    output_.write<R>(pair.weight, pair.block, row, y[0]);
+    if (pair.two) output_.write<R>(pair.weight, pair.block + 1, row, y[1]);
   }
 
   const LinearProblem& p_;
   const LinearOutput output_;
-  int64_t strips_ = 0, items_ = 0;
+  int64_t strips_ = 0, pairs_ = 0, per_item_ = 1;
 };
 
 #endif

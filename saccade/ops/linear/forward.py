@@ -1,8 +1,8 @@
 """How products with packed weights are computed.
 
 Few rows of x: by kernels that read the packed weights once and keep all of x's digits.  Many rows:
-by kernels that multiply bfloat16, where the CPU does (but for AMX); elsewhere a part of the weight at a time
-becomes a plain matrix in a small buffer, and PyTorch multiplies it.
+by kernels that multiply bfloat16, where the CPU does.  Elsewhere, and on AMX, a part of the weight
+at a time becomes a plain matrix in a small buffer, and PyTorch multiplies it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from saccade.ops.linear import native
 from saccade.ops.linear.packed import PackedWeight, unpack
 from saccade.ops.planning import counting, note_workspace, planning
 
-FEW_ROWS = 32
+FEW_ROWS = 12  # above, products with bfloat16 are faster
 _TILE_BYTES = 4 << 20
 
 
