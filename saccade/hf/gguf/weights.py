@@ -55,14 +55,15 @@ class _Weights:
 
     def _plain(self, recipe: Recipe) -> Tensor:
         """In the dtype of the activations."""
-        parts = [info.read(self.maps, self._read_in(info)) for info in recipe.infos]
+        parts = [info.read(self.maps, self._read_in(info, recipe)) for info in recipe.infos]
         for info in recipe.infos if self.form == "file" else ():
             if info.kind not in _PLAIN:
                 self.rounded[info.kind] += 1
         return recipe.made(parts).to(self.dtype)
 
-    def _read_in(self, info: TensorInfo) -> torch.dtype:
-        small = np.prod(info.shape) <= _SMALL
+    def _read_in(self, info: TensorInfo, recipe: Recipe) -> torch.dtype:
+        """float32 for small tensors that are computed with before they are rounded."""
+        small = recipe.source.on_rows is None and np.prod(info.shape) <= _SMALL
         return torch.promote_types(self.dtype, torch.float32) if small else self.dtype
 
     def _stored(self, recipe: Recipe, outer: bool) -> StoredWeight | None:
