@@ -34,7 +34,7 @@ def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
     tokens: Any = model.get_input_embeddings()
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in (nn.Linear, Conv1D) or module is tokens:
+        if module is tokens or is_linear(module):
             found[f"{name}.weight"] = module
     return found
 
@@ -84,7 +84,7 @@ class StandIns:
 
 def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredLayer | None:
     """The layer that takes a module's place; None for one that computes something else."""
-    if type(module) in (nn.Linear, Conv1D):
+    if is_linear(module):
         kind = HalfLinear if isinstance(store.value, HalfWeight) else PackedLinear
         return kind(store, module._parameters["bias"], dtype, training=module.training)
     factor = embedding_factor(module)
@@ -93,6 +93,24 @@ def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredL
     padding: Any = getattr(module, "padding_idx", None)
     made = PackedEmbedding(store, dtype, padding_idx=padding, factor=factor)
     return made.train(module.training)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what `nn.Linear` does (or `Conv1D`, its transpose).
+
+    Classes that inherit from it are asked: a copy with a small matrix is given numbers.
+    """
+    if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
+        return type(module) in (nn.Linear, Conv1D)
+    asked: Any = copy.copy(module)
+    bias = None if module.bias is None else nn.Parameter(torch.arange(3.0))
+    asked._parameters = {"weight": nn.Parameter(torch.arange(12.0).view(3, 4)), "bias": bias}
+    x = torch.eye(4)[None]
+    try:
+        with torch.no_grad():
+            return torch.equal(asked(x), nn.functional.linear(x, asked.weight, asked.bias))
+    except Exception:  # one that is called in another way
+        return False
 
 
 def embedding_factor(module: nn.Module) -> float | None:
