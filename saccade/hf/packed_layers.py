@@ -71,6 +71,16 @@ def stored_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tenso
     return result
 
 
+def refuse_gradients(x: Tensor, training: bool = False) -> None:
+    """Raise Unsupported where a product with a stored weight would have to have gradients."""
+    if torch.is_grad_enabled() and (training or x.requires_grad):
+        raise Unsupported(
+            "this model's weights are packed, so it cannot be trained and no gradient goes "
+            'through it: load it with weights="f32" or "bf16", or run it under '
+            "torch.no_grad() after model.eval()."
+        )
+
+
 class WeightStore(nn.Module):
     """The tensors of a stored weight, as buffers.  Their dtypes are kept whatever is asked for."""
 
@@ -151,12 +161,7 @@ class StoredLinear(StoredLayer):
         Raises:
             Unsupported: gradients are asked for.
         """
-        if torch.is_grad_enabled() and (self.training or x.requires_grad):
-            raise Unsupported(
-                "this model's weights are packed, so it cannot be trained and no gradient goes "
-                'through it: load it with weights="f32" or "bf16", or run it under '
-                "torch.no_grad() after model.eval()."
-            )
+        refuse_gradients(x, self.training)
         return stored_linear(x, self.store.value, self.bias)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from saccade.core import Unsupported
+from saccade.hf.packed_experts import PackedExperts
 from saccade.hf.packed_layers import (
     HalfLinear,
     HalfWeight,
@@ -51,6 +52,15 @@ class StandIns:
 
     def __init__(self) -> None:
         self._stored: dict[int, tuple[Tensor, StoredWeight]] = {}
+        self._experts: dict[int, tuple[Tensor, list[StoredWeight]]] = {}
+
+    def of_experts(
+        self, weights: list[StoredWeight], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """As `of`, for the parameter `[experts, out, in]` of a layer of experts."""
+        one = torch.ones((), dtype=dtype)
+        self._experts[one.data_ptr()] = one, weights
+        return one.expand(shape)
 
     def of(self, weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape and dtype that stands for a weight, and equals no other one."""
@@ -77,9 +87,25 @@ class StandIns:
                 continue
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-        if stores:
+        experts = self._replace_experts(model, dtype)
+        if stores or experts:
             _adopt(model)
-        return len(stores) == len(self._stored)
+        return (len(stores), experts) == (len(self._stored), len(self._experts))
+
+    def _replace_experts(self, model: PreTrainedModel, dtype: torch.dtype) -> int:
+        """Put the matrices of experts into their layers; how many layers' parameters they were."""
+        count = 0
+        for module in list(model.modules()):
+            for name, parameter in list(module._parameters.items()):
+                found = None if parameter is None else self._experts.get(parameter.data_ptr())
+                if found is not None:
+                    del module._parameters[name]
+                    module.add_module(name, PackedExperts(found[1], dtype))
+                    count += 1
+        if count:  # the others multiply by the matrices of all experts at once
+            own: Any = model.config
+            own._experts_implementation = "eager"
+        return count
 
 
 def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredLayer | None:

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config
+from transformers import GPT2Config, MixtralConfig
 
 import saccade
 from saccade.core import BadInput, Unsupported
 from saccade.hf import LoadedModel, load_model, packed_layers
 from saccade.hf.convert import converted_heads
 from saccade.hf.identity import weights_fingerprint
+from saccade.hf.packed_experts import PackedExperts
 from saccade.hf.packed_layers import HalfLinear, PackedEmbedding, PackedLinear, is_packed
 from saccade.ops.linear import PackedWeight
 from tests.hf.converter import converted, stacked
@@ -360,3 +361,27 @@ def test_loading_needs_little_more_memory_than_the_model_keeps(tmp_path):
         assert after - before <= 1.2 * weights, line
     packed = int(ran.stdout.splitlines()[0].split()[3])
     assert packed * 1024 <= 1.02 * path.stat().st_size
+
+
+def test_experts_of_a_file_stay_packed_one_by_one(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = tiny_model(MixtralConfig(vocab_size=288, **sizes, **heads))
+    path = tmp_path / "m.gguf"
+    kinds = matrices(model, "llama", Kind.Q8_0)
+    routers = {name: kind for name, kind in kinds.items() if "gate_inp" in name}
+    write_gguf(model, path, "llama", quantized={n: kinds[n] for n in kinds.keys() - routers})
+    exact, packed = load_model(path, weights="f32"), load_model(path)
+    assert packed.notes == exact.notes and packed.weights_bytes < 0.4 * exact.weights_bytes
+    experts, plain = (each.model.model.layers[0].mlp.experts for each in (packed, exact))
+    assert isinstance(experts.gate_up_proj, PackedExperts)
+    assert experts.down_proj.shape == plain.down_proj.shape
+    for name in ("gate_up_proj", "down_proj"):
+        for i in (0, 1):
+            torch.testing.assert_close(getattr(experts, name)[i].T, getattr(plain, name)[i].T)
+    assert kl(logits(exact), logits(packed)) < 1e-3
+    assert packed.model.num_parameters() == exact.model.num_parameters()
+    assert torch.equal(logits(copy.deepcopy(packed.model)), logits(packed))
+    x = torch.ones(1, model.config.hidden_size, requires_grad=True)
+    with pytest.raises(Unsupported, match="no gradient goes"):
+        nn.functional.linear(x, experts.gate_up_proj[0])
