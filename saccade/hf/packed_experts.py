@@ -67,8 +67,8 @@ class ExpertMatrix:
     ) -> Any:
         """What torch calls instead of one of its functions on a matrix."""
         if func is nn.functional.linear and not kwargs and isinstance(args[1], cls):
-            x, matrix, bias = (*args, None)[:3]
+            x, matrix = args[:2]
             refuse_gradients(x)
-            return stored_linear(x, matrix.weight, bias)
+            return stored_linear(x, matrix.weight, args[2] if len(args) > 2 else None)
         plain = [dequantized(a.weight, a.dtype) if isinstance(a, cls) else a for a in args]
         return func(*plain, **(kwargs or {}))

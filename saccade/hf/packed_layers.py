@@ -147,6 +147,8 @@ class StoredLinear(StoredLayer):
         in_features, out_features: its shape.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, store: WeightStore, bias: nn.Parameter | None, dtype: torch.dtype, *, training: bool
     ) -> None:
@@ -217,5 +219,5 @@ def is_packed(model: nn.Module) -> bool:
 def weights_bytes(model: nn.Module) -> int:
     """Memory of a model's weights, those that layers share counted once."""
     stores = [module for module in model.modules() if isinstance(module, WeightStore)]
-    plain = {each.untyped_storage().data_ptr(): each.nbytes for each in model.parameters()}
-    return sum(plain.values()) + sum(store.value.n_bytes for store in stores)
+    plain = sum(each.nbytes for each in model.parameters())
+    return plain + sum(store.value.n_bytes for store in stores)

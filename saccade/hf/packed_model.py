@@ -73,7 +73,8 @@ class StandIns:
         """Put stored weights into a model whose parameters stand for them; False if one is lost."""
         stores: dict[int, WeightStore] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            weight = module._parameters.get("weight")
+            parameters: dict[str, nn.Parameter | None] = module._parameters  # type: ignore[assignment]
+            weight = parameters.get("weight")
             found = None if weight is None else self._stored.get(weight.data_ptr())
             if weight is None or found is None:
                 continue
