@@ -98,7 +98,8 @@ def round_layers(model: PreTrainedModel, form: Form, dtype: torch.dtype) -> None
             done[id(weight)] = nn.Parameter(made, requires_grad=False)
         layer._parameters["weight"] = done[id(weight)]
     rounding.stand_ins.replace(model, dtype)
-    model.to(dtype)
+    cast: Any = model
+    cast.to(dtype)
 
 
 def _own_name(shapes: PreTrainedModel, name: str) -> str:

@@ -71,6 +71,16 @@ def stored_linear(x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tenso
     return result
 
 
+def refuse_gradients(x: Tensor, training: bool = False) -> None:
+    """Raise Unsupported where a product with a stored weight would have to have gradients."""
+    if torch.is_grad_enabled() and (training or x.requires_grad):
+        raise Unsupported(
+            "this model's weights are packed, so it cannot be trained and no gradient goes "
+            'through it: load it with weights="f32" or "bf16", or run it under '
+            "torch.no_grad() after model.eval()."
+        )
+
+
 class WeightStore(nn.Module):
     """The tensors of a stored weight, as buffers.  Their dtypes are kept whatever is asked for."""
 
@@ -137,6 +147,8 @@ class StoredLinear(StoredLayer):
         in_features, out_features: its shape.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, store: WeightStore, bias: nn.Parameter | None, dtype: torch.dtype, *, training: bool
     ) -> None:
@@ -151,12 +163,7 @@ class StoredLinear(StoredLayer):
         Raises:
             Unsupported: gradients are asked for.
         """
-        if torch.is_grad_enabled() and (self.training or x.requires_grad):
-            raise Unsupported(
-                "this model's weights are packed, so it cannot be trained and no gradient goes "
-                'through it: load it with weights="f32" or "bf16", or run it under '
-                "torch.no_grad() after model.eval()."
-            )
+        refuse_gradients(x, self.training)
         return stored_linear(x, self.store.value, self.bias)
 
     def extra_repr(self) -> str:
@@ -212,5 +219,5 @@ def is_packed(model: nn.Module) -> bool:
 def weights_bytes(model: nn.Module) -> int:
     """Memory of a model's weights, those that layers share counted once."""
     stores = [module for module in model.modules() if isinstance(module, WeightStore)]
-    plain = {each.untyped_storage().data_ptr(): each.nbytes for each in model.parameters()}
-    return sum(plain.values()) + sum(store.value.n_bytes for store in stores)
+    plain = sum(each.nbytes for each in model.parameters())
+    return plain + sum(store.value.n_bytes for store in stores)

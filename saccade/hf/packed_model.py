@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from saccade.core import Unsupported
+from saccade.hf.packed_experts import PackedExperts
 from saccade.hf.packed_layers import (
     HalfLinear,
     HalfWeight,
@@ -34,7 +35,7 @@ def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
     tokens: Any = model.get_input_embeddings()
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in (nn.Linear, Conv1D) or module is tokens:
+        if module is tokens or is_linear(module):
             found[f"{name}.weight"] = module
     return found
 
@@ -51,6 +52,15 @@ class StandIns:
 
     def __init__(self) -> None:
         self._stored: dict[int, tuple[Tensor, StoredWeight]] = {}
+        self._experts: dict[int, tuple[Tensor, list[StoredWeight]]] = {}
+
+    def of_experts(
+        self, weights: list[StoredWeight], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """As `of`, for the parameter `[experts, out, in]` of a layer of experts."""
+        one = torch.ones((), dtype=dtype)
+        self._experts[one.data_ptr()] = one, weights
+        return one.expand(shape)
 
     def of(self, weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape and dtype that stands for a weight, and equals no other one."""
@@ -63,7 +73,8 @@ class StandIns:
         """Put stored weights into a model whose parameters stand for them; False if one is lost."""
         stores: dict[int, WeightStore] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            weight = module._parameters.get("weight")
+            parameters: dict[str, nn.Parameter | None] = module._parameters  # type: ignore[assignment]
+            weight = parameters.get("weight")
             found = None if weight is None else self._stored.get(weight.data_ptr())
             if weight is None or found is None:
                 continue
@@ -77,14 +88,30 @@ class StandIns:
                 continue
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
-        if stores:
+        experts = self._replace_experts(model, dtype)
+        if stores or experts:
             _adopt(model)
-        return len(stores) == len(self._stored)
+        return (len(stores), experts) == (len(self._stored), len(self._experts))
+
+    def _replace_experts(self, model: PreTrainedModel, dtype: torch.dtype) -> int:
+        """Put the matrices of experts into their layers; how many layers' parameters they were."""
+        count = 0
+        for module in list(model.modules()):
+            for name, parameter in list(module._parameters.items()):
+                found = None if parameter is None else self._experts.get(parameter.data_ptr())
+                if found is not None:
+                    del module._parameters[name]
+                    module.add_module(name, PackedExperts(found[1], dtype))
+                    count += 1
+        if count:  # the others multiply by the matrices of all experts at once
+            own: Any = model.config
+            own._experts_implementation = "eager"
+        return count
 
 
 def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredLayer | None:
     """The layer that takes a module's place; None for one that computes something else."""
-    if type(module) in (nn.Linear, Conv1D):
+    if is_linear(module):
         kind = HalfLinear if isinstance(store.value, HalfWeight) else PackedLinear
         return kind(store, module._parameters["bias"], dtype, training=module.training)
     factor = embedding_factor(module)
@@ -93,6 +120,24 @@ def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredL
     padding: Any = getattr(module, "padding_idx", None)
     made = PackedEmbedding(store, dtype, padding_idx=padding, factor=factor)
     return made.train(module.training)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what `nn.Linear` does (or `Conv1D`, its transpose).
+
+    Classes that inherit from it are asked: a copy with a small matrix is given numbers.
+    """
+    if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
+        return type(module) in (nn.Linear, Conv1D)
+    asked: Any = copy.copy(module)
+    bias = None if module.bias is None else nn.Parameter(torch.arange(3.0))
+    asked._parameters = {"weight": nn.Parameter(torch.arange(12.0).view(3, 4)), "bias": bias}
+    x = torch.eye(4)[None]
+    try:
+        with torch.no_grad():
+            return torch.equal(asked(x), nn.functional.linear(x, asked.weight, asked.bias))
+    except Exception:  # one that is called in another way
+        return False
 
 
 def embedding_factor(module: nn.Module) -> float | None:

@@ -27,7 +27,7 @@ _NUMBERS: Final = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS: Final = 4
 _MOST_ELEMENTS: Final = 2**48
-_AT_ONCE: Final = 2**20
+_AT_ONCE: Final = 2**18
 """Bytes of a file that are turned into numbers at a time."""
 _PLAIN: Final = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 

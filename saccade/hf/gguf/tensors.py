@@ -177,7 +177,9 @@ _PERMUTED: Final = {
 }
 _EXPERTS: Final = {
     "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_up_proj": Source(("ffn_gate_exps.weight", "ffn_up_exps.weight"), _stacked),
+    "mlp.experts.gate_up_proj": Source(
+        ("ffn_gate_exps.weight", "ffn_up_exps.weight"), _stacked, on_rows=_stacked
+    ),
     "mlp.experts.down_proj": "ffn_down_exps.weight",
 }
 _SHARED_EXPERT: Final = {

@@ -43,26 +43,28 @@ class _Weights:
 
     def read(self, recipe: Recipe, linear: bool, outer: bool) -> Tensor:
         """A parameter, or what stands for it until the model is built."""
-        stored = self._stored(recipe, outer) if linear else None
-        if stored is None:
-            result = self._plain(recipe)
-        else:
-            made = recipe.made([torch.empty(info.shape, device="meta") for info in recipe.infos])
+        made = recipe.made([torch.empty(info.shape, device="meta") for info in recipe.infos])
+        if linear and (stored := self._stored(recipe, outer)) is not None:
             result = self.stand_ins.of(stored, tuple(made.shape), self.dtype)
+        elif experts := self._experts(recipe):
+            result = self.stand_ins.of_experts(experts, tuple(made.shape), self.dtype)
+        else:
+            result = self._plain(recipe)
         for info in recipe.infos:
             self.maps[info.path].drop(info.offset, info.n_bytes)
         return result
 
     def _plain(self, recipe: Recipe) -> Tensor:
         """In the dtype of the activations."""
-        parts = [info.read(self.maps, self._read_in(info)) for info in recipe.infos]
+        parts = [info.read(self.maps, self._read_in(info, recipe)) for info in recipe.infos]
         for info in recipe.infos if self.form == "file" else ():
             if info.kind not in _PLAIN:
                 self.rounded[info.kind] += 1
         return recipe.made(parts).to(self.dtype)
 
-    def _read_in(self, info: TensorInfo) -> torch.dtype:
-        small = np.prod(info.shape) <= _SMALL
+    def _read_in(self, info: TensorInfo, recipe: Recipe) -> torch.dtype:
+        """float32 for small tensors that are computed with before they are rounded."""
+        small = recipe.source.on_rows is None and np.prod(info.shape) <= _SMALL
         return torch.promote_types(self.dtype, torch.float32) if small else self.dtype
 
     def _stored(self, recipe: Recipe, outer: bool) -> StoredWeight | None:
@@ -81,6 +83,22 @@ class _Weights:
             self.kept[info.kind] += 1
             return packed
         return self._half(info, recipe) if self.dtype == torch.float32 else None
+
+    def _experts(self, recipe: Recipe) -> list[StoredWeight]:
+        """The matrices of experts, of which a file holds all in one tensor; none: as numbers."""
+        kinds = {info.kind for info in recipe.infos}
+        first, on_rows = recipe.infos[0], recipe.source.on_rows
+        plain = len(kinds) > 1 or first.kind in _PLAIN or first.swapped or self.form != "file"
+        if on_rows is None or len(first.shape) != 3 or plain:
+            return []
+        raws = [info.raw(self.maps).unflatten(0, info.shape[:2]) for info in recipe.infos]
+        matrices = [on_rows([raw[i : i + 1] for raw in raws], recipe.place)[0]
+                    for i in range(first.shape[0])]  # fmt: skip
+        packed = [packed_blocks(first.kind, matrix) for matrix in matrices]
+        if any(each is None for each in packed):
+            return []
+        self.kept[first.kind] += len(packed)
+        return [each for each in packed if each is not None]
 
     def _half(self, info: TensorInfo, recipe: Recipe) -> StoredWeight | None:
         """16 bits a number, exactly those of a file that has them; None for float32 matrices."""
