@@ -183,8 +183,10 @@ class _Rotary:
     def __init__(self, decoder: Any, num_layers: int) -> None:
         self._decoder = decoder
         takes = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
-        types = decoder.config.layer_types if takes else [None] * num_layers
-        self.kinds: list[Hashable] = list(types)[:num_layers]
+        types: list[Hashable] = [None] * num_layers
+        if takes:
+            types = list(decoder.config.layer_types)
+        self.kinds = types[:num_layers]
         self._start, self._stop = 0, 0
         self._blocks: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
