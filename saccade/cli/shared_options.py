@@ -135,7 +135,8 @@ CONTEXT = (
     Option("backend", ("--backend",),
            "the attention backend by name, which never falls back", metavar="NAME"),
     Option("fused_layers", ("--fused-layers",),
-           "fused norms, linear layers and MLPs (default: on for a GPU, and for decoding on a CPU)", switch, "on|off"),
+           "fused norms, linear layers and MLPs (default: on for a GPU, and for decoding on a CPU)",
+           switch, "on|off"),
 )  # fmt: skip
 
 SAMPLING = (

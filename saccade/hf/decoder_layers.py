@@ -1,7 +1,7 @@
 """Which decoders of transformers the C++ step computes, and how it is told of their layers.
 
-Only classes whose source was read (`allowlist.json`) are described, with plain or packed weights and
-without hooks, adapters or forwards of their own.  What the description rests on is noted
+Only classes whose source was read (`allowlist.json`) are described, with plain or packed weights
+and without hooks, adapters or forwards of their own.  What the description rests on is noted
 (`Unchanged`), so a model that is changed while a Context is open runs as transformers runs it.
 """
 

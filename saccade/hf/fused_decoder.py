@@ -60,15 +60,16 @@ class FusedDecoder:
         self._model: Any = run.model
         self._inner: Any = run.model.model
         self._settings = [run.settings[i] for i in range(len(described.layers))]
-        self._ranges = [_range(*each) for each in zip(described.windows, self._settings)]
+        settings = zip(described.windows, self._settings, strict=True)
+        self._ranges = [_range(*each) for each in settings]
         self._direct = [_is_direct(each) for each in self._settings]
         self._all_direct = all(self._direct)
         self._places: list[Tensor | None] = [None] * len(described.layers)
         self._buffers: list[Any] = [None] * len(described.layers)
         self._rotary = _Rotary(self._inner, len(described.layers))
-        self._kinds = sorted(set(zip(self._rotary.kinds, self._ranges)), key=str)
-        pairs = zip(self._rotary.kinds, self._ranges)
-        self._of_kind = [self._kinds.index(each) for each in pairs]
+        kinds = list(zip(self._rotary.kinds, self._ranges, strict=True))
+        self._kinds = list(dict.fromkeys(kinds))
+        self._of_kind = [self._kinds.index(each) for each in kinds]
 
     def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]`; None: the model has to do it."""
@@ -182,8 +183,10 @@ class _Rotary:
     def __init__(self, decoder: Any, num_layers: int) -> None:
         self._decoder = decoder
         takes = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
-        types = decoder.config.layer_types if takes else [None] * num_layers
-        self.kinds: list[Hashable] = list(types)[:num_layers]
+        types: list[Hashable] = [None] * num_layers
+        if takes:
+            types = list(decoder.config.layer_types)
+        self.kinds = types[:num_layers]
         self._start, self._stop = 0, 0
         self._blocks: dict[Hashable, tuple[Tensor, Tensor]] = {}
 

@@ -1,4 +1,4 @@
-"""Steps through the C++ layers equal those through the model's own forward, for whatever is cached."""
+"""Steps through the C++ layers equal those through the model itself, for whatever is cached."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from saccade.hf import fused_decoder
 from saccade.hf.attach import make_run
 from saccade.hf.decoder_layers import describe
-from saccade.hf.fused_decoder import FusedDecoder
+from saccade.hf.fused_decoder import FusedDecoder, fused_decoder
 from saccade.hf.model import HFModel
-from saccade.ops.attention.cpu.binding import BUILT
+from saccade.hf.packed_layers import HalfLinear, HalfWeight, PackedLinear, WeightStore
+from saccade.ops.attention.cpu.binding import BUILT, extension, record
+from saccade.ops.linear import quantized
 from saccade.runtime import ContextParams
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -86,6 +87,37 @@ def test_half_weights_are_within_their_rounding(family):
     ours = (logits(model, ContextParams()) - exact).abs().max()
     theirs = (logits(model, PLAIN) - exact).abs().max()
     assert 0 < ours <= 1.5 * theirs
+
+
+def packed(model: nn.Module, bits: int | torch.dtype) -> nn.Module:
+    """The model with stored weights in all linear layers: of 4 or 8 bits, or of a half dtype."""
+    for module in list(model.modules()):
+        for name, part in list(module._modules.items()):
+            if type(part) is not nn.Linear:
+                continue
+            half = isinstance(bits, torch.dtype)
+            weight = part.weight.data
+            stored = HalfWeight(weight.to(bits)) if half else quantized(weight, bits)
+            layer = HalfLinear if half else PackedLinear
+            store = WeightStore(stored)
+            setattr(module, name, layer(store, part.bias, torch.float32, training=False))
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 8, torch.float16])
+def test_packed_weights_equal_the_same_numbers_unpacked(bits, steps):
+    """Up to what products of packed weights may round: their inputs, to bfloat16."""
+    model = packed(lively("qwen2"), bits)
+    plain = lively("qwen2")
+    names = dict(model.named_modules())
+    for name, part in plain.named_modules():
+        if type(part) is nn.Linear:
+            part.weight.data = names[name].weight.float()
+    expected = logits(plain, PLAIN)
+    found = logits(model, ContextParams())
+    assert steps
+    assert torch.allclose(found, expected, atol=0.02 * expected.abs().max())
+    assert torch.allclose(found, logits(model, PLAIN), atol=0.02 * expected.abs().max())
 
 
 def test_dense_caches_take_one_call_for_all_layers(steps):
@@ -189,20 +221,16 @@ def test_what_is_not_listed_is_not_described(monkeypatch):
     assert describe(hooked) is None
 
 
-@pytest.mark.parametrize("params", [PLAIN, ContextParams(rope_scaling_type="dynamic")])
+@pytest.mark.parametrize(
+    "params", [PLAIN, ContextParams(rope_scaling_type="dynamic", yarn_orig_ctx=64, n_ctx=512)]
+)
 def test_options_that_the_c_layers_do_not_take(params):
-    model = tiny_model(tiny_config("llama"))
-    try:
-        run = make_run(model, params, serves_every_call=False)
-    except (ValueError, saccade.Unsupported):
-        pytest.skip("these options are refused")
-    assert fused_decoder.fused_decoder(run) is None
+    run = make_run(tiny_model(tiny_config("llama")), params, serves_every_call=False)
+    assert fused_decoder(run) is None
 
 
 def test_wrong_arguments_are_refused():
     """The extension checks shapes and addresses itself."""
-    from saccade.ops.attention.cpu.binding import extension, record
-
     described = describe(tiny_model(tiny_config("llama")))
     parts = (described.hidden, described.layers, described.norm, described.head)
     decoder = extension().Decoder(*parts, 128, "")
