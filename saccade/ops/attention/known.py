@@ -94,7 +94,7 @@ def is_disturbed() -> bool:
         torch.compiler.is_compiling()
         or c._len_torch_dispatch_stack() > 0
         or c._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or c._get_tracing_state() is not None
+        or c._get_tracing_state() is not None  # pyright: ignore[reportUnnecessaryComparison]
         or forward_ad._current_level >= 0
         or planning()
     )
