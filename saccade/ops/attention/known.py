@@ -25,7 +25,7 @@ from saccade.ops.planning import planning
 
 Signature: TypeAlias = tuple[Hashable, ...]
 
-MOST = 4096  # signatures; every new length of a cache is another one, so old ones fall out of use
+MOST = 1024  # signatures, a few KiB each; every length of a growing cache is another one
 
 
 class Known:
