@@ -132,9 +132,9 @@ std::atomic<bool> sharing{true};
 using Clock = std::chrono::steady_clock;
 
 // A region of torch's runtime ends when all of its threads have come, even those that find nothing
-// left to do.  They come at once if they still spin, late if they sleep (the operators before ran on
-// one thread) or if other programs want the cores: then calls leave them alone for a while, twice as
-// long each time, and compute on threads that nobody has to wait for.
+// left to do.  They come at once if they still spin, late if they sleep (the operators before ran
+// on one thread) or if other programs want the cores: then calls leave them alone for a while,
+// twice as long each time, and compute on threads that nobody has to wait for.
 class Punctuality {
  public:
   bool expected() {
