@@ -8,7 +8,7 @@
 namespace saccade {
 namespace {
 
-// How GCC's runtime starts a parallel region; LLVM's and Intel's runtimes have it under this name too.
+// How GCC's runtime starts a parallel region; LLVM's and Intel's have it under this name too.
 using Start = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 #if defined(__SANITIZE_THREAD__)

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -128,15 +129,56 @@ Pool& pool() {
 
 std::atomic<bool> sharing{true};
 
+using Clock = std::chrono::steady_clock;
+
+// A region of torch's runtime ends when all of its threads have come, even those that find nothing
+// left to do.  They come at once if they still spin, late if they sleep (the operators before ran
+// on one thread) or if other programs want the cores: then calls leave them alone for a while,
+// twice as long each time, and compute on threads that nobody has to wait for.
+class Punctuality {
+ public:
+  bool expected() {
+    if (left_out_ == 0) return true;
+    --left_out_;
+    return false;
+  }
+
+  void note(bool late) {
+    if (late) left_out_ = next_;
+    next_ = late ? std::min(2 * next_, kMost) : kFewest;
+  }
+
+ private:
+  static constexpr int kFewest = 64, kMost = 4096;  // calls
+  int left_out_ = 0, next_ = kFewest;
+};
+
+struct SharedJob {
+  Job* job;
+  pthread_t caller;
+  Clock::time_point done{};  // when the caller found nothing left to do
+
+  static void work(void* context) {
+    auto* shared = (SharedJob*)context;
+    shared->job->work();
+    if (pthread_equal(pthread_self(), shared->caller)) shared->done = Clock::now();
+  }
+};
+
 // On torch's threads.  The team always has its full size: GCC's runtime ends the threads that a
 // smaller one leaves over, and starts them again for the next operator of torch.  False where there
-// are none, or another caller is computing on them.
+// are none, they were late, or another caller is computing on them.
 bool run_shared(int threads, Job& job) {
-  static std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  static std::mutex busy;
+  static Punctuality threads_of_torch;
   if (!sharing.load(std::memory_order_relaxed) || !has_openmp()) return false;
-  if (busy.test_and_set(std::memory_order_acquire)) return false;
-  run_on_openmp(threads, [](void* job) { ((Job*)job)->work(); }, &job);
-  busy.clear(std::memory_order_release);
+  std::unique_lock<std::mutex> owner(busy, std::try_to_lock);
+  if (!owner.owns_lock() || !threads_of_torch.expected()) return false;
+  SharedJob shared{&job, pthread_self()};
+  const auto start = Clock::now();
+  run_on_openmp(threads, SharedJob::work, &shared);
+  const auto waited = Clock::now() - shared.done;
+  threads_of_torch.note(waited > std::chrono::microseconds(50) && waited > shared.done - start);
   return true;
 }
 

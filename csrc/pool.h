@@ -10,7 +10,8 @@ namespace saccade {
 //
 // The threads are those of torch's OpenMP runtime: they still spin when the operator before this
 // call has just ended, so nothing has to be woken, and there are not twice as many threads as cores
-// that wait by spinning.  Where torch has no such runtime they are threads of our own.
+// that wait by spinning.  Where torch has no such runtime, or its threads come late, our own
+// serve.
 void parallel_for(int threads, int64_t count, void (*fn)(void*, int64_t), void* context);
 
 // Whether to use torch's threads, where it has any; returns whether they are used from now on.

@@ -41,6 +41,7 @@ def received_attention(call: AttentionCall, lse: Tensor) -> Received:
 
     Source: Zhang et al., H2O, 2023 (arXiv 2306.14048), which sums the same weights.
     """
+    call = call.transformed()  # the keys of the tiles are as they are stored
     batch, _, end, _, _ = call.kv.shape
     length = call.q.shape[2]
     mass, queries = torch.zeros(2, batch, end, device=call.q.device)

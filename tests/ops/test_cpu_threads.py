@@ -47,32 +47,6 @@ def test_items_are_cheap_to_start_whatever_their_number(two_threads):
         _cpu.empty_items(1, 0)
 
 
-COUNT = """
-import os, torch
-from saccade import _cpu
-torch.set_num_threads(2)
-x = torch.randn(300, 300)
-x @ x  # torch's own threads start
-
-def more(shared):
-    available = _cpu.share_threads(shared)
-    before = len(os.listdir("/proc/self/task"))
-    for _ in range(20):
-        _cpu.empty_items(64, 2)
-        x @ x
-    return available, len(os.listdir("/proc/self/task")) - before
-
-print(*more(True), *more(False))
-"""
-
-
-@pytest.mark.skipif(not LINUX, reason="counts threads in /proc")
-def test_no_threads_beside_torchs_where_it_has_openmp():
-    command = [sys.executable, "-c", COUNT]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert found.stdout.split() in (["True", "0", "False", "1"], ["False", "1", "False", "0"])
-
-
 INTERRUPTED = """
 import torch
 from saccade.core import DenseKV, Mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -88,8 +88,8 @@ def attention(
     others = _others(sink_logits, alibi_slopes, key_padding, kv_lens, blocks)
     signature = None if cu_seqlens is not None else known.signature_of(q, (k, v), options, others)
     before = known.find(signature)
-    if before is not None:
-        call = _again(before, q, _dense_again(k, v, before.spans), others)
+    if before is not None:  # they are plain tensors: others have no signature
+        call = _again(before, cast(Tensor, q), _dense_again(k, v, before.spans), others)
     else:
         truth("return_lse", return_lse)
         check_traceable(q, k, v)
@@ -315,7 +315,7 @@ def _again(before: known.Known, q: Tensor, kv: KVView, others: tuple[Any, ...]) 
     return known_again(before, q, kv, at, others)
 
 
-def _dense_again(k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> DenseKV:
+def _dense_again(k: object, v: object, spans: tuple[Span, ...]) -> DenseKV:
     """DenseKV(k, v) of tensors whose signature was checked before."""
     kv = object.__new__(DenseKV)
     for put, value in zip(_PUT_DENSE, (k, v, spans, False), strict=True):

@@ -25,7 +25,7 @@ from saccade.ops.planning import planning
 
 Signature: TypeAlias = tuple[Hashable, ...]
 
-MOST = 4096  # signatures; every new length of a cache is another one, so old ones fall out of use
+MOST = 1024  # signatures, a few KiB each; every length of a growing cache is another one
 
 
 class Known:
@@ -94,7 +94,7 @@ def is_disturbed() -> bool:
         torch.compiler.is_compiling()
         or c._len_torch_dispatch_stack() > 0
         or c._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or c._get_tracing_state() is not None
+        or c._get_tracing_state() is not None  # pyright: ignore[reportUnnecessaryComparison]
         or forward_ad._current_level >= 0
         or planning()
     )

@@ -92,10 +92,10 @@ def attend_described(described: Any, call: AttentionCall, out: Tensor, lse: Tens
     """
     own = (_unit_rows(call.q), out, lse, *_STORED[type(call.kv)](call.kv))
     tensors = (*own, *_other_tensors(call))  # alive during the call
-    places: list[int] = []
+    places: list[object] = []
     for x in tensors:
         storage = x.untyped_storage().nbytes()
-        places += x.data_ptr(), storage - x.storage_offset() * x.element_size()
+        places += (x.data_ptr(), storage - x.storage_offset() * x.element_size())
     described.attend(tuple(places), torch.get_num_threads(), target())
 
 
