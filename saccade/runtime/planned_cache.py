@@ -304,7 +304,8 @@ class CountedRing(CountedGroups):
     def _repeats(self, tokens: int, before: int) -> int:
         if before == self._quantized:  # the window is full
             return LARGEST_POSITION
-        return min(super()._repeats(tokens, before), (self._window - self._seen) // tokens)
+        free = (self._window - self._seen) // tokens
+        return max(0, min(super()._repeats(tokens, before), free))
 
     def _append(self, size: int) -> None:
         taken = max(0, min(self._sinks - self._first, size))
