@@ -74,7 +74,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
                 f"sinks >= 0 and checkpoints >= 0, got {window}, {sinks} and {checkpoints}. Use a "
                 "RingCache for narrow windows."
             )
-        self.window, self._sinks = window, sinks
+        self.window, self.sinks = window, sinks
         self._sink_k: Tensor | None = None  # as they were given, and moved
         self._sink_v: Tensor | None = None
         self.places = SinkPlaces(sinks, window)
@@ -108,7 +108,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
 
     def reserve(self, count: int) -> None:
         """See SteppingCache; with sinks the host is needed for every token."""
-        if self._sinks:
+        if self.sinks:
             raise Unsupported(
                 "a quantized ring with sinks cannot be stepped: its window is dequantized for "
                 "every token. Use Context.append, or leave n_sinks unset."
@@ -173,9 +173,9 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         Raises:
             Unsupported: the range begins among the sinks.
         """
-        if start < self._sinks:
+        if start < self.sinks:
             raise Unsupported(
-                f"a ring cache keeps its {self._sinks} sinks, so it cannot remove tokens from "
+                f"a ring cache keeps its {self.sinks} sinks, so it cannot remove tokens from "
                 f"position {start} on. Set n_keep to at least the sinks."
             )
         check_shift(start, stop, self.seen)
@@ -199,7 +199,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
     def state(self) -> CacheState:
         """See LayerCache; sinks are as they were given, and checkpoints no part of it."""
         settings, progress, tensors = super().state()
-        settings = {**settings, "window": self.window, "sinks": self._sinks}
+        settings = {**settings, "window": self.window, "sinks": self.sinks}
         progress = {**progress, "oldest": self._first}
         if tensors and self._sink_k is not None and self._sink_v is not None:
             sunk = slice(0, self._sunk)
@@ -213,36 +213,36 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         self._first = state.progress["oldest"]
         self._checkpoints.kept.clear()
         self._sink_k = self._sink_v = None
-        if state.tensors and self._sinks:
+        if state.tensors and self.sinks:
             saved = [state.tensors[f"sinks.{x}"].to(device) for x in "kv"]
             self._allocate_sinks(*saved)
             self._write_sinks(*saved, 0)
 
     def _saved_lengths(self, state: CacheState) -> dict[str, int]:
-        sunk = min(state.progress["oldest"], self._sinks)
-        sinks = dict.fromkeys(("sinks.k", "sinks.v"), sunk) if self._sinks else {}
+        sunk = min(state.progress["oldest"], self.sinks)
+        sinks = dict.fromkeys(("sinks.k", "sinks.v"), sunk) if self.sinks else {}
         return super()._saved_lengths(state) | sinks
 
     @property
     def _sunk(self) -> int:
         """Sinks that are stored."""
-        return min(self._first, self._sinks)
+        return min(self._first, self.sinks)
 
     def _free(self) -> None:
         super()._free()
         self._sink_k = self._sink_v = None
 
     def _allocate_sinks(self, k: Tensor, v: Tensor) -> None:
-        if self._sink_k is not None or not self._sinks:
+        if self._sink_k is not None or not self.sinks:
             return
-        shapes = ((*x.shape[:2], self._sinks, x.shape[3]) for x in (k, v))
+        shapes = ((*x.shape[:2], self.sinks, x.shape[3]) for x in (k, v))
         new_k, new_v = (k.new_empty(shape, dtype=stored_dtype(k.dtype)) for shape in shapes)
         self.places.allocate(new_k)
         self._sink_k, self._sink_v = new_k, new_v
 
     def _append_sinks(self, k: Tensor, v: Tensor) -> int:
         """Store those of a chunk's tokens that are sinks; how many they are."""
-        taken = max(0, min(self._sinks - self._first, k.shape[2]))
+        taken = max(0, min(self.sinks - self._first, k.shape[2]))
         if taken:
             self._write_sinks(k[:, :, :taken], v[:, :, :taken], self._first)
             self._first += taken
@@ -255,7 +255,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
 
     def _has_window_before(self, length: int) -> bool:
         """Whether the window of the token at position `length` is stored."""
-        return self._first <= max(self._sinks, length - self.window + 1)
+        return self._first <= max(self.sinks, length - self.window + 1)
 
     def _unseen_at(self, position: int) -> int:
         """Tokens of whole groups, from the first on, that no query from `position` on sees."""
@@ -293,12 +293,12 @@ class QuantizedRing(QuantizedCache, SlidingCache):
 
     def _view(self, recent_k: Tensor, recent_v: Tensor) -> KVView:
         view = self._quantized_view(recent_k, recent_v)
-        return self._with_sinks(view) if self._sinks else view
+        return self._with_sinks(view) if self.sinks else view
 
     def _lasting_view(self, recent_k: Tensor, recent_v: Tensor) -> KVView:
         """A view over copies of the groups, which move when groups are quantized."""
         view = self._quantized_view(recent_k, recent_v)
-        if self._sinks:
+        if self.sinks:
             return self._with_sinks(view)
         k, v = (QuantizedTensor(*(x.clone() for x in parts)) for parts in (view.k, view.v))
         return replace(view, k=k, v=v)

@@ -108,7 +108,7 @@ def _storage(case: _Case) -> str | None:
     if not case.same_caches("type_k", "type_v"):
         return None
     if all(window is not None for window in case.windows):
-        return _all_slide(case, "keeps its window in the model's dtype")
+        return _all_slide(case, "keeps so narrow a window in the model's dtype")
     return f"the model's keys are {str(case.facts.dtype).removeprefix('torch.')} already"
 
 

@@ -173,8 +173,8 @@ class ContextParams:
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
-        if quantized and (self.n_swa is not None or self.kv_policy is not None):
-            raise ValueError("a quantized cache cannot be combined with n_swa or kv_policy yet.")
+        if quantized and self.kv_policy is not None:
+            raise ValueError("a quantized cache cannot be combined with kv_policy yet.")
         if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
             raise ValueError(
                 "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "

@@ -25,11 +25,13 @@ from saccade.cache import (
     RaggedCache,
     RingCache,
 )
+from saccade.cache.checkpoints import Checkpoints
 from saccade.cache.page_allocator import grown_pages
 from saccade.cache.quantized_groups import grown_groups
 from saccade.cache.recent_tokens import room_for, stored_dtype
 from saccade.compress import resolve_budget
 from saccade.core import BadInput
+from saccade.core.check import LARGEST_POSITION
 from saccade.runtime.compression import DECODE_ROOM
 from saccade.runtime.model import ModelFacts
 
@@ -67,7 +69,7 @@ def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
         page_bytes = pool.nbytes // pages.num_pages
         return CountedPages(1, pages.page_size, page_bytes, per_head=0)
     if isinstance(cache, QuantizedRing):
-        return MetaRing(cache, facts)
+        return CountedRing(cache, facts)
     if isinstance(cache, QuantizedCache):
         return CountedGroups(cache, facts)
     return MetaCache(cache, facts)
@@ -123,19 +125,29 @@ class MetaCache:
 
     def _run_with_checkpoints(self, cache: RingCache, size: int, count: int) -> None:
         """One append after another, until checkpoints only replace others of their size."""
-        if cache.most_checkpoints > MOST_CHECKPOINTS:
-            raise BadInput(
-                f"a plan counts up to {MOST_CHECKPOINTS} checkpoints, got "
-                f"ctx_checkpoints={cache.most_checkpoints}. Lower it."
-            )
-        exact, rest = min(count, MOST_STEPS), max(0, count - MOST_STEPS)
-        spread = min(rest, MOST_STEPS)
-        later = [rest * (i + 1) // spread - rest * i // spread for i in range(spread)]
-        for joined in [1] * exact + later:
+        _check_checkpoints(cache.most_checkpoints)
+        for joined in _between_checkpoints(count):
             if cache.checkpoints_are_full:  # from here on memory stays as it is
                 return
             self._append(size * joined)
             cache.checkpoint()
+
+
+def _check_checkpoints(most: int) -> None:
+    """Raise BadInput where there are too many checkpoints to count."""
+    if most > MOST_CHECKPOINTS:
+        raise BadInput(
+            f"a plan counts up to {MOST_CHECKPOINTS} checkpoints, got ctx_checkpoints={most}. "
+            "Lower it."
+        )
+
+
+def _between_checkpoints(count: int) -> list[int]:
+    """How many appends follow one another before each checkpoint, of so many appends."""
+    exact, rest = min(count, MOST_STEPS), max(0, count - MOST_STEPS)
+    spread = min(rest, MOST_STEPS)
+    later = [rest * (i + 1) // spread - rest * i // spread for i in range(spread)]
+    return [1] * exact + later
 
 
 def _alike(cache: LayerCache, size: int, count: int) -> int:
@@ -183,23 +195,20 @@ class CountedPages:
 
 
 class CountedGroups:
-    """A quantized cache of which only the numbers of tokens are kept.
-
-    Its bytes are those of a real one with one token and of what each slot and group adds.
-    """
+    """A quantized cache of which only the numbers of tokens are kept."""
 
     def __init__(self, cache: QuantizedCache, facts: ModelFacts) -> None:
         fmt = cache.fmt
         self._fmt, self._least, self._most = fmt, cache.least_recent, cache.recent.most
         self._room = fmt.whole(cache.reserved - self._least)
         self._casts = stored_dtype(facts.dtype) != facts.dtype
-        self._quantized = self._recent = self._capacity = self._slots = 0
+        self._first = self._quantized = self._recent = self._capacity = self._slots = 0
         widths = facts.head_dim, facts.value_dim or facts.head_dim
-        scales = fmt.group * widths[1] // fmt.value_group(widths[1]), widths[0]
+        scales = fmt.group * widths[1] // fmt.value_group(widths[1]) + widths[0]
         qdata = fmt.group * (widths[0] * fmt.bits_k + widths[1] * fmt.bits_v) // 8
-        self._group_bytes = facts.num_kv_heads * (qdata + 4 * sum(scales))
-        dtype = stored_dtype(facts.dtype)
-        self._slot_bytes = facts.num_kv_heads * sum(widths) * dtype.itemsize
+        self._group_bytes = facts.num_kv_heads * (qdata + 4 * scales)
+        size = facts.num_kv_heads * stored_dtype(facts.dtype).itemsize
+        self._key_bytes, self._slot_bytes = size * widths[0], size * sum(widths)
 
     @property
     def nbytes(self) -> int:
@@ -208,21 +217,34 @@ class CountedGroups:
         return groups * self._group_bytes + self._slots * self._slot_bytes
 
     def run(self, size: int, count: int) -> None:
-        """See PlannedCache; single tokens are counted group by group, all but the last."""
-        group = self._fmt.group
-        if size == 1 and count > 4 * group:
-            self.run(1, 2 * group)  # from here on every group's tokens leave as many waiting
-            groups = (count - 4 * group) // group
-            for _ in range(groups):
-                self._quantize(group)
-                self._recent += group
-            count -= 2 * group + groups * group
-        for _ in range(count):
-            self._append(size)
+        """See PlannedCache; appends that allocate nothing are counted by whole groups."""
+        period = self._fmt.group // gcd(self._fmt.group, size)
+        while count:
+            before = self._recent, self._slots, self._quantized
+            for _ in range(min(count, period)):
+                self._append(size)
+            count = max(0, count - period)
+            again, quantized = before[:2] == (self._recent, self._slots), before[2]
+            skipped = min(count // period, self._repeats(period * size, quantized) if again else 0)
+            self._skip(skipped * period * size, grows=quantized < self._quantized)
+            count -= skipped * period
 
     def compress(self, budget: int | float) -> PlannedCache:
         """Nothing: a quantized cache takes no policy."""
         return self
+
+    @property
+    def _seen(self) -> int:
+        return self._first + self._quantized + self._recent
+
+    def _repeats(self, tokens: int, before: int) -> int:
+        """How often so many tokens more, after which as many wait, allocate nothing."""
+        return (self._capacity - self._quantized) // tokens
+
+    def _skip(self, tokens: int, *, grows: bool) -> None:
+        """Count tokens that leave as many waiting: quantized, or in place of older ones."""
+        self._quantized += tokens * grows
+        self._first += tokens * (not grows)
 
     def _append(self, size: int) -> None:
         if self._recent - self._least >= self._fmt.group:
@@ -237,41 +259,73 @@ class CountedGroups:
 
     def _quantize(self, ready: int) -> None:
         moved = self._fmt.whole(ready)
-        self._quantized, self._recent = self._quantized + moved, self._recent - moved
+        self._recent -= moved
+        self._store(moved)
+
+    def _store(self, groups: int) -> None:
+        self._quantized += groups
         if self._quantized > self._capacity:
             have, group = self._capacity, self._fmt.group
             self._capacity = grown_groups(have, self._quantized, group, self._room)
 
 
-class MetaRing:
-    """A quantized ring on meta tensors, which stays as it is once its window is full."""
+class CountedRing(CountedGroups):
+    """The same of a quantized ring, which removes groups and makes checkpoints."""
 
     def __init__(self, cache: QuantizedRing, facts: ModelFacts) -> None:
-        self._cache, self._facts = cache, facts
+        super().__init__(cache, facts)
+        self._window, self._sinks = cache.window, cache.sinks
+        self._checkpoints = Checkpoints[tuple[Tensor]](cache.most_checkpoints)
 
     @property
     def nbytes(self) -> int:
-        """See PlannedCache."""
-        return self._cache.nbytes
+        """See PlannedCache; the keys of sinks are there twice, as given and where they stand."""
+        sinks = self._sinks * (self._slot_bytes + self._key_bytes) if self._seen else 0
+        return super().nbytes + sinks + self._checkpoints.nbytes
 
     def run(self, size: int, count: int) -> None:
-        """See PlannedCache; appends that come back to the same numbers of tokens are left out."""
-        cache = self._cache
-        period = cache.fmt.group // gcd(cache.fmt.group, size)  # appends that fill whole groups
-        filled = -(-(cache.window + 2 * cache.fmt.group) // size)
-        made = filled + cache.most_checkpoints * period
-        if size > 1 and cache.most_checkpoints:
-            made = max(made, MOST_STEPS)
-        if count > made + period:
-            count = made + (count - made) % period
-        for _ in range(count):
-            cache.append(*new_keys(self._facts, size, torch.device("meta")))
-            if size > 1:
-                cache.checkpoint()
+        """See PlannedCache."""
+        if size == 1 or not self._checkpoints.most:
+            return super().run(size, count)
+        _check_checkpoints(self._checkpoints.most)
+        for joined in _between_checkpoints(count):
+            super().run(size, joined)
+            self._checkpoint()
+        return None
 
-    def compress(self, budget: int | float) -> PlannedCache:
-        """Nothing: a ring takes no policy."""
-        return self
+    def _checkpoint(self) -> None:
+        skipped = min(self._unseen, self._quantized)
+        groups = (self._quantized - skipped) // self._fmt.group * self._group_bytes
+        nbytes = groups + self._recent * self._slot_bytes
+        if self._checkpoints.wants(self._seen):
+            copy = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+            self._checkpoints.add(self._seen, (copy,))
+
+    def _repeats(self, tokens: int, before: int) -> int:
+        if before == self._quantized:  # the window is full
+            return LARGEST_POSITION
+        free = (self._window - self._seen) // tokens
+        return max(0, min(super()._repeats(tokens, before), free))
+
+    def _append(self, size: int) -> None:
+        taken = max(0, min(self._sinks - self._first, size))
+        self._first += taken
+        super()._append(size - taken)
+
+    def _quantize(self, ready: int) -> None:
+        moved = self._fmt.whole(ready)
+        unseen = self._unseen
+        old = min(unseen, self._quantized)
+        new = min(unseen - old, moved)
+        self._recent -= moved
+        self._quantized -= old
+        self._first += old + new
+        self._store(moved - new)
+
+    @property
+    def _unseen(self) -> int:
+        """Tokens of whole groups, from the first on, that the next query does not see."""
+        return self._fmt.whole(self._seen - self._window + 1 - self._first)
 
 
 def new_keys(facts: ModelFacts, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ FLOORS = [
     ["ops.attention.checks", "ops.attention.known"],
     ["ops.attention.call"],
     [
+        "ops.attention.first_key",
         "ops.attention.watch",
         "ops.attention.first_order",
         "ops.attention.masks",

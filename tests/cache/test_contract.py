@@ -302,6 +302,16 @@ class TestQuantized:
         recent = 2 * rows * 72 * 64 * 2  # 65 tokens of two bytes a number
         assert cache.nbytes == qdata + scales + recent
 
+    @pytest.mark.parametrize(("bits", "most"), [(8, 0.56), (4, 0.31)])
+    @pytest.mark.parametrize("device", ["meta", "cpu"])
+    def test_share_of_the_bytes_of_float16_at_2048_tokens_and_more(self, bits, most, device):
+        """At every length, room that is allocated ahead and tokens that wait included."""
+        cache = QuantizedCache(bits_k=bits, bits_v=bits)
+        for size in (512, 512, 512, 511, *[1] * (260 if device == "meta" else 80)):
+            new = torch.zeros(1, 1, size, 128, device=device)
+            cache.append(new, new)
+            assert cache.seen < 2048 or cache.nbytes <= most * cache.seen * 2 * 128 * 2
+
     def test_reorder_and_truncate(self):
         q, k, v = qkv(300, dim=64)
         cache = QuantizedCache()

@@ -32,7 +32,10 @@ def test_defaults_change_nothing():
         ({"type_k": "int8"}, "Set both"),
         ({"type_k": "fp8", "type_v": "int8"}, "or both as fp8. Set both"),
         ({"type_k": "f16"}, "must be equal"),
-        ({"type_k": "int8", "type_v": "int8", "n_swa": 8}, "cannot be combined with n_swa"),
+        (
+            {"type_k": "int8", "type_v": "int8", "kv_policy": "snapkv", "kv_budget": 9},
+            "with kv_policy",
+        ),
         ({"offload_kqv": False, "page_size": 8}, "keeps plain keys in host memory"),
         ({"page_size": 0}, "page_size must be at least 1, got 0"),
         ({"page_size": 16, "n_swa": 8}, "page_size=16 needs plain keys of all tokens"),

@@ -14,7 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MambaConfig
 
 import saccade
-from saccade.cache import DenseCache, PagedCache, PagePool, QuantizedCache, RaggedCache, RingCache
+from saccade.cache import (
+    DenseCache,
+    PagedCache,
+    PagePool,
+    QuantizedCache,
+    QuantizedRing,
+    RaggedCache,
+    RingCache,
+)
 from saccade.compress import resolve_budget
 from saccade.core import BadInput, Mask, Unsupported
 from saccade.ops import attend, make_call
@@ -43,6 +51,8 @@ PARAMS = {
     "window": {"n_swa": 20},
     "window and sinks in f16": {"n_swa": 20, "n_sinks": 4, "type_k": "f16", "type_v": "f16"},
     "window with checkpoints": {"n_swa": 20, "ctx_checkpoints": 3},
+    "int8 window": {"n_swa": 150, "n_sinks": 3, "type_k": "int8", "type_v": "int8"},
+    "int4 window": {"n_swa": 130, "ctx_checkpoints": 2, "type_k": "int4", "type_v": "int4"},
     "compressed": {"kv_policy": "snapkv", "kv_budget": 0.25},
     "compressed to a number": {"kv_policy": "snapkv", "kv_budget": 40},
 }
@@ -105,6 +115,8 @@ HUGE = {
     "scores of a chunk read at once": {"n_batch": 10**10, "flash_attn": "disabled"},
     "read one by one": {"n_batch": 1},
     **{name: PARAMS[name] for name in ("int8", "int4", "pages", "window with checkpoints")},
+    **{name: PARAMS[name] for name in ("int8 window", "int4 window")},
+    "a long int8 window": {"n_swa": 10**9, "type_k": "int8", "type_v": "int8"},
     "compressed": {"kv_policy": "snapkv", "kv_budget": 0.5},
     "ragged": {"kv_policy": "ada_snapkv", "kv_budget": 0.5},
     "a long window with checkpoints": {"n_swa": 10**9, "ctx_checkpoints": 9},
@@ -183,6 +195,7 @@ CACHES = {
     "ring": lambda: RingCache(window=50, sinks=4),
     "ring of chunks": lambda: RingCache(window=50, sinks=4, chunk=64),
     "int8": QuantizedCache,
+    "int8 ring": lambda: QuantizedRing(window=50, sinks=4),
     "int4": lambda: QuantizedCache(bits_k=4, bits_v=4, group=32, recent=16, hadamard=False),
     "paged": PagedCache,
     "pool": lambda: PagedCache(PagePool(32)),
