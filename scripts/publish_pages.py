@@ -9,6 +9,7 @@ Marks in a page say what stands there; what is between them is rendered again:
     <!-- show: claims RECORD -->                    the chapter's figures beside the measured ones
     <!-- show: far RECORD -->                       what `benchmarks.far` measured
     <!-- show: conversion RECORD -->                what `saccade convert` measured
+    <!-- show: cpu_rules RECORD -->                 what `saccade bench tune` measured on a CPU
     <!-- show: planned SHAPE TOKENS -->             what `saccade.plan` says of a shape
     <!-- end of show -->
     <!-- fact: NAME -->a number<!-- end of fact -->  a sentence's number, see `page_facts`
