@@ -16,7 +16,14 @@ build=build/neon
 mkdir -p "$build"
 flags=(-std=c++20 -O3 -fno-math-errno -Wall -Wextra -Wno-array-bounds) # GCC 12 warns of std::sort over five numbers
 
-# Sources that name SACCADE_TARGET are compiled once for each target; those that need Python are left out.
+# Files that need Python, through other headers too, are left out.
+python='nanobind|Python\.h'
+for _ in 1 2 3; do
+  headers=$({ grep -lE "$python" csrc/*.h || true; } | xargs -r -n 1 basename | paste -sd '|')
+  python="nanobind|Python\.h|\"(${headers:-none})\""
+done
+
+# Sources that name SACCADE_TARGET are compiled once for each target.
 newest=$(ls -t csrc/* tests/cpp/* scripts/neon.sh | head -1)
 jobs=()
 objects=()
@@ -26,7 +33,7 @@ add() { # SOURCE OBJECT FLAGS...
 }
 for source in csrc/*.cpp tests/cpp/*.cpp; do
   name=$(basename "$source" .cpp)
-  if grep -qE 'nanobind|"arguments.h"' "$source"; then continue; fi
+  if grep -qE "$python" "$source"; then continue; fi
   if grep -q SACCADE_TARGET "$source"; then
     add "$source" "$name-neon.o" -DSACCADE_TARGET=neon -DSACCADE_NEON
     add "$source" "$name-scalar.o" -DSACCADE_TARGET=scalar

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_tables
+from saccade.bench.rule_table import as_table
 from saccade.report import comparison
 from saccade.report.claims import claims_table
 from saccade.report.markdown import escape, table_text, to_markdown
@@ -179,6 +180,11 @@ def rules(path: Path) -> str:
     return table_text(Table(headings, lines, "calls from this size on"))
 
 
+def cpu_rules(path: Path) -> str:
+    """Figures behind the rules of a family of CPUs (`saccade bench tune --json`)."""
+    return table_text(as_table(json.loads(path.read_text())["rows"]))
+
+
 def _covered(row: dict[str, Any], rule: dict[str, Any]) -> bool:
     return all(row[name] >= (rule.get(name) or [0])[0] for name in ("queries", "keys"))
 
@@ -251,4 +257,5 @@ KINDS: dict[str, Callable[..., str]] = {
     "whole_model": page_whole_model.whole_model,
     "whole_model_bars": page_whole_model.bars,
     "whole_model_kl": page_whole_model.divergence,
+    "cpu_rules": cpu_rules,
 }

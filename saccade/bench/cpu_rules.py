@@ -82,9 +82,16 @@ def measure(series: Series, *, budget: float, timer: Timer = timed) -> Iterator[
         for name in figures.refused:
             runs.pop(name, None)
         if runs:
-            seconds = timer(list(runs.values()), budget)
-            figures.seconds = dict(zip(runs, seconds, strict=True))
+            _time(figures, runs, budget, timer)
+        if figures.winner == "sdpa":  # has to win twice: other work may have slowed ours
+            _time(figures, runs, budget, timer)
         yield figures
+
+
+def _time(figures: Figures, runs: dict[str, Run], budget: float, timer: Timer) -> None:
+    """Note the seconds of each run where they are less than before."""
+    for name, seconds in zip(runs, timer(list(runs.values()), budget), strict=True):
+        figures.seconds[name] = min(seconds, figures.seconds.get(name, math.inf))
 
 
 def run_of(call: AttentionCall, backend: str) -> Run:

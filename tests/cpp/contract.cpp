@@ -11,7 +11,11 @@
 
 #include "../../csrc/checks.h"
 #include "../../csrc/dispatch.h"
+#include "bounds.h"
 #include "expected.h"
+#if __has_include("../../csrc/linear.h")
+#include "linear_contract.h"
+#endif
 
 namespace contract {
 namespace {
@@ -19,33 +23,6 @@ namespace {
 using saccade::Kernels;
 
 constexpr double kLseAllowance = 1e-4;
-
-double allowance(Dtype dtype) {
-  return dtype == Dtype::f32 ? 1e-6 : dtype == Dtype::f16 ? 2e-3 : 1e-2;
-}
-
-// The largest distance, infinite where a number is NaN or only one of two is infinite.
-template <class Get>
-double distance(const std::vector<double>& truth, Get&& get) {
-  double largest = 0;
-  for (size_t i = 0; i < truth.size(); ++i) {
-    const double x = get(i);
-    if (x == truth[i]) continue;
-    const double error = std::fabs(x - truth[i]);
-    largest = error <= largest ? largest : std::isnan(error) ? INFINITY : error;
-  }
-  return largest;
-}
-
-// One tensor: its error as a share of what is allowed.
-template <class Get>
-double share(Dtype dtype, const std::vector<double>& truth, const std::vector<float>& eager,
-             Get&& get) {
-  const double size = distance(truth, [](size_t) { return 0.0; });  // gradients grow with length
-  const double of_eager = distance(truth, [&](size_t i) { return rounded(dtype, eager[i]); });
-  const double allowed = 2 * of_eager + allowance(dtype) * std::max(1.0, size / 4);
-  return distance(truth, get) / allowed;
-}
 
 struct Verdict {
   double error = 0;    // of out and gradients, as a share of what is allowed
@@ -124,6 +101,9 @@ int run_target(const Kernels& kernels) {
     std::printf("%-8s %-44s %5.2f of the allowed error, lse %5.2f  %s\n", kernels.name, c.name,
                 verdict.error, verdict.lse, problem.c_str());
   }
+#if __has_include("../../csrc/linear.h")
+  failed += run_linear(*kernels.linear, kernels.name);
+#endif
   return failed;
 }
 
