@@ -68,6 +68,15 @@ SACCADE_INLINE void unpack_bits(const uint8_t* qdata, int dim, int bits, uint8_t
   }
 }
 
+// Channels d .. d + W - 1 of a quantized token, for heads of full pairs of registers.
+SACCADE_INLINE F quantized_part(const uint8_t* qdata, int dim, int bits, int d) {
+  if (bits == 8) return load(qdata + d);
+  const int half = dim / 2;
+  F low, high;
+  load_nibbles(qdata + (d < half ? d : d - half), low, high);
+  return d < half ? low : high;
+}
+
 // A row as float32 times a factor; `x` has room for full registers.
 template <class T>
 static void widen(const T* row, int dim, float factor, float* x) {
@@ -78,8 +87,15 @@ static void widen(const T* row, int dim, float factor, float* x) {
 }
 
 // x = qdata * scale + offset along a row whose scale and offset are rows too (keys).
-SACCADE_INLINE void dequantize_row(const uint8_t* bytes, const float* scale, const float* offset,
-                                   int dim, float* x) {
+SACCADE_INLINE void dequantize_row(const uint8_t* qdata, int bits, const float* scale,
+                                   const float* offset, int dim, float* x) {
+  if (dim % (2 * W) == 0) {
+    for (int d = 0; d < dim; d += W)
+      store(x + d, fma(quantized_part(qdata, dim, bits, d), load(scale + d), load(offset + d)));
+    return;
+  }
+  alignas(64) uint8_t bytes[kDimPad];
+  unpack_bits(qdata, dim, bits, bytes);
   for (int d = 0; d < dim; d += W)  // rows are padded to full registers
     store(x + d, fma(load(bytes + d), load(scale + d), load(offset + d)));
 }
@@ -97,14 +113,16 @@ SACCADE_INLINE void load_half_row(const char* row, int n, float* x) {
   const F16* p = (const F16*)row;
   int d = 0;
   for (; d + W <= n; d += W) store(x + d, load(p + d));
-  if (d < n) store(x + d, load_part(p + d, n - d));
+  if (n - d == 1) {  // a copy of known size, since most values have a single scale
+    const F16 one[W] = {p[d]};
+    store(x + d, load(one));
+  } else if (d < n) store(x + d, load_part(p + d, n - d));
 }
 
 // Float32 rows of the quantized keys `first` .. `first + count - 1` of a tile.
 SACCADE_INLINE void dequantize_keys(const QuantizedTensor& c, int64_t scales, int64_t offsets,
                                     const Tile& tile, int first, int count, int dim, float* out,
                                     float* scale, float* offset, int64_t& group) {
-  alignas(64) uint8_t bytes[kDimPad];
   for (int i = 0; i < count; ++i) {
     const int j = first + i;
     float* row = out + (int64_t)i * kDimPad;
@@ -118,8 +136,7 @@ SACCADE_INLINE void dequantize_keys(const QuantizedTensor& c, int64_t scales, in
       load_half_row(c.scale.data + scales + of * c.scale.row, dim, scale);
       load_half_row(c.offset.data + offsets + of * c.offset.row, dim, offset);
     }
-    unpack_bits((const uint8_t*)tile.k[j], dim, c.bits, bytes);
-    dequantize_row(bytes, scale, offset, dim, row);
+    dequantize_row((const uint8_t*)tile.k[j], c.bits, scale, offset, dim, row);
   }
 }
 
@@ -131,7 +148,15 @@ SACCADE_INLINE void dequantize_value(const QuantizedTensor& c, int64_t scales, i
   const int groups = dim / (int)c.group;
   load_half_row(c.scale.data + scales + tile.token[j] * c.scale.row, groups, scale);
   load_half_row(c.offset.data + offsets + tile.token[j] * c.offset.row, groups, offset);
-  unpack_bits((const uint8_t*)tile.v[j], dim, c.bits, bytes);
+  const uint8_t* qdata = (const uint8_t*)tile.v[j];
+  if (c.group % W == 0 && dim % (2 * W) == 0) {
+    for (int d = 0, g = 0; d < dim; d += W) {
+      g += d == (g + 1) * (int)c.group;
+      store(x + d, fma(quantized_part(qdata, dim, c.bits, d), set1(scale[g]), set1(offset[g])));
+    }
+    return;
+  }
+  unpack_bits(qdata, dim, c.bits, bytes);
   if (c.group % W == 0) {
     for (int g = 0; g < groups; ++g)
       for (int d = g * (int)c.group; d < (g + 1) * (int)c.group; d += W)

@@ -248,7 +248,9 @@ def selected(
         for case in pool
         if not words or any(word.lower() in case.name.lower() for word in words)
     }
-    wanted |= {bar.against for case in pool if case.name in wanted for bar in case.bars}
+    for case in reversed(pool):  # bars refer to cases before their own
+        if case.name in wanted:
+            wanted |= {bar.against for bar in case.bars}
     return [case for case in pool if case.name in wanted]
 
 

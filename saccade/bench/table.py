@@ -164,7 +164,7 @@ def as_bar(bar: BarResult) -> str:
         "torch": "torch's speed",
         "product": "of torch's bf16 matrix product",
         "time": f"time of {_last(bar.against)}",
-        "rate": f"speed of {_last(bar.against)}",
+        "rate": f"{_rate(bar.against)} of {_last(bar.against)}",
         "pairs": "time that pairs predict",
     }[bar.measure]
     if bar.measure in ("peak", "bandwidth", "product"):
@@ -172,6 +172,10 @@ def as_bar(bar: BarResult) -> str:
         return f"{mark} {value} {what} (bar {sign} {100 * bar.limit:.0f} %)"
     value = MISSING if bar.value is None else as_ratio(bar.value)
     return f"{mark} {value} {what} (bar {sign} {bar.limit:g}x)"
+
+
+def _rate(against: str) -> str:
+    return "tokens/s" if against.startswith("decode") else "speed"
 
 
 def _last(name: str) -> str:

@@ -83,8 +83,9 @@ def test_every_bar_of_the_issue_is_there():
     bars = {(c.work, c.storage, b.measure, b.limit) for c in CASES for b in c.bars}
     assert bars == {
         ("prefill", "fp32", "peak", 0.75), ("prefill", "fp32", "torch", 3.0),
-        ("prefill", "bf16", "time", 1.15), ("prefill", "fp16", "time", 1.15),
-        ("prefill", "int8", "time", 1.2), ("prefill", "int4", "time", 1.2),
+        ("prefill", "bf16", "rate", 1.5), ("prefill", "bf16", "torch", 1.5),
+        ("prefill", "bf16", "product", 0.5), ("prefill", "fp16", "time", 1.15),
+        ("prefill", "int8", "time", 1.0), ("prefill", "int4", "time", 1.0),
         ("decode", "bf16", "bandwidth", 0.8), ("decode", "fp16", "bandwidth", 0.8),
         ("decode", "int8", "rate", 1.6), ("decode", "int4", "rate", 2.5),
         ("window", "fp32", "pairs", 1.2),
@@ -100,6 +101,7 @@ def test_window_and_its_dense_case_do_about_the_same_work():
 def test_selection_brings_the_cases_that_bars_refer_to():
     assert [case.label for case in selected(CASES, words=["9/3 D64 N2048 int8"])] == [
         "fp32",
+        "bf16",
         "int8",
     ]
     assert [case.name[:6] for case in selected(CASES, words=["window"])] == ["dense ", "window"]

@@ -38,8 +38,8 @@ def test_bars():
     flops = 4 * 64 * 9 * 2048 * 2049 / 2
     assert fp32["peak"] == (pytest.approx(flops / 0.030 / sample.PEAK), True)
     assert fp32["torch"] == (pytest.approx(4.0), True)
-    assert values(record, "prefill 9/3 D64 N2048 bf16")["time"] == (pytest.approx(1.1), True)
-    assert values(record, "prefill 9/3 D64 N2048 int8")["time"] == (pytest.approx(4 / 3), False)
+    assert values(record, "prefill 9/3 D64 N2048 bf16")["rate"] == (pytest.approx(1 / 1.1), False)
+    assert values(record, "prefill 9/3 D64 N2048 int8")["time"] == (pytest.approx(40 / 33), False)
     read = 16.793600e6 / 0.001 / sample.BANDWIDTH
     assert values(record, "decode 32/8 D128 4k keys bf16") == {
         "bandwidth": (pytest.approx(read), True)
@@ -66,7 +66,7 @@ def test_bars_without_what_they_need():
     record.rows = [r for r in record.rows if r.backend != "torch" and r.storage != "fp32"]
     for row in record.rows:
         for bar in sample.case(row.case).bars:
-            if bar.measure in ("torch", "time", "pairs"):
+            if bar.measure in ("torch", "product", "pairs") or bar.against.endswith("fp32"):
                 assert bars.value_of(bar, row, record) is None
     assert values(sample.record(), "decode 32/8 D128 4k keys int8")["rate"] == (None, None)
 
@@ -102,11 +102,11 @@ def test_card():
     assert "Test CPU, 2 threads, kernels for avx2, torch 2.13.0" in text
     assert "FMA 200 GF/s, reads 20.0 GB/s" in text
     assert "✓ 4.00x torch's speed (bar ≥ 3x)" in text
-    assert "✗ 1.33x time of fp32 (bar ≤ 1.2x)" in text
+    assert "✗ 1.21x time of bf16 (bar ≤ 1x)" in text
     assert "2.50x tokens/s" in text
     assert "WRONG  decode 32/8 D128 4k keys int8, saccade cpu: out has [bold] elements" in text
     assert "cannot  decode 32/8 D128 32k keys int8" in text
-    assert "8 of 11 bars met, 2 not measured; 1 min 01 s." in text
+    assert "7 of 13 bars met, 4 not measured; 1 min 01 s." in text
     assert "busy" not in text
 
 

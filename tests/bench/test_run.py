@@ -207,7 +207,11 @@ def test_the_extension_measures_where_it_is(monkeypatch):
     assert found.pair_peak == 40
     monkeypatch.setenv("SACCADE_CPU_TARGET", "worst")
     found = ceilings.measure(2)
-    assert (found.target, found.fma_peak, found.pair_peak) == ("worst", 1, 0)  # the ceiling matches the kernels
+    assert (found.target, found.fma_peak, found.pair_peak) == (
+        "worst",
+        1,
+        0,
+    )  # the ceiling matches the kernels
 
 
 def test_decoding_uses_the_views_in_turn(monkeypatch):
