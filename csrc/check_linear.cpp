@@ -71,6 +71,18 @@ void check_out(const LinearArg& call, size_t i, LinearProblem& p) {
   p.out[i] = matrix(out);
 }
 
+void check_scratch(const LinearArg& call, LinearProblem& p) {
+  const TensorArg& scratch = *call.scratch;
+  const int64_t strips = (p.rows + kStripRows - 1) / kStripRows;
+  check_contiguous(scratch, "scratch", Dtype::bf16, {strips * kStripRows, p.in});
+  check_apart(scratch, "scratch", call.x, "x");
+  for (const TensorArg& out : call.outs) check_apart(scratch, "scratch", out, "out");
+  for (const PackedArg& w : call.weights) check_apart_from(scratch, "scratch", w);
+  for (const auto& bias : call.biases)
+    if (bias) check_apart(scratch, "scratch", *bias, "bias");
+  p.scratch = scratch.data;
+}
+
 }  // namespace
 
 LinearProblem check(const LinearArg& call) {
@@ -98,6 +110,7 @@ LinearProblem check(const LinearArg& call) {
   p.num_outs = (int)call.outs.size();
   p.gate = (Gate)call.gate;
   p.threads = check_count(call.threads);
+  if (call.scratch) check_scratch(call, p);
   return p;
 }
 

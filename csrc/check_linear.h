@@ -20,6 +20,7 @@ struct LinearArg {
   std::vector<std::optional<TensorArg>> biases;
   std::vector<TensorArg> outs;
   int64_t gate, threads;
+  std::optional<TensorArg> scratch;  // bfloat16 [rows filled up to strips of 12, in]
 };
 
 struct RowsArg {

@@ -15,6 +15,7 @@ namespace saccade {
 
 constexpr int kBlockRows = 16;
 constexpr int kMaxWeights = 8;  // of one call
+constexpr int kStripRows = 12;  // of x that are multiplied at once where they are many
 
 struct PackedMatrix {
   uint8_t* qdata;
@@ -49,6 +50,7 @@ struct LinearProblem {
   Matrix out[kMaxWeights];
   Gate gate;
   int threads;
+  char* scratch;  // for many rows: rows, filled up to strips, x in of bfloat16; else null
 };
 
 // out [n, in]: rows `index` of the weight, or the n rows from `first` where index is null.

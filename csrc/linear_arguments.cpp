@@ -34,8 +34,8 @@ PackedArg read_packed(nb::handle weight) {
 }
 
 LinearArg read_linear(nb::handle x, nb::handle weights, nb::handle biases, nb::handle outs,
-                      int64_t gate, int64_t threads) {
-  LinearArg call{tensor(x), {}, {}, {}, gate, threads};
+                      nb::handle scratch, int64_t gate, int64_t threads) {
+  LinearArg call{tensor(x), {}, {}, {}, gate, threads, maybe(scratch)};
   for (nb::handle w : tuple_of(weights, "weights must be a tuple"))
     call.weights.push_back(read_packed(w));
   for (nb::handle b : tuple_of(biases, "biases must be a tuple")) call.biases.push_back(maybe(b));

@@ -8,8 +8,8 @@ namespace saccade {
 // `weight`: (qdata, scale, minimum or None, out, in, group, bits).
 PackedArg read_packed(nb::handle weight);
 
-// `weights`, `biases` (tensors or None) and `outs` are tuples.
+// `weights`, `biases` (tensors or None) and `outs` are tuples; scratch is None for few rows.
 LinearArg read_linear(nb::handle x, nb::handle weights, nb::handle biases, nb::handle outs,
-                      int64_t gate, int64_t threads);
+                      nb::handle scratch, int64_t gate, int64_t threads);
 
 }  // namespace saccade

@@ -19,10 +19,10 @@ const LinearKernels& linear_kernels(const std::string& target) {
 }
 
 // gate: 0 for none, 1 silu, 2 gelu by tanh.
-void linear(nb::handle x, nb::handle weights, nb::handle biases, nb::handle outs, int64_t gate,
-            int64_t threads, const std::string& target) {
+void linear(nb::handle x, nb::handle weights, nb::handle biases, nb::handle outs,
+            nb::handle scratch, int64_t gate, int64_t threads, const std::string& target) {
   const LinearKernels& kernels = linear_kernels(target);
-  const LinearArg call = read_linear(x, weights, biases, outs, gate, threads);
+  const LinearArg call = read_linear(x, weights, biases, outs, scratch, gate, threads);
   nb::gil_scoped_release unlocked;
   kernels.products(check(call));
 }
@@ -49,7 +49,8 @@ bool pack_weight(int64_t kind, nb::handle raw, nb::handle weight, int64_t thread
 }  // namespace
 
 void bind_linear(nb::module_& m) {
-  m.def("linear", &linear);
+  m.def("linear", &linear, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg(), nb::arg());
   m.def("read_rows", &read_rows, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg());
   m.def("pack_weight", &pack_weight);

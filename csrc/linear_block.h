@@ -4,14 +4,11 @@
 // itself and then scaled.  The work is reading the weights once.
 #pragma once
 #include "linear_inputs.h"
+#include "linear_output.h"
 
 namespace saccade::SACCADE_TARGET {
 
 constexpr int kMostRows = W == 16 ? 8 : 4;  // of x at once
-
-// y[r][i]: row `row + r` of x times row i of the block.
-template <int R>
-using Products = float (&)[R][kBlockRows];
 
 SACCADE_INLINE F load_half(const uint16_t* p) { return load((const F16*)p); }
 

@@ -1,7 +1,8 @@
 """How products with packed weights are computed.
 
-Few rows of x: by kernels of our own that read the packed weights once.  Many rows: a part of the
-weight at a time becomes a plain matrix in a small buffer, and PyTorch multiplies it.
+Few rows of x: by kernels that read the packed weights once and keep all of x's digits.  Many rows:
+by kernels that multiply bfloat16, where the CPU does (but for AMX); elsewhere a part of the weight at a time
+becomes a plain matrix in a small buffer, and PyTorch multiplies it.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def run(
         return outs
     if not all(map(native.usable, weights)):
         return gated([_plain(x, *pair) for pair in zip(weights, biases, strict=True)], gate)
-    if x.shape[0] <= FEW_ROWS:
-        native.products(_in_rows(x), weights, biases, outs, gate)
+    if x.shape[0] <= FEW_ROWS or multiplies_bfloat16():
+        native.products(_in_rows(x), weights, biases, outs, gate, _scratch(x))
         return outs
     return gated([_by_tiles(x, *pair) for pair in zip(weights, biases, strict=True)], gate)
 
@@ -88,11 +89,21 @@ def matrix(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 @cache
+def multiplies_bfloat16() -> bool:
+    """Whether the kernels have products of many rows."""
+    return product_dtype() is torch.bfloat16 and "amx" not in _target_name()
+
+
+def _target_name() -> str:
+    kernels = extension()
+    return target() or ("" if kernels is None else kernels.targets()[0])
+
+
+@cache
 def product_dtype() -> torch.dtype:
     """What PyTorch multiplies fastest on this CPU: bfloat16 where it has instructions for it."""
-    kernels = extension()
-    name = target() or ("" if kernels is None else kernels.targets()[0])
-    return torch.bfloat16 if "bf16" in name or "amx" in name else torch.float32
+    fast = "bf16" in _target_name() or "amx" in _target_name()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _plain(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -117,6 +128,13 @@ def gated(parts: list[Tensor], gate: str) -> list[Tensor]:
     if gate == "silu":
         return [torch.nn.functional.silu(first) * second]
     return [torch.nn.functional.gelu(first, approximate="tanh") * second]
+
+
+def _scratch(x: Tensor) -> Tensor | None:
+    """Room for many rows in bfloat16, filled up to strips of 12."""
+    if x.shape[0] <= FEW_ROWS:
+        return None
+    return torch.empty(-(-x.shape[0] // 12) * 12, x.shape[1], dtype=torch.bfloat16)
 
 
 def _in_rows(x: Tensor) -> Tensor:

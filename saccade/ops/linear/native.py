@@ -28,13 +28,19 @@ def products(
     biases: Sequence[Tensor | None],
     outs: Sequence[Tensor],
     gate: str = "none",
+    scratch: Tensor | None = None,
 ) -> None:
-    """x `[rows, in]` times each weight, plus its bias, into its out `[rows, out]`."""
+    """x `[rows, in]` times each weight, plus its bias, into its out `[rows, out]`.
+
+    Args:
+        scratch: for many rows, where the target multiplies bfloat16: room for x in that dtype.
+    """
     _kernels().linear(
         record(x),
         tuple(map(_record, weights)),
         tuple(None if bias is None else record(bias) for bias in biases),
         tuple(map(record, outs)),
+        None if scratch is None else record(scratch),
         GATES[gate],
         torch.get_num_threads(),
         target(),
