@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
 
 
-_ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?([\w:.]+)["']?""")
+_ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?(\w+(?:[.:]\w+)*)["']?""")
 _SHORT = {name: short for short, name in DTYPES.items() if name}
 
 

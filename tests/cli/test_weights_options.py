@@ -1,4 +1,4 @@
-"""`--weights` and `--dtype` reach load_model, and its refusals come back in the words of options."""
+"""`--weights` and `--dtype` reach load_model, whose refusals speak of options."""
 
 from __future__ import annotations
 
