@@ -107,7 +107,7 @@ def test_launch_tables_in_use(monkeypatch, tmp_path):
 def test_doctor_says_what_weights_take_in_every_form(capsys):
     found = {form.option: form for form in weights.forms("smollm2")}
     assert list(found) == ["file", "int8", "int4", "bf16", "f32"]
-    assert found["file"].kinds == "Q4_1 as in the file" and found["f32"].kinds == "float32"
+    assert found["file"].kinds == "Q4_1, Q8_0 as in the file" and found["f32"].kinds == "float32"
     assert found["f32"].bytes == 2 * found["bf16"].bytes == 4 * 134_515_008
     assert found["file"].bytes < found["int8"].bytes < found["bf16"].bytes
     loaded = saccade.load_model("smollm2")
