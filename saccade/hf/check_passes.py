@@ -17,6 +17,7 @@ from saccade.hf import changes
 from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
+from saccade.hf.packed_layers import StoredLayer
 from saccade.hf.runs import Undo
 from saccade.runtime import Context, ContextParams, Sampler
 
@@ -140,6 +141,8 @@ def _half(hidden: Tensor) -> Tensor:
 
 
 def _projects(module: nn.Module) -> bool:
+    if isinstance(module, StoredLayer):  # whose weight is made anew when it is asked for
+        return True
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2
 

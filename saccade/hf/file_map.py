@@ -15,7 +15,7 @@ class FileMap:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            # Private: writable for numpy, whose arrays torch takes without a warning; never written.
+            # Private and so writable, which torch wants of an array; it is never written.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._map, np.uint8)
 

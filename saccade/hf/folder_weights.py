@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from saccade.hf.file_map import FileMaps
-from saccade.hf.packed_model import StandIns, outer_layers, rounded, storable
+from saccade.hf.packed_model import StandIns, outer_layers, storable
 from saccade.hf.placement import Form
+from saccade.hf.rounded_weights import rounded
 from saccade.hf.streamed_model import Read, streamed_model
 from saccade.hf.tensor_files import Stored, Tensors
 
@@ -29,6 +32,31 @@ _DTYPES: Final = {
 }
 
 
+@dataclass(slots=True)
+class _Rounding:
+    """Matrices that are rounded, and what stands for them until the model is built."""
+
+    form: Form
+    dtype: torch.dtype
+    stand_ins: StandIns = field(default_factory=StandIns)
+
+    def read(self, plain: Read, numbers: Read, transposed: bool, outer: bool) -> Tensor:
+        """What stands for a rounded matrix; the plain matrix where it cannot be rounded.
+
+        Args:
+            numbers: of the matrix, of which a few rows are copied at a time.
+        """
+        given = numbers()
+        matrix = given.T if transposed else given
+        out, width = matrix.shape
+
+        def rows(first: int, end: int) -> Tensor:
+            return matrix[first:end].float()
+
+        found = rounded(rows, (out, width), self.form, outer)
+        return plain() if found is None else self.stand_ins.of(found, given.shape, self.dtype)
+
+
 def read_folder(
     shapes: PreTrainedModel,
     config: PreTrainedConfig,
@@ -42,36 +70,34 @@ def read_folder(
     """
     if any(each.dtype not in _DTYPES for each in files.values()):
         return None, None
-    stand_ins, maps = StandIns(), FileMaps()
+    rounding, maps = _Rounding(form, dtype), FileMaps()
     reads: dict[str, tuple[tuple[int, ...], Read]] = {}
     layers, outer = storable(shapes), outer_layers(shapes)
     for name, stored in files.items():
         own = _own_name(shapes, name)
         read = partial(_plain, maps, stored, dtype)
         if form != "plain" and own in layers and stored.shape == layers[own].weight.shape:
-            conv = not isinstance(layers[own], nn.Linear | nn.Embedding)
-            read = partial(_rounded, read, stand_ins, form, own in outer, conv)
+            conv, numbers = isinstance(layers[own], Conv1D), partial(_numbers, maps, stored)
+            read = partial(rounding.read, read, numbers, conv, own in outer)
         reads[name] = stored.shape, partial(_dropping, read, maps, stored)
     model, info = streamed_model(shapes, config, reads, dtype)
-    if form == "plain" or stand_ins.replace(model, dtype):
+    if form == "plain" or rounding.stand_ins.replace(model, dtype):
         return model, info
     return None, None
 
 
 def round_layers(model: PreTrainedModel, form: Form, dtype: torch.dtype) -> None:
     """Round the linear layers and the embedding of a loaded model; the rest is cast."""
-    stand_ins = StandIns()
-    outer = outer_layers(model)
+    rounding, outer = _Rounding(form, dtype), outer_layers(model)
     done: dict[int, nn.Parameter] = {}
     for name, layer in storable(model).items():
         weight: Any = layer.weight
         if id(weight) not in done:
-            conv = not isinstance(layer, nn.Linear | nn.Embedding)
-            made = _rounded(lambda w=weight: w.detach(), stand_ins, form, name in outer, conv)
+            read = partial(torch.Tensor.detach, weight)
+            made = rounding.read(read, read, isinstance(layer, Conv1D), name in outer)
             done[id(weight)] = nn.Parameter(made, requires_grad=False)
-            layer._parameters["weight"] = None
         layer._parameters["weight"] = done[id(weight)]
-    stand_ins.replace(model, dtype)
+    rounding.stand_ins.replace(model, dtype)
     model.to(dtype)
 
 
@@ -80,18 +106,15 @@ def _own_name(shapes: PreTrainedModel, name: str) -> str:
     return name if name in shapes.state_dict() else f"{shapes.base_model_prefix}.{name}"
 
 
-def _plain(maps: FileMaps, stored: Stored, dtype: torch.dtype) -> Tensor:
+def _numbers(maps: FileMaps, stored: Stored) -> Tensor:
+    """As the file has them: a view of it."""
     raw = maps[stored.path].at(stored.start, stored.n_bytes)
-    numbers = raw.clone() if stored.start % 8 else raw  # aligned as views of wider numbers need
-    numbers = numbers.view(_DTYPES[stored.dtype]).view(stored.shape)
+    return raw.view(_DTYPES[stored.dtype]).view(stored.shape)
+
+
+def _plain(maps: FileMaps, stored: Stored, dtype: torch.dtype) -> Tensor:
+    numbers = _numbers(maps, stored)
     return numbers.to(dtype if numbers.is_floating_point() else numbers.dtype, copy=True)
-
-
-def _rounded(read: Read, stand_ins: StandIns, form: Form, outer: bool, transposed: bool) -> Tensor:
-    """What stands for a rounded matrix; the matrix itself where it cannot be rounded."""
-    matrix = read()
-    found = rounded(matrix.T.contiguous() if transposed else matrix, form, outer)
-    return matrix if found is None else stand_ins.of(found, tuple(matrix.shape), matrix.dtype)
 
 
 def _dropping(read: Read, maps: FileMaps, stored: Stored) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core import Unsupported
+from saccade.hf.packed_layers import StoredLayer
 
 SEPARATE: Final = ("q_proj", "k_proj", "v_proj")
 FUSED: Final = "qkv_proj"
@@ -57,6 +58,11 @@ def check_projections(module: nn.Module) -> None:
     names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
     for name in names:
         linear = getattr(module, name, None)
+        if isinstance(linear, StoredLayer):
+            raise Unsupported(
+                "changing the number of KV heads needs plain weights, and this model's are packed: "
+                'load it with weights="f32" or "bf16".'
+            )
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise Unsupported(
                 f"changing the number of KV heads needs a linear {name} in every attention layer, "
@@ -85,7 +91,7 @@ def read_heads(module: nn.Module, num_heads: int, num_kv_heads: int) -> Heads:
 def output_name(module: nn.Module) -> str | None:
     """What the layer calls the linear layer that reads its heads."""
     for name in _OUTPUTS:
-        if isinstance(getattr(module, name, None), nn.Linear):
+        if isinstance(getattr(module, name, None), nn.Linear | StoredLayer):
             return name
     return None
 

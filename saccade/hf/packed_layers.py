@@ -77,7 +77,7 @@ class WeightStore(nn.Module):
     def __init__(self, weight: StoredWeight) -> None:
         super().__init__()
         self.value = weight
-        for name, tensor in _tensors(weight).items():
+        for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightStore:
@@ -100,7 +100,8 @@ class WeightStore(nn.Module):
         self.value = replace(self.value, **{name: self._buffers[name] for name in self._buffers})  # type: ignore[arg-type]
 
 
-def _tensors(weight: StoredWeight) -> dict[str, Tensor]:
+def tensors_of(weight: StoredWeight) -> dict[str, Tensor]:
+    """The fields of a weight that are tensors."""
     found = {part.name: getattr(weight, part.name) for part in fields(weight)}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,6 @@ from saccade.hf.packed_layers import (
     WeightStore,
     dequantized,
 )
-from saccade.hf.placement import Form
-from saccade.ops.linear import quantized
-
-_GROUP: Final = 32
-"""Numbers of a row that are rounded together."""
 
 
 def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -39,7 +34,7 @@ def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
     tokens: Any = model.get_input_embeddings()
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in (nn.Linear, Conv1D) or module is tokens:
+        if module is tokens or is_linear(module):
             found[f"{name}.weight"] = module
     return found
 
@@ -49,16 +44,6 @@ def outer_layers(model: PreTrainedModel) -> set[str]:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     modules = model.named_modules(remove_duplicate=False)
     return {f"{name}.weight" for name, part in modules if any(part is end for end in ends)}
-
-
-def rounded(matrix: Tensor, form: Form, outer: bool) -> StoredWeight | None:
-    """A matrix `[out, in]` rounded to int8 or int4; None where its rows are no whole groups.
-
-    Embedding and output head, which cost most when they are rounded, get 8 bits in either.
-    """
-    if matrix.shape[1] % _GROUP:
-        return None
-    return quantized(matrix, 8 if outer or form == "int8" else 4)
 
 
 class StandIns:
@@ -99,7 +84,7 @@ class StandIns:
 
 def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredLayer | None:
     """The layer that takes a module's place; None for one that computes something else."""
-    if type(module) in (nn.Linear, Conv1D):
+    if is_linear(module):
         kind = HalfLinear if isinstance(store.value, HalfWeight) else PackedLinear
         return kind(store, module._parameters["bias"], dtype, training=module.training)
     factor = embedding_factor(module)
@@ -108,6 +93,24 @@ def _layer(module: nn.Module, store: WeightStore, dtype: torch.dtype) -> StoredL
     padding: Any = getattr(module, "padding_idx", None)
     made = PackedEmbedding(store, dtype, padding_idx=padding, factor=factor)
     return made.train(module.training)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what `nn.Linear` does (or `Conv1D`, its transpose).
+
+    Classes that inherit from it are asked: a copy with a small matrix is given numbers.
+    """
+    if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
+        return type(module) in (nn.Linear, Conv1D)
+    asked: Any = copy.copy(module)
+    bias = None if module.bias is None else nn.Parameter(torch.arange(3.0))
+    asked._parameters = {"weight": nn.Parameter(torch.arange(12.0).view(3, 4)), "bias": bias}
+    x = torch.eye(4)[None]
+    try:
+        with torch.no_grad():
+            return torch.equal(asked(x), nn.functional.linear(x, asked.weight, asked.bias))
+    except Exception:  # one that is called in another way
+        return False
 
 
 def embedding_factor(module: nn.Module) -> float | None:

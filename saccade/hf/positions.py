@@ -69,11 +69,11 @@ def _refusal(modules: list[nn.Module], config: Any) -> str | None:
 def _rows(model: PreTrainedModel, n_ctx_train: int) -> int | None:
     """Positions that a table of learned or computed rows has, None where there is no such table."""
     tokens: Any = model.get_input_embeddings()
-    words = None if tokens is None else getattr(tokens, "weight", None)
+    words = set() if tokens is None else set(map(id, tokens.parameters()))
     tables = [*model.named_parameters(), *model.named_buffers()]
     for name, table in tables:
         fits = table.dim() == 2 and 0 <= table.shape[0] - n_ctx_train <= _EXTRA_ROWS
-        if fits and table is not words and _names_positions(name):
+        if fits and id(table) not in words and _names_positions(name):
             return n_ctx_train
     return None
 

@@ -6,6 +6,8 @@ safetensors calls slices.  So a tensor is in memory once, as it stays.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -77,7 +79,7 @@ def streamed_model(
     state = {name: LazyTensor(shape, turns.after(read)) for name, (shape, read) in reads.items()}
     kind: Any = type(shapes)
     try:
-        return kind.from_pretrained(
+        loaded = kind.from_pretrained(
             None,
             config=config,
             state_dict=state,
@@ -89,3 +91,12 @@ def streamed_model(
         if turns.error is not None:
             raise turns.error from None
         raise
+    _give_back_memory()
+    return loaded
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps what lies between the weights, for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -7,10 +7,14 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from saccade.hf import load_model
 from saccade.hf.gguf.rows import ROWS
+from saccade.hf.packed_layers import StoredLayer
+from tests.hf.converter import converted, stacked
 from tests.hf.gguf_files import write_gguf
 
 IDS = torch.arange(3, 43)[None] % 250
@@ -274,3 +278,28 @@ def test_a_converted_file_gives_back_the_model(case, tmp_path):
 
 def test_every_row_has_a_case():
     assert {architecture for architecture, *_ in CASES.values()} == set(ROWS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_packed_blocks_give_the_model_that_their_numbers_give(case, tmp_path):
+    """Every matrix in Q8_0, which the f32 form turns into numbers with the package gguf."""
+    model, kind = make(case), gguf.GGMLQuantizationType.Q8_0
+    weights = stacked(converted(model, CASES[case][0])[1])
+    matrices = [n for n, a in weights.items() if len(a.shape) >= 2 and a.shape[-1] % 32 == 0]
+    write_gguf(model, tmp_path / "m.gguf", CASES[case][0], quantized=dict.fromkeys(matrices, kind))
+    plain, packed = (
+        load_model(tmp_path / "m.gguf", weights=form).model for form in ("f32", "file")
+    )
+    own = dict(packed.named_modules())
+    stored = 0
+    for name, layer in plain.named_modules():
+        if isinstance(own[name], StoredLayer):
+            weight = layer.weight.T if type(layer) is Conv1D else layer.weight
+            torch.testing.assert_close(own[name].weight, weight, rtol=1e-6, atol=1e-7)
+            stored += 1
+        elif isinstance(layer, nn.Linear):  # a row that is no matrix in the file
+            assert torch.equal(own[name].weight, layer.weight)
+    assert stored >= 3
+    wanted, got = (each(IDS).logits.double().log_softmax(-1) for each in (plain, packed))
+    assert (wanted.exp() * (wanted - got)).sum(-1).mean() < 1e-3

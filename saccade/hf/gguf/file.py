@@ -27,7 +27,7 @@ _NUMBERS: Final = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", 
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS: Final = 4
 _MOST_ELEMENTS: Final = 2**48
-_AT_ONCE: Final = 2**20
+_AT_ONCE: Final = 2**18
 """Bytes of a file that are turned into numbers at a time."""
 _PLAIN: Final = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
@@ -57,12 +57,14 @@ class TensorInfo:
             BadInput: a kind that the installed package `gguf` cannot dequantize.
         """
         own = torch.float64 if self.kind == "F64" else torch.float32
-        numbers = torch.empty(self.shape, dtype=dtype or own)
-        flat = numbers.view(self._rows, self.shape[-1])
-        raw = self.raw(maps or FileMaps())
+        return self.numbers(self.raw(maps or FileMaps()), dtype or own).view(self.shape)
+
+    def numbers(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers `[rows, width]` of rows of bytes."""
+        numbers = torch.empty(len(raw), self.shape[-1], dtype=dtype)
         step = max(1, _AT_ONCE // self.row_bytes)
-        for at in range(0, self._rows, step):
-            flat[at : at + step] = self._numbers(raw[at : at + step])
+        for at in range(0, len(raw), step):
+            numbers[at : at + step] = self._numbers(raw[at : at + step])
         return numbers
 
     def raw(self, maps: FileMaps) -> Tensor:

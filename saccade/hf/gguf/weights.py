@@ -1,4 +1,4 @@
-"""The weights of a GGUF file in a model: read one tensor at a time, in the form that was asked for."""
+"""The weights of a GGUF file in a model: read one tensor at a time, in the form that is wanted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from saccade.hf.file_map import FileMaps
 from saccade.hf.gguf.described import Described, Recipe, check_tensors
 from saccade.hf.gguf.file import TensorInfo
 from saccade.hf.packed_layers import HalfWeight, StoredWeight
-from saccade.hf.packed_model import StandIns, outer_layers, rounded, storable
+from saccade.hf.packed_model import StandIns, outer_layers, storable
 from saccade.hf.placement import Form
+from saccade.hf.rounded_weights import rounded
 from saccade.hf.streamed_model import streamed_model
 from saccade.hf.tensor_files import named
 from saccade.ops.linear import packed_blocks
@@ -54,14 +55,15 @@ class _Weights:
 
     def _plain(self, recipe: Recipe) -> Tensor:
         """In the dtype of the activations."""
-        parts = [info.read(self.maps, self._read_in(info)) for info in recipe.infos]
+        parts = [info.read(self.maps, self._read_in(info, recipe)) for info in recipe.infos]
         for info in recipe.infos if self.form == "file" else ():
             if info.kind not in _PLAIN:
                 self.rounded[info.kind] += 1
         return recipe.made(parts).to(self.dtype)
 
-    def _read_in(self, info: TensorInfo) -> torch.dtype:
-        small = np.prod(info.shape) <= _SMALL
+    def _read_in(self, info: TensorInfo, recipe: Recipe) -> torch.dtype:
+        """float32 for small tensors that are computed with before they are rounded."""
+        small = recipe.source.on_rows is None and np.prod(info.shape) <= _SMALL
         return torch.promote_types(self.dtype, torch.float32) if small else self.dtype
 
     def _stored(self, recipe: Recipe, outer: bool) -> StoredWeight | None:
@@ -70,8 +72,9 @@ class _Weights:
         if on_rows is None or len(info.shape) != 2 or self.form == "plain":
             return None
         if self.form != "file":
-            rows = on_rows([info.read(self.maps, torch.float32)], recipe.place)
-            return rounded(rows, self.form, outer)
+            raw = on_rows([info.raw(self.maps)], recipe.place)
+            rows = partial(_rows_of, info, raw)
+            return rounded(rows, (info.shape[0], info.shape[1]), self.form, outer)
         packed = None
         if info.kind not in _PLAIN and not info.swapped:
             packed = packed_blocks(info.kind, on_rows([info.raw(self.maps)], recipe.place))
@@ -117,6 +120,10 @@ class _Weights:
         parts += [f"{', '.join(sorted(self.halved))} in 16 bits"] if self.halved else []
         parts += [f"{', '.join(sorted(self.rounded))} as {dtype}"] if self.rounded else []
         return "; ".join(parts) or dtype
+
+
+def _rows_of(info: TensorInfo, raw: Tensor, first: int, end: int) -> Tensor:
+    return info.numbers(raw[first:end], torch.float32)
 
 
 def load_weights(
