@@ -98,7 +98,7 @@ def run(
     from saccade.cli.progress import progress
     from saccade.evals.converting import Options, convert
 
-    loaded = load(model, device, dtype)
+    loaded = load(model, device, dtype, _plain(model, device, dtype))
     if loaded.tokenizer is None:
         raise UsageError(f"{loaded.name} has no tokenizer. Give a model that brings one.")
     options = Options(kv_heads=kv_heads, method=method, distill=distill, seed=seed)
@@ -111,6 +111,16 @@ def run(
     if not record.complete:
         print("Stopped: layers that were trained by then are in it.", file=sys.stderr)
     return 0 if record.complete else 130
+
+
+def _plain(model: str, device: str, dtype: str) -> str:
+    """The form of weights that can be changed and saved: plain numbers, whatever the file has."""
+    from saccade.hf.placement import device_of
+    from saccade.runtime.located import located
+
+    if located(model).is_dir() or device_of(device).type != "cpu":
+        return "file"
+    return "bf16" if dtype == "bf16" else "f32"
 
 
 def table(record: Converted) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
 
 
-_ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?([\w:.]+)["']?""")
+_ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?(\w+(?:[.:]\w+)*)["']?""")
 _SHORT = {name: short for short, name in DTYPES.items() if name}
 
 
@@ -34,7 +34,6 @@ def load(
     notes.say(f"Loading {name} ...")
     import torch
 
-    from saccade.core import BadInput
     from saccade.hf.load import load_model  # transformers comes with it and takes seconds
 
     wanted = DTYPES[dtype]
@@ -45,11 +44,16 @@ def load(
             dtype=None if wanted is None else getattr(torch, wanted),
             weights=weights,
         )
-    except BadInput as error:  # of a device that is not there, say: in the words of the options
-        raise UsageError(_ARGUMENT.sub(_as_option, str(error))) from error
+    except ValueError as error:  # a device that is not there, say: in the words of the options
+        raise UsageError(as_options(str(error))) from error
     for note in loaded.notes:
         notes.note(note)
     return loaded
+
+
+def as_options(message: str) -> str:
+    """A message about arguments of `load_model`, about options instead."""
+    return _ARGUMENT.sub(_as_option, message)
 
 
 def _as_option(found: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ from saccade.cli import shared_options
 from saccade.cli.advice import as_json, as_text
 from saccade.cli.failure import UsageError, need
 from saccade.cli.lengths import length as tokens
+from saccade.cli.loading import as_options
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.units import parse_bytes
 
@@ -71,7 +72,7 @@ def run(
         said = {"model": model, "device": device, "dtype": dtype, "weights": weights or "file"}
         trials = _measured(said, advice, (svg, html)) if measure else []
     except (BadInput, Unsupported) as error:
-        raise UsageError(shared_options.with_flags(str(error))) from error
+        raise UsageError(as_options(shared_options.with_flags(str(error)))) from error
     if as_json_:
         print(json.dumps(as_json(advice, said, trials), indent=1))
     else:
@@ -105,8 +106,8 @@ def blueprint(model: str, dtype: Any, weights: str, device: str) -> Blueprint:
     """Sizes of a model, by transformers where its files alone do not tell.
 
     Raises:
-        BadInput, Unsupported: no model, or one that cannot be planned.
-        ValueError: weights of a form that excludes the dtype.
+        BadInput, Unsupported: no model, one that cannot be planned, or weights of a form that
+            excludes the dtype.
     """
     import torch
 

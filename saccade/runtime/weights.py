@@ -13,9 +13,11 @@ from typing import Final
 
 import torch
 
+from saccade.core import BadInput
 from saccade.ops.linear.packed import BLOCK_ROWS
 
 _PLAIN: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "f32": torch.float32}
+_GOES_WITH: Final = {"f32": (torch.float32, torch.float64), "bf16": (torch.bfloat16,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,27 @@ def held_as(
     Args:
         weights: "file", "int8", "int4", "bf16" or "f32", as `load_model` takes it.
         dtype: what was asked for; device: "cpu" or "cuda".
+
+    Raises:
+        BadInput: a form that excludes the dtype.
     """
+    _check(weights, dtype)
     if weights in _PLAIN:
         return "plain", dtype or _PLAIN[weights]
     own = torch.float32 if device == "cpu" else torch.bfloat16
     if weights == "file" and (is_folder or device != "cpu"):
         return "plain", dtype or (None if is_folder else own)
     return weights, dtype or own
+
+
+def _check(weights: str, dtype: torch.dtype | None) -> None:
+    allowed = _GOES_WITH.get(weights)
+    if dtype is not None and allowed and dtype not in allowed:
+        names = " or ".join(str(each) for each in allowed)
+        raise BadInput(
+            f"weights={weights!r} goes with dtype={names}, got dtype={dtype}: leave dtype out, or "
+            'use weights="f32" for more digits and weights="bf16" for fewer.'
+        )
 
 
 def stored_as(kind: str, width: int, held: str, dtype: torch.dtype, *, outer: bool) -> Stored:

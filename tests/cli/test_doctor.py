@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
-from saccade.cli import doctor, health, main
+import saccade
+from saccade.cli import doctor, health, main, weights
+from saccade.cli.failure import UsageError
 from saccade.ops.attention.dispatch import BACKENDS
 from saccade.ops.tuning import tables as tuning
 from saccade.report import environment
@@ -98,3 +101,18 @@ def test_launch_tables_in_use(monkeypatch, tmp_path):
     assert user.advice == "There is no GPU here to use them."
     (wrong,) = launch_checks(monkeypatch, tmp_path / "none.json", gpu="sm_90")
     assert wrong.status == "broken" and "cannot be read: No such file" in wrong.found
+
+
+@pytest.mark.real_model
+def test_doctor_says_what_weights_take_in_every_form(capsys):
+    found = {form.option: form for form in weights.forms("smollm2")}
+    assert list(found) == ["file", "int8", "int4", "bf16", "f32"]
+    assert found["file"].kinds == "Q4_1, Q8_0 as in the file" and found["f32"].kinds == "float32"
+    assert found["f32"].bytes == 2 * found["bf16"].bytes == 4 * 134_515_008
+    assert found["file"].bytes < found["int8"].bytes < found["bf16"].bytes
+    loaded = saccade.load_model("smollm2")
+    assert loaded.weights_bytes == found["file"].bytes
+    assert saccade.plan("smollm2", n_ctx=64).weights_bytes == found["file"].bytes
+    assert len(weights.table(list(found.values())).splitlines()) == 5
+    with pytest.raises(UsageError, match="no model at"):
+        weights.forms("nowhere")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from saccade.report.comparison import Claim, Curve, Report, Row, SweepPoint
 
 MIB = 1024**2
+WEIGHTS = 512 * MIB
 BROKEN = "MQA (KV heads averaged)"
 TOGETHER = "all: YaRN + window 1024 + 4 sinks + int8 KV"
 
@@ -54,6 +55,7 @@ def _row(name: str, group: str, numbers: tuple, **more: object) -> Row:
     values = dict(zip(keys, numbers, strict=True))
     for key in ("peak_bytes", "cache_bytes"):
         values[key] = int(values[key] * MIB)
+    values["total_bytes"] = values["peak_bytes"] + WEIGHTS
     ppl, kl = values["perplexity"], values["kl"]
     values |= {f"{key}_tps_se": values[f"{key}_tps"] * 0.01 for key in ("prefill", "decode")}
     values |= {"perplexity_se": ppl * 0.028, "kl_se": kl * 0.06}
@@ -99,6 +101,7 @@ def _rows() -> list[Row]:
                       "n_swa": 1024, "n_sinks": 4, "type_k": "int8", "type_v": "int8",
                       "flash_attn": "enabled"}),
         Row(name="YaRN + SnapKV 25 %", group=together, status="stopped", peak_bytes=90 * MIB,
+            total_bytes=90 * MIB + WEIGHTS,
             note="stopped while its answers were written", parts=["YaRN x2", "int4 KV"]),
     ]  # fmt: skip
 

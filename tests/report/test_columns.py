@@ -173,3 +173,18 @@ def test_no_curves_no_table():
     report = sample.report()
     report.curves.clear()
     assert position_table(report) is None
+
+
+def test_memory_with_weights_is_left_out_of_records_that_do_not_count_them():
+    report = sample.report()
+    assert comparison_table(report).headings[0].title == "Memory"
+    for row in report.rows:
+        row.total_bytes = None
+    assert comparison_table(report).headings[0].title == "Peak memory"
+
+
+def test_weights_stand_in_the_summary():
+    report = sample.report()
+    assert "weights" not in summary(report)
+    report.model |= {"weights": "Q4_1 as in the file", "weight_bytes": 103 * sample.MIB}
+    assert "(Q4_1 as in the file, 103 MiB of weights)" in summary(report)

@@ -101,7 +101,7 @@ def test_the_table_shows_old_and_new_only_where_they_differ(two):
     new.row("flash attention").peak_bytes = 300 * sample.MIB
     lines = {line.name: line for line in difference_table(difference(old, new)).lines}
     cells = [str(cell) for cell in lines["flash attention"].cells]
-    assert cells[0] == "246 MiB → 300 MiB (1.22x worse)" and cells[1] == "184 MiB"
+    assert cells[1] == "246 MiB → 300 MiB (1.22x worse)" and cells[2] == "184 MiB"
     assert str(lines["int4 KV"].cells[0]) == "–"
 
 

@@ -90,7 +90,7 @@ def test_markdown_is_one_rectangular_table():
     bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
     assert bars == {len(COLUMNS) + 2}
     assert table[1].startswith("| --- | ---:")
-    assert "| transformers eager (baseline) | *812 MiB (1x, 2.02x)* | 184 MiB (1x, 1.00x) |" in text
+    assert "| *1.29 GiB (1x, 1.45x)* | *812 MiB (1x, 2.02x)* | 184 MiB (1x, 1.00x) |" in text
     assert "sinks \\| window \\| strided" in text
     assert len(table) == 2 + len(sample.report().rows)
     assert "| **246 MiB (0.30x, 0.61x)** | 184 MiB (1.00x, 1.00x) |" in text

@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+import saccade
 from saccade.ops.linear import packed_blocks, quantized
 from saccade.runtime.weights import BLOCKS, Form, Matrix, grouped, held_as, stored_as
+from tests.hf.gguf_files import write_gguf
+from tests.tiny_models import tiny_config, tiny_model
+
+Q = gguf.GGMLQuantizationType
 
 
 def form_in_memory(packed):
@@ -67,3 +72,27 @@ def test_choices_of_weights():
 def test_matrices_that_are_alike_are_counted_together():
     one, other = Matrix("F16", 4, 8), Matrix("F16", 8, 4)
     assert grouped([one, other, one]) == (Matrix("F16", 4, 8, 2), other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_plans_of_files_are_what_loading_takes(family, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    kinds = {"blk.0.attn_q.weight": Q.Q4_0, "blk.0.ffn_up.weight": Q.Q8_0,
+             "blk.1.ffn_up.weight": Q.F16, "token_embd.weight": Q.Q5_1}  # fmt: skip
+    model = tiny_model(tiny_config(family, vocab_size=300))
+    write_gguf(model, path, family, quantized=kinds)
+    for weights in ("file", "int8", "int4", "bf16", "f32"):
+        loaded = saccade.load_model(path, weights=weights)
+        planned = saccade.plan(path, n_ctx=16, weights=weights)
+        assert planned.weights_bytes == loaded.weights_bytes, weights
+        assert saccade.plan(loaded, n_ctx=16).weights_bytes == loaded.weights_bytes
+
+
+def test_plans_of_folders_are_what_loading_takes(tmp_path):
+    tiny_model(tiny_config("llama", dtype=torch.bfloat16)).to(torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    for weights in ("file", "int8", "int4", "bf16", "f32"):
+        loaded = saccade.load_model(tmp_path, weights=weights)
+        planned = saccade.plan(tmp_path, n_ctx=16, weights=weights)
+        assert planned.weights_bytes == loaded.weights_bytes, weights
