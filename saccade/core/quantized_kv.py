@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class QuantizedKV:
     def device(self) -> torch.device:
         """See KVView."""
         return self.recent_k.device
+
+    def in_dtype(self, dtype: torch.dtype) -> QuantizedKV:
+        """The same keys and values, computed and held in another dtype where they are no codes."""
+        return replace(self, recent_k=self.recent_k.to(dtype), recent_v=self.recent_v.to(dtype))
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         """See KVView."""
@@ -207,6 +211,10 @@ class GrowingKV:
     def hadamard(self) -> bool:
         """See KVView."""
         return self.stored.hadamard
+
+    def in_dtype(self, dtype: torch.dtype) -> GrowingKV:
+        """See QuantizedKV."""
+        return replace(self, stored=self.stored.in_dtype(dtype))
 
     def tiles(self, ranges: Sequence[KeyRange], size: int) -> Iterator[KVTile]:
         """See KVView."""

@@ -130,7 +130,7 @@ def bench(kernel):
 def run(capsys, kernel, *words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune_options, "on_gpu", lambda: bench(kernel))
-        code = cli.main(["bench", "tune", "--traceback", *words])
+        code = cli.main(["bench", "tune", "--device", "cuda", "--traceback", *words])
     return code, capsys.readouterr()
 
 

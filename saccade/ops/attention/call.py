@@ -16,6 +16,7 @@ from saccade.core import (
     KVView,
     Mask,
     PerHeadFP8KV,
+    QuantizedKV,
     Unsupported,
 )
 from saccade.core.formats import FP8
@@ -189,9 +190,26 @@ class AttentionCall:
             plain = replace(kv, hadamard=False)
         return self.with_(q=hadamard_transform(self.q), kv=plain)
 
+    def in_query_dtype(self) -> AttentionCall:
+        """The call as kernels with one dtype read it: a float32 model's newest keys wait in float16."""
+        kv = self.kv
+        if not isinstance(kv, QuantizedKV | GrowingKV) or kv.dtype == self.q.dtype:
+            return self
+        return self.with_(kv=kv.in_dtype(self.q.dtype))
+
     def with_(self, **changes: object) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def dtype_refusal(call: AttentionCall) -> str | None:
+    """Why kernels that read `call.in_query_dtype()` cannot, or None."""
+    if isinstance(call.kv, QuantizedKV | GrowingKV):
+        return None
+    for x in call.kv.floats[:2]:  # keys and values
+        if call.q.dtype != x.dtype:
+            return f"q is {call.q.dtype} but keys or values are {x.dtype}"
+    return None
 
 
 def known_again(

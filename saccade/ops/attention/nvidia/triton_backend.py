@@ -28,9 +28,9 @@ def refusal(call: AttentionCall) -> str | None:
         return missing
     if call.q.dtype not in _FLOATS:
         return f"{call.q.dtype} is not one of float32, bfloat16, float16"
-    for x in call.kv.floats[:2]:  # keys and values
-        if call.q.dtype != x.dtype:
-            return f"q is {call.q.dtype} but keys or values are {x.dtype}"
+    differ = dtype_refusal(call)
+    if differ is not None:
+        return differ
     if max(call.kv.shape[3:]) > MAX_DIM:
         return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
     if call.needs_grad and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
@@ -62,6 +62,7 @@ def _view_refusal(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention by the kernel that suits the call: prefill, decoding, or prefill by chunks."""
+    call = call.in_query_dtype()
     many = call.q.shape[2] > MANY_QUERIES
     if isinstance(call.kv, DenseKV) and call.kv.is_plain:
         if many or call.cu_seqlens is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile, joined
-from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.call import AttentionCall, dtype_refusal
 from saccade.ops.attention.combine import with_sink_logits
 from saccade.ops.attention.first_order import first_order
 from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
@@ -39,9 +39,9 @@ def refusal(call: AttentionCall) -> str | None:
         return "PyTorch's kernels have no softcap"
     if call.q.dtype == FP8:
         return "PyTorch's kernels have no fp8"
-    for x in call.kv.floats[:2]:  # keys and values
-        if call.q.dtype != x.dtype:
-            return f"q is {call.q.dtype} but keys or values are {x.dtype}"
+    differ = dtype_refusal(call)
+    if differ is not None:
+        return differ
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
         return "PyTorch's lse has no gradient"
     if call.needs_grad and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
@@ -88,6 +88,7 @@ def run(call: AttentionCall) -> AttentionOutput:
         return per_sequence(call, run)
     if call.needs_grad and not is_watched(call.floats):
         call = _of_first_order(call)
+    call = call.in_query_dtype()
     if not call.scale > 0:  # its kernels look for the largest product before they scale
         call = call.with_(q=call.q * (-1 if call.scale < 0 else 0), scale=abs(call.scale) or 1.0)
     result = _without_mask(call) or _by_query_tiles(call)
