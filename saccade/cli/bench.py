@@ -147,7 +147,7 @@ def tune(
         str | None, file_option("--json", "CPU: store the figures in a record of their own")
     ] = None,
 ) -> int:
-    """Measure what is fastest here: kernel launches of a GPU, backends of a CPU."""
+    """Measure what is fastest here: launches of a GPU, backends of a CPU."""
     check_outputs({"--out": out, "--json": json})
     need("rich", purpose="the table of saccade bench")
     import torch

@@ -39,7 +39,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "PyTorch's kernels have no softcap"
     if call.q.dtype == FP8:
         return "PyTorch's kernels have no fp8"
-    for x in call.kv.floats[:2]:  # keys and values
+    widened = call.kv.dtype == torch.uint8 and call.q.device.type == "cpu"  # quantized keys
+    for x in () if widened else call.kv.floats[:2]:  # keys and values
         if call.q.dtype != x.dtype:
             return f"q is {call.q.dtype} but keys or values are {x.dtype}"
     if call.needs_grad and (call.sink_logits is not None or call.wants_lse):
@@ -168,7 +169,7 @@ def _one_tile(
     call: AttentionCall, q: Tensor, start: int, stop: int, tile: KVTile
 ) -> AttentionOutput:
     visible = visible_pairs(call, start, stop, tile)
-    k, v = seen_kv(call, tile, visible, tile.k.dtype)
+    k, v = seen_kv(call, tile, visible, q.dtype)
     bias = bias_of(call, start, stop, tile)
     scores = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
     added = scores.where(visible, -torch.inf)  # [B | 1, Hkv | 1, G | 1, q, t]
