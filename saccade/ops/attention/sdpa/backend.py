@@ -19,6 +19,7 @@ from torch import Tensor
 from saccade.core import AttentionOutput, KeyRange
 from saccade.core.formats import FP8
 from saccade.core.kv import DenseKV, KVTile, joined
+from saccade.core.quantized_kv import GrowingKV, QuantizedKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.combine import with_sink_logits
 from saccade.ops.attention.first_order import first_order
@@ -39,7 +40,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "PyTorch's kernels have no softcap"
     if call.q.dtype == FP8:
         return "PyTorch's kernels have no fp8"
-    widened = call.kv.dtype == torch.uint8 and call.q.device.type == "cpu"  # quantized keys
+    # Keys of a quantized cache become q's dtype tile by tile, the newest among them, too.
+    widened = isinstance(call.kv, (QuantizedKV, GrowingKV)) and call.q.device.type == "cpu"
     for x in () if widened else call.kv.floats[:2]:  # keys and values
         if call.q.dtype != x.dtype:
             return f"q is {call.q.dtype} but keys or values are {x.dtype}"
