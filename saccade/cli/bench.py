@@ -17,9 +17,9 @@ CPU_EXAMPLES = """examples:
   saccade bench cpu --record record.json --roofline roofline.png
 """
 TUNE_EXAMPLES = """examples:
-  saccade bench tune                        # on a CPU: rules that auto then uses
+  saccade bench tune                      # on a CPU: rules for auto
   saccade bench tune --device cpu --out r.json  # a file for SACCADE_RULES
-  saccade bench tune --out tuning.json      # on a GPU: all kernels, ten minutes
+  saccade bench tune --out tuning.json    # on a GPU: all kernels, 10 min
   saccade bench tune --quick --kernels forward decode --dims 128
   SACCADE_TUNING=tuning.json python train.py    # use the table
 """

@@ -245,8 +245,9 @@ def _compared(
 ) -> Checked:
     """The comparison of logits; where layers round also of what attention gives in each layer.
 
-    In half precision, and where products with packed weights round what they are given, rounding alone moves logits as far as the error of a single layer does.  In the output of
-    the first layer whose attention is wrong the two are told apart.
+    Layers round in half precision, and where products with packed weights round what they are
+    given.  There rounding alone moves logits as far as the error of a single layer does.  In the
+    output of the first layer whose attention is wrong the two are told apart.
     """
     label, half = described(params), is_half(model.model)
     stored = max(_STORED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v))
