@@ -17,9 +17,9 @@ CPU_EXAMPLES = """examples:
   saccade bench cpu --record record.json --roofline roofline.png
 """
 TUNE_EXAMPLES = """examples:
-  saccade bench tune                            # on a CPU: rules that auto uses from then on
-  saccade bench tune --device cpu --out r.json  # rules into a file: export SACCADE_RULES=r.json
-  saccade bench tune --out tuning.json          # on a GPU: all kernels, ten minutes
+  saccade bench tune                      # on a CPU: rules for auto
+  saccade bench tune --device cpu --out r.json  # a file for SACCADE_RULES
+  saccade bench tune --out tuning.json    # on a GPU: all kernels, 10 min
   saccade bench tune --quick --kernels forward decode --dims 128
   SACCADE_TUNING=tuning.json python train.py    # use the table
 """
@@ -147,7 +147,7 @@ def tune(
         str | None, file_option("--json", "CPU: store the figures in a record of their own")
     ] = None,
 ) -> int:
-    """Measure what is fastest here: kernel launches of a GPU, backends of a CPU."""
+    """Measure what is fastest here: launches of a GPU, backends of a CPU."""
     check_outputs({"--out": out, "--json": json})
     need("rich", purpose="the table of saccade bench")
     import torch

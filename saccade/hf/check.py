@@ -25,6 +25,7 @@ from saccade.hf.check_passes import (
     is_half,
     reference,
     rounded_otherwise,
+    rounds_products,
     sample_tokens,
 )
 from saccade.hf.model import HFModel
@@ -242,10 +243,11 @@ def _one_block(pattern: Pattern) -> Pattern | None:
 def _compared(
     model: HFModel, params: ContextParams, tokens: Tensor, got: Outputs, expected: Outputs
 ) -> Checked:
-    """The comparison of logits; in half precision also of what attention gives in each layer.
+    """The comparison of logits; where layers round also of what attention gives in each layer.
 
-    There rounding alone moves logits as far as the error of a single layer does.  In the output of
-    the first layer whose attention is wrong the two are told apart.
+    Layers round in half precision, and where products with packed weights round what they are
+    given.  There rounding alone moves logits as far as the error of a single layer does.  In the
+    output of the first layer whose attention is wrong the two are told apart.
     """
     label, half = described(params), is_half(model.model)
     stored = max(_STORED_BOUNDS.get(kind or "", 0.0) for kind in (params.type_k, params.type_v))
@@ -254,7 +256,7 @@ def _compared(
     if gap <= bound and not half:
         return Checked(options=label, gap=gap, bound=bound)
     noise = rounded_otherwise(model.model, tokens)
-    if half and not stored:
+    if (half or rounds_products(model.model)) and not stored:
         for name, difference, allowed in _attention_gaps(got, expected, noise, bound):
             if not difference <= allowed:
                 return Checked(options=label, gap=difference, bound=allowed, layer=name)

@@ -17,8 +17,9 @@ from saccade.hf import changes
 from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
-from saccade.hf.packed_layers import StoredLayer
+from saccade.hf.packed_layers import StoredLayer, StoredLinear
 from saccade.hf.runs import Undo
+from saccade.ops.linear import PackedWeight, product_dtype
 from saccade.runtime import Context, ContextParams, Sampler
 
 STEPS: Final = 4
@@ -54,6 +55,12 @@ class Outputs:
 def is_half(model: PreTrainedModel) -> bool:
     """Whether results of layers are rounded to fewer digits than sums are made with."""
     return model.dtype not in (torch.float32, torch.float64)
+
+
+def rounds_products(model: PreTrainedModel) -> bool:
+    """Whether products of many rows round x to bfloat16, which those of few rows do not."""
+    coarser = product_dtype() is torch.bfloat16 and model.dtype is not torch.bfloat16
+    return coarser and any(map(_is_packed, model.modules()))
 
 
 def sample_tokens(model: PreTrainedModel, prompt: int) -> Tensor:
@@ -103,12 +110,13 @@ def rounded_otherwise(model: PreTrainedModel, tokens: Tensor) -> Outputs:
 
     There what every attention module gives is changed at random by what two right implementations
     may differ by, and so is what its projections give: queries and keys are rotated with more
-    digits or with fewer.  How much that changes the logits depends on the model alone.
+    digits or with fewer.  Where products with packed weights round what they are given, that is
+    changed, too.  How much that changes the logits depends on the model alone.
     """
     size = torch.finfo(model.dtype).eps * (1 if is_half(model) else SUMS)
     random = torch.Generator().manual_seed(1)
 
-    def rounded(hidden: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    def rounded(hidden: Tensor, scale: Callable[[Tensor], Tensor], size: float = size) -> Tensor:
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         noise = torch.rand(wide.shape, generator=random).mul_(2).sub_(1).to(wide)
         noise[0] = 0
@@ -122,7 +130,13 @@ def rounded_otherwise(model: PreTrainedModel, tokens: Tensor) -> Outputs:
         changed = rounded(hidden, scale)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
+    def change_input(_: nn.Module, given: tuple[Any, ...]) -> Any:
+        return rounded(given[0], _half, torch.finfo(torch.bfloat16).eps), *given[1:]
+
     with ExitStack() as hooks, _eager_attention(model):
+        if rounds_products(model):
+            for part in filter(_is_packed, model.modules()):
+                hooks.callback(part.register_forward_pre_hook(change_input).remove)
         for _, module in attention_modules(model):
             for part in module.modules():
                 scale = _rms if part is module else _half
@@ -138,6 +152,10 @@ def _rms(hidden: Tensor) -> Tensor:
 def _half(hidden: Tensor) -> Tensor:
     """What rounding one number may cost is half of the distance to the next."""
     return hidden.abs() / 2
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, StoredLinear) and isinstance(module.packed, PackedWeight)
 
 
 def _projects(module: nn.Module) -> bool:

@@ -34,6 +34,9 @@ PLAIN_ATTENTION: Final = frozenset(
 """Listed attention classes that are q, k, v = proj(x), norms of each head where they have them,
 RoPE, cache, attention, o_proj: nothing between, no gate, no multiplier."""
 
+CAPPED: Final = ("Gemma2Attention",)
+"""Those that give `attn_logit_softcapping` to attention; Gemma 3 has the attribute alone."""
+
 _ACTIVATIONS: Final[dict[type, int]] = {
     nn.SiLU: 0,
     activations.SiLUActivation: 0,
@@ -169,7 +172,8 @@ def _layer(layer: Any, window: int | None, index: int) -> tuple[Any, ...]:
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     linears = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     heads, kv_heads = (linear.out_features // dim for linear in projections[:2])
-    softcap = getattr(attention, "attn_logit_softcapping", None) or 0.0
+    capped = type(attention).__name__ in CAPPED
+    softcap = (attention.attn_logit_softcapping if capped else None) or 0.0
     sizes = (heads, kv_heads, dim, mlp.gate_proj.out_features, act)
     norms = (*_norms(layer), *_head_norms(attention))
     weights = tuple(_weight(linear) for linear in linears)

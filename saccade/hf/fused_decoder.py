@@ -73,7 +73,7 @@ class FusedDecoder:
 
     def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]`; None: the model has to do it."""
-        if tokens.numel() > MAX_ROWS or not self._serves(cache):
+        if not 1 <= tokens.numel() <= MAX_ROWS or not self._serves(cache):
             return None
         x = self._inner.embed_tokens(tokens)
         self._decoder.begin(record(x.contiguous()), torch.get_num_threads())
@@ -157,7 +157,7 @@ class FusedDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """Logits `[rows, vocab]` float32 of hidden states; None: the model has to compute them."""
-        if len(hidden) > MAX_ROWS or not self._described.unchanged_head.holds():
+        if not 1 <= len(hidden) <= MAX_ROWS or not self._described.unchanged_head.holds():
             return None
         out = torch.empty(len(hidden), self._model.config.vocab_size)
         self._decoder.logits(record(hidden.contiguous()), record(out), torch.get_num_threads())

@@ -51,10 +51,15 @@ def test_memory_stays_however_long_the_dialogue(loaded, options):
     with Context(loaded, params, reserve=params.n_ctx or 0) as ctx:
         talk = dialogue(loaded, ctx)
         say(talk, "hello")
-        first, said = ctx.cache_bytes, 0
+        sizes, said = [ctx.cache_bytes], 0
         for number in range(40):
             said += len(say(talk, f"and number {number}?")) + 16
-            assert ctx.cache_bytes == first and ctx.seen <= talk.ctx.n_ctx
+            sizes.append(ctx.cache_bytes)
+            assert ctx.seen <= talk.ctx.n_ctx
+        if params.type_k is None:
+            assert len(set(sizes)) == 1
+        else:  # room for the newest tokens comes and goes until their group is quantized
+            assert max(sizes[20:]) <= max(sizes[:20])
         assert said > 3 * talk.ctx.n_ctx and talk.rereads >= 2
 
 

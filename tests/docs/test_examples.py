@@ -13,7 +13,7 @@ import saccade
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHOWN = {
     "operator": r"changes queries from position 132 on\n(.*\n)*.*cpu +(chosen|supported|cannot)",
-    "quantized_generate": r"int8 .* 3\d% of f32, .* by \d\.\de-0[4-9]\nint4 .* 2\d% of f32",
+    "quantized_generate": r"int8 .* 2\d% of f32, .* by \d\.\de-0[4-9]\nint4 .* 1\d% of f32",
     "saved_prefix": r"217 of \d+ tokens were known: The keeper was called Marta[^$]*built in 1871",
     "shorter_prompt": r"27 tokens: .*bridge over Tam",
     "streaming": r"132 tokens read, ([\d.]+ MiB)(.*\n)* 264 tokens read, \1",

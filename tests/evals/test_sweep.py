@@ -62,7 +62,7 @@ def test_caches_grow_with_the_length_but_a_window(report):
 def test_a_model_without_sdpa_is_compared_with_flash_attention():
     points = {point.name: point for point in swept(1024, (256,), "gemma2").sweep}
     assert points[SDPA].status == "failed" and points[FLASH].kl == 0
-    assert 0 < points[INT8].kl < 1e-3
+    assert 0 <= points[INT8].kl < 1e-3
 
 
 def test_a_window_that_holds_the_whole_text_does_not_apply(monkeypatch):

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from saccade import ContextParams, Mask, Unsupported
 from saccade.cache import QuantizedCache
 from saccade.hf import Context, HFModel, attention, check, check_store
+from saccade.hf.packed_layers import PackedLinear, WeightStore
 from saccade.hf.register import KEY
+from saccade.ops.linear import quantized
 from saccade.sparse import Strided
 from tests.hf.conftest import OWN_CACHE_FAMILIES
 from tests.tiny_models import tiny_config, tiny_model
@@ -217,6 +219,31 @@ def test_a_fault_is_found_in_every_precision(
     monkeypatch.setattr(attention, "_call", wrong)
     found = check.check_eager(model)
     assert not found.ok
+
+
+def packed(model: Any) -> Any:
+    """The model with its linear layers over 8 bits in groups of 32."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            store = WeightStore(quantized(linear.weight.detach(), 8))
+            parent, _, child = name.rpartition(".")
+            made = PackedLinear(store, None, torch.float32, training=False)
+            setattr(model.get_submodule(parent), child, made)
+    return model
+
+
+def test_a_fault_is_found_in_a_model_whose_products_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of many rows round x to bfloat16 on some CPUs, those of few rows do not."""
+    model, make = HFModel(packed(sharp(torch.float32))), attention._call
+    assert check.check_eager(model).ok
+    for fault in FAULTS.values():
+
+        def wrong(query: Any, args: Any, settings: Any, options: Any, fault: Any = fault) -> Any:
+            query, args, options = fault(query, args, options)
+            return make(query, args, settings, options)
+
+        monkeypatch.setattr(attention, "_call", wrong)
+        assert not check.check_eager(model).ok
 
 
 def test_numbers_too_large_for_the_dtype_are_said_to_be(llama: PreTrainedModel) -> None:

@@ -86,7 +86,8 @@ def on_cuda(x):
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not is_dataclass(x):
         return x
-    return type(x)(**{part.name: on_cuda(getattr(x, part.name)) for part in fields(x)})
+    given = [part.name for part in fields(x) if part.init]
+    return type(x)(**{name: on_cuda(getattr(x, name)) for name in given})
 
 
 def test_the_matrix_is_about_every_backend():

@@ -50,7 +50,9 @@ def test_equals_append(model, name):
     tokens = [(7 * i) % 120 + 3 for i in range(150)]
     expected = eager(model, CACHES[name], tokens)
     fused = replace(CACHES[name], fused_layers=True)
-    assert torch.allclose(stepped(model, fused, tokens), expected, atol=2e-5)
+    # A step rounds new keys of a quantized cache to 16 bits before RoPE or behind it.
+    near = 3e-3 if name in ("int8", "int4") else 2e-5
+    assert torch.allclose(stepped(model, fused, tokens), expected, atol=near)
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "bf16"), ("float32", "f32")])

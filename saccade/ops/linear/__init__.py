@@ -6,6 +6,7 @@ are held exactly, but for scales and minima that are rounded to float16.
 """
 
 from saccade.ops.linear.blocks import packed_blocks, quantized
+from saccade.ops.linear.forward import product_dtype
 from saccade.ops.linear.packed import PackedWeight, pack
 from saccade.ops.linear.products import dequantize, gated, linear, linears, rows
 
@@ -17,6 +18,7 @@ __all__ = [
     "linears",
     "pack",
     "packed_blocks",
+    "product_dtype",
     "quantized",
     "rows",
 ]
