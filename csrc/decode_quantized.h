@@ -181,7 +181,7 @@ class DecodeQuantized : protected DecodePlain {
 
  private:
 #if defined(SACCADE_DOT)
-  // score_quantized in integers, sixteen keys at a time.
+  // score_quantized in integers, a few keys at a time.
   template <int R>
   void score_in_integers(int row, int64_t group, int begin, int end) {
     const QuantizedTensor& c = p_.kv.quantized_k;
@@ -196,13 +196,14 @@ class DecodeQuantized : protected DecodePlain {
       q[r] = q_[row + r];
       out[r] = scores_[row + r];
     }
-    queries_to_integers<R>(q, scale, offset, dim, c.bits == 8 ? 128.f : 8.f, int_q_, bias_);
-    for (int j = begin; j < end; j += W) {
-      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, 0, v_bytes_);
+    queries_to_integers<R>(q, scale, offset, dim, c.bits, int_q_, bias_);
+    for (int j = begin; j < end; j += kKeysAtOnce) {
       float* at[R];
       for (int r = 0; r < R; ++r) at[r] = out[r] + j;
-      if (c.bits == 8) score_keys16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
-      else score_keys16<R, 4>(tile_->k + j, dim, int_q_, bias_, at);
+      const bool coming = row == 0 && j + kKeysAtOnce <= tile_->count;
+      const ComingRows values{tile_->v + j, coming ? v_bytes_ : 0};
+      if (c.bits == 8) score_keys<R, 8>(tile_->k + j, dim, int_q_, bias_, at, values);
+      else score_keys<R, 4>(tile_->k + j, dim, int_q_, bias_, at, values);
     }
   }
 
