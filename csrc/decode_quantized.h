@@ -189,7 +189,7 @@ class DecodeQuantized : protected DecodePlain {
     alignas(64) float scale[kDimPad], offset[kDimPad];
     load_half_row(scale_row(c.scale, group), dim, scale);
     load_half_row(scale_row(c.offset, group), dim, offset);
-    if (row == 0) prefetch_scales(group + 1, begin == 0);
+    if (row == 0 && begin == 0) prefetch_scales();
     const float* q[R];
     float* out[R];
     for (int r = 0; r < R; ++r) {
@@ -207,15 +207,19 @@ class DecodeQuantized : protected DecodePlain {
     }
   }
 
-  // Scales are read once a tile, too far apart for the hardware prefetcher.
-  void prefetch_scales(int64_t key_group, bool values) const {
+  // Scales of the next tile: read once a tile, too far apart for the hardware prefetcher, and needed
+  // at once, so that a shorter distance would leave their latency to be waited for.
+  void prefetch_scales() const {
+    if (next_->count == 0 || !next_->quantized) return;
+    const int64_t first = next_->token[0], last = next_->token[next_->count - 1];
+    const int64_t group = p_.kv.quantized_k.group;
     for (const Strided* x : {&p_.kv.quantized_k.scale, &p_.kv.quantized_k.offset})
-      for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
-        __builtin_prefetch(scale_row(*x, key_group) + b, 0, kToL2);
-    if (!values) return;
+      for (int64_t at = first / group; at <= last / group; ++at)
+        for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
+          __builtin_prefetch(scale_row(*x, at) + b, 0, kToL2);
     for (const Strided* x : {&p_.kv.quantized_v.scale, &p_.kv.quantized_v.offset})
-      for (int64_t b = 0; b < tile_->count * x->row; b += 64)
-        __builtin_prefetch(scale_row(*x, tile_->token[0]) + b, 0, kToL2);
+      for (int64_t b = 0; b < next_->count * x->row; b += 64)
+        __builtin_prefetch(scale_row(*x, first) + b, 0, kToL2);
   }
 
   // accumulate_quantized in integers: blocks of up to 64 channels that share a scale and a nibble.
