@@ -208,18 +208,19 @@ class DecodeQuantized : protected DecodePlain {
   }
 
   // Scales of the next tile: read once a tile, too far apart for the hardware prefetcher, and needed
-  // at once, so that a shorter distance would leave their latency to be waited for.
+  // at once, so that a shorter distance would leave their latency to be waited for; few enough for L1.
   void prefetch_scales() const {
+    constexpr int kToL1 = 3;
     if (next_->count == 0 || !next_->quantized) return;
     const int64_t first = next_->token[0], last = next_->token[next_->count - 1];
     const int64_t group = p_.kv.quantized_k.group;
     for (const Strided* x : {&p_.kv.quantized_k.scale, &p_.kv.quantized_k.offset})
       for (int64_t at = first / group; at <= last / group; ++at)
         for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
-          __builtin_prefetch(scale_row(*x, at) + b, 0, kToL2);
+          __builtin_prefetch(scale_row(*x, at) + b, 0, kToL1);
     for (const Strided* x : {&p_.kv.quantized_v.scale, &p_.kv.quantized_v.offset})
       for (int64_t b = 0; b < next_->count * x->row; b += 64)
-        __builtin_prefetch(scale_row(*x, first) + b, 0, kToL2);
+        __builtin_prefetch(scale_row(*x, first) + b, 0, kToL1);
   }
 
   // accumulate_quantized in integers: blocks of up to 64 channels that share a scale and a nibble.
@@ -237,8 +238,11 @@ class DecodeQuantized : protected DecodePlain {
       stop = stop < group_end ? stop : group_end;
       float* o[R];
       for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
+      // Of 4-bit values low nibbles fetch the keys of even rows, high ones those of odd rows.
+      const int at = high ? d - half : d, last = high ? stop - half : stop;
       const PrefetchRows prefetch{row == 0 ? next_->k : nullptr, next_->count,
-                                  d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
+                                  at * k_bytes_ / half / 64 * 64, last * k_bytes_ / half,
+                                  Bits == 8 || !high, Bits == 8 || high};
       auto weigh = [&]<Nibble nibble, bool Whole>() {
         weigh_channels<R, nibble, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
                                          int_p_[d / group], alpha_ + row, o, prefetch);

@@ -3,9 +3,9 @@
 // the arithmetic.
 //
 // Queries (times the scales of a key group) become integers of 15 bits, written as hi * 128 + lo in
-// two signed bytes, 0 <= lo < 128; weights (times the scale of a value) become integers of 16 bits.  Their error,
-// 2^-15 of the largest, is far below that of 16-bit floats.  Sums are exact in int32: at most
-// 576 * 255 * 128 for keys, and 128 keys * 255 * 32767 for values.
+// two signed bytes, 0 <= lo < 128; weights (times the scale of a value) become integers of 16 bits.
+// Their error, 2^-15 of the largest, is far below that of 16-bit floats.  Sums are exact in int32:
+// at most 512 * 255 * 16256 or 576 * 255 * 14336 for keys, 128 keys * 255 * 32767 for values.
 #pragma once
 #include "tiles.h"
 
@@ -77,12 +77,6 @@ SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scal
 
 SACCADE_INLINE __m512i load_bytes(const char* p, int n) {  // n of 64 bytes, the others 0
   return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, p);
-}
-
-SACCADE_INLINE __m512i four_bytes(const int8_t* p) {
-  int32_t x;
-  std::memcpy(&x, p, 4);
-  return _mm512_set1_epi32(x);
 }
 
 // Rows to prefetch meanwhile, `bytes` of each; null where there are none.
@@ -197,6 +191,7 @@ struct PrefetchRows {
   const char* const* rows;
   int count;
   int64_t begin, end;
+  bool even, odd;  // which rows
 };
 
 // Which part of a byte is a channel.
@@ -221,8 +216,8 @@ SACCADE_NOINLINE void weigh_channels(const char* const* values, int count, int f
   for (int j = 0; j < count; j += 2) {  // an odd last key is followed by zeros of weight 0
     if (prefetch.rows && j + 2 <= prefetch.count)
       for (int64_t b = prefetch.begin; b < prefetch.end; b += 64) {
-        __builtin_prefetch(prefetch.rows[j] + b, 0, 2);
-        __builtin_prefetch(prefetch.rows[j + 1] + b, 0, 2);
+        if (prefetch.even) __builtin_prefetch(prefetch.rows[j] + b, 0, 2);
+        if (prefetch.odd) __builtin_prefetch(prefetch.rows[j + 1] + b, 0, 2);
       }
     const __m512i a = load_row(j), b = load_row(j + 1);
     const __m512i low = _mm512_unpacklo_epi8(a, b), up = _mm512_unpackhi_epi8(a, b);
