@@ -181,7 +181,7 @@ class DecodeQuantized : protected DecodePlain {
 
  private:
 #if defined(SACCADE_DOT)
-  // score_quantized in integers, sixteen keys at a time.
+  // score_quantized in integers, a few keys at a time.
   template <int R>
   void score_in_integers(int row, int64_t group, int begin, int end) {
     const QuantizedTensor& c = p_.kv.quantized_k;
@@ -189,32 +189,38 @@ class DecodeQuantized : protected DecodePlain {
     alignas(64) float scale[kDimPad], offset[kDimPad];
     load_half_row(scale_row(c.scale, group), dim, scale);
     load_half_row(scale_row(c.offset, group), dim, offset);
-    if (row == 0) prefetch_scales(group + 1, begin == 0);
+    if (row == 0 && begin == 0) prefetch_scales();
     const float* q[R];
     float* out[R];
     for (int r = 0; r < R; ++r) {
       q[r] = q_[row + r];
       out[r] = scores_[row + r];
     }
-    queries_to_integers<R>(q, scale, offset, dim, c.bits == 8 ? 128.f : 8.f, int_q_, bias_);
-    for (int j = begin; j < end; j += W) {
-      if (row == 0) prefetch<W>(tile_->v, j, tile_->count, 0, v_bytes_);
+    queries_to_integers<R>(q, scale, offset, dim, c.bits, int_q_, bias_);
+    for (int j = begin; j < end; j += kKeysAtOnce) {
       float* at[R];
       for (int r = 0; r < R; ++r) at[r] = out[r] + j;
-      if (c.bits == 8) score_keys16<R, 8>(tile_->k + j, dim, int_q_, bias_, at);
-      else score_keys16<R, 4>(tile_->k + j, dim, int_q_, bias_, at);
+      const bool coming = row == 0 && j + kKeysAtOnce <= tile_->count;
+      const ComingRows values{tile_->v + j, coming ? v_bytes_ : 0};
+      if (c.bits == 8) score_keys<R, 8>(tile_->k + j, dim, int_q_, bias_, at, values);
+      else score_keys<R, 4>(tile_->k + j, dim, int_q_, bias_, at, values);
     }
   }
 
-  // Scales are read once a tile, too far apart for the hardware prefetcher.
-  void prefetch_scales(int64_t key_group, bool values) const {
+  // Scales of the next tile: read once a tile, too far apart for the hardware prefetcher, and needed
+  // at once, so that a shorter distance would leave their latency to be waited for; few enough for L1.
+  void prefetch_scales() const {
+    constexpr int kToL1 = 3;
+    if (next_->count == 0 || !next_->quantized) return;
+    const int64_t first = next_->token[0], last = next_->token[next_->count - 1];
+    const int64_t group = p_.kv.quantized_k.group;
     for (const Strided* x : {&p_.kv.quantized_k.scale, &p_.kv.quantized_k.offset})
-      for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
-        __builtin_prefetch(scale_row(*x, key_group) + b, 0, kToL2);
-    if (!values) return;
+      for (int64_t at = first / group; at <= last / group; ++at)
+        for (int64_t b = 0; b < p_.head_dim * 2; b += 64)
+          __builtin_prefetch(scale_row(*x, at) + b, 0, kToL1);
     for (const Strided* x : {&p_.kv.quantized_v.scale, &p_.kv.quantized_v.offset})
-      for (int64_t b = 0; b < tile_->count * x->row; b += 64)
-        __builtin_prefetch(scale_row(*x, tile_->token[0]) + b, 0, kToL2);
+      for (int64_t b = 0; b < next_->count * x->row; b += 64)
+        __builtin_prefetch(scale_row(*x, first) + b, 0, kToL1);
   }
 
   // accumulate_quantized in integers: blocks of up to 64 channels that share a scale and a nibble.
@@ -232,8 +238,11 @@ class DecodeQuantized : protected DecodePlain {
       stop = stop < group_end ? stop : group_end;
       float* o[R];
       for (int r = 0; r < R; ++r) o[r] = o_[row + r] + d;
+      // Of 4-bit values low nibbles fetch the keys of even rows, high ones those of odd rows.
+      const int at = high ? d - half : d, last = high ? stop - half : stop;
       const PrefetchRows prefetch{row == 0 ? next_->k : nullptr, next_->count,
-                                  d * k_bytes_ / dim / 64 * 64, stop * k_bytes_ / dim};
+                                  at * k_bytes_ / half / 64 * 64, last * k_bytes_ / half,
+                                  Bits == 8 || !high, Bits == 8 || high};
       auto weigh = [&]<Nibble nibble, bool Whole>() {
         weigh_channels<R, nibble, Whole>(tile_->v, tile_->count, high ? d - half : d, stop - d,
                                          int_p_[d / group], alpha_ + row, o, prefetch);

@@ -3,9 +3,9 @@
 // the arithmetic.
 //
 // Queries (times the scales of a key group) become integers of 15 bits, written as hi * 128 + lo in
-// two signed bytes; weights (times the scale of a value) become integers of 16 bits.  Their error,
-// 2^-15 of the largest, is far below that of 16-bit floats.  Sums are exact in int32: at most
-// 576 * 255 * 128 for keys, and 128 keys * 255 * 32767 for values.
+// two signed bytes, 0 <= lo < 128; weights (times the scale of a value) become integers of 16 bits.
+// Their error, 2^-15 of the largest, is far below that of 16-bit floats.  Sums are exact in int32:
+// at most 512 * 255 * 16256 or 576 * 255 * 14336 for keys, 128 keys * 255 * 32767 for values.
 #pragma once
 #include "tiles.h"
 
@@ -13,17 +13,36 @@
 namespace saccade::SACCADE_TARGET {
 
 struct IntegerQuery {
-  alignas(64) int8_t hi[kDimPad], lo[kDimPad];
+  // For 64 bytes of a key four registers, whose blocks of 128 bits each repeat four channels four
+  // times: register i block L channels 16 L + 4 i to + 3 (interleave_keys).  Of 4-bit keys first
+  // those of the low nibbles, then those of the high ones.
+  alignas(64) int8_t hi[4 * (kDimPad + 128)], lo[4 * (kDimPad + 128)];
   float step;  // value of one unit
 };
+
+// The bytes of a query in the order of IntegerQuery; what follows the last channel meets zeros.
+SACCADE_INLINE void repeat_channels(const int8_t* x, int dim, int bits, int8_t* out) {
+  const int bytes = dim * bits / 8;
+  for (int at = 0; at < bytes; at += 64)
+    for (int first = at; first < dim; first += bytes, out += 256) {
+      const __m512i q = _mm512_loadu_si512(x + first);
+      _mm512_store_si512(out, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x00));
+      _mm512_store_si512(out + 64, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x55));
+      _mm512_store_si512(out + 128, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0xaa));
+      _mm512_store_si512(out + 192, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0xff));
+    }
+}
 
 // Queries times the scales of a key group as integers, and bias = q . offset.  What rounding leaves
 // over joins the bias times the middle of the range, which halves the error.  Rows advance side by
 // side, so that none waits for its own sums.  Everything is padded with zeros to full registers.
 template <int R>
 SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scale,
-                                        const float* offset, int dim, float middle,
+                                        const float* offset, int dim, int bits,
                                         IntegerQuery* out, float* bias) {
+  alignas(64) int8_t his[R][kDimPad + 64], los[R][kDimPad + 64];
+  const float middle = bits == 8 ? 128.f : 8.f;
+  const float units = dim <= 512 ? 16256.f : 14336.f;  // so that the sums of products fit 32 bits
   F top[R], offset_sum[R], residue[R], inverse[R], step[R];
   SACCADE_UNROLL for (int r = 0; r < R; ++r) top[r] = offset_sum[r] = residue[r] = zero();
   for (int d = 0; d < dim; d += W)
@@ -34,7 +53,7 @@ SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scal
     }
   SACCADE_UNROLL for (int r = 0; r < R; ++r) {
     const float largest = hmax(top[r]);
-    out[r].step = largest > 0.f ? largest * (1.f / 16256.f) : 1.f;
+    out[r].step = largest > 0.f ? largest / units : 1.f;
     inverse[r] = set1(1.f / out[r].step);
     step[r] = set1(-out[r].step);
   }
@@ -43,11 +62,15 @@ SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scal
       const F x = mul(load(q[r] + d), load(scale + d));
       const __m512i value = _mm512_cvtps_epi32(mul(x, inverse[r]));
       residue[r] = add(residue[r], fma(to_float(value), step[r], x));
-      const __m512i hi = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
-      const __m512i lo = _mm512_sub_epi32(value, _mm512_slli_epi32(hi, 7));
-      _mm_storeu_si128((__m128i*)(out[r].hi + d), _mm512_cvtepi32_epi8(hi));
-      _mm_storeu_si128((__m128i*)(out[r].lo + d), _mm512_cvtepi32_epi8(lo));
+      const __m512i hi = _mm512_srai_epi32(value, 7);
+      const __m512i lo = _mm512_and_si512(value, _mm512_set1_epi32(127));
+      _mm_storeu_si128((__m128i*)(his[r] + d), _mm512_cvtepi32_epi8(hi));
+      _mm_storeu_si128((__m128i*)(los[r] + d), _mm512_cvtepi32_epi8(lo));
     }
+  SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+    repeat_channels(his[r], dim, bits, out[r].hi);
+    repeat_channels(los[r], dim, bits, out[r].lo);
+  }
   SACCADE_UNROLL for (int r = 0; r < R; ++r)
     bias[r] = hsum(fma(residue[r], set1(middle), offset_sum[r]));
 }
@@ -56,48 +79,93 @@ SACCADE_INLINE __m512i load_bytes(const char* p, int n) {  // n of 64 bytes, the
   return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, p);
 }
 
-SACCADE_INLINE __m512i four_bytes(const int8_t* p) {
-  int32_t x;
-  std::memcpy(&x, p, 4);
-  return _mm512_set1_epi32(x);
+// Rows to prefetch meanwhile, `bytes` of each; null where there are none.
+struct ComingRows {
+  const char* const* rows;
+  int64_t bytes;
+};
+
+constexpr int kKeysAtOnce = 8;
+
+// Four channels of each of four keys in every block of 128 bits: x[i] block L holds bytes
+// 16 L + 4 i to + 3 of the keys.
+SACCADE_INLINE void interleave_keys(const char* const* keys, int at, int rest, __m512i (&x)[4]) {
+  __m512i k[4];
+  SACCADE_UNROLL for (int i = 0; i < 4; ++i) k[i] = load_bytes(keys[i] + at, rest);
+  const __m512i a = _mm512_unpacklo_epi32(k[0], k[1]), b = _mm512_unpackhi_epi32(k[0], k[1]);
+  const __m512i c = _mm512_unpacklo_epi32(k[2], k[3]), d = _mm512_unpackhi_epi32(k[2], k[3]);
+  x[0] = _mm512_unpacklo_epi64(a, c);
+  x[1] = _mm512_unpackhi_epi64(a, c);
+  x[2] = _mm512_unpacklo_epi64(b, d);
+  x[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// Scores of R queries against 16 quantized keys, a key in each lane: their bytes are transposed
-// four channels at a time, so that nothing has to be summed across lanes.
+// Sums over the four blocks of 128 bits of keys 0-3 (`a`) and 4-7 (`b`) of two rows: the eight keys
+// of the first row, then those of the second.
+SACCADE_INLINE __m512i sum_blocks(const __m512i (&a)[2], const __m512i (&b)[2]) {
+  __m512i half[2];
+  SACCADE_UNROLL for (int r = 0; r < 2; ++r)
+    half[r] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[r], b[r], 0x44),
+                               _mm512_shuffle_i32x4(a[r], b[r], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(half[0], half[1], 0x88),
+                          _mm512_shuffle_i32x4(half[0], half[1], 0xdd));
+}
+
+// Scores of R queries against eight quantized keys.  Four keys are interleaved within blocks of 128
+// bits, so that only blocks are summed at the end.
 template <int R, int Bits>
-SACCADE_NOINLINE void score_keys16(const char* const* keys, int dim, const IntegerQuery* q,
-                                    const float* bias, float* const* out) {
+SACCADE_NOINLINE void score_keys(const char* const* keys, int dim, const IntegerQuery* q,
+                                 const float* bias, float* const* out, const ComingRows& coming) {
   const int bytes = dim * Bits / 8;
-  __m512i hi[R], lo[R];
-  SACCADE_UNROLL for (int r = 0; r < R; ++r) hi[r] = lo[r] = _mm512_setzero_si512();
+  __m512i hi[2][R], lo[2][R];
+  SACCADE_UNROLL for (int g = 0; g < 2; ++g)
+    SACCADE_UNROLL for (int r = 0; r < R; ++r) hi[g][r] = lo[g][r] = _mm512_setzero_si512();
+  int64_t prefetched = 0;
   for (int at = 0; at < bytes; at += 64) {
     const int rest = bytes - at < 64 ? bytes - at : 64;
-    F rows[W];
-    SACCADE_UNROLL for (int i = 0; i < W; ++i)
-      rows[i] = _mm512_castsi512_ps(load_bytes(keys[i] + at, rest));
-    transpose(rows);
-    alignas(64) __m512i qdata[W];
-    SACCADE_UNROLL for (int i = 0; i < W; ++i) qdata[i] = _mm512_castps_si512(rows[i]);
-    for (int c = 0; c * 4 < rest; ++c) {
-      auto add_products = [&](__m512i x, int d) __attribute__((always_inline)) {
+    __m512i x[2][4];
+    interleave_keys(keys, at, rest, x[0]);
+    interleave_keys(keys + 4, at, rest, x[1]);
+    SACCADE_UNROLL for (int i = 0; i < 4; ++i) {
+      if (at < coming.bytes) {
+        __builtin_prefetch(coming.rows[2 * i] + at, 0, 2);
+        __builtin_prefetch(coming.rows[2 * i + 1] + at, 0, 2);
+      }
+      auto add_products = [&](__m512i a, __m512i b, int d) __attribute__((always_inline)) {
         SACCADE_UNROLL for (int r = 0; r < R; ++r) {
-          hi[r] = _mm512_dpbusd_epi32(hi[r], x, four_bytes(q[r].hi + d));
-          lo[r] = _mm512_dpbusd_epi32(lo[r], x, four_bytes(q[r].lo + d));
+          const __m512i high = _mm512_load_si512(q[r].hi + d + i * 64);
+          const __m512i low = _mm512_load_si512(q[r].lo + d + i * 64);
+          hi[0][r] = _mm512_dpbusd_epi32(hi[0][r], a, high);
+          hi[1][r] = _mm512_dpbusd_epi32(hi[1][r], b, high);
+          lo[0][r] = _mm512_dpbusd_epi32(lo[0][r], a, low);
+          lo[1][r] = _mm512_dpbusd_epi32(lo[1][r], b, low);
         }
       };
-      const int d = at + c * 4;
       if (Bits == 8) {
-        add_products(qdata[c], d);
+        add_products(x[0][i], x[1][i], at * 4);
       } else {
         const __m512i nibble = _mm512_set1_epi8(15);
-        add_products(_mm512_and_si512(qdata[c], nibble), d);
-        add_products(_mm512_and_si512(_mm512_srli_epi32(qdata[c], 4), nibble), dim / 2 + d);
+        auto upper = [&](__m512i a) { return _mm512_and_si512(_mm512_srli_epi32(a, 4), nibble); };
+        add_products(_mm512_and_si512(x[0][i], nibble), _mm512_and_si512(x[1][i], nibble), at * 8);
+        add_products(upper(x[0][i]), upper(x[1][i]), at * 8 + 256);
       }
     }
+    prefetched = at + 64;
   }
-  SACCADE_UNROLL for (int r = 0; r < R; ++r) {
-    const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(hi[r], 7), lo[r]);
-    store(out[r], fma(to_float(sum), set1(q[r].step), set1(bias[r])));
+  for (; prefetched < coming.bytes; prefetched += 64)
+    SACCADE_UNROLL for (int i = 0; i < kKeysAtOnce; ++i)
+      __builtin_prefetch(coming.rows[i] + prefetched, 0, 2);
+  SACCADE_UNROLL for (int g = 0; g < 2; ++g)
+    SACCADE_UNROLL for (int r = 0; r < R; ++r)
+      hi[g][r] = _mm512_add_epi32(_mm512_slli_epi32(hi[g][r], 7), lo[g][r]);
+  SACCADE_UNROLL for (int r = 0; r < R; r += 2) {
+    const int s = r + 1 < R ? r + 1 : r;
+    const F sums = to_float(sum_blocks({hi[0][r], hi[0][s]}, {hi[1][r], hi[1][s]}));
+    const __mmask16 second = 0xff00;
+    const F step = _mm512_mask_blend_ps(second, set1(q[r].step), set1(q[s].step));
+    const F score = fma(sums, step, _mm512_mask_blend_ps(second, set1(bias[r]), set1(bias[s])));
+    _mm256_storeu_ps(out[r], _mm512_castps512_ps256(score));
+    if (s != r) _mm256_storeu_ps(out[s], _mm512_extractf32x8_ps(score, 1));
   }
 }
 
@@ -123,6 +191,7 @@ struct PrefetchRows {
   const char* const* rows;
   int count;
   int64_t begin, end;
+  bool even, odd;  // which rows
 };
 
 // Which part of a byte is a channel.
@@ -147,8 +216,8 @@ SACCADE_NOINLINE void weigh_channels(const char* const* values, int count, int f
   for (int j = 0; j < count; j += 2) {  // an odd last key is followed by zeros of weight 0
     if (prefetch.rows && j + 2 <= prefetch.count)
       for (int64_t b = prefetch.begin; b < prefetch.end; b += 64) {
-        __builtin_prefetch(prefetch.rows[j] + b, 0, 2);
-        __builtin_prefetch(prefetch.rows[j + 1] + b, 0, 2);
+        if (prefetch.even) __builtin_prefetch(prefetch.rows[j] + b, 0, 2);
+        if (prefetch.odd) __builtin_prefetch(prefetch.rows[j + 1] + b, 0, 2);
       }
     const __m512i a = load_row(j), b = load_row(j + 1);
     const __m512i low = _mm512_unpacklo_epi8(a, b), up = _mm512_unpackhi_epi8(a, b);
