@@ -191,7 +191,7 @@ class AttentionCall:
         return self.with_(q=hadamard_transform(self.q), kv=plain)
 
     def in_query_dtype(self) -> AttentionCall:
-        """The call as kernels with one dtype read it: a float32 model's newest keys wait in float16."""
+        """The call for kernels of one dtype: the newest keys of a float32 model wait in float16."""
         kv = self.kv
         if not isinstance(kv, QuantizedKV | GrowingKV) or kv.dtype == self.q.dtype:
             return self

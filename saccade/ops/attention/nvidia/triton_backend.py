@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, QuantizedKV, RaggedKV
-from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
+from saccade.ops.attention.call import MANY_QUERIES, AttentionCall, dtype_refusal
 from saccade.ops.attention.nvidia import chunked
 from saccade.ops.attention.nvidia.problem import dense_problem
 from saccade.ops.gpu.kernel_args import MAX_SPANS
