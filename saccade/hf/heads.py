@@ -58,12 +58,8 @@ def check_projections(module: nn.Module) -> None:
     names = (FUSED,) if hasattr(module, FUSED) else SEPARATE
     for name in names:
         linear = getattr(module, name, None)
-        if isinstance(linear, StoredLayer):
-            raise Unsupported(
-                "changing the number of KV heads needs plain weights, and this model's are packed: "
-                'load it with weights="f32" or "bf16".'
-            )
-        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+        plain = isinstance(linear, nn.Linear) and linear.weight.is_floating_point()
+        if not plain and not isinstance(linear, StoredLayer):
             raise Unsupported(
                 f"changing the number of KV heads needs a linear {name} in every attention layer, "
                 f"but {type(module).__name__} has none. It works for models with q_proj, k_proj "
@@ -137,7 +133,7 @@ def _with_bias(linear: Any) -> Tensor:
 
 
 def _linear(old: Any, rows: Tensor) -> nn.Linear:
-    """A linear layer of these rows, in the dtype and state of an old one; the same if equal."""
+    """A linear layer of plain numbers, in the dtype and state of an old one, plain or packed."""
     parts = {"weight": rows if old.bias is None else rows[:, :-1]}
     if old.bias is not None:
         parts["bias"] = rows[:, -1]
