@@ -106,8 +106,9 @@ def candidates(
 
 def _as_asked(weights: Collection[str]) -> dict[str, dict[str, object]]:
     """What was asked for, and the same with smaller weights."""
-    smaller = {f"as asked, {name} weights": {"weights": name} for name in weights}
-    return {"as asked": {}, **smaller}
+    choices: dict[str, dict[str, object]] = {"as asked": {}}
+    choices |= {f"as asked, {name} weights": {"weights": name} for name in weights}
+    return choices
 
 
 def _with(asked: ContextParams, options: dict[str, object]) -> ContextParams | None:

@@ -124,9 +124,9 @@ class QuantizedCache:
         """See SteppingCache; new tokens are written to the recent buffer."""
         assert self._counts is not None, "reserve comes first"
         quantized, newest = self._counts.chunk(2)
-        recent = KVSlots(*self.recent.parts, cursor.start, newest, self.fmt.hadamard)
+        recent = KVSlots(*self.recent.buffers, cursor.start, newest, self.fmt.hadamard)
         q = append(recent, k, v, rope)
-        view = GrowingKV(self.groups.whole_view(*self.recent.parts), quantized)
+        view = GrowingKV(self.groups.whole_view(*self.recent.buffers), quantized)
         return StepView(view, self._in_view(cursor), q)
 
     def commit(self, count: int) -> None:
@@ -253,7 +253,8 @@ class QuantizedCache:
     def _quantize_oldest(self, ready: int) -> None:
         """Quantize as many full groups as fit in the `ready` oldest recent tokens."""
         if ready >= self.fmt.group:
-            self._keep_recent(*(x.clone() for x in self.recent.filled), ready)
+            k, v = self.recent.filled
+            self._keep_recent(k.clone(), v.clone(), ready)
 
     def _keep_recent(self, k: Tensor, v: Tensor, ready: int) -> None:
         """Quantize the full groups among the `ready` oldest of these tokens; the rest is recent.

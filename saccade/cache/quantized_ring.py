@@ -198,7 +198,8 @@ class QuantizedRing(QuantizedCache, SlidingCache):
 
     def state(self) -> CacheState:
         """See LayerCache; sinks are as they were given, and checkpoints no part of it."""
-        settings, progress, tensors = super().state()
+        settings, progress, held = super().state()
+        tensors = dict(held)
         settings = {**settings, "window": self.window, "sinks": self.sinks}
         progress = {**progress, "oldest": self._first}
         if tensors and self._sink_k is not None and self._sink_v is not None:
@@ -214,9 +215,9 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         self._checkpoints.kept.clear()
         self._sink_k = self._sink_v = None
         if state.tensors and self.sinks:
-            saved = [state.tensors[f"sinks.{x}"].to(device) for x in "kv"]
-            self._allocate_sinks(*saved)
-            self._write_sinks(*saved, 0)
+            k, v = (state.tensors[f"sinks.{x}"].to(device) for x in "kv")
+            self._allocate_sinks(k, v)
+            self._write_sinks(k, v, 0)
 
     def _saved_lengths(self, state: CacheState) -> dict[str, int]:
         sunk = min(state.progress["oldest"], self.sinks)

@@ -46,6 +46,12 @@ class RecentTokens:
         return () if self.k is None or self.v is None else (self.k, self.v)
 
     @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Both, after `allocate`."""
+        assert self.k is not None and self.v is not None
+        return self.k, self.v
+
+    @property
     def slots(self) -> int:
         """Slots that are allocated."""
         return 0 if self.k is None else self.k.shape[2]

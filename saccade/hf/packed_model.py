@@ -130,7 +130,7 @@ def is_linear(module: nn.Module) -> bool:
     if type(module) in (nn.Linear, Conv1D) or not isinstance(module, nn.Linear):
         return type(module) in (nn.Linear, Conv1D)
     asked: Any = copy.copy(module)
-    bias = None if module.bias is None else nn.Parameter(torch.arange(3.0))
+    bias = None if getattr(module, "bias", None) is None else nn.Parameter(torch.arange(3.0))
     asked._parameters = {"weight": nn.Parameter(torch.arange(12.0).view(3, 4)), "bias": bias}
     x = torch.eye(4)[None]
     try:

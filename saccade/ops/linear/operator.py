@@ -96,7 +96,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    (grad,) = grads
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = input_gradient(grad, *ctx.saved_tensors, *ctx.sizes)
