@@ -249,20 +249,26 @@ def test_what_needs_plain_weights_is_refused_in_one_sentence(q4, tmp_path):
         embedded = model.get_input_embeddings()(IDS).requires_grad_()
         model.eval()(inputs_embeds=embedded)
 
-    def convert() -> None:
-        with converted_heads(model, 1):
-            pass
-
     for refused in (
         train,
         gradients,
-        convert,
         lambda: model.save_pretrained(tmp_path),
         lambda: model.resize_token_embeddings(999),
     ):
         with pytest.raises(Unsupported, match='weights="(f32|bf16)"') as caught:
             refused()
         assert "\n" not in str(caught.value)
+
+
+def test_heads_of_a_packed_model_are_converted_as_those_of_a_plain_one(q4):
+    plain, packed = (load_model(q4, weights=form).model for form in ("f32", "file"))
+    before, answers = logits(packed), []
+    for model in (plain, packed):
+        with converted_heads(model, 1):
+            answers.append(logits(model))
+    assert (answers[1] - answers[0]).norm() < 0.02 * answers[0].norm()
+    assert (answers[0] - before).norm() > 0.05 * before.norm()
+    assert torch.equal(logits(packed), before)
 
 
 def test_fingerprints_tell_forms_apart_and_read_no_packed_weight(q4, monkeypatch):
