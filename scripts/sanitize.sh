@@ -32,7 +32,13 @@ export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrac
 export TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0"
 export PYTHONPATH=$PWD:$site
 shift || true
-# The contract suite as far as it concerns these kernels, the fuzzed raw binding, gradients.
-contract=(tests/ops/test_cpu.py tests/ops/test_cpu_workspace.py tests/ops/test_cpu_binding.py tests/ops/test_cpu_gradients.py tests/ops/test_backends.py)
-[ $# -gt 0 ] && contract=("$@")
-exec "$python" -S -m pytest -p no:cacheprovider -q "${contract[@]}" -k "cpu and not compile"
+check() { "$python" -S -m pytest -p no:cacheprovider -q "$@"; }
+[ $# -gt 0 ] && { check "$@" -k "cpu and not compile"; exit; }
+# The contract suite as far as it concerns these kernels, the fuzzed raw binding, gradients, packed weights; in two processes.
+check tests/ops/test_cpu.py tests/ops/test_cpu_pairs.py -k "not compile" >"$OLDPWD/$build.second.log" 2>&1 &
+second=$!
+check tests/ops/test_cpu_{workspace,binding,gradients,hadamard,integer_sums}.py tests/ops/test_backends.py -k "cpu and not compile" || failed=1
+check tests/ops/linear/test_packed_linear.py tests/ops/linear/test_blocks.py || failed=1
+wait $second || failed=1
+cat "$OLDPWD/$build.second.log"
+exit ${failed:-0}
