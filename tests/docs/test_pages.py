@@ -25,18 +25,6 @@ _HEADS = ((9, 3), (9, 1), (32, 8), (32, 1))
 EXACT = {"docs/kv-heads.md": {"5 %", *(f"{100 - 100 * kv / heads:.0f} %" for heads, kv in _HEADS)}}
 # Pages that another branch adds; each has to be removed here once it is there.
 COMING_PAGES: tuple[str, ...] = ()
-# Pages whose records are measured when everything is merged; each has to be removed then.
-UNMEASURED: tuple[str, ...] = ("docs/real-model.md",)
-
-
-def _each(pages, unfinished=()):
-    reason = "not there yet"
-    return [
-        pytest.param(each, marks=pytest.mark.xfail(strict=True, reason=reason))
-        if each in unfinished
-        else each
-        for each in pages
-    ]
 
 
 COMMANDS = [
@@ -53,7 +41,7 @@ def test_figures_are_the_stored_records(page):
     assert publish_pages.published(text) == text
 
 
-@pytest.mark.parametrize("page", _each(PAGES, UNMEASURED))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_record_that_is_shown_exists(page):
     assert not publish_pages.missing(PAGES[page])
 
