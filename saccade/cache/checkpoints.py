@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from saccade.core import Unsupported
+
 Kept = TypeVar("Kept", bound=tuple[Tensor, ...])
 
 
@@ -50,6 +52,15 @@ class Checkpoints(Generic[Kept]):
     def forget_after(self, length: int) -> None:
         """Remove those behind position `length`."""
         self.kept = {at: copy for at, copy in self.kept.items() if at <= length}
+
+
+def check_behind_sinks(start: int, sinks: int) -> None:
+    """Raise Unsupported for a context shift that would remove sinks."""
+    if start < sinks:
+        raise Unsupported(
+            f"a ring cache keeps its {sinks} sinks, so it cannot remove tokens from "
+            f"position {start} on. Set n_keep to at least the sinks."
+        )
 
 
 def missing_window(oldest: int, seen: int, window: int, length: int, kept: list[int]) -> str:

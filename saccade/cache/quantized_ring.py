@@ -22,7 +22,7 @@ from saccade.cache.base import (
     check_rows,
     check_shift,
 )
-from saccade.cache.checkpoints import Checkpoints, missing_window
+from saccade.cache.checkpoints import Checkpoints, check_behind_sinks, missing_window
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.recent_tokens import stored_dtype
 from saccade.cache.sinks import SinkPlaces
@@ -173,11 +173,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         Raises:
             Unsupported: the range begins among the sinks.
         """
-        if start < self.sinks:
-            raise Unsupported(
-                f"a ring cache keeps its {self.sinks} sinks, so it cannot remove tokens from "
-                f"position {start} on. Set n_keep to at least the sinks."
-            )
+        check_behind_sinks(start, self.sinks)
         check_shift(start, stop, self.seen)
         later = max(self._first, stop)
         k, v = self._given(later, self.seen)

@@ -25,7 +25,7 @@ from saccade.cache.base import (
     expect_tensors,
     fits,
 )
-from saccade.cache.checkpoints import Checkpoints, missing_window
+from saccade.cache.checkpoints import Checkpoints, check_behind_sinks, missing_window
 from saccade.cache.ring_view import one_page_per_head
 from saccade.cache.sinks import SinkPlaces
 from saccade.cache.sliding import SlidingCache
@@ -212,11 +212,7 @@ class RingCache(SlidingCache):
         Raises:
             Unsupported: the range begins among the sinks.
         """
-        if start < self._sinks:
-            raise Unsupported(
-                f"a ring cache keeps its {self._sinks} sinks, so it cannot remove tokens from "
-                f"position {start} on. Set n_keep to at least the sinks."
-            )
+        check_behind_sinks(start, self._sinks)
         check_shift(start, stop, self._seen)
         first, moved = max(self._oldest, stop), stop - start
         k, v = self._copy(self._spans(first, self._seen))
