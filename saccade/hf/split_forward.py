@@ -203,6 +203,8 @@ class _Watched:
 
         @wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # a ContextVar would break the graph
+                return original(*args, **kwargs)
             half, step = _half.get(), self.step
             if half is not None:
                 _half.set(None)
