@@ -37,7 +37,9 @@ class DecodeQuantized : protected DecodePlain {
       const int end = end_of_group(begin, (group + 1) * c.group);
 #if defined(SACCADE_DOT)
       if (integer_dot_) {
-        score_in_integers<R>(row, group, begin, end);
+        for_live_rows<R>(row, [&]<int Live>() {
+          score_in_integers<Live>(row, group, begin, end);
+        });
         begin = end;
         continue;
       }
@@ -136,7 +138,10 @@ class DecodeQuantized : protected DecodePlain {
     float offset_sums[kMaxGroups][R];
     for (int g = 0; g < num_groups_; ++g) scale_weights<R>(row, g, offset_sums[g]);
 #if defined(SACCADE_DOT)
-    if (integer_dot_) accumulate_in_integers<R, Source::kParts == 2 ? 4 : 8>(row);
+    if (integer_dot_)
+      for_live_rows<R>(row, [&]<int Live>() {
+        accumulate_in_integers<Live, Source::kParts == 2 ? 4 : 8>(row);
+      });
     for (int d = integer_dot_ ? half : 0; d < half;) {
 #else
     for (int d = 0; d < half;) {
@@ -181,6 +186,13 @@ class DecodeQuantized : protected DecodePlain {
 
  private:
 #if defined(SACCADE_DOT)
+  // Three rows are computed as four elsewhere; here the fourth would cost as much as the others.
+  template <int R, class Fn>
+  void for_live_rows(int row, Fn&& fn) const {
+    if (R == 4 && num_rows_ - row == 3) return fn.template operator()<3>();
+    fn.template operator()<R>();
+  }
+
   // score_quantized in integers, a few keys at a time.
   template <int R>
   void score_in_integers(int row, int64_t group, int begin, int end) {
@@ -202,9 +214,21 @@ class DecodeQuantized : protected DecodePlain {
       for (int r = 0; r < R; ++r) at[r] = out[r] + j;
       const bool coming = row == 0 && j + kKeysAtOnce <= tile_->count;
       const ComingRows values{tile_->v + j, coming ? v_bytes_ : 0};
-      if (c.bits == 8) score_keys<R, 8>(tile_->k + j, dim, int_q_, bias_, at, values);
-      else score_keys<R, 4>(tile_->k + j, dim, int_q_, bias_, at, values);
+      const auto score = c.bits == 8
+                             ? (dim <= 32 ? score_keys<R, 8, true> : score_keys<R, 8, false>)
+                             : (dim <= 64 ? score_keys<R, 4, true> : score_keys<R, 4, false>);
+      score(tile_->k + j, dim, int_q_, bias_, at, values);
     }
+  }
+
+  // accumulate_in_integers where the 64 channels of a value share a scale and a register.
+  template <int R>
+  void accumulate_both_nibbles(int row) {
+    float* o[R];
+    for (int r = 0; r < R; ++r) o[r] = o_[row + r];
+    const PrefetchRows prefetch{row == 0 ? next_->k : nullptr, next_->count, 0, k_bytes_, true, true};
+    weigh_channels<R, Nibble::both, true>(tile_->v, tile_->count, 0, 64, int_p_[0], alpha_ + row, o,
+                                          prefetch);
   }
 
   // Scales of the next tile: read once a tile, too far apart for the hardware prefetcher, and needed
@@ -231,6 +255,7 @@ class DecodeQuantized : protected DecodePlain {
     for (int g = 0; g < num_groups_; ++g)
       for (int r = 0; r < R; ++r)
         weights_to_integers(scaled_weights_[g][r], padded_count(), int_p_[g][r]);
+    if (Bits == 4 && dim == 64 && num_groups_ == 1) return accumulate_both_nibbles<R>(row);
     for (int d = 0; d < dim;) {
       const bool high = d >= half;
       const int half_end = high ? dim : half, group_end = (d / group + 1) * group;

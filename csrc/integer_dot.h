@@ -15,7 +15,8 @@ namespace saccade::SACCADE_TARGET {
 struct IntegerQuery {
   // For 64 bytes of a key four registers, whose blocks of 128 bits each repeat four channels four
   // times: register i block L channels 16 L + 4 i to + 3 (interleave_keys).  Of 4-bit keys first
-  // those of the low nibbles, then those of the high ones.
+  // those of the low nibbles, then those of the high ones.  Where a key has at most 32 bytes, two
+  // share a register, and the upper two blocks are the lower two again.
   alignas(64) int8_t hi[4 * (kDimPad + 128)], lo[4 * (kDimPad + 128)];
   float step;  // value of one unit
 };
@@ -25,7 +26,8 @@ SACCADE_INLINE void repeat_channels(const int8_t* x, int dim, int bits, int8_t* 
   const int bytes = dim * bits / 8;
   for (int at = 0; at < bytes; at += 64)
     for (int first = at; first < dim; first += bytes, out += 256) {
-      const __m512i q = _mm512_loadu_si512(x + first);
+      const __m512i q = bytes > 32 ? _mm512_loadu_si512(x + first)
+                                   : _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)(x + first)));
       _mm512_store_si512(out, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x00));
       _mm512_store_si512(out + 64, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x55));
       _mm512_store_si512(out + 128, _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0xaa));
@@ -75,6 +77,9 @@ SACCADE_INLINE void queries_to_integers(const float* const* q, const float* scal
     bias[r] = hsum(fma(residue[r], set1(middle), offset_sum[r]));
 }
 
+SACCADE_INLINE __m512i low_nibbles(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+SACCADE_INLINE __m512i high_nibbles(__m512i x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+
 SACCADE_INLINE __m512i load_bytes(const char* p, int n) {  // n of 64 bytes, the others 0
   return n >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((__mmask64(1) << n) - 1, p);
 }
@@ -87,11 +92,20 @@ struct ComingRows {
 
 constexpr int kKeysAtOnce = 8;
 
+// n of 32 bytes of `a`, then as many of `b`, the others 0.
+SACCADE_INLINE __m512i load_two(const char* a, const char* b, int n) {
+  const __mmask32 mask = n >= 32 ? ~__mmask32(0) : (__mmask32(1) << n) - 1;
+  const auto load_half = [&](const char* p) { return _mm256_maskz_loadu_epi8(mask, p); };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(load_half(a)), load_half(b), 1);
+}
+
 // Four channels of each of four keys in every block of 128 bits: x[i] block L holds bytes
-// 16 L + 4 i to + 3 of the keys.
+// 16 L + 4 i to + 3 of the keys; where two share a register, blocks 2 and 3 those of the next four.
+template <bool kTwo>
 SACCADE_INLINE void interleave_keys(const char* const* keys, int at, int rest, __m512i (&x)[4]) {
   __m512i k[4];
-  SACCADE_UNROLL for (int i = 0; i < 4; ++i) k[i] = load_bytes(keys[i] + at, rest);
+  SACCADE_UNROLL for (int i = 0; i < 4; ++i)
+    k[i] = kTwo ? load_two(keys[i], keys[i + 4], rest) : load_bytes(keys[i] + at, rest);
   const __m512i a = _mm512_unpacklo_epi32(k[0], k[1]), b = _mm512_unpackhi_epi32(k[0], k[1]);
   const __m512i c = _mm512_unpacklo_epi32(k[2], k[3]), d = _mm512_unpackhi_epi32(k[2], k[3]);
   x[0] = _mm512_unpacklo_epi64(a, c);
@@ -100,54 +114,58 @@ SACCADE_INLINE void interleave_keys(const char* const* keys, int at, int rest, _
   x[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// Sums over the four blocks of 128 bits of keys 0-3 (`a`) and 4-7 (`b`) of two rows: the eight keys
-// of the first row, then those of the second.
+// Sums of neighbouring blocks of 128 bits: keys 0-3 and 4-7 of the first row, then of the second.
+SACCADE_INLINE __m512i sum_pairs(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// Sums over the four blocks of keys 0-3 (`a`) and 4-7 (`b`) of two rows, in the same order.
 SACCADE_INLINE __m512i sum_blocks(const __m512i (&a)[2], const __m512i (&b)[2]) {
   __m512i half[2];
   SACCADE_UNROLL for (int r = 0; r < 2; ++r)
     half[r] = _mm512_add_epi32(_mm512_shuffle_i32x4(a[r], b[r], 0x44),
                                _mm512_shuffle_i32x4(a[r], b[r], 0xee));
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(half[0], half[1], 0x88),
-                          _mm512_shuffle_i32x4(half[0], half[1], 0xdd));
+  return sum_pairs(half[0], half[1]);
 }
 
 // Scores of R queries against eight quantized keys.  Four keys are interleaved within blocks of 128
-// bits, so that only blocks are summed at the end.
-template <int R, int Bits>
+// bits, so that only blocks are summed at the end.  kTwo: keys of at most 32 bytes.
+template <int R, int Bits, bool kTwo>
 SACCADE_NOINLINE void score_keys(const char* const* keys, int dim, const IntegerQuery* q,
                                  const float* bias, float* const* out, const ComingRows& coming) {
+  constexpr int kRegisters = kTwo ? 1 : 2;  // of a channel of all eight keys
   const int bytes = dim * Bits / 8;
-  __m512i hi[2][R], lo[2][R];
-  SACCADE_UNROLL for (int g = 0; g < 2; ++g)
+  __m512i hi[kRegisters][R], lo[kRegisters][R];
+  SACCADE_UNROLL for (int g = 0; g < kRegisters; ++g)
     SACCADE_UNROLL for (int r = 0; r < R; ++r) hi[g][r] = lo[g][r] = _mm512_setzero_si512();
   int64_t prefetched = 0;
   for (int at = 0; at < bytes; at += 64) {
     const int rest = bytes - at < 64 ? bytes - at : 64;
-    __m512i x[2][4];
-    interleave_keys(keys, at, rest, x[0]);
-    interleave_keys(keys + 4, at, rest, x[1]);
+    __m512i x[kRegisters][4];
+    SACCADE_UNROLL for (int g = 0; g < kRegisters; ++g)
+      interleave_keys<kTwo>(keys + 4 * g, at, rest, x[g]);
     SACCADE_UNROLL for (int i = 0; i < 4; ++i) {
       if (at < coming.bytes) {
         __builtin_prefetch(coming.rows[2 * i] + at, 0, 2);
         __builtin_prefetch(coming.rows[2 * i + 1] + at, 0, 2);
       }
-      auto add_products = [&](__m512i a, __m512i b, int d) __attribute__((always_inline)) {
+      auto add_products = [&](auto part, int d) __attribute__((always_inline)) {
+        __m512i numbers[kRegisters];
+        SACCADE_UNROLL for (int g = 0; g < kRegisters; ++g) numbers[g] = part(x[g][i]);
         SACCADE_UNROLL for (int r = 0; r < R; ++r) {
           const __m512i high = _mm512_load_si512(q[r].hi + d + i * 64);
           const __m512i low = _mm512_load_si512(q[r].lo + d + i * 64);
-          hi[0][r] = _mm512_dpbusd_epi32(hi[0][r], a, high);
-          hi[1][r] = _mm512_dpbusd_epi32(hi[1][r], b, high);
-          lo[0][r] = _mm512_dpbusd_epi32(lo[0][r], a, low);
-          lo[1][r] = _mm512_dpbusd_epi32(lo[1][r], b, low);
+          SACCADE_UNROLL for (int g = 0; g < kRegisters; ++g) {
+            hi[g][r] = _mm512_dpbusd_epi32(hi[g][r], numbers[g], high);
+            lo[g][r] = _mm512_dpbusd_epi32(lo[g][r], numbers[g], low);
+          }
         }
       };
       if (Bits == 8) {
-        add_products(x[0][i], x[1][i], at * 4);
+        add_products([](__m512i a) { return a; }, at * 4);
       } else {
-        const __m512i nibble = _mm512_set1_epi8(15);
-        auto upper = [&](__m512i a) { return _mm512_and_si512(_mm512_srli_epi32(a, 4), nibble); };
-        add_products(_mm512_and_si512(x[0][i], nibble), _mm512_and_si512(x[1][i], nibble), at * 8);
-        add_products(upper(x[0][i]), upper(x[1][i]), at * 8 + 256);
+        add_products([](__m512i a) { return low_nibbles(a); }, at * 8);
+        add_products([](__m512i a) { return high_nibbles(a); }, at * 8 + 256);
       }
     }
     prefetched = at + 64;
@@ -155,12 +173,14 @@ SACCADE_NOINLINE void score_keys(const char* const* keys, int dim, const Integer
   for (; prefetched < coming.bytes; prefetched += 64)
     SACCADE_UNROLL for (int i = 0; i < kKeysAtOnce; ++i)
       __builtin_prefetch(coming.rows[i] + prefetched, 0, 2);
-  SACCADE_UNROLL for (int g = 0; g < 2; ++g)
+  SACCADE_UNROLL for (int g = 0; g < kRegisters; ++g)
     SACCADE_UNROLL for (int r = 0; r < R; ++r)
       hi[g][r] = _mm512_add_epi32(_mm512_slli_epi32(hi[g][r], 7), lo[g][r]);
   SACCADE_UNROLL for (int r = 0; r < R; r += 2) {
     const int s = r + 1 < R ? r + 1 : r;
-    const F sums = to_float(sum_blocks({hi[0][r], hi[0][s]}, {hi[1][r], hi[1][s]}));
+    constexpr int kLast = kRegisters - 1;
+    const F sums = to_float(kTwo ? sum_pairs(hi[0][r], hi[0][s])
+                                 : sum_blocks({hi[0][r], hi[0][s]}, {hi[kLast][r], hi[kLast][s]}));
     const __mmask16 second = 0xff00;
     const F step = _mm512_mask_blend_ps(second, set1(q[r].step), set1(q[s].step));
     const F score = fma(sums, step, _mm512_mask_blend_ps(second, set1(bias[r]), set1(bias[s])));
@@ -194,8 +214,8 @@ struct PrefetchRows {
   bool even, odd;  // which rows
 };
 
-// Which part of a byte is a channel.
-enum class Nibble { none, low, high };
+// Which part of a byte is a channel; `both`: 32 bytes are 64 channels, the low nibbles first.
+enum class Nibble { none, low, high, both };
 
 // Up to 64 channels of values: o = o * alpha + weights @ qdata for R rows.  `first` is the byte of
 // the first channel.
@@ -208,10 +228,14 @@ SACCADE_NOINLINE void weigh_channels(const char* const* values, int count, int f
     SACCADE_UNROLL for (int n = 0; n < 4; ++n) acc[r][n] = _mm512_setzero_si512();
   const __m512i none = _mm512_setzero_si512();
   auto load_row = [&](int j) __attribute__((always_inline)) {
-    __m512i x = load_bytes(values[j] + first, Whole ? 64 : width);
+    if (nibble == Nibble::both) {
+      const __m256i row = _mm256_loadu_si256((const __m256i*)(values[j] + first));
+      const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
+      return low_nibbles(_mm512_srlv_epi32(_mm512_broadcast_i64x4(row), shifts));
+    }
+    const __m512i x = load_bytes(values[j] + first, Whole ? 64 : width);
     if (nibble == Nibble::none) return x;
-    if (nibble == Nibble::high) x = _mm512_srli_epi32(x, 4);
-    return _mm512_and_si512(x, _mm512_set1_epi8(15));
+    return nibble == Nibble::high ? high_nibbles(x) : low_nibbles(x);
   };
   for (int j = 0; j < count; j += 2) {  // an odd last key is followed by zeros of weight 0
     if (prefetch.rows && j + 2 <= prefetch.count)

@@ -27,9 +27,9 @@ def test_the_largest_products_of_queries_and_keys(dim):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dim", [16, 40, 72, 96, 160, 192, 256])
+@pytest.mark.parametrize("dim", [16, 32, 40, 64, 72, 96, 160, 192, 256])
 def test_heads_that_fill_no_register(dim, bits):
-    for heads, group in ((1, 16), (2, 64), (4, 32), (7, 32)):
+    for heads, group in ((1, 16), (2, 64), (3, 64), (4, 32), (7, 32)):
         kv = quantized(1, 2, 192, 5, dim, bits, group=group, v_group=dim, dtype=torch.bfloat16)
         q = normal(1, 2 * heads, 1, dim, dtype=torch.bfloat16)
         ours = attend(make_call(q, kv, mask=Mask()), backend="cpu")
