@@ -12,6 +12,7 @@ from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.compressed_generate import compress_behind_prompt
 from saccade.hf.cropped_caches import check_not_cropped
 from saccade.hf.fused_forward import decode_in_kernels
 from saccade.hf.layers import check_attention
@@ -186,7 +187,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         run = runs.in_force
         if run is not None:
-            _bring_cache(run, kwargs)
+            _bring_cache(run, args, kwargs)
             check_not_cropped(run.model, kwargs)
             read_prompt_in_blocks(args, kwargs)
         return original(*args, **kwargs)
@@ -194,17 +195,15 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
     changes.override(undo, runs.model, "generate", generate)
 
 
-def _bring_cache(run: Run, kwargs: dict[str, Any]) -> None:
+def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     params = run.params
-    if params.kv_policy is not None:
-        raise Unsupported(
-            "kv_policy compresses at the end of the prompt, which generate() does not signal. "
-            "Use saccade.Context, or attach with kv_policy=None."
-        )
-    needed = params.n_swa is not None or needs_own_cache(params)
+    needed = params.n_swa is not None or params.kv_policy is not None or needs_own_cache(params)
     if needed and kwargs.get("past_key_values") is None:
         _check_no_conflict(kwargs)
         kwargs["past_key_values"] = new_cache(run)
+    cache = kwargs.get("past_key_values")
+    if params.kv_policy is not None and isinstance(cache, SaccadeCache):
+        compress_behind_prompt(cache, params, args, kwargs)
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:

@@ -221,6 +221,7 @@ class SaccadeCache(Cache):
         self.run = run
         self.writing = False  # see ModelCache
         self.reaches: int | None = None
+        self._behind: tuple[int, Callable[[], None]] | None = None
         self._ours: list[SaccadeCacheLayer] = []
         self._stores: list[LayerCache] = []
         layers = [self._layer(index, kind, make) for index, kind in enumerate(layer_kinds(config))]
@@ -261,6 +262,9 @@ class SaccadeCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[KVHandle, KVHandle]:
         layer: Any = self.layers[layer_idx]
+        if layer is self._ours[0] and self._behind is not None and self.seen >= self._behind[0]:
+            (_, act), self._behind = self._behind, None
+            act()
         if layer is self._ours[0] and self.run is not None:
             _check_rope(self.run)
             rotary = (run_in_force(self.run.model) or self.run).rotary.values()
@@ -269,6 +273,10 @@ class SaccadeCache(Cache):
         stored = layer.update(key_states, value_states, *args, **kwargs)
         self.writing = False
         return stored
+
+    def behind(self, length: int, act: Callable[[], None]) -> None:
+        """Call `act` once, before a token behind the first `length` is stored."""
+        self._behind = length, act
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens, in all layers or in none.

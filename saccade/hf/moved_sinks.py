@@ -17,6 +17,7 @@ from saccade.cache import SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.cached_keys import key_rotations
+from saccade.hf.compressed_generate import prompt_length
 from saccade.hf.facts import facts_of
 from saccade.hf.key_rotation import KeyRotation
 from saccade.hf.runs import Run
@@ -46,7 +47,7 @@ def move_sinks(caches: SaccadeCache, run: Run, n_ctx_train: int | None) -> None:
 
 def read_prompt_in_blocks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Set `prefill_chunk_size` of a `generate` call whose prompt ends beyond the reach."""
-    caches, prompt = kwargs.get("past_key_values"), _prompt(args, kwargs)
+    caches, prompt = kwargs.get("past_key_values"), prompt_length(args, kwargs)
     if not isinstance(caches, SaccadeCache) or prompt is None:
         return
     rings = [store for store in caches.stores if isinstance(store, SlidingCache)]
@@ -57,13 +58,6 @@ def read_prompt_in_blocks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
         return
     if any(ring.places.alike(ring.seen, prompt) < prompt for ring in rings):
         kwargs["prefill_chunk_size"] = block
-
-
-def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Tokens of the prompt of a `generate` call."""
-    given = [kwargs.get("inputs"), kwargs.get("input_ids"), *args[:1]]
-    tokens = next((x for x in given if isinstance(x, Tensor)), None)
-    return None if tokens is None or tokens.dim() != 2 else tokens.shape[1]
 
 
 def _reach(run: Run, n_ctx_train: int | None) -> int | None:

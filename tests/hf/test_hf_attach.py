@@ -134,11 +134,6 @@ def test_conflicting_generate_options(llama, ids):
         with pytest.raises(Unsupported, match="cache_implementation='static' conflicts"):
             config = GenerationConfig(cache_implementation="static", max_new_tokens=2)
             llama.generate(ids, generation_config=config)
-    with (
-        attach(llama, ContextParams(kv_policy="snapkv", kv_budget=8)),
-        pytest.raises(Unsupported, match=r"Use saccade\.Context"),
-    ):
-        llama.generate(ids, max_new_tokens=2)
 
 
 @torch.no_grad()
