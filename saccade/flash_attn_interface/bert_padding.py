@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+__all__ = [
+    "index_first_axis",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
+
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """The rows `[n, ...]` of x `[rows, ...]` that int64 indices `[n]` name."""
