@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from saccade.core import AttentionOutput, KVView, Mask, PagedKV, Unsupported
-from saccade.core.check import FLOATS, check_tensor, describe, integer, number, truth
+from saccade.core.check import (
+    FLOATS,
+    LARGEST_POSITION,
+    check_tensor,
+    describe,
+    integer,
+    number,
+    truth,
+)
 from saccade.ops import AttentionCall, attend, make_call
 from saccade.ops.attention import dispatch
 
@@ -90,7 +98,12 @@ def _window(given: object) -> tuple[int | None, int | None]:
         raise TypeError(f"window_size must be (left, right), -1 for all keys, got {given!r}.")
     numbers = [x.item() if isinstance(x, Tensor) else x for x in given]
     left, right = (integer("a number of window_size", x) for x in numbers)
-    return None if left < 0 else left, None if right < 0 else right
+    return _limit(left), _limit(right)
+
+
+def _limit(keys: int) -> int | None:
+    """How many keys a query sees to one side; None for all, as no key is farther than that."""
+    return keys if 0 <= keys < LARGEST_POSITION else None
 
 
 def check_layout(

@@ -127,7 +127,7 @@ class _Packs(NamedTuple):
                     f"cu_seqlens_{name} must end at {tokens}, the tokens of {name}, or before, "
                     f"got {steps[-1]}."
                 )
-            longest = max((b - a for a, b in pairwise(steps)), default=0)
+            longest = _longest(steps)
             if isinstance(said, Tensor) and not readable(said):
                 continue  # on a GPU, where reading it would wait; nothing depends on it
             if longest > _length(f"max_seqlen_{name}", said):
@@ -136,6 +136,11 @@ class _Packs(NamedTuple):
                     f"got {said}."
                 )
         return found
+
+
+def _longest(steps: tuple[int, ...]) -> int:
+    """The longest sequence of cumulative lengths."""
+    return max((b - a for a, b in pairwise(steps)), default=0)
 
 
 def _length(name: str, given: object) -> int:
@@ -228,10 +233,10 @@ def _over_pages(
 
     The queries of a sequence are the last of their row, so they sit at the end of its keys.
     """
-    longest = _length("max_seqlen_q", packs.max_q)
+    longest, most = _length("max_seqlen_q", packs.max_q), _length("max_seqlen_k", packs.max_k)
     if readable(packs.cu_q):
-        packs.on_host(len(q), None)
-    most = _length("max_seqlen_k", packs.max_k)
+        steps, _ = packs.on_host(len(q), None)
+        longest = _longest(steps)
     view = paged_view(k, v, table, packs.cu_k.diff().int(), most)
     tokens = torch.arange(len(q), device=q.device)
     ends = packs.cu_q[1:].long()

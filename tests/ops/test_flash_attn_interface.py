@@ -28,6 +28,7 @@ WINDOWS = [
     (False, (-1, 2)),
     (False, (-1, 0)),
     (False, (100, 100)),
+    (False, (2**40, 2)),
 ]
 SIZES = [  # q_len, k_len, heads, kv_heads
     (7, 7, 4, 4),
@@ -153,7 +154,7 @@ def test_varlen_over_pages(causal, window, lens, size):
             cu_q,
             cu_k,
             max(lens[0]) + 1,
-            max(lens[1]),
+            max(lens[1]) + 9,
             alibi_slopes=own,
             return_attn_probs=True,
             block_table=table,
@@ -375,6 +376,19 @@ def test_pages_that_do_not_hold_the_keys_are_refused():
         flash_attn_varlen_func(*given, block_table=[[0]])
     with pytest.raises(ValueError, match="block_table must be int32 .2, 2."):
         flash_attn_varlen_func(*given, block_table=table.long())
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (1, 1)])
+@pytest.mark.parametrize("pages", [False, True])
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_no_tokens(sequences, pages, window):
+    cu = torch.zeros(sequences + 1, dtype=torch.int32)
+    q, k = normal(0, 4, 16), normal(*([2, 8] if pages else [0]), 2, 16)
+    table = torch.zeros(sequences, 1, dtype=torch.int32) if pages else None
+    out, lse, _ = flash_attn_varlen_func(
+        q, k, k, cu, cu, 0, 0, window_size=window, return_attn_probs=True, block_table=table
+    )
+    assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
 
 
 def test_stacks_of_another_number_are_refused():
