@@ -31,6 +31,7 @@ from saccade.flash_attn_interface.options import (
     call_of,
     check_layout,
     options_of,
+    outside_graphs,
 )
 from saccade.flash_attn_interface.pages import PAGES, check_table, paged_view
 from saccade.ops import attend
@@ -39,6 +40,7 @@ from saccade.rope.rotary import apply
 _INTS = (torch.int32, torch.int64)
 
 
+@outside_graphs
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,

@@ -8,8 +8,9 @@ depend on the real distance, so with them such a window becomes a boolean mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ Window = tuple[int, int]
 """Keys to the left and to the right of a query; -1 (any negative number) for all of them."""
 
 EVERYWHERE: Window = (-1, -1)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,11 @@ class Options:
     def is_local(self) -> bool:
         """Whether the position of a query decides which keys it sees."""
         return self.left is not None or self.right is not None
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as a break in the graph of torch.compile: views of caches are no operators."""
+    return cast(Any, torch.compiler.disable)(function)
 
 
 def options_of(

@@ -25,6 +25,7 @@ from saccade.flash_attn_interface.options import (
     Window,
     check_layout,
     options_of,
+    outside_graphs,
     returned,
     run,
     unpacked,
@@ -226,6 +227,7 @@ def _row(slopes: Tensor, sequence: int) -> Tensor:
     return slopes if slopes.ndim == 1 else slopes[min(sequence, len(slopes) - 1)]
 
 
+@outside_graphs
 def _over_pages(
     q: Tensor, k: Tensor, v: Tensor, packs: _Packs, table: Tensor, options: Options
 ) -> AttentionOutput:

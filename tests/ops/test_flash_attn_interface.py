@@ -293,6 +293,17 @@ def test_inside_of_a_compiled_function():
         assert_near(compiled(q, k, v, **meaning.keywords), batch(q, k, v, meaning)[0])
 
 
+@pytest.mark.parametrize("window", [(-1, 0), (1, 2)], ids=str)
+def test_packed_sequences_end_the_graph_of_a_compiled_function(window):
+    q, k, v, cu_q, cu_k = packed([2, 4], [3, 4], 4, 2)
+
+    def twice(q):
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 4, 4, window_size=window) * 2
+
+    expected, _ = varlen_truth(q, k, v, [2, 4], [3, 4], Meaning(window=window))
+    assert_near(torch.compile(twice, backend="aot_eager")(q), expected * 2)
+
+
 def test_the_signatures_are_those_of_flash_attn():
     shared = (
         "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "

@@ -219,6 +219,23 @@ def test_a_captured_step_reads_lengths_when_it_runs(kind, device):
     assert_near(out, batch(q, *keys, Meaning(causal=True), lens=[10, 7, 15])[0])
 
 
+def test_a_step_ends_the_graph_of_a_compiled_function():
+    storage, lens = Storage("pages"), tensor(9, 3, 20)
+    q, k, v = (normal(ROWS, 1, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    keys = [
+        written(storage.keys(x), new, lens.tolist()) for x, new in ((storage.k, k), (storage.v, v))
+    ]
+
+    def step(q):
+        given = {"cache_seqlens": lens, "causal": True, **storage.options}
+        return flash_attn_with_kvcache(q, storage.k, storage.v, k, v, **given) * 2
+
+    out = torch.compile(step, backend="aot_eager")(q)
+    expected = batch(q, *keys, Meaning(causal=True), lens=[10, 4, 21])
+    assert_near(out, expected[0] * 2)
+    assert torch.equal(storage.keys(storage.k), keys[0])
+
+
 def test_there_are_no_gradients():
     storage, q = Storage("dense"), normal(ROWS, 1, HEADS, DIM).requires_grad_()
     assert not flash_attn_with_kvcache(q, storage.k, storage.v).requires_grad
