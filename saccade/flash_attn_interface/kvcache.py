@@ -245,7 +245,7 @@ def _padding(leftpad: object, q: Tensor, kv: KVView) -> Tensor | None:
 
 
 class _Rotation(NamedTuple):
-    """Rotary tables `[positions, rotary_dim / 2]`, float32 at least, and the layout of pairs."""
+    """Rotary tables `[positions, rotary_dim / 2]`, and the layout of pairs."""
 
     cos: Tensor
     sin: Tensor
@@ -260,8 +260,9 @@ class _Rotation(NamedTuple):
         count = x.shape[1]
         at = _positions(stored, count if advancing else 1, x.device).expand(-1, count)
         check_bounds("a position of rotary_cos", at, 0, len(self.cos) - 1)
-        turned = apply(x.transpose(1, 2), self.cos[at], self.sin[at], interleaved=self.interleaved)
-        return turned.transpose(1, 2)
+        wide = torch.promote_types(x.dtype, torch.float32)  # so that x is rounded once
+        cos, sin = self.cos[at].to(wide), self.sin[at].to(wide)
+        return apply(x.transpose(1, 2), cos, sin, interleaved=self.interleaved).transpose(1, 2)
 
 
 def _rotation(cos: object, sin: object, interleaved: bool) -> _Rotation | None:
@@ -271,9 +272,6 @@ def _rotation(cos: object, sin: object, interleaved: bool) -> _Rotation | None:
     if cos is None or sin is None:
         raise ValueError("rotary_cos and rotary_sin must be given together, got only one of them.")
     axes = "positions, rotary_dim / 2"
-    tables = [
-        check_tensor(name, x, FLOATS, axes)
-        for name, x in (("rotary_cos", cos), ("rotary_sin", sin))
-    ]
-    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tables]
-    return _Rotation(wide[0], wide[1], interleaved)
+    tables = (check_tensor("rotary_cos", cos, FLOATS, axes),)
+    tables += (check_tensor("rotary_sin", sin, FLOATS, axes),)
+    return _Rotation(*tables, interleaved)

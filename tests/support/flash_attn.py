@@ -109,9 +109,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, positions: list[int], interleav
     return out
 
 
-def assert_near(found: Tensor, truth: Tensor) -> None:
+def assert_near(found: Tensor, truth: Tensor, allowed: float | None = None) -> None:
     """Fail unless a result is as near to the truth as its dtype allows, infinite where it is."""
-    allowed = TOLERANCE[found.dtype]
+    allowed = TOLERANCE[found.dtype] if allowed is None else allowed
     found = found.detach().cpu().double()
     assert found.shape == truth.shape
     assert torch.equal(found.isinf(), truth.isinf())
