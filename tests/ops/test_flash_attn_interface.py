@@ -14,7 +14,16 @@ from saccade.flash_attn_interface import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from tests.support.flash_attn import DEVICES, Meaning, assert_near, batch, sequence
+from tests.support.flash_attn import (
+    DEVICES,
+    Meaning,
+    assert_near,
+    batch,
+    in_pages,
+    inputs,
+    packed,
+    sequence,
+)
 from tests.support.random_inputs import normal
 from tests.support.tolerance import LSE_ALLOWANCE
 
@@ -57,12 +66,6 @@ def meaning_of(causal, window, scores):
     return Meaning(causal=causal, window=window, **chosen)
 
 
-def inputs(q_len, k_len, heads, kv_heads, *, rows=2, dim=16, device="cpu", dtype=torch.float32):
-    q = normal(rows, q_len, heads, dim, device=device, dtype=dtype)
-    k, v = (normal(rows, k_len, kv_heads, dim, device=device, dtype=dtype) for _ in range(2))
-    return q, k, v
-
-
 @pytest.mark.parametrize("scores", SCORES.values(), ids=list(SCORES))
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("causal", "window"), WINDOWS, ids=str)
@@ -82,16 +85,6 @@ def test_dense(causal, window, size, scores):
 
 
 LENGTHS = [([3, 0, 6, 1], [3, 2, 6, 4]), ([1, 1, 1], [5, 9, 2]), ([4, 7], [6, 3])]
-
-
-def packed(q_lens, k_lens, heads, kv_heads, *, device="cpu", dtype=torch.float32, dim=16):
-    q = normal(sum(q_lens), heads, dim, device=device, dtype=dtype)
-    k, v = (normal(sum(k_lens), kv_heads, dim, device=device, dtype=dtype) for _ in range(2))
-    return q, k, v, *(cumulative(lens, device) for lens in (q_lens, k_lens))
-
-
-def cumulative(lens, device="cpu"):
-    return torch.tensor([0, *lens], device=device).cumsum(0).int()
 
 
 def varlen_truth(q, k, v, q_lens, k_lens, meaning, slopes=None):
@@ -119,21 +112,6 @@ def test_varlen(causal, window, lens, scores):
     assert_near(out, truth[0])
     assert_near(lse, truth[1], LSE_ALLOWANCE)
     assert out.is_contiguous() and empty.numel() == 0
-
-
-def in_pages(x, lens, size, spare=2):
-    """Packed keys in pages, in an order of no meaning; (pages, block_table)."""
-    counts = [-(-length // size) for length in lens]
-    order = torch.randperm(sum(counts) + spare, device=x.device).int()
-    pages = torch.full((len(order), size, *x.shape[1:]), torch.nan, device=x.device, dtype=x.dtype)
-    table = torch.full((len(lens), max(counts) + 1), -1, dtype=torch.int32, device=x.device)
-    used = 0
-    for row, (part, count) in enumerate(zip(x.split(lens), counts, strict=True)):
-        table[row, :count] = order[used : used + count]
-        for at, token in enumerate(part):
-            pages[table[row, at // size], at % size] = token
-        used += count
-    return pages, table
 
 
 @pytest.mark.parametrize("size", [1, 4, 16])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.support.gpu import on_ampere
+from tests.support.random_inputs import normal
 
 DEVICES = ["cpu", pytest.param("cuda", marks=on_ampere)]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -117,3 +118,56 @@ def assert_near(found: Tensor, truth: Tensor, allowed: float | None = None) -> N
     assert torch.equal(found.isinf(), truth.isinf())
     gap = (found.nan_to_num(neginf=0) - truth.detach().nan_to_num(neginf=0)).abs()
     assert gap.numel() == 0 or gap.max() <= allowed, f"off by {gap.max():.3g}"
+
+
+def inputs(
+    q_len: int,
+    k_len: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    rows: int = 2,
+    dim: int = 16,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[rows, q_len, heads, dim]`, keys and values `[rows, k_len, kv_heads, dim]`."""
+    q = normal(rows, q_len, heads, dim, device=device, dtype=dtype)
+    k, v = (normal(rows, k_len, kv_heads, dim, device=device, dtype=dtype) for _ in range(2))
+    return q, k, v
+
+
+def packed(
+    q_lens: list[int],
+    k_lens: list[int],
+    heads: int,
+    kv_heads: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    dim: int = 16,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Packed queries, keys and values `[tokens, heads, dim]`, and both cumulative lengths."""
+    q = normal(sum(q_lens), heads, dim, device=device, dtype=dtype)
+    k, v = (normal(sum(k_lens), kv_heads, dim, device=device, dtype=dtype) for _ in range(2))
+    return q, k, v, *(cumulative(lens, device) for lens in (q_lens, k_lens))
+
+
+def cumulative(lens: list[int], device: str = "cpu") -> Tensor:
+    """cu_seqlens of sequences of these lengths."""
+    return torch.tensor([0, *lens], device=device).cumsum(0).int()
+
+
+def in_pages(x: Tensor, lens: list[int], size: int, spare: int = 2) -> tuple[Tensor, Tensor]:
+    """Packed keys in pages, in an order of no meaning; (pages, block_table)."""
+    counts = [-(-length // size) for length in lens]
+    order = torch.randperm(sum(counts) + spare, device=x.device).int()
+    pages = torch.full((len(order), size, *x.shape[1:]), torch.nan, device=x.device, dtype=x.dtype)
+    table = torch.full((len(lens), max(counts) + 1), -1, dtype=torch.int32, device=x.device)
+    used = 0
+    for row, (part, count) in enumerate(zip(x.split(lens), counts, strict=True)):
+        table[row, :count] = order[used : used + count]
+        for at, token in enumerate(part):
+            pages[table[row, at // size], at % size] = token
+        used += count
+    return pages, table
