@@ -27,6 +27,8 @@ PUBLIC = (
     "saccade.hf",
     "saccade.cache",
     "saccade.sparse",
+    "saccade.flash_attn_interface",
+    "saccade.flash_attn_interface.bert_padding",
     "saccade.compress",
     "saccade.core",
     "saccade.ops",
@@ -35,7 +37,10 @@ PUBLIC = (
     "saccade.runtime.importance",
 )
 # pdoc walks into packages: this leaves their modules out.
-INNER = r"!saccade\.(?!runtime\.importance$)(\w+\.|cli|bench|evals|report|units|version|__)"
+INNER = (
+    r"!saccade\.(?!runtime\.importance$|flash_attn_interface\.bert_padding$)"
+    r"(\w+\.|cli|bench|evals|report|units|version|__)"
+)
 ARGS = re.compile(r"^Args:\n((?:[ ]{4,}.*\n?|\n)+)", re.MULTILINE)
 NAMES = re.compile(r"^    ([\w*]+(?:, [\w*]+)*):", re.MULTILINE)
 

@@ -17,6 +17,7 @@ require("transformers")
 from saccade.hf.attach import Attached, attach
 from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
 from saccade.hf.context import Context
+from saccade.hf.continuous import continuous_batching
 from saccade.hf.convert import converted_heads
 from saccade.hf.load import LoadedModel, load_model
 from saccade.hf.model import HFModel, rotary_frequencies
@@ -34,6 +35,7 @@ __all__ = [
     "SaccadeCache",
     "SaccadeCacheLayer",
     "attach",
+    "continuous_batching",
     "converted_heads",
     "load_model",
     "plan",

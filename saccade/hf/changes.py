@@ -42,6 +42,14 @@ def set_implementation(undo: Undo, model: PreTrainedModel, name: str) -> None:
         )
 
 
+def name_implementation(undo: Undo, model: PreTrainedModel, name: str) -> None:
+    """Only the name, in all configs: for "flash" in it transformers would look for a package."""
+    switched = _SwitchedConfigs(model)
+    undo.callback(switched.put_back)
+    model.config._attn_implementation = name
+    switched.note()
+
+
 class _SwitchedConfigs:
     """The attributes of a model's configs that changed between `__init__` and `note`."""
 

@@ -35,7 +35,7 @@ FLOORS = [
     ["ops.attention.operator"],
     ["ops.attention"],
     ["ops"],
-    ["cache", "sparse"],
+    ["cache", "sparse", "flash_attn_interface"],
     ["compress"],
     ["runtime"],
     ["hf", "report"],
