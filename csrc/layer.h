@@ -43,6 +43,12 @@ struct Layer {
 
 constexpr int64_t kMaxRows = 8;  // of x in one step
 
+// What storing changes about keys and values beside their dtype.
+struct Storing {
+  bool hadamard = false;  // they are transformed, a head in blocks of powers of two
+  bool bounded = false;   // they have to fit into float16, neither too large nor all too small
+};
+
 // Rows of x are those of `batch` sequences with `tokens` tokens each: row b * tokens + t.
 struct LayerFront {
   const float* x;
@@ -50,6 +56,7 @@ struct LayerFront {
   const float *cos, *sin;  // [tokens, head_dim]
   float* q;                // [rows, heads, head_dim]
   Strided k, v;            // where they are stored: [batch, kv_heads, tokens, head_dim]
+  Storing storing;
   float* scratch;
   int threads;
 };
@@ -63,7 +70,8 @@ struct LayerBack {
 };
 
 struct StepKernels {
-  void (*front)(const Layer&, const LayerFront&);
+  // False where numbers are not stored because they are out of bounds.
+  bool (*front)(const Layer&, const LayerFront&);
   void (*back)(const Layer&, const LayerBack&);
   // y `[rows, out]` = products of the rows of x with a weight.
   void (*multiply)(const Weight&, const float* x, int64_t rows, float* y, int threads);

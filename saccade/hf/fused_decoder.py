@@ -2,20 +2,23 @@
 
 transformers runs a layer as some forty operations of torch, which take 0.2 ms on a CPU whatever the
 size of the model; a small one is bound by that.  Here norms, products, RoPE and the MLP of a layer
-are two calls, and where every layer has a dense cache the whole decoder is one.  Nothing of the
-model is changed: a Context takes this way instead of the model's forward where it can.
+are two calls, and all layers whose caches show where new tokens go are one.  Nothing of the model
+is changed: a Context takes this way instead of the model's forward where it can.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
+from itertools import takewhile
+from operator import call, is_
 from typing import Any, Final
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache
+from saccade.cache import DenseCache, Placement, PlacingCache
 from saccade.hf.attention import saccade_attention
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.decoder_layers import Described, describe
@@ -62,10 +65,9 @@ class FusedDecoder:
         self._settings = [run.settings[i] for i in range(len(described.layers))]
         settings = zip(described.windows, self._settings, strict=True)
         self._ranges = [_range(*each) for each in settings]
-        self._direct = [_is_direct(each) for each in self._settings]
-        self._all_direct = all(self._direct)
-        self._places: list[Tensor | None] = [None] * len(described.layers)
-        self._buffers: list[Any] = [None] * len(described.layers)
+        types = run.params.type_k, run.params.type_v
+        self._direct = [_is_direct(each) and "fp8" not in types for each in self._settings]
+        self._stored: list[tuple[ref[Tensor], ...]] = [()] * len(described.layers)
         self._rotary = _Rotary(self._inner, len(described.layers))
         kinds = list(zip(self._rotary.kinds, self._ranges, strict=True))
         self._kinds = list(dict.fromkeys(kinds))
@@ -79,9 +81,13 @@ class FusedDecoder:
         self._decoder.begin(record(x.contiguous()), torch.get_num_threads())
         start, count = cache.seen, tokens.shape[1]
         tables = self._rotary.tables(start, count, x)
-        if not self._run(cache, count, tables):
-            for index in range(len(self._ranges)):
+        kinds = [(*tables[name], *reach) for name, reach in self._kinds]
+        places, index = self._places(cache, count, x.dtype), 0
+        while index < len(places):
+            index += self._run(cache, index, places, count, kinds)
+            if index < len(places):
                 self._layer(index, cache, x, tables)
+                index += 1
         out = torch.empty_like(x)
         self._decoder.finish(record(out))
         return out
@@ -91,32 +97,50 @@ class FusedDecoder:
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return plain and eager and not self._inner.training and self._described.unchanged.holds()
 
-    def _run(self, cache: SaccadeCache, count: int, tables: dict[Hashable, Any]) -> bool:
-        """All layers in one call, where all have dense caches with nothing special about them."""
-        if cache.observer is not None or not cache.seen or not self._all_direct:
-            return False
-        stores: list[DenseCache] = []
-        for store, (window, _) in zip(cache.stores, self._ranges, strict=True):
-            if type(store) is not DenseCache or (window >= 0 and store.is_compressed):
-                return False
-            stores.append(store)
-        slots: list[int] = []
-        for index, store in enumerate(stores):
-            store.reserve(count)
-            slots.append(store.num_slots)
-            if self._places[index] is not store.like[0]:
-                self._note_buffers(index, store)
-        kinds = [(*tables[name], *reach) for name, reach in self._kinds]
-        self._decoder.run(self._buffers, kinds, self._of_kind, slots)
-        for store in stores:
-            store.commit(count)
-        return True
+    def _places(
+        self, cache: SaccadeCache, count: int, dtype: torch.dtype
+    ) -> list[Placement | None]:
+        """Where each layer stores new tokens; None: its cache has to be given them."""
+        places: list[Placement | None] = [None] * len(self._ranges)
+        if cache.observer is not None:
+            return places
+        cache.writing = True  # full groups of a quantized cache are quantized here
+        for index, store in enumerate(cache.stores):
+            windowed = self._ranges[index][0] >= 0
+            gaps = windowed and isinstance(store, DenseCache) and store.is_compressed
+            if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
+                continue
+            place = places[index] = store.place(count, dtype)
+            if place is not None and not self._knows(index, place):
+                view = store.storage()
+                self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard)
+                self._stored[index] = tuple(map(ref, place.parts))
+        cache.writing = False
+        return places
 
-    def _note_buffers(self, index: int, store: DenseCache) -> None:
-        """Where a layer stores its keys and values, until its cache grows."""
-        k, v = store.like
-        assert k is not None and v is not None
-        self._places[index], self._buffers[index] = k, (record(k), record(v))
+    def _knows(self, index: int, place: Placement) -> bool:
+        """Whether the C++ layers were told of this storage."""
+        known = self._stored[index]
+        return len(known) == len(place.parts) and all(map(is_, map(call, known), place.parts))
+
+    def _run(
+        self,
+        cache: SaccadeCache,
+        first: int,
+        places: list[Placement | None],
+        count: int,
+        kinds: list[Any],
+    ) -> int:
+        """As many layers from `first` on as one call computes; how many they are."""
+        placed = list(takewhile(lambda place: place is not None, places[first:]))
+        if not placed:
+            return 0
+        wanted = [place[1:] for place in placed if place is not None]
+        done = self._decoder.run(first, wanted, kinds, self._of_kind)
+        for store in cache.stores[first : first + done]:
+            assert isinstance(store, PlacingCache)
+            store.commit(count)
+        return done
 
     def _layer(
         self, index: int, cache: SaccadeCache, like: Tensor, tables: dict[Hashable, Any]

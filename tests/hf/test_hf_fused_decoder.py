@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ CACHES = {
     "window": {"n_swa": 24, "n_sinks": 2},
     "scaled": {"rope_scaling_type": "yarn", "rope_freq_scale": 0.5},
 }
+LONG = {
+    "dense": {},
+    "int8": CACHES["int8"],
+    "int4": CACHES["int4"],
+    "ring": {"n_swa": 24, "n_sinks": 2},
+    "int8 ring": {"n_swa": 128, **CACHES["int8"]},
+}
 
 
 @pytest.fixture
@@ -43,7 +51,7 @@ def steps(monkeypatch) -> list[str]:
 
         def counted(self, *args, original=original, label=label):
             result = original(self, *args)
-            if result is not False:
+            if result != 0:  # `_run` says how many layers it computed
                 seen.append(label)
             return result
 
@@ -120,23 +128,70 @@ def test_packed_weights_equal_the_same_numbers_unpacked(bits, steps):
     assert torch.allclose(found, logits(model, PLAIN), atol=0.02 * expected.abs().max())
 
 
-def test_dense_caches_take_one_call_for_all_layers(steps):
-    logits(lively("llama"), ContextParams())
-    assert steps == ["run"] * len(TOKENS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("cache", LONG)
+def test_one_call_for_all_layers_from_token_to_token(family, cache, steps):
+    """Through growing buffers, full groups that are quantized, and rings that go round."""
+    model, found = lively(family), []
+    for fused in (None, False):
+        with saccade.Context(
+            model, ContextParams(fused_layers=fused, **LONG[cache]), check="off"
+        ) as ctx:
+            ctx.append(PROMPT)
+            hidden = [ctx.append([3 + 7 * i % 90])[0] for i in range(150)]
+            found.append(torch.stack([ctx.logits(x) for x in hidden[::10]]))
+            found.append([store.state().progress for store in ctx.cache.stores])
+    assert steps == ["run"] * 150
+    assert torch.allclose(found[0], found[2], atol=1e-3 * found[2].abs().max())
+    assert found[1] == found[3]
 
 
+def test_layers_between_those_of_one_call(steps):
+    """float16 recent tokens hold small values badly, so such a layer's are given to its cache."""
+    model = lively("llama")
+    model.model.layers[1].self_attn.v_proj.weight.data *= 1e-6
+    expected = logits(model, ContextParams(fused_layers=False, **CACHES["int8"]))
+    found = logits(model, ContextParams(**CACHES["int8"]))
+    after = ["run"] * (len(model.model.layers) > 2)
+    assert steps == ["run", "layer", *after] * len(TOKENS)
+    assert torch.allclose(found, expected, atol=3e-5 * expected.abs().max())
+
+
+def test_numbers_that_a_quantized_cache_refuses():
+    """One token whose keys are too large: an error as of the model's own forward, then go on."""
+    model, found = lively("llama"), []
+    with torch.no_grad():
+        rows = model.model.embed_tokens.weight
+        rows[:, 0] = 0
+        rows[99] = 0
+        rows[99, 0] = 1
+        model.model.layers[0].input_layernorm.weight[0] = 1e8
+    for fused in (False, None):
+        params = ContextParams(fused_layers=fused, **CACHES["int8"])
+        with saccade.Context(model, params, check="off") as ctx:
+            ctx.append(PROMPT)
+            ctx.append([5])
+            with pytest.raises(ValueError, match="a quantized cache takes keys of magnitudes"):
+                ctx.append([99])
+            assert ctx.seen == len(PROMPT) + 1
+            found.append(ctx.logits(ctx.append([6])[0]))
+    assert torch.allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "int8", "window"])
 @pytest.mark.parametrize("rows", [(1, 3), (2, 1), (4, 2), (3, 1)])
-def test_several_rows_and_tokens(rows, steps):
+def test_several_rows_and_tokens(rows, name, steps):
     """Rows of a batch, and several tokens of a row, against the model's own forward."""
     model, tokens = lively("qwen3"), torch.randint(3, 99, rows)
     found = []
-    for params in (PLAIN, ContextParams()):
+    for params in (replace(PLAIN, **CACHES[name]), ContextParams(**CACHES[name])):
         with HFModel(model).attached(params) as attached, torch.inference_mode():
             cache = attached.new_cache(params)
             attached.hidden(torch.arange(rows[0] * 20).view(rows[0], 20) + 3, cache)
             found.append(attached.hidden(tokens, cache))
             found[-1] = attached.logits(attached.hidden(tokens, cache) + found[-1])
-    assert steps == ["run"] * 2
+    at_once = name == "dense" or rows[1] == 1
+    assert steps == (["run"] * 2 if at_once else ["layer"] * 2 * len(model.model.layers))
     assert torch.allclose(found[1], found[0], atol=1e-4)
 
 
