@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "check_tensor.h"
 #include "checks.h"
@@ -122,7 +123,7 @@ void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb:
   const Layer& at = layer(i);
   const Kind kind{tensor(cos), tensor(sin), -1, 0};
   check_tables(at, kind.cos, kind.sin);
-  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}};
+  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}};
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
   front_checked(at, call);
@@ -146,16 +147,39 @@ void Decoder::queries(nb::handle q) {
             {place.data + b * place.batch + h * place.head + t * place.row, place.dtype});
 }
 
-void Decoder::attend_checked(int64_t i, CallArg& call) {
+void Decoder::attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse) {
   const Layer& at = layers_[(size_t)i];
   call.q = by_heads(q_, batch_, at.heads, tokens_, at.head_dim);
-  call.out = by_heads(attended_, batch_, at.heads, tokens_, at.head_dim);
+  call.out = by_heads(out, batch_, at.heads, tokens_, at.head_dim);
+  if (lse) {
+    const int64_t head = tokens_, row = at.heads * tokens_;
+    call.lse = TensorArg{(char*)lse, Dtype::f32, 3, {batch_, at.heads, tokens_}, {row, head, 1},
+                         batch_ * row * (int64_t)sizeof(float)};
+  }
   call.scale = attends_[(size_t)i].scale;
   call.softcap = attends_[(size_t)i].softcap;
   call.threads = threads_;
   CheckedProblem checked;
   check(call, checked);
   kernels_->attend(checked.problem);
+}
+
+// Attention over the view of a layer and over sinks before it, weighted by their sums.
+void Decoder::attend_sinks(int64_t i, LayerCall& call) {
+  const Layer& at = layers_[(size_t)i];
+  sinks_.resize(attended_.size());
+  lse_.resize((size_t)(2 * rows() * at.heads));
+  float *view_lse = lse_.data(), *sink_lse = view_lse + rows() * at.heads;
+  attend_checked(i, call.attention, attended_, view_lse);
+  attend_checked(i, *call.sinks, sinks_, sink_lse);
+  for (int64_t r = 0; r < rows(); ++r)
+    for (int64_t h = 0; h < at.heads; ++h) {
+      const int64_t n = (r / tokens_ * at.heads + h) * tokens_ + r % tokens_;
+      const float share = 1.f / (1.f + std::exp(view_lse[n] - sink_lse[n]));  // of the sinks
+      float* out = attended_.data() + (r * at.heads + h) * at.head_dim;
+      const float* more = sinks_.data() + (r * at.heads + h) * at.head_dim;
+      for (int64_t d = 0; d < at.head_dim; ++d) out[d] += share * (more[d] - out[d]);
+    }
 }
 
 void Decoder::back_checked(const Layer& layer) {
@@ -172,7 +196,7 @@ void Decoder::attend(int64_t i, nb::tuple kv, int64_t window, int64_t sinks, int
   call.q_offset = q_offset;
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
-  attend_checked(i, call);
+  attend_checked(i, call, attended_);
   back_checked(at);
 }
 
@@ -187,9 +211,10 @@ void Decoder::back(int64_t i, nb::handle attended) {
   back_checked(at);
 }
 
-void Decoder::stored(int64_t i, nb::tuple view, bool hadamard) {
+void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks) {
   layer(i);
-  Stored found{read_view(view), {hadamard}, true};
+  Stored found{read_view(view), std::nullopt, {hadamard}, true};
+  if (!sinks.is_none()) found.sinks = read_view(nb::cast<nb::tuple>(sinks));
   const ViewKind kind = found.view.kind;
   require(kind == ViewKind::dense || kind == ViewKind::quantized,
           "steps write to dense and quantized views alone.");
@@ -203,7 +228,7 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
   const Stored& stored = stored_[(size_t)i];
   require(stored.known, "where a layer stores its keys was not said.");
   check_tables(at, kind.cos, kind.sin);
-  LayerCall call{&kind, {}, {}, {}, stored.storing};
+  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt};
   CallArg& attention = call.attention;
   ViewArg& kv = attention.kv = stored.view;
   const nb::tuple fields = nb::cast<nb::tuple>(place);
@@ -223,6 +248,11 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
   attention.window = kind.window;
   attention.sinks = kind.sinks;
   attention.hadamard = stored.storing.hadamard;
+  if (!stored.sinks) return call;
+  attention.sinks = 0;
+  call.sinks.emplace();
+  call.sinks->kv = *stored.sinks;
+  call.sinks->causal = false;
   return call;
 }
 
@@ -250,7 +280,10 @@ int64_t Decoder::run(int64_t first, nb::list places, nb::list kinds, nb::list of
     LayerCall& call = calls[(size_t)i];
     const Layer& at = layers_[(size_t)(first + i)];
     if (!front_checked(at, call)) return i;
-    attend_checked(first + i, call.attention);
+    if (call.sinks)
+      attend_sinks(first + i, call);
+    else
+      attend_checked(first + i, call.attention, attended_);
     back_checked(at);
   }
   return n;
@@ -292,7 +325,7 @@ void define_decoder(nb::module_& m) {
       .def("queries", &Decoder::queries)
       .def("attend", &Decoder::attend)
       .def("back", &Decoder::back)
-      .def("stored", &Decoder::stored)
+      .def("stored", &Decoder::stored, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
       .def("run", &Decoder::run)
       .def("finish", &Decoder::finish)
       .def("logits", &Decoder::logits);

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,8 @@ class Decoder {
 
   // Where layer i stores its keys and values, until that is said anew: a dense or quantized view
   // of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
-  void stored(int64_t i, nb::tuple view, bool hadamard);
+  // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
+  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks);
 
   // The layers from `first` on, one for each of `places`: (slot, position, spans) of the new
   // tokens in the view of their layer (cache/step.py).  `kinds` are (cos, sin, window, sinks);
@@ -63,6 +65,7 @@ class Decoder {
   };
   struct Stored {
     ViewArg view;
+    std::optional<ViewArg> sinks;
     Storing storing;
     bool known = false;
   };
@@ -71,6 +74,7 @@ class Decoder {
     CallArg attention;
     Strided k, v;  // where the new tokens go
     Storing storing;
+    std::optional<CallArg> sinks;
   };
 
   const Layer& layer(int64_t i) const;
@@ -80,7 +84,8 @@ class Decoder {
   Strided slots(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
   LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place) const;
   bool front_checked(const Layer& layer, const LayerCall& call);
-  void attend_checked(int64_t i, CallArg& call);
+  void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
+  void attend_sinks(int64_t i, LayerCall& call);
   void back_checked(const Layer& layer);
 
   const Kernels* kernels_;
@@ -92,7 +97,7 @@ class Decoder {
   Weight head_;
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
-  std::vector<float> x_, q_, attended_, scratch_;
+  std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_;
   std::mutex busy_;
 };
 

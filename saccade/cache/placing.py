@@ -25,12 +25,15 @@ class Placement(NamedTuple):
             tokens.
         position: of the first new token in the positions of the view.
         spans: of all stored tokens, the new ones included; empty where slots are positions.
+        sinks: keys and values before those of the view that every new query sees, as they were
+            given even where the view is transformed; none, or `[B, Hkv, sinks, D]` each.
     """
 
     parts: tuple[Tensor, ...]
     slot: int
     position: int
     spans: tuple[Span, ...] = ()
+    sinks: tuple[Tensor, ...] = ()
 
 
 class PlacingCache(ABC):

@@ -117,8 +117,14 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         super().reserve(count)
 
     def place(self, count: int, dtype: torch.dtype) -> Placement | None:
-        """See PlacingCache; with sinks attention runs on a copy of the window."""
-        return None if self.sinks else super().place(count, dtype)
+        """See PlacingCache."""
+        if self._first < self.sinks:
+            return None
+        if self._sink_k is None or self._sink_v is None:
+            return super().place(count, dtype)
+        self.places.place(self._sink_k, self.seen, count)
+        place = super().place(count, dtype)
+        return place and place._replace(sinks=(self._sink_k, self._sink_v))
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.cache import DenseCache, Placement, PlacingCache
+from saccade.core import DenseKV, KVView
 from saccade.hf.attention import saccade_attention
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.decoder_layers import Described, describe
@@ -112,16 +113,20 @@ class FusedDecoder:
                 continue
             place = places[index] = store.place(count, dtype)
             if place is not None and not self._knows(index, place):
-                view = store.storage()
-                self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard)
-                self._stored[index] = tuple(map(ref, place.parts))
+                self._note(index, place, store.storage())
         cache.writing = False
         return places
 
     def _knows(self, index: int, place: Placement) -> bool:
         """Whether the C++ layers were told of this storage."""
-        known = self._stored[index]
-        return len(known) == len(place.parts) and all(map(is_, map(call, known), place.parts))
+        known, parts = self._stored[index], place.parts + place.sinks
+        return len(known) == len(parts) and all(map(is_, map(call, known), parts))
+
+    def _note(self, index: int, place: Placement, view: KVView) -> None:
+        """Tell the C++ layers where a layer stores its keys and values."""
+        sinks = VIEWS[DenseKV](DenseKV(place.sinks[0], place.sinks[1])) if place.sinks else None
+        self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard, sinks)
+        self._stored[index] = tuple(map(ref, place.parts + place.sinks))
 
     def _run(
         self,
@@ -135,7 +140,7 @@ class FusedDecoder:
         placed = list(takewhile(lambda place: place is not None, places[first:]))
         if not placed:
             return 0
-        wanted = [place[1:] for place in placed if place is not None]
+        wanted = [place[1:4] for place in placed if place is not None]
         done = self._decoder.run(first, wanted, kinds, self._of_kind)
         for store in cache.stores[first : first + done]:
             assert isinstance(store, PlacingCache)

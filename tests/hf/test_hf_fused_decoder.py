@@ -39,6 +39,7 @@ LONG = {
     "int4": CACHES["int4"],
     "ring": {"n_swa": 24, "n_sinks": 2},
     "int8 ring": {"n_swa": 128, **CACHES["int8"]},
+    "int4 ring with sinks": {"n_swa": 128, "n_sinks": 3, **CACHES["int4"]},
 }
 
 
@@ -128,21 +129,20 @@ def test_packed_weights_equal_the_same_numbers_unpacked(bits, steps):
     assert torch.allclose(found, logits(model, PLAIN), atol=0.02 * expected.abs().max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("cache", LONG)
-def test_one_call_for_all_layers_from_token_to_token(family, cache, steps):
+def test_one_call_for_all_layers_from_token_to_token(cache, steps):
     """Through growing buffers, full groups that are quantized, and rings that go round."""
-    model, found = lively(family), []
+    model, found = lively("gemma3" if cache == "dense" else "llama"), []
     for fused in (None, False):
-        with saccade.Context(
-            model, ContextParams(fused_layers=fused, **LONG[cache]), check="off"
-        ) as ctx:
-            ctx.append(PROMPT)
-            hidden = [ctx.append([3 + 7 * i % 90])[0] for i in range(150)]
-            found.append(torch.stack([ctx.logits(x) for x in hidden[::10]]))
+        params = ContextParams(fused_layers=fused, **LONG[cache])
+        with saccade.Context(model, params, check="off") as ctx:
+            ctx.append(torch.arange(150) % 90 + 3)
+            hidden = [ctx.append([3 + 7 * i % 90])[0] for i in range(80)]
+            found.append(torch.stack([ctx.logits(x) for x in hidden[::8]]))
             found.append([store.state().progress for store in ctx.cache.stores])
-    assert steps == ["run"] * 150
-    assert torch.allclose(found[0], found[2], atol=1e-3 * found[2].abs().max())
+    assert steps == ["run"] * 80
+    # One cache dequantizes to float16 and another not; a number between two codes may be either.
+    assert torch.allclose(found[0], found[2], atol=3e-3 * found[2].abs().max())
     assert found[1] == found[3]
 
 
