@@ -25,7 +25,7 @@ void check_contiguous(const TensorArg& x, const char* name, Dtype dtype,
 }  // namespace
 
 PackedMatrix check_packed(const PackedArg& w) {
-  require(w.bits == 4 || w.bits == 8, "bits must be 4 or 8.");
+  require(w.bits == 4 || w.bits == 6 || w.bits == 8, "bits must be 4, 6 or 8.");
   require(w.group == 16 || w.group == 32, "group must be 16 or 32.");
   require(w.out >= 0 && w.out <= kMaxCount && w.in >= 0 && w.in <= kMaxPosition,
           "the sizes of a weight are impossible.");
@@ -151,9 +151,9 @@ PackProblem check(const PackArg& call) {
   };
   // Of a block; plain numbers (bits 0) are rounded to 4 bits with minimum or to 8 without.
   constexpr Kind kKinds[] = {
-      {32, 18, 4, 32, false},  {32, 20, 4, 32, true},   {32, 22, 8, 32, false},
-      {32, 24, 8, 32, true},   {32, 34, 8, 32, false},  {256, 144, 4, 32, true},
-      {256, 176, 8, 32, true}, {256, 210, 8, 16, false}, {1, 4, 0, 32, false},
+      {32, 18, 4, 32, false},  {32, 20, 4, 32, true},   {32, 22, 6, 32, false},
+      {32, 24, 6, 32, true},   {32, 34, 8, 32, false},  {256, 144, 4, 32, true},
+      {256, 176, 6, 32, true}, {256, 210, 6, 16, false}, {1, 4, 0, 32, false},
       {1, 2, 0, 32, false},    {1, 2, 0, 32, false}};
   require(call.kind >= 0 && call.kind <= (int)BlockKind::f16, "unknown kind of block.");
   const Kind& kind = kKinds[call.kind];

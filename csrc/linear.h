@@ -4,6 +4,8 @@
 // one filled up with zeros:
 //   4 bits  [block][in / 8][row]: 32 bits, the nibbles of columns 0 2 4 6 1 3 5 7 from the lowest,
 //           so that columns 2 j and 2 j + 1 lie in the two halves, at the same place
+//   6 bits  [block][in / 16][3][row]: 32 bits, the low nibbles of eight columns and of the next eight
+//           as above, then the upper two bits of all sixteen, columns 0 2 4 .. 14 1 3 5 .. 15
 //   8 bits  [block][in][row]: int8
 //   scale, minimum  [block][in / group][row]: float16
 #pragma once

@@ -26,43 +26,10 @@ SACCADE_INLINE void add_group(const PackedMatrix& w, const Inputs& x, int64_t ro
   }
 }
 
-// Eight columns of 4 bits, by float32 products.
-struct WideNibbles {
-  static constexpr int kColumns = 8;
-  NibbleTable table;
-  explicit WideNibbles(const PackedMatrix& w) : table(centre_of(w)) {}
-
-  template <int R>
-  SACCADE_INLINE_MEMBER void add(const uint8_t* q, int lane, const float* x, int64_t in,
-                                 F* sum) const {
-    const I numbers = loadi((const int32_t*)q + lane);
-    SACCADE_UNROLL for (int c = 0; c < kColumns; ++c) {
-      const F value = table.get(numbers, nibble_place(c));
-      SACCADE_UNROLL for (int r = 0; r < R; ++r) sum[r] = fma(value, set1(x[r * in + c]), sum[r]);
-    }
-  }
-};
-
-// Four columns of 8 bits.
-struct WideBytes {
-  static constexpr int kColumns = 4;
-  explicit WideBytes(const PackedMatrix&) {}
-
-  template <int R>
-  SACCADE_INLINE_MEMBER void add(const uint8_t* q, int lane, const float* x, int64_t in,
-                                 F* sum) const {
-    SACCADE_UNROLL for (int c = 0; c < kColumns; ++c) {
-      const F value = load_signed((const int8_t*)q + c * kBlockRows + lane);
-      SACCADE_UNROLL for (int r = 0; r < R; ++r) sum[r] = fma(value, set1(x[r * in + c]), sum[r]);
-    }
-  }
-};
-
-template <class Numbers, int R>
+template <int Bits, int R>
 static void wide_products(const PackedMatrix& w, int64_t block, const Inputs& x, int64_t row,
                           Products<R> y) {
-  constexpr int kStep = kBlockRows * 4;  // bytes of Numbers::kColumns columns
-  const Numbers numbers(w);
+  const Columns<Bits> numbers(w);
   for (int lane = 0; lane < kBlockRows; lane += W) {
     const uint8_t* q = block_data(w, block);
     int64_t at = block_scales(w, block) + lane;
@@ -71,8 +38,14 @@ static void wide_products(const PackedMatrix& w, int64_t block, const Inputs& x,
     for (int64_t k = 0; k < w.in; k += w.group, at += kBlockRows) {
       F sum[R];
       SACCADE_UNROLL for (int r = 0; r < R; ++r) sum[r] = zero();
-      for (int64_t c = 0; c < w.group; c += Numbers::kColumns, q += kStep)
-        numbers.template add<R>(q, lane, x.wide + row * x.in + k + c, x.in, sum);
+      for (int64_t first = k; first < k + w.group; first += kColumns, q += bytes_at_once<Bits>()) {
+        const float* from = x.wide + row * x.in + first;
+        SACCADE_UNROLL for (int c = 0; c < kColumns; ++c) {
+          const F value = numbers.get(q, lane, c);
+          SACCADE_UNROLL for (int r = 0; r < R; ++r)
+            sum[r] = fma(value, set1(from[r * x.in + c]), sum[r]);
+        }
+      }
       add_group<R>(w, x, row, at, k, sum, total);
     }
     SACCADE_UNROLL for (int r = 0; r < R; ++r) store(y[r] + lane, total[r]);
@@ -80,16 +53,38 @@ static void wide_products(const PackedMatrix& w, int64_t block, const Inputs& x,
 }
 
 #if defined(SACCADE_DOT)
-// The sixteen numbers of 4 bits as bfloat16, twice: an index of five bits may hold any fifth one.
-SACCADE_INLINE __m512i dot_table(int centre) {
-  alignas(64) Bf16 values[32];
-  for (int i = 0; i < 32; i += W) {
-    alignas(64) float lanes[W];
-    for (int j = 0; j < W; ++j) lanes[j] = (float)(j - centre);
-    store(values + i, load(lanes));
+// Sixteen columns of 4 or 6 bits as bfloat16, found in tables of all numbers.
+template <int Bits>
+class DotColumns {
+ public:
+  explicit DotColumns(const PackedMatrix& w) {
+    alignas(64) Bf16 values[64];
+    for (int i = 0; i < 64; i += W) {
+      alignas(64) float lanes[W];
+      // An index of 5 bits into the numbers of 4 may hold any fifth one.
+      for (int j = 0; j < W; ++j) lanes[j] = (float)((Bits == 4 ? j : i + j) - centre_of(w));
+      store(values + i, load(lanes));
+    }
+    first_ = _mm512_load_si512(values);
+    second_ = _mm512_load_si512(values + 32);
   }
-  return _mm512_load_si512(values);
-}
+
+  // Columns 2 j and 2 j + 1 of the sixteen at q.
+  SACCADE_INLINE_MEMBER __m512i get(const uint8_t* q, int j) const {
+    const __m512i low = _mm512_srli_epi16(_mm512_loadu_si512(q + j / 4 * 64), 4 * (j % 4));
+    if (Bits == 4) return _mm512_permutexvar_epi16(low, first_);
+    const __m512i runs = _mm512_loadu_si512(q + 128);
+    const __m512i upper = j < 2 ? _mm512_slli_epi16(runs, j < 2 ? 4 - 2 * j : 0)
+                                : _mm512_srli_epi16(runs, j < 2 ? 0 : 2 * j - 4);
+    constexpr int kSelect = 0xca;  // bit by bit: first ? second : third
+    const __m512i index =
+        _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, upper, kSelect);
+    return _mm512_permutex2var_epi16(first_, index, second_);
+  }
+
+ private:
+  __m512i first_, second_;
+};
 
 SACCADE_INLINE __m512i pair_at(const Bf16* x) {
   int32_t pair;
@@ -97,24 +92,10 @@ SACCADE_INLINE __m512i pair_at(const Bf16* x) {
   return _mm512_set1_epi32(pair);
 }
 
-// Eight columns of 4 bits: each shift brings another pair of columns to the tables' indices.
-template <int R, bool kSplit>
-SACCADE_INLINE void add_dots(const uint8_t* q, __m512i table, const Inputs& x, int64_t at, F* sum,
-                             F* rest) {
-  const __m512i numbers = _mm512_loadu_si512(q);
-  SACCADE_UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_srli_epi16(numbers, 4 * j), table);
-    SACCADE_UNROLL for (int r = 0; r < R; ++r) {
-      sum[r] = dot_pairs(pairs, pair_at(x.high + at + r * x.in + 2 * j), sum[r]);
-      if (kSplit) rest[r] = dot_pairs(pairs, pair_at(x.low + at + r * x.in + 2 * j), rest[r]);
-    }
-  }
-}
-
-template <int R, bool kSplit>
+template <int Bits, int R, bool kSplit>
 static void dot_products(const PackedMatrix& w, int64_t block, const Inputs& x, int64_t row,
                          Products<R> y) {
-  const __m512i table = dot_table(centre_of(w));
+  const DotColumns<Bits> numbers(w);
   const uint8_t* q = block_data(w, block);
   int64_t at = block_scales(w, block);
   F total[R];
@@ -122,8 +103,15 @@ static void dot_products(const PackedMatrix& w, int64_t block, const Inputs& x, 
   for (int64_t k = 0; k < w.in; k += w.group, at += kBlockRows) {
     F sum[R], rest[R];
     SACCADE_UNROLL for (int r = 0; r < R; ++r) sum[r] = rest[r] = zero();
-    for (int64_t c = 0; c < w.group; c += 8, q += 64)
-      add_dots<R, kSplit>(q, table, x, row * x.in + k + c, sum, rest);
+    for (int64_t c = k; c < k + w.group; c += kColumns, q += bytes_at_once<Bits>())
+      SACCADE_UNROLL for (int j = 0; j < kColumns / 2; ++j) {
+        const __m512i pairs = numbers.get(q, j);
+        SACCADE_UNROLL for (int r = 0; r < R; ++r) {
+          const int64_t from = (row + r) * x.in + c + 2 * j;
+          sum[r] = dot_pairs(pairs, pair_at(x.high + from), sum[r]);
+          if (kSplit) rest[r] = dot_pairs(pairs, pair_at(x.low + from), rest[r]);
+        }
+      }
     if (kSplit) SACCADE_UNROLL for (int r = 0; r < R; ++r) sum[r] = add(sum[r], rest[r]);
     add_group<R>(w, x, row, at, k, sum, total);
   }
@@ -134,13 +122,15 @@ static void dot_products(const PackedMatrix& w, int64_t block, const Inputs& x, 
 template <int R>
 SACCADE_INLINE void block_products(const PackedMatrix& w, int64_t block, const Inputs& x,
                                    int64_t row, Products<R> y) {
-  if (w.bits == 8) return wide_products<WideBytes, R>(w, block, x, row, y);
+  for_bits(w.bits, [&]<int Bits>() {
 #if defined(SACCADE_DOT)
-  if (x.low) return dot_products<R, true>(w, block, x, row, y);
-  return dot_products<R, false>(w, block, x, row, y);
-#else
-  wide_products<WideNibbles, R>(w, block, x, row, y);
+    if constexpr (Bits != 8) {
+      if (x.low) return dot_products<Bits, R, true>(w, block, x, row, y);
+      return dot_products<Bits, R, false>(w, block, x, row, y);
+    }
 #endif
+    wide_products<Bits, R>(w, block, x, row, y);
+  });
 }
 
 }  // namespace saccade::SACCADE_TARGET

@@ -39,8 +39,8 @@ SACCADE_INLINE void unpack_q5(const uint8_t* p, bool with_minimum, Unpacked& u) 
   uint32_t fifth;
   std::memcpy(&fifth, p, sizeof fifth);
   unpack_nibbles(p + 4, 16, u.q);
-  const uint8_t centre = with_minimum ? 0 : 16;
-  for (int i = 0; i < 32; ++i) u.q[i] = (uint8_t)((u.q[i] | (fifth >> i & 1) << 4) - centre);
+  const uint8_t centre = with_minimum ? 0 : 16;  // the packed form's is 32
+  for (int i = 0; i < 32; ++i) u.q[i] = (uint8_t)((u.q[i] | (fifth >> i & 1) << 4) + centre);
 }
 
 SACCADE_INLINE void unpack_q8_0(const uint8_t* p, Unpacked& u) {
@@ -78,8 +78,8 @@ SACCADE_INLINE void unpack_q6_k(const uint8_t* p, Unpacked& u) {
   for (int j = 0; j < 2; ++j) unpack_nibbles(p + 64 * j, 64, u.q + 128 * j);
   for (int j = 0; j < 8; ++j)
     for (int i = 0; i < 32; ++i) {
-      uint8_t& q = u.q[32 * j + i];
-      q = (uint8_t)((q | (p[128 + j / 4 * 32 + i] >> 2 * (j % 4) & 3) << 4) - 32);
+      const int upper = p[128 + j / 4 * 32 + i] >> 2 * (j % 4) & 3;
+      u.q[32 * j + i] |= (uint8_t)(upper << 4);
     }
 }
 

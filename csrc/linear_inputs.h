@@ -9,7 +9,7 @@ namespace saccade::SACCADE_TARGET {
 constexpr int kSum = 16;  // numbers of a row that are added up for the minima
 
 #if defined(SACCADE_DOT)
-constexpr bool kDots = true;  // numbers of 4 bits are multiplied as bfloat16
+constexpr bool kDots = true;  // numbers of 4 and 6 bits are multiplied as bfloat16
 #else
 constexpr bool kDots = false;
 #endif
@@ -25,7 +25,7 @@ struct Inputs {
 SACCADE_INLINE Inputs place_inputs(const LinearProblem& p, Arena& arena) {
   bool wide = false, pairs = false, sums = false;
   for (int i = 0; i < p.num_weights; ++i) {
-    const bool dots = kDots && p.weights[i].bits == 4;
+    const bool dots = kDots && p.weights[i].bits != 8;
     wide |= !dots;
     pairs |= dots;
     sums |= p.weights[i].minimum != nullptr;

@@ -47,6 +47,13 @@ SACCADE_INLINE uint32_t eight_nibbles(const uint8_t* q) {
   return gather(x & 0x000f000f000f000f) | gather(x >> 8 & 0x000f000f000f000f) << 16;
 }
 
+// The upper two of the 6 bits of sixteen numbers.
+SACCADE_INLINE uint32_t sixteen_uppers(const uint8_t* q) {
+  uint32_t bits = 0;
+  for (int c = 0; c < kColumns; ++c) bits |= (uint32_t)(q[c] >> 4 & 3) << upper_place(c);
+  return bits;
+}
+
 class Pack {
  public:
   explicit Pack(const PackProblem& p)
@@ -73,7 +80,9 @@ class Pack {
       }
       in_range &= write_scales(units, block_scales(w_, block) + k / w_.group * kBlockRows);
       uint8_t* to = w_.qdata + (block * w_.in + k) * kBlockRows * w_.bits / 8;
-      w_.bits == 4 ? write_nibbles(units, to) : write_bytes(units, to);
+      if (w_.bits == 4) write_nibbles(units, to);
+      else if (w_.bits == 6) write_sixes(units, to);
+      else write_bytes(units, to);
     }
     if (!in_range) in_range_.store(false, std::memory_order_relaxed);
   }
@@ -98,6 +107,16 @@ class Pack {
         const uint32_t eight = eight_nibbles(units[r].q + k);
         std::memcpy(to, &eight, sizeof eight);
       }
+  }
+
+  void write_sixes(const Unpacked* units, uint8_t* to) const {
+    for (int64_t k = 0; k < unit_; k += kColumns)
+      for (int run = 0; run < 3; ++run)
+        for (int r = 0; r < kBlockRows; ++r, to += 4) {
+          const uint8_t* q = units[r].q + k;
+          const uint32_t bits = run < 2 ? eight_nibbles(q + 8 * run) : sixteen_uppers(q);
+          std::memcpy(to, &bits, sizeof bits);
+        }
   }
 
   void write_bytes(const Unpacked* units, uint8_t* to) const {

@@ -23,28 +23,21 @@ SACCADE_INLINE __m512i as_pairs(F even, F odd) {
 }
 
 // panel[k / 2][row]: pairs of columns of a block, from column `first` to `end`.
+template <int Bits>
 static void fill_panel(const PackedMatrix& w, int64_t block, int64_t first, int64_t end,
                        Bf16* panel) {
-  const uint8_t* q = block_data(w, block) + first * kBlockRows * w.bits / 8;
+  const uint8_t* q = block_data(w, block) + first / kColumns * bytes_at_once<Bits>();
   int64_t at = block_scales(w, block) + first / w.group * kBlockRows;
-  const NibbleTable table(centre_of(w));
+  const Columns<Bits> numbers(w);
   for (int64_t k = first; k < end; k += w.group, at += kBlockRows) {
     const F scale = load((const F16*)w.scale + at);
     const F minimum = w.minimum ? load((const F16*)w.minimum + at) : zero();
-    for (int64_t c = 0; c < w.group; c += 8, panel += 8 * kBlockRows) {
-      F x[8];
-      if (w.bits == 8) {
-        SACCADE_UNROLL for (int i = 0; i < 8; ++i)
-          x[i] = load_signed((const int8_t*)q + i * kBlockRows);
-      } else {
-        const I numbers = loadi((const int32_t*)q);
-        SACCADE_UNROLL for (int i = 0; i < 8; ++i) x[i] = table.get(numbers, nibble_place(i));
+    for (int64_t c = 0; c < w.group; c += kColumns, q += bytes_at_once<Bits>())
+      SACCADE_UNROLL for (int i = 0; i < kColumns; i += 2, panel += 2 * kBlockRows) {
+        const F even = fma(numbers.get(q, 0, i), scale, minimum);
+        const F odd = fma(numbers.get(q, 0, i + 1), scale, minimum);
+        _mm512_storeu_si512(panel, as_pairs(even, odd));
       }
-      q += kBlockRows * w.bits;
-      SACCADE_UNROLL for (int i = 0; i < 8; ++i) x[i] = fma(x[i], scale, minimum);
-      SACCADE_UNROLL for (int i = 0; i < 8; i += 2)
-        _mm512_storeu_si512(panel + i * kBlockRows, as_pairs(x[i], x[i + 1]));
-    }
   }
 }
 
@@ -157,11 +150,13 @@ class LinearPanels {
   }
 
   void fill(const Pair& pair, int64_t k, int64_t end) const {
-    fill_panel(p_.weights[pair.weight], pair.block, k, end, pair.panels[0]);
+    const auto fill_one = [&](const PackedMatrix& w, int64_t block, Bf16* panel) {
+      for_bits(w.bits, [&]<int Bits>() { fill_panel<Bits>(w, block, k, end, panel); });
+    };
+    fill_one(p_.weights[pair.weight], pair.block, pair.panels[0]);
     if (!pair.two) return;
     const int64_t weight = is_gated() ? 1 : pair.weight;
-    fill_panel(p_.weights[weight], is_gated() ? pair.block : pair.block + 1, k, end,
-               pair.panels[1]);
+    fill_one(p_.weights[weight], is_gated() ? pair.block : pair.block + 1, pair.panels[1]);
   }
 
   template <class Fn>

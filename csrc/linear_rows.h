@@ -5,13 +5,20 @@
 
 namespace saccade::SACCADE_TARGET {
 
-// One number: a byte, or four bits with the centre taken off.
+// One number, with the centre taken off.
 SACCADE_INLINE float number_at(const PackedMatrix& w, const uint8_t* block, int64_t row,
                                int64_t k, int centre) {
   if (w.bits == 8) return (float)(int8_t)block[k * kBlockRows + row];
-  uint32_t eight;
-  std::memcpy(&eight, block + (k / 8 * kBlockRows + row) * 4, sizeof eight);
-  return (float)((int)(eight >> nibble_place((int)(k & 7)) & 15) - centre);
+  const int c = (int)(k % kColumns);
+  const uint8_t* sixteen = block + (k - c) * kBlockRows * w.bits / 8;
+  const auto bits_at = [&](int run) {
+    uint32_t bits;
+    std::memcpy(&bits, sixteen + (run * kBlockRows + row) * 4, sizeof bits);
+    return bits;
+  };
+  uint32_t number = bits_at(c / 8) >> nibble_place(c & 7) & 15;
+  if (w.bits == 6) number |= (bits_at(2) >> upper_place(c) & 3) << 4;
+  return (float)((int)number - centre);
 }
 
 SACCADE_INLINE float scale_at(const uint16_t* p) {
@@ -37,7 +44,8 @@ class ReadRows {
  private:
   static void run_item(void* self, int64_t item) {
     auto* rows = (ReadRows*)self;
-    rows->p_.index ? rows->one_row(item) : rows->block(rows->first_block_ + item);
+    if (rows->p_.index) return rows->one_row(item);
+    for_bits(rows->w_.bits, [&]<int Bits>() { rows->block<Bits>(rows->first_block_ + item); });
   }
 
   void one_row(int64_t item) {
@@ -55,37 +63,34 @@ class ReadRows {
   }
 
   // Sixteen rows: W columns at a time, transposed from one column a register to one row.
+  template <int Bits>
   void block(int64_t block) {
     const uint8_t* q = block_data(w_, block);
-    const NibbleTable table(centre_);
+    const Columns<Bits> numbers(w_);
     for (int lane = 0; lane < kBlockRows; lane += W) {
       const int64_t row = block * kBlockRows + lane - p_.first;  // of the output
       if (row + W <= 0 || row >= p_.n) continue;
-      for (int64_t k = 0; k < w_.in; k += kBlockRows) {
-        alignas(64) float x[W][kBlockRows];
-        columns(q + k * kBlockRows * w_.bits / 8, block, lane, k, table, x);
+      for (int64_t k = 0; k < w_.in; k += kColumns) {
+        alignas(64) float x[W][kColumns];
+        transposed(q + k / kColumns * bytes_at_once<Bits>(), block, lane, k, numbers, x);
         for (int i = 0; i < W; ++i)
-          if (row + i >= 0 && row + i < p_.n) write(x[i], row + i, k, kBlockRows);
+          if (row + i >= 0 && row + i < p_.n) write(x[i], row + i, k, kColumns);
       }
     }
   }
 
   // x[i][c]: column k + c of row lane + i of the block.
-  SACCADE_INLINE_MEMBER void columns(const uint8_t* q, int64_t block, int lane, int64_t k,
-                                     const NibbleTable& table, float (&x)[W][kBlockRows]) const {
+  template <int Bits>
+  SACCADE_INLINE_MEMBER void transposed(const uint8_t* q, int64_t block, int lane, int64_t k,
+                                        const Columns<Bits>& numbers,
+                                        float (&x)[W][kColumns]) const {
     const int64_t at = block_scales(w_, block) + k / w_.group * kBlockRows + lane;
     const F scale = load((const F16*)w_.scale + at);
     const F minimum = w_.minimum ? load((const F16*)w_.minimum + at) : zero();
-    for (int first = 0; first < kBlockRows; first += W) {
+    for (int first = 0; first < kColumns; first += W) {
       F r[W];
-      SACCADE_UNROLL for (int i = 0; i < W; ++i) {
-        const int c = first + i;
-        r[i] = w_.bits == 8
-                   ? load_signed((const int8_t*)q + c * kBlockRows + lane)
-                   : table.get(loadi((const int32_t*)q + c / 8 * kBlockRows + lane),
-                               nibble_place(c & 7));
-        r[i] = fma(r[i], scale, minimum);
-      }
+      SACCADE_UNROLL for (int i = 0; i < W; ++i)
+        r[i] = fma(numbers.get(q, lane, first + i), scale, minimum);
       transpose(r);
       SACCADE_UNROLL for (int i = 0; i < W; ++i) store(x[i] + first, r[i]);
     }

@@ -30,13 +30,22 @@ struct NibbleTable {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(x, (unsigned)shift), values);
   }
 };
+// Sixteen times 2 bits of 32; the table is the same whatever the two bits above them are.
+struct UpperTable {
+  F values = mul(NibbleTable(0).get(_mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2,
+                                                      3), 0),
+                 set1(16.f));
+  SACCADE_INLINE_MEMBER F get(I x, int shift) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(x, (unsigned)shift), values);
+  }
+};
 #else
 #if defined(SACCADE_AVX2)
 SACCADE_INLINE F load_signed(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
-SACCADE_INLINE I low_nibble(I x, int shift) {
-  return _mm256_and_si256(_mm256_srli_epi32(x, shift), _mm256_set1_epi32(15));
+SACCADE_INLINE I some_bits(I x, int shift, int mask) {
+  return _mm256_and_si256(_mm256_srli_epi32(x, shift), _mm256_set1_epi32(mask));
 }
 #elif defined(SACCADE_NEON)
 SACCADE_INLINE F load_signed(const int8_t* p) {
@@ -45,9 +54,9 @@ SACCADE_INLINE F load_signed(const int8_t* p) {
   const int16x8_t wide = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
-SACCADE_INLINE I low_nibble(I x, int shift) {
+SACCADE_INLINE I some_bits(I x, int shift, int mask) {
   const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-shift));
-  return vreinterpretq_s32_u32(vandq_u32(shifted, vdupq_n_u32(15)));
+  return vreinterpretq_s32_u32(vandq_u32(shifted, vdupq_n_u32((uint32_t)mask)));
 }
 #else
 SACCADE_INLINE F load_signed(const int8_t* p) {
@@ -55,9 +64,10 @@ SACCADE_INLINE F load_signed(const int8_t* p) {
   for (int i = 0; i < W; ++i) r.lane[i] = (float)p[i];
   return r;
 }
-SACCADE_INLINE I low_nibble(I x, int shift) {
+SACCADE_INLINE I some_bits(I x, int shift, int mask) {
   I r;
-  for (int i = 0; i < W; ++i) r.lane[i] = (int32_t)((uint32_t)x.lane[i] >> shift & 15);
+  for (int i = 0; i < W; ++i)
+    r.lane[i] = (int32_t)((uint32_t)x.lane[i] >> shift & (uint32_t)mask);
   return r;
 }
 #endif
@@ -65,16 +75,59 @@ struct NibbleTable {
   I centre;
   explicit NibbleTable(int value) { centre = set1i(value); }
   SACCADE_INLINE_MEMBER F get(I x, int shift) const {
-    return to_float(subi(low_nibble(x, shift), centre));
+    return to_float(subi(some_bits(x, shift, 15), centre));
+  }
+};
+struct UpperTable {
+  SACCADE_INLINE_MEMBER F get(I x, int shift) const {
+    return mul(to_float(some_bits(x, shift, 3)), set1(16.f));
   }
 };
 #endif
 
-// Bits from the lowest to column c of eight.
+// Bits from the lowest to the nibble of column c of eight, and to the upper two bits of sixteen.
 SACCADE_INLINE constexpr int nibble_place(int c) { return (c & 1) * 16 + (c >> 1) * 4; }
+SACCADE_INLINE constexpr int upper_place(int c) { return (c & 1) * 16 + (c >> 1) * 2; }
 
-// What is subtracted from numbers of 4 bits.
-SACCADE_INLINE int centre_of(const PackedMatrix& w) { return w.minimum || w.bits == 8 ? 0 : 8; }
+// What is subtracted from numbers without a sign.
+SACCADE_INLINE int centre_of(const PackedMatrix& w) {
+  return w.minimum || w.bits == 8 ? 0 : 1 << (w.bits - 1);
+}
+
+constexpr int kColumns = 16;  // that are read at once: the least common unit of all forms
+
+template <int Bits>
+SACCADE_INLINE constexpr int64_t bytes_at_once() {
+  return kColumns * kBlockRows * Bits / 8;
+}
+
+// Numbers of a block before they are scaled.
+template <int Bits>
+class Columns {
+ public:
+  explicit Columns(const PackedMatrix& w) : nibbles_(centre_of(w)) {}
+
+  // Column c of the sixteen at q, rows `lane` on.
+  SACCADE_INLINE_MEMBER F get(const uint8_t* q, int lane, int c) const {
+    if (Bits == 8) return load_signed((const int8_t*)q + c * kBlockRows + lane);
+    const int32_t* rows = (const int32_t*)q + lane;
+    const F low = nibbles_.get(loadi(rows + c / 8 * kBlockRows), nibble_place(c & 7));
+    if (Bits == 4) return low;
+    return add(low, upper_.get(loadi(rows + 2 * kBlockRows), upper_place(c)));
+  }
+
+ private:
+  NibbleTable nibbles_;
+  UpperTable upper_;
+};
+
+// fn.operator()<Bits>() for the bits of a weight.
+template <class Fn>
+SACCADE_INLINE auto for_bits(int bits, Fn&& fn) {
+  if (bits == 4) return fn.template operator()<4>();
+  if (bits == 6) return fn.template operator()<6>();
+  return fn.template operator()<8>();
+}
 
 SACCADE_INLINE F load_any(const char* p, Dtype dtype, int64_t at) {
   if (dtype == Dtype::f32) return load((const float*)p + at);

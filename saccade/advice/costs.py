@@ -183,7 +183,7 @@ class TimedWeight:
 
 def _packed(form: Form, rows: int, width: int) -> PackedWeight:
     """A packed matrix of ones."""
-    q = torch.ones(rows, width, dtype=torch.uint8 if form.bits == 4 else torch.int8)
+    q = torch.ones(rows, width, dtype=torch.int8 if form.bits == 8 else torch.uint8)
     scale = torch.full((rows, width // form.group), 0.01)
     return pack(q, scale, scale if form.minimum else None, bits=form.bits)
 

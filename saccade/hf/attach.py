@@ -13,6 +13,7 @@ from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.cropped_caches import check_not_cropped
+from saccade.hf.fused_forward import decode_in_kernels
 from saccade.hf.layers import check_attention
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
@@ -67,9 +68,11 @@ class Attaching(Running):
 def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attaching:
     """`with attach(model, params) as attached:` a transformers model runs under these params.
 
-    With the default params this changes only what computes attention.  `fused_layers=True` also
-    replaces norms, linear layers, MLPs and decoder layers, those of classes in `allowlist.json`.
-    Nothing outside the model object is changed.
+    With the default params this changes what computes attention, and on a CPU steps of up to eight
+    tokens over saccade's own caches run through C++ layers (`hf.fused_forward`; not with
+    `fused_layers=False`).  `fused_layers=True` also replaces norms, linear layers, MLPs and decoder
+    layers by a GPU's fused kernels, those of classes in `allowlist.json`.  Nothing outside the
+    model object is changed.
 
     Everything is put back on exit, also after an exception.  Attached models can be attached again
     inside: the newest params alone count.  They need not be left in the reverse order.
@@ -139,6 +142,8 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
         needed |= {"refit": refit_generate, "chunks": read_chunks_of_one_text}
     if serves_every_call:
         needed |= {"settings": changes.show_runs, "generate": _serve_generate}
+        if params.fused_layers is None and model.device.type == "cpu":
+            needed["steps"] = decode_in_kernels
     return Run(
         model=model,
         params=params,

@@ -74,8 +74,8 @@ class ContextParams:
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
         fused_layers: replace norms, linear layers, MLPs and decoder layers of known transformers
             classes by fused kernels, and apply RoPE while keys are stored; None: on for a Context
-            on a GPU, off for `attach`.  On a CPU a Context computes steps of up to eight rows by
-            C++ layers (`hf.fused_decoder`), which change nothing on the model; False: not.
+            on a GPU, off for `attach` there; on a CPU, steps of up to eight rows by C++ layers
+            (`hf.fused_decoder`), which leave the layers of the model alone; False: neither.
 
     Raises:
         ValueError: an option with a value that is not listed above.

@@ -41,10 +41,10 @@ BLOCKS: Final[Mapping[str, Form]] = {
     "Q4_0": Form(4, 32, False),
     "Q4_1": Form(4, 32, True),
     "Q4_K": Form(4, 32, True),
-    "Q5_0": Form(8, 32, False),
-    "Q5_1": Form(8, 32, True),
-    "Q5_K": Form(8, 32, True),
-    "Q6_K": Form(8, 16, False),
+    "Q5_0": Form(6, 32, False),
+    "Q5_1": Form(6, 32, True),
+    "Q5_K": Form(6, 32, True),
+    "Q6_K": Form(6, 16, False),
     "Q8_0": Form(8, 32, False),
 }
 """Kinds of GGUF's blocks that have a packed form."""

@@ -25,6 +25,9 @@ inline const LinearCase kLinearCases[] = {
      .minimum = true},
     {.name = "linear, 4 bits, groups of 16, bf16", .rows = 3, .out = 33, .in = 80, .group = 16,
      .minimum = true, .dtype = Dtype::bf16},
+    {.name = "linear, 6 bits, groups of 16", .rows = 5, .out = 37, .in = 80, .bits = 6, .group = 16},
+    {.name = "linear, 6 bits, minima, one row", .rows = 1, .out = 48, .in = 96, .bits = 6,
+     .minimum = true},
     {.name = "linear, 8 bits, bias, three threads", .rows = 5, .out = 70, .in = 96, .bits = 8,
      .bias = true, .threads = 3},
     {.name = "linear, 8 bits, groups of 16, fp16", .rows = 2, .out = 17, .in = 48, .bits = 8,
@@ -74,10 +77,20 @@ struct Packed {
       qdata.bytes[(block * matrix.in + k) * 16 + lane] = (char)q;
       return (int8_t)q;
     }
+    const int64_t eight = k / 8, before = matrix.bits == 4 ? 0 : k / 16;  // runs of upper bits
     const int nibble = (int)(k % 8) / 2 + (k % 2 ? 4 : 0);
-    char& byte = qdata.bytes[((block * (matrix.in / 8) + k / 8) * 16 + lane) * 4 + nibble / 2];
-    byte = (char)((uint8_t)byte | q << (nibble % 2 ? 4 : 0));
-    return matrix.minimum ? q : q - 8;
+    set_bits(block, eight + before, lane, 4 * nibble, q & 15);
+    if (matrix.bits == 4) return matrix.minimum ? q : q - 8;
+    const int pair = (int)(k % 16) / 2 + (k % 2 ? 8 : 0);
+    set_bits(block, k / 16 * 3 + 2, lane, 2 * pair, q >> 4);
+    return matrix.minimum ? q : q - 32;
+  }
+
+  // Bits of the 32 of a lane in a run of columns.
+  void set_bits(int64_t block, int64_t run, int64_t lane, int shift, int bits) {
+    const int64_t runs = matrix.in * matrix.bits / 32;
+    char& byte = qdata.bytes[((block * runs + run) * 16 + lane) * 4 + shift / 8];
+    byte = (char)((uint8_t)byte | bits << shift % 8);
   }
 };
 
@@ -154,10 +167,11 @@ inline double error_of_rows(const saccade::LinearKernels& kernels, const Packed&
   });
 }
 
-// Blocks of a GGUF file: a float16 scale, then 32 numbers of 8 bits, or 16 bytes of two nibbles.
+// Blocks of a GGUF file: a float16 scale, then 32 numbers of 8 bits, or 16 bytes of two nibbles,
+// before which 4 bytes may hold the fifth bits of the 32 numbers (packed to 6 bits).
 inline double error_of_packing(const saccade::LinearKernels& kernels, int bits) {
   source.seed(2205);
-  const int64_t out = 21, in = 96, block = bits == 8 ? 34 : 18;
+  const int64_t out = 21, in = 96, block = bits == 8 ? 34 : bits == 6 ? 22 : 18;
   Packed w(out, in, bits, 32, false);
   std::vector<uint8_t> raw(out * in / 32 * block);
   w.numbers.assign(out * in, 0);
@@ -166,18 +180,17 @@ inline double error_of_packing(const saccade::LinearKernels& kernels, int bits) 
     const double scale = rounded(Dtype::f16, 0.1 + 0.01 * normal());
     const uint16_t half = half_bits(scale);
     std::memcpy(at, &half, 2);
-    for (int j = 0; j < (bits == 8 ? 32 : 16); ++j) {
-      at[2 + j] = (uint8_t)(source() >> 56);
-      if (bits == 8) {
-        w.numbers[i * 32 + j] = (int8_t)at[2 + j] * scale;
-      } else {
-        w.numbers[i * 32 + j] = ((at[2 + j] & 15) - 8) * scale;
-        w.numbers[i * 32 + j + 16] = ((at[2 + j] >> 4) - 8) * scale;
-      }
+    for (int64_t j = 2; j < block; ++j) at[j] = (uint8_t)(source() >> 56);
+    for (int j = 0; j < 32; ++j) {
+      const int nibble = at[(bits == 6 ? 6 : 2) + j % 16] >> (j < 16 ? 0 : 4) & 15;
+      const int fifth = at[2 + j / 8] >> j % 8 & 1;
+      const int q = bits == 8 ? (int8_t)at[2 + j] : bits == 6 ? nibble + 16 * fifth - 16 : nibble - 8;
+      w.numbers[i * 32 + j] = q * scale;
     }
   }
   using saccade::BlockKind;
-  const BlockKind kind = bits == 8 ? BlockKind::q8_0 : BlockKind::q4_0;
+  const BlockKind kind =
+      bits == 8 ? BlockKind::q8_0 : bits == 6 ? BlockKind::q5_0 : BlockKind::q4_0;
   if (!kernels.pack({kind, raw.data(), in / 32 * block, w.matrix, 2})) return INFINITY;
   return error_of_rows(kernels, w, false);
 }
@@ -191,11 +204,11 @@ inline int run_linear(const saccade::LinearKernels& kernels, const char* target)
                 error <= 1 ? "" : "WRONG");
   };
   for (const LinearCase& c : kLinearCases) say(c.name, error_of_products(kernels, c));
-  for (int bits : {4, 8}) {
+  for (int bits : {4, 6, 8}) {
     source.seed(2205);
     Packed w(37, 96, bits, 16, bits == 4);
     w.draw();
-    const std::string name = bits == 4 ? "4 bits" : "8 bits";
+    const std::string name = std::to_string(bits) + " bits";
     say(("linear, rows, " + name).c_str(), error_of_rows(kernels, w, false) / 1e-6);
     say(("linear, rows by index, " + name).c_str(), error_of_rows(kernels, w, true) / 1e-6);
     say(("linear, blocks of a file, " + name).c_str(), error_of_packing(kernels, bits) / 1e-6);

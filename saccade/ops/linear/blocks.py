@@ -24,12 +24,12 @@ class _Form(NamedTuple):
 _FORMS = {
     "Q4_0": _Form(18, 32, 4, 32, False),
     "Q4_1": _Form(20, 32, 4, 32, True),
-    "Q5_0": _Form(22, 32, 8, 32, False),
-    "Q5_1": _Form(24, 32, 8, 32, True),
+    "Q5_0": _Form(22, 32, 6, 32, False),
+    "Q5_1": _Form(24, 32, 6, 32, True),
     "Q8_0": _Form(34, 32, 8, 32, False),
     "Q4_K": _Form(144, 256, 4, 32, True),
-    "Q5_K": _Form(176, 256, 8, 32, True),
-    "Q6_K": _Form(210, 256, 8, 16, False),
+    "Q5_K": _Form(176, 256, 6, 32, True),
+    "Q6_K": _Form(210, 256, 6, 16, False),
 }
 _PLAIN = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -44,13 +44,12 @@ def _q4_1(b: Tensor) -> _Unpacked:
 
 
 def _q5_0(b: Tensor) -> _Unpacked:
-    q = (_nibbles(b[..., 6:]) | _fifth(b[..., 2:6])).to(torch.int8) - 16
+    q = (_nibbles(b[..., 6:]) | _fifth(b[..., 2:6])) + 16  # 32 is taken off, not 16
     return q, _half(b, 0), None
 
 
 def _q5_1(b: Tensor) -> _Unpacked:
-    q = (_nibbles(b[..., 8:]) | _fifth(b[..., 4:8])).to(torch.int8)
-    return q, _half(b, 0), _half(b, 2)
+    return _nibbles(b[..., 8:]) | _fifth(b[..., 4:8]), _half(b, 0), _half(b, 2)
 
 
 def _q8_0(b: Tensor) -> _Unpacked:
@@ -74,7 +73,7 @@ def _q5_k(b: Tensor) -> _Unpacked:
     shifts = torch.arange(8, dtype=torch.uint8).unsqueeze(-1)
     high = (b[..., 16:48].unsqueeze(-2) >> shifts & 1) << 4
     low = _nibbles(b[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2)
-    return (low | high).to(torch.int8), *_k_scales(b)
+    return low | high, *_k_scales(b)
 
 
 def _q6_k(b: Tensor) -> _Unpacked:
@@ -82,7 +81,7 @@ def _q6_k(b: Tensor) -> _Unpacked:
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).unsqueeze(-1)
     high = (b[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3) << 4
     scale = b[..., 192:208].contiguous().view(torch.int8).float() * _half(b, 208)
-    return (low | high).to(torch.int8) - 32, scale, None
+    return low | high, scale, None
 
 
 _READERS: dict[str, Callable[[Tensor], _Unpacked]] = {
