@@ -94,7 +94,10 @@ void Decoder::begin(nb::handle x, int64_t threads) {
 
 void Decoder::check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const {
   for (const TensorArg* table : {&cos, &sin}) {
-    check_rows_of(*table, "cos and sin", {tokens_, layer.head_dim});
+    check_tensor(*table, "cos and sin", 2);
+    const int64_t rotated = cos.shape[1];
+    require(rotated <= layer.head_dim && rotated % 2 == 0, "more than a head would be rotated.");
+    check_rows_of(*table, "cos and sin", {tokens_, rotated});
     check_dtype(*table, "cos and sin", Dtype::f32);
   }
 }
@@ -114,8 +117,9 @@ Strided Decoder::slots(const TensorArg& x, const Layer& layer, int64_t slot,
 
 bool Decoder::front_checked(const Layer& layer, const LayerCall& call) {
   const auto *cos = (const float*)call.kind->cos.data, *sin = (const float*)call.kind->sin.data;
-  return kernels_->step->front(layer, {x_.data(), batch_, tokens_, cos, sin, q_.data(), call.k,
-                                       call.v, call.storing, scratch_.data(), threads_});
+  return kernels_->step->front(layer, {x_.data(), batch_, tokens_, cos, sin,
+                                       call.kind->cos.shape[1], q_.data(), call.k, call.v,
+                                       call.storing, scratch_.data(), threads_});
 }
 
 void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb::handle v) {

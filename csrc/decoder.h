@@ -25,8 +25,8 @@ class Decoder {
   Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
           int64_t vocab, const std::string& target);
 
-  // Begins a step: x [batch, tokens, hidden], cos and sin of each kind of layer, float32
-  // [tokens, head_dim].
+  // Begins a step: x [batch, tokens, hidden].  cos and sin of a kind of layer are float32
+  // [tokens, rotated], the first channels of a head, or all.
   void begin(nb::handle x, int64_t threads);
 
   // Stores k and v [batch, kv_heads, tokens, head_dim] of layer i; queries stay inside.

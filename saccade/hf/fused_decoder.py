@@ -33,6 +33,9 @@ MAX_ROWS: Final = 8
 _TABLE: Final = 64
 """Positions whose cos and sin are computed at once."""
 
+_UNROTATED: Final = "unrotated"
+"""Kind of a layer without RoPE: two channels are turned by nothing, and the others stay."""
+
 Range = tuple[int, int]
 """Window and sinks for the kernels: -1 for no window."""
 
@@ -73,7 +76,7 @@ class FusedDecoder:
         types = run.params.type_k, run.params.type_v
         self._direct = [_is_direct(each) and "fp8" not in types for each in self._settings]
         self._stored: list[tuple[ref[Tensor], ...]] = [()] * len(described.layers)
-        self._rotary = _Rotary(self._inner, len(described.layers))
+        self._rotary = _Rotary(self._inner, described.rotated)
         kinds = list(zip(self._rotary.kinds, self._ranges, strict=True))
         self._kinds = list(dict.fromkeys(kinds))
         self._of_kind = [self._kinds.index(each) for each in kinds]
@@ -83,6 +86,8 @@ class FusedDecoder:
         if not 1 <= tokens.numel() <= MAX_ROWS or not self._serves(cache):
             return None
         x = self._inner.embed_tokens(tokens)
+        if self._described.multiplier != 1:
+            x = x * self._described.multiplier
         self._decoder.begin(record(x.contiguous()), torch.get_num_threads())
         start, count = cache.seen, tokens.shape[1]
         tables = self._rotary.tables(start, count, x)
@@ -173,7 +178,7 @@ class FusedDecoder:
 
     def _attend(self, index: int, like: Tensor, key: Any, value: Any) -> None:
         """The rest of a layer, with attention as transformers would call it."""
-        heads, _, dim, *_, scale, softcap, _, _ = self._described.layers[index]
+        heads, _, dim, *_, scale, softcap, _, _, _ = self._described.layers[index]
         batch, count, _ = like.shape
         q = like.new_empty(batch, heads, count, dim)
         self._decoder.queries(record(q))
@@ -194,7 +199,8 @@ class FusedDecoder:
             return None
         out = torch.empty(len(hidden), self._model.config.vocab_size)
         self._decoder.logits(record(hidden.contiguous()), record(out), torch.get_num_threads())
-        cap = self._described.softcap
+        cap, divisor = self._described.softcap, self._described.divisor
+        out = out if divisor == 1 else out / divisor
         return out if cap is None else torch.tanh(out / cap) * cap
 
 
@@ -211,15 +217,20 @@ def _is_direct(settings: AttentionSettings) -> bool:
 
 
 class _Rotary:
-    """cos and sin of the next positions, from the model's rotary module, a block at a time."""
+    """cos and sin of the next positions, from the model's rotary module, a block at a time.
 
-    def __init__(self, decoder: Any, num_layers: int) -> None:
+    Args:
+        rotated: whether a layer has RoPE.
+    """
+
+    def __init__(self, decoder: Any, rotated: tuple[bool, ...]) -> None:
         self._decoder = decoder
         takes = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
-        types: list[Hashable] = [None] * num_layers
+        types: list[Hashable] = [None] * len(rotated)
         if takes:
             types = list(decoder.config.layer_types)
-        self.kinds = types[:num_layers]
+        kinds = zip(types, rotated, strict=False)
+        self.kinds = [kind if rotates else _UNROTATED for kind, rotates in kinds]
         self._start, self._stop = 0, 0
         self._blocks: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
@@ -236,6 +247,9 @@ class _Rotary:
     def _compute(self, start: int, like: Tensor) -> None:
         positions = torch.arange(start, start + _TABLE)[None]
         for kind in set(self.kinds):
+            if kind == _UNROTATED:
+                self._blocks[kind] = torch.ones(_TABLE, 2), torch.zeros(_TABLE, 2)
+                continue
             options = {} if kind is None else {"layer_type": kind}
             found = self._decoder.rotary_emb(like, position_ids=positions, **options)
             cos, sin = (x[0].float().contiguous() for x in found)

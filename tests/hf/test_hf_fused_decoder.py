@@ -8,6 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    CwmConfig,
+    GemmaConfig,
+    GraniteConfig,
+    Olmo2Config,
+    Phi3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 import saccade
 from saccade.hf.attach import make_run
@@ -18,10 +27,25 @@ from saccade.hf.packed_layers import HalfLinear, HalfWeight, PackedLinear, Weigh
 from saccade.ops.attention.cpu.binding import BUILT, extension, record
 from saccade.ops.linear import quantized
 from saccade.runtime import ContextParams
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ kernels are not built")
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+OTHERS = {
+    "cwm": lambda: CwmConfig(**COMMON, sliding_window=8),
+    "gemma": lambda: GemmaConfig(**COMMON),
+    "granite": lambda: GraniteConfig(
+        **COMMON,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.6,
+        attention_multiplier=0.2,
+        logits_scaling=0.5,
+    ),
+    "olmo2": lambda: Olmo2Config(**COMMON),
+    "phi3 with a window": lambda: Phi3Config(**COMMON, sliding_window=8),
+    "seed_oss": lambda: SeedOssConfig(**COMMON),
+    "smollm3": lambda: SmolLM3Config(**COMMON, no_rope_layers=[1, 1, 0, 1]),
+}
 PROMPT, TOKENS = torch.arange(3, 60), [5, 9, 17, 40]
 PLAIN = ContextParams(fused_layers=False)
 CACHES = {
@@ -62,7 +86,7 @@ def steps(monkeypatch) -> list[str]:
 
 def lively(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny model whose norms and biases are no ones and zeros."""
-    model = tiny_model(tiny_config(family))
+    model = tiny_model(OTHERS[family]() if family in OTHERS else tiny_config(family))
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -86,6 +110,12 @@ def test_steps_equal_the_models_own(family, cache, steps):
     found = logits(model, ContextParams(**options))
     assert steps, "the C++ layers did not run"
     assert torch.allclose(found, expected, atol=3e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("cache", ["dense", "int8"])
+def test_steps_of_other_families_equal_the_models_own(family, cache, steps):
+    test_steps_equal_the_models_own(family, cache, steps)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -113,11 +143,12 @@ def packed(model: nn.Module, bits: int | torch.dtype) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
 @pytest.mark.parametrize("bits", [4, 8, torch.float16])
-def test_packed_weights_equal_the_same_numbers_unpacked(bits, steps):
+def test_packed_weights_equal_the_same_numbers_unpacked(bits, family, steps):
     """Up to what products of packed weights may round: their inputs, to bfloat16."""
-    model = packed(lively("qwen2"), bits)
-    plain = lively("qwen2")
+    model = packed(lively(family), bits)
+    plain = lively(family)
     names = dict(model.named_modules())
     for name, part in plain.named_modules():
         if type(part) is nn.Linear:
@@ -270,7 +301,7 @@ def test_a_model_changed_while_a_context_is_open_computes_what_it_is(change):
 
 def test_what_is_not_listed_is_not_described(monkeypatch):
     assert describe(tiny_model(tiny_config("llama"))) is not None
-    assert describe(tiny_model(tiny_config("phi3"))) is None
+    assert describe(tiny_model(tiny_config("gpt_oss"))) is None
     hooked = tiny_model(tiny_config("llama"))
     _hook(hooked)
     assert describe(hooked) is None
