@@ -3,7 +3,6 @@
     python -m benchmarks.plan_check --tokens 2048 --out benchmarks/results/plan-cpu.json
     python -m benchmarks.plan_check --shape llama-8b --tokens 8192 32768 65536 \\
         --out benchmarks/results/plan-h200.json
-    python -m benchmarks.plan_check --evidence
 
 Six settings for each length.  The plan is made first, from sizes alone; then the same prompt is
 read and a few tokens are written.  Peaks are what PyTorch's allocator had given out at once,
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.advice import calls, evidence, gpu_fit
+from saccade.advice import gpu_fit
 from saccade.advice.calls import measured_calls
 from saccade.advice.gpu_speed import RECORDED
 from saccade.advice.machine import Machine, machine
@@ -175,13 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="tokens read at once")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after that time")
-    parser.add_argument("--evidence", action="store_true", help="write evidence.json, nothing else")
     arguments = parser.parse_args()
-    if arguments.evidence:
-        evidence.write(RESULTS)
-        calls.write(RESULTS)
-        gpu_fit.write(RESULTS, blueprint_of_shape(tiny=False))
-        return
     deadline = time.perf_counter() + arguments.seconds
     model, blueprint = shaped(arguments.tiny) if arguments.shape else loaded(arguments.model)
     where = machine("cuda" if next(model.parameters()).is_cuda else "cpu", None)

@@ -201,6 +201,13 @@ class Writer:
         print(shown(row), flush=True)
         write_whole(self.path, as_text(json.loads(json.dumps(self.record))))
 
+    def forget(self, model: str, context: int, rows: list[str]) -> None:
+        """Leave out what was measured of these rows before."""
+        old = {(name, model, context) for name in rows}
+        kept = [row for row in self.record["rows"]
+                if (row["name"], row["model"], row["context"]) not in old]  # fmt: skip
+        self.record["rows"] = kept
+
     def next_round(self, model: str, context: int) -> int:
         """The first number that no row of this model and context has."""
         taken = [row["round"] for row in self.record["rows"]
@@ -215,6 +222,8 @@ def measure(rows: list[str], arguments: argparse.Namespace, writer: Writer) -> N
         writer.record["models"][model.stem] = {"bytes": model.stat().st_size}
         ids = tokens_of(model, max(*arguments.contexts, KL_CONTEXT))
         for context in arguments.contexts:
+            if arguments.again:
+                writer.forget(model.stem, context, rows)
             first = writer.next_round(model.stem, context)
             for turn in range(first, first + arguments.rounds):
                 print(f"{model.stem}, {context:,} tokens, round {turn + 1}", flush=True)
@@ -263,7 +272,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of decoding behind one prompt")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--kl", nargs="*", default=["smollm2"], help="models whose KL is measured")
-    parser.add_argument("--again", action="store_true", help="measure KL that is in the record")
+    parser.add_argument("--again", action="store_true", help="in place of what is in the record")
     parser.add_argument("--peer-python", help="the interpreter that has llama-cpp-python")
     parser.add_argument("--quick", action="store_true", help="two rows, one round, 512 tokens")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after that time")

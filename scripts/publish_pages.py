@@ -1,5 +1,7 @@
 """Render what the pages under docs/ show of stored records: tables, numbers in sentences, pictures.
 
+What the package itself keeps of records (saccade/advice/*.json) is written again before.
+
 python -m scripts.publish_pages
 
 Marks in a page say what stands there; what is between them is rendered again:
@@ -27,6 +29,8 @@ import re
 import shlex
 from pathlib import Path
 
+from benchmarks.plan_check import RESULTS, blueprint_of_shape
+from saccade.advice import calls, evidence, gpu_fit
 from scripts import page_facts, page_pictures, page_plans, page_tables
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +74,9 @@ def absent(text: str) -> list[str]:
 
 def main() -> None:
     """Render every page and every picture; say which records and rows are missing."""
+    evidence.write(RESULTS)
+    calls.write(RESULTS)
+    gpu_fit.write(RESULTS, blueprint_of_shape(tiny=False))
     for page in PAGES:
         page.write_text(published(page.read_text()))
         for what in [*missing(page.read_text()), *absent(page.read_text())]:

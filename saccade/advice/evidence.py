@@ -1,7 +1,7 @@
 """Evidence: how far outputs moved under a setting, as a record measured it.
 
 `evidence.json` is what matters of records in benchmarks/results, which an installed package does
-not have.  `python -m benchmarks.plan_check --evidence` writes it again.
+not have.  `python -m scripts.publish_pages` writes it again.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """What a model took in a record; `benchmarks.plan_check --evidence` works it out.
+    """What a model took in a record; `scripts.publish_pages` works it out.
 
     Attributes:
         products, attention: of a chunk, as a multiple of the time at the roofline's FLOP/s.

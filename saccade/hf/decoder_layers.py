@@ -129,25 +129,21 @@ class Described:
     unchanged_head: Unchanged
 
 
-def describe(model: PreTrainedModel, forward: Any = None) -> Described | None:
-    """How the C++ step computes this model; None where it does not.
-
-    Args:
-        forward: of ours, which the decoder may have in place of its class's.
-    """
+def describe(model: PreTrainedModel) -> Described | None:
+    """How the C++ step computes this model; None where it does not."""
     try:
-        return _describe(model, forward)
+        return _describe(model)
     except NotDescribed:
         return None
 
 
-def _describe(model: Any, forward: Any) -> Described:
+def _describe(model: Any) -> Described:
     decoder = getattr(model, "model", None)
     _require(kind_of(type(model)) == "causal_lm" and kind_of(type(decoder)) == "decoder")
     assert decoder is not None
     config = model.config
     _require(not getattr(config, "use_bidirectional_attention", False))
-    _require(vars(decoder).get("forward", forward) is forward or is_watched(model, decoder))
+    _require("forward" not in vars(decoder) or is_watched(model, decoder))
     unchanged, unchanged_head = Unchanged(), Unchanged()
     unchanged.module(model)
     unchanged.module(decoder, own_forward=True)

@@ -40,18 +40,14 @@ Range = tuple[int, int]
 """Window and sinks for the kernels: -1 for no window."""
 
 
-def fused_decoder(run: Run, forward: Any = None) -> FusedDecoder | None:
-    """The C++ steps of a run's model; None where it or its options have none.
-
-    Args:
-        forward: what the model's decoder may have as a forward of its own.
-    """
+def fused_decoder(run: Run) -> FusedDecoder | None:
+    """The C++ steps of a run's model; None where it or its options have none."""
     model, kernels = run.model, extension()
     if run.params.fused_layers is False or model.device.type != "cpu" or model.training:
         return None
     if kernels is None or not hasattr(kernels, "Decoder") or follow_length(run.rotary.values()):
         return None
-    described = describe(model, forward)
+    described = describe(model)
     return None if described is None else FusedDecoder(run, described)
 
 

@@ -1,26 +1,25 @@
 """`generate()` under `attach` on a CPU: steps of a few tokens through the C++ layers.
 
-The decoder of an attached model gets a forward of ours.  Where it is called as a step of decoding
-over saccade's own caches, the C++ layers compute it (`hf.fused_decoder`); every other call (a
-prompt, padding, other caches, gradients, hidden states of each layer) is the model's own.
+Where the decoder of an attached model is called as a step of decoding over saccade's own caches,
+the C++ layers compute it (`hf.fused_decoder`); every other call (a prompt, padding, other caches,
+gradients, hidden states of each layer) is the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import wraps
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.decoder_layers import describe
-from saccade.hf.fused_decoder import FusedDecoder, fused_decoder
-from saccade.hf.runs import ModelRuns, Run, Undo
+from saccade.hf.fused_decoder import fused_decoder
+from saccade.hf.runs import ModelRuns, Undo
+from saccade.hf.split_forward import Forward, serve_steps
 
 _READ = frozenset({"input_ids", "past_key_values", "position_ids", "attention_mask", "use_cache"})
 
@@ -29,27 +28,22 @@ def decode_in_kernels(undo: Undo, runs: ModelRuns) -> None:
     """Steps of decoding are computed by the C++ layers, where they know the model's class."""
     if describe(runs.model) is None:
         return
-    decoder: Any = runs.model.model
-    original = decoder.forward
-    steps: WeakKeyDictionary[Run, FusedDecoder | None] = WeakKeyDictionary()
+    decoder_of = lru_cache(maxsize=2)(fused_decoder)
 
-    @wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def step(original: Forward, *args: Any, **kwargs: Any) -> Any:
         run, cache = runs.in_force, kwargs.get("past_key_values")
         if args or run is None or not isinstance(cache, SaccadeCache) or cache.run is not run:
             return original(*args, **kwargs)
         tokens = _tokens_of_step(kwargs, cache.seen)
-        if tokens is None or _is_watched(decoder.config):
+        if tokens is None or _shows_layers(run.model.config):
             return original(*args, **kwargs)
-        if run not in steps:
-            steps[run] = fused_decoder(run, forward)
-        step = steps[run]
-        hidden = None if step is None else step.hidden(tokens, cache)
+        decoder = decoder_of(run)
+        hidden = None if decoder is None else decoder.hidden(tokens, cache)
         if hidden is None:
             return original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
-    changes.override(undo, decoder, "forward", forward)
+    serve_steps(undo, runs.model, step)
 
 
 def _tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
@@ -73,7 +67,7 @@ def _is_all_true(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
 
 
-def _is_watched(config: Any) -> bool:
+def _shows_layers(config: Any) -> bool:
     """Whether the outputs of each layer are asked for."""
     names = ("output_hidden_states", "output_attentions")
     return any(getattr(config, name, False) for name in names)

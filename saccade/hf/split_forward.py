@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
+from saccade.hf.runs import Undo
 
 ATTRIBUTE: Final = "saccade_decoders"
 _LOCK: Final = RLock()
+Forward = Callable[..., Any]
+Step = Callable[..., Any]
+"""Called with the decoder's own forward and the arguments of a call of it."""
 
 
 class _Decoded(BaseException):
@@ -118,18 +122,42 @@ def _cut(model: PreTrainedModel, half: Callable[[Callable[[], Any]], Any]) -> It
 @contextmanager
 def cuttable(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the decoder of a model has a forward that can be cut off; several may be open."""
-    with _LOCK:
-        watched: _Watched = vars(model).get(ATTRIBUTE) or _Watched(model)
-        vars(model)[ATTRIBUTE] = watched
-        watched.users += 1
+    user = object()
     try:
+        _watch(model, user)
         yield
     finally:
-        with _LOCK:
-            watched.users -= 1
-            if not watched.users:
-                watched.undo()
-                vars(model).pop(ATTRIBUTE, None)
+        _unwatch(model, user)
+
+
+def serve_steps(undo: Undo, model: PreTrainedModel, step: Step) -> None:
+    """Until undone, calls of a decoder that are not cut off are left to `step`."""
+    undo.callback(_unwatch, model, step)
+    _watch(model, step).step = step
+
+
+def _watch(model: PreTrainedModel, user: object) -> _Watched:
+    with _LOCK:
+        watched: _Watched | None = vars(model).get(ATTRIBUTE)
+        if watched is None:
+            vars(model)[ATTRIBUTE] = watched = _Watched(model)
+        watched.users.add(user)
+        watched.apply()
+        return watched
+
+
+def _unwatch(model: PreTrainedModel, user: object) -> None:
+    """Harmless to repeat."""
+    with _LOCK:
+        watched: _Watched | None = vars(model).get(ATTRIBUTE)
+        if watched is None:
+            return
+        watched.users.discard(user)
+        if watched.step is user:
+            watched.step = None
+        if not watched.users:
+            watched.undo()
+            vars(model).pop(ATTRIBUTE, None)
 
 
 def is_watched(model: PreTrainedModel, part: nn.Module) -> bool:
@@ -142,11 +170,18 @@ class _Watched:
     """The decoders of one model, with forwards that look up what to do; undone when unused."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.users = 0
+        self.users: set[object] = set()
+        self.step: Step | None = None
         self._changed = [(part, vars(part).get("forward")) for part in decoders(model)]
-        self._ours = [_watched(part.forward) for part, _ in self._changed]
-        for (part, _), forward in zip(self._changed, self._ours, strict=True):
-            part.forward = forward
+        self._ours = [self._watched(part.forward) for part, _ in self._changed]
+        self._applied = False
+
+    def apply(self) -> None:
+        """Give the decoders their forwards, once: other code may replace them afterwards."""
+        if not self._applied:
+            for (part, _), forward in zip(self._changed, self._ours, strict=True):
+                part.forward = forward
+        self._applied = True
 
     def is_ours(self, part: nn.Module) -> bool:
         """Whether the forward of a decoder is the one that can be cut off, over its class's own."""
@@ -163,19 +198,20 @@ class _Watched:
                 if old is not None:
                     part.forward = old
 
+    def _watched(self, original: Forward) -> Forward:
+        """A forward that leaves what happens to the half in force; the first entered takes it."""
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that leaves what happens to the half in force; the first one entered takes it."""
+        @wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # a ContextVar would break the graph
+                return original(*args, **kwargs)
+            half, step = _half.get(), self.step
+            if half is not None:
+                _half.set(None)
+                return half(lambda: original(*args, **kwargs))
+            return original(*args, **kwargs) if step is None else step(original, *args, **kwargs)
 
-    @wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        half = _half.get()
-        if half is None:
-            return original(*args, **kwargs)
-        _half.set(None)
-        return half(lambda: original(*args, **kwargs))
-
-    return forward
+        return forward
 
 
 def _no_decoder(model: PreTrainedModel) -> Unsupported:
