@@ -241,6 +241,7 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
   call.k = slots(kv.k, at, slot, "k");
   call.v = slots(kv.v, at, slot, "v");
   kv.spans = read_spans(fields[2]);
+  require(kv.spans.empty() || kv.kind == ViewKind::dense, "quantized views take no spans.");
   if (kv.spans.empty()) {
     kv.k.shape[2] = kv.v.shape[2] = slot + tokens_;
     if (kv.kind == ViewKind::quantized)

@@ -24,7 +24,7 @@ from saccade.hf.decoder_layers import describe
 from saccade.hf.fused_decoder import FusedDecoder, fused_decoder
 from saccade.hf.model import HFModel
 from saccade.hf.packed_layers import HalfLinear, HalfWeight, PackedLinear, WeightStore
-from saccade.ops.attention.cpu.binding import BUILT, extension, record
+from saccade.ops.attention.cpu.binding import BUILT
 from saccade.ops.linear import quantized
 from saccade.runtime import ContextParams
 from tests.tiny_models import COMMON, tiny_config, tiny_model
@@ -313,22 +313,3 @@ def test_what_is_not_listed_is_not_described(monkeypatch):
 def test_options_that_the_c_layers_do_not_take(params):
     run = make_run(tiny_model(tiny_config("llama")), params, serves_every_call=False)
     assert fused_decoder(run) is None
-
-
-def test_wrong_arguments_are_refused():
-    """The extension checks shapes and addresses itself."""
-    described = describe(tiny_model(tiny_config("llama")))
-    parts = (described.hidden, described.layers, described.norm, described.head)
-    decoder = extension().Decoder(*parts, 128, "")
-    x = torch.zeros(1, 1, described.hidden)
-    with pytest.raises(ValueError, match="no step has begun"):
-        decoder.finish(record(x))
-    with pytest.raises(ValueError, match="must be 64"):
-        decoder.begin(record(x[..., :-1].contiguous()), 1)
-    with pytest.raises(ValueError, match="1 to 8 rows"):
-        decoder.begin(record(x.expand(1, 9, -1).contiguous()), 1)
-    decoder.begin(record(x), 1)
-    with pytest.raises(ValueError, match="no such layer"):
-        decoder.back(99, record(x))
-    with pytest.raises(ValueError):
-        extension().Decoder(described.hidden + 2, *parts[1:], 128, "")
