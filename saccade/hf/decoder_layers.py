@@ -28,10 +28,11 @@ from saccade.ops.linear import PackedWeight
 from saccade.ops.linear.native import record_packed
 from saccade.ops.linear.packed import BLOCK_ROWS
 
-PLAIN_ATTENTION: Final = frozenset(
-    f"{name}Attention"
-    for name in ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SeedOss", "Cwm", "Gemma")
-) | {f"{name}Attention" for name in ("Gemma2", "Gemma3", "Granite", "Olmo2", "Phi3", "SmolLM3")}
+_PLAIN: Final = (
+    *("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SeedOss", "Cwm", "SmolLM3"),
+    *("Gemma", "Gemma2", "Gemma3", "Granite", "Olmo2", "Olmo3", "Phi3"),
+)
+PLAIN_ATTENTION: Final = frozenset(f"{name}Attention" for name in _PLAIN)
 """Listed attention classes that are q, k, v = proj(x), norms of each head or of all where they have
 them, RoPE but where `use_rope` is false, cache, attention, o_proj: nothing between, no gate."""
 
