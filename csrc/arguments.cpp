@@ -53,6 +53,16 @@ TensorArg tensor(nb::handle x) {
   return arg;
 }
 
+std::vector<Span> read_spans(nb::handle x) {
+  if (!PyTuple_Check(x.ptr())) throw nb::type_error("spans must be a tuple");
+  std::vector<Span> spans;
+  for (nb::handle item : nb::borrow<nb::tuple>(x)) {
+    nb::tuple span = tuple_of(item, 3, "a span is (slot, position, length)");
+    spans.push_back({integer(span[0]), integer(span[1]), integer(span[2])});
+  }
+  return spans;
+}
+
 namespace {
 
 std::optional<TensorArg> maybe_tensor(nb::handle x) {
@@ -63,11 +73,7 @@ std::optional<TensorArg> maybe_tensor(nb::handle x) {
 // (kind, k, v, spans)
 void read_dense(nb::tuple x, ViewArg& arg) {
   tuple_of(x, 4, "a dense view is (kind, k, v, spans)");
-  if (!PyTuple_Check(x[3].ptr())) throw nb::type_error("spans must be a tuple");
-  for (nb::handle item : nb::borrow<nb::tuple>(x[3])) {
-    nb::tuple span = tuple_of(item, 3, "a span is (slot, position, length)");
-    arg.spans.push_back({integer(span[0]), integer(span[1]), integer(span[2])});
-  }
+  arg.spans = read_spans(x[3]);
 }
 
 // (kind, k, v, table, lengths), for ragged ones with positions at the end

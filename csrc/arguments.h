@@ -16,6 +16,9 @@ int64_t integer(nb::handle x);
 char* address(nb::handle x);
 TensorArg tensor(nb::handle x);
 
+// ((slot, position, length), ...)
+std::vector<Span> read_spans(nb::handle x);
+
 // (kind, k, v, ...), as saccade.ops.attention.cpu.binding describes each kind of view.
 ViewArg read_view(nb::tuple x);
 

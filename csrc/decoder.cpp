@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "check_tensor.h"
 #include "checks.h"
@@ -33,6 +34,17 @@ void check_rows_of(const TensorArg& x, const char* name, std::initializer_list<i
   }
 }
 
+// The quantized part of a view of all storage, as far as it holds tokens.
+void cut_quantized(ViewArg& kv, int64_t tokens) {
+  const int64_t all = kv.v_qdata->shape[2];
+  require(kv.k_qdata->ndim == 4 && kv.v_qdata->ndim == 4 && kv.k_group >= 1 && tokens >= 0 &&
+              tokens <= all && tokens % kv.k_group == 0,
+          "there are not so many quantized tokens.");
+  for (auto* part : {&kv.k_qdata, &kv.v_qdata, &kv.v_scale, &kv.v_offset})
+    (*part)->shape[2] = tokens;
+  kv.k_scale->shape[2] = kv.k_offset->shape[2] = tokens / kv.k_group;
+}
+
 }  // namespace
 
 Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
@@ -45,6 +57,7 @@ Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle he
     layers_.push_back(read.layer);
     attends_.push_back({read.scale, read.softcap});
   }
+  stored_.resize(layers_.size());
   norm_ = read_norm(norm, hidden, "norm");
   if (!head.is_none()) head_ = read_weight(head, vocab, hidden, "head");
 }
@@ -81,14 +94,17 @@ void Decoder::begin(nb::handle x, int64_t threads) {
 
 void Decoder::check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const {
   for (const TensorArg* table : {&cos, &sin}) {
-    check_rows_of(*table, "cos and sin", {tokens_, layer.head_dim});
+    check_tensor(*table, "cos and sin", 2);
+    const int64_t rotated = cos.shape[1];
+    require(rotated <= layer.head_dim && rotated % 2 == 0, "more than a head would be rotated.");
+    check_rows_of(*table, "cos and sin", {tokens_, rotated});
     check_dtype(*table, "cos and sin", Dtype::f32);
   }
 }
 
 // Where the new tokens of a layer go in x [batch, kv_heads, slots, head_dim], from a slot on.
-Strided Decoder::stored(const TensorArg& x, const Layer& layer, int64_t slot,
-                        const char* name) const {
+Strided Decoder::slots(const TensorArg& x, const Layer& layer, int64_t slot,
+                       const char* name) const {
   check_tensor(x, name, 4);
   check_shape(x, name, {batch_, layer.kv_heads, x.shape[2], layer.head_dim});
   require(is_float(x.dtype), "keys are stored as float32, bfloat16 or float16.");
@@ -99,11 +115,11 @@ Strided Decoder::stored(const TensorArg& x, const Layer& layer, int64_t slot,
   return to;
 }
 
-void Decoder::front_checked(const Layer& layer, const Kind& kind, const Strided& k,
-                            const Strided& v) {
-  kernels_->step->front(layer, {x_.data(), batch_, tokens_, (const float*)kind.cos.data,
-                               (const float*)kind.sin.data, q_.data(), k, v, scratch_.data(),
-                               threads_});
+bool Decoder::front_checked(const Layer& layer, const LayerCall& call) {
+  const auto *cos = (const float*)call.kind->cos.data, *sin = (const float*)call.kind->sin.data;
+  return kernels_->step->front(layer, {x_.data(), batch_, tokens_, cos, sin,
+                                       call.kind->cos.shape[1], q_.data(), call.k, call.v,
+                                       call.storing, scratch_.data(), threads_});
 }
 
 void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb::handle v) {
@@ -111,10 +127,10 @@ void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb:
   const Layer& at = layer(i);
   const Kind kind{tensor(cos), tensor(sin), -1, 0};
   check_tables(at, kind.cos, kind.sin);
-  const Strided to_k = stored(tensor(k), at, 0, "k"), to_v = stored(tensor(v), at, 0, "v");
+  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}};
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
-  front_checked(at, kind, to_k, to_v);
+  front_checked(at, call);
 }
 
 void Decoder::queries(nb::handle q) {
@@ -135,16 +151,39 @@ void Decoder::queries(nb::handle q) {
             {place.data + b * place.batch + h * place.head + t * place.row, place.dtype});
 }
 
-void Decoder::attend_checked(int64_t i, CallArg& call) {
+void Decoder::attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse) {
   const Layer& at = layers_[(size_t)i];
   call.q = by_heads(q_, batch_, at.heads, tokens_, at.head_dim);
-  call.out = by_heads(attended_, batch_, at.heads, tokens_, at.head_dim);
+  call.out = by_heads(out, batch_, at.heads, tokens_, at.head_dim);
+  if (lse) {
+    const int64_t head = tokens_, row = at.heads * tokens_;
+    call.lse = TensorArg{(char*)lse, Dtype::f32, 3, {batch_, at.heads, tokens_}, {row, head, 1},
+                         batch_ * row * (int64_t)sizeof(float)};
+  }
   call.scale = attends_[(size_t)i].scale;
   call.softcap = attends_[(size_t)i].softcap;
   call.threads = threads_;
   CheckedProblem checked;
   check(call, checked);
   kernels_->attend(checked.problem);
+}
+
+// Attention over the view of a layer and over sinks before it, weighted by their sums.
+void Decoder::attend_sinks(int64_t i, LayerCall& call) {
+  const Layer& at = layers_[(size_t)i];
+  sinks_.resize(attended_.size());
+  lse_.resize((size_t)(2 * rows() * at.heads));
+  float *view_lse = lse_.data(), *sink_lse = view_lse + rows() * at.heads;
+  attend_checked(i, call.attention, attended_, view_lse);
+  attend_checked(i, *call.sinks, sinks_, sink_lse);
+  for (int64_t r = 0; r < rows(); ++r)
+    for (int64_t h = 0; h < at.heads; ++h) {
+      const int64_t n = (r / tokens_ * at.heads + h) * tokens_ + r % tokens_;
+      const float share = 1.f / (1.f + std::exp(view_lse[n] - sink_lse[n]));  // of the sinks
+      float* out = attended_.data() + (r * at.heads + h) * at.head_dim;
+      const float* more = sinks_.data() + (r * at.heads + h) * at.head_dim;
+      for (int64_t d = 0; d < at.head_dim; ++d) out[d] += share * (more[d] - out[d]);
+    }
 }
 
 void Decoder::back_checked(const Layer& layer) {
@@ -161,7 +200,7 @@ void Decoder::attend(int64_t i, nb::tuple kv, int64_t window, int64_t sinks, int
   call.q_offset = q_offset;
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
-  attend_checked(i, call);
+  attend_checked(i, call, attended_);
   back_checked(at);
 }
 
@@ -176,7 +215,53 @@ void Decoder::back(int64_t i, nb::handle attended) {
   back_checked(at);
 }
 
-void Decoder::run(nb::list buffers, nb::list kinds, nb::list of_kind, nb::list slots) {
+void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks) {
+  layer(i);
+  Stored found{read_view(view), std::nullopt, {hadamard}, true};
+  if (!sinks.is_none()) found.sinks = read_view(nb::cast<nb::tuple>(sinks));
+  const ViewKind kind = found.view.kind;
+  require(kind == ViewKind::dense || kind == ViewKind::quantized,
+          "steps write to dense and quantized views alone.");
+  found.storing.bounded = kind == ViewKind::quantized && found.view.k.dtype == Dtype::f16;
+  stored_[(size_t)i] = std::move(found);
+}
+
+// Layer i with the new tokens at `place`, as far as it does not depend on the layers before.
+Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle place) const {
+  const Layer& at = layer(i);
+  const Stored& stored = stored_[(size_t)i];
+  require(stored.known, "where a layer stores its keys was not said.");
+  check_tables(at, kind.cos, kind.sin);
+  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt};
+  CallArg& attention = call.attention;
+  ViewArg& kv = attention.kv = stored.view;
+  const nb::tuple fields = nb::cast<nb::tuple>(place);
+  require(fields.size() == 3, "a place is (slot, position, spans).");
+  const int64_t slot = integer(fields[0]), before = integer(fields[1]) - slot;
+  call.k = slots(kv.k, at, slot, "k");
+  call.v = slots(kv.v, at, slot, "v");
+  kv.spans = read_spans(fields[2]);
+  require(kv.spans.empty() || kv.kind == ViewKind::dense, "quantized views take no spans.");
+  if (kv.spans.empty()) {
+    kv.k.shape[2] = kv.v.shape[2] = slot + tokens_;
+    if (kv.kind == ViewKind::quantized)
+      cut_quantized(kv, before);
+    else
+      require(before == 0, "slots in order of positions begin at position 0.");
+  }
+  attention.q_offset = before + slot;
+  attention.window = kind.window;
+  attention.sinks = kind.sinks;
+  attention.hadamard = stored.storing.hadamard;
+  if (!stored.sinks) return call;
+  attention.sinks = 0;
+  call.sinks.emplace();
+  call.sinks->kv = *stored.sinks;
+  call.sinks->causal = false;
+  return call;
+}
+
+int64_t Decoder::run(int64_t first, nb::list places, nb::list kinds, nb::list of_kind) {
   check_begun();
   std::vector<Kind> read;
   for (nb::handle each : kinds) {
@@ -185,36 +270,28 @@ void Decoder::run(nb::list buffers, nb::list kinds, nb::list of_kind, nb::list s
     read.push_back({tensor(kind[0]), tensor(kind[1]), nb::cast<int64_t>(kind[2]),
                     nb::cast<int64_t>(kind[3])});
   }
-  const size_t n = layers_.size();
-  require(buffers.size() == n && of_kind.size() == n && slots.size() == n,
-          "expected buffers, a kind and a slot for each layer.");
-  std::vector<CallArg> calls(n);
-  std::vector<size_t> kind_of(n);
-  std::vector<Strided> to_k(n), to_v(n);
-  for (size_t i = 0; i < n; ++i) {
-    nb::tuple pair = nb::cast<nb::tuple>(buffers[i]);
-    require(pair.size() == 2, "buffers are (k, v).");
-    kind_of[i] = nb::cast<size_t>(of_kind[i]);
-    require(kind_of[i] < read.size(), "there is no such kind.");
-    const Kind& kind = read[kind_of[i]];
-    check_tables(layers_[i], kind.cos, kind.sin);
-    CallArg& call = calls[i];
-    call.kv.k = tensor(pair[0]);
-    call.kv.v = tensor(pair[1]);
-    call.q_offset = nb::cast<int64_t>(slots[i]);
-    to_k[i] = stored(call.kv.k, layers_[i], call.q_offset, "k");
-    to_v[i] = stored(call.kv.v, layers_[i], call.q_offset, "v");
-    call.kv.k.shape[2] = call.kv.v.shape[2] = call.q_offset + tokens_;
-    call.window = kind.window;
-    call.sinks = kind.sinks;
+  const int64_t n = (int64_t)places.size(), all = (int64_t)layers_.size();
+  require(first >= 0 && first <= all && n <= all - first && (int64_t)of_kind.size() == all,
+          "expected a place for layers that there are, and a kind of each layer.");
+  std::vector<LayerCall> calls;
+  for (int64_t i = 0; i < n; ++i) {
+    const size_t kind = nb::cast<size_t>(of_kind[(size_t)(first + i)]);
+    require(kind < read.size(), "there is no such kind.");
+    calls.push_back(layer_call(first + i, read[kind], places[(size_t)i]));
   }
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
-  for (size_t i = 0; i < n; ++i) {
-    front_checked(layers_[i], read[kind_of[i]], to_k[i], to_v[i]);
-    attend_checked((int64_t)i, calls[i]);
-    back_checked(layers_[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    LayerCall& call = calls[(size_t)i];
+    const Layer& at = layers_[(size_t)(first + i)];
+    if (!front_checked(at, call)) return i;
+    if (call.sinks)
+      attend_sinks(first + i, call);
+    else
+      attend_checked(first + i, call.attention, attended_);
+    back_checked(at);
   }
+  return n;
 }
 
 void Decoder::finish(nb::handle out) {
@@ -253,6 +330,7 @@ void define_decoder(nb::module_& m) {
       .def("queries", &Decoder::queries)
       .def("attend", &Decoder::attend)
       .def("back", &Decoder::back)
+      .def("stored", &Decoder::stored, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
       .def("run", &Decoder::run)
       .def("finish", &Decoder::finish)
       .def("logits", &Decoder::logits);

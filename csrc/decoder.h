@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,8 +25,8 @@ class Decoder {
   Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle head,
           int64_t vocab, const std::string& target);
 
-  // Begins a step: x [batch, tokens, hidden], cos and sin of each kind of layer, float32
-  // [tokens, head_dim].
+  // Begins a step: x [batch, tokens, hidden].  cos and sin of a kind of layer are float32
+  // [tokens, rotated], the first channels of a head, or all.
   void begin(nb::handle x, int64_t threads);
 
   // Stores k and v [batch, kv_heads, tokens, head_dim] of layer i; queries stay inside.
@@ -40,10 +41,16 @@ class Decoder {
   // The rest of layer i behind `attended` [batch, tokens, heads * head_dim].
   void back(int64_t i, nb::handle attended);
 
-  // All layers, where each stores its keys and values in a dense buffer: `buffers` is a list of
-  // (k, v) [batch, kv_heads, slots, head_dim]; `kinds` of (cos, sin, window, sinks); new tokens go
-  // to slots[i]; of_kind[i] says which kind layer i is.
-  void run(nb::list buffers, nb::list kinds, nb::list of_kind, nb::list slots);
+  // Where layer i stores its keys and values, until that is said anew: a dense or quantized view
+  // of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
+  // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
+  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks);
+
+  // The layers from `first` on, one for each of `places`: (slot, position, spans) of the new
+  // tokens in the view of their layer (cache/step.py).  `kinds` are (cos, sin, window, sinks);
+  // of_kind[i] says which kind layer i is.  Returns how many layers were computed: the next one
+  // has keys or values that its quantized storage does not hold, and nothing of it was done.
+  int64_t run(int64_t first, nb::list places, nb::list kinds, nb::list of_kind);
 
   // Ends a step: the normed rows of x -> out [batch, tokens, hidden].
   void finish(nb::handle out);
@@ -56,25 +63,41 @@ class Decoder {
     TensorArg cos, sin;
     int64_t window, sinks;
   };
+  struct Stored {
+    ViewArg view;
+    std::optional<ViewArg> sinks;
+    Storing storing;
+    bool known = false;
+  };
+  struct LayerCall {
+    const Kind* kind;
+    CallArg attention;
+    Strided k, v;  // where the new tokens go
+    Storing storing;
+    std::optional<CallArg> sinks;
+  };
 
   const Layer& layer(int64_t i) const;
   int64_t rows() const { return batch_ * tokens_; }
   void check_begun() const;
   void check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const;
-  Strided stored(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
-  void front_checked(const Layer& layer, const Kind& kind, const Strided& k, const Strided& v);
-  void attend_checked(int64_t i, CallArg& call);
+  Strided slots(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
+  LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place) const;
+  bool front_checked(const Layer& layer, const LayerCall& call);
+  void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
+  void attend_sinks(int64_t i, LayerCall& call);
   void back_checked(const Layer& layer);
 
   const Kernels* kernels_;
   int64_t hidden_;
   std::vector<Layer> layers_;
   std::vector<Attends> attends_;
+  std::vector<Stored> stored_;
   Norm norm_;
   Weight head_;
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
-  std::vector<float> x_, q_, attended_, scratch_;
+  std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_;
   std::mutex busy_;
 };
 

@@ -40,13 +40,21 @@ Numbers read_numbers(nb::handle x, int64_t n, const char* name) {
   return {arg.data, arg.dtype};
 }
 
+// A norm of each head, or of all of them.
+Norm read_head_norm(nb::handle x, int64_t head_dim, int64_t all) {
+  if (x.is_none()) return {};
+  const TensorArg weight = tensor(fields(x, 3, "a norm is (weight, eps, plus_one)")[0]);
+  check_tensor(weight, "norm", 1);
+  return read_norm(x, weight.shape[0] == all ? all : head_dim, "norm");
+}
+
 }  // namespace
 
 Norm read_norm(nb::handle x, int64_t n, const char* name) {
   if (x.is_none()) return {};
   nb::tuple parts = fields(x, 3, "a norm is (weight, eps, plus_one)");
   return {read_numbers(parts[0], n, name), (float)nb::cast<double>(parts[1]),
-          nb::cast<bool>(parts[2])};
+          nb::cast<bool>(parts[2]), n};
 }
 
 Weight read_weight(nb::handle x, int64_t out, int64_t in, const char* name) {
@@ -65,7 +73,7 @@ Weight read_weight(nb::handle x, int64_t out, int64_t in, const char* name) {
 }
 
 ReadLayer read_layer(nb::handle x, int64_t hidden) {
-  nb::tuple parts = fields(x, 9, "a layer has 9 fields");
+  nb::tuple parts = fields(x, 10, "a layer has 10 fields");
   ReadLayer read{};
   Layer& layer = read.layer;
   layer.hidden = hidden;
@@ -81,13 +89,15 @@ ReadLayer read_layer(nb::handle x, int64_t hidden) {
   layer.activation = (Activation)activation;
   read.scale = nb::cast<double>(parts[5]);
   read.softcap = nb::cast<double>(parts[6]);
-  nb::tuple norms = fields(parts[7], 6, "a layer has six norms");
+  layer.residual = (float)nb::cast<double>(parts[7]);
+  nb::tuple norms = fields(parts[8], 6, "a layer has six norms");
   Norm* to_norm[] = {&layer.attention_norm, &layer.attended_norm, &layer.mlp_norm,
-                     &layer.mlp_out_norm,   &layer.q_norm,        &layer.k_norm};
-  for (int i = 0; i < 6; ++i)
-    *to_norm[i] = read_norm(norms[i], i < 4 ? hidden : layer.head_dim, "norm");
-  nb::tuple weights = fields(parts[8], 7, "a layer has seven weights");
+                     &layer.mlp_out_norm};
+  for (int i = 0; i < 4; ++i) *to_norm[i] = read_norm(norms[i], hidden, "norm");
   const int64_t q = layer.heads * layer.head_dim, kv = layer.kv_heads * layer.head_dim;
+  layer.q_norm = read_head_norm(norms[4], layer.head_dim, q);
+  layer.k_norm = read_head_norm(norms[5], layer.head_dim, kv);
+  nb::tuple weights = fields(parts[9], 7, "a layer has seven weights");
   layer.q = read_weight(weights[0], q, hidden, "q");
   layer.k = read_weight(weights[1], kv, hidden, "k");
   layer.v = read_weight(weights[2], kv, hidden, "v");

@@ -10,8 +10,8 @@ struct ReadLayer {
   double scale, softcap;
 };
 
-// (heads, kv_heads, head_dim, inner, activation, scale, softcap, norms, weights): six norms and
-// seven weights, in the order of layer.h.  Throws std::invalid_argument.
+// (heads, kv_heads, head_dim, inner, activation, scale, softcap, residual, norms, weights): six
+// norms and seven weights, in the order of layer.h.  Throws std::invalid_argument.
 ReadLayer read_layer(nb::handle x, int64_t hidden);
 
 // (weight, eps, plus_one), or None.

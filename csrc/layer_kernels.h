@@ -60,32 +60,80 @@ static void normalize(const Norm& norm, const float* x, int64_t n, float* y) {
   });
 }
 
-// x += the norm of delta `[n]`, which is overwritten.
-static void add_normalized(const Norm& norm, float* delta, int64_t n, float* x) {
+// x += factor times the norm of delta `[n]`, which is overwritten.
+static void add_normalized(const Norm& norm, float factor, float* delta, int64_t n, float* x) {
   normalize(norm, delta, n, delta);
   each_vector(n, [&](int64_t i, int count) {
-    put(x, i, count, add(lanes(x, i, count), lanes(delta, i, count)));
+    put(x, i, count, fma(lanes(delta, i, count), set1(factor), lanes(x, i, count)));
   });
 }
 
-// A head after its norm, rotated by halves: (a, b) -> (a cos - b sin, b cos + a sin).
-static void rotate_head(const Norm& norm, float* x, int64_t dim, const float* cos, const float* sin,
-                        Numbers to) {
-  normalize(norm, x, dim, x);
-  const int64_t half = dim / 2;
+// A head, rotated by halves: (a, b) -> (a cos - b sin, b cos + a sin).
+static void rotate_head(float* x, int64_t rotated, const float* cos, const float* sin) {
+  const int64_t half = rotated / 2;
   each_vector(half, [&](int64_t i, int count) {
     const F a = lanes(x, i, count), b = lanes(x, half + i, count);
-    put(to, i, count, sub(mul(a, lanes(cos, i, count)), mul(b, lanes(sin, i, count))));
-    put(to, half + i, count,
+    put(x, i, count, sub(mul(a, lanes(cos, i, count)), mul(b, lanes(sin, i, count))));
+    put(x, half + i, count,
         fma(b, lanes(cos, half + i, count), mul(a, lanes(sin, half + i, count))));
   });
+}
+
+// The heads of one token, after their norm.
+static void rotate_heads(const Norm& norm, float* x, int64_t heads, int64_t dim,
+                         const LayerFront& f, int64_t token) {
+  const float *cos = f.cos + token * f.rotated, *sin = f.sin + token * f.rotated;
+  const bool whole = norm.size == heads * dim;
+  if (whole) normalize(norm, x, heads * dim, x);
+  for (int64_t h = 0; h < heads; ++h) {
+    if (!whole) normalize(norm, x + h * dim, dim, x + h * dim);
+    rotate_head(x + h * dim, f.rotated, cos, sin);
+  }
+}
+
+// The orthonormal Walsh-Hadamard transform of a head; see hadamard.h, which serves many.
+static void transform_head(float* x, int64_t dim) {
+  const int64_t block = dim & -dim;
+  for (int64_t half = 1; half < block; half *= 2)
+    for (int64_t at = 0; at < dim; at += 2 * half)
+      for (int64_t d = at; d < at + half; ++d) {
+        const float a = x[d], b = x[d + half];
+        x[d] = a + b;
+        x[d + half] = a - b;
+      }
+  const F factor = set1(1.f / std::sqrt((float)block));
+  each_vector(dim, [&](int64_t i, int count) {
+    put(x, i, count, mul(lanes(x, i, count), factor));
+  });
+}
+
+// Whether float16 holds numbers `[n]`: none too large, and the largest not among its smallest.
+static bool fits_half(const float* x, int64_t n) {
+  constexpr float kLargest = 65504.f, kSmallest = 0x1p-14f;
+  F found = zero();
+  each_vector(n, [&](int64_t i, int count) { found = max(found, abs(lanes(x, i, count))); });
+  const float largest = hmax(found);
+  return largest <= kLargest && (largest >= kSmallest || largest == 0.f);
 }
 
 SACCADE_INLINE Numbers place(const Strided& x, int64_t batch, int64_t head, int64_t row) {
   return {x.data + batch * x.batch + head * x.head + row * x.row, x.dtype};
 }
 
-static void layer_front(const Layer& layer, const LayerFront& f) {
+// Stores rows [rows, kv_heads, dim] of keys or values; false where they are out of bounds.
+static bool store_heads(const Layer& layer, const LayerFront& f, float* x, const Strided& to) {
+  const int64_t dim = layer.head_dim, heads = f.batch * f.tokens * layer.kv_heads;
+  if (f.storing.hadamard)
+    for (int64_t i = 0; i < heads; ++i) transform_head(x + i * dim, dim);
+  if (f.storing.bounded && !fits_half(x, heads * dim)) return false;
+  for (int64_t i = 0; i < heads; ++i) {
+    const int64_t row = i / layer.kv_heads;
+    narrow(x + i * dim, dim, place(to, row / f.tokens, i % layer.kv_heads, row % f.tokens));
+  }
+  return true;
+}
+
+static bool layer_front(const Layer& layer, const LayerFront& f) {
   const int64_t rows = f.batch * f.tokens, dim = layer.head_dim, hidden = layer.hidden;
   const int64_t q_width = layer.heads * dim, kv_width = layer.kv_heads * dim;
   float* normed = f.scratch;
@@ -97,17 +145,10 @@ static void layer_front(const Layer& layer, const LayerFront& f) {
   float* products[] = {f.q, k, v};
   multiply_each(weights, products, 3, normed, rows, f.threads);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t b = r / f.tokens, t = r % f.tokens;
-    const float *cos = f.cos + t * dim, *sin = f.sin + t * dim;
-    for (int64_t h = 0; h < layer.heads; ++h) {
-      float* head = f.q + r * q_width + h * dim;
-      rotate_head(layer.q_norm, head, dim, cos, sin, {(char*)head, Dtype::f32});
-    }
-    for (int64_t h = 0; h < layer.kv_heads; ++h) {
-      rotate_head(layer.k_norm, k + r * kv_width + h * dim, dim, cos, sin, place(f.k, b, h, t));
-      narrow(v + r * kv_width + h * dim, dim, place(f.v, b, h, t));
-    }
+    rotate_heads(layer.q_norm, f.q + r * q_width, layer.heads, dim, f, r % f.tokens);
+    rotate_heads(layer.k_norm, k + r * kv_width, layer.kv_heads, dim, f, r % f.tokens);
   }
+  return store_heads(layer, f, k, f.k) && store_heads(layer, f, v, f.v);
 }
 
 // x / (1 + e^-x); never overflows.
@@ -139,7 +180,7 @@ static void layer_back(const Layer& layer, const LayerBack& b) {
   float* up = gate + b.rows * layer.inner;
   multiply(layer.o, b.attended, b.rows, row, b.threads);
   for (int64_t r = 0; r < b.rows; ++r) {
-    add_normalized(layer.attended_norm, row + r * hidden, hidden, b.x + r * hidden);
+    add_normalized(layer.attended_norm, layer.residual, row + r * hidden, hidden, b.x + r * hidden);
     normalize(layer.mlp_norm, b.x + r * hidden, hidden, row + r * hidden);
   }
   const Weight* weights[] = {&layer.gate, &layer.up};
@@ -148,7 +189,7 @@ static void layer_back(const Layer& layer, const LayerBack& b) {
   gate_by(layer.activation, gate, up, b.rows * layer.inner);
   multiply(layer.down, gate, b.rows, row, b.threads);
   for (int64_t r = 0; r < b.rows; ++r)
-    add_normalized(layer.mlp_out_norm, row + r * hidden, hidden, b.x + r * hidden);
+    add_normalized(layer.mlp_out_norm, layer.residual, row + r * hidden, hidden, b.x + r * hidden);
 }
 
 }  // namespace saccade::SACCADE_TARGET

@@ -6,6 +6,7 @@ from saccade.cache.make import make_layer_cache
 from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.page_allocator import PageAllocator
 from saccade.cache.paged import PagedCache, PagePool
+from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.quantized_ring import QuantizedRing
 from saccade.cache.ragged import RaggedCache
@@ -22,6 +23,8 @@ __all__ = [
     "PageAllocator",
     "PagePool",
     "PagedCache",
+    "Placement",
+    "PlacingCache",
     "QuantizedCache",
     "QuantizedRing",
     "RaggedCache",

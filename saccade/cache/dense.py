@@ -16,6 +16,7 @@ from saccade.cache.base import (
     expect_tensors,
     fits,
 )
+from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.step import Cursor, StepView
 from saccade.core import DenseKV, Unsupported
 from saccade.ops.kv_write.append import append
@@ -26,7 +27,7 @@ GROWTH_SHARE = 16
 """A full buffer grows by a sixteenth, in multiples of 64 slots: few copies, little left unused."""
 
 
-class DenseCache:
+class DenseCache(PlacingCache):
     """Every key and value, in one buffer each.
 
     Args:
@@ -115,6 +116,19 @@ class DenseCache:
         cursor = cursor.minus(self._seen - self._slots)
         q = append(KVSlots(self._k, self._v, cursor.start), k, v, rope)
         return StepView(DenseKV(self._k, self._v), cursor, q)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache."""
+        if not self._seen:
+            return None
+        self.reserve(count)
+        assert self._k is not None and self._v is not None
+        return Placement((self._k, self._v), self._slots, self._slots)
+
+    def storage(self) -> DenseKV:
+        """See PlacingCache."""
+        assert self._k is not None and self._v is not None
+        return DenseKV(self._k, self._v)
 
     def commit(self, count: int) -> None:
         """See SteppingCache."""

@@ -28,6 +28,7 @@ from saccade.cache.base import (
     expect_tensors,
 )
 from saccade.cache.magnitude import check_magnitude
+from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.quantized_groups import STEPPING_ROOM, QuantizedFormat, QuantizedGroups
 from saccade.cache.recent_tokens import RecentTokens
 from saccade.cache.step import Cursor, StepView
@@ -38,7 +39,7 @@ from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
-class QuantizedCache:
+class QuantizedCache(PlacingCache):
     """Keys and values in 8 or 4 bits; see LayerCache.
 
     Args:
@@ -91,9 +92,7 @@ class QuantizedCache:
         self.groups.allocate(k, v)
         self.recent.allocate(k, v)
         self._quantize_oldest(self.recent.length - self.least_recent)
-        new = k.shape[2]
-        fits = self.recent.length + new <= self.recent.most
-        if fits and (new == 1 or k.dtype == self.recent.filled[0].dtype):
+        if self._stores_as_given(k.shape[2], k.dtype):
             self.recent.append(k, v)
             return self._view(*self.recent.filled)
         return self._append_large(k, v)
@@ -128,6 +127,21 @@ class QuantizedCache:
         q = append(recent, k, v, rope)
         view = GrowingKV(self.groups.whole_view(*self.recent.buffers), quantized)
         return StepView(view, self._in_view(cursor), q)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache; full groups are quantized here."""
+        if not self.seen:
+            return None
+        self._quantize_oldest(self.recent.length - self.least_recent)
+        if not self._stores_as_given(count, dtype):
+            return None
+        slot = self.recent.length
+        self.recent.make_room(slot + count)
+        return Placement((*self.recent.parts, *self.groups.parts), slot, self.groups.length + slot)
+
+    def storage(self) -> QuantizedKV:
+        """See PlacingCache."""
+        return self.groups.whole_view(*self.recent.buffers)
 
     def commit(self, count: int) -> None:
         """See SteppingCache."""
@@ -241,6 +255,11 @@ class QuantizedCache:
     def _in_view(self, cursor: Cursor) -> Cursor:
         """The cursor of a step in the positions of its view."""
         return cursor
+
+    def _stores_as_given(self, count: int, dtype: torch.dtype) -> bool:
+        """Whether the recent buffer takes new tokens: as they are, or a single one rounded."""
+        fits = self.recent.length + count <= self.recent.most
+        return fits and (count == 1 or dtype == self.recent.parts[0].dtype)
 
     def _append_large(self, k: Tensor, v: Tensor) -> KVView:
         """Append tokens that the recent buffer does not hold as they are; exact in the view."""

@@ -23,6 +23,7 @@ from saccade.cache.base import (
     check_shift,
 )
 from saccade.cache.checkpoints import Checkpoints, check_behind_sinks, missing_window
+from saccade.cache.placing import Placement
 from saccade.cache.quantized import QuantizedCache
 from saccade.cache.recent_tokens import stored_dtype
 from saccade.cache.sinks import SinkPlaces
@@ -114,6 +115,16 @@ class QuantizedRing(QuantizedCache, SlidingCache):
                 "every token. Use Context.append, or leave n_sinks unset."
             )
         super().reserve(count)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache."""
+        if self._first < self.sinks:
+            return None
+        if self._sink_k is None or self._sink_v is None:
+            return super().place(count, dtype)
+        self.places.place(self._sink_k, self.seen, count)
+        place = super().place(count, dtype)
+        return place and place._replace(sinks=(self._sink_k, self._sink_v))
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""

@@ -26,6 +26,7 @@ from saccade.cache.base import (
     fits,
 )
 from saccade.cache.checkpoints import Checkpoints, check_behind_sinks, missing_window
+from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.ring_view import one_page_per_head
 from saccade.cache.sinks import SinkPlaces
 from saccade.cache.sliding import SlidingCache
@@ -35,7 +36,7 @@ from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
-class RingCache(SlidingCache):
+class RingCache(SlidingCache, PlacingCache):
     """The last `window` tokens and the first `sinks`, exact under any chunking.
 
     Args:
@@ -150,6 +151,23 @@ class RingCache(SlidingCache):
         new = at[:1].to(positions.dtype).expand(len(positions), 1)
         positions.index_copy_(1, slot[:1], new)
         return StepView(self._step_view, cursor, q)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache; slots in a row, as many as are appended in place."""
+        spans = self._spans(self._seen, self._seen + count)
+        if not self._seen or count > self._chunk or len(spans) != 1:
+            return None
+        assert self._k is not None and self._v is not None
+        self.places.place(self._k, self._seen, count)
+        self._synced = False
+        self._oldest = max(self._oldest, self._seen + count - self._ring)
+        stored = (*self._stored_spans(), *spans)
+        return Placement((self._k, self._v), spans[0].slot, self._seen, stored)
+
+    def storage(self) -> DenseKV:
+        """See PlacingCache."""
+        assert self._k is not None and self._v is not None
+        return DenseKV(self._k, self._v)
 
     def commit(self, count: int) -> None:
         """See SteppingCache."""

@@ -8,10 +8,17 @@ adds the hashes of another version.
     rms_norm            weight * x / rms(x)
     rms_norm_plus_one   (1 + weight) * x / rms(x), Gemma's
     gated_mlp           down_proj(act_fn(gate_proj(x)) * up_proj(x))
-    decoder_layer       h = x + self_attn(input_layernorm(x)); h + mlp(post_attention_layernorm(h))
+    dropout_mlp         the same, with dropout in training
+    joined_mlp          the same with activation_fn, and gate and up the halves of gate_up_proj(x)
+    decoder_layer       h = x + self_attn(input_layernorm(x)); h + mlp(post_attention_layernorm(h));
+                        Phi 3's with dropout in training
+    multiplied_layer    the same, what is added times residual_multiplier
     sandwich_layer      the same with norms of what is added: Gemma 2's four norms
-    decoder             norm(layers(embed_tokens(ids))): causal, windows and rotary tables by layer
-    causal_lm           lm_head(decoder), softcapped where config.final_logit_softcapping says so
+    postnorm_layer      with norms of what is added alone, the last two of those
+    decoder             norm(layers(embed_tokens(ids))): causal, windows and rotary tables by layer;
+                        embeddings times embedding_multiplier where it has one
+    causal_lm           lm_head(decoder), softcapped where config.final_logit_softcapping says so,
+                        divided by config.logits_scaling where there is one
     attention           its forward calls the global `apply_rotary_pos_emb` on queries and keys
     rotary_function     RoPE by halves: (a, b) -> (a cos - b sin, b cos + a sin)
 """
@@ -33,8 +40,12 @@ KINDS: Final = (
     "rms_norm",
     "rms_norm_plus_one",
     "gated_mlp",
+    "dropout_mlp",
+    "joined_mlp",
     "decoder_layer",
+    "multiplied_layer",
     "sandwich_layer",
+    "postnorm_layer",
     "decoder",
     "causal_lm",
     "attention",

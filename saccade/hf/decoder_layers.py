@@ -8,7 +8,7 @@ and without hooks, adapters or forwards of their own.  What the description rest
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from operator import contains, is_
 from typing import Any, Final
@@ -26,13 +26,15 @@ from saccade.hf.split_forward import is_watched
 from saccade.ops.attention.cpu.binding import record
 from saccade.ops.linear import PackedWeight
 from saccade.ops.linear.native import record_packed
+from saccade.ops.linear.packed import BLOCK_ROWS
 
-PLAIN_ATTENTION: Final = frozenset(
-    f"{name}Attention"
-    for name in ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SeedOss", "Cwm", "Gemma")
-) | {"Gemma2Attention", "Gemma3Attention"}
-"""Listed attention classes that are q, k, v = proj(x), norms of each head where they have them,
-RoPE, cache, attention, o_proj: nothing between, no gate, no multiplier."""
+_PLAIN: Final = (
+    *("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SeedOss", "Cwm", "SmolLM3"),
+    *("Gemma", "Gemma2", "Gemma3", "Granite", "Olmo2", "Olmo3", "Phi3"),
+)
+PLAIN_ATTENTION: Final = frozenset(f"{name}Attention" for name in _PLAIN)
+"""Listed attention classes that are q, k, v = proj(x), norms of each head or of all where they have
+them, RoPE but where `use_rope` is false, cache, attention, o_proj: nothing between, no gate."""
 
 CAPPED: Final = ("Gemma2Attention",)
 """Those that give `attn_logit_softcapping` to attention; Gemma 3 has the attribute alone."""
@@ -43,6 +45,18 @@ _ACTIVATIONS: Final[dict[type, int]] = {
     activations.GELUTanh: 1,
 }
 _FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_NORMS: Final[dict[str, tuple[str | None, ...]]] = {
+    "decoder_layer": ("input_layernorm", None, "post_attention_layernorm", None),
+    "multiplied_layer": ("input_layernorm", None, "post_attention_layernorm", None),
+    "sandwich_layer": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    "postnorm_layer": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}
+"""Before and behind attention, before and behind the MLP."""
 
 
 class NotDescribed(Exception):
@@ -95,8 +109,10 @@ class Described:
         hidden: width of the residual stream.
         layers, norm, head: arguments of the constructor.
         windows: the model's own window of each layer.
+        rotated: whether a layer has RoPE.
         attention: the attention module of each layer.
         softcap: of the logits, None for none.
+        multiplier, divisor: of the embeddings, and of the logits.
         unchanged, unchanged_head: what the layers rest on, and what the logits do.
     """
 
@@ -105,8 +121,11 @@ class Described:
     norm: tuple[Any, ...]
     head: tuple[Any, ...]
     windows: tuple[int | None, ...]
+    rotated: tuple[bool, ...]
     attention: list[Any]
     softcap: float | None
+    multiplier: float
+    divisor: float
     unchanged: Unchanged
     unchanged_head: Unchanged
 
@@ -146,10 +165,13 @@ def _describe(model: Any) -> Described:
         hidden=config.hidden_size,
         layers=described,
         norm=_norm(decoder.norm),
-        head=_weight(model.lm_head),
+        head=_Rows(model.lm_head).weight(),
         windows=windows,
+        rotated=tuple(bool(getattr(each.self_attn, "use_rope", True)) for each in layers),
         attention=[each.self_attn for each in layers],
         softcap=getattr(config, "final_logit_softcapping", None),
+        multiplier=getattr(decoder, "embedding_multiplier", 1.0),
+        divisor=getattr(config, "logits_scaling", 1.0),
         unchanged=unchanged,
         unchanged_head=unchanged_head,
     )
@@ -161,43 +183,62 @@ def _require(condition: bool) -> None:
 
 
 def _layer(layer: Any, window: int | None, index: int) -> tuple[Any, ...]:
-    """One layer: (heads, kv_heads, head_dim, inner, activation, scale, softcap, norms, weights)."""
+    """One layer, as `read_layer` of csrc/layer_arguments.h has it."""
     attention, mlp = layer.self_attn, layer.mlp
     _require(type(attention).__name__ in PLAIN_ATTENTION)
-    _require(kind_of(type(attention)) == "attention" and kind_of(type(mlp)) == "gated_mlp")
+    _require(kind_of(type(attention)) == "attention")
     _require(attention.layer_idx == index and attention.is_causal)
     _require(getattr(attention, "sliding_window", window) == window)
-    dim, act = attention.head_dim, _ACTIVATIONS.get(type(mlp.act_fn))
+    dim, (q, k, v), (gate, up) = attention.head_dim, _projections(attention), _gate_and_up(mlp)
+    act_fn = mlp.activation_fn if kind_of(type(mlp)) == "joined_mlp" else mlp.act_fn
+    act = _ACTIVATIONS.get(type(act_fn))
     _require(act is not None and dim % 2 == 0)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    linears = (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    heads, kv_heads = (linear.out_features // dim for linear in projections[:2])
     capped = type(attention).__name__ in CAPPED
     softcap = (attention.attn_logit_softcapping if capped else None) or 0.0
-    sizes = (heads, kv_heads, dim, mlp.gate_proj.out_features, act)
+    sizes = (q.out // dim, k.out // dim, dim, gate.out, act)
+    scales = float(attention.scaling), float(softcap), _residual_multiplier(layer)
     norms = (*_norms(layer), *_head_norms(attention))
-    weights = tuple(_weight(linear) for linear in linears)
-    return (*sizes, float(attention.scaling), float(softcap), norms, weights)
+    weights = (q, k, v, _Rows(attention.o_proj), gate, up, _Rows(mlp.down_proj))
+    return (*sizes, *scales, norms, tuple(each.weight() for each in weights))
+
+
+def _projections(attention: Any) -> list[_Rows]:
+    """Of queries, keys and values, which Phi 3 has in one matrix."""
+    joined = getattr(attention, "qkv_proj", None)
+    if joined is None:
+        return [_Rows(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+    q = attention.config.num_attention_heads * attention.head_dim
+    kv = attention.num_key_value_heads * attention.head_dim
+    return [_Rows(joined, *rows) for rows in ((0, q), (q, q + kv), (q + kv, q + 2 * kv))]
+
+
+def _gate_and_up(mlp: Any) -> list[_Rows]:
+    """Their linear layers, which Phi 3 has in one matrix."""
+    if kind_of(type(mlp)) == "joined_mlp":
+        inner = mlp.gate_up_proj.out_features // 2
+        return [_Rows(mlp.gate_up_proj, 0, inner), _Rows(mlp.gate_up_proj, inner, 2 * inner)]
+    _require(kind_of(type(mlp)) in ("gated_mlp", "dropout_mlp"))
+    return [_Rows(mlp.gate_proj), _Rows(mlp.up_proj)]
+
+
+def _residual_multiplier(layer: Any) -> float:
+    """What is added to the residual stream is multiplied by it."""
+    multiplied = kind_of(type(layer)) == "multiplied_layer"
+    return float(layer.residual_multiplier) if multiplied else 1.0
 
 
 def _norms(layer: Any) -> Iterator[tuple[Any, ...] | None]:
     """Norms before and behind attention, before and behind the MLP."""
     kind = kind_of(type(layer))
-    if kind == "decoder_layer":
-        yield from (_norm(layer.input_layernorm), None)
-        yield from (_norm(layer.post_attention_layernorm), None)
-        return
-    _require(kind == "sandwich_layer")
-    yield from (_norm(layer.input_layernorm), _norm(layer.post_attention_layernorm))
-    yield _norm(layer.pre_feedforward_layernorm)
-    yield _norm(layer.post_feedforward_layernorm)
+    _require(kind in _NORMS)
+    assert kind is not None
+    yield from (None if name is None else _norm(getattr(layer, name)) for name in _NORMS[kind])
 
 
 def _head_norms(attention: Any) -> Iterator[tuple[Any, ...] | None]:
     for name in ("q_norm", "k_norm"):
         norm = getattr(attention, name, None)
         yield None if norm is None else _norm(norm)
-        _require(norm is None or norm.weight.shape == (attention.head_dim,))
 
 
 def _norm(norm: Any) -> tuple[Any, ...]:
@@ -208,25 +249,41 @@ def _norm(norm: Any) -> tuple[Any, ...]:
     return _record(norm.weight), float(getattr(norm, EPS[kind])), kind == "rms_norm_plus_one"
 
 
-def _weight(linear: Any) -> tuple[Any, ...]:
-    """(matrix, bias or None)."""
-    return _matrix(linear), None if linear.bias is None else _record(linear.bias)
+class _Rows:
+    """Rows start .. stop-1 of a linear layer, all by default."""
+
+    def __init__(self, linear: Any, start: int = 0, stop: int | None = None) -> None:
+        self._linear = linear
+        self._rows = slice(start, linear.out_features if stop is None else stop)
+        self.out = self._rows.stop - start
+
+    def weight(self) -> tuple[Any, ...]:
+        """(matrix, bias or None): plain, or as it is stored."""
+        linear, rows = self._linear, self._rows
+        bias = None if linear.bias is None else _record(linear.bias[rows])
+        if is_linear(linear):
+            return _record(linear.weight[rows]), bias
+        _require(type(linear) in (PackedLinear, HalfLinear) and is_untouched(linear))
+        stored = linear.packed
+        if isinstance(stored, PackedWeight):
+            _require(stored.qdata.is_cpu)
+            return record_packed(_packed_rows(stored, rows)), bias
+        return _record(stored.values[rows]), bias
 
 
-def _matrix(linear: Any) -> tuple[Any, ...]:
-    """The weight of a linear layer: plain, or as it is stored."""
-    if is_linear(linear):
-        _require(linear.weight.is_contiguous())
-        return _record(linear.weight)
-    _require(type(linear) in (PackedLinear, HalfLinear) and is_untouched(linear))
-    stored = linear.packed
-    if isinstance(stored, PackedWeight):
-        _require(stored.qdata.is_cpu)
-        return record_packed(stored)
-    _require(stored.values.is_contiguous())
-    return _record(stored.values)
+def _packed_rows(stored: PackedWeight, rows: slice) -> PackedWeight:
+    """Some rows of a packed weight, in place; whole blocks, where it has rows behind them."""
+    out, width = stored.shape
+    _require(rows.start % BLOCK_ROWS == 0 and (rows.stop % BLOCK_ROWS == 0 or rows.stop == out))
+    blocks = slice(rows.start // BLOCK_ROWS, -(-rows.stop // BLOCK_ROWS))
+    parts = (None if x is None else x[blocks] for x in (stored.qdata, stored.scale, stored.minimum))
+    qdata, scale, minimum = parts
+    assert qdata is not None and scale is not None
+    shape = rows.stop - rows.start, width
+    return replace(stored, shape=shape, qdata=qdata, scale=scale, minimum=minimum)
 
 
 def _record(x: Tensor) -> tuple[Any, ...]:
+    _require(x.is_contiguous())
     _require(x.device.type == "cpu" and x.dtype in _FLOATS and type(x.data) is Tensor)
     return record(x)

@@ -2,20 +2,24 @@
 
 transformers runs a layer as some forty operations of torch, which take 0.2 ms on a CPU whatever the
 size of the model; a small one is bound by that.  Here norms, products, RoPE and the MLP of a layer
-are two calls, and where every layer has a dense cache the whole decoder is one.  Nothing of the
-model is changed: a Context takes this way instead of the model's forward where it can.
+are two calls, and all layers whose caches show where new tokens go are one.  Nothing of the model
+is changed: a Context takes this way instead of the model's forward where it can.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable
+from itertools import takewhile
+from operator import call, is_
 from typing import Any, Final
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache
+from saccade.cache import DenseCache, Placement, PlacingCache
+from saccade.core import DenseKV, KVView
 from saccade.hf.attention import saccade_attention
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.decoder_layers import Described, describe
@@ -28,6 +32,9 @@ MAX_ROWS: Final = 8
 """Rows of one step: more are a matrix product, which torch computes faster."""
 _TABLE: Final = 64
 """Positions whose cos and sin are computed at once."""
+
+_UNROTATED: Final = "unrotated"
+"""Kind of a layer without RoPE: two channels are turned by nothing, and the others stay."""
 
 Range = tuple[int, int]
 """Window and sinks for the kernels: -1 for no window."""
@@ -62,11 +69,10 @@ class FusedDecoder:
         self._settings = [run.settings[i] for i in range(len(described.layers))]
         settings = zip(described.windows, self._settings, strict=True)
         self._ranges = [_range(*each) for each in settings]
-        self._direct = [_is_direct(each) for each in self._settings]
-        self._all_direct = all(self._direct)
-        self._places: list[Tensor | None] = [None] * len(described.layers)
-        self._buffers: list[Any] = [None] * len(described.layers)
-        self._rotary = _Rotary(self._inner, len(described.layers))
+        types = run.params.type_k, run.params.type_v
+        self._direct = [_is_direct(each) and "fp8" not in types for each in self._settings]
+        self._stored: list[tuple[ref[Tensor], ...]] = [()] * len(described.layers)
+        self._rotary = _Rotary(self._inner, described.rotated)
         kinds = list(zip(self._rotary.kinds, self._ranges, strict=True))
         self._kinds = list(dict.fromkeys(kinds))
         self._of_kind = [self._kinds.index(each) for each in kinds]
@@ -76,12 +82,18 @@ class FusedDecoder:
         if not 1 <= tokens.numel() <= MAX_ROWS or not self._serves(cache):
             return None
         x = self._inner.embed_tokens(tokens)
+        if self._described.multiplier != 1:
+            x = x * self._described.multiplier
         self._decoder.begin(record(x.contiguous()), torch.get_num_threads())
         start, count = cache.seen, tokens.shape[1]
         tables = self._rotary.tables(start, count, x)
-        if not self._run(cache, count, tables):
-            for index in range(len(self._ranges)):
+        kinds = [(*tables[name], *reach) for name, reach in self._kinds]
+        places, index = self._places(cache, count, x.dtype), 0
+        while index < len(places):
+            index += self._run(cache, index, places, count, kinds)
+            if index < len(places):
                 self._layer(index, cache, x, tables)
+                index += 1
         out = torch.empty_like(x)
         self._decoder.finish(record(out))
         return out
@@ -91,32 +103,54 @@ class FusedDecoder:
         eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         return plain and eager and not self._inner.training and self._described.unchanged.holds()
 
-    def _run(self, cache: SaccadeCache, count: int, tables: dict[Hashable, Any]) -> bool:
-        """All layers in one call, where all have dense caches with nothing special about them."""
-        if cache.observer is not None or not cache.seen or not self._all_direct:
-            return False
-        stores: list[DenseCache] = []
-        for store, (window, _) in zip(cache.stores, self._ranges, strict=True):
-            if type(store) is not DenseCache or (window >= 0 and store.is_compressed):
-                return False
-            stores.append(store)
-        slots: list[int] = []
-        for index, store in enumerate(stores):
-            store.reserve(count)
-            slots.append(store.num_slots)
-            if self._places[index] is not store.like[0]:
-                self._note_buffers(index, store)
-        kinds = [(*tables[name], *reach) for name, reach in self._kinds]
-        self._decoder.run(self._buffers, kinds, self._of_kind, slots)
-        for store in stores:
-            store.commit(count)
-        return True
+    def _places(
+        self, cache: SaccadeCache, count: int, dtype: torch.dtype
+    ) -> list[Placement | None]:
+        """Where each layer stores new tokens; None: its cache has to be given them."""
+        places: list[Placement | None] = [None] * len(self._ranges)
+        if cache.observer is not None:
+            return places
+        cache.writing = True  # full groups of a quantized cache are quantized here
+        for index, store in enumerate(cache.stores):
+            windowed = self._ranges[index][0] >= 0
+            gaps = windowed and isinstance(store, DenseCache) and store.is_compressed
+            if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
+                continue
+            place = places[index] = store.place(count, dtype)
+            if place is not None and not self._knows(index, place):
+                self._note(index, place, store.storage())
+        cache.writing = False
+        return places
 
-    def _note_buffers(self, index: int, store: DenseCache) -> None:
-        """Where a layer stores its keys and values, until its cache grows."""
-        k, v = store.like
-        assert k is not None and v is not None
-        self._places[index], self._buffers[index] = k, (record(k), record(v))
+    def _knows(self, index: int, place: Placement) -> bool:
+        """Whether the C++ layers were told of this storage."""
+        known, parts = self._stored[index], place.parts + place.sinks
+        return len(known) == len(parts) and all(map(is_, map(call, known), parts))
+
+    def _note(self, index: int, place: Placement, view: KVView) -> None:
+        """Tell the C++ layers where a layer stores its keys and values."""
+        sinks = VIEWS[DenseKV](DenseKV(place.sinks[0], place.sinks[1])) if place.sinks else None
+        self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard, sinks)
+        self._stored[index] = tuple(map(ref, place.parts + place.sinks))
+
+    def _run(
+        self,
+        cache: SaccadeCache,
+        first: int,
+        places: list[Placement | None],
+        count: int,
+        kinds: list[Any],
+    ) -> int:
+        """As many layers from `first` on as one call computes; how many they are."""
+        placed = list(takewhile(lambda place: place is not None, places[first:]))
+        if not placed:
+            return 0
+        wanted = [place[1:4] for place in placed if place is not None]
+        done = self._decoder.run(first, wanted, kinds, self._of_kind)
+        for store in cache.stores[first : first + done]:
+            assert isinstance(store, PlacingCache)
+            store.commit(count)
+        return done
 
     def _layer(
         self, index: int, cache: SaccadeCache, like: Tensor, tables: dict[Hashable, Any]
@@ -140,7 +174,7 @@ class FusedDecoder:
 
     def _attend(self, index: int, like: Tensor, key: Any, value: Any) -> None:
         """The rest of a layer, with attention as transformers would call it."""
-        heads, _, dim, *_, scale, softcap, _, _ = self._described.layers[index]
+        heads, _, dim, *_, scale, softcap, _, _, _ = self._described.layers[index]
         batch, count, _ = like.shape
         q = like.new_empty(batch, heads, count, dim)
         self._decoder.queries(record(q))
@@ -161,7 +195,8 @@ class FusedDecoder:
             return None
         out = torch.empty(len(hidden), self._model.config.vocab_size)
         self._decoder.logits(record(hidden.contiguous()), record(out), torch.get_num_threads())
-        cap = self._described.softcap
+        cap, divisor = self._described.softcap, self._described.divisor
+        out = out if divisor == 1 else out / divisor
         return out if cap is None else torch.tanh(out / cap) * cap
 
 
@@ -178,15 +213,20 @@ def _is_direct(settings: AttentionSettings) -> bool:
 
 
 class _Rotary:
-    """cos and sin of the next positions, from the model's rotary module, a block at a time."""
+    """cos and sin of the next positions, from the model's rotary module, a block at a time.
 
-    def __init__(self, decoder: Any, num_layers: int) -> None:
+    Args:
+        rotated: whether a layer has RoPE.
+    """
+
+    def __init__(self, decoder: Any, rotated: tuple[bool, ...]) -> None:
         self._decoder = decoder
         takes = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
-        types: list[Hashable] = [None] * num_layers
+        types: list[Hashable] = [None] * len(rotated)
         if takes:
             types = list(decoder.config.layer_types)
-        self.kinds = types[:num_layers]
+        kinds = zip(types, rotated, strict=False)
+        self.kinds = [kind if rotates else _UNROTATED for kind, rotates in kinds]
         self._start, self._stop = 0, 0
         self._blocks: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
@@ -203,6 +243,9 @@ class _Rotary:
     def _compute(self, start: int, like: Tensor) -> None:
         positions = torch.arange(start, start + _TABLE)[None]
         for kind in set(self.kinds):
+            if kind == _UNROTATED:
+                self._blocks[kind] = torch.ones(_TABLE, 2), torch.zeros(_TABLE, 2)
+                continue
             options = {} if kind is None else {"layer_type": kind}
             found = self._decoder.rotary_emb(like, position_ids=positions, **options)
             cos, sin = (x[0].float().contiguous() for x in found)
