@@ -52,14 +52,15 @@ class Context:
         self, model: Model, params: ContextParams | None = None, *, reserve: int = 0
     ) -> None:
         check_types(model, params)
-        self.model = model
-        self.params = without_own_dtype(params or ContextParams(), model.facts.dtype)
+        self.model, facts = model, model.facts
+        self._n_vocab = facts.vocab_size  # asking the config for each token takes a millisecond
+        self.params = without_own_dtype(params or ContextParams(), facts.dtype)
         self.reserve = whole_number("reserve", reserve, least=0)
-        self.n_ctx = self.params.n_ctx or model.facts.n_ctx_train
+        self.n_ctx = self.params.n_ctx or facts.n_ctx_train
         self.stats = Stats()
         self.finish_reason: FinishReason | None = None
-        self.notes = notes_on(self.params, model.facts)
-        self._has_table = model.facts.positions.limit is not None
+        self.notes = notes_on(self.params, facts)
+        self._has_table = facts.positions.limit is not None
         self._check_keep()
         self._check_memory(max(reserve, self.params.n_ctx or 0))
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
@@ -152,7 +153,7 @@ class Context:
         Raises:
             BadInput: no token ids of this model, none at all, or more than fit into n_ctx.
         """
-        ids = token_ids(tokens, self.model.facts.vocab_size)
+        ids = token_ids(tokens, self._n_vocab)
         wanted = min(whole_number("wanted", wanted, least=1), len(ids))
         if not len(ids):
             raise BadInput("the prompt is empty: give at least one token to read.")
@@ -174,7 +175,7 @@ class Context:
         Returns:
             How many of `tokens` need not be read again; `append` or `stream` those after.
         """
-        wanted = token_ids(tokens, self.model.facts.vocab_size).tolist()
+        wanted = token_ids(tokens, self._n_vocab).tolist()
         self._check_open()
         common = 0
         for ours, theirs in zip(self.tokens, wanted[:-1], strict=False):
@@ -219,7 +220,7 @@ class Context:
             BadInput: neither prompt nor a token to continue from, a prompt longer than n_ctx, or
                 arguments of another type.
         """
-        ids = token_ids(prompt, self.model.facts.vocab_size)
+        ids = token_ids(prompt, self._n_vocab)
         count, ends = whole_number("n_predict", n_predict, least=0), stop_tokens(stop)
         return self._stream(ids, count, sampler or Sampler(), ends, on_progress)
 
