@@ -105,7 +105,7 @@ def load_model(
         loaded = _load_gguf(path, own or torch.float32, form)
     if form in ("int8", "int4") and (plain := left_plain(loaded.model)):
         loaded.notes.append(_said_of(plain, form, loaded.model.dtype))
-    if form == "plain" and weights == "file":
+    if form == "plain" and weights == "file" and not is_folder:
         loaded.notes.append(
             f"the weights of {path.name} are {loaded.weights} on this device: a GPU computes with "
             'plain numbers. weights="int8" or "int4" take less memory there, and more time.'

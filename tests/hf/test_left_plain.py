@@ -28,6 +28,7 @@ def test_experts_that_stay_plain_are_named(tmp_path, weights, source):
     assert f"{weights} rounds" in note and "mlp.experts.down_proj" in note
     assert note.startswith(f"4 matrices ({numbers * 4 / 2**10:.3g} KiB: ") and "float32" in note
     assert not [n for n in load_model(path, weights="f32").notes if "stay" in n]
+    assert source == "file" or not [n for n in load_model(path).notes if "weights" in n]
 
 
 def test_rows_of_no_whole_groups_are_named_and_a_model_without_any_says_nothing(tmp_path):
