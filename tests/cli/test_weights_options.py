@@ -44,7 +44,12 @@ def test_refusals_are_in_the_words_of_the_options(stand_in):
     stand_in("saccade.hf.load", load_model=load_model)
     with pytest.raises(UsageError, match=re.escape("--weights f32 goes with")) as refused:
         loading.load("m", dtype="bf16", weights="f32")
-    assert "goes with --dtype f32, got --dtype bf16: leave dtype out" in str(refused.value)
+    assert "goes with --dtype f32, got --dtype bf16: leave --dtype out" in str(refused.value)
+
+
+def test_a_device_that_is_none_is_refused_in_the_words_of_the_options():
+    with pytest.raises(UsageError, match=r"or cuda:N as --device, got 'tpu'"):
+        loading.load("smollm2", device="tpu")
 
 
 def test_the_option_offers_what_loading_takes():
