@@ -16,6 +16,14 @@ from saccade.core import DenseKV, Mask
 from saccade.core.formats import FP8
 from saccade.ops import make_call
 from saccade.ops.attention.cpu.binding import BUILT, workspace_bytes
+from saccade.ops.linear import native
+from saccade.ops.linear.forward import (
+    multiplies_bfloat16,
+    plain_at_once,
+    plain_bytes,
+    product_bytes,
+)
+from saccade.ops.linear.packed import BLOCK_ROWS
 from saccade.runtime.layers import LARGEST_RING, backend_of, narrowed_window
 from saccade.runtime.memory import AttentionPeak, chunks, layers_bytes
 from saccade.runtime.model import ModelFacts
@@ -107,11 +115,51 @@ def activations(
     mlp = carried + 2 * states + 3 * chunk * blueprint.inner * size
     rotating = carried + states + 4 * queries + 2 * keys
     grown = layer_bytes if tokens > chunk and params.n_swa is None else 0
-    work = attention_workspace(facts, params, tokens, device)
+    work, workspace = attention_workspace(facts, params, tokens, device)
     attending = carried + states + queries + keys + max(grown, work)
-    logits = facts.vocab_size * (size + 4)
+    packed = _packed_products(blueprint, chunk, device)
+    logits = facts.vocab_size * (size + 4) + packed.head
     observed, scoring = _compression(facts, params, tokens)
-    return observed + max(mlp, rotating, attending, logits, states + scoring)
+    most = max(mlp, rotating, attending, carried + packed.layers, logits, states + scoring)
+    # Panels of weights lie where tiles of attention do; plain tiles of weights are PyTorch's.
+    kept = max(workspace, packed.kept) if multiplies_bfloat16() else workspace + packed.kept
+    return observed + kept + most
+
+
+@dataclass(slots=True)
+class _Packed:
+    """Most bytes of products with packed weights.
+
+    Attributes:
+        layers: of one of the layers with a chunk, its input and outputs included (two of one
+            input: gate and up, or q and k), or of looking its tokens up.
+        head: of the output matrix with one row, without them.
+        kept: workspaces and buffers, which stay for the next product.
+    """
+
+    layers: int = 0
+    head: int = 0
+    kept: int = 0
+
+
+def _packed_products(blueprint: Blueprint, chunk: int, device: str) -> _Packed:
+    dtype, most = blueprint.facts.dtype, _Packed()
+    for each in blueprint.matrices:
+        if isinstance(blueprint.stored(each), torch.dtype):
+            continue
+        width, kept = each.width, 0
+        if each.is_head:
+            head, kept = product_bytes(1, (each.rows, width), dtype, device)
+            most.head = max(most.head, head)
+        elif each.is_read:
+            beside, kept = product_bytes(chunk, (each.rows, width), dtype, device)
+            known = chunk * (width + 2 * each.rows) * dtype.itemsize
+            most.layers = max(most.layers, known + beside)
+        if not each.is_read and not (native.BUILT and device == "cpu"):
+            looked_up = min(chunk * BLOCK_ROWS, plain_at_once(width))
+            most.layers = max(most.layers, plain_bytes(looked_up, width))
+        most.kept = max(most.kept, kept)
+    return most
 
 
 def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple[int, int]:
@@ -123,19 +171,25 @@ def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple
     return kept, 3 * queries * tokens * 4  # weights before, while and after they are normalized
 
 
-def attention_workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: str) -> int:
-    """Bytes of one layer's attention for the last chunk: output, lse, copies, the kernels' own."""
-    native = (
+def attention_workspace(
+    facts: ModelFacts, params: ContextParams, tokens: int, device: str
+) -> tuple[int, int]:
+    """Bytes of one layer's attention for the last chunk (output, lse, copies), and those that the
+    C++ kernels keep for themselves."""
+    by_kernels = (
         backend_of(params) in ("auto", "cpu") and params.type_k != FP8 and params.sparse is None
     )
-    if device == "cpu" and not (native and BUILT):
-        return AttentionPeak(facts, params).at(tokens)
+    if device == "cpu" and not (by_kernels and BUILT):
+        return AttentionPeak(facts, params).at(tokens), 0
     if backend_of(params) == "reference":
-        return AttentionPeak(facts, params).at(tokens)
-    return max(_workspace(layer, params, tokens, device) for layer, _ in facts.alike())
+        return AttentionPeak(facts, params).at(tokens), 0
+    every = [_workspace(layer, params, tokens, device) for layer, _ in facts.alike()]
+    return max(work for work, _ in every), max(kept for _, kept in every)
 
 
-def _workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: str) -> int:
+def _workspace(
+    facts: ModelFacts, params: ContextParams, tokens: int, device: str
+) -> tuple[int, int]:
     chunk, own = min(params.n_batch, tokens), facts.windows[0]
     narrowed, sinks = narrowed_window(own, params)
     window = narrowed or own
@@ -152,10 +206,10 @@ def _workspace(facts: ModelFacts, params: ContextParams, tokens: int, device: st
     if device == "cuda":
         parts = 3 * out if quantized or ring else 0
         copies += min(_DEQUANTIZED, kept * width) if quantized else 0
-        return max(ring, out + parts + copies)
+        return max(ring, out + parts + copies), 0
     meta: dict[str, Any] = {"device": "meta", "dtype": facts.dtype}
     k = torch.empty(1, facts.num_kv_heads, kept, key, **meta)
     v = torch.empty(1, facts.num_kv_heads, kept, value, **meta)
     q = torch.empty(1, facts.num_heads, chunk, key, **meta)
     call = make_call(q, DenseKV(k, v), mask=Mask(window=window, sinks=sinks), q_offset=kept - chunk)
-    return max(ring, out + workspace_bytes(call) + copies)
+    return max(ring, out + copies), workspace_bytes(call)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 _ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?(\w+(?:[.:]\w+)*)["']?""")
+_CHOICE = re.compile(r" or dtype=torch\.(\w+)")
+_NAMED = re.compile(r"\b(leave|as) (device|weights|dtype)\b(?=,| out)")
 _SHORT = {name: short for short, name in DTYPES.items() if name}
 
 
@@ -52,8 +54,9 @@ def load(
 
 
 def as_options(message: str) -> str:
-    """A message about arguments of `load_model`, about options instead."""
-    return _ARGUMENT.sub(_as_option, message)
+    """A message about arguments of `load_model`, about options instead, and what they offer."""
+    offered = _CHOICE.sub(lambda found: found[0] if found[1] in _SHORT else "", message)
+    return _NAMED.sub(r"\1 --\2", _ARGUMENT.sub(_as_option, offered))
 
 
 def _as_option(found: re.Match[str]) -> str:

@@ -18,8 +18,11 @@ from saccade.hf.foreign_errors import as_bad_input, is_out_of_memory, quiet, rea
 from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
 from saccade.hf.packed_layers import weights_bytes
+from saccade.hf.packed_model import left_plain
 from saccade.hf.placement import Form, device_of, form_and_dtype
+from saccade.hf.tensor_files import named
 from saccade.runtime.located import located
+from saccade.units import as_bytes
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.json",
@@ -96,15 +99,26 @@ def load_model(
     is_folder = path.is_dir()
     form, own = form_and_dtype(weights, dtype, where, is_folder=is_folder)
     if is_folder:
-        return _moved(_load_folder(path, own, form), where)
-    _need_gguf()
-    loaded = _load_gguf(path, own or torch.float32, form)
-    if form == "plain" and weights == "file":
+        loaded = _load_folder(path, own, form)
+    else:
+        _need_gguf()
+        loaded = _load_gguf(path, own or torch.float32, form)
+    if form in ("int8", "int4") and (plain := left_plain(loaded.model)):
+        loaded.notes.append(_said_of(plain, form, loaded.model.dtype))
+    if form == "plain" and weights == "file" and not is_folder:
         loaded.notes.append(
             f"the weights of {path.name} are {loaded.weights} on this device: a GPU computes with "
             'plain numbers. weights="int8" or "int4" take less memory there, and more time.'
         )
     return _moved(loaded, where)
+
+
+def _said_of(plain: Mapping[str, int], form: str, dtype: torch.dtype) -> str:
+    which = f"{as_bytes(sum(plain.values()))}: {named(plain)}"
+    return (
+        f"{len(plain)} matrices ({which}) stay {str(dtype).removeprefix('torch.')}: {form} rounds "
+        "linear layers and embeddings with rows of whole groups of 32, and no experts."
+    )
 
 
 def _moved(loaded: LoadedModel, device: torch.device) -> LoadedModel:

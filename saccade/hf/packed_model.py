@@ -28,6 +28,7 @@ from saccade.hf.packed_layers import (
     WeightStore,
     dequantized,
 )
+from saccade.ops.linear.packed import BLOCK_ROWS
 
 
 def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -38,6 +39,19 @@ def storable(model: PreTrainedModel) -> dict[str, nn.Module]:
         if module is tokens or is_linear(module):
             found[f"{name}.weight"] = module
     return found
+
+
+def left_plain(model: PreTrainedModel) -> dict[str, int]:
+    """Matrices of a model with stored weights that are plain numbers -> their bytes.
+
+    They are those of experts, which are one parameter a layer, of layers that compute something
+    else, and those whose rows are no whole groups.
+    """
+    return {
+        name: weight.nbytes
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and min(weight.shape[-2:]) >= BLOCK_ROWS
+    }
 
 
 def outer_layers(model: PreTrainedModel) -> set[str]:

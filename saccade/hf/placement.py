@@ -7,16 +7,13 @@ from typing import Any, Final, Literal
 import torch
 
 from saccade.core import BadInput
+from saccade.runtime.weights import held_as
 
 DEVICES: Final = ("auto", "cpu", "cuda")
 WEIGHTS: Final = ("file", "int8", "int4", "bf16", "f32")
 """What `load_model` takes as `weights`."""
 Form = Literal["file", "plain", "int8", "int4"]
 """A GGUF file's own blocks, plain numbers, or rounded to 8 or 4 bits."""
-_DTYPES: Final = {"f32": (torch.float32, torch.float64), "bf16": (torch.bfloat16,)}
-_ACTIVATIONS: Final = (torch.float32, torch.bfloat16, torch.float16)
-"""What packed weights are multiplied by.  float32 is the default on a CPU: products round it to
-bfloat16 either way, but sums and norms that are rounded too move a model's answers much farther."""
 
 
 def device_of(wanted: str | torch.device | None) -> torch.device:
@@ -64,19 +61,8 @@ def form_and_dtype(
         raise ValueError(f"expected one of {', '.join(WEIGHTS)} as weights, got {weights!r}.")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"expected a floating-point torch.dtype or None as dtype, got {dtype!r}.")
-    allowed = _DTYPES.get(weights, _ACTIVATIONS)
-    if weights == "file" and (is_folder or device.type != "cpu"):
-        return "plain", dtype or (None if is_folder else torch.bfloat16)
-    if dtype is not None and dtype not in allowed:
-        names = " or ".join(str(each) for each in allowed)
-        raise ValueError(
-            f"weights={weights!r} goes with dtype={names}, got dtype={dtype}: leave dtype out, or "
-            'use weights="f32" for more digits and weights="bf16" for fewer.'
-        )
-    if weights in ("f32", "bf16"):
-        return "plain", dtype or allowed[0]
-    default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return weights, dtype or default  # type: ignore[return-value]
+    held, own = held_as(weights, dtype, device.type, is_folder=is_folder)
+    return held, own  # type: ignore[return-value]
 
 
 def _unknown(wanted: object) -> str:

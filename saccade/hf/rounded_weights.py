@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from saccade.hf.packed_layers import StoredWeight, tensors_of
 from saccade.hf.placement import Form
 from saccade.ops.linear import quantized
+from saccade.runtime.weights import stored_as
 
-_GROUP: Final = 32
-"""Numbers of a row that are rounded together."""
 _AT_ONCE: Final = 2**23
 """Numbers that are plain at a time."""
 _ROWS: Final = 64
@@ -27,13 +27,13 @@ def rounded(rows: Rows, shape: tuple[int, int], form: Form, outer: bool) -> Stor
     """A matrix `[out, in]` rounded to int8 or int4; None where its rows are no whole groups.
 
     Args:
-        outer: of the embedding or the output head.  They cost most when they are rounded, and get
-            8 bits in either form.
+        outer: of the embedding or the output head, which cost most when they are rounded.
     """
     out, width = shape
-    if width % _GROUP:
+    stored = stored_as("F32", width, form, torch.float32, outer=outer)
+    if isinstance(stored, torch.dtype):
         return None
-    bits = 8 if outer or form == "int8" else 4
+    bits = stored.bits
     step = max(_ROWS, _AT_ONCE // width // _ROWS * _ROWS)
     if step >= out:
         return quantized(rows(0, out), bits)

@@ -16,8 +16,10 @@ import torch
 from saccade.core import BadInput
 from saccade.ops.linear.packed import BLOCK_ROWS
 
-_PLAIN: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "f32": torch.float32}
 _GOES_WITH: Final = {"f32": (torch.float32, torch.float64), "bf16": (torch.bfloat16,)}
+_ACTIVATIONS: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""What packed weights are multiplied by.  float32 is the default on a CPU: products round it to
+bfloat16 either way, but sums and norms that are rounded too move a model's answers much farther."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +67,18 @@ def held_as(
     Raises:
         BadInput: a form that excludes the dtype.
     """
-    _check(weights, dtype)
-    if weights in _PLAIN:
-        return "plain", dtype or _PLAIN[weights]
-    own = torch.float32 if device == "cpu" else torch.bfloat16
     if weights == "file" and (is_folder or device != "cpu"):
-        return "plain", dtype or (None if is_folder else own)
-    return weights, dtype or own
-
-
-def _check(weights: str, dtype: torch.dtype | None) -> None:
-    allowed = _GOES_WITH.get(weights)
-    if dtype is not None and allowed and dtype not in allowed:
-        names = " or ".join(str(each) for each in allowed)
+        return "plain", dtype or (None if is_folder else torch.bfloat16)
+    allowed = _GOES_WITH.get(weights, _ACTIVATIONS)
+    if dtype is not None and dtype not in allowed:
+        names = " or ".join(f"dtype={each}" for each in allowed)
         raise BadInput(
-            f"weights={weights!r} goes with dtype={names}, got dtype={dtype}: leave dtype out, or "
+            f"weights={weights!r} goes with {names}, got dtype={dtype}: leave dtype out, or "
             'use weights="f32" for more digits and weights="bf16" for fewer.'
         )
+    if weights in _GOES_WITH:
+        return "plain", dtype or allowed[0]
+    return weights, dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 def stored_as(kind: str, width: int, held: str, dtype: torch.dtype, *, outer: bool) -> Stored:

@@ -198,8 +198,24 @@ def test_what_python_takes_is_what_the_record_says():
         record = json.loads((RESULTS / known["record"]).read_text())
         assert known["calls"] == record["calls"] and known["revision"] == record["revision"]
     assert 20 < calls.recorded().layer < 5000
+
+
+@pytest.mark.parametrize(("attention", "layer"), [(30e-6, 110), (139e-6, 35)])
+def test_what_python_takes_is_the_difference_of_two_depths(monkeypatch, attention, layer):
+    """Real steps of the toys, with clocks of known times; attention is most of a layer at most."""
+    real, order = calls._step_seconds, []
+
+    def step(toy):
+        assert real(toy) > 0
+        order.append(toy.config.num_hidden_layers)
+        return 50e-6 + 140e-6 * order[-1]
+
+    monkeypatch.setattr(calls, "_step_seconds", step)
+    monkeypatch.setattr(calls, "_op_seconds", lambda: 1e-6)
+    monkeypatch.setattr(calls, "_attention_seconds", lambda: attention)
     measured = calls.measured_calls()
-    assert 0 < measured.layer < 5000 and measured.model >= 0
+    assert measured.layer == pytest.approx(layer) and measured.model == pytest.approx(50)
+    assert order == [2, 8] * 4
 
 
 def test_longer_prompts_take_longer_on_this_cpu(tmp_path, monkeypatch):

@@ -58,8 +58,11 @@ def test_memory_stays_however_long_the_dialogue(loaded, options):
             assert ctx.seen <= talk.ctx.n_ctx
         if params.type_k is None:
             assert len(set(sizes)) == 1
-        else:  # room for the newest tokens comes and goes until their group is quantized
-            assert max(sizes[20:]) <= max(sizes[:20])
+        else:  # room for the newest tokens comes and goes until their group of 64 is quantized
+            rows, dim = 4 * 2, 16  # of four layers
+            group = 64 * 2 * dim + 4 * (dim + 64)  # float16 scale and offset a channel, a token
+            waiting = (64 + 8) * 2 * dim * 2
+            assert max(sizes[20:]) == max(sizes[:20]) <= rows * (group + waiting)
         assert said > 3 * talk.ctx.n_ctx and talk.rereads >= 2
 
 

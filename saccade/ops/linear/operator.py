@@ -40,9 +40,10 @@ def _input_gradient(grad: Tensor, *flat: Any) -> Tensor:
     if not native.usable(weight):
         return grad @ forward.matrix(weight, grad.dtype)
     dx = grad.new_zeros(grad.shape[0], weight.shape[1], dtype=torch.float32)
-    for first, n in forward.tiles(weight, torch.float32):
+    buffer = forward.tile_buffer([weight], torch.float32)
+    for first, n in forward.tiles(weight.shape, torch.float32):
         part = grad[:, first : first + n].float()
-        dx.addmm_(part, forward.plain_rows(weight, first, n, torch.float32))
+        dx.addmm_(part, forward.plain_rows(weight, first, n, buffer))
     return dx.to(grad.dtype)
 
 

@@ -55,7 +55,9 @@ def rows(weight: PackedWeight, index: Tensor, dtype: torch.dtype) -> Tensor:
     if planning() or index.is_meta:
         return index.new_empty(shape, dtype=dtype)
     if not native.usable(weight):
-        return _rows_by_torch(weight, flat, dtype).view(shape)
+        # Each row comes with its block of 16.
+        parts = flat.split(forward.plain_at_once(weight.shape[1]) // BLOCK_ROWS)
+        return torch.cat([_rows_by_torch(weight, part, dtype) for part in parts]).view(shape)
     read = operator.chosen_rows if is_watched((index,)) else operator.chosen_rows_now
     return read(flat.contiguous(), dtype, *operator.flatten(weight)).view(shape)
 
