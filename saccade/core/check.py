@@ -91,7 +91,7 @@ def number(name: str, x: object) -> float:
     """
     if isinstance(x, torch.SymFloat):
         return x  # type: ignore[return-value]
-    if type(x) is float and math.isfinite(x):
+    if type(x) is float and -math.inf < x < math.inf:  # torch 2.11 does not compile math.isfinite
         return x
     if isinstance(x, Tensor) and x.numel() == 1 and not x.requires_grad and not x.is_complex():
         x = x.item()

@@ -323,7 +323,7 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), DENSE, ids=str)
+@pytest.mark.parametrize(("wrong", "sentence"), DENSE)
 def test_wrong_inputs_are_refused(wrong, sentence):
     q, k, v = inputs(6, 9, 4, 2)
     given = {"q": q, "k": k, "v": v, **wrong}
@@ -345,7 +345,7 @@ VARLEN = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), VARLEN, ids=str)
+@pytest.mark.parametrize(("wrong", "sentence"), VARLEN)
 def test_wrong_inputs_of_packed_sequences_are_refused(wrong, sentence):
     q, k, v, cu_q, cu_k = packed([3, 2], [4, 3], 4, 2)
     given = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}

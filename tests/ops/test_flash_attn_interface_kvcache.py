@@ -298,7 +298,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "wrong", "sentence"), WRONG, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("kind", "wrong", "sentence"), WRONG)
 def test_wrong_inputs_are_refused_before_the_cache_is_written(kind, wrong, sentence):
     storage = Storage(kind)
     given = {"q": normal(ROWS, 1, HEADS, DIM), "k_cache": storage.k, "v_cache": storage.v}
