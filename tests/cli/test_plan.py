@@ -141,7 +141,7 @@ def test_trials_on_the_model(capsys, tmp_path):
         (["--memory", "4"], "--memory: expected a size with its unit, such as 4GiB, got '4'."),
         (["--context", "32q"], "--context: expected a number of tokens such as 4096 or 4k"),
         (["--context", "0"], "expected a number of tokens"),
-        (["--device", "tpu"], "expected one of auto, cpu, cuda as device, got 'tpu'"),
+        (["--device", "tpu"], "expected one of auto, cpu, cuda as --device, got 'tpu'"),
         (["--svg", "x.svg"], "Add --measure."),
         (["--context", "2k", "-c", "1000"], "--context 2048 and --ctx-size 1000 both say"),
         (["--dtype", "int3"], "expected one of auto, f32, bf16, f16"),

@@ -113,6 +113,8 @@ def plain_bytes(rows: int, width: int) -> int:
 def workspace_bytes(rows: int, width: int, outs: Sequence[int], gate: str) -> int:
     """The most that the C++ kernels allocate by themselves for a product, on all threads.
 
+    On a busy machine calls move between torch's threads and their own (csrc/pool.cpp), and every
+    thread but the caller keeps what it took: then up to twice this.
     What PyTorch allocates (outputs, copies of x, parts of a weight) is not in it.
 
     Args:

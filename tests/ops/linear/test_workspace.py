@@ -161,6 +161,7 @@ from saccade import _cpu
 from saccade.ops.linear import forward, linears
 from tests.ops.linear.test_workspace import weights_of
 torch.set_num_threads(3)
+_cpu.share_threads(False)  # torch's threads, when late, are left out: both kinds would have one
 weights, x = weights_of("several"), torch.randn(200, 96)
 planned = forward.workspace_bytes(200, 96, [w.shape[0] for w in weights], "none")
 for _ in range(500):  # until each thread has had a work item
