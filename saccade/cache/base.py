@@ -165,6 +165,12 @@ def check_rows(rows: Tensor, batch: int) -> None:
         )
 
 
+def chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Row rows[i] of `x` as row i, in place if there are as many: captured graphs stay valid."""
+    chosen = x.index_select(0, rows)
+    return x.copy_(chosen) if len(rows) == len(x) else chosen
+
+
 def check_length(length: int) -> None:
     """Raise ValueError unless `length` is a position."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:  # type: ignore[reportUnnecessaryIsInstance]
