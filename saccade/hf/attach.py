@@ -203,7 +203,7 @@ def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         kwargs["past_key_values"] = new_cache(run)
     cache = kwargs.get("past_key_values")
     if params.kv_policy is not None and isinstance(cache, SaccadeCache):
-        compress_behind_prompt(cache, params, args, kwargs)
+        compress_behind_prompt(cache, run, args, kwargs)
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:

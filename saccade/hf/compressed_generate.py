@@ -6,14 +6,15 @@ observes the queries of the prompt, and is compressed when the first token behin
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
-from saccade.runtime.compression import ObservationWindow, compress_cache
+from saccade.hf.policy_sources import sources_of
+from saccade.hf.runs import Run
+from saccade.runtime.compression import ObservationWindow, compress_cache, observing
 from saccade.runtime.params import ContextParams
 
 
@@ -25,13 +26,14 @@ def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def compress_behind_prompt(
-    cache: SaccadeCache, params: ContextParams, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: SaccadeCache, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Compress the cache of a `generate` call by the params once its prompt is read.
+    """Compress the cache of a `generate` call by the params of its run once its prompt is read.
 
     Raises:
         Unsupported: a prompt without token ids, or with padding.
     """
+    params = run.params
     length, mask = prompt_length(args, kwargs), kwargs.get("attention_mask")
     if length is None:
         raise Unsupported(
@@ -44,12 +46,31 @@ def compress_behind_prompt(
             "generate for texts of one length, or for each by itself."
         )
     assert params.kv_policy is not None
-    window = ObservationWindow.for_policy(params.kv_policy)
-    cache.observer = window.observe
-    cache.behind(length, partial(_compress, cache, params, window))
+    window = observing(params.kv_policy, cache, sources_of(run, length))
+    _Schedule(cache, params, window, length).next()
 
 
-def _compress(cache: SaccadeCache, params: ContextParams, window: ObservationWindow) -> None:
-    assert params.kv_policy is not None and params.kv_budget is not None
-    cache.observer = None
-    compress_cache(cache, window, params.kv_policy, params.kv_budget)
+class _Schedule(NamedTuple):
+    """When the caches of one `generate` call are compressed: before a token is stored."""
+
+    cache: SaccadeCache
+    params: ContextParams
+    window: ObservationWindow
+    length: int
+
+    def next(self) -> None:
+        """Wait for the end of the prompt, or until `kv_every` more tokens were stored."""
+        seen, every = self.cache.seen, self.params.kv_every
+        at = None if every is None else seen + every
+        if seen < self.length:
+            at = self.length if at is None else min(at, self.length)
+        if at is not None:
+            self.cache.behind(at, self.compress)
+
+    def compress(self) -> None:
+        """Compress, and go on observing where that is wanted."""
+        assert self.params.kv_budget is not None
+        compress_cache(self.cache, self.window, self.params.kv_budget)
+        if self.params.kv_every is None:
+            self.cache.observer = None
+        self.next()

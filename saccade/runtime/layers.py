@@ -41,6 +41,8 @@ def layer_cache(
         own: the model's own window of this layer, None for full attention.
     """
     window, sinks = narrowed_window(own, params)
+    if params.kv_every is not None:
+        reserve = 0  # the whole text is never stored
     ring = own if own is not None and own <= LARGEST_RING else None
     return make_layer_cache(
         window=window or ring,
