@@ -44,6 +44,7 @@ class PerHeadPages:
         self._k = like_k.new_empty(0, page_size, like_k.shape[3])
         self._v = like_v.new_empty(0, page_size, like_v.shape[3])
         self._positions = torch.empty(0, page_size, dtype=torch.int32, device=like_k.device)
+        self._placing = False  # whether sequences are longer than kv_lens says
         self._update_page_table()
 
     @property
@@ -75,6 +76,7 @@ class PerHeadPages:
             positions: of the keys, `[B | 1, Hkv | 1, t]`.
             kept: bool `[B, Hkv, t]`, which of them to append; None for all.
         """
+        self._forget_places()
         before = [self._allocator.length(seq) for seq in self._sequences]
         counts = [k.shape[2]] * len(before)
         if kept is not None:
@@ -87,6 +89,33 @@ class PerHeadPages:
                 self._allocator.truncate(seq, length)
             self._update_page_table()
             raise
+
+    def place(self, count: int) -> None:
+        """Make room for `count` more keys of each head, which are written to `storage`."""
+        self._forget_places()
+        kv_lens = self._kv_lens
+        self._placing = True
+        self._extend([count] * len(self._sequences))
+        self._kv_lens = kv_lens  # they count when they are there
+
+    def commit(self, count: int) -> None:
+        """Count keys that were written to their places."""
+        self._kv_lens.add_(count)
+        self._placing = False
+
+    def _forget_places(self) -> None:
+        """Take back the room of places that were not committed."""
+        if not self._placing:
+            return
+        lengths = self._kv_lens.flatten().tolist()
+        for seq, length in zip(self._sequences, lengths, strict=True):
+            self._allocator.truncate(seq, length)
+        self._placing = False
+        self._update_page_table()
+
+    def storage(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, positions, page tables and lengths, as a RaggedKV takes them."""
+        return self._k, self._v, self._positions, self._page_table, self._kv_lens
 
     def _store(
         self, k: Tensor, v: Tensor, positions: Tensor, kept: Tensor | None, before: list[int]
@@ -101,12 +130,13 @@ class PerHeadPages:
 
     def view(self, end: int) -> RaggedKV:
         """Everything stored, without a copy; `end` is one past the last position seen."""
+        self._forget_places()
         longest = max(map(self._allocator.length, self._sequences))
-        storage = (self._k, self._v, self._positions, self._page_table, self._kv_lens)
-        return RaggedKV(*storage, end, longest)
+        return RaggedKV(*self.storage(), end, longest)
 
     def gather(self) -> GatheredKV:
         """A copy of everything stored, one column for each key; see GatheredKV."""
+        self._forget_places()
         size = self._allocator.page_size
         longest = max(map(self._allocator.length, self._sequences))
         index = torch.arange(longest, device=self._k.device) - longest + self._kv_lens[..., None]
@@ -118,12 +148,14 @@ class PerHeadPages:
 
     def remove_newest(self, count: int) -> None:
         """Remove the last `count` keys of every head and release their pages."""
+        self._forget_places()
         for seq in self._sequences:
             self._allocator.truncate(seq, self._allocator.length(seq) - count)
         self._update_page_table()
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]; pages are shared, copied on write."""
+        self._forget_places()
         old, heads = self._sequences, self._heads
         wanted = [old[i * heads + head] for i in rows.tolist() for head in range(heads)]
         self._sequences = [self._allocator.fork(seq) for seq in wanted]

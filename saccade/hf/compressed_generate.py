@@ -73,4 +73,6 @@ class _Schedule(NamedTuple):
         compress_cache(self.cache, self.window, self.params.kv_budget)
         if self.params.kv_every is None:
             self.cache.observer = None
+        else:
+            self.window.restore(self.window.after_compression() or {})
         self.next()

@@ -98,10 +98,13 @@ class ObservationWindow:
     def after_compression(self) -> dict[int, ObservedQueries] | None:
         """What goes on being observed when keys were removed; None: nothing.
 
-        Blocks that queries have read are counted in keys, of which there are others now.
+        Of the window the newest query alone: keys of the others may be gone, so that nothing says
+        any more which of the keys they see.  Blocks that it has read are counted in keys, of which
+        there are others now.
         """
-        blocks = any(each.blocks is not None for each in self._observed.values())
-        return None if blocks else self.state()
+        if any(each.blocks is not None for each in self._observed.values()):
+            return None
+        return {i: each._replace(q=each.q[:, :, -1:]) for i, each in self._observed.items()}
 
     def restore(self, state: dict[int, ObservedQueries]) -> None:
         """Replace everything observed by a `state`."""
