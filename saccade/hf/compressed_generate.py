@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from saccade.cache import RaggedCache, SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.policy_sources import sources_of
@@ -31,7 +33,7 @@ def compress_behind_prompt(
     """Compress the cache of a `generate` call by the params of its run once its prompt is read.
 
     Raises:
-        Unsupported: a prompt without token ids, or with padding.
+        Unsupported: a prompt without token ids, or with padding that is not on the left.
     """
     params = run.params
     length, mask = prompt_length(args, kwargs), kwargs.get("attention_mask")
@@ -40,14 +42,35 @@ def compress_behind_prompt(
             "kv_policy compresses where the prompt ends, which inputs_embeds do not say: give "
             "input_ids, or leave kv_policy unset."
         )
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+    padding = _padding(mask) if is_padded(kwargs) else None
+    full = [x for x in cache.stores if not isinstance(x, SlidingCache | StateCache)]
+    if padding is not None and not all(isinstance(store, RaggedCache) for store in full):
         raise Unsupported(
-            "kv_policy keeps the same number of keys of each text, but this batch is padded: "
-            "generate for texts of one length, or for each by itself."
+            "rows of a padded batch keep different numbers of keys, which this cache cannot hold: "
+            "expected that generate() makes the cache. Leave past_key_values out."
         )
     assert params.kv_policy is not None
-    window = observing(params.kv_policy, cache, sources_of(run, length))
+    window = observing(params.kv_policy, cache, sources_of(run, length), padding)
     _Schedule(cache, params, window, length).next()
+
+
+def is_padded(kwargs: dict[str, Any]) -> bool:
+    """Whether the attention mask of a `generate` call hides tokens."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
+
+
+def _padding(mask: Tensor) -> list[int]:
+    """Tokens before the text of each row of a mask `[B, length]`."""
+    if mask.dim() == 2:
+        before = (mask == 0).sum(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        if torch.equal(mask != 0, columns >= before[:, None]):
+            return before.tolist()
+    raise Unsupported(
+        "kv_policy takes batches that are padded on the left, but this attention_mask hides other "
+        "tokens. Set tokenizer.padding_side='left'."
+    )
 
 
 class _Schedule(NamedTuple):

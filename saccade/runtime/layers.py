@@ -34,8 +34,9 @@ def layer_cache(
     *,
     staging: StagingBuffers | None = None,
     reserve: int = 0,
+    ragged: bool = False,
 ) -> LayerCache:
-    """An empty cache for a layer; see `make_layer_cache` for `staging` and `reserve`.
+    """An empty cache for a layer; see `make_layer_cache` for `staging`, `reserve` and `ragged`.
 
     Args:
         own: the model's own window of this layer, None for full attention.
@@ -51,7 +52,7 @@ def layer_cache(
         type_k=params.type_k,
         type_v=params.type_v,
         page_size=params.page_size,
-        ragged=wants_ragged(params.kv_policy),
+        ragged=ragged or wants_ragged(params.kv_policy),
         staging=staging,
         reserve=reserve,
     )
