@@ -121,7 +121,7 @@ class PerHeadPages:
         self, k: Tensor, v: Tensor, positions: Tensor, kept: Tensor | None, before: list[int]
     ) -> None:
         """Write the chosen keys behind the first `before` of each row and head."""
-        slots = torch.tensor(self._slots_from(before), dtype=torch.int64, device=k.device)
+        slots = self._slots_from(before).to(k.device)
         at = positions.to(torch.int32).expand(k.shape[:3])
         chosen = slice(None) if kept is None else kept
         self._k.flatten(0, 1)[slots] = k[chosen].reshape(-1, k.shape[3]).to(self._k.dtype)
@@ -172,14 +172,14 @@ class PerHeadPages:
             _grown(x, num_pages) for x in (self._k, self._v, self._positions)
         )
 
-    def _slots_from(self, before: list[int]) -> list[int]:
-        """Slots of the keys after the first `before` of each row and head, in order."""
-        size, slots = self._allocator.page_size, list[int]()
+    def _slots_from(self, before: list[int]) -> Tensor:
+        """Slots of the keys after the first `before` of each row and head, in order, int64."""
+        size, parts = self._allocator.page_size, list[Tensor]()
         for seq, first in zip(self._sequences, before, strict=True):
-            pages = self._allocator.page_table(seq)
-            new = range(first, self._allocator.length(seq))
-            slots += [pages[i // size] * size + i % size for i in new]
-        return slots
+            at = torch.arange(first, self._allocator.length(seq))
+            pages = torch.tensor(self._allocator.page_table(seq), dtype=torch.int64)
+            parts.append(pages[at // size] * size + at % size)
+        return torch.cat(parts)
 
     def _extend(self, counts: list[int]) -> None:
         """Allocate pages for `counts` more keys, one number for each row and head."""

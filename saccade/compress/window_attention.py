@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from saccade.compress.observation import LayerObservation
-from saccade.compress.received import attention_weights
+from saccade.compress.received import attention_scores
 from saccade.core import DenseKV, Mask
 from saccade.core.kv import dense
-from saccade.ops import AttentionCall, attend, make_call
+from saccade.ops import AttentionCall, make_call
 
 
 def observed_weights(observation: LayerObservation) -> Tensor:
@@ -19,8 +19,13 @@ def observed_weights(observation: LayerObservation) -> Tensor:
     its block selection.
     """
     call = _call(observation)
-    lse = attend(call, backend="tiled").lse
-    return attention_weights(call, dense(call.kv), lse).flatten(1, 2)
+    scores, visible = attention_scores(call, dense(call.kv))
+    scores = scores.float().masked_fill(~visible, -torch.inf).flatten(1, 2)
+    sinks, length = call.sink_logits, scores.shape[-1]
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    return scores.softmax(-1)[..., :length].nan_to_num()  # of queries that see nothing: 0
 
 
 def _call(observation: LayerObservation) -> AttentionCall:

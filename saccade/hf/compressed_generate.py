@@ -42,12 +42,13 @@ def compress_behind_prompt(
             "kv_policy compresses where the prompt ends, which inputs_embeds do not say: give "
             "input_ids, or leave kv_policy unset."
         )
-    padding = _padding(mask) if is_padded(kwargs) else None
+    padding = _padding(mask) if isinstance(mask, Tensor) and is_padded(kwargs) else None
     full = [x for x in cache.stores if not isinstance(x, SlidingCache | StateCache)]
     if padding is not None and not all(isinstance(store, RaggedCache) for store in full):
         raise Unsupported(
             "rows of a padded batch keep different numbers of keys, which this cache cannot hold: "
-            "expected that generate() makes the cache. Leave past_key_values out."
+            "expected that generate() makes one in full precision. Leave out past_key_values, "
+            "type_k and type_v."
         )
     assert params.kv_policy is not None
     window = observing(params.kv_policy, cache, sources_of(run, length), padding)

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.cache import DenseCache, LayerCache, RaggedCache, ShiftKeys, SlidingCache, StateCache
+from saccade.cache import (
+    DenseCache,
+    LateQuantizedCache,
+    LayerCache,
+    RaggedCache,
+    ShiftKeys,
+    SlidingCache,
+    StateCache,
+)
 from saccade.compress import (
     POLICIES,
     ExpectedQueries,
@@ -214,12 +222,12 @@ def compress_cache(
     for at, layer in _places(cache, window):
         if isinstance(layer, RaggedCache):
             _keep_by_head(layer, at, budget)
-        elif isinstance(layer, DenseCache):
+        elif isinstance(layer, DenseCache | LateQuantizedCache):
             _keep_equally(layer, at, budget, DECODE_ROOM if room is None else room)
         else:
             raise Unsupported(
-                f"kv_policy needs caches in full precision, layer {at.layer} has a "
-                f"{type(layer).__name__}. Leave out type_k, type_v, page_size and offload_kqv."
+                f"kv_policy needs caches whose keys can be removed, layer {at.layer} has a "
+                f"{type(layer).__name__}. Leave out page_size and offload_kqv."
             )
 
 
@@ -229,7 +237,7 @@ def most_above(cache: ModelCache, window: ObservationWindow, budget: int | float
     for at, layer in _places(cache, window):
         if isinstance(layer, RaggedCache):
             above.append(int(layer.kv_lens.sum()) // layer.kv_lens.numel())
-        elif isinstance(layer, DenseCache):
+        elif isinstance(layer, DenseCache | LateQuantizedCache):
             above.append(layer.num_slots)
         above[-1] -= at.kept(budget, layer.seen)
     return max(above)
@@ -259,13 +267,25 @@ class _Place(NamedTuple):
         return self.window.policy.layer_budget(mean, seen, self.rank, self.layers)
 
 
-def _keep_equally(layer: DenseCache, at: _Place, budget: int | float, room: int) -> None:
-    """Keep the same number of keys of every head."""
+def _keep_equally(
+    layer: DenseCache | LateQuantizedCache, at: _Place, budget: int | float, room: int
+) -> None:
+    """Keep the same number of keys of every head; quantize what is to be quantized."""
     kept = at.kept(budget, layer.seen)
-    if kept < layer.num_slots:
-        view = layer.view()
-        scores = at.window.policy.scores(at.window.of(at.layer, view.k, view.v), kept)
-        layer.keep(select(scores, kept), room=room)
+    if isinstance(layer, DenseCache):
+        if kept < layer.num_slots:
+            view = layer.view()
+            layer.keep(_selected(at, view.k, view.v, kept), room=room)
+        return
+    if kept < layer.num_slots or not layer.is_quantized:
+        layer.keep(_selected(at, *layer.given(), min(kept, layer.num_slots)), room=room)
+
+
+def _selected(at: _Place, k: Tensor, v: Tensor, kept: int) -> Tensor:
+    """Slots that stay, int64 `[B, Hkv, kept]`."""
+    if kept == k.shape[2]:
+        return torch.arange(kept, device=k.device).expand(*k.shape[:2], -1)
+    return select(at.window.policy.scores(at.window.of(at.layer, k, v), kept), kept)
 
 
 def _keep_by_head(layer: RaggedCache, at: _Place, budget: int | float) -> None:

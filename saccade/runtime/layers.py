@@ -52,6 +52,7 @@ def layer_cache(
         type_k=params.type_k,
         type_v=params.type_v,
         page_size=params.page_size,
+        compressed=params.kv_policy is not None,
         ragged=ragged or wants_ragged(params.kv_policy),
         staging=staging,
         reserve=reserve,

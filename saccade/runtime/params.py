@@ -182,8 +182,12 @@ class ContextParams:
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
-        if quantized and self.kv_policy is not None:
-            raise ValueError("a quantized cache cannot be combined with kv_policy yet.")
+        if quantized and self.kv_policy and POLICIES[self.kv_policy]().floor is not None:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} lets heads keep different numbers of keys, which a "
+                "quantized cache cannot hold. Choose one that keeps equally many, such as "
+                "'snapkv', or leave type_k and type_v unset."
+            )
         if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
             raise ValueError(
                 "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "

@@ -94,3 +94,22 @@ def test_steps_of_the_kernels_are_those_of_the_model(llama, name):
         assert ours.progress["seen"] == theirs.progress["seen"]
         for key, x in ours.tensors.items():
             assert torch.allclose(x.float(), theirs.tensors[key].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+@pytest.mark.parametrize("every", [None, 20])
+def test_what_is_compressed_is_quantized_behind_it(llama, stored, every):
+    """Near the compressed cache in full precision, in a fraction of its bytes."""
+    found, sizes = [], []
+    plain = {"kv_policy": "snapkv", "kv_budget": 128, "kv_every": every, "n_batch": 64}
+    for options in ({}, {"type_k": stored, "type_v": stored}):
+        with saccade.Context(llama, ContextParams(**plain, **options), check="off") as ctx:
+            ctx.append(PROMPT)
+            ctx.compress()
+            found.append(torch.cat([ctx.logits(ctx.append([t])) for t in (5, 9, 17)]))
+            sizes.append(ctx.cache_bytes)
+            assert ctx.cache.stores[0].num_slots in range(128, 152)
+    size = found[0].std()
+    near = {"int8": 0.02, "int4": 0.25}[stored]
+    assert (found[1] - found[0]).square().mean().sqrt() < near * size or every is not None
+    assert sizes[1] < sizes[0] * {"int8": 0.5, "int4": 0.35}[stored]
