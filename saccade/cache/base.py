@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.core import BadInput, KVView
 from saccade.core.check import describe
 
-ShiftKeys = Callable[[Tensor, int], Tensor]
+ShiftKeys = Callable[[Tensor, int | Tensor], Tensor]
 """Re-rotate keys `[B, Hkv, n, D]` by a number of positions (saccade.rope.shift_keys, bound)."""
 
 

@@ -188,7 +188,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         check_behind_sinks(start, self.sinks)
         check_shift(start, stop, self.seen)
         later = max(self._first, stop)
-        k, v = self._given(later, self.seen)
+        k, v = self.given(later, self.seen)
         self._checkpoints.forget_after(start)
         if start > self._first:
             self._cut(start)

@@ -13,7 +13,7 @@ from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.captured_steps import decode_in_graphs
-from saccade.hf.compressed_generate import compress_behind_prompt
+from saccade.hf.compressed_generate import compress_behind_prompt, is_padded
 from saccade.hf.cropped_caches import check_not_cropped
 from saccade.hf.fused_forward import decode_in_kernels
 from saccade.hf.layers import check_attention, layer_kinds
@@ -165,16 +165,19 @@ def running(run: Run) -> Running:
     return Running(run)
 
 
-def new_cache(run: Run, *, reserve: int = 0, n_ctx_train: int | None = None) -> SaccadeCache:
+def new_cache(
+    run: Run, *, reserve: int = 0, n_ctx_train: int | None = None, ragged: bool = False
+) -> SaccadeCache:
     """Empty caches that follow the options of a run; see `Attached.new_cache`.
 
     Args:
+        ragged: rows and heads will keep different numbers of keys, whatever the policy.
         n_ctx_train: length that the model was trained for; default what its config says.
     """
     staging = None if run.params.offload_kqv else StagingBuffers()
 
     def make(layer: int, own: int | None) -> LayerCache:
-        return layer_cache(own, run.params, staging=staging, reserve=reserve)
+        return layer_cache(own, run.params, staging=staging, reserve=reserve, ragged=ragged)
 
     cache = SaccadeCache(run.model.config, make, run=run)
     move_sinks(cache, run, n_ctx_train)
@@ -206,10 +209,11 @@ def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         if needed:
             _check_no_conflict(kwargs)
         if needed or _gains(run, kwargs):
-            kwargs["past_key_values"] = new_cache(run)
+            padded = params.kv_policy is not None and is_padded(kwargs)
+            kwargs["past_key_values"] = new_cache(run, ragged=padded)
     cache = kwargs.get("past_key_values")
     if params.kv_policy is not None and isinstance(cache, SaccadeCache):
-        compress_behind_prompt(cache, params, args, kwargs)
+        compress_behind_prompt(cache, run, args, kwargs)
 
 
 def _gains(run: Run, kwargs: dict[str, Any]) -> bool:
