@@ -33,8 +33,8 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Mean of `ours - theirs` on the same samples, and its bounds.
 
-    Newcombe's method for paired proportions (doi.org/10.1002/(SICI)1097-0258(19981130)17:22<2635::
-    AID-SIM954>3.0.CO;2-C, method 10): from the Wilson bounds of both means and their correlation.
+    Newcombe's score method for paired proportions (Statistics in Medicine 17, 1998, pages 2635 to
+    2650, method 8): from the Wilson bounds of both means and the correlation of the scores.
 
     Raises:
         ValueError: no scores, or not as many of each.
