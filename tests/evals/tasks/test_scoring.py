@@ -10,9 +10,7 @@ from saccade.evals.tasks.sample import Turn, printable, score, settled
 
 
 def turn(rule, *answers, choices=()):
-    return Turn(
-        question="", prefix="", answers=answers, n_predict=1, rule=rule, choices=choices
-    )
+    return Turn(question="", prefix="", answers=answers, n_predict=1, rule=rule, choices=choices)
 
 
 NAMES = ("Anna", "Boris")
