@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks import gpu_tables
 from saccade.bench.rule_table import as_table
-from saccade.report import comparison
+from saccade.report import comparison, evaluation
 from saccade.report.claims import claims_table
-from saccade.report.markdown import escape, table_text, to_markdown
+from saccade.report.markdown import escape, evaluation_text, table_text, to_markdown
 from saccade.report.numbers import (
     MISSING,
     as_bytes,
@@ -230,6 +230,11 @@ def conversion(path: Path) -> str:
     return table_text(Table([Heading(title) for title in titles], lines, "stage, text"))
 
 
+def scores(path: Path) -> str:
+    """`saccade eval`: the scores of every task at every length."""
+    return evaluation_text(evaluation.read(path))
+
+
 def _perplexity(found: dict[str, Any] | None) -> Cell:
     if found is None:
         return Cell(MISSING)
@@ -249,6 +254,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "claims": claims,
     "conversion": conversion,
+    "scores": scores,
     "far": far,
     "groups": groups,
     "plan_check": plan_check,

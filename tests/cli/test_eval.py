@@ -117,7 +117,7 @@ import os, sys, time
 from saccade.cli import main
 from saccade.evals import evaluate
 from saccade.hf import load
-from tests.cli.test_evaluate import *
+from tests.cli.test_eval import *
 load.load_model = lambda *_, **__: SimpleNamespace(
     model=tiny_model(tiny_config("llama", vocab_size=256, max_position_embeddings=4096)),
     tokenizer=Bytes(), name="tiny", n_ctx_train=4096, weights="f32", notes=[])
