@@ -70,3 +70,33 @@ def test_ends():
     config = SimpleNamespace(eos_token_id=[2, 3])
     assert end_tokens(frame_of(tokenizer), tokenizer, config) == {0, 2, 3, ord("\n")}
     assert end_tokens(frame_of(tokenizer, raw=True), tokenizer, config) == {0, 2, 3}
+
+
+@pytest.mark.real_model
+def test_every_task_is_as_long_as_was_asked_with_a_real_tokenizer():
+    """All tokens that a model reads and may write, counted from the whole conversation as text."""
+    from saccade.evals.tasks import TASKS, Room, essay_of, samples_of
+    from saccade.hf.load import load_model
+
+    tokenizer = load_model("smollm2").tokenizer
+    frame = frame_of(tokenizer)
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    room = Room(2048, count, essay_of())
+    for task in TASKS.values():
+        (sample,) = samples_of(
+            task, 1, 42, room, lambda each: length_of(prompt_of(each, frame, tokenizer), each)
+        )
+        first = sample.turns[0]
+        messages = [{"role": "user", "content": sample.context + first.question}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        later = sum(count(t.question + t.prefix) + 12 for t in sample.turns[1:])
+        written = sum(turn.n_predict for turn in sample.turns)
+        total = count(whole + first.prefix) + later + written
+        assert 0.95 * 2048 <= total <= 2048 + 12 * len(sample.turns), task.name
+        prompt = prompt_of(sample, frame, tokenizer)
+        read = prompt.context + prompt.turns[0].question + prompt.turns[0].prefix
+        assert tokenizer.decode(read) == whole + first.prefix
+        assert length_of(prompt, sample) <= 2048
