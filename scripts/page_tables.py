@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks import gpu_tables
 from saccade.bench.rule_table import as_table
-from saccade.report import comparison
+from saccade.report import comparison, evaluation
 from saccade.report.claims import claims_table
-from saccade.report.markdown import escape, table_text, to_markdown
+from saccade.report.markdown import escape, evaluation_text, table_text, to_markdown
 from saccade.report.numbers import (
     MISSING,
     as_bytes,
@@ -268,6 +268,11 @@ def conversion(path: Path) -> str:
     return table_text(Table([Heading(title) for title in titles], lines, "stage, text"))
 
 
+def scores(path: Path) -> str:
+    """`saccade eval`: the scores of every task at every length."""
+    return evaluation_text(evaluation.read(path))
+
+
 def _perplexity(found: dict[str, Any] | None) -> Cell:
     if found is None:
         return Cell(MISSING)
@@ -287,6 +292,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "claims": claims,
     "conversion": conversion,
+    "scores": scores,
     "far": far,
     "groups": groups,
     "kv_policies": kv_policies,
