@@ -47,7 +47,7 @@ def run(
     )] = None,
     policy: Annotated[Any, typer.Option(
         "--policy", metavar="NAME,...", parser=list_of(str),
-        help="which keys a cache keeps (snapkv, ada_snapkv, none)",
+        help="which keys a cache keeps, as --kv-policy of `generate` takes them, or none",
     )] = None,
     budgets: Annotated[Any, typer.Option(
         "--budget", metavar="N|SHARE,...", parser=list_of(budget),

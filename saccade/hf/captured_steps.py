@@ -10,6 +10,7 @@ Every other call is the model's own: a prompt, padded rows, caches that need the
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final
 from weakref import proxy, ref
@@ -19,10 +20,13 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saccade.core import Unsupported
+from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.deferred_rope import deferred
 from saccade.hf.fused_forward import shows_layers, tokens_of_step
-from saccade.hf.runs import ModelRuns, Run, Undo
-from saccade.hf.split_forward import Forward, serve_steps
+from saccade.hf.rope_tables import reaching
+from saccade.hf.runs import ModelRuns, Run, Undo, activated
+from saccade.hf.split_forward import Forward, hidden_states, serve_steps
 from saccade.runtime.step import DecodeStep, captures, refusal
 
 _FREE_CAPTURES: Final = 4
@@ -57,13 +61,11 @@ class _Steps:
     """The captured steps of one run, over one cache at a time."""
 
     def __init__(self, undo: Undo, runs: ModelRuns, run: Run) -> None:
-        from saccade.hf.model import HFModel  # which imports attach
-
         # The same options with fused kernels, in force inside of steps alone.
         fused = run.params.fused_layers is not False
         inner = replace(run, fused=fused, serves_every_call=False, changes=_changes(run, fused))
         runs.begin_within(undo, inner)
-        self._model: Any = _Hidden(HFModel(run.model, run=inner))
+        self._model: Any = _Hidden(inner)
         self._refusal = None if captures(run.params) else "these options need the host"
         self._cache: ref[SaccadeCache] | None = None
         self._step: DecodeStep | None = None
@@ -97,15 +99,24 @@ class _Steps:
 
 
 class _Hidden:
-    """A model whose logits are its hidden states."""
+    """A model under the options of a run, whose logits are its hidden states."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.device, self.dtype = model.device, model.model.dtype
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.device, self.dtype = run.model.device, run.model.dtype
 
     def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
-        """Hidden states `[B, t, hidden]`."""
-        return self._model.hidden(tokens, cache)
+        """Hidden states `[B, 1, hidden]` at the cursor of the cache."""
+        assert cache.cursor is not None, "a step has set it"
+        fused = deferred() if self._run.fused else nullcontext()
+        with activated(self._run), reaching(cache.reaches), fused:
+            return hidden_states(
+                self._run.model,
+                input_ids=tokens,
+                position_ids=cache.cursor.start[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The hidden states themselves."""
@@ -113,7 +124,5 @@ class _Hidden:
 
 
 def _changes(run: Run, fused: bool) -> dict[str, Any]:
-    from saccade.hf import changes
-
     needed = {name: run.changes[name] for name in ("attention", "rotary") if name in run.changes}
     return needed | ({"layers": changes.fuse_layers} if fused else {})
