@@ -12,7 +12,7 @@ and that captured steps write the tokens that uncaptured ones write.
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,35 +47,32 @@ ROWS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def written(
-    model: Any,
-    params: dict[str, Any] | None,
-    ids: Tensor,
-    count: int,
-    *,
-    logits: bool = False,
-) -> tuple[Tensor, Any]:
+def attached(model: Any, params: dict[str, Any] | None, length: int) -> AbstractContextManager[Any]:
+    """The model under these params, for prompts of `length` tokens; None: as it is."""
+    if params is None:
+        return nullcontext()
+    if "kv_policy" in params:
+        params = params | {"kv_budget": length // 4}
+    return saccade.attach(model, ContextParams(**params))
+
+
+@torch.no_grad()
+def written(model: Any, ids: Tensor, count: int, *, logits: bool = False) -> tuple[Tensor, Any]:
     """Tokens, and if asked for logits, that `generate()` writes behind a prompt `[B, n]`."""
-    attached = nullcontext()
-    if params is not None:
-        if "kv_policy" in params:
-            params = params | {"kv_budget": ids.shape[1] // 4}
-        attached = saccade.attach(model, ContextParams(**params))
-    with attached, torch.no_grad():
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-            do_sample=False, pad_token_id=0, output_logits=logits,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+        do_sample=False, pad_token_id=0, output_logits=logits, return_dict_in_generate=True,
+    )  # fmt: skip
     return found.sequences[:, ids.shape[1] :], found.logits
 
 
 def row(model: Any, params: dict[str, Any] | None, ids: Tensor) -> dict[str, float]:
     """Milliseconds of a token, and of the first one, the best of three."""
-    written(model, params, ids, FEW)
-    first = min(timed(lambda: written(model, params, ids, 1)) for _ in range(3))
-    few = min(timed(lambda: written(model, params, ids, FEW)) for _ in range(3))
-    many = min(timed(lambda: written(model, params, ids, MANY)) for _ in range(2))
+    with attached(model, params, ids.shape[1]):
+        written(model, ids, FEW)
+        first = min(timed(lambda: written(model, ids, 1)) for _ in range(3))
+        few = min(timed(lambda: written(model, ids, FEW)) for _ in range(3))
+        many = min(timed(lambda: written(model, ids, MANY)) for _ in range(3))
     return {"first_ms": 1e3 * first, "token_ms": 1e3 * (many - few) / (MANY - FEW)}
 
 
@@ -99,8 +96,11 @@ def check(model: Any, ids: Tensor) -> dict[str, float]:
     for name, params in ROWS.items():
         if params is None:
             continue
-        plain = written(model, params | {"fused_layers": False}, ids, 3, logits=True)
-        ours = written(model, params, ids, 3, logits=True)
+        runs: list[tuple[Tensor, Any]] = []
+        for extra in ({"fused_layers": False}, {}):
+            with attached(model, params | extra, ids.shape[1]):
+                runs.append(written(model, ids, 3, logits=True))
+        plain, ours = runs
         # The first step behind a prompt that is compressed is the model's own.
         at = 1 + ("kv_policy" in params and bool((plain[0] == ours[0])[0, :2].all()))
         errors[name] = relative(ours[1][at], plain[1][at])
