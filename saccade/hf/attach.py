@@ -14,7 +14,7 @@ from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.captured_steps import decode_in_graphs
 from saccade.hf.compressed_generate import compress_behind_prompt, is_padded
-from saccade.hf.cropped_caches import check_not_cropped
+from saccade.hf.cropped_caches import check_not_cropped, guesses
 from saccade.hf.fused_forward import decode_in_kernels
 from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
@@ -218,7 +218,8 @@ def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _gains(run: Run, kwargs: dict[str, Any]) -> bool:
     """Whether steps over our cache are faster and the caller asks for no other cache."""
-    if "steps" not in run.changes or _conflict(run.model, kwargs) is not None:
+    other = _conflict(run.model, kwargs) is not None or guesses(run.model, kwargs) is not None
+    if "steps" not in run.changes or other:
         return False
     try:
         return all(kind.keys and not kind.states for kind in layer_kinds(run.model.config))

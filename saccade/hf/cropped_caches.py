@@ -21,14 +21,18 @@ _GUESSING: Final = (
 """Arguments of `generate`, or fields of its config, that make it guess tokens."""
 
 
+def guesses(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """What makes `generate` with these arguments guess tokens; None where nothing does."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return next((n for n in _GUESSING if kwargs.get(n) or getattr(config, n, None)), None)
+
+
 def check_not_cropped(model: Any, kwargs: dict[str, Any]) -> None:
     """Raise Unsupported where `generate` would crop one of our caches that cannot go back."""
     caches = kwargs.get("past_key_values")
     if not isinstance(caches, SaccadeCache):
         return
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    found = next((n for n in _GUESSING if kwargs.get(n) or getattr(config, n, None)), None)
-    stores = caches.stores
+    found, stores = guesses(model, kwargs), caches.stores
     fixed = next((x for x in stores if isinstance(x, SlidingCache | StateCache)), None)
     if found is None or fixed is None:
         return
