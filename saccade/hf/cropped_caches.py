@@ -11,6 +11,7 @@ from typing import Any, Final
 from saccade.cache import SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.generate_options import option
 
 _GUESSING: Final = (
     "prompt_lookup_num_tokens",
@@ -23,8 +24,7 @@ _GUESSING: Final = (
 
 def guesses(model: Any, kwargs: dict[str, Any]) -> str | None:
     """What makes `generate` with these arguments guess tokens; None where nothing does."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    return next((n for n in _GUESSING if kwargs.get(n) or getattr(config, n, None)), None)
+    return next((name for name in _GUESSING if option(kwargs, name, model)), None)
 
 
 def check_not_cropped(model: Any, kwargs: dict[str, Any]) -> None:
