@@ -56,10 +56,26 @@ def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
+def scores(q_tile, k_tile, s, DIM: gl.constexpr):
+    """S = Q K^T of a tile of keys `[BLOCK_N, D]`, issued; columns from DIM on are zeros.
+
+    A product of 192 columns is one of 128 and one of 64: a quarter less than the whole tile.
+    """
+    if k_tile.shape[1] == 256 and DIM <= 192:
+        low = k_tile.slice(0, 128, dim=1).permute((1, 0))
+        high = k_tile.slice(128, 64, dim=1).permute((1, 0))
+        s = warpgroup_mma(q_tile.slice(0, 128, dim=1), low, s, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_tile.slice(128, 64, dim=1), high, s, is_async=True)
+    else:
+        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+    return s
+
+
+@gluon.jit
 def _mainloop(
     state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars, scale_log2,
-    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, CAUSAL: gl.constexpr,
-    PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys begin .. end - 1: S of tile j, then P V of tile j - 1, then softmax of j."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, pingpong = bars
@@ -77,7 +93,7 @@ def _mainloop(
         if PINGPONG:
             mbarrier.wait(pingpong.index(CONSUMER), turn_phase)
         k_tile = k_smem.index(k_stage).reshape([BLOCK_N, D])
-        s_async = warpgroup_mma(q_tile, k_tile.permute((1, 0)), p, use_acc=False, is_async=True)
+        s_async = scores(q_tile, k_tile, p, DIM)
         o = rescale_o(o, rescale)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         v_tile = v_smem.index(v_stage).reshape([BLOCK_N, v_smem.shape[4]])
@@ -111,7 +127,7 @@ def _mainloop(
 @gluon.jit
 def _first_tile(
     q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args, has_next,
-    left, CAUSAL: gl.constexpr,
+    left, DIM: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """S and softmax of the first tile of keys: (row_max, row_sum, rescale, P, k_state)."""
     _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _pingpong = bars
@@ -121,7 +137,7 @@ def _first_tile(
     k_stage, k_phase = k_state
     mbarrier.wait(k_full.index(k_stage), k_phase)
     k_tile = k_smem.index(k_stage).reshape([k_smem.shape[3], k_smem.shape[4]])
-    s_async = warpgroup_mma(q_tile, k_tile.permute((1, 0)), p, use_acc=False, is_async=True)
+    s_async = scores(q_tile, k_tile, p, DIM)
     s = warpgroup_mma_wait(0, deps=[s_async])
     mbarrier.arrive(k_empty.index(k_stage))
     s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
@@ -159,30 +175,35 @@ def _tma_store(o_desc, smem, o, origin):
 
 
 @gluon.jit
-def _direct_store(out, o, origin, count):
-    """Store the first `count` rows of a tile of O from registers."""
+def _direct_store(out, o, origin, count, DIM: gl.constexpr):
+    """Store the first `count` rows and DIM columns of a tile of O from registers."""
     b, h, row = origin
     O: gl.constexpr = o.type.layout
     rows = gl.arange(0, o.shape[0], layout=gl.SliceLayout(1, O))[:, None]
     dims = gl.arange(0, o.shape[1], layout=gl.SliceLayout(0, O))[None, :]
     head = out.ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
     pointers = head + (row + rows).to(gl.int64) * out.row + dims
-    gl.store(pointers, o.to(out.ptr.dtype.element_ty), mask=rows < count)
+    mask = rows < count
+    if DIM < o.shape[1]:
+        mask = mask & (dims < DIM)
+    gl.store(pointers, o.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def consume(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ZERO_V_TAIL: gl.constexpr, CONSUMER: gl.constexpr,
+    ZERO_V_TAIL: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS queries of each work tile that belong to this consumer."""
     (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists, varlen,
      scale_log2) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
-    D: gl.constexpr = v_smem.shape[4]
+    D: gl.constexpr = q_smem.shape[4]
+    DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, DV, 16])
     q_full, q_empty, _k_full, _k_empty, v_full, _v_empty, _pingpong = bars
     all_q, all_k, offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
@@ -204,15 +225,18 @@ def consume(
             tile, q_len, k_len, q_offset, mask_args, block_lists, bh // heads, bh % heads // groups,
             CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        o = gl.zeros([ROWS, D], gl.float32, O)
+        o = gl.zeros([ROWS, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS, D])
+        if Q_IN_REGISTERS:
+            q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
+            mbarrier.arrive(q_empty.index(q_stage))
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
         k_start = kv_tile(0, plan, block_lists) * BLOCK_N
         row_max, row_sum, rescale, p, k_state = _first_tile(
             q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args,
-            num_tiles > 1, k_start < unmasked[0], CAUSAL,
+            num_tiles > 1, k_start < unmasked[0], DIM, CAUSAL,
         )  # fmt: skip
         if ZERO_V_TAIL:
             zeroed_phases = zero_v_tail(
@@ -227,28 +251,29 @@ def consume(
         elif CAUSAL or block_lists.tiles is not None:
             state = _mainloop(
                 state, 1, right_end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem,
-                bars, scale_log2, num_keys, mask_args, block_lists, True, CAUSAL, PINGPONG,
+                bars, scale_log2, num_keys, mask_args, block_lists, True, DIM, CAUSAL, PINGPONG,
                 CONSUMERS, CONSUMER,
             )  # fmt: skip
         state = _mainloop(
             state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars,
-            scale_log2, num_keys, mask_args, block_lists, False, CAUSAL, PINGPONG, CONSUMERS,
+            scale_log2, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG, CONSUMERS,
             CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
-        mbarrier.arrive(q_empty.index(q_stage))
+        if not Q_IN_REGISTERS:
+            mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
         o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
         lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index
         gl.store(lse_pointers, row_lse, mask=row + index < q_len)
         origin = bh // heads, bh % heads, q_start + row
         if DIRECT_STORE:
-            _direct_store(out, o, origin, q_len - row)
+            _direct_store(out, o, origin, q_len - row, V_DIM)
         else:
             tma.store_wait(0)  # of the tile before
             if varlen.q_tiles is None or row + ROWS <= q_len:
                 _tma_store(o_desc, o_smem.index(CONSUMER), o, origin)
             else:
-                _direct_store(out, o, origin, q_len - row)
+                _direct_store(out, o, origin, q_len - row, V_DIM)
         q_state = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)

@@ -1,8 +1,8 @@
 """Online softmax of the prefill kernel, and what it does to O between two tiles of keys.
 
-The running maximum that weights refer to follows the true one only when that has grown by more than
-LARGEST powers of two: until then weights are at most 2^LARGEST instead of 1, which costs neither range
-nor relative precision, and O need not be rescaled.  After the first tiles of keys that is the rule.
+The maximum that weights refer to follows the true one only when that has grown by more than LARGEST
+powers of two.  Until then weights are at most 2^LARGEST instead of 1, which costs neither range nor
+relative precision, and O need not be rescaled: the rule after the first tiles of keys.
 Source: Dao, FlashAttention-2, 2023 (arXiv 2307.08691); the late maximum: FlashAttention-4, 2026
 (arXiv 2603.05451).
 """
