@@ -12,6 +12,7 @@ from saccade.ops.attention.nvidia import (
     triton_backend,
 )
 from saccade.ops.gpu import support
+from tests.support.peers import pretend_installed
 from tests.support.tolerance import ALLOWANCE as BOUND  # beyond twice the error of an eager run
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -44,7 +45,8 @@ def assert_a_graph_replays(q, view):
 
 
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every question for the device be answered as on an H200 with a current PyTorch."""
+    """Let every question for the device be answered as on an H200 that has everything."""
+    pretend_installed(monkeypatch)
     for module in (gluon_backend, gluon_fp8_backend, gluon_triton_backend):
         monkeypatch.setattr(module, "gluon_refusal", lambda device: None)
     monkeypatch.setattr(triton_backend, "triton_refusal", lambda device: None)
