@@ -1,10 +1,14 @@
 """Marks of tests that need a GPU, and what they share."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 
-from saccade.core import Mask
+from saccade.core import DenseKV, Mask
 from saccade.ops import attend, make_call
+from saccade.ops.attention import dispatch
 from saccade.ops.attention.nvidia import (
     gluon_backend,
     gluon_fp8_backend,
@@ -30,6 +34,7 @@ __all__ = [
     "on_ampere",
     "on_gpu",
     "pretend_hopper",
+    "where_it_runs",
 ]
 
 
@@ -42,6 +47,18 @@ def assert_a_graph_replays(q, view):
     q.copy_(q.flip(1))
     graph.replay()
     assert torch.equal(out, attend(make_call(q, view, mask=Mask()), backend="gluon").out)
+
+
+def where_it_runs(peer: str) -> Any:
+    """A parameter of a test: a package of others, skipped by name where it cannot run."""
+    reason: str | None = "needs a Hopper GPU"
+    if HOPPER:
+        q = torch.zeros(1, 2, 6, 64, dtype=torch.bfloat16, device="cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the package's own imports
+            reason = dispatch.load(peer).refusal(make_call(q, DenseKV(q, q), mask=Mask()))
+    skip = pytest.mark.skipif(reason is not None, reason=f"{peer}: {reason}")
+    return pytest.param(peer, marks=skip)
 
 
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,14 +247,17 @@ def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
 def preferred(call: AttentionCall) -> rules.Rule | None:
     """The first rule that fits the call; inside torch.compile none, which would add guards.
 
-    A rule that begins with a peer holds where that peer can run the call, and elsewhere the next.
+    Rules that begin with a peer come first, and hold where that peer can run the call.
     """
     if torch.compiler.is_compiling():
         return None
     found = rules.rules_for(call.q.device)
-    for rule in found.fitting(rules.facts_of(call)) if found.rules else ():
-        first = rule.order[0]
-        if first in PEERS and refusal(call, first) is not None:
+    fitting = found.fitting(rules.facts_of(call)) if found.rules else ()
+    for rule in fitting:
+        if rule.order[0] in PEERS and refusal(call, rule.order[0]) is None:
+            return rule
+    for rule in fitting:
+        if rule.order[0] in PEERS:
             continue
         if not rule.kernel or sdpa.kernel_of(call) == rule.kernel:
             return rule

@@ -48,7 +48,7 @@ def refusal(call: AttentionCall) -> str | None:
         return reason
     build = _build()
     if build is None:
-        return "neither of the packages flash_attn_3 and fa3-fwd is installed"
+        return "the package flash_attn_3 or fa3-fwd is not installed"
     reason = shared_refusal(call) or dims_refusal(call) or _values_refusal(call)
     if reason is None and call.alibi_slopes is not None:
         reason = "it has no ALiBi"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from saccade.ops.attention.first_order import first_order
 
 HALVES = (torch.bfloat16, torch.float16)
 ALL_KEYS = -1
+DESCRIBED = "peers"  # its place among what is known of a signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,7 @@ class Pattern:
         return self.left, ALL_KEYS if self.left == ALL_KEYS else 0
 
 
-@dataclass(frozen=True, slots=True)
-class PeerCall:
+class PeerCall(NamedTuple):
     """A dense call: `[B, L, H, D]`, or packed sequences `[L, H, D]` with their cumulative lengths.
 
     Attributes:
@@ -149,16 +149,32 @@ def pattern_of(call: AttentionCall) -> Pattern | str:
 
 def peer_call(call: AttentionCall) -> PeerCall:
     """The tensors of a call over dense keys that `shared_refusal` accepts."""
-    pattern, kv = pattern_of(call), call.kv
-    assert isinstance(pattern, Pattern) and isinstance(kv, DenseKV)
-    tensors = (call.q, kv.k, kv.v)
+    kv, (pattern, in_place) = call.kv, _described(call)
+    assert isinstance(kv, DenseKV)
+    q, k, v = call.q, kv.k, kv.v
     if call.needs_grad:
-        tensors = map(first_order, tensors)
-    q, k, v = map(tokens, tensors)
+        q, k, v = map(first_order, (q, k, v))
+    if in_place:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    else:
+        q, k, v = map(tokens, (q, k, v))
     if call.cu_seqlens is None:
         return PeerCall(call, pattern, q, k, v, None, None)
     cu_q, cu_k = (x.to(torch.int32).contiguous() for x in call.cu_seqlens)
     return PeerCall(call, pattern, q[0], k[0], v[0], cu_q, cu_k)
+
+
+def _described(call: AttentionCall) -> tuple[Pattern, bool]:
+    """The pattern, and whether no tensor has to be copied: worked out once per signature."""
+    known = call.known
+    found = None if known is None else known.prepared.get(DESCRIBED)
+    if found is None:
+        pattern = pattern_of(call)
+        assert isinstance(pattern, Pattern) and isinstance(call.kv, DenseKV)
+        found = pattern, all(map(_is_loadable, (call.q, call.kv.k, call.kv.v)))
+        if known is not None:
+            known.prepared[DESCRIBED] = found
+    return found
 
 
 def tokens(x: Tensor) -> Tensor:
