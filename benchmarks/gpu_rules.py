@@ -54,7 +54,8 @@ def rule_rows() -> Iterator[Row]:
 def backends_of(problem: Problem) -> tuple[str, ...]:
     """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
     training = ("gluon_triton",) if problem.training else ()
-    special = problem.window or problem.sequences or problem.kv_lens or problem.storage != "dense"
+    stored = problem.storage not in ("dense", "latent")
+    special = problem.window or problem.sequences or problem.kv_lens or stored
     return (*OURS, *training, *(() if special else ("sdpa",)), *PEERS)
 
 

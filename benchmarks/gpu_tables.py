@@ -15,7 +15,7 @@ TITLES = {
     "flashinfer": "FlashInfer", "cudnn": "cuDNN", "flash2": "FlashAttention-2",
     "flex": "FlexAttention", "sdpa": "SDPA",
 }  # fmt: skip
-STEPS = ("decode", "peers_decode")  # cases that are bound by memory
+STEPS = ("decode", "peers_decode", "mla_decode")  # cases that are bound by memory
 
 
 def to_markdown(record: dict[str, Any], case: str) -> str:

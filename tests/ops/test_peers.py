@@ -184,6 +184,37 @@ def test_pages_of_256_slots_stay_where_they_are(fakes):
     assert_lse(found[0].lse, found[1].lse.float(), 1e-3)
 
 
+def latent(q_len, k_len, device="cpu", dim=576):
+    """Queries, keys and values of absorbed MLA: values are the first 512 channels of keys."""
+    q, k, _ = qkv(8, 1, q_len, k_len, dim, dtype=torch.bfloat16, device=device)
+    return q, k, k[..., :512]
+
+
+def check_latent(tensors):
+    """fa3 gives what the reference gives, and refuses values of memory of their own."""
+    q, k, v = tensors
+    for _ in range(2):  # the second call is of a known signature
+        ours = attention(q, k, v, scale=192**-0.5, return_lse=True, backend="fa3")
+    truth = attention(
+        *(x.double().cpu() for x in tensors), scale=192**-0.5, return_lse=True, backend="reference"
+    )
+    assert largest_error(ours.out, truth.out) <= NEAR
+    assert_lse(ours.lse, truth.lse, 1e-3)
+    apart = torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
+    with pytest.raises(Unsupported, match="head_dim 576 is not a multiple of 8 up to 256"):
+        attention(q, k, apart, scale=192**-0.5, return_lse=True, backend="fa3")
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_values_that_are_channels_of_keys(q_len, fakes):
+    check_latent(latent(q_len, 70))
+    with pytest.raises(Unsupported, match="no gradients, softcap and windows"):
+        attention(*latent(q_len, 70), softcap=9.0, backend="fa3")
+    q, k, _ = latent(1, 70)
+    with pytest.raises(Unsupported, match="is not a multiple of 8 up to 256"):
+        attention(q, k, k[..., 64:], backend="fa3")
+
+
 def test_rows_that_see_nothing(fakes):
     q, k, v = qkv(q_len=5, k_len=3, dim=64, dtype=torch.bfloat16)
     for name in ("fa3", "fa4", "flash_attn"):
@@ -284,6 +315,11 @@ class TestOnGPU:
         graph.replay()
         truth = attention(q.double(), k.double(), v.double(), backend="tiled")
         assert largest_error(out, truth) <= NEAR
+
+    @pytest.mark.parametrize("name", [HERE["fa3"]])
+    @pytest.mark.parametrize("lengths", [(1, 4097), (5, 300), (200, 200)], ids=str)
+    def test_values_that_are_channels_of_keys(self, name, lengths):
+        check_latent(latent(*lengths, device="cuda"))
 
     @pytest.mark.parametrize("name", HERE.values())
     def test_rows_that_see_nothing(self, name):

@@ -339,7 +339,8 @@ ABOUT_PEERS = (
     "| backend | package | from | what else it asks for |",
     "|---|---|---|---|",
     "| `fa3` | `flash_attn_3`, or `fa3-fwd` | Hopper | `fa3-fwd` has no windows, float16 and "
-    "gradients: what a build lacks is read from its own flags |",
+    "gradients: what a build lacks is read from its own flags. Values that are the first 256 to "
+    "512 channels of keys, in the same memory (absorbed MLA: 576 and 512), are read once |",
     "| `fa4` | `flash-attn-4` | Hopper | seconds of compiling for every new kind of call; not "
     "offered on Blackwell, where nobody tried the adapter |",
     "| `flash_attn` | `flash-attn` 2.6 or newer | Ampere | pages of a multiple of 256 slots, which "
@@ -347,12 +348,12 @@ ABOUT_PEERS = (
     "| `flashinfer` | `flashinfer-python` | Ampere | a batch of one row, heads of 64, 128 or 256; "
     "it compiles its kernels with nvcc where no binary of them is installed |",
     "",
-    "All take bfloat16 or float16, head dimensions that are multiples of 8 up to 256, and the last "
-    "query at the last key. `fa3` and `fa4` multiply what lies behind a row's keys by 0, so NaN "
-    "there would reach the result: they take no pages and no `kv_lens`. Inside `torch.compile` "
-    "they serve `auto` without gradients, and not by name. Adapters are tested against fakes of "
-    "the published signatures (`tests/support/peers.py`), and on a GPU where the package can be "
-    "imported (`tests/ops/test_peers.py`). On a card no adapter has run yet.",
+    "All take bfloat16 or float16, head dimensions that are multiples of 8 up to 256 (but for "
+    "MLA), and the last query at the last key. `fa3` and `fa4` multiply what lies behind a row's "
+    "keys by 0, so NaN there would reach the result: they take no pages and no `kv_lens`. Inside "
+    "`torch.compile` they serve `auto` without gradients, and not by name. Adapters are tested "
+    "against fakes of the published signatures (`tests/support/peers.py`), and on a GPU where the "
+    "package can be imported (`tests/ops/test_peers.py`). On a card no adapter has run yet.",
     "",
 )
 

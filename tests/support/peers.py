@@ -116,6 +116,10 @@ def fa3_fwd(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, ...]
         "window": (given["window_size_left"], given["window_size_right"]),
     }  # fmt: skip
     scale = given["softmax_scale"]
+    if "q_v" in given:  # softmax(q k + q_v v) v
+        demand(q, k, v, given["q_v"])
+        assert 256 <= v.shape[-1] <= 512 and k.shape[-1] <= 64
+        q, k = torch.cat((given["q_v"], q), -1), torch.cat((v, k), -1)
     if "cu_seqlens_q" in given:
         bounds = given["cu_seqlens_q"], given["cu_seqlens_k"]
         longest = given["max_seqlen_q"], given["max_seqlen_k"]

@@ -2,6 +2,9 @@
 
 `flash_attn_3` is flash-attn's own (its folder hopper), `fa3-fwd` a build of its forward pass alone
 without windows, pages and float16.  What a build lacks is read from the flags that it ships.
+
+It has a kernel for absorbed multi-head latent attention (MLA, arXiv 2405.04434), where values are
+the first 512 of a key's 576 channels: it reads those once, for both products.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.core import AttentionOutput
+from saccade.core import AttentionOutput, DenseKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.peers import installed
 from saccade.ops.attention.peers.problem import (
@@ -49,7 +52,7 @@ def refusal(call: AttentionCall) -> str | None:
     build = _build()
     if build is None:
         return "the package flash_attn_3 or fa3-fwd is not installed"
-    reason = shared_refusal(call) or dims_refusal(call) or _values_refusal(call)
+    reason = shared_refusal(call) or _dims_refusal(call)
     if reason is None and call.alibi_slopes is not None:
         reason = "it has no ALiBi"
     return reason or _build_refusal(call, build) or installed.import_refusal(build.interface)
@@ -60,11 +63,26 @@ def _build() -> Build | None:
     return next((build for build in BUILDS if installed.is_found(build.interface)), None)
 
 
-def _values_refusal(call: AttentionCall) -> str | None:
+def _is_latent(call: AttentionCall) -> bool:
+    """Whether values are the first channels of keys, in the same memory, as in absorbed MLA."""
+    kv, (dim, value_dim) = call.kv, call.kv.shape[3:]
+    if not 256 <= value_dim <= 512 or not 0 < dim - value_dim <= 64 or not isinstance(kv, DenseKV):
+        return False
+    starts = kv.k.storage_offset(), kv.v.storage_offset()
+    same = torch._C._is_alias_of(kv.k, kv.v)  # type: ignore[attr-defined]
+    return same and starts[0] == starts[1] and kv.k.stride() == kv.v.stride()
+
+
+def _dims_refusal(call: AttentionCall) -> str | None:
     """Its kernels for values of another width than keys."""
     dim, value_dim = call.q.shape[3], call.kv.shape[4]
-    if dim == value_dim:
-        return None
+    if _is_latent(call):
+        if call.needs_grad or call.softcap is not None or call.mask.window is not None:
+            return "where values are channels of keys it has no gradients, softcap and windows"
+        return f"head_dim {dim} is not a multiple of 8" if dim % 8 or value_dim % 8 else None
+    reason = dims_refusal(call)
+    if reason is not None or dim == value_dim:
+        return reason
     if call.needs_grad:
         return "its gradients need value_dim equal to head_dim"
     if dim <= 64 or (128 < dim <= 192 and 96 < value_dim <= 128):
@@ -77,6 +95,7 @@ def _build_refusal(call: AttentionCall, build: Build) -> str | None:
     missing = _missing(build)
     pattern, (dim, value_dim) = pattern_of(call), call.kv.shape[3:]
     assert not isinstance(pattern, str)
+    dim = dim - value_dim if _is_latent(call) else dim
     needed = {
         "FP16": (call.q.dtype == torch.float16, "float16"),
         "LOCAL": (pattern.left != ALL_KEYS, "windows"),
@@ -108,7 +127,12 @@ def run(call: AttentionCall) -> AttentionOutput:
     given = peer_call(call)
     if call.needs_grad:
         return result(call, _differentiable(interface, given), None)
-    out, lse, *_ = _operators(build).fwd(given.q, given.k, given.v, **_raw(given))
+    q, k, options = given.q, given.k, _raw(given)
+    if _is_latent(call):
+        at = given.v.shape[-1]
+        options["q_v"] = q[..., :at]
+        q, k = q[..., at:], k[..., at:]
+    out, lse, *_ = _operators(build).fwd(q, k, given.v, **options)
     return result(call, out, lse)
 
 
