@@ -58,7 +58,7 @@ def where_it_runs(peer: str) -> Any:
             warnings.simplefilter("ignore")  # of the package's own imports
             reason = dispatch.load(peer).refusal(make_call(q, DenseKV(q, q), mask=Mask()))
     skip = pytest.mark.skipif(reason is not None, reason=f"{peer}: {reason}")
-    return pytest.param(peer, marks=skip)
+    return pytest.param(peer, marks=[skip, pytest.mark.filterwarnings("ignore")])
 
 
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
