@@ -20,6 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from saccade.ops.attention.nvidia.gluon.prefill.mask import mask_left, mask_right, unmasked_range
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile, zero_v_tail
+from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
+    add_sums,
+    normalize,
+    online_softmax,
+    rescale_o,
+)
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
     kv_tile_plan,
@@ -27,18 +33,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     work_tile,
     work_tile_count,
 )
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
-
-
-@gluon.jit
-def _online_softmax(s, row_max, row_sum, scale_log2):
-    """Add a tile of S to the running maximum and sum: (P, row_max, row_sum, rescale of O)."""
-    new_max = gl.maximum(row_max, gl.max(s, 1))
-    p = gl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
-    rescale = gl.exp2((row_max - new_max) * scale_log2)
-    return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
+from saccade.ops.gpu.triton_lang import LOWEST
 
 
 @gluon.jit
@@ -83,7 +78,7 @@ def _mainloop(
             mbarrier.wait(pingpong.index(CONSUMER), turn_phase)
         k_tile = k_smem.index(k_stage).reshape([BLOCK_N, D])
         s_async = warpgroup_mma(q_tile, k_tile.permute((1, 0)), p, use_acc=False, is_async=True)
-        o = o * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
+        o = rescale_o(o, rescale)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         v_tile = v_smem.index(v_stage).reshape([BLOCK_N, v_smem.shape[4]])
         o_async = warpgroup_mma(p_operand, v_tile, o, is_async=True)
@@ -101,7 +96,8 @@ def _mainloop(
                 s = mask_left(s, q_pos, k_start, mask_args, S)
         if right:
             s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
-        p, row_max, row_sum, rescale = _online_softmax(s, row_max, row_sum, scale_log2)
+        p, row_max, sums, rescale = online_softmax(s, row_max, scale_log2)
+        row_sum = add_sums(row_sum, sums, rescale)
         # This wait keeps the compiler from moving the wait for P V before the softmax.
         k_state = next_stage(k_stage, k_phase, K_STAGES)
         mbarrier.wait(k_full.index(k_state[0]), k_state[1], pred=j + 1 < num_tiles)
@@ -122,7 +118,6 @@ def _first_tile(
     ROWS: gl.constexpr = q_tile.shape[0]
     S: gl.constexpr = p.type.layout
     row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     k_stage, k_phase = k_state
     mbarrier.wait(k_full.index(k_stage), k_phase)
     k_tile = k_smem.index(k_stage).reshape([k_smem.shape[3], k_smem.shape[4]])
@@ -133,7 +128,7 @@ def _first_tile(
     if mask_args.window is not None:
         if left:
             s = mask_left(s, q_pos, k_start, mask_args, S)
-    p, row_max, row_sum, rescale = _online_softmax(s, row_max, row_sum, scale_log2)
+    p, row_max, row_sum, rescale = online_softmax(s, row_max, scale_log2)
     k_state = next_stage(k_stage, k_phase, k_smem.shape[0])
     mbarrier.wait(k_full.index(k_state[0]), k_state[1], pred=has_next)
     return row_max, row_sum, rescale, p, k_state
@@ -147,30 +142,12 @@ def _last_pv(o, rescale, p, v_smem, v_state, bars):
     v_stage, v_phase = v_state
     mbarrier.wait(v_full.index(v_stage), v_phase)
     p_operand = _p_operand(p, v_smem.dtype, O)
-    o = o * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
+    o = rescale_o(o, rescale)
     v_tile = v_smem.index(v_stage).reshape([v_smem.shape[3], v_smem.shape[4]])
     o_async = warpgroup_mma(p_operand, v_tile, o, is_async=True)
     o, p_operand = warpgroup_mma_wait(0, deps=[o_async, p_operand])
     mbarrier.arrive(v_empty.index(v_stage))
     return o, next_stage(v_stage, v_phase, v_smem.shape[0])
-
-
-@gluon.jit
-def _normalize(o, row_max, row_sum, scale_log2, sink_logits, h):
-    """O divided by its row sums, and the lse; a learned sink logit counts as one more score."""
-    ROW: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    max_log2 = row_max * scale_log2
-    if sink_logits is not None:
-        sink = gl.load(sink_logits + h) * LOG2E
-        new_max = gl.maximum(max_log2, sink)
-        rescale = gl.exp2(max_log2 - new_max)
-        row_sum = row_sum * rescale + gl.exp2(sink - new_max)
-        o = o * gl.convert_layout(rescale, ROW)[:, None]
-        max_log2 = new_max
-    empty = row_sum == 0.0
-    divisor = gl.where(empty, 1.0, row_sum)
-    o = o * gl.convert_layout(1.0 / divisor, ROW)[:, None]
-    return o, gl.where(empty, float("-inf"), (max_log2 + gl.log2(divisor)) * LN2)
 
 
 @gluon.jit
@@ -261,7 +238,7 @@ def consume(
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = _normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
+        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
         lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index
         gl.store(lse_pointers, row_lse, mask=row + index < q_len)
         origin = bh // heads, bh % heads, q_start + row

@@ -13,8 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E, consume
+from saccade.ops.attention.nvidia.gluon.prefill.consumer import consume
 from saccade.ops.attention.nvidia.gluon.prefill.producer import produce, tensor_descriptor
+from saccade.ops.gpu.triton_lang import LOG2E
 
 
 @gluon.jit(
