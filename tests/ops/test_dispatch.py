@@ -83,9 +83,13 @@ def test_gluon_is_taken_only_where_it_was_measured(with_rules):
         "supported, but it was measured to win only from 131072 rows (batch x heads x queries) on, "
         "here 3200"
     )
-    with_rules()
+    with_rules(Rule(order=("gluon",), pattern=("window",), **WINS))
     assert dict(explain(*meta()))["gluon"] == (
         "supported, but it was measured to win only for other calls"
+    )
+    with_rules()
+    assert dict(explain(*meta()))["gluon"] == (
+        "supported, but no measurement of this machine puts it first"
     )
 
 
