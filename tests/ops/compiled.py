@@ -1,6 +1,5 @@
 """Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +80,6 @@ def compile_gluon(
     varlen: str = "",
     page_size: int | None = None,
     value_dim: int | None = None,
-    **launch_options: Any,
 ) -> Any:
     """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
@@ -103,7 +101,7 @@ def compile_gluon(
         return StridedTensor(x, *x.stride()[:3])
 
     variant = "varlen" if varlen else "masked" if blocks or mask_args.window else ""
-    launch = replace(measured_launch(dim, variant), **launch_options)
+    launch = measured_launch(dim, variant)
     value_dim = value_dim or dim
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
     info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()

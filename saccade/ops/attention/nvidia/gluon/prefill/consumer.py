@@ -193,8 +193,7 @@ def _direct_store(out, o, origin, count, DIM: gl.constexpr):
 def consume(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ZERO_V_TAIL: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr,
-    CONSUMER: gl.constexpr,
+    ZERO_V_TAIL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS queries of each work tile that belong to this consumer."""
     (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists, varlen,
@@ -229,9 +228,6 @@ def consume(
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS, D])
-        if Q_IN_REGISTERS:
-            q_tile = q_tile.load(gl.DotOperandLayout(0, S, 2))
-            mbarrier.arrive(q_empty.index(q_stage))
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
         k_start = kv_tile(0, plan, block_lists) * BLOCK_N
         row_max, row_sum, rescale, p, k_state = _first_tile(
@@ -260,8 +256,7 @@ def consume(
             CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
-        if not Q_IN_REGISTERS:
-            mbarrier.arrive(q_empty.index(q_stage))
+        mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
         o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
         lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index

@@ -39,8 +39,7 @@ def forward_kernel(
     DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, ZERO_V_TAIL: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
+    REGISTERS: gl.constexpr, ZERO_V_TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are StridedTensors, lse `[B, H, Lq]`.
 
@@ -48,7 +47,6 @@ def forward_kernel(
         varlen: a VarlenInfo; heads_per_section: see `work_tile`.
         DIM, V_DIM: head dimension of q and k, and of v and out.
         D, DV: of their tiles, powers of two; TMA fills the columns past DIM and V_DIM with zeros.
-        Q_IN_REGISTERS: consumers load Q once, instead of reading it in every product.
         REGISTERS: of a thread of a consumer; the producer gets what is left.
         ZERO_V_TAIL: sequences may end before the storage that their tiles are loaded from.
         PAGE_SIZE: slots of a page, k and v being a pool of `num_pages` pages; None: they are dense.
@@ -105,18 +103,18 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, Q_IN_REGISTERS, DIM, V_DIM, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, Q_IN_REGISTERS, DIM, V_DIM, 1)),
+                       ZERO_V_TAIL, DIM, V_DIM, 1)),
             (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, Q_IN_REGISTERS, DIM, V_DIM, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, Q_IN_REGISTERS, DIM, V_DIM, 1)),
+                       ZERO_V_TAIL, DIM, V_DIM, 1)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, Q_IN_REGISTERS, DIM, V_DIM, 2)),
+                       ZERO_V_TAIL, DIM, V_DIM, 2)),
             (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

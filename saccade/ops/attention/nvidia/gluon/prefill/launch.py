@@ -35,7 +35,6 @@ class PrefillLaunch:
         registers: per thread of a consumer.
         l2_bytes: K and V that CTAs read at one time, so that they stay in the L2 cache.
         pingpong: consumers issue their products alternately.
-        q_in_registers: consumers keep Q in registers.
         direct_store: O is stored from registers (shared memory has no room for it).
     """
 
@@ -47,7 +46,6 @@ class PrefillLaunch:
     registers: int
     l2_bytes: int
     pingpong: bool = True
-    q_in_registers: bool = False
     direct_store: bool = False
 
     @property
@@ -166,7 +164,6 @@ def constants(launch: PrefillLaunch) -> dict[str, int | bool]:
         "V_STAGES": launch.v_stages,
         "PINGPONG": launch.pingpong,
         "DIRECT_STORE": launch.direct_store,
-        "Q_IN_REGISTERS": launch.q_in_registers,
         "REGISTERS": launch.registers,
     }
 
