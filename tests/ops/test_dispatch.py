@@ -173,8 +173,9 @@ def first_on_hopper(call, *, packages=False, **facts):
         packages: every package of others is installed, instead of none.
     """
     found = tuning.rules("sm_90").fitting(rules.facts_of(call.with_(**facts)))
-    orders = (rule.order[0] for rule in found)
-    return next((name for name in orders if packages or name not in dispatch.PEERS), None)
+    names = [rule.order[0] for rule in found]
+    peers = [name for name in names if name in dispatch.PEERS and packages]
+    return next((name for name in [*peers, *names] if packages or name not in dispatch.PEERS), None)
 
 
 def test_the_rules_for_hopper():
