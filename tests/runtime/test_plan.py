@@ -37,7 +37,6 @@ from saccade.runtime.layers import layer_cache
 from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
 from saccade.runtime.planned_cache import new_keys
 from saccade.runtime.rollback import checkpoint
-from saccade.units import parse_bytes
 from tests.tiny_models import tiny_config, tiny_model
 
 PARAMS = {
@@ -389,22 +388,3 @@ def test_refusals():
     for wrong in ({"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0}):
         with pytest.raises(BadInput, match=r"expected a whole number from 1 to|no model is"):
             saccade.plan({"model_type": "llama", **wrong})
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("8GiB", 8 << 30),
-        ("1.5 kib", 1536),
-        ("8GB", 8 * 10**9),
-        ("7700000", 7700000),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "77", "8 giraffes", "-1", "G", "nan"])
-def test_no_sizes(text):
-    with pytest.raises(ValueError, match="expected a size"):
-        parse_bytes(text)
