@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu_offload --seconds 240 --out benchmarks/results/h200_offload.json
 
-Llama-3.1-8B's shape, random bf16 weights, batch 1.  `link` copies as many bytes as the keys and
-values of a step have, from page-locked memory, and nothing else.  Rows are milliseconds of a token,
-the median and mean of one run: of `Context`, of `generate()` under `attach`, and of `generate()` with the
-offloaded cache of transformers.  Before anything is timed, logits over host memory are compared
-with those over keys on the GPU.
+Llama-3.1-8B's shape, random bf16 weights, batch 1. `link` copies as many bytes as the keys and
+values of a step have, from page-locked memory, and nothing else. Rows are milliseconds of a
+token, the median and mean of one run: of `Context`, of `generate()` under `attach`, and of
+`generate()` with the offloaded cache of transformers. Before anything is timed, logits over host
+memory are compared with those over keys on the GPU.
 """
 
 from __future__ import annotations
