@@ -84,11 +84,18 @@ def test_truncated_file(llama_file, tmp_path, share):
     assert "cut.gguf is truncated" in message and "Download or copy it again." in message
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else", b"\x00" * 4096])
+@pytest.mark.parametrize("content", [b"GG", b"PK\x03\x04 something else", b"\x00" * 4096])
 def test_foreign_file(tmp_path, content):
     path = tmp_path / "foreign.gguf"
     path.write_bytes(content)
     assert "foreign.gguf is not a GGUF file: it starts with b'" in sentence_about(path)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.gguf").touch()
+    assert "empty.gguf is empty. Download or copy it again." in sentence_about(
+        tmp_path / "empty.gguf"
+    )
 
 
 def test_damaged_header(llama_file, tmp_path):
