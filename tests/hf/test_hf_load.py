@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from saccade.cli import loading
 from saccade.core import BadInput
 from saccade.hf import KEY, load_model
 from saccade.hf import load as load_module
+from saccade.runtime import located
 from tests.hf.gguf_files import write_gguf
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -69,6 +71,10 @@ def sentence_about(source: object) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_the_command_line_knows_the_names_of_models():
+    assert set(loading.NAMES) == set(located.NAMES)
 
 
 def test_missing_file():
