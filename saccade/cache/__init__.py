@@ -14,10 +14,12 @@ from saccade.cache.ring import RingCache
 from saccade.cache.sliding import SlidingCache
 from saccade.cache.states import StateCache
 from saccade.cache.step import Cursor, SteppingCache, StepView
+from saccade.cache.summaries import KeySummaries, SummarizingCache
 
 __all__ = [
     "Cursor",
     "DenseCache",
+    "KeySummaries",
     "LayerCache",
     "OffloadedCache",
     "PageAllocator",
@@ -35,5 +37,6 @@ __all__ = [
     "StateCache",
     "StepView",
     "SteppingCache",
+    "SummarizingCache",
     "make_layer_cache",
 ]

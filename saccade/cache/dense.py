@@ -18,6 +18,7 @@ from saccade.cache.base import (
 )
 from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.step import Cursor, StepView
+from saccade.cache.summaries import SummarizingCache
 from saccade.core import DenseKV, Unsupported
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
@@ -27,7 +28,7 @@ GROWTH_SHARE = 16
 """A full buffer grows by a sixteenth, in multiples of 64 slots: few copies, little left unused."""
 
 
-class DenseCache(PlacingCache):
+class DenseCache(PlacingCache, SummarizingCache):
     """Every key and value, in one buffer each.
 
     Args:
@@ -66,10 +67,11 @@ class DenseCache(PlacingCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers, empty slots included."""
+        """Bytes of both buffers and of summaries, empty slots included."""
         if self._k is None or self._v is None:
             return 0
-        return self._k.nbytes + self._v.nbytes
+        summaries = 0 if self.summaries is None else self.summaries.nbytes
+        return self._k.nbytes + self._v.nbytes + summaries
 
     @property
     def is_compressed(self) -> bool:
@@ -91,12 +93,22 @@ class DenseCache(PlacingCache):
         self._k[:, :, self._slots : stop] = k
         self._v[:, :, self._slots : stop] = v
         self._slots, self._seen = stop, self._seen + k.shape[2]
+        self.summarize()
         return self.view()
 
     def view(self) -> DenseKV:
         """Everything stored, without a copy."""
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
+
+    def lasting(self) -> tuple[int, int]:
+        """See SummarizingCache."""
+        return self._slots, 0 if self._k is None else self._k.shape[2]
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """See SummarizingCache."""
+        assert self._k is not None
+        return self._k[:, :, start:stop]
 
     def reserve(self, count: int) -> None:
         """See SteppingCache."""
@@ -123,6 +135,7 @@ class DenseCache(PlacingCache):
             return None
         self.reserve(count)
         assert self._k is not None and self._v is not None
+        self.summarize()
         return Placement((self._k, self._v), self._slots, self._slots)
 
     def storage(self) -> DenseKV:
@@ -148,6 +161,7 @@ class DenseCache(PlacingCache):
         self._k, self._v, self._slots = new_k, new_v, kept
         self._reserve = 0
         self._compressed_at = self._seen
+        self.cut_summaries(0)
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
@@ -155,6 +169,8 @@ class DenseCache(PlacingCache):
             check_rows(rows, self._k.shape[0])
         if self._k is not None and self._v is not None:
             self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+        if self.summaries is not None:
+            self.summaries.reorder(rows)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
@@ -166,6 +182,7 @@ class DenseCache(PlacingCache):
             )
         count = max(0, self._seen - length)
         self._seen, self._slots = self._seen - count, self._slots - count
+        self.cut_summaries(self._slots)
 
     def max_rollback(self, length: int) -> int:
         """Any position from the last `keep` on."""
@@ -185,10 +202,12 @@ class DenseCache(PlacingCache):
         self._k[:, :, start : start + moved] = shifted
         self._v[:, :, start : start + moved] = self._v[:, :, stop : self._slots].clone()
         self._slots = self._seen = start + moved
+        self.cut_summaries(start)
 
     def reset(self) -> None:
         """Remove everything; memory stays allocated."""
         self._slots = self._seen = self._compressed_at = 0
+        self.cut_summaries(0)
 
     def state(self) -> CacheState:
         """See LayerCache."""
@@ -211,6 +230,8 @@ class DenseCache(PlacingCache):
             self._v = extended(state.tensors["v"], room, device)
         self._seen, self._slots = state.progress["seen"], slots
         self._compressed_at = self._seen if self.is_compressed else 0
+        self.cut_summaries(0)
+        self.summarize()
 
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
         have = 0 if self._k is None else self._k.shape[2]
