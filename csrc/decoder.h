@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 #include "layer.h"
+#include "selection.h"
 
 namespace saccade {
 
@@ -44,10 +45,12 @@ class Decoder {
   // Where layer i stores its keys and values, until that is said anew: a dense or quantized view
   // of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
   // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
-  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks);
+  // `selection`: (rule, summaries or None) of the blocks of keys that are read, or None for all
+  // keys; see selection_arguments.h.
+  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks, nb::handle selection);
 
-  // The layers from `first` on, one for each of `places`: (slot, position, spans) of the new
-  // tokens in the view of their layer (cache/step.py).  `kinds` are (cos, sin, window, sinks);
+  // The layers from `first` on, one for each of `places`: (slot, position, spans, blocks) of the
+  // new tokens in the view of their layer (cache/placing.py); blocks: how many have a summary.  `kinds` are (cos, sin, window, sinks);
   // of_kind[i] says which kind layer i is.  Returns how many layers were computed: the next one
   // has keys or values that its quantized storage does not hold, and nothing of it was done.
   int64_t run(int64_t first, nb::list places, nb::list kinds, nb::list of_kind);
@@ -68,6 +71,8 @@ class Decoder {
     std::optional<ViewArg> sinks;
     Storing storing;
     bool known = false;
+    std::optional<BlockRule> rule;
+    std::optional<TensorArg> summaries;
   };
   struct LayerCall {
     const Kind* kind;
@@ -75,6 +80,7 @@ class Decoder {
     Strided k, v;  // where the new tokens go
     Storing storing;
     std::optional<CallArg> sinks;
+    int64_t blocks;  // that have a summary, where blocks are selected
   };
 
   const Layer& layer(int64_t i) const;
@@ -84,6 +90,7 @@ class Decoder {
   Strided slots(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
   LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place) const;
   bool front_checked(const Layer& layer, const LayerCall& call);
+  void select(int64_t i, LayerCall& call);
   void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
   void attend_sinks(int64_t i, LayerCall& call);
   void back_checked(const Layer& layer);
@@ -98,6 +105,7 @@ class Decoder {
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
   std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_;
+  std::vector<uint8_t> grid_;  // the blocks that a layer reads
   std::mutex busy_;
 };
 

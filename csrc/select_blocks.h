@@ -215,7 +215,7 @@ static void select_blocks(const Selecting& s) {
   const int64_t items = s.batch * s.kv_heads * ceil_div(s.q_len, s.rule.q_block);
   parallel_for(s.threads, items,
                [](void* context, int64_t i) { BlockSelector(*(const Selecting*)context, i).run(); },
-               (void*)&s);
+               const_cast<Selecting*>(&s));
 }
 
 }  // namespace saccade::SACCADE_TARGET

@@ -135,8 +135,7 @@ class DenseCache(PlacingCache, SummarizingCache):
             return None
         self.reserve(count)
         assert self._k is not None and self._v is not None
-        self.summarize()
-        return Placement((self._k, self._v), self._slots, self._slots)
+        return Placement((self._k, self._v), self._slots, self._slots).summarized(self)
 
     def storage(self) -> DenseKV:
         """See PlacingCache."""
@@ -161,7 +160,9 @@ class DenseCache(PlacingCache, SummarizingCache):
         self._k, self._v, self._slots = new_k, new_v, kept
         self._reserve = 0
         self._compressed_at = self._seen
-        self.cut_summaries(0)
+        if self.summaries is not None:
+            self.summaries = self.summaries.empty()
+            self.summarize()
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""

@@ -150,8 +150,8 @@ class QuantizedCache(PlacingCache, SummarizingCache):
             return None
         slot = self.recent.length
         self.recent.make_room(slot + count)
-        self.summarize()
-        return Placement((*self.recent.parts, *self.groups.parts), slot, self.groups.length + slot)
+        parts = *self.recent.parts, *self.groups.parts
+        return Placement(parts, slot, self.groups.length + slot).summarized(self)
 
     def storage(self) -> QuantizedKV:
         """See PlacingCache."""

@@ -113,7 +113,8 @@ class SummarizingCache(ABC):
             return None
         length, room = self.lasting()
         first, stop = (n * summaries.block for n in (summaries.count, length // summaries.block))
-        if stop > first or summaries.rows is None:
+        rows = summaries.rows
+        if stop > first or rows is None or rows.shape[2] < room // summaries.block:
             summaries.add(self.keys(first, stop), room)
         return summaries.filled()
 

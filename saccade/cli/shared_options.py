@@ -127,7 +127,7 @@ CONTEXT = (
     Option("ctx_checkpoints", ("--ctx-checkpoints",),
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
     Option("sparse", ("--sparse",), "read only chosen blocks of keys",
-           choices=("strided", "block_topk")),
+           choices=("strided", "block_topk", "block_topp", "quest")),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, ada_snapkv", metavar="NAME"),
     Option("kv_budget", ("--kv-budget",),

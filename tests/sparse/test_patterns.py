@@ -43,7 +43,7 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
     ids=str,
 )
 @pytest.mark.parametrize("q_len", [1, 3, 40, 250])
-@pytest.mark.parametrize("dtype", [torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selecting_all_blocks_is_the_dense_result_to_the_bit(pattern, q_len, dtype):
     q, view = problem(q_len, q_len + 350)
     q, view = q.to(dtype), DenseKV(view.k.to(dtype), view.v.to(dtype))
