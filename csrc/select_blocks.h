@@ -166,10 +166,33 @@ class BlockSelector {
     };
   }
 
+  // Marks the blocks with the highest scores, the first of equal ones.
   void choose_top() {
-    for (int64_t i = 0; i < others_; ++i) rank_[i] = (int32_t)i;
-    std::nth_element(rank_, rank_ + s_.rule.top, rank_ + others_, higher());
-    for (int64_t i = 0; i < s_.rule.top; ++i) out_[order_[rank_[i]]] = 1;
+    for (int64_t i = 0; i < others_; ++i) rank_[i] = ordered(scores_[i]);
+    const int32_t least = least_of_top();
+    int64_t left = s_.rule.top;
+    for (int64_t i = 0; i < others_; ++i) left -= out_[order_[i]] = rank_[i] > least;
+    for (int64_t i = 0; i < others_ && left > 0; ++i)
+      if (rank_[i] == least) out_[order_[i]] = 1, --left;
+  }
+
+  // An integer in the order of a float.
+  static int32_t ordered(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits < 0 ? bits ^ INT32_MAX : bits;
+  }
+
+  // The largest number that at least `top` ranks reach: bit by bit, since counting has no branches.
+  int32_t least_of_top() const {
+    uint32_t found = 0;  // of numbers shifted to start at 0
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+      const int32_t at = (int32_t)((found | bit) ^ (1u << 31));
+      int32_t count = 0;
+      for (int64_t i = 0; i < others_; ++i) count += rank_[i] >= at;
+      if (count >= s_.rule.top) found |= bit;
+    }
+    return (int32_t)(found ^ (1u << 31));
   }
 
   // The fewest blocks that hold the share of the estimated attention, a mean over the heads.
