@@ -7,9 +7,10 @@
 
 Every measurement is a process of its own, which loads the file, reads the same tokens and goes on
 behind them several times.  Rounds go through all rows in turns.  A record that is there already is
-continued, so that long runs can be made in pieces; the default is one for each processor.  KL is
-that of predictions on the text of the help topics of Python, from those of float32 weights of the
-same file.  llama.cpp is run by the interpreter of another environment, which has llama-cpp-python.
+continued, so that long runs can be made in pieces; the default is one for each family of
+processors.  KL is that of predictions on the text of the help topics of Python, from those of
+float32 weights of the same file.  llama.cpp is run by the interpreter of another environment, which
+has llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saccade.report.environment import cpu_name
+from saccade.core.hardware import processor_family
 from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
 from saccade.runtime.located import located
@@ -146,9 +147,8 @@ def tokens_of(model: Path, count: int) -> list[int]:
 
 
 def default_record() -> Path:
-    """The record of this processor."""
-    name = re.sub("[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return RESULTS / f"whole-model-{name}.json"
+    """The record of this family of processors."""
+    return RESULTS / f"whole-model-{processor_family()}.json"
 
 
 def record_of(path: Path, threads: int) -> dict[str, Any]:

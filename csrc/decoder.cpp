@@ -128,7 +128,7 @@ void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb:
   const Layer& at = layer(i);
   const Kind kind{tensor(cos), tensor(sin), -1, 0};
   check_tables(at, kind.cos, kind.sin);
-  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}, 0};
+  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}, {}, 0};
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
   front_checked(at, call);
@@ -225,27 +225,35 @@ void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks,
     require(fields.size() == 2, "a selection is (rule, summaries).");
     found.rule = read_rule(fields[0]);
     if (!fields[1].is_none()) found.summaries = tensor(fields[1]);
-    require(sinks.is_none(), "blocks are not selected beside sinks.");
+    require(sinks.is_none() && found.view.kind != ViewKind::ragged,
+            "blocks are selected neither beside sinks nor of ragged views.");
   }
   if (!sinks.is_none()) found.sinks = read_view(nb::cast<nb::tuple>(sinks));
   const ViewKind kind = found.view.kind;
-  require(kind == ViewKind::dense || kind == ViewKind::quantized,
-          "steps write to dense and quantized views alone.");
+  require(kind != ViewKind::paged, "steps write to dense, quantized and ragged views alone.");
   found.storing.bounded = kind == ViewKind::quantized && found.view.k.dtype == Dtype::f16;
   stored_[(size_t)i] = std::move(found);
 }
 
 // Layer i with the new tokens at `place`, as far as it does not depend on the layers before.
-Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle place) const {
+Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle place) {
   const Layer& at = layer(i);
   const Stored& stored = stored_[(size_t)i];
   require(stored.known, "where a layer stores its keys was not said.");
   check_tables(at, kind.cos, kind.sin);
-  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt, 0};
+  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt, std::nullopt, 0};
   CallArg& attention = call.attention;
   ViewArg& kv = attention.kv = stored.view;
   const nb::tuple fields = nb::cast<nb::tuple>(place);
   require(fields.size() == 4, "a place is (slot, position, spans, blocks).");
+  attention.window = kind.window;
+  attention.sinks = kind.sinks;
+  attention.hadamard = stored.storing.hadamard;
+  if (kv.kind == ViewKind::ragged) {
+    require(!stored.sinks && !attention.hadamard, "ragged views are stored as they are.");
+    place_ragged(at, integer(fields[1]), call);
+    return call;
+  }
   const int64_t slot = integer(fields[0]), before = integer(fields[1]) - slot;
   call.k = slots(kv.k, at, slot, "k");
   call.v = slots(kv.v, at, slot, "v");
@@ -259,9 +267,6 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
       require(before == 0, "slots in order of positions begin at position 0.");
   }
   attention.q_offset = before + slot;
-  attention.window = kind.window;
-  attention.sinks = kind.sinks;
-  attention.hadamard = stored.storing.hadamard;
   call.blocks = integer(fields[3]);
   if (!stored.sinks) return call;
   attention.sinks = 0;
@@ -291,6 +296,17 @@ void Decoder::select(int64_t i, LayerCall& call) {
   attention.k_block = rule.k_block;
 }
 
+// New keys and values of a ragged view wait in a buffer, [batch, kv_heads, tokens, head_dim] each.
+void Decoder::place_ragged(const Layer& layer, int64_t position, LayerCall& call) {
+  require(position >= 0 && position <= kMaxPosition - tokens_, "the position is out of range.");
+  call.ragged = find_places(call.attention.kv, batch_, layer.kv_heads, tokens_, layer.head_dim);
+  call.attention.q_offset = position;
+  const int64_t row = layer.head_dim * (int64_t)sizeof(float), all = rows() * layer.kv_heads * row;
+  new_kv_.resize(std::max(new_kv_.size(), (size_t)(2 * all) / sizeof(float)));
+  call.k = {nullptr, Dtype::f32, tokens_ * layer.kv_heads * row, tokens_ * row, row};
+  call.v = call.k;
+}
+
 int64_t Decoder::run(int64_t first, nb::list places, nb::list kinds, nb::list of_kind) {
   check_begun();
   std::vector<Kind> read;
@@ -314,7 +330,17 @@ int64_t Decoder::run(int64_t first, nb::list places, nb::list kinds, nb::list of
   for (int64_t i = 0; i < n; ++i) {
     LayerCall& call = calls[(size_t)i];
     const Layer& at = layers_[(size_t)(first + i)];
+    float* const k = new_kv_.data();
+    float* const v = k + rows() * at.kv_heads * at.head_dim;
+    if (call.ragged) {
+      call.k.data = (char*)k;
+      call.v.data = (char*)v;
+      call.attention.kv.lengths = lengths_of(*call.ragged, batch_, at.kv_heads);
+    }
     if (!front_checked(at, call)) return i;
+    if (call.ragged)
+      write_places(call.attention.kv, *call.ragged, *kernels_->step, k, v, tokens_,
+                   call.attention.q_offset);
     if (stored_[(size_t)(first + i)].rule) select(first + i, call);
     if (call.sinks)
       attend_sinks(first + i, call);

@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "dispatch.h"
 #include "layer.h"
+#include "ragged_places.h"
 #include "selection.h"
 
 namespace saccade {
@@ -42,8 +43,8 @@ class Decoder {
   // The rest of layer i behind `attended` [batch, tokens, heads * head_dim].
   void back(int64_t i, nb::handle attended);
 
-  // Where layer i stores its keys and values, until that is said anew: a dense or quantized view
-  // of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
+  // Where layer i stores its keys and values, until that is said anew: a dense, quantized or ragged
+  // view of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
   // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
   // `selection`: (rule, summaries or None) of the blocks of keys that are read, or None for all
   // keys; see selection_arguments.h.
@@ -80,6 +81,7 @@ class Decoder {
     Strided k, v;  // where the new tokens go
     Storing storing;
     std::optional<CallArg> sinks;
+    std::optional<RaggedPlaces> ragged;
     int64_t blocks;  // that have a summary, where blocks are selected
   };
 
@@ -88,7 +90,8 @@ class Decoder {
   void check_begun() const;
   void check_tables(const Layer& layer, const TensorArg& cos, const TensorArg& sin) const;
   Strided slots(const TensorArg& x, const Layer& layer, int64_t slot, const char* name) const;
-  LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place) const;
+  LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place);
+  void place_ragged(const Layer& layer, int64_t position, LayerCall& call);
   bool front_checked(const Layer& layer, const LayerCall& call);
   void select(int64_t i, LayerCall& call);
   void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
@@ -104,7 +107,7 @@ class Decoder {
   Weight head_;
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
-  std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_;
+  std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_, new_kv_;
   std::vector<uint8_t> grid_;  // the blocks that a layer reads
   std::mutex busy_;
 };

@@ -26,10 +26,10 @@ def span(values: Iterable[float]) -> str:
 
 
 def cpu_fma_share() -> str:
-    """Share of the FMA peak that the CPU kernels reach while reading prompts."""
+    """Share of the FMA peak that the CPU kernels reach while reading prompts in float32."""
     found = record("cpu")
     ours = [r for r in found["rows"] if r["work"] == "prefill" and r["ours"]]
-    dense = [r for r in ours if r["case"].startswith("prefill")]
+    dense = [r for r in ours if r["case"].startswith("prefill") and r["label"] == "fp32"]
     peak = found["ceilings"]["fma_peak"]
     return f"{span(100 * r['flops'] / r['seconds'] / peak for r in dense)} %"
 

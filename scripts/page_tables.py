@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks import gpu_tables
 from saccade.bench.rule_table import as_table
-from saccade.report import comparison
+from saccade.report import comparison, evaluation
 from saccade.report.claims import claims_table
-from saccade.report.markdown import escape, table_text, to_markdown
+from saccade.report.markdown import escape, evaluation_text, table_text, to_markdown
 from saccade.report.numbers import (
     MISSING,
     as_bytes,
@@ -146,6 +146,44 @@ def _group(row: dict[str, Any] | None) -> Cell:
     return Cell(f"{as_bytes(row['bytes'])}, KL {with_error(row['kl'], None, most_decimals=6)}")
 
 
+def kv_policies(path: Path) -> str:
+    """`benchmarks/kv_policies.py`: what each policy keeps of the predictions, by budget."""
+    found = json.loads(path.read_text())["rows"]
+    budgets = list(dict.fromkeys(row["budget"] for row in found if "budget" in row))
+    by_place = {(row["policy"], row.get("budget")): row for row in found}
+    lines = [
+        Line(name, [_kept(by_place[name, budget]) for budget in budgets])
+        for name in dict.fromkeys(row["policy"] for row in found if "budget" in row)
+    ]
+    dense, tokens = found[0], f"{found[0]['tokens']:,} tokens"
+    titles = [f"{b:.0%} kept" if isinstance(b, float) else f"{b} keys kept" for b in budgets]
+    answers = f"{dense['needles']}/{dense['asked']} needles with all keys"
+    return table_text(Table([Heading(title) for title in titles], lines, f"{tokens}, {answers}"))
+
+
+def _kept(row: dict[str, Any]) -> Cell:
+    kl = with_error(row["kl"], row["kl_se"])
+    return Cell(f"KL {kl}, {as_share(row['same_top'])}, {row['needles']}/{row['asked']}")
+
+
+def kv_decoding(path: Path) -> str:
+    """`benchmarks/kv_policies.py`: decoding over compressed caches, in turns with a dense one."""
+    found = json.loads(path.read_text())["decode"]
+    lines = [
+        Line(
+            row["cache"],
+            [
+                Cell(as_bytes(row["bytes"])),
+                Cell(f"{significant(row['ms'])} ms"),
+                Cell(as_ratio(found[0]["ms"] / row["ms"])),
+            ],
+        )
+        for row in found
+    ]
+    headings = [Heading("Cache"), Heading("a token"), Heading("speed, dense = 1")]
+    return table_text(Table(headings, lines, f"{found[0]['tokens']:,} tokens, 25 % kept"))
+
+
 def decode_shares(path: Path) -> str:
     """Decoding on a GPU: Gluon's share of reading alone, and its speed beside dense bf16."""
     record = json.loads(path.read_text())
@@ -230,6 +268,11 @@ def conversion(path: Path) -> str:
     return table_text(Table([Heading(title) for title in titles], lines, "stage, text"))
 
 
+def scores(path: Path) -> str:
+    """`saccade eval`: the scores of every task at every length."""
+    return evaluation_text(evaluation.read(path))
+
+
 def _perplexity(found: dict[str, Any] | None) -> Cell:
     if found is None:
         return Cell(MISSING)
@@ -249,8 +292,11 @@ KINDS: dict[str, Callable[..., str]] = {
     "sweep": sweep,
     "claims": claims,
     "conversion": conversion,
+    "scores": scores,
     "far": far,
     "groups": groups,
+    "kv_policies": kv_policies,
+    "kv_decoding": kv_decoding,
     "plan_check": plan_check,
     "decode_shares": decode_shares,
     "rules": rules,

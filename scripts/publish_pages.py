@@ -11,6 +11,7 @@ Marks in a page say what stands there; what is between them is rendered again:
     <!-- show: claims RECORD -->                    the chapter's figures beside the measured ones
     <!-- show: far RECORD -->                       what `benchmarks.far` measured
     <!-- show: conversion RECORD -->                what `saccade convert` measured
+    <!-- show: scores RECORD -->                    what `saccade eval` scored
     <!-- show: whole_model RECORD MODEL -->         a whole model beside llama.cpp and transformers
     <!-- show: whole_model_bars RECORD MODEL -->    what was aimed at there, and what was reached
     <!-- show: whole_model_kl RECORD -->            how far each form of weights moves predictions

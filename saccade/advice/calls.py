@@ -15,10 +15,6 @@ from typing import Any, Final
 
 import torch
 
-from saccade.advice.costs import measured_attention
-from saccade.runtime.params import ContextParams
-from saccade.runtime.plan_files import from_config
-
 FILE: Final = Path(__file__).with_name("calls.json")
 RECORD: Final = "plan-cpu.json"
 _FEW, _MORE = 2, 8
@@ -34,7 +30,7 @@ class Calls:
     """Times of small operations of PyTorch (`Costs.op`).
 
     Attributes:
-        layer: for a decoder layer of transformers under saccade, its attention apart.
+        layer: for a decoder layer under saccade, by C++ layers where they serve the model.
         model: around the layers: embedding, masks, rotary tables, the choice of a token.
     """
 
@@ -63,20 +59,7 @@ def measured_calls() -> Calls:
             steps[layers].append(_step_seconds(toy))
     few, more, op = min(steps[_FEW]), min(steps[_MORE]), min(ops)
     layer = (more - few) / (_MORE - _FEW)
-    attention = _attention_seconds()
-    return Calls(
-        layer=max(layer - attention, layer / 4) / op, model=max(0.0, few - _FEW * layer) / op
-    )
-
-
-def _attention_seconds() -> float:
-    """A step of one layer's attention, as plans measure it."""
-    found = from_config(
-        {"model_type": "llama", **_TOY, "num_hidden_layers": 1, "dtype": "float32"}, "toy", None
-    )
-    assert found is not None, "a Llama is a family that plan_files reads"
-    facts, params = found.facts, ContextParams()
-    return min(measured_attention(facts, params, _STEPS).step for _ in range(2))
+    return Calls(layer=max(0.0, layer) / op, model=max(0.0, few - _FEW * layer) / op)
 
 
 def _op_seconds() -> float:

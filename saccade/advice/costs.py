@@ -74,7 +74,7 @@ class AttentionCosts:
 
     Attributes:
         chunk, chunk_key: of a chunk that attends to itself, and more for each earlier key.
-        step, step_key: of a single query, and more for each key.
+        step, step_key: of a single query, and more for each key; calling it is left out.
     """
 
     chunk: float
@@ -136,12 +136,17 @@ def _flop_seconds(blueprint: Blueprint, form: Stored, rows: int) -> float:
 
 
 def row_seconds(form: Stored, shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Seconds a number of products with one row, each with a matrix that no cache holds."""
+    """Seconds a number of products with one row, each with a matrix that no cache holds.
+
+    What calling a product takes is left out: `Calls` has it.
+    """
     first = TimedWeight(form, *_cut(*shape), dtype)
     matrices = [first, *(first.copy() for _ in range(max(1, _CACHE_FREE // first.n_bytes)))]
     x = _random(1, first.width, dtype=dtype)
+    tiny, one = TimedWeight(form, 1, 64, dtype), _random(1, 64, dtype=dtype)
+    called = _best(lambda: [tiny.product(one) for _ in matrices], rounds=2)
     seconds = _best(lambda: [each.product(x) for each in matrices], rounds=2)
-    return seconds / (len(matrices) * first.rows * first.width)
+    return max(seconds - called, seconds / 4) / (len(matrices) * first.rows * first.width)
 
 
 class TimedWeight:
@@ -197,42 +202,52 @@ def measured_attention(facts: ModelFacts, params: ContextParams, tokens: int) ->
     """
     share = _share(facts)
     facts = _with_heads(facts, share)
-    chunk, own = min(params.n_batch, tokens), facts.windows[0]
-    cache: Any = layer_cache(own, params)
-    window, sinks = narrowed_window(own, params)
-    mask = Mask(window=window or own, sinks=sinks)
+    chunk = min(params.n_batch, tokens)
+    timed = _TimedAttention(facts, params)
+    itself, beyond = timed.best(chunk, 0), timed.best(chunk, _KEYS) if tokens > chunk else 0.0
+    near, far = timed.best(1, _NEAR), timed.best(1, _KEYS)
+    step_key = max(0.0, far - near) / (_KEYS - _NEAR)
+    called = _TimedAttention(replace(facts, num_heads=1, num_kv_heads=1), params).best(1, _NEAR)
+    return AttentionCosts(
+        chunk=itself / share,
+        chunk_key=max(0.0, beyond - itself) / _KEYS / share,
+        step=max(0.0, near - called - _NEAR * step_key) / share,
+        step_key=step_key / share,
+    )
 
-    def read(count: int) -> None:
-        k, v = (_random(1, facts.num_kv_heads, count, width, dtype=facts.dtype)
-                for width in (facts.head_dim, facts.value_dim or facts.head_dim))  # fmt: skip
+
+class _TimedAttention:
+    """A layer's cache, and attention over it, timed."""
+
+    def __init__(self, facts: ModelFacts, params: ContextParams) -> None:
+        own = facts.windows[0]
+        self._facts, self._params = facts, params
+        self._cache: Any = layer_cache(own, params)
+        window, sinks = narrowed_window(own, params)
+        self._mask = Mask(window=window or own, sinks=sinks)
+        self._read(1)
+
+    def best(self, count: int, behind: int) -> float:
+        """Seconds of `count` queries behind so many keys, with the storing of their own."""
+        self._cache.reset()
+        if behind:
+            k = self._keys(behind, self._facts.head_dim)
+            self._cache.append(k, k)
+        return min(self._read(count) for _ in range(_ROUNDS + 1))
+
+    def _keys(self, count: int, width: int) -> Tensor:
+        return _random(1, self._facts.num_kv_heads, count, width, dtype=self._facts.dtype)
+
+    def _read(self, count: int) -> float:
+        facts = self._facts
+        k = self._keys(count, facts.head_dim)
+        v = self._keys(count, facts.value_dim or facts.head_dim)
         q = _random(1, facts.num_heads, count, facts.head_dim, dtype=facts.dtype)
         begin = time.perf_counter()
-        view = cache.append(k, v)
-        call = make_call(q, view, mask=mask, q_offset=view.shape[2] - count)
-        attend(call, backend=backend_of(params))
-        taken.append(time.perf_counter() - begin)
-
-    def best(count: int, behind: int) -> float:
-        cache.reset()
-        if behind:
-            k = _random(1, facts.num_kv_heads, behind, facts.head_dim, dtype=facts.dtype)
-            cache.append(k, k)
-        taken.clear()
-        for _ in range(_ROUNDS):
-            read(count)
-        return min(taken) / share
-
-    taken: list[float] = []
-    best(1, _NEAR)
-    itself, beyond = best(chunk, 0), best(chunk, _KEYS) if tokens > chunk else 0.0
-    near, far = best(1, _NEAR), best(1, _KEYS)
-    step_key = max(0.0, far - near) / (_KEYS - _NEAR)
-    return AttentionCosts(
-        chunk=itself,
-        chunk_key=max(0.0, beyond - itself) / _KEYS,
-        step=max(near - _NEAR * step_key, near / 4),
-        step_key=step_key,
-    )
+        view = self._cache.append(k, v)
+        call = make_call(q, view, mask=self._mask, q_offset=view.shape[2] - count)
+        attend(call, backend=backend_of(self._params))
+        return time.perf_counter() - begin
 
 
 def _share(facts: ModelFacts) -> float:

@@ -166,7 +166,7 @@ def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple
     """Bytes of the queries that a kv_policy keeps of all layers, and of its scores of one layer."""
     if params.kv_policy is None:
         return 0, 0
-    queries = min(tokens, POLICIES[params.kv_policy]().num_queries) * facts.num_heads
+    queries = min(tokens, max(1, POLICIES[params.kv_policy]().observes.queries)) * facts.num_heads
     kept = len(facts.windows) * queries * facts.head_dim * facts.dtype.itemsize
     return kept, 3 * queries * tokens * 4  # weights before, while and after they are normalized
 

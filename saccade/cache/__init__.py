@@ -2,6 +2,7 @@
 
 from saccade.cache.base import LayerCache, ShiftKeys
 from saccade.cache.dense import DenseCache
+from saccade.cache.late_quantized import LateQuantizedCache
 from saccade.cache.make import make_layer_cache
 from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.page_allocator import PageAllocator
@@ -20,6 +21,7 @@ __all__ = [
     "Cursor",
     "DenseCache",
     "KeySummaries",
+    "LateQuantizedCache",
     "LayerCache",
     "OffloadedCache",
     "PageAllocator",

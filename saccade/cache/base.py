@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.core import BadInput, KVView
 from saccade.core.check import describe
 
-ShiftKeys = Callable[[Tensor, int], Tensor]
+ShiftKeys = Callable[[Tensor, int | Tensor], Tensor]
 """Re-rotate keys `[B, Hkv, n, D]` by a number of positions (saccade.rope.shift_keys, bound)."""
 
 
@@ -163,6 +163,12 @@ def check_rows(rows: Tensor, batch: int) -> None:
         raise ValueError(
             f"rows must name at least one of the {batch} rows, 0 to {batch - 1}, got {found[:8]}."
         )
+
+
+def chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Row rows[i] of `x` as row i, in place if there are as many: captured graphs stay valid."""
+    chosen = x.index_select(0, rows)
+    return x.copy_(chosen) if len(rows) == len(x) else chosen
 
 
 def check_length(length: int) -> None:

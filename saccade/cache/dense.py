@@ -12,6 +12,7 @@ from saccade.cache.base import (
     check_length,
     check_rows,
     check_shift,
+    chosen_rows,
     dtype_name,
     expect_tensors,
     fits,
@@ -169,7 +170,7 @@ class DenseCache(PlacingCache, SummarizingCache):
         if self._k is not None:
             check_rows(rows, self._k.shape[0])
         if self._k is not None and self._v is not None:
-            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+            self._k, self._v = chosen_rows(self._k, rows), chosen_rows(self._v, rows)
         if self.summaries is not None:
             self.summaries.reorder(rows)
 

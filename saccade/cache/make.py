@@ -6,6 +6,7 @@ import torch
 
 from saccade.cache.base import LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.late_quantized import LateQuantizedCache
 from saccade.cache.offloaded import OffloadedCache, StagingBuffers
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
@@ -30,6 +31,7 @@ def make_layer_cache(
     type_k: str | None = None,
     type_v: str | None = None,
     page_size: int | None = None,
+    compressed: bool = False,
     ragged: bool = False,
     staging: StagingBuffers | None = None,
     reserve: int = 0,
@@ -44,6 +46,7 @@ def make_layer_cache(
         checkpoints: positions that a ring can roll back to; see RingCache.
         type_k, type_v: f32, bf16, f16, int8, int4 or fp8; None keeps the dtype of the keys.
         page_size: tokens of a page, for a paged cache; None for one buffer.
+        compressed: a policy will choose keys, which are quantized behind it.
         ragged: KV heads will keep different numbers of keys.
         staging: for keys in host memory, the buffers on the device, shared by all layers.
         reserve: tokens to allocate for at once, when the final length is known.
@@ -51,8 +54,9 @@ def make_layer_cache(
             a sparse pattern; None for none.
     """
     cache = _plain_cache(
-        window, sinks, chunk, checkpoints, type_k, type_v, page_size, ragged, staging, reserve
-    )
+        window, sinks, chunk, checkpoints, type_k, type_v, page_size, compressed, ragged, staging,
+        reserve,
+    )  # fmt: skip
     if summary is not None and window is None and isinstance(cache, SummarizingCache):
         cache.summaries = KeySummaries(*summary)
     return cache
@@ -66,6 +70,7 @@ def _plain_cache(
     type_k: str | None,
     type_v: str | None,
     page_size: int | None,
+    compressed: bool,
     ragged: bool,
     staging: StagingBuffers | None,
     reserve: int,
@@ -74,7 +79,8 @@ def _plain_cache(
     if type_k in BITS and type_v in BITS and (window is None or window >= LEAST_WINDOW):
         bits_k, bits_v, fp8 = BITS[type_k], BITS[type_v], "fp8" in (type_k, type_v)
         if window is None:
-            return QuantizedCache(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
+            kind = LateQuantizedCache if compressed else QuantizedCache
+            return kind(bits_k=bits_k, bits_v=bits_v, fp8=fp8, reserve=reserve)
         return QuantizedRing(
             window=window, sinks=sinks, checkpoints=checkpoints,
             bits_k=bits_k, bits_v=bits_v, fp8=fp8,

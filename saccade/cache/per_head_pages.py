@@ -44,6 +44,7 @@ class PerHeadPages:
         self._k = like_k.new_empty(0, page_size, like_k.shape[3])
         self._v = like_v.new_empty(0, page_size, like_v.shape[3])
         self._positions = torch.empty(0, page_size, dtype=torch.int32, device=like_k.device)
+        self._placing = False  # whether sequences are longer than kv_lens says
         self._update_page_table()
 
     @property
@@ -75,6 +76,7 @@ class PerHeadPages:
             positions: of the keys, `[B | 1, Hkv | 1, t]`.
             kept: bool `[B, Hkv, t]`, which of them to append; None for all.
         """
+        self._forget_places()
         before = [self._allocator.length(seq) for seq in self._sequences]
         counts = [k.shape[2]] * len(before)
         if kept is not None:
@@ -88,11 +90,38 @@ class PerHeadPages:
             self._update_page_table()
             raise
 
+    def place(self, count: int) -> None:
+        """Make room for `count` more keys of each head, which are written to `storage`."""
+        self._forget_places()
+        kv_lens = self._kv_lens
+        self._placing = True
+        self._extend([count] * len(self._sequences))
+        self._kv_lens = kv_lens  # they count when they are there
+
+    def commit(self, count: int) -> None:
+        """Count keys that were written to their places."""
+        self._kv_lens.add_(count)
+        self._placing = False
+
+    def _forget_places(self) -> None:
+        """Take back the room of places that were not committed."""
+        if not self._placing:
+            return
+        lengths = self._kv_lens.flatten().tolist()
+        for seq, length in zip(self._sequences, lengths, strict=True):
+            self._allocator.truncate(seq, length)
+        self._placing = False
+        self._update_page_table()
+
+    def storage(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values, positions, page tables and lengths, as a RaggedKV takes them."""
+        return self._k, self._v, self._positions, self._page_table, self._kv_lens
+
     def _store(
         self, k: Tensor, v: Tensor, positions: Tensor, kept: Tensor | None, before: list[int]
     ) -> None:
         """Write the chosen keys behind the first `before` of each row and head."""
-        slots = torch.tensor(self._slots_from(before), dtype=torch.int64, device=k.device)
+        slots = self._slots_from(before).to(k.device)
         at = positions.to(torch.int32).expand(k.shape[:3])
         chosen = slice(None) if kept is None else kept
         self._k.flatten(0, 1)[slots] = k[chosen].reshape(-1, k.shape[3]).to(self._k.dtype)
@@ -101,12 +130,13 @@ class PerHeadPages:
 
     def view(self, end: int) -> RaggedKV:
         """Everything stored, without a copy; `end` is one past the last position seen."""
+        self._forget_places()
         longest = max(map(self._allocator.length, self._sequences))
-        storage = (self._k, self._v, self._positions, self._page_table, self._kv_lens)
-        return RaggedKV(*storage, end, longest)
+        return RaggedKV(*self.storage(), end, longest)
 
     def gather(self) -> GatheredKV:
         """A copy of everything stored, one column for each key; see GatheredKV."""
+        self._forget_places()
         size = self._allocator.page_size
         longest = max(map(self._allocator.length, self._sequences))
         index = torch.arange(longest, device=self._k.device) - longest + self._kv_lens[..., None]
@@ -118,12 +148,14 @@ class PerHeadPages:
 
     def remove_newest(self, count: int) -> None:
         """Remove the last `count` keys of every head and release their pages."""
+        self._forget_places()
         for seq in self._sequences:
             self._allocator.truncate(seq, self._allocator.length(seq) - count)
         self._update_page_table()
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]; pages are shared, copied on write."""
+        self._forget_places()
         old, heads = self._sequences, self._heads
         wanted = [old[i * heads + head] for i in rows.tolist() for head in range(heads)]
         self._sequences = [self._allocator.fork(seq) for seq in wanted]
@@ -140,14 +172,14 @@ class PerHeadPages:
             _grown(x, num_pages) for x in (self._k, self._v, self._positions)
         )
 
-    def _slots_from(self, before: list[int]) -> list[int]:
-        """Slots of the keys after the first `before` of each row and head, in order."""
-        size, slots = self._allocator.page_size, list[int]()
+    def _slots_from(self, before: list[int]) -> Tensor:
+        """Slots of the keys after the first `before` of each row and head, in order, int64."""
+        size, parts = self._allocator.page_size, list[Tensor]()
         for seq, first in zip(self._sequences, before, strict=True):
-            pages = self._allocator.page_table(seq)
-            new = range(first, self._allocator.length(seq))
-            slots += [pages[i // size] * size + i % size for i in new]
-        return slots
+            at = torch.arange(first, self._allocator.length(seq))
+            pages = torch.tensor(self._allocator.page_table(seq), dtype=torch.int64)
+            parts.append(pages[at // size] * size + at % size)
+        return torch.cat(parts)
 
     def _extend(self, counts: list[int]) -> None:
         """Allocate pages for `counts` more keys, one number for each row and head."""

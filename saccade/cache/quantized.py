@@ -197,7 +197,7 @@ class QuantizedCache(PlacingCache, SummarizingCache):
         `start` on are in full precision, in this one layer.
         """
         check_shift(start, stop, self.seen)
-        k, v = self._given(stop, self.seen)
+        k, v = self.given(stop, self.seen)
         self.truncate(start)
         self.append(shift(k, start - stop), v)
 
@@ -344,7 +344,7 @@ class QuantizedCache(PlacingCache, SummarizingCache):
         k = torch.cat([none_k, *(tile.k for tile in tiles)], dim=2)
         return k, torch.cat([none_v, *(tile.v for tile in tiles)], dim=2)
 
-    def _given(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def given(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The same as they were given to the cache, up to what quantizing has changed."""
         k, v = self._dequantize(start, stop)
         return (hadamard_transform(k), hadamard_transform(v)) if self.fmt.hadamard else (k, v)

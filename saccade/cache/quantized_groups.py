@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.cache.base import chosen_rows
 from saccade.cache.dense import extended
 from saccade.cache.magnitude import check_magnitude
 from saccade.core import QuantizedKV
@@ -172,8 +173,8 @@ class QuantizedGroups:
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
         if self.k is not None and self.v is not None:
-            self.k = QuantizedTensor(*(part.index_select(0, rows) for part in self.k))
-            self.v = QuantizedTensor(*(part.index_select(0, rows) for part in self.v))
+            self.k = QuantizedTensor(*(chosen_rows(part, rows) for part in self.k))
+            self.v = QuantizedTensor(*(chosen_rows(part, rows) for part in self.v))
 
     def stored(self, start: int, stop: int) -> tuple[QuantizedTensor, QuantizedTensor]:
         """The tokens start .. stop-1, whole groups, in place; qdata as float8_e4m3fn for fp8."""

@@ -21,6 +21,7 @@ from saccade.cache.base import (
     check_length,
     check_rows,
     check_shift,
+    chosen_rows,
 )
 from saccade.cache.checkpoints import Checkpoints, check_behind_sinks, missing_window
 from saccade.cache.placing import Placement
@@ -133,7 +134,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         super().reorder(rows)
         if self._sink_k is not None and self._sink_v is not None:
             self._sink_k, self._sink_v = (
-                x.index_select(0, rows) for x in (self._sink_k, self._sink_v)
+                chosen_rows(x, rows) for x in (self._sink_k, self._sink_v)
             )
             self.places.reorder(rows)
         for at, copy in self._checkpoints.kept.items():
@@ -187,7 +188,7 @@ class QuantizedRing(QuantizedCache, SlidingCache):
         check_behind_sinks(start, self.sinks)
         check_shift(start, stop, self.seen)
         later = max(self._first, stop)
-        k, v = self._given(later, self.seen)
+        k, v = self.given(later, self.seen)
         self._checkpoints.forget_after(start)
         if start > self._first:
             self._cut(start)

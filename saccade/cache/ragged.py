@@ -24,13 +24,14 @@ from saccade.cache.base import (
 )
 from saccade.cache.dense import DenseCache
 from saccade.cache.per_head_pages import GatheredKV, PerHeadPages
-from saccade.core import BadInput, KVView, Unsupported
+from saccade.cache.placing import Placement, PlacingCache
+from saccade.core import BadInput, KVView, RaggedKV, Unsupported
 
 PAGE_SIZE = 16
 """Small, because on average half a page a head stays unused."""
 
 
-class RaggedCache:
+class RaggedCache(PlacingCache):
     """Every key until `keep` is called, then a different number for every row and KV head.
 
     Args:
@@ -93,6 +94,26 @@ class RaggedCache:
         self._pages.write(k, v, torch.arange(first, stop, device=k.device)[None, None])
         self._seen = stop
         return self._pages.view(stop)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache; every head has a slot of its own, which page tables and lengths say."""
+        if self._pages is None:
+            self._prompt.truncate(self._seen)
+            return self._prompt.place(count, dtype)
+        self._pages.place(count)
+        return Placement(self._pages.storage(), 0, self._seen)
+
+    def storage(self) -> KVView:
+        """See PlacingCache."""
+        if self._pages is None:
+            return self._prompt.storage()
+        return RaggedKV(*self._pages.storage(), self._seen, int(self._pages.kv_lens.max()))
+
+    def commit(self, count: int) -> None:
+        """See PlacingCache."""
+        store = self._prompt if self._pages is None else self._pages
+        store.commit(count)
+        self._seen += count
 
     def gather(self) -> GatheredKV:
         """Everything stored, one column for each key; a copy once `keep` was called."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.cache.base import fits
+from saccade.cache.base import chosen_rows, fits
 
 STEP = 16
 """Slots by which the buffer of the newest tokens grows."""
@@ -111,7 +111,7 @@ class RecentTokens:
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
         if self.k is not None and self.v is not None:
-            self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+            self.k, self.v = chosen_rows(self.k, rows), chosen_rows(self.v, rows)
 
     def _move(self, room: int, k: Tensor, v: Tensor) -> None:
         """New buffers with room for so many tokens, which begin with these."""

@@ -21,6 +21,7 @@ from saccade.cache.base import (
     check_length,
     check_rows,
     check_shift,
+    chosen_rows,
     dtype_name,
     expect_tensors,
     fits,
@@ -180,7 +181,7 @@ class RingCache(SlidingCache, PlacingCache):
             check_rows(rows, self._k.shape[0])
         self._synced, self._step_view = False, None
         if self._k is not None and self._v is not None:
-            self._k, self._v = self._k.index_select(0, rows), self._v.index_select(0, rows)
+            self._k, self._v = chosen_rows(self._k, rows), chosen_rows(self._v, rows)
             self.places.reorder(rows)
             for at, parts in self._checkpoints.kept.items():
                 k, v = (x.index_select(0, rows) for x in parts)

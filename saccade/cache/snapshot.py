@@ -8,13 +8,14 @@ of the running context, and a state either fits them or is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 from saccade.cache.base import CacheState, LayerCache
 from saccade.cache.dense import DenseCache
+from saccade.cache.late_quantized import LateQuantizedCache
 from saccade.cache.offloaded import OffloadedCache
 from saccade.cache.paged import PagedCache
 from saccade.cache.quantized import QuantizedCache
@@ -29,6 +30,7 @@ KINDS: Final[dict[str, type[LayerCache]]] = {
     "ring": RingCache,
     "quantized": QuantizedCache,
     "quantized ring": QuantizedRing,
+    "late quantized": LateQuantizedCache,
     "paged": PagedCache,
     "ragged": RaggedCache,
     "offloaded": OffloadedCache,
@@ -91,12 +93,20 @@ def _counts_fit(kind: str, state: CacheState, tokens: int | None) -> bool:
         fits = counts["recent"] <= made["recent"] + made["group"]
         stored = counts["quantized"] + counts["recent"]
         return whole and fits and counts.get("oldest", 0) + stored == tokens
+    if kind == "late quantized":
+        recent = counts["slots"] - counts["filled"]
+        bounds = counts["filled"] % made["group"] == 0 and counts["late"] <= 1
+        fits = not counts["late"] or 0 <= recent <= made["recent"] + made["group"]
+        if not (bounds and fits and recent >= 0 and counts["compressed_at"] <= counts["seen"]):
+            return False
     if kind == "ring":
         sinks, ring = made["sinks"], made["window"] - 1 + made["chunk"]
         oldest = max(sinks, tokens - ring)
         if not oldest <= counts["oldest"] <= max(sinks, tokens):
             return False
-    smaller = {"dense": "slots", "ragged": "compressed_at"}.get(kind, "seen")
+    smaller = {"dense": "slots", "late quantized": "slots", "ragged": "compressed_at"}.get(
+        kind, "seen"
+    )
     return counts.get("seen", tokens) == tokens and counts.get(smaller, tokens) <= tokens
 
 
@@ -125,6 +135,10 @@ def check_tensors(kind: str, state: CacheState, like: CacheState) -> None:
     if state.progress.get("pages"):  # a ragged cache that was compressed
         at = torch.empty(*like.tensors["k"].shape[:3], dtype=torch.int64, device="meta")
         expected["positions"] = at
+    if state.progress.get("late"):  # a cache that was quantized behind its compression
+        made = QuantizedCache(**cast(Any, like.settings))
+        made.append(like.tensors["k"], like.tensors["v"])
+        expected = dict(made.state().tensors)
     if state.tensors and set(state.tensors) != set(expected):
         raise BadInput(
             f"the saved cache contradicts itself: expected the tensors {', '.join(expected)}, got "

@@ -91,8 +91,11 @@ def _not_understood(error: Any) -> str:
         advice = f"Did you mean {error.possibilities[0]}?" if error.possibilities else advice
         return f"{command} has no option {error.option_name}. {advice}"
     if isinstance(error, typer.BadParameter) and error.param is not None:
-        said = error.message.removeprefix("Value error, ") or "this option is required."
-        return _one_line(f"{command}: {'/'.join(error.param.opts)}: {said}")
+        argument = error.param.param_type_name == "argument"
+        missing = "at least one is required." if argument else "this option is required."
+        said = error.message.removeprefix("Value error, ") or missing
+        name = str(error.param.metavar) if argument else "/".join(error.param.opts)
+        return _one_line(f"{command}: {name}: {said}")
     said = error.format_message().rstrip(".")
     return _one_line(f"{command}: {said}" if said.endswith("?") else f"{command}: {said}. {advice}")
 

@@ -129,9 +129,13 @@ CONTEXT = (
     Option("sparse", ("--sparse",), "read only chosen blocks of keys",
            choices=("strided", "block_topk", "block_topp", "quest")),
     Option("kv_policy", ("--kv-policy",),
-           "how the cache is compressed after the prompt: snapkv, ada_snapkv", metavar="NAME"),
+           "how the cache is compressed after the prompt: snapkv, expected_attention, ada_snapkv, "
+           "tova, knorm, ... (docs/compression.md)", metavar="NAME"),
     Option("kv_budget", ("--kv-budget",),
            "what it keeps of the prompt: tokens (512) or a share (0.25, 25%)", budget, "N|SHARE"),
+    Option("kv_every", ("--kv-every",),
+           "compress again whenever N keys more than the budget are stored, while reading and "
+           "while generating (default: once, behind the prompt)", whole_number(1)),
     Option("backend", ("--backend",),
            "the attention backend by name, which never falls back", metavar="NAME"),
     Option("fused_layers", ("--fused-layers",),

@@ -3,29 +3,59 @@
 A new policy is one file and one line in POLICIES, where the contract test finds it.
 """
 
-from saccade.compress.policy import (
+from saccade.compress.adakv import AdaExpectedAttention, AdaSnapKV
+from saccade.compress.criticalkv import CriticalAdaSnapKV, CriticalSnapKV
+from saccade.compress.expected_attention import ExpectedAttention
+from saccade.compress.keydiff import KeyDiff
+from saccade.compress.knorm import Knorm
+from saccade.compress.observation import (
+    ExpectedQueries,
     LayerObservation,
     ObservedQueries,
-    Policy,
-    resolve_budget,
-    select,
-    select_across_heads,
+    Observes,
 )
+from saccade.compress.policy import Policy, resolve_budget, select, select_across_heads
+from saccade.compress.pyramidkv import PyramidKV
 from saccade.compress.received import Received, received_attention
-from saccade.compress.snapkv import AdaSnapKV, SnapKV
+from saccade.compress.snapkv import SnapKV
+from saccade.compress.streaming_llm import StreamingLLM
 from saccade.compress.tokens import compress_context
+from saccade.compress.tova import TOVA
 
-POLICIES: dict[str, type[Policy]] = {"snapkv": SnapKV, "ada_snapkv": AdaSnapKV}
+POLICIES: dict[str, type[Policy]] = {
+    "snapkv": SnapKV,
+    "ada_snapkv": AdaSnapKV,
+    "critical_snapkv": CriticalSnapKV,
+    "critical_ada_snapkv": CriticalAdaSnapKV,
+    "pyramidkv": PyramidKV,
+    "expected_attention": ExpectedAttention,
+    "ada_expected_attention": AdaExpectedAttention,
+    "tova": TOVA,
+    "keydiff": KeyDiff,
+    "knorm": Knorm,
+    "streaming_llm": StreamingLLM,
+}
 """Value of `kv_policy` -> policy."""
 
 __all__ = [
     "POLICIES",
+    "TOVA",
+    "AdaExpectedAttention",
     "AdaSnapKV",
+    "CriticalAdaSnapKV",
+    "CriticalSnapKV",
+    "ExpectedAttention",
+    "ExpectedQueries",
+    "KeyDiff",
+    "Knorm",
     "LayerObservation",
     "ObservedQueries",
+    "Observes",
     "Policy",
+    "PyramidKV",
     "Received",
     "SnapKV",
+    "StreamingLLM",
     "compress_context",
     "received_attention",
     "resolve_budget",

@@ -62,6 +62,13 @@ def attention_weights(call: AttentionCall, tile: KVTile, lse: Tensor) -> Tensor:
     Args:
         lse: `[B, H, Lq]` over all keys of the call.
     """
+    scores, visible = attention_scores(call, tile)
+    norm = lse.unflatten(1, (-1, call.num_groups))[..., None]
+    return (scores - norm).exp().where(visible, 0).float()
+
+
+def attention_scores(call: AttentionCall, tile: KVTile) -> tuple[Tensor, Tensor]:
+    """Scores of all queries on the keys of a tile `[B, Hkv, G, Lq, t]`, and which are visible."""
     length = call.q.shape[2]
     q = call.queries(0, length).unflatten(1, (-1, call.num_groups))
     visible = visible_pairs(call, 0, length, tile)
@@ -70,6 +77,4 @@ def attention_weights(call: AttentionCall, tile: KVTile, lse: Tensor) -> Tensor:
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     bias = bias_of(call, 0, length, tile)
-    scores = scores if bias is None else scores + bias
-    norm = lse.unflatten(1, (-1, call.num_groups))[..., None]
-    return (scores - norm).exp().where(visible, 0).float()
+    return (scores if bias is None else scores + bias), visible

@@ -12,10 +12,11 @@ from saccade.cache import LayerCache, StagingBuffers
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
-from saccade.hf.compressed_generate import compress_behind_prompt
+from saccade.hf.captured_steps import decode_in_graphs
+from saccade.hf.compressed_generate import compress_behind_prompt, is_padded
 from saccade.hf.cropped_caches import check_not_cropped
 from saccade.hf.fused_forward import decode_in_kernels
-from saccade.hf.layers import check_attention
+from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
@@ -69,11 +70,12 @@ class Attaching(Running):
 def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attaching:
     """`with attach(model, params) as attached:` a transformers model runs under these params.
 
-    With the default params this changes what computes attention, and on a CPU steps of up to eight
-    tokens over saccade's own caches run through C++ layers (`hf.fused_forward`; not with
-    `fused_layers=False`).  `fused_layers=True` also replaces norms, linear layers, MLPs and decoder
-    layers by a GPU's fused kernels, those of classes in `allowlist.json`.  Nothing outside the
-    model object is changed.
+    With the default params this changes what computes attention.  Steps of decoding over saccade's
+    own caches run through C++ layers on a CPU (`hf.fused_forward`) and as captured graphs with
+    fused kernels on a GPU (`hf.captured_steps`); `generate()` brings such caches where it is given
+    none.  With `fused_layers=False` they do not.  `fused_layers=True` also replaces norms, linear
+    layers, MLPs and decoder layers of every call by a GPU's fused kernels, those of classes in
+    `allowlist.json`.  Nothing outside the model object is changed.
 
     Everything is put back on exit, also after an exception.  Attached models can be attached again
     inside: the newest params alone count.  They need not be left in the reverse order.
@@ -143,7 +145,9 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
         needed |= {"refit": refit_generate, "chunks": read_chunks_of_one_text}
     if serves_every_call:
         needed |= {"settings": changes.show_runs, "generate": _serve_generate}
-        if params.fused_layers is None and model.device.type == "cpu":
+        if model.device.type == "cuda" and params.fused_layers is not False:
+            needed["steps"] = decode_in_graphs
+        elif model.device.type == "cpu" and params.fused_layers is None:
             needed["steps"] = decode_in_kernels
     return Run(
         model=model,
@@ -161,16 +165,19 @@ def running(run: Run) -> Running:
     return Running(run)
 
 
-def new_cache(run: Run, *, reserve: int = 0, n_ctx_train: int | None = None) -> SaccadeCache:
+def new_cache(
+    run: Run, *, reserve: int = 0, n_ctx_train: int | None = None, ragged: bool = False
+) -> SaccadeCache:
     """Empty caches that follow the options of a run; see `Attached.new_cache`.
 
     Args:
+        ragged: rows and heads will keep different numbers of keys, whatever the policy.
         n_ctx_train: length that the model was trained for; default what its config says.
     """
     staging = None if run.params.offload_kqv else StagingBuffers()
 
     def make(layer: int, own: int | None) -> LayerCache:
-        return layer_cache(own, run.params, staging=staging, reserve=reserve)
+        return layer_cache(own, run.params, staging=staging, reserve=reserve, ragged=ragged)
 
     cache = SaccadeCache(run.model.config, make, run=run)
     move_sinks(cache, run, n_ctx_train)
@@ -198,20 +205,42 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
 def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     params = run.params
     needed = params.n_swa is not None or params.kv_policy is not None or needs_own_cache(params)
-    if needed and kwargs.get("past_key_values") is None:
-        _check_no_conflict(kwargs)
-        kwargs["past_key_values"] = new_cache(run)
+    if kwargs.get("past_key_values") is None:
+        if needed:
+            _check_no_conflict(kwargs)
+        if needed or _gains(run, kwargs):
+            padded = params.kv_policy is not None and is_padded(kwargs)
+            kwargs["past_key_values"] = new_cache(run, ragged=padded)
     cache = kwargs.get("past_key_values")
     if params.kv_policy is not None and isinstance(cache, SaccadeCache):
-        compress_behind_prompt(cache, params, args, kwargs)
+        compress_behind_prompt(cache, run, args, kwargs)
+
+
+def _gains(run: Run, kwargs: dict[str, Any]) -> bool:
+    """Whether steps over our cache are faster and the caller asks for no other cache."""
+    if "steps" not in run.changes or _conflict(run.model, kwargs) is not None:
+        return False
+    try:
+        return all(kind.keys and not kind.states for kind in layer_kinds(run.model.config))
+    except Unsupported:
+        return False
 
 
 def _check_no_conflict(kwargs: dict[str, Any]) -> None:
-    config = kwargs.get("generation_config")
+    found = _conflict(None, kwargs)
+    if found is not None:
+        raise Unsupported(
+            f"{found} conflicts with the cache that the params require. "
+            f"Leave {found.partition('=')[0]} out."
+        )
+
+
+def _conflict(model: PreTrainedModel | None, kwargs: dict[str, Any]) -> str | None:
+    """What asks for another cache, or for none: an argument, a config, or the model's own one."""
+    own = None if model is None else getattr(model, "generation_config", None)
+    config = kwargs.get("generation_config", own)
     for name in ("use_cache", "cache_implementation"):
         value = kwargs.get(name, getattr(config, name, None))
         if value is False or isinstance(value, str):
-            raise Unsupported(
-                f"{name}={value!r} conflicts with the cache that the params require. "
-                f"Leave {name} out."
-            )
+            return f"{name}={value!r}"
+    return None

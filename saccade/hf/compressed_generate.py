@@ -6,14 +6,17 @@ observes the queries of the prompt, and is compressed when the first token behin
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from saccade.cache import RaggedCache, SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
-from saccade.runtime.compression import ObservationWindow, compress_cache
+from saccade.hf.policy_sources import sources_of
+from saccade.hf.runs import Run
+from saccade.runtime.compression import ObservationWindow, compress_cache, observing
 from saccade.runtime.params import ContextParams
 
 
@@ -25,31 +28,75 @@ def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 
 def compress_behind_prompt(
-    cache: SaccadeCache, params: ContextParams, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: SaccadeCache, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Compress the cache of a `generate` call by the params once its prompt is read.
+    """Compress the cache of a `generate` call by the params of its run once its prompt is read.
 
     Raises:
-        Unsupported: a prompt without token ids, or with padding.
+        Unsupported: a prompt without token ids, or with padding that is not on the left.
     """
+    params = run.params
     length, mask = prompt_length(args, kwargs), kwargs.get("attention_mask")
     if length is None:
         raise Unsupported(
             "kv_policy compresses where the prompt ends, which inputs_embeds do not say: give "
             "input_ids, or leave kv_policy unset."
         )
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+    padding = _padding(mask) if isinstance(mask, Tensor) and is_padded(kwargs) else None
+    full = [x for x in cache.stores if not isinstance(x, SlidingCache | StateCache)]
+    if padding is not None and not all(isinstance(store, RaggedCache) for store in full):
         raise Unsupported(
-            "kv_policy keeps the same number of keys of each text, but this batch is padded: "
-            "generate for texts of one length, or for each by itself."
+            "rows of a padded batch keep different numbers of keys, which this cache cannot hold: "
+            "expected that generate() makes one in full precision. Leave out past_key_values, "
+            "type_k and type_v."
         )
     assert params.kv_policy is not None
-    window = ObservationWindow.for_policy(params.kv_policy)
-    cache.observer = window.observe
-    cache.behind(length, partial(_compress, cache, params, window))
+    window = observing(params.kv_policy, cache, sources_of(run, length), padding)
+    _Schedule(cache, params, window, length).next()
 
 
-def _compress(cache: SaccadeCache, params: ContextParams, window: ObservationWindow) -> None:
-    assert params.kv_policy is not None and params.kv_budget is not None
-    cache.observer = None
-    compress_cache(cache, window, params.kv_policy, params.kv_budget)
+def is_padded(kwargs: dict[str, Any]) -> bool:
+    """Whether the attention mask of a `generate` call hides tokens."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
+
+
+def _padding(mask: Tensor) -> list[int]:
+    """Tokens before the text of each row of a mask `[B, length]`."""
+    if mask.dim() == 2:
+        before = (mask == 0).sum(1)
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        if torch.equal(mask != 0, columns >= before[:, None]):
+            return before.tolist()
+    raise Unsupported(
+        "kv_policy takes batches that are padded on the left, but this attention_mask hides other "
+        "tokens. Set tokenizer.padding_side='left'."
+    )
+
+
+class _Schedule(NamedTuple):
+    """When the caches of one `generate` call are compressed: before a token is stored."""
+
+    cache: SaccadeCache
+    params: ContextParams
+    window: ObservationWindow
+    length: int
+
+    def next(self) -> None:
+        """Wait for the end of the prompt, or until `kv_every` more tokens were stored."""
+        seen, every = self.cache.seen, self.params.kv_every
+        at = None if every is None else seen + every
+        if seen < self.length:
+            at = self.length if at is None else min(at, self.length)
+        if at is not None:
+            self.cache.behind(at, self.compress)
+
+    def compress(self) -> None:
+        """Compress, and go on observing where that is wanted."""
+        assert self.params.kv_budget is not None
+        compress_cache(self.cache, self.window, self.params.kv_budget)
+        if self.params.kv_every is None:
+            self.cache.observer = None
+        else:
+            self.window.restore(self.window.after_compression() or {})
+        self.next()

@@ -18,7 +18,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from saccade.cache import DenseCache, Placement, PlacingCache
+from saccade.cache import DenseCache, LateQuantizedCache, Placement, PlacingCache
 from saccade.core import DenseKV, KVView
 from saccade.hf.attention import saccade_attention
 from saccade.hf.cache import SaccadeCache
@@ -115,7 +115,8 @@ class FusedDecoder:
         cache.writing = True  # full groups of a quantized cache are quantized here
         for index, store in enumerate(cache.stores):
             windowed = self._ranges[index][0] >= 0
-            gaps = windowed and isinstance(store, DenseCache) and store.is_compressed
+            dense = isinstance(store, DenseCache | LateQuantizedCache)
+            gaps = windowed and dense and store.is_compressed
             if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
                 continue
             place = places[index] = store.place(count, dtype)

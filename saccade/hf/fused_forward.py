@@ -34,8 +34,8 @@ def decode_in_kernels(undo: Undo, runs: ModelRuns) -> None:
         run, cache = runs.in_force, kwargs.get("past_key_values")
         if args or run is None or not isinstance(cache, SaccadeCache) or cache.run is not run:
             return original(*args, **kwargs)
-        tokens = _tokens_of_step(kwargs, cache.seen)
-        if tokens is None or _shows_layers(run.model.config):
+        tokens = tokens_of_step(kwargs, cache.seen)
+        if tokens is None or shows_layers(run.model.config):
             return original(*args, **kwargs)
         decoder = decoder_of(run)
         hidden = None if decoder is None else decoder.hidden(tokens, cache)
@@ -46,7 +46,7 @@ def decode_in_kernels(undo: Undo, runs: ModelRuns) -> None:
     serve_steps(undo, runs.model, step)
 
 
-def _tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
+def tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
     """The tokens `[B, t]` of a call that asks for nothing but their hidden states."""
     tokens = kwargs.get("input_ids")
     others = [value for name, value in kwargs.items() if name not in _READ]
@@ -56,8 +56,8 @@ def _tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
     if kwargs.get("use_cache") is False or not _is_all_true(mask):
         return None
     if positions is not None:
-        expected = torch.arange(seen, seen + tokens.shape[1]).expand_as(positions)
-        if not torch.equal(positions, expected):
+        expected = torch.arange(seen, seen + tokens.shape[1], device=positions.device)
+        if not torch.equal(positions, expected.expand_as(positions)):
             return None
     return tokens
 
@@ -67,7 +67,7 @@ def _is_all_true(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
 
 
-def _shows_layers(config: Any) -> bool:
+def shows_layers(config: Any) -> bool:
     """Whether the outputs of each layer are asked for."""
     names = ("output_hidden_states", "output_attentions")
     return any(getattr(config, name, False) for name in names)

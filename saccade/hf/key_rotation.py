@@ -51,8 +51,11 @@ class KeyRotation:
     interleaved: bool = False
     sign: int = 1
 
-    def __call__(self, k: Tensor, delta: int) -> Tensor:
-        """Cached keys `[B, Hkv, n, D]` moved by `delta` positions, as a new tensor."""
+    def __call__(self, k: Tensor, delta: int | Tensor) -> Tensor:
+        """Cached keys `[B, Hkv, n, D]` moved by `delta` positions, as a new tensor.
+
+        `delta` may be a number of positions for each key, int64 `[n]` or `[B, n]`.
+        """
         if not len(self.inv_freq):
             return k.clone()
         before, rotated = k[..., : self.first], k[..., self.first :]

@@ -23,6 +23,7 @@ from saccade.hf.fused_decoder import FusedDecoder, fused_decoder
 from saccade.hf.identity import model_identity
 from saccade.hf.key_rotation import KeyRotation
 from saccade.hf.layers import layer_kinds
+from saccade.hf.policy_sources import output_weights
 from saccade.hf.rope import (
     Rotary,
     first_rotary,
@@ -199,6 +200,10 @@ class HFModel:
         if key not in self._rotations:
             self._rotations[key] = key_rotations(self.model, self.run, length)
         return self._rotations[key][layer]
+
+    def output_weights(self, layer: int) -> Tensor:
+        """The output projection of a layer, `[H, Dv, hidden]`; see `hf.policy_sources`."""
+        return output_weights(self.model, layer)
 
     def _check_keys_are_rotated(self) -> None:
         if any(kind.states for kind in layer_kinds(self.model.config)):

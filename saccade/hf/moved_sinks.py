@@ -71,7 +71,7 @@ def _reach(run: Run, n_ctx_train: int | None) -> int | None:
     return scaled_reach(run.params, facts)
 
 
-def _moved(find: FindRotations, layer: int, keys: Tensor, delta: int) -> Tensor:
+def _moved(find: FindRotations, layer: int, keys: Tensor, delta: int | Tensor) -> Tensor:
     return find()[layer](keys, delta)
 
 

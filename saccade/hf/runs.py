@@ -147,6 +147,16 @@ class ModelRuns:
                 self._undo[name] = undo = Undo()
                 change(undo, self)
 
+    def begin_within(self, undo: Undo, run: Run) -> None:
+        """`begin` a run that ends when the change that `undo` belongs to is undone."""
+
+        def end() -> None:
+            if run in self._begun:  # undoing a change of this run may come back here
+                self.end(run)
+
+        undo.callback(end)
+        self.begin(run)
+
     def end(self, run: Run) -> None:
         """Undo the changes that no other run needs.  Harmless to repeat."""
         if run in self._begun:

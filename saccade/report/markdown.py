@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from saccade.report import evaluation
 from saccade.report.claims import claims_table
 from saccade.report.columns import comparison_table
 from saccade.report.comparison import Report
@@ -64,6 +65,14 @@ PARTS: dict[str, Callable[[Report], list[str]]] = {
     "positions": _positions,
     "claims": _claims,
 }
+
+
+def evaluation_text(report: evaluation.Evaluation, context: int | None = None) -> str:
+    """What was evaluated and its tables, of one length or of all; ends with a newline."""
+    known = list(dict.fromkeys(result.context for result in report.results))
+    chosen = known if context is None else [context]
+    tables = [table_text(evaluation.score_table(report, each)) for each in chosen]
+    return "\n\n".join([escape(evaluation.summary(report)), *tables, escape(evaluation.KEY)]) + "\n"
 
 
 def table_text(table: Table) -> str:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from saccade.report import evaluation
 from saccade.report.claims import claims_table
 from saccade.report.columns import COLUMNS, COST, QUALITY, Column, comparison_table
 from saccade.report.comparison import Report
@@ -58,6 +59,19 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(f"\n{title}", style="bold"))
         console.print(drawn(table))
     console.print(_notes(report))
+
+
+def print_evaluation(report: evaluation.Evaluation, console: Console) -> None:
+    """Print what was evaluated, a table for each length, and why scores are missing."""
+    from rich.text import Text
+
+    console.print(Text(evaluation.summary(report), style="dim"))
+    for context in dict.fromkeys(result.context for result in report.results):
+        console.print()
+        console.print(drawn(evaluation.score_table(report, context)))
+    console.print(Text(f"\n{evaluation.KEY}", style="dim"))
+    for note in evaluation.notes(report):
+        console.print(Text(f"  {note[:1].upper()}{note[1:]}", style="dim"))
 
 
 def print_difference(found: Difference, console: Console) -> None:

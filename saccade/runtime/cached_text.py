@@ -14,57 +14,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saccade.cache import ShiftKeys, SlidingCache
-from saccade.compress import ObservedQueries
 from saccade.core import Unsupported
-from saccade.runtime.compression import ObservationWindow, compress_cache
+from saccade.runtime.compression import (
+    ObservationWindow,
+    Sources,
+    compress_cache,
+    most_above,
+    observing,
+)
+from saccade.runtime.held import Held, NextToken, Observed
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 from saccade.runtime.rollback import checkpoint, queries_alike, reachable, roll_back, undo_read
 from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
-
-Observed = dict[int, ObservedQueries]
-"""State of an observation window: the newest queries of each layer."""
-
-
-class NextToken(NamedTuple):
-    """A token that was chosen but not yet read by the model.
-
-    Attributes:
-        shown: whether `stream` has yielded it.
-    """
-
-    token: int
-    shown: bool
-
-
-class Held(NamedTuple):
-    """What the caches hold.
-
-    Attributes:
-        tokens: the first `length` of them are in the caches; an interrupted operation may leave
-            more in the list.
-        next_token: chosen but not yet read.
-        hidden: hidden state `[hidden]` of the last token, where it is known.
-        logits: logits `[vocab]` behind the last token, where they are known.
-        compressed_at: tokens in the caches when they were compressed last; 0 for never.
-        observed: of the observation window, None where nothing observes.
-    """
-
-    tokens: list[int]
-    length: int = 0
-    next_token: NextToken | None = None
-    hidden: Tensor | None = None
-    logits: Tensor | None = None
-    compressed_at: int = 0
-    observed: Observed | None = None
 
 
 class Caches(Enum):
@@ -175,8 +144,12 @@ class CachedText:
         self._cache.reaches = length
         tokens = torch.tensor(held.tokens[: held.length], dtype=torch.int64)
         with torch.inference_mode():
-            self._run_chunks(tokens[: held.compressed_at])
-            self._compress()
+            if held.compressed_at:
+                self._start_observing()
+                self._run_chunks(tokens[: held.compressed_at])
+                self._compress()
+            if held.observed is not None:
+                self._start_observing()
             self._run_chunks(tokens[held.compressed_at :])
         self._held = held._replace(observed=self._observed())
         self._caches = Caches.AGREE
@@ -195,8 +168,18 @@ class CachedText:
             raise
         self._caches = Caches.AGREE
 
-    def read(self, tokens: Tensor, *, wanted: int, on_progress: OnProgress | None = None) -> Tensor:
+    def read(
+        self,
+        tokens: Tensor,
+        *,
+        wanted: int,
+        on_progress: OnProgress | None = None,
+        generated: bool = False,
+    ) -> Tensor:
         """Read int64 `[n]`, at most `n_batch` at a time; `on_progress` follows every chunk.
+
+        Args:
+            generated: tokens of the answer, which a kv_policy observes under kv_every alone.
 
         Returns:
             The last `wanted` hidden states `[wanted, hidden]`.
@@ -206,7 +189,11 @@ class CachedText:
         done = 0
         with torch.inference_mode():
             for chunk in self._chunks(tokens):
+                if not generated or self._params.kv_every is not None:
+                    self._start_observing()
                 states.append(self._read_chunk(chunk))
+                if self._is_due():
+                    self._compress_now(ends=False)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
                 done += len(chunk)
@@ -230,6 +217,8 @@ class CachedText:
     def _run_chunks(self, tokens: Tensor) -> None:
         for chunk in self._chunks(tokens):
             self._run(chunk)
+            if self._is_due():
+                self._compress(ends=False)
 
     def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
         """At most `n_batch` tokens at a time, read before the next are cut off."""
@@ -240,7 +229,6 @@ class CachedText:
 
     def _run(self, chunk: Tensor) -> Tensor:
         """Hidden states `[n, hidden]` of new tokens, which are in the caches afterwards."""
-        self._start_observing()
         hidden = self._model.hidden(chunk[None], self._cache)[0]
         if len(chunk) > 1:
             checkpoint(self._cache.stores)
@@ -351,19 +339,29 @@ class CachedText:
 
     def compress(self) -> None:
         """Apply `kv_policy` to the caches; without observed queries nothing happens."""
-        if not self.held.observed:
-            return
-        with self._operation(Caches.CHANGING) as held, torch.inference_mode():
-            self._compress()
-            self._held = held._replace(compressed_at=self._cache.seen, observed=None)
+        if self.held.observed:
+            self._compress_now(ends=True)
 
-    def _compress(self) -> None:
+    def _compress_now(self, *, ends: bool) -> None:
+        with self._operation(Caches.CHANGING) as held, torch.inference_mode():
+            self._compress(ends=ends)
+            self._held = held._replace(compressed_at=self._cache.seen, observed=self._observed())
+
+    def _is_due(self) -> bool:
+        """Whether the caches hold `kv_every` keys more than the budget."""
+        window, every = self._window, self._params.kv_every
+        if window is None or every is None or self._params.kv_budget is None:
+            return False
+        return most_above(self._cache, window, self._params.kv_budget) >= every
+
+    def _compress(self, *, ends: bool = True) -> None:
+        """Compress the caches; observing begins anew behind a prompt, which ends here."""
         window, params = self._window, self._params
         if window is None:
             return
-        assert params.kv_policy is not None and params.kv_budget is not None
-        compress_cache(self._cache, window, params.kv_policy, params.kv_budget)
-        self._observe(None)
+        assert params.kv_budget is not None
+        compress_cache(self._cache, window, params.kv_budget, room=None if ends else params.n_batch)
+        self._observe(None if ends else window.after_compression())
 
     def reset(self) -> None:
         """Remove everything; memory of caches stays allocated."""
@@ -394,7 +392,7 @@ class CachedText:
         return None if self._window is None else self._window.state()
 
     def _start_observing(self) -> None:
-        """Under a kv_policy: keep the newest queries of each layer from here on."""
+        """Under a kv_policy: observe each layer from here on."""
         if self._params.kv_policy is not None and self._window is None:
-            self._window = ObservationWindow.for_policy(self._params.kv_policy)
-            self._cache.observer = self._window.observe
+            sources = Sources(self._shifts(), self._model.output_weights)
+            self._window = observing(self._params.kv_policy, self._cache, sources)

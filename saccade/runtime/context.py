@@ -9,11 +9,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
+from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.auto_scaling import notes_on, what_fits
-from saccade.runtime.cached_text import CachedText, NextToken
-from saccade.runtime.compression import ObservationWindow
+from saccade.runtime.cached_text import CachedText
+from saccade.runtime.compression import ObservationWindow, check_rotation
+from saccade.runtime.held import NextToken
 from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
@@ -300,14 +302,14 @@ class Context:
         cache = self._text.cache
         if self._use_step is None:
             self._use_step = self._can_step() and refusal(cache) is None
-        steps = self._use_step and self.params.kv_policy is None and cache.observer is None
+        steps = self._use_step and cache.observer is None
         if steps and not outgrown(self.model, cache, self.seen + 1):
             try:
                 self._text.step(token)
                 return
             except Unsupported:  # some models synchronize with the host, which cannot be captured
                 self._use_step = False
-        self._text.read(torch.tensor([token]), wanted=1)
+        self._text.read(torch.tensor([token]), wanted=1, generated=True)
 
     def _can_step(self) -> bool:
         """Whether DecodeStep may run here: a GPU, and options that its kernels support."""
@@ -367,9 +369,11 @@ class Context:
             )
 
     def _check_shift(self) -> None:
-        """Refuse n_keep for a model whose keys cannot be moved, before any text is generated."""
+        """Refuse options for a model whose keys cannot be moved, before any text is generated."""
         if self.params.n_keep is not None and self._bounded:
             self.model.shift_keys(0, self.n_ctx)
+        if self.params.kv_policy is not None:
+            check_rotation(POLICIES[self.params.kv_policy](), self.model.shift_keys)
 
     def _check_memory(self, tokens: int) -> None:
         free = available_memory()

@@ -35,13 +35,16 @@ def layer_cache(
     *,
     staging: StagingBuffers | None = None,
     reserve: int = 0,
+    ragged: bool = False,
 ) -> LayerCache:
-    """An empty cache for a layer; see `make_layer_cache` for `staging` and `reserve`.
+    """An empty cache for a layer; see `make_layer_cache` for `staging`, `reserve` and `ragged`.
 
     Args:
         own: the model's own window of this layer, None for full attention.
     """
     window, sinks = narrowed_window(own, params)
+    if params.kv_every is not None:
+        reserve = 0  # the whole text is never stored
     ring = own if own is not None and own <= LARGEST_RING else None
     return make_layer_cache(
         window=window or ring,
@@ -50,7 +53,8 @@ def layer_cache(
         type_k=params.type_k,
         type_v=params.type_v,
         page_size=params.page_size,
-        ragged=wants_ragged(params.kv_policy),
+        compressed=params.kv_policy is not None,
+        ragged=ragged or wants_ragged(params.kv_policy),
         staging=staging,
         reserve=reserve,
         summary=summary_of(params.sparse) if own is None else None,

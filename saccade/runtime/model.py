@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saccade.cache import Cursor, LayerCache
+from saccade.cache import Cursor, LayerCache, ShiftKeys
 from saccade.ops import AttentionCall
 from saccade.runtime.params import ContextParams
 from saccade.runtime.positions import ROTARY, Positions
@@ -168,7 +168,7 @@ class Model(Protocol):
         """Equal for two lengths of a text that have the same rotary tables."""
         ...
 
-    def shift_keys(self, layer: int, length: int | None = None) -> Callable[[Tensor, int], Tensor]:
+    def shift_keys(self, layer: int, length: int | None = None) -> ShiftKeys:
         """The function that moves cached keys of a layer by a number of positions.
 
         Args:
@@ -176,5 +176,13 @@ class Model(Protocol):
 
         Raises:
             Unsupported: it is not known how this model rotates its keys.
+        """
+        ...
+
+    def output_weights(self, layer: int) -> Tensor:
+        """The output projection of a layer that keeps keys, `[H, Dv, hidden]`.
+
+        Raises:
+            Unsupported: it is not known which weights of this model are that.
         """
         ...

@@ -24,6 +24,7 @@ _WHOLE_NUMBERS: Final = {
     "n_sinks": 0,
     "ctx_checkpoints": 0,
     "n_keep": 0,
+    "kv_every": 1,
 }
 """Whole numbers and the least each may be."""
 _NEVER_NONE: Final = ("n_batch", "n_sinks", "ctx_checkpoints")
@@ -68,9 +69,12 @@ class ContextParams:
         offload_kqv: keep caches on the device that computes; False keeps them in host memory and
             prefetches each layer's keys during the layer before.  Without effect on a CPU.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
-        kv_policy: name of a policy that compresses the cache after the prompt: "snapkv", or
-            "ada_snapkv" (the heads of a layer share one budget).
-        kv_budget: tokens a compressed cache keeps of the prompt (int), or the share (float).
+        kv_policy: name of a policy that compresses the cache after the prompt, one of
+            `saccade.compress.POLICIES` ("snapkv", "expected_attention", "ada_snapkv", ...).
+        kv_budget: tokens a compressed cache keeps (int), or the share of what was read (float).
+        kv_every: compress again whenever so many keys more than the budget are stored, at the ends
+            of chunks of a prompt and while decoding, so that memory stays at budget + kv_every +
+            n_batch; None: once, behind each prompt.
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
         fused_layers: replace norms, linear layers, MLPs and decoder layers of known transformers
             classes by fused kernels, and apply RoPE while keys are stored; None: on for a Context
@@ -103,6 +107,7 @@ class ContextParams:
     sparse: Pattern | None = field(default=None)
     kv_policy: str | None = None
     kv_budget: int | float | None = None
+    kv_every: int | None = None
     backend: str | None = None
     fused_layers: bool | None = None
 
@@ -155,6 +160,10 @@ class ContextParams:
                 raise ValueError(f"kv_budget as a share must be in (0, 1], got {self.kv_budget}.")
         else:
             _whole_number("kv_budget", self.kv_budget, 1)
+        if self.kv_every is not None and self.kv_policy is None:
+            raise ValueError(
+                f"kv_every={self.kv_every} needs a policy: set kv_policy and kv_budget too."
+            )
         if self.kv_policy is None or self.n_keep is None:
             return
         if POLICIES[self.kv_policy]().floor is None:
@@ -173,8 +182,12 @@ class ContextParams:
             )
         if not quantized and self.type_k != self.type_v:
             raise ValueError(f"type_k={self.type_k!r} and type_v={self.type_v!r} must be equal.")
-        if quantized and self.kv_policy is not None:
-            raise ValueError("a quantized cache cannot be combined with kv_policy yet.")
+        if quantized and self.kv_policy and POLICIES[self.kv_policy]().floor is not None:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} lets heads keep different numbers of keys, which a "
+                "quantized cache cannot hold. Choose one that keeps equally many, such as "
+                "'snapkv', or leave type_k and type_v unset."
+            )
         if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
             raise ValueError(
                 "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "

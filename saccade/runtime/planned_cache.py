@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saccade.cache import (
     DenseCache,
+    LateQuantizedCache,
     LayerCache,
     OffloadedCache,
     PagedCache,
@@ -115,6 +116,11 @@ class MetaCache:
                 smaller.summaries = cache.summaries and cache.summaries.empty()
                 smaller.append(*new_keys(facts, kept, torch.device("meta")))
                 return MetaCache(smaller, facts)
+        elif isinstance(cache, LateQuantizedCache):
+            kept = resolve_budget(budget, cache.num_slots)
+            late = CountedGroups(cache.quantized(reserve=kept + DECODE_ROOM), facts)
+            late.run(kept, 1)
+            return late
         elif isinstance(cache, RaggedCache):
             kept = resolve_budget(budget, cache.seen)
             if kept < cache.seen:
@@ -158,7 +164,9 @@ def _between_checkpoints(count: int) -> list[int]:
 
 def _alike(cache: LayerCache, size: int, count: int) -> int:
     """How many of the next `count` appends leave the same cache if they are made as one."""
-    if isinstance(cache, RaggedCache):  # before it is compressed; afterwards it has pages
+    if isinstance(
+        cache, RaggedCache | LateQuantizedCache
+    ):  # before it is compressed; afterwards it has pages
         return cache.prompt.free_slots // size
     if isinstance(cache, DenseCache | OffloadedCache):
         return cache.free_slots // size  # nothing is allocated for them

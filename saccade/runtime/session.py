@@ -23,8 +23,9 @@ from saccade.cache.base import CacheState
 from saccade.cache.make import STORAGE
 from saccade.compress import ObservedQueries
 from saccade.core import BadInput, Unsupported
-from saccade.runtime.cached_text import CachedText, Held, NextToken, Observed
+from saccade.runtime.cached_text import CachedText
 from saccade.runtime.context import Context
+from saccade.runtime.held import Held, NextToken, Observed
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler

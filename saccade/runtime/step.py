@@ -53,16 +53,24 @@ class DecodeStep:
         model: from `Model.attached`, under the options of all steps.
         cache: of that model, not empty.
         batch: rows.
+        inference: compute in PyTorch's inference mode, as a Context does: a cache that grows in it
+            can only be written to in it.
+
+    Attributes:
+        steps, captures: how many there were.
 
     Raises:
         Unsupported: a cache that cannot be stepped.
     """
 
-    def __init__(self, model: Model, cache: ModelCache, *, batch: int = 1) -> None:
+    def __init__(
+        self, model: Model, cache: ModelCache, *, batch: int = 1, inference: bool = True
+    ) -> None:
         reason = refusal(cache)
         if reason is not None:
             raise Unsupported(f"these caches cannot be stepped: {reason}. Use Context.append.")
-        self._model, self._cache = model, cache
+        self._model, self._cache, self.batch = model, cache, batch
+        self._inference, self.steps, self.captures = inference, 0, 0
         self._layers = [layer for layer in cache.stores if isinstance(layer, SteppingCache)]
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
         start = torch.zeros(batch, dtype=torch.int64, device=model.device)
@@ -72,7 +80,6 @@ class DecodeStep:
         self._graph_keys: list[tuple[int, ...]] = []
         self._logits: Tensor | None = None
 
-    @torch.inference_mode()
     def __call__(self, tokens: int | Tensor) -> Tensor:
         """Read a token, or int64 `[B]` of them.
 
@@ -82,6 +89,10 @@ class DecodeStep:
         Raises:
             Unsupported: a model that needs the host in the middle of a step; nothing was read.
         """
+        with torch.inference_mode(self._inference), torch.no_grad():
+            return self._taken(tokens)
+
+    def _taken(self, tokens: int | Tensor) -> Tensor:
         self._cache.writing = True  # full groups of a quantized cache are quantized here
         for layer in self._layers:
             layer.reserve(1)
@@ -98,6 +109,7 @@ class DecodeStep:
         for layer in self._layers:
             layer.commit(1)
         self._reached = seen + 1
+        self.steps += 1
         return logits
 
     def _move_cursor(self, seen: int) -> None:
@@ -130,6 +142,7 @@ class DecodeStep:
     def _capture(self, seen: int) -> None:
         """Run once, so that kernels are compiled and libraries are set up; then record."""
         self._graph = self._logits = None
+        self.captures += 1
         stream = torch.cuda.Stream(self._tokens.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

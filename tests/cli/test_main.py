@@ -25,7 +25,7 @@ BAD_LINES = [
     (
         ["zzz"],
         "No such command 'zzz'. There are compare, generate, chat, plan, convert, check, doctor, "
-        "bench, report.",
+        "eval, bench, report.",
     ),
     (["--verbose"], "saccade has no option --verbose. Did you mean --version?"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),

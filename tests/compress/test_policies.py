@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from saccade.compress import (
     POLICIES,
     AdaSnapKV,
+    ExpectedQueries,
     LayerObservation,
     ObservedQueries,
     SnapKV,
@@ -17,15 +18,20 @@ from saccade.compress import (
     select,
     select_across_heads,
 )
-from saccade.compress.policy import observed_weights
+from saccade.compress.window_attention import observed_weights
 
 
 def observed(length=200, width=64, heads=4, kv_heads=2, **options):
     torch.manual_seed(0)
+    queries = ObservedQueries(torch.randn(2, heads, width, 16), 0.25, **options)
+    k, v = torch.randn(2, 2, kv_heads, length, 16)
+    half = torch.randn(2, heads, 16, 16)
     return LayerObservation(
-        queries=ObservedQueries(torch.randn(2, heads, width, 16), 0.25, **options),
-        k=torch.randn(2, kv_heads, length, 16),
-        v=torch.randn(2, kv_heads, length, 16),
+        queries=queries,
+        k=k,
+        v=v,
+        expected=ExpectedQueries(torch.randn(2, heads, 16), half @ half.mT / 16),
+        output=torch.randn(heads, 16, 24),
     )
 
 
@@ -33,7 +39,7 @@ def observed(length=200, width=64, heads=4, kv_heads=2, **options):
 @pytest.mark.parametrize("length", [3, 64, 65, 200])
 def test_scores_every_key_of_every_kv_head(name, length):
     policy = POLICIES[name]()
-    observation = observed(length, min(length, policy.num_queries))
+    observation = observed(length, min(length, max(1, policy.observes.queries)))
     scores = policy.scores(observation, 20)
     assert scores.shape == (2, 2, length) and not scores.isnan().any()
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import saccade
 from saccade.cache import DenseCache, RaggedCache
+from saccade.compress import POLICIES
 from saccade.core import Unsupported
 from saccade.runtime import ContextParams
 from tests.tiny_models import tiny_config, tiny_model
@@ -70,6 +72,29 @@ def test_what_hides_the_end_of_the_prompt_is_refused():
         with pytest.raises(Unsupported, match="inputs_embeds do not say"):
             model.generate(inputs_embeds=embeds, max_new_tokens=2)
         mask = torch.ones_like(PROMPT)
-        mask[:, :3] = 0
-        with pytest.raises(Unsupported, match="this batch is padded"):
+        mask[:, 40:43] = 0
+        with pytest.raises(Unsupported, match="padded on the left, but this attention_mask hides"):
             model.generate(PROMPT, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("budget", [24, 0.3])
+def test_rows_of_a_padded_batch_are_as_alone(policy, budget):
+    """Every row keeps its own share, of its own text; padding is kept by none."""
+    model = tiny_model(tiny_config("llama"))
+    params = ContextParams(kv_policy=policy, kv_budget=budget)
+    texts = [PROMPT[0], PROMPT[0, 30:].flip(0), PROMPT[0, 60:]]
+    longest = max(map(len, texts))
+    padded = torch.stack([F.pad(text, (longest - len(text), 0)) for text in texts])
+    mask = torch.stack([F.pad(torch.ones_like(t), (longest - len(t), 0)) for t in texts])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    with saccade.attach(model, params):
+        both = model.generate(padded, attention_mask=mask, **options)
+        kept = both.past_key_values.stores[0].kv_lens.float().mean(1)
+        for row, text in enumerate(texts):
+            alone = model.generate(text[None], **options)
+            found = torch.stack(both.logits)[:, row]
+            assert torch.allclose(found, torch.stack(alone.logits)[:, 0], atol=2e-4)
+            least = budget if isinstance(budget, int) else round(budget * len(text))
+            assert kept[row] == min(least, len(text)) + NEW - 1

@@ -80,6 +80,7 @@ from saccade.core import DenseKV
 from saccade.ops.attention.cpu import backend, binding
 from tests.ops.test_cpu_workspace import call_of
 torch.set_num_threads(3)
+_cpu.share_threads(False)  # torch's threads, when late, are left out: both kinds would have one
 k = torch.randn(1, 1, 5000, 64)
 call = call_of(torch.randn(1, 8, int(sys.argv[1]), 64), DenseKV(k, k))
 planned = binding.workspace_bytes(call)

@@ -24,6 +24,10 @@ CLOSE = {
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 20}),
     "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 20}),
+    "compressed int4": (
+        "llama",
+        {"kv_policy": "snapkv", "kv_budget": 40, "type_k": "int4", "type_v": "int4"},
+    ),
 }
 SMALL = {
     "llama": {"num_hidden_layers": 2},

@@ -33,8 +33,8 @@ def test_defaults_change_nothing():
         ({"type_k": "fp8", "type_v": "int8"}, "or both as fp8. Set both"),
         ({"type_k": "f16"}, "must be equal"),
         (
-            {"type_k": "int8", "type_v": "int8", "kv_policy": "snapkv", "kv_budget": 9},
-            "with kv_policy",
+            {"type_k": "int8", "type_v": "int8", "kv_policy": "ada_snapkv", "kv_budget": 9},
+            "lets heads keep different numbers of keys",
         ),
         ({"offload_kqv": False, "page_size": 8}, "keeps plain keys in host memory"),
         ({"page_size": 0}, "page_size must be at least 1, got 0"),

@@ -16,6 +16,7 @@ from transformers import MambaConfig
 import saccade
 from saccade.cache import (
     DenseCache,
+    LateQuantizedCache,
     PagedCache,
     PagePool,
     QuantizedCache,
@@ -60,6 +61,7 @@ PARAMS = {
     "sparse in int8": {"sparse": BlockTopK(block=16), "type_k": "int8", "type_v": "int8"},
     "sparse in pages": {"sparse": Quest(block=24), "page_size": 16},
     "sparse and compressed": {"sparse": BlockTopK(), "kv_policy": "snapkv", "kv_budget": 0.25},
+    "compressed int4": {"kv_policy": "snapkv", "kv_budget": 40, "type_k": "int4", "type_v": "int4"},
 }
 FAMILIES = ("llama", "mistral", "gemma3", "gpt_oss", "qwen2", "phi3")
 
@@ -166,7 +168,8 @@ def test_joined_appends_take_the_bytes_of_single_ones(name, n_batch, prompt, wri
             if size > 1:
                 checkpoint([cache])
         kept = resolve_budget(params.kv_budget or 1.0, prompt)
-        if kept < prompt and isinstance(cache, DenseCache):
+        late = isinstance(cache, LateQuantizedCache)  # quantized whatever is kept
+        if late or (kept < prompt and isinstance(cache, DenseCache)):
             cache.keep(torch.zeros(1, 2, kept, dtype=torch.int64, device="meta"), room=DECODE_ROOM)
         elif kept < prompt and isinstance(cache, RaggedCache):
             cache.keep_newest(kept)

@@ -32,6 +32,10 @@ KINDS = {
     "fp8": ("llama", {"type_k": "fp8", "type_v": "fp8"}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 70}),
     "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 70}),
+    "compressed int4": (
+        "llama",
+        {"kv_policy": "snapkv", "kv_budget": 40, "type_k": "int4", "type_v": "int4"},
+    ),
     "shifted": ("llama", {"n_ctx": 110, "n_keep": 4}),
     "yarn": ("llama", {"rope_scaling_type": "yarn", "n_ctx": 1024}),
     "hybrid": ("gemma3", {}),

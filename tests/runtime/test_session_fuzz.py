@@ -26,6 +26,10 @@ KINDS = {
     "offloaded": ("llama", {"offload_kqv": False}),
     "compressed": ("llama", {"kv_policy": "snapkv", "kv_budget": 40}),
     "ragged": ("llama", {"kv_policy": "ada_snapkv", "kv_budget": 40}),
+    "compressed int4": (
+        "llama",
+        {"kv_policy": "snapkv", "kv_budget": 40, "type_k": "int4", "type_v": "int4"},
+    ),
     "hybrid": ("gemma3", {}),
 }
 SMALL = {

@@ -159,9 +159,9 @@ def test_streams_take_steps_where_they_can(model, monkeypatch, able):
             raise Unsupported("no")
         return original(self, token)
 
-    monkeypatch.setattr(DecodeStep, "__call__", call)
-    monkeypatch.setattr(saccade.runtime.Context, "_can_step", lambda self: True)
-    with saccade.Context(model) as ctx:
+    with saccade.Context(model) as ctx:  # which may check the model, by steps of its own
+        monkeypatch.setattr(DecodeStep, "__call__", call)
+        monkeypatch.setattr(saccade.runtime.Context, "_can_step", lambda self: True)
         tokens = [each.token for each in ctx.stream(prompt, n_predict=9)]
         assert ctx.tokens == [*prompt.tolist(), *tokens] and ctx.seen == 29
     assert tokens == expected.tolist()

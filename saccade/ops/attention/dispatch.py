@@ -10,6 +10,7 @@ imports what is heavy (Triton) only to run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from saccade.core import AttentionOutput, Unsupported
 from saccade.ops.attention import reference, rules, tiled, watch
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend as cpu
-from saccade.ops.attention.known import is_disturbed
+from saccade.ops.attention.known import NO_OTHERS, Known, is_disturbed
 from saccade.ops.attention.nvidia import (
     gluon_backend,
     gluon_fp8_backend,
@@ -27,6 +28,7 @@ from saccade.ops.attention.nvidia import (
     triton_backend,
 )
 from saccade.ops.attention.sdpa import backend as sdpa
+from saccade.ops.gpu.replay import Replay, is_hooked
 from saccade.ops.planning import planning
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
@@ -79,6 +81,8 @@ BACKENDS: dict[str, Backend] = {
     "sdpa": sdpa,
 }
 
+
+_NAMES: dict[Backend, str] = {backend: name for name, backend in BACKENDS.items()}
 
 # Backends of PyTorch's operators alone, each of which has a forward-mode derivative.
 FORWARD_MODE = ("reference", "tiled")
@@ -144,7 +148,30 @@ def remembered(call: AttentionCall, name: object) -> Backend | None:
     known = call.known
     if known is None or type(name) is not str or (known.learns and torch.is_grad_enabled()):
         return None
-    return None if is_disturbed() else known.backends.get(_circumstances(call, name))
+    if is_disturbed():
+        return None
+    circumstances = _circumstances(call, name)
+    chosen: Backend | None = known.backends.get(circumstances)
+    if chosen is not None and call.q.is_cuda:
+        prepared = known.prepared.get(_NAMES[chosen])
+        if isinstance(prepared, Replay):
+            known.repeats[circumstances] = prepared
+    return chosen
+
+
+def repeated(
+    known: Known, name: object, others: tuple[object, ...]
+) -> Callable[[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, ...]] | None:
+    """The recorded launches of a call of plain tensors alone, which nothing watches, or None.
+
+    Args:
+        others: as in `known.signature_of`.
+    """
+    if others is not NO_OTHERS or not known.repeats or type(name) is not str:
+        return None
+    if (known.learns and torch.is_grad_enabled()) or is_hooked():
+        return None
+    return known.repeats.get(_gpu_circumstances(name))
 
 
 def remember(call: AttentionCall, name: str, chosen: Backend) -> None:
@@ -156,15 +183,13 @@ def remember(call: AttentionCall, name: str, chosen: Backend) -> None:
 
 def _circumstances(call: AttentionCall, name: str) -> tuple[object, ...]:
     """What the choice depends on beside the signature."""
-    if call.q.is_cpu:
-        return name, torch.get_num_threads()
-    allowed = torch.backends.cuda
-    return (
-        name,
-        allowed.flash_sdp_enabled(),
-        allowed.mem_efficient_sdp_enabled(),
-        allowed.cudnn_sdp_enabled(),
-    )
+    return (name, torch.get_num_threads()) if call.q.is_cpu else _gpu_circumstances(name)
+
+
+def _gpu_circumstances(name: str) -> tuple[object, ...]:
+    c = torch._C
+    flash, efficient = c._get_flash_sdp_enabled(), c._get_mem_efficient_sdp_enabled()
+    return name, flash, efficient, c._get_cudnn_sdp_enabled()
 
 
 def transforms(call: AttentionCall, name: str) -> bool:

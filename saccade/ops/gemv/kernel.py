@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, pdl_options
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import architecture
 from saccade.ops.tuning.gemv import GATED_MLP, LINEAR, GemvLaunch, launches
 
@@ -148,7 +149,9 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> li
     out = torch.empty(sum(counts), dtype=x.dtype, device=x.device)
     unused = 3 - len(weights)
     with on(x.device):
-        linears_kernel[(sum(cdiv(count, launch.rows) for count in counts),)](
+        launch_kernel(
+            linears_kernel,
+            (sum(cdiv(count, launch.rows) for count in counts),),
             x,
             *weights,
             *weights[-1:] * unused,
@@ -167,8 +170,15 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     launch, count = _launch(x, GATED_MLP), len(gate)
     out = torch.empty(count, dtype=x.dtype, device=x.device)
     with on(x.device):
-        gated_mlp_kernel[(cdiv(count, launch.rows),)](
-            x, gate, up, out, count, **_options(x, launch)
+        launch_kernel(
+            gated_mlp_kernel,
+            (cdiv(count, launch.rows),),
+            x,
+            gate,
+            up,
+            out,
+            count,
+            **_options(x, launch),
         )
     return out
 
@@ -192,7 +202,9 @@ def add_rms_norm(
     total, normed = a if b is None else torch.empty_like(a), torch.empty_like(a)
     size = a.shape[-1]
     with on(a.device):
-        add_rms_norm_kernel[(a.numel() // size,)](
+        launch_kernel(
+            add_rms_norm_kernel,
+            (a.numel() // size,),
             a,
             b,
             weight,

@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.launching import on, pdl_options, strided, unit_rows
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.kv_write.hadamard_kernel import unscaled_hadamard
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
@@ -89,7 +90,9 @@ def append_by_kernel(
     cos, sin = (k, k) if rope is None else (rope.cos.contiguous(), rope.sin.contiguous())
     per_row = rope is not None and cos.shape[0] > 1
     with on(k.device):
-        append_kernel[(tokens, heads + kv_heads * (1 if v is None else 2), batch)](
+        launch_kernel(
+            append_kernel,
+            (tokens, heads + kv_heads * (1 if v is None else 2), batch),
             strided(q),
             strided(k),
             strided(values),

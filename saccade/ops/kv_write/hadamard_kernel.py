@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.launching import on, unit_rows
+from saccade.ops.gpu.replay import launch_kernel
 
 
 @triton.jit
@@ -50,7 +51,14 @@ def hadamard_rows(x: Tensor) -> Tensor:
     rows = unit_rows(x.reshape(-1, dim))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on(x.device):
-        hadamard_kernel[(len(rows),)](
-            rows, out, rows.stride(0), DIM=dim, HALF=next_power_of_two(dim // 2), num_warps=4
+        launch_kernel(
+            hadamard_kernel,
+            (len(rows),),
+            rows,
+            out,
+            rows.stride(0),
+            DIM=dim,
+            HALF=next_power_of_two(dim // 2),
+            num_warps=4,
         )
     return out

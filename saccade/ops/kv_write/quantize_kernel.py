@@ -21,6 +21,7 @@ from saccade.core.formats import FP8, FP8_MAX, QuantizedTensor
 from saccade.core.formats import TINY as SMALLEST_STEP
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, quantized_strided, strided, unit_rows
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.triton_lang import head_pointer
 
 TOKENS = 32  # of a program that quantizes values or dequantizes
@@ -216,7 +217,9 @@ def quantize_keys_by_kernel(k: Tensor, into: QuantizedTensor, bits: int, group: 
     """`quantize_keys_into` by one kernel."""
     batch, heads, length, dim = k.shape
     with on(k.device):
-        quantize_keys_kernel[(length // group, batch * heads)](
+        launch_kernel(
+            quantize_keys_kernel,
+            (length // group, batch * heads),
             strided(unit_rows(k)),
             quantized_strided(into),
             heads,
@@ -234,7 +237,9 @@ def quantize_values_by_kernel(v: Tensor, into: QuantizedTensor, bits: int, group
     """`quantize_values_into` by one kernel."""
     batch, heads, length, dim = v.shape
     with on(v.device):
-        quantize_values_kernel[(cdiv(length, TOKENS), batch * heads)](
+        launch_kernel(
+            quantize_values_kernel,
+            (cdiv(length, TOKENS), batch * heads),
             strided(unit_rows(v)),
             quantized_strided(into),
             heads,
@@ -260,7 +265,7 @@ def dequantize_by_kernel(
     batch, heads, length, _ = x.qdata.shape
     out = torch.empty(batch, heads, length, dim, dtype=like.dtype, device=like.device)
     with on(like.device):
-        dequantize_kernel[(cdiv(length, TOKENS), batch * heads)](
+        launch_kernel(dequantize_kernel, (cdiv(length, TOKENS), batch * heads), 
             quantized_strided(x), strided(out), heads, length, ROWS=TOKENS, HALF=dim // 2,
             BLOCK_D=next_power_of_two(dim // 2), TOKENS=tokens, CHANNELS=channels, BITS=bits,
             num_warps=4,

@@ -111,10 +111,10 @@ def plain_bytes(rows: int, width: int) -> int:
 
 
 def workspace_bytes(rows: int, width: int, outs: Sequence[int], gate: str) -> int:
-    """The most that the C++ kernels allocate by themselves for a product, on all threads.
+    """The most that the C++ kernels allocate by themselves for a product, on one set of threads.
 
-    On a busy machine calls move between torch's threads and their own (csrc/pool.cpp), and every
-    thread but the caller keeps what it took: then up to twice this.
+    Calls leave torch's threads for saccade's own where those come late (csrc/pool.cpp), and each
+    thread keeps what it took: on a busy machine both sets together may hold up to twice this.
     What PyTorch allocates (outputs, copies of x, parts of a weight) is not in it.
 
     Args:

@@ -118,6 +118,7 @@ def _other_tensors(call: AttentionCall) -> list[Tensor]:
 def workspace_bytes(call: AttentionCall) -> int:
     """Bytes that the kernels allocate for themselves on all of torch's threads.
 
+    On a busy machine saccade's own threads may hold as much besides (csrc/pool.cpp).
     Reads shapes and options only, so `call` may hold fake tensors.  Rows of different lengths
     (`kv_lens`, pages) count with the longest, packed sequences (`cu_seqlens`) as a single one.
     """

@@ -20,6 +20,7 @@ from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu.intmath import next_power_of_two
 from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import on
+from saccade.ops.gpu.replay import launch_kernel
 
 
 def block_lists_of(
@@ -60,8 +61,14 @@ def _index_lists(classes: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.empty(*classes.shape[:-1], 2, dtype=torch.int32, device=classes.device)
     columns = classes.shape[-1]
     with on(classes.device):
-        index_list_kernel[(classes.numel() // columns,)](
-            classes, lists, counts, columns, BLOCK=next_power_of_two(columns)
+        launch_kernel(
+            index_list_kernel,
+            (classes.numel() // columns,),
+            classes,
+            lists,
+            counts,
+            columns,
+            BLOCK=next_power_of_two(columns),
         )
     return lists, counts
 

@@ -19,6 +19,7 @@ from saccade.ops.attention.nvidia.gluon.decode import support as decode_support
 from saccade.ops.attention.nvidia.gluon.prefill import support as prefill_support
 from saccade.ops.attention.nvidia.gluon.quantized_decode import support as quantized_support
 from saccade.ops.attention.nvidia.problem import dense_problem, paged_kv_lens, problem_of
+from saccade.ops.attention.nvidia.replayed import replayed
 from saccade.ops.gpu.support import gluon_refusal
 
 
@@ -47,6 +48,10 @@ def _is_chunked(call: AttentionCall) -> bool:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention of a call that `refusal` accepts."""
+    return replayed(call, "gluon", _run)
+
+
+def _run(call: AttentionCall) -> AttentionOutput:
     if _is_chunked(call):
         return chunked.run(call, _prefill)
     if quantized_support.reads(call.kv):

@@ -13,6 +13,7 @@ from saccade.core import AttentionOutput, DenseKV, GrowingKV, PagedKV, Quantized
 from saccade.ops.attention.call import MANY_QUERIES, AttentionCall, dtype_refusal
 from saccade.ops.attention.nvidia import chunked
 from saccade.ops.attention.nvidia.problem import dense_problem
+from saccade.ops.attention.nvidia.replayed import replayed
 from saccade.ops.gpu.kernel_args import MAX_SPANS
 from saccade.ops.gpu.support import triton_refusal
 
@@ -62,6 +63,10 @@ def _view_refusal(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> AttentionOutput:
     """Attention by the kernel that suits the call: prefill, decoding, or prefill by chunks."""
+    return replayed(call, "triton", _run)
+
+
+def _run(call: AttentionCall) -> AttentionOutput:
     call = call.in_query_dtype()
     many = call.q.shape[2] > MANY_QUERIES
     if isinstance(call.kv, DenseKV) and call.kv.is_plain:

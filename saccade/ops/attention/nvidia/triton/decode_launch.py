@@ -24,6 +24,7 @@ from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.kernel_args import MAX_SPANS, BlockLists, PageTable, StridedTensor
 from saccade.ops.gpu.launching import pdl_options, strided
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import tables as tuning
 
@@ -91,7 +92,9 @@ def decode_into(
     launch, block_m, row_tiles = row_tiling(problem, heads, tuning_table(pages))
     groups = q_heads // heads
     seqlen_info = seqlen_info_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
-    decode_kernel[(splits * row_tiles, batch * heads)](
+    launch_kernel(
+        decode_kernel,
+        (splits * row_tiles, batch * heads),
         strided(problem.q),
         strided_storage(problem.k, pages),
         strided_storage(problem.v, pages),

@@ -27,6 +27,7 @@ from saccade.ops.gpu.launching import (
     tma_loadable,
     unit_rows,
 )
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.tuning import tables as tuning
 
 DELTA_ROWS = 32  # of a program of delta_kernel
@@ -44,7 +45,9 @@ def forward(problem: Problem, out: Tensor | None = None) -> AttentionOutput:
     launch = _pick(problem, _forward_table(problem))
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_m, by_keys=False)
     with on(q.device):
-        forward_kernel[(batch * heads, tiles)](
+        launch_kernel(
+            forward_kernel,
+            (batch * heads, tiles),
             strided(q),
             strided(k),
             strided(v),
@@ -74,7 +77,9 @@ def backward(
     batch, heads, q_len, _ = q.shape
     sizes = constants(problem)
     with on(q.device):
-        delta_kernel[(batch * heads, cdiv(q_len, DELTA_ROWS))](
+        launch_kernel(
+            delta_kernel,
+            (batch * heads, cdiv(q_len, DELTA_ROWS)),
             strided(out),
             strided(dout),
             lse,
@@ -104,7 +109,9 @@ def _backward_kv(
     launch = _pick(problem, tuning.BACKWARD_KV)
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_n, by_keys=True)
     q_tiles = cdiv(problem.q.shape[2], launch.block_m)
-    backward_kv_kernel[(dk.shape[0] * dk.shape[1], tiles)](
+    launch_kernel(
+        backward_kv_kernel,
+        (dk.shape[0] * dk.shape[1], tiles),
         *inputs,
         strided(dk),
         strided(dv),
@@ -125,7 +132,9 @@ def _backward_q(
 ) -> None:
     launch = _pick(problem, tuning.BACKWARD_Q)
     seqlen_info, tiles = seqlen_info_of(problem, launch.block_m, by_keys=False)
-    backward_q_kernel[(dq.shape[0] * dq.shape[1], tiles)](
+    launch_kernel(
+        backward_q_kernel,
+        (dq.shape[0] * dq.shape[1], tiles),
         *inputs,
         strided(dq),
         lse2,

@@ -34,6 +34,7 @@ from saccade.ops.attention.nvidia.triton.quantized_decode import quantized_decod
 from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.kernel_args import PageTable
 from saccade.ops.gpu.launching import on, quantized_strided, strided, unit_rows
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.tuning import tables as tuning
 
 
@@ -108,7 +109,9 @@ def _decode_quantized_into(
     block_n = min(launch.block_n, kv.k_group & -kv.k_group)
     score_args = score_args_of(problem)
     seqlen_info, _ = seqlen_info_of(problem, block_m, by_keys=False)
-    quantized_decode_kernel[(splits * row_tiles, problem.q.shape[0] * heads)](
+    launch_kernel(
+        quantized_decode_kernel,
+        (splits * row_tiles, problem.q.shape[0] * heads),
         strided(problem.q),
         quantized_strided(kv.k, as_bytes=True),
         quantized_strided(kv.v, as_bytes=True),

@@ -14,6 +14,7 @@ from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import pdl_options
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.triton_lang import LN2, LOG2E, LOWEST
 
 
@@ -40,7 +41,9 @@ class SplitKVPartials:
         lse = torch.empty(self.shape[:3], dtype=torch.float32, device=self.out.device)
         value_dim = self.shape[3]
         block_v, block_s, warps = combine_blocks(self.splits, value_dim)
-        combine_kernel[(lse.numel(), cdiv(value_dim, block_v))](
+        launch_kernel(
+            combine_kernel,
+            (lse.numel(), cdiv(value_dim, block_v)),
             self.out,
             self.lse,
             out,

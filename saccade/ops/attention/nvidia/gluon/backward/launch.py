@@ -20,6 +20,7 @@ from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of
 from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.launching import on, set_tma_allocator, tma_aligned, tma_strided
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -76,12 +77,12 @@ def backward(
     lse_delta = lse.new_empty(batch * heads * tiles * 2, Q_ROWS)
     dq_accum = lse.new_empty(1 + batch * heads * tiles, Q_ROWS * dim)[1:]
     with on(q.device):
-        preprocess_kernel[(batch * heads, tiles)](
+        launch_kernel(preprocess_kernel, (batch * heads, tiles), 
             tma_strided(out), tma_strided(dout), lse, dlse.contiguous(), delta, lse_delta, dq_accum,
             q_len, heads, D=dim, BLOCK_M=Q_ROWS,
         )  # fmt: skip
         _products(problem, launch, splits, dout, (dk, dv, lse_delta, dq_accum))
-        convert_dq_kernel[(batch * heads, tiles)](
+        launch_kernel(convert_dq_kernel, (batch * heads, tiles), 
             dq_accum, tma_strided(dq), float(problem.call.scale), q_len, heads, D=dim,
             BLOCK_M=Q_ROWS,
         )  # fmt: skip
@@ -95,8 +96,16 @@ def _sum_splits(problem: Problem, dk: Tensor, dv: Tensor, splits: int) -> tuple[
     k = problem.k
     batch, kv_heads, k_len, dim = k.shape
     sums = [torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2)]
-    sum_dkv_kernel[(batch * kv_heads, cdiv(k_len, SUM_ROWS))](
-        dk, dv, *sums, k_len, SPLITS=splits, D=dim, ROWS=SUM_ROWS
+    launch_kernel(
+        sum_dkv_kernel,
+        (batch * kv_heads, cdiv(k_len, SUM_ROWS)),
+        dk,
+        dv,
+        *sums,
+        k_len,
+        SPLITS=splits,
+        D=dim,
+        ROWS=SUM_ROWS,
     )
     return sums[0], sums[1]
 
@@ -113,7 +122,9 @@ def _products(
     batch, heads, q_len, dim = problem.q.shape
     num_splits = dk.shape[1]
     set_tma_allocator()
-    backward_kernel[(batch * num_splits * cdiv(problem.num_keys, CTA_KEYS),)](
+    launch_kernel(
+        backward_kernel,
+        (batch * num_splits * cdiv(problem.num_keys, CTA_KEYS),),
         *(tma_strided(x) for x in (problem.q, problem.k, problem.v, dout, dk, dv)),
         lse_delta,
         dq_accum,

@@ -15,6 +15,7 @@ from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.kernel_args import PageTable
 from saccade.ops.gpu.launching import float32, on, strided, unit_rows
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -100,7 +101,9 @@ def launch_partials(
     """Fill all splits of `parts`; `k_len_is_max`: the longest sequence has `num_keys` keys."""
     q, k, v = problem.q, problem.k, problem.v
     seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
-    decode_kernel[(parts.splits, q.shape[0] * heads)](
+    launch_kernel(
+        decode_kernel,
+        (parts.splits, q.shape[0] * heads),
         strided(q),
         strided_storage(k, pages),
         strided_storage(v, pages),

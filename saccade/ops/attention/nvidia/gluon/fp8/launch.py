@@ -18,6 +18,7 @@ from saccade.ops.attention.nvidia.triton.launch import mask_args_of
 from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -60,7 +61,9 @@ def forward(problem: Problem, scales: tuple[Tensor, Tensor, Tensor]) -> Attentio
     set_tma_allocator()
     with on(q.device):
         v = transpose_v(problem.v)
-        forward_kernel[(min(num_work_tiles, multiprocessors(q.device)),)](
+        launch_kernel(
+            forward_kernel,
+            (min(num_work_tiles, multiprocessors(q.device)),),
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
             float32(problem.call.sink_logits),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.ops.gpu.intmath import cdiv
+from saccade.ops.gpu.replay import launch_kernel
 
 GROUP = 16  # keys that are reordered among themselves, see `softmax.py`
 TILE_BYTES = 16384  # of a CTA
@@ -45,7 +46,7 @@ def transpose_v(v: Tensor) -> Tensor:
     padded = cdiv(length, GROUP) * GROUP
     out = torch.empty(batch, heads, dim, padded, dtype=v.dtype, device=v.device)
     block = TILE_BYTES // dim
-    transpose_kernel[(cdiv(padded, block), batch * heads)](
+    launch_kernel(transpose_kernel, (cdiv(padded, block), batch * heads), 
         v.view(torch.uint8), *v.stride()[:3], out.view(torch.uint8), heads, length, padded,
         D=dim, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from saccade.ops.attention.nvidia.triton.quantized_decode_launch import Quantize
 from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.launching import float32, quantized_strided, strided
+from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
@@ -78,7 +79,9 @@ def launch_partials(
     heads = kv.recent_k.shape[1]
     row_tiles = row_tiles_of(problem, heads)
     seqlen_info, _ = seqlen_info_of(problem, BLOCK_M.value, by_keys=False)
-    quantized_decode_kernel[(splits, row_tiles, problem.q.shape[0] * heads)](
+    launch_kernel(
+        quantized_decode_kernel,
+        (splits, row_tiles, problem.q.shape[0] * heads),
         strided(aligned(problem.q)),
         quantized_strided(kv.k, as_bytes=True),
         quantized_strided(kv.v, as_bytes=True),

@@ -1,0 +1,128 @@
+"""`generate()` under `attach` on a GPU: steps of decoding are captured CUDA graphs.
+
+A step of transformers is a thousand launches from Python, which take longer than the GPU needs to
+read the weights.  Where the decoder of an attached model is called for one more token in every row
+over saccade's own caches, a `DecodeStep` computes it, by the fused kernels that a Context uses.
+Every other call is the model's own: a prompt, padded rows, caches that need the host for each token
+(pages, keys in host memory), sparse patterns.  A warning says once why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Final
+from weakref import proxy, ref
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from saccade.core import Unsupported
+from saccade.hf import changes
+from saccade.hf.cache import SaccadeCache
+from saccade.hf.deferred_rope import deferred
+from saccade.hf.fused_forward import shows_layers, tokens_of_step
+from saccade.hf.rope_tables import reaching
+from saccade.hf.runs import ModelRuns, Run, Undo, activated
+from saccade.hf.split_forward import Forward, hidden_states, serve_steps
+from saccade.runtime.step import DecodeStep, captures, refusal
+
+_FREE_CAPTURES: Final = 4
+_STEPS_A_CAPTURE: Final = 16
+"""A capture costs as much as several steps run eagerly."""
+
+
+def decode_in_graphs(undo: Undo, runs: ModelRuns) -> None:
+    """Steps of decoding over saccade's caches are captured graphs, where they can be."""
+    steps: dict[Run, _Steps] = {}
+
+    def step(original: Forward, *args: Any, **kwargs: Any) -> Any:
+        run, cache = runs.in_force, kwargs.get("past_key_values")
+        if args or run is None or not isinstance(cache, SaccadeCache) or cache.run is not run:
+            return original(*args, **kwargs)
+        if cache.cursor is not None or torch.is_grad_enabled() or cache.observer is not None:
+            return original(*args, **kwargs)
+        tokens = tokens_of_step(kwargs, cache.seen)
+        if tokens is None or tokens.shape[1] != 1 or shows_layers(run.model.config):
+            return original(*args, **kwargs)
+        if run not in steps:
+            steps[run] = _Steps(undo, runs, run)
+        hidden = steps[run].hidden(tokens, cache)
+        if hidden is None:
+            return original(*args, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    serve_steps(undo, runs.model, step)
+
+
+class _Steps:
+    """The captured steps of one run, over one cache at a time."""
+
+    def __init__(self, undo: Undo, runs: ModelRuns, run: Run) -> None:
+        # The same options with fused kernels, in force inside of steps alone.
+        fused = run.params.fused_layers is not False
+        inner = replace(run, fused=fused, serves_every_call=False, changes=_changes(run, fused))
+        runs.begin_within(undo, inner)
+        self._model: Any = _Hidden(inner)
+        self._refusal = None if captures(run.params) else "these options need the host"
+        self._cache: ref[SaccadeCache] | None = None
+        self._step: DecodeStep | None = None
+        self._warned = False
+
+    def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
+        """Hidden states `[B, 1, hidden]` of one token in each row; None: the model has to do it."""
+        reason = self._refusal or refusal(cache)
+        if reason is None:
+            try:
+                return self._taken(tokens, cache)
+            except Unsupported as error:
+                reason = self._refusal = str(error)
+        if not self._warned:
+            warnings.warn(f"steps of generate() are not captured: {reason}", stacklevel=2)
+        self._warned = True
+        return None
+
+    def _taken(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
+        step, known = self._step, None if self._cache is None else self._cache()
+        if step is None or known is not cache or step.batch != tokens.shape[0]:
+            # The step is held by the cache alone and knows it weakly: memory is freed with it.
+            step = DecodeStep(self._model, proxy(cache), batch=tokens.shape[0], inference=False)
+            self._cache, self._step = ref(cache, self._forget), step
+        if step.captures > _FREE_CAPTURES + step.steps // _STEPS_A_CAPTURE:
+            raise Unsupported("the storage of this cache moves too often.")
+        return step(tokens[:, 0])[:, None].to(self._model.dtype)
+
+    def _forget(self, _: ref[SaccadeCache]) -> None:
+        self._step = self._cache = None
+
+
+class _Hidden:
+    """A model under the options of a run, whose logits are its hidden states."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.device, self.dtype = run.model.device, run.model.dtype
+
+    def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
+        """Hidden states `[B, 1, hidden]` at the cursor of the cache."""
+        assert cache.cursor is not None, "a step has set it"
+        fused = deferred() if self._run.fused else nullcontext()
+        with activated(self._run), reaching(cache.reaches), fused:
+            return hidden_states(
+                self._run.model,
+                input_ids=tokens,
+                position_ids=cache.cursor.start[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The hidden states themselves."""
+        return hidden
+
+
+def _changes(run: Run, fused: bool) -> dict[str, Any]:
+    needed = {name: run.changes[name] for name in ("attention", "rotary") if name in run.changes}
+    return needed | ({"layers": changes.fuse_layers} if fused else {})

@@ -1,0 +1,45 @@
+"""The record of what a model's caches hold, replaced as a whole when an operation has ended."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from saccade.compress import ObservedQueries
+
+Observed = dict[int, ObservedQueries]
+"""State of an observation window: the newest queries of each layer."""
+
+
+class NextToken(NamedTuple):
+    """A token that was chosen but not yet read by the model.
+
+    Attributes:
+        shown: whether `stream` has yielded it.
+    """
+
+    token: int
+    shown: bool
+
+
+class Held(NamedTuple):
+    """What the caches hold.
+
+    Attributes:
+        tokens: the first `length` of them are in the caches; an interrupted operation may leave
+            more in the list.
+        next_token: chosen but not yet read.
+        hidden: hidden state `[hidden]` of the last token, where it is known.
+        logits: logits `[vocab]` behind the last token, where they are known.
+        compressed_at: tokens in the caches when they were compressed last; 0 for never.
+        observed: of the observation window, None where nothing observes.
+    """
+
+    tokens: list[int]
+    length: int = 0
+    next_token: NextToken | None = None
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    compressed_at: int = 0
+    observed: Observed | None = None
