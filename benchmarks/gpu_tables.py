@@ -49,6 +49,24 @@ def model_to_markdown(record: dict[str, Any]) -> str:
     return table_text(Table(headings, lines)) + "\n"
 
 
+def generate_to_markdown(record: dict[str, Any]) -> str:
+    """`generate()`: milliseconds of a token and of the first one; ends with a newline."""
+    cases = {name: found for name, found in record.items() if name.startswith("batch ")}
+    rows = list(dict.fromkeys(row for found in cases.values() for row in found))
+    headings = [Heading(name) for name in cases]
+    lines = [
+        Line(row, [Cell(_token_and_first(found.get(row))) for found in cases.values()])
+        for row in rows
+    ]
+    return table_text(Table(headings, lines, "ms a token (of the first)")) + "\n"
+
+
+def _token_and_first(row: dict[str, float] | None) -> str:
+    if row is None:
+        return MISSING
+    return f"{significant(row['token_ms'])} ({significant(row['first_ms'])})"
+
+
 def _figures(row: dict[str, Any]) -> list[Cell]:
     names = ("first_token_s", "prefill_peak_gib", "ms_per_token")
     return [Cell(significant(row[name]) if name in row else MISSING) for name in names]

@@ -92,7 +92,7 @@ def h200_host_sdpa() -> str:
 
 
 def _host(name: str) -> str:
-    rows = record("h200_attention")["rows"]
+    rows = record("h200_host")["rows"]
     return " and ".join(f"{r['host_us'][name]:.0f} µs" for r in rows if r["case"] == "host")
 
 

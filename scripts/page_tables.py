@@ -223,6 +223,11 @@ def cpu_rules(path: Path) -> str:
     return table_text(as_table(json.loads(path.read_text())["rows"]))
 
 
+def generate(path: Path) -> str:
+    """`benchmarks/gpu_generate.py`."""
+    return gpu_tables.generate_to_markdown(json.loads(path.read_text()))
+
+
 def _covered(row: dict[str, Any], rule: dict[str, Any]) -> bool:
     return all(row[name] >= (rule.get(name) or [0])[0] for name in ("queries", "keys"))
 
@@ -304,4 +309,5 @@ KINDS: dict[str, Callable[..., str]] = {
     "whole_model_bars": page_whole_model.bars,
     "whole_model_kl": page_whole_model.divergence,
     "cpu_rules": cpu_rules,
+    "generate": generate,
 }

@@ -15,6 +15,7 @@ Marks in a page say what stands there; what is between them is rendered again:
     <!-- show: whole_model RECORD MODEL -->         a whole model beside llama.cpp and transformers
     <!-- show: whole_model_bars RECORD MODEL -->    what was aimed at there, and what was reached
     <!-- show: whole_model_kl RECORD -->            how far each form of weights moves predictions
+    <!-- show: generate RECORD -->                  `generate()` on a GPU, by batch and length
     <!-- show: cpu_rules RECORD -->                 what `saccade bench tune` measured on a CPU
     <!-- show: planned SHAPE TOKENS -->             what `saccade.plan` says of a shape
     <!-- end of show -->

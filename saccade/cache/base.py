@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from saccade.core import BadInput, KVView
+from saccade.core import BadInput, KVView, Unsupported
 from saccade.core.check import describe
 
 ShiftKeys = Callable[[Tensor, int | Tensor], Tensor]
@@ -169,6 +169,15 @@ def chosen_rows(x: Tensor, rows: Tensor) -> Tensor:
     """Row rows[i] of `x` as row i, in place if there are as many: captured graphs stay valid."""
     chosen = x.index_select(0, rows)
     return x.copy_(chosen) if len(rows) == len(x) else chosen
+
+
+def check_not_removed(length: int, compressed_at: int) -> None:
+    """Raise Unsupported where keys before position `length` were removed after `compressed_at`."""
+    if length < compressed_at:
+        raise Unsupported(
+            f"a compressed cache cannot go back to position {length}: removed keys are gone. "
+            "Reset it and read the prompt again."
+        )
 
 
 def check_length(length: int) -> None:

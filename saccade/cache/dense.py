@@ -10,6 +10,7 @@ from saccade.cache.base import (
     ShiftKeys,
     check_append,
     check_length,
+    check_not_removed,
     check_rows,
     check_shift,
     chosen_rows,
@@ -177,11 +178,7 @@ class DenseCache(PlacingCache, SummarizingCache):
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
         check_length(length)
-        if length < self._compressed_at:
-            raise Unsupported(
-                f"a compressed cache cannot go back to position {length}: removed keys are gone. "
-                "Reset it and read the prompt again."
-            )
+        check_not_removed(length, self._compressed_at)
         count = max(0, self._seen - length)
         self._seen, self._slots = self._seen - count, self._slots - count
         self.cut_summaries(self._slots)

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from saccade.cache.base import CacheState, ShiftKeys, check_length
+from saccade.cache.base import CacheState, ShiftKeys, check_length, check_not_removed
 from saccade.cache.dense import DenseCache
 from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.quantized import QuantizedCache
@@ -120,11 +120,7 @@ class LateQuantizedCache(PlacingCache):
             Unsupported: `length` lies before the last compression, whose keys are gone.
         """
         check_length(length)
-        if length < self._compressed_at:
-            raise Unsupported(
-                f"a compressed cache cannot go back to position {length}: removed keys are gone. "
-                "Reset it and read the prompt again."
-            )
+        check_not_removed(length, self._compressed_at)
         count = max(0, self._seen - length)
         self._current.truncate(self.num_slots - count)
         self._seen -= count

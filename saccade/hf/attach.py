@@ -14,8 +14,9 @@ from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.captured_steps import decode_in_graphs
 from saccade.hf.compressed_generate import compress_behind_prompt, is_padded
-from saccade.hf.cropped_caches import check_not_cropped
+from saccade.hf.cropped_caches import check_not_cropped, guesses
 from saccade.hf.fused_forward import decode_in_kernels
+from saccade.hf.generate_options import option
 from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
@@ -218,7 +219,8 @@ def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 def _gains(run: Run, kwargs: dict[str, Any]) -> bool:
     """Whether steps over our cache are faster and the caller asks for no other cache."""
-    if "steps" not in run.changes or _conflict(run.model, kwargs) is not None:
+    other = _conflict(run.model, kwargs) is not None or guesses(run.model, kwargs) is not None
+    if "steps" not in run.changes or other:
         return False
     try:
         return all(kind.keys and not kind.states for kind in layer_kinds(run.model.config))
@@ -237,10 +239,8 @@ def _check_no_conflict(kwargs: dict[str, Any]) -> None:
 
 def _conflict(model: PreTrainedModel | None, kwargs: dict[str, Any]) -> str | None:
     """What asks for another cache, or for none: an argument, a config, or the model's own one."""
-    own = None if model is None else getattr(model, "generation_config", None)
-    config = kwargs.get("generation_config", own)
     for name in ("use_cache", "cache_implementation"):
-        value = kwargs.get(name, getattr(config, name, None))
+        value = option(kwargs, name, model)
         if value is False or isinstance(value, str):
             return f"{name}={value!r}"
     return None

@@ -10,25 +10,25 @@ Every other call is the model's own: a prompt, padded rows, caches that need the
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Final
 from weakref import proxy, ref
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saccade.core import Unsupported
 from saccade.hf import changes
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.deferred_rope import deferred
-from saccade.hf.fused_forward import shows_layers, tokens_of_step
+from saccade.hf.fused_forward import serve_decoding
 from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import ModelRuns, Run, Undo, activated
-from saccade.hf.split_forward import Forward, hidden_states, serve_steps
+from saccade.hf.split_forward import hidden_states
 from saccade.runtime.step import DecodeStep, captures, refusal
 
+_SHARED: Final = ("attention", "rotary")
+"""Changes of the model that a step needs too."""
 _FREE_CAPTURES: Final = 4
 _STEPS_A_CAPTURE: Final = 16
 """A capture costs as much as several steps run eagerly."""
@@ -38,23 +38,14 @@ def decode_in_graphs(undo: Undo, runs: ModelRuns) -> None:
     """Steps of decoding over saccade's caches are captured graphs, where they can be."""
     steps: dict[Run, _Steps] = {}
 
-    def step(original: Forward, *args: Any, **kwargs: Any) -> Any:
-        run, cache = runs.in_force, kwargs.get("past_key_values")
-        if args or run is None or not isinstance(cache, SaccadeCache) or cache.run is not run:
-            return original(*args, **kwargs)
-        if cache.cursor is not None or torch.is_grad_enabled() or cache.observer is not None:
-            return original(*args, **kwargs)
-        tokens = tokens_of_step(kwargs, cache.seen)
-        if tokens is None or tokens.shape[1] != 1 or shows_layers(run.model.config):
-            return original(*args, **kwargs)
+    def hidden(run: Run, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
+        if tokens.shape[1] != 1 or torch.is_grad_enabled() or cache.observer is not None:
+            return None
         if run not in steps:
             steps[run] = _Steps(undo, runs, run)
-        hidden = steps[run].hidden(tokens, cache)
-        if hidden is None:
-            return original(*args, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return steps[run].hidden(tokens, cache)
 
-    serve_steps(undo, runs.model, step)
+    serve_decoding(undo, runs, hidden)
 
 
 class _Steps:
@@ -62,8 +53,9 @@ class _Steps:
 
     def __init__(self, undo: Undo, runs: ModelRuns, run: Run) -> None:
         # The same options with fused kernels, in force inside of steps alone.
-        fused = run.params.fused_layers is not False
-        inner = replace(run, fused=fused, serves_every_call=False, changes=_changes(run, fused))
+        needed = {name: run.changes[name] for name in _SHARED if name in run.changes}
+        needed["layers"] = changes.fuse_layers
+        inner = replace(run, fused=True, serves_every_call=False, changes=needed)
         runs.begin_within(undo, inner)
         self._model: Any = _Hidden(inner)
         self._refusal = None if captures(run.params) else "these options need the host"
@@ -87,7 +79,7 @@ class _Steps:
     def _taken(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
         step, known = self._step, None if self._cache is None else self._cache()
         if step is None or known is not cache or step.batch != tokens.shape[0]:
-            # The step is held by the cache alone and knows it weakly: memory is freed with it.
+            # A step holds the storage of its cache, so it is forgotten where the cache is.
             step = DecodeStep(self._model, proxy(cache), batch=tokens.shape[0], inference=False)
             self._cache, self._step = ref(cache, self._forget), step
         if step.captures > _FREE_CAPTURES + step.steps // _STEPS_A_CAPTURE:
@@ -108,8 +100,7 @@ class _Hidden:
     def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
         """Hidden states `[B, 1, hidden]` at the cursor of the cache."""
         assert cache.cursor is not None, "a step has set it"
-        fused = deferred() if self._run.fused else nullcontext()
-        with activated(self._run), reaching(cache.reaches), fused:
+        with activated(self._run), reaching(cache.reaches), deferred():
             return hidden_states(
                 self._run.model,
                 input_ids=tokens,
@@ -121,8 +112,3 @@ class _Hidden:
     def logits(self, hidden: Tensor) -> Tensor:
         """The hidden states themselves."""
         return hidden
-
-
-def _changes(run: Run, fused: bool) -> dict[str, Any]:
-    needed = {name: run.changes[name] for name in ("attention", "rotary") if name in run.changes}
-    return needed | ({"layers": changes.fuse_layers} if fused else {})

@@ -6,7 +6,7 @@ observes the queries of the prompt, and is compressed when the first token behin
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from torch import Tensor
 from saccade.cache import RaggedCache, SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.generate_options import option
 from saccade.hf.policy_sources import sources_of
 from saccade.hf.runs import Run
 from saccade.runtime.compression import ObservationWindow, compress_cache, observing
 from saccade.runtime.params import ContextParams
+
+_COPYING: Final = ("num_beams", "num_return_sequences")
+"""Options by which `generate` computes each row of a batch so many times, side by side."""
 
 
 def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -42,7 +46,10 @@ def compress_behind_prompt(
             "kv_policy compresses where the prompt ends, which inputs_embeds do not say: give "
             "input_ids, or leave kv_policy unset."
         )
-    padding = _padding(mask) if isinstance(mask, Tensor) and is_padded(kwargs) else None
+    padding = None
+    if isinstance(mask, Tensor) and is_padded(kwargs):
+        copies = max(option(kwargs, name, run.model) or 1 for name in _COPYING)
+        padding = [before for before in _padding(mask) for _ in range(copies)]
     full = [x for x in cache.stores if not isinstance(x, SlidingCache | StateCache)]
     if padding is not None and not all(isinstance(store, RaggedCache) for store in full):
         raise Unsupported(

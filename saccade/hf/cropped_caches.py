@@ -11,6 +11,7 @@ from typing import Any, Final
 from saccade.cache import SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.generate_options import option
 
 _GUESSING: Final = (
     "prompt_lookup_num_tokens",
@@ -21,14 +22,17 @@ _GUESSING: Final = (
 """Arguments of `generate`, or fields of its config, that make it guess tokens."""
 
 
+def guesses(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """What makes `generate` with these arguments guess tokens; None where nothing does."""
+    return next((name for name in _GUESSING if option(kwargs, name, model)), None)
+
+
 def check_not_cropped(model: Any, kwargs: dict[str, Any]) -> None:
     """Raise Unsupported where `generate` would crop one of our caches that cannot go back."""
     caches = kwargs.get("past_key_values")
     if not isinstance(caches, SaccadeCache):
         return
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    found = next((n for n in _GUESSING if kwargs.get(n) or getattr(config, n, None)), None)
-    stores = caches.stores
+    found, stores = guesses(model, kwargs), caches.stores
     fixed = next((x for x in stores if isinstance(x, SlidingCache | StateCache)), None)
     if found is None or fixed is None:
         return

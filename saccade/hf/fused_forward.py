@@ -7,7 +7,7 @@ gradients, hidden states of each layer) is the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,9 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.decoder_layers import describe
 from saccade.hf.fused_decoder import fused_decoder
-from saccade.hf.runs import ModelRuns, Undo
+from saccade.hf.runs import ModelRuns, Run, Undo
 from saccade.hf.split_forward import Forward, serve_steps
 
+HiddenOf = Callable[[Run, Tensor, SaccadeCache], Tensor | None]
+"""Hidden states `[B, t, hidden]` of new tokens `[B, t]`; None: the model has to compute them."""
 _READ = frozenset({"input_ids", "past_key_values", "position_ids", "attention_mask", "use_cache"})
 
 
@@ -30,15 +32,27 @@ def decode_in_kernels(undo: Undo, runs: ModelRuns) -> None:
         return
     decoder_of = lru_cache(maxsize=2)(fused_decoder)
 
+    def hidden(run: Run, tokens: Tensor, cache: SaccadeCache) -> Tensor | None:
+        decoder = decoder_of(run)
+        return None if decoder is None else decoder.hidden(tokens, cache)
+
+    serve_decoding(undo, runs, hidden)
+
+
+def serve_decoding(undo: Undo, runs: ModelRuns, hidden_of: HiddenOf) -> None:
+    """Until undone, `hidden_of` computes what it can of the steps over caches of the run in force.
+
+    A run without the change named "steps" keeps the model's own.
+    """
+
     def step(original: Forward, *args: Any, **kwargs: Any) -> Any:
         run, cache = runs.in_force, kwargs.get("past_key_values")
         if args or run is None or not isinstance(cache, SaccadeCache) or cache.run is not run:
             return original(*args, **kwargs)
-        tokens = tokens_of_step(kwargs, cache.seen)
-        if tokens is None or shows_layers(run.model.config):
+        if "steps" not in run.changes or _shows_layers(run.model.config):
             return original(*args, **kwargs)
-        decoder = decoder_of(run)
-        hidden = None if decoder is None else decoder.hidden(tokens, cache)
+        tokens = _tokens_of_step(kwargs, cache.seen)
+        hidden = None if tokens is None else hidden_of(run, tokens, cache)
         if hidden is None:
             return original(*args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
@@ -46,7 +60,7 @@ def decode_in_kernels(undo: Undo, runs: ModelRuns) -> None:
     serve_steps(undo, runs.model, step)
 
 
-def tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
+def _tokens_of_step(kwargs: Mapping[str, Any], seen: int) -> Tensor | None:
     """The tokens `[B, t]` of a call that asks for nothing but their hidden states."""
     tokens = kwargs.get("input_ids")
     others = [value for name, value in kwargs.items() if name not in _READ]
@@ -67,7 +81,7 @@ def _is_all_true(mask: Any) -> bool:
     return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
 
 
-def shows_layers(config: Any) -> bool:
+def _shows_layers(config: Any) -> bool:
     """Whether the outputs of each layer are asked for."""
     names = ("output_hidden_states", "output_attentions")
     return any(getattr(config, name, False) for name in names)

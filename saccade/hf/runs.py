@@ -154,8 +154,9 @@ class ModelRuns:
             if run in self._begun:  # undoing a change of this run may come back here
                 self.end(run)
 
-        undo.callback(end)
-        self.begin(run)
+        with _LOCK:
+            undo.callback(end)
+            self.begin(run)
 
     def end(self, run: Run) -> None:
         """Undo the changes that no other run needs.  Harmless to repeat."""

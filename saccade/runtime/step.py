@@ -53,8 +53,8 @@ class DecodeStep:
         model: from `Model.attached`, under the options of all steps.
         cache: of that model, not empty.
         batch: rows.
-        inference: compute in PyTorch's inference mode, as a Context does: a cache that grows in it
-            can only be written to in it.
+        inference: compute in PyTorch's inference mode, as a Context does, not in the mode that the
+            caller is in: a cache that grows in it can only be written to in it.
 
     Attributes:
         steps, captures: how many there were.
@@ -89,7 +89,7 @@ class DecodeStep:
         Raises:
             Unsupported: a model that needs the host in the middle of a step; nothing was read.
         """
-        with torch.inference_mode(self._inference), torch.no_grad():
+        with torch.inference_mode() if self._inference else torch.no_grad():
             return self._taken(tokens)
 
     def _taken(self, tokens: int | Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def test_wrong_layers_and_tables_are_refused():
         decoder.run(3, [(0, 0, ())], tables, [1] * 4)
     pages = PagedCache(page_size=4)
     view = pages.append(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
-    with pytest.raises(ValueError, match="dense and quantized views alone"):
+    with pytest.raises(ValueError, match="dense, quantized and ragged views alone"):
         decoder.stored(0, VIEWS[type(view)](view), False, None)
     with pytest.raises(ValueError, match="no such layer"):
         decoder.stored(4, VIEWS[DenseKV](SLOTS), False, None)

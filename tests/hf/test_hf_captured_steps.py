@@ -89,6 +89,21 @@ def test_batches_samples_and_beams(model, steps):
         steps.clear()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_in_inference_mode(model, cache, steps):
+    expected = generated(model, CACHES[cache] | OFF)
+    with torch.inference_mode():
+        assert generated(model, CACHES[cache]) == expected
+    assert steps
+
+
+def test_an_inner_run_without_fused_layers_has_no_steps(model, steps):
+    with saccade.attach(model), saccade.attach(model, ContextParams(**OFF)) as inner:
+        cache = inner.new_cache()
+        model.generate(PROMPT.to(DEVICE), past_key_values=cache, max_new_tokens=4)
+    assert not steps
+
+
 def test_another_batch_over_the_same_run(model, steps):
     with saccade.attach(model):
         for rows in (1, 2, 1):

@@ -98,3 +98,19 @@ def test_rows_of_a_padded_batch_are_as_alone(policy, budget):
             assert torch.allclose(found, torch.stack(alone.logits)[:, 0], atol=2e-4)
             least = budget if isinstance(budget, int) else round(budget * len(text))
             assert kept[row] == min(least, len(text)) + NEW - 1
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "ada_snapkv", "expected_attention"])
+@pytest.mark.parametrize("copies", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams_of_a_padded_batch_are_those_of_each_text(policy, copies):
+    model = tiny_model(tiny_config("llama"))
+    params = ContextParams(kv_policy=policy, kv_budget=24)
+    short = PROMPT[0, 30:].flip(0)
+    before = PROMPT.shape[1] - len(short)
+    padded = torch.stack([PROMPT[0], F.pad(short, (before, 0))])
+    mask = torch.stack([torch.ones_like(PROMPT[0]), F.pad(torch.ones_like(short), (before, 0))])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, **copies}
+    with saccade.attach(model, params):
+        both = model.generate(padded, attention_mask=mask, **options)[:, PROMPT.shape[1] :]
+        alone = [model.generate(x[None], **options)[:, len(x) :] for x in (PROMPT[0], short)]
+    assert torch.equal(both, torch.cat(alone))

@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are no launches", allow_module_level=True)
 
 from saccade.ops import attend, make_call
+from saccade.ops.attention import known
 from tests.support import matrix
 from tests.support.gpu import on_gpu, pretend_hopper
 from tests.support.launches import record
@@ -123,14 +124,17 @@ class TestOnGPU:
 
         given = on_cuda(matrix.call_of(matrix.Cell(backend, row, kind, True)))
         solve(given, backend)  # compiles
+        known.clear()
         launches = record(monkeypatch, run=True)
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
-            solve(given, backend)
-            torch.cuda.synchronize()
-        names = Counter(launch.kernel for launch in launches)
-        seen = Counter(event.name for event in found.events() if event.name in names)
+        names = None
+        for _ in range(2):  # worked out, then repeated from what the first call has launched
+            with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
+                solve(given, backend)
+                torch.cuda.synchronize()
+            names = names or Counter(launch.kernel for launch in launches)
+            seen = Counter(event.name for event in found.events() if event.name in names)
+            assert seen == names
         assert places(launches) - {"combine"} == expected
-        assert seen == names
 
 
 def on_cuda(given):

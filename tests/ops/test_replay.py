@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saccade.core import Mask
+from saccade.ops.attention import dispatch, known
 from saccade.ops.gpu import replay
 from saccade.ops.gpu.launching import strided
 
@@ -99,6 +101,27 @@ def test_nothing_is_recorded_outside(kernel):
     work(kernel, x, y)
     _, again = replay.record(lambda: (torch.empty(1),), [x])
     assert again is not None and again([x])[0].shape == (1,) and kernel.runs == 2
+
+
+def test_a_known_call_of_plain_tensors_is_found_by_its_backend(monkeypatch):
+    """As on a GPU: by the name that was asked for, unless a profiler listens or gradients flow."""
+    monkeypatch.setattr(dispatch, "is_hooked", lambda: False)
+    again = replay.Replay([], [], ([], 0), torch.device("cuda", 0))
+    found = known.Known(Mask(), (1.0, None), 0, (), wants_lse=False, learns=True)
+    found.backends[dispatch._gpu_circumstances("auto")] = dispatch.BACKENDS["triton"]
+    q, nothing = SimpleNamespace(is_cuda=True), known.NO_OTHERS
+
+    def repeated(name="auto", others=nothing):
+        with torch.no_grad():
+            return dispatch.repeated(found, q, name, others)
+
+    assert repeated() is None
+    found.prepared["triton"] = again
+    assert repeated() is again
+    assert repeated(name="gluon") is None and repeated(others=(q, *nothing[1:])) is None
+    assert dispatch.repeated(found, q, "auto", nothing) is None  # gradients are enabled
+    monkeypatch.setattr(dispatch, "is_hooked", lambda: True)
+    assert repeated() is None
 
 
 def test_every_kernel_of_the_operators_is_launched_where_it_can_be_recorded():

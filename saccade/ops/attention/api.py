@@ -88,12 +88,13 @@ def attention(
     others = _others(sink_logits, alibi_slopes, key_padding, kv_lens, blocks)
     signature = None if cu_seqlens is not None else known.signature_of(q, (k, v), options, others)
     before = known.find(signature)
-    repeat = None if before is None else dispatch.repeated(before, backend, others)
-    if repeat is not None:
-        out, lse = repeat((cast(Tensor, q), cast(Tensor, k), cast(Tensor, v)))
-        return AttentionOutput(out, lse) if return_lse else out
     if before is not None:  # they are plain tensors: others have no signature
-        call = _again(before, cast(Tensor, q), _dense_again(k, v, before.spans), others)
+        q = cast(Tensor, q)
+        repeat = dispatch.repeated(before, q, backend, others)
+        if repeat is not None:
+            out, lse = repeat((q, cast(Tensor, k), cast(Tensor, v)))
+            return AttentionOutput(out, lse) if return_lse else out
+        call = _again(before, q, _dense_again(k, v, before.spans), others)
     else:
         truth("return_lse", return_lse)
         check_traceable(q, k, v)

@@ -148,30 +148,24 @@ def remembered(call: AttentionCall, name: object) -> Backend | None:
     known = call.known
     if known is None or type(name) is not str or (known.learns and torch.is_grad_enabled()):
         return None
-    if is_disturbed():
-        return None
-    circumstances = _circumstances(call, name)
-    chosen: Backend | None = known.backends.get(circumstances)
-    if chosen is not None and call.q.is_cuda:
-        prepared = known.prepared.get(_NAMES[chosen])
-        if isinstance(prepared, Replay):
-            known.repeats[circumstances] = prepared
-    return chosen
+    return None if is_disturbed() else known.backends.get(_circumstances(call, name))
 
 
 def repeated(
-    known: Known, name: object, others: tuple[object, ...]
+    known: Known, q: Tensor, name: object, others: tuple[object, ...]
 ) -> Callable[[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, ...]] | None:
     """The recorded launches of a call of plain tensors alone, which nothing watches, or None.
 
     Args:
         others: as in `known.signature_of`.
     """
-    if others is not NO_OTHERS or not known.repeats or type(name) is not str:
+    if not q.is_cuda or others is not NO_OTHERS or type(name) is not str:
         return None
-    if (known.learns and torch.is_grad_enabled()) or is_hooked():
+    if known.learns and torch.is_grad_enabled():
         return None
-    return known.repeats.get(_gpu_circumstances(name))
+    chosen: Backend | None = known.backends.get(_gpu_circumstances(name))
+    prepared = None if chosen is None else known.prepared.get(_NAMES[chosen])
+    return prepared if isinstance(prepared, Replay) and not is_hooked() else None
 
 
 def remember(call: AttentionCall, name: str, chosen: Backend) -> None:

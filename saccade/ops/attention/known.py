@@ -38,13 +38,12 @@ class Known:
         learns: whether a tensor wants gradients, where they are enabled.
         backends: which backend computes the call, by the name that was asked for and everything
             else that the choice depends on (see `dispatch.remembered`).
-        repeats: recorded launches of calls of plain tensors, found as `backends` are.
         prepared: what a backend worked out for its kernels, by the backend's name.
     """
 
     __slots__ = (
-        "backends", "learns", "mask", "prepared", "q_offset", "repeats", "scale", "softcap",
-        "spans", "wants_lse",
+        "backends", "learns", "mask", "prepared", "q_offset", "scale", "softcap", "spans",
+        "wants_lse",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +60,6 @@ class Known:
         self.scale, self.softcap = numbers
         self.wants_lse, self.learns = wants_lse, learns
         self.backends: dict[Hashable, Any] = {}
-        self.repeats: dict[Hashable, Any] = {}
         self.prepared: dict[str, Any] = {}
 
 

@@ -61,20 +61,21 @@ def append_kernel(
         slot -= tl.load(origin)
     cos += b * table_batch + t * table_row
     sin += b * table_batch + t * table_row
+    # Pointers of a name have one type in all branches: queries, keys and values may have their own.
     if h < heads:
-        here = q.ptr + b * q.batch + h.to(tl.int64) * q.head + t * q.row
-        there = q_out.ptr + b * q_out.batch + h.to(tl.int64) * q_out.head + t * q_out.row
-        write_head(here, there, cos, sin, DIM, HALF, ROPE, False)
+        q_at = q.ptr + b * q.batch + h.to(tl.int64) * q.head + t * q.row
+        q_to = q_out.ptr + b * q_out.batch + h.to(tl.int64) * q_out.head + t * q_out.row
+        write_head(q_at, q_to, cos, sin, DIM, HALF, ROPE, False)
     elif h < heads + kv_heads:
         h -= heads
-        here = k.ptr + b * k.batch + h.to(tl.int64) * k.head + t * k.row
-        there = k_store.ptr + b * k_store.batch + h.to(tl.int64) * k_store.head + slot * k_store.row
-        write_head(here, there, cos, sin, DIM, HALF, ROPE, HADAMARD)
+        k_at = k.ptr + b * k.batch + h.to(tl.int64) * k.head + t * k.row
+        k_to = k_store.ptr + b * k_store.batch + h.to(tl.int64) * k_store.head + slot * k_store.row
+        write_head(k_at, k_to, cos, sin, DIM, HALF, ROPE, HADAMARD)
     else:
         h -= heads + kv_heads
-        here = v.ptr + b * v.batch + h.to(tl.int64) * v.head + t * v.row
-        there = v_store.ptr + b * v_store.batch + h.to(tl.int64) * v_store.head + slot * v_store.row
-        write_head(here, there, cos, sin, VALUE_DIM, VALUE_HALF, False, HADAMARD)
+        v_at = v.ptr + b * v.batch + h.to(tl.int64) * v.head + t * v.row
+        v_to = v_store.ptr + b * v_store.batch + h.to(tl.int64) * v_store.head + slot * v_store.row
+        write_head(v_at, v_to, cos, sin, VALUE_DIM, VALUE_HALF, False, HADAMARD)
 
 
 def append_by_kernel(
