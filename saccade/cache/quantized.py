@@ -108,7 +108,7 @@ class QuantizedCache(PlacingCache, SummarizingCache):
 
     def keys(self, start: int, stop: int) -> Tensor:
         """See SummarizingCache."""
-        return self._given(start, stop)[0].to(self.recent.parts[0].dtype)
+        return self.given(start, stop)[0].to(self.recent.parts[0].dtype)
 
     def reserve(self, count: int) -> None:
         """See SteppingCache; full groups are quantized here, between two steps."""

@@ -71,13 +71,13 @@ def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
         pool, pages = cache.pool, cache.pool.allocator
         page_bytes = pool.nbytes // pages.num_pages
         counted = CountedPages(1, pages.page_size, page_bytes, per_head=0)
-        dtype = facts.dtype if cache.pool.dtype is None else cache.pool.dtype
-        return Summarized(counted, cache.summaries, facts, dtype) if cache.summaries else counted
+        size = (cache.pool.dtype or facts.dtype).itemsize
+        return Summarized(counted, cache.summaries, facts, size) if cache.summaries else counted
     if isinstance(cache, QuantizedRing):
         return CountedRing(cache, facts)
     if isinstance(cache, QuantizedCache):
-        groups, dtype = CountedGroups(cache, facts), stored_dtype(facts.dtype)
-        return Summarized(groups, cache.summaries, facts, dtype) if cache.summaries else groups
+        groups, size = CountedGroups(cache, facts), stored_dtype(facts.dtype).itemsize
+        return Summarized(groups, cache.summaries, facts, size) if cache.summaries else groups
     return MetaCache(cache, facts)
 
 
@@ -178,20 +178,15 @@ class Summarized:
 
     Args:
         cache: the same without them.
-        summaries: what it keeps; dtype: of the keys.
+        kept: the summaries; size: bytes of a number of the keys.
     """
 
     def __init__(
-        self,
-        cache: CountedPages | CountedGroups,
-        summaries: KeySummaries,
-        facts: ModelFacts,
-        dtype: torch.dtype,
+        self, cache: CountedPages | CountedGroups, kept: KeySummaries, facts: ModelFacts, size: int
     ) -> None:
         self._cache, self._heads = cache, facts.num_kv_heads
-        width, itemsize = facts.head_dim, dtype.itemsize
         self._bytes_for = partial(
-            summary_bytes, summaries.kind, summaries.block, width=width, itemsize=itemsize
+            summary_bytes, kept.kind, kept.block, width=facts.head_dim, itemsize=size
         )
 
     @property
