@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_attention --out benchmarks/results/h200_attention.json
 
-bfloat16, 32 query and 8 key/value heads, random data.  Prefill is timed by CUDA events, decoding in
-one CUDA graph over several caches that together exceed the L2 cache.
+bfloat16, 32 query and 8 key/value heads, random data.  Packages of others (FlashAttention-3 and
+others, docs/support.md) have a column where they are installed.  Prefill is timed by CUDA events,
+decoding in one CUDA graph over several caches that together exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from benchmarks.gpu_measure import measure_host
 from benchmarks.gpu_problems import Problem
 from benchmarks.gpu_run import Row, main
+from saccade.ops.attention.dispatch import PEERS
 
 WHAT = "attention on one GPU, bf16, 32 query and 8 key/value heads; milliseconds of a call"
 OURS = ("gluon", "triton")
@@ -27,10 +29,10 @@ def forward() -> list[Row]:
     """Prefill, causal and over all keys, by length and head dimension."""
     problems = [square(n) for n in (4096, 8192, 16384, 32768)]
     problems += [square(16384, causal=False), square(16384, 64), square(16384, 256)]
-    rows = [Row("forward", problem, OURS, TORCH) for problem in problems]
+    rows = [Row("forward", problem, (*OURS, *PEERS), TORCH) for problem in problems]
     narrow = [square(n, window=w) for n, w in ((32768, 1024), (32768, 4096))]
     narrow += [square(16384, dim, window=1024) for dim in (64, 256)]
-    return [*rows, *(Row("window", problem, OURS) for problem in narrow)]
+    return [*rows, *(Row("window", problem, (*OURS, *PEERS)) for problem in narrow)]
 
 
 def flex() -> list[Row]:
@@ -43,9 +45,9 @@ def gradients() -> list[Row]:
     """The backward pass."""
     problems = [square(8192, training=True), square(8192, 64, training=True)]
     problems += [square(32768, training=True), square(8192, causal=False, training=True)]
-    rows = [Row("backward", problem, TRAINING, TORCH) for problem in problems]
+    rows = [Row("backward", problem, (*TRAINING, *PEERS), TORCH) for problem in problems]
     narrow = square(8192, window=1024, training=True)
-    return [*rows, Row("backward", narrow, TRAINING)]
+    return [*rows, Row("backward", narrow, (*TRAINING, *PEERS))]
 
 
 def sequences() -> list[Row]:
@@ -57,7 +59,7 @@ def sequences() -> list[Row]:
                 queries=count * length, keys=count * length, head_dim=dim,
                 sequences=(length,) * count,
             )  # fmt: skip
-            rows.append(Row("packed", packed, OURS))
+            rows.append(Row("packed", packed, (*OURS, *PEERS)))
     lengths = (8192, 6000, 4096, 7777)
     own = Problem(queries=2048, keys=8192, batch=4, kv_lens=lengths)
     rows.append(Row("kv_lens", own, OURS))
@@ -88,7 +90,7 @@ def decode() -> list[Row]:
     """Steps over plain keys, pages, quantized caches and windows."""
     sizes = [(1, 4096), (1, 8192), (1, 32768), (1, 131072), (16, 8192), (64, 8192)]
     rows = [
-        Row("decode", Problem(queries=1, keys=keys, batch=batch), OURS, TORCH)
+        Row("decode", Problem(queries=1, keys=keys, batch=batch), (*OURS, *PEERS), TORCH)
         for batch, keys in sizes
     ]
     for storage in ("page16", "page64", "int8", "fp8", "int4"):
@@ -103,7 +105,7 @@ def decode() -> list[Row]:
 def host() -> list[Row]:
     """What a short call costs the host."""
     few = [Problem(queries=32, keys=32), Problem(queries=1, keys=32)]
-    return [Row("host", problem, ("auto", *OURS), measure=measure_host) for problem in few]
+    return [Row("host", problem, ("auto", *OURS, *PEERS), measure=measure_host) for problem in few]
 
 
 def rows() -> list[Row]:

@@ -30,6 +30,7 @@ from saccade.ops.attention.call import AttentionCall
 
 CALLS = 12  # of a step in one graph: where a graph starts is no part of a step
 LIMIT, GRADIENT_LIMIT = 1e-2, 2e-2  # relative errors in 16 bits
+ABSENT = "is not installed"  # packages that nobody expects: backends of dispatch.PEERS
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 Timed = tuple[float, dict[str, Any]]
 
@@ -64,7 +65,8 @@ def measure(problem: Problem, backends: Sequence[str], peers: Sequence[str] = ()
     for name in backends:
         reason = refusal(made.calls[0], name)
         if reason is not None:
-            row.setdefault("cannot", {})[name] = reason
+            if not reason.endswith(ABSENT):
+                row.setdefault("cannot", {})[name] = reason
             continue
         _enter(row, name, lambda name=name: way(problem, made, name, truth))
         if name == "sdpa":
@@ -92,7 +94,7 @@ def warm(problem: Problem, backends: Sequence[str]) -> None:
     """Compile what `measure` runs, so that it is found in Triton's cache."""
     made = build(problem)
     for name in backends:
-        if refusal(made.calls[0], name) is not None:
+        if name in dispatch.PEERS or refusal(made.calls[0], name) is not None:
             continue
         if problem.training:
             _small_gradients(problem, name)

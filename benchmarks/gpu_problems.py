@@ -32,6 +32,7 @@ from saccade.ops.attention.call import AttentionCall
 
 BLOCK, STEP = 128, 16  # tokens of a selected block; queries up to which a call is a decoding step
 COLD = 400_000_000  # bytes that the caches of a step exceed together, so that L2 holds none
+ROPE = 64  # channels of a latent key that only rotate
 PROBE = 64  # queries that are compared with the reference
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +44,8 @@ class Problem:
     Attributes:
         storage: "dense", "pageN" (pages of N tokens), a name of bench.inputs.KINDS (a quantized
             cache; a prompt's own keys are in full precision), "ring" (sinks, two runs of one
-            window and the chunk), or "e4m3" (q, k and v in fp8 with a scale a head).
+            window and the chunk), "e4m3" (q, k and v in fp8 with a scale a head), or "latent"
+            (absorbed MLA: values are all channels of keys but the last ROPE).
         kv_lens: keys of each row of the batch, where rows differ; sequences: lengths of sequences
             packed into one row.
         density: share of the blocks of keys that are selected.
@@ -94,6 +96,8 @@ class Problem:
             self, queries=min(self.queries, keys), keys=keys, batch=min(self.batch, 2), heads=4,
             kv_heads=2, head_dim=min(self.head_dim, 64), window=self.window and 40,
         )  # fmt: skip
+        if self.storage == "latent":
+            return replace(small, kv_heads=1, head_dim=self.head_dim)
         if self.sequences:
             return replace(small, sequences=(40, 120), queries=160)
         if self.kv_lens:
@@ -147,7 +151,8 @@ def build(problem: Problem) -> Built:
         _call(problem, q, view, blocks) for (q, _, _), view in zip(made, views, strict=True)
     )
     pairs = _pairs(problem, blocks)
-    work = 4 * problem.heads * problem.head_dim * pairs * (2.5 if problem.training else 1)
+    channels = problem.head_dim + made[0][2].shape[3]
+    work = 2 * problem.heads * channels * pairs * (2.5 if problem.training else 1)
     probe = _probe(problem, *made[0], views[0], blocks)
     return Built(calls, probe, made, work / 1e12, _bytes(problem, views[0]) / 1e9)
 
@@ -162,6 +167,8 @@ def _tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     dim, dtype = problem.head_dim, DTYPES[problem.dtype]
     q = random(problem.batch, problem.heads, problem.queries, dim, dtype=dtype)
     k, v = (random(problem.batch, problem.kv_heads, problem.keys, dim, dtype=dtype) for _ in "kv")
+    if problem.storage == "latent":
+        v = k[..., :-ROPE]
     for x in (q, k, v):
         x.requires_grad_(problem.training)
     return q, k, v
@@ -243,6 +250,8 @@ def _bytes(problem: Problem, view: Any) -> float:
         return sum(part.nbytes for x in (view.k, view.v) for part in x)
     width = 1 if problem.storage == "e4m3" else 2
     tokens = sum(problem.kv_lens) or problem.batch * problem.keys
+    if problem.storage == "latent":
+        return 2 * problem.head_dim * tokens
     return share * 2 * width * problem.kv_heads * problem.head_dim * tokens
 
 

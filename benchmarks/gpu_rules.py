@@ -5,7 +5,9 @@
 Every rule of saccade/ops/tuning/measured/backends is measured at the smallest sizes that it
 covers and at typical ones: the backends of its order and all others that can run the call.  A row
 says whether its rule holds: `gain` is the time of the fastest other backend over that of the rule's
-first one.  cuDNN makes a plan for every new shape; what that costs the host is a row of its own.
+first one; packages of others, which few machines have, count only for their own rules, and
+`peer_gain` is what each of them would win (benchmarks/gpu_peers.py proposes their rules).  cuDNN
+makes a plan for every new shape; what that costs the host is a row of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from benchmarks.gpu_measure import measure, measure_plan
 from benchmarks.gpu_problems import STEP, Problem
 from benchmarks.gpu_run import Row, main
+from saccade.ops.attention.dispatch import PEERS
 
 WHAT = "every rule of `auto`: milliseconds of each backend at its smallest and at typical sizes"
 RULES = Path(__file__).parents[1] / "saccade/ops/tuning/measured/backends"
@@ -51,8 +54,9 @@ def rule_rows() -> Iterator[Row]:
 def backends_of(problem: Problem) -> tuple[str, ...]:
     """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
     training = ("gluon_triton",) if problem.training else ()
-    special = problem.window or problem.sequences or problem.kv_lens or problem.storage != "dense"
-    return (*OURS, *training, *(() if special else ("sdpa",)))
+    stored = problem.storage not in ("dense", "latent")
+    special = problem.window or problem.sequences or problem.kv_lens or stored
+    return (*OURS, *training, *(() if special else ("sdpa",)), *PEERS)
 
 
 def dims_of(rule: dict[str, Any]) -> list[int]:
@@ -131,16 +135,19 @@ def _packed(dim: int, keys: int, rows: int, size: str) -> Problem:
 def measure_rule(
     order: Sequence[str], problem: Problem, backends: Sequence[str], peers: Sequence[str]
 ) -> dict[str, Any]:
-    """A row of `measure` with `total_ms` (where a call trains with the forward pass) and `gain`.
+    """A row of `measure` with `total_ms` (where a call trains with the forward pass), `gain`
+    and `peer_gain`.
 
     `gain` is None where the first of the order, or every other backend, could not be timed.
     """
     row = measure(problem, backends, peers)
     forward = row.get("forward_ms", {})
     total = {name: ms + forward.get(name, 0.0) for name, ms in row["ms"].items()}
-    others = [ms for name, ms in total.items() if name != order[0]]
+    ours = {name: ms for name, ms in total.items() if name not in PEERS}
+    others = [ms for name, ms in ours.items() if name != order[0]]
     gain = min(others) / total[order[0]] if order[0] in total and others else None
-    return row | {"order": list(order), "total_ms": total, "gain": gain}
+    peers = {name: min(ours.values()) / total[name] for name in PEERS if name in total and ours}
+    return row | {"order": list(order), "total_ms": total, "gain": gain, "peer_gain": peers}
 
 
 def chunk_rows() -> Iterator[Row]:
@@ -159,7 +166,7 @@ def chunk_rows() -> Iterator[Row]:
 def plan_rows() -> Iterator[Row]:
     """What a new shape costs with cuDNN, for the head dimensions of its rules."""
     for dim, causal, training in (
-        (192, True, False), (192, False, False), (80, False, False), (96, True, True),
+        (128, True, False), (96, True, True),
         (192, True, True), (128, True, True),
     ):  # fmt: skip
         problem = Problem(queries=1000, keys=1000, head_dim=dim, causal=causal, training=training)

@@ -11,9 +11,11 @@ from saccade.report.table import Cell, Heading, Line, Table
 
 TITLES = {
     "gluon": "Gluon", "gluon_fp8": "Gluon fp8", "triton": "Triton", "gluon_triton": "Gluon, Triton",
-    "cudnn": "cuDNN", "flash2": "FlashAttention-2", "flex": "FlexAttention", "sdpa": "SDPA",
+    "fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "flash_attn": "flash-attn",
+    "flashinfer": "FlashInfer", "cudnn": "cuDNN", "flash2": "FlashAttention-2",
+    "flex": "FlexAttention", "sdpa": "SDPA",
 }  # fmt: skip
-STEPS = ("decode",)  # cases that are bound by memory
+STEPS = ("decode", "peers_decode", "mla_decode")  # cases that are bound by memory
 
 
 def to_markdown(record: dict[str, Any], case: str) -> str:

@@ -27,7 +27,7 @@ FLOORS = [
     ],
     ["ops.attention.reference", "ops.attention.tiled", "ops.attention.cpu"],
     ["ops.attention.sdpa", "ops.attention.nvidia.problem", "ops.attention.nvidia.chunked"],
-    ["ops.attention.nvidia.block_lists"],
+    ["ops.attention.nvidia.block_lists", "ops.attention.peers"],
     ["ops.attention.nvidia.triton"],
     ["ops.attention.nvidia.gluon"],
     ["ops.attention.nvidia"],
@@ -44,7 +44,7 @@ FLOORS = [
     [""],
 ]
 FLOOR = {entry: level for level, row in enumerate(FLOORS) for entry in row}
-KERNELS = ("ops.attention.sdpa", "ops.attention.cpu", "ops.attention.nvidia")
+KERNELS = tuple(f"ops.attention.{name}" for name in ("sdpa", "cpu", "nvidia", "peers"))
 
 
 def entry_of(module):

@@ -6,6 +6,7 @@ import sys
 from tests.architecture.source import ROOT
 
 HEAVY = ("triton", "transformers", "matplotlib", "rich", "gguf", "accelerate", "jinja2")
+HEAVY += ("fa3_fwd_interface", "flash_attn_interface", "flash_attn", "flashinfer")
 
 
 def loaded_after(statement: str) -> set[str]:

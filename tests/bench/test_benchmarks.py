@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_attention, gpu_problems, gpu_rules, gpu_run, gpu_tables, gpu_visit
+from benchmarks import (
+    gpu_attention,
+    gpu_peers,
+    gpu_problems,
+    gpu_rules,
+    gpu_run,
+    gpu_tables,
+    gpu_visit,
+)
 from benchmarks.gpu_problems import Problem
 from saccade.bench.gate import stored
+from saccade.ops.tuning import rules as tuning
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = [p.stem for p in FOLDER.glob("*.py") if '__name__ == "__main__"' in p.read_text()]
@@ -51,7 +60,7 @@ def different(rows):
 
 
 @CPU
-@pytest.mark.parametrize("module", [gpu_attention, gpu_rules])
+@pytest.mark.parametrize("module", [gpu_attention, gpu_rules, gpu_peers])
 def test_every_kind_of_row_can_be_measured(module, tmp_path, capsys):
     rows = different(module.rows())
     path = tmp_path / "record.json"
@@ -62,7 +71,7 @@ def test_every_kind_of_row_can_be_measured(module, tmp_path, capsys):
         failed = {name for name in row.get("failed", {}) if name != "flex"}
         assert not failed, row
         assert "plan_ms" in row or "host_us" in row or row["ms"]["tiled"] > 0
-    for case in ("forward", "decode"):
+    for case in ("forward", "decode") if module is not gpu_peers else ("peers", "peers_decode"):
         table = gpu_tables.to_markdown(record, case)
         assert table.startswith("| ") and table.endswith("|\n")
 
@@ -107,12 +116,15 @@ def test_every_rule_is_measured_at_its_smallest_sizes():
 
 def test_gains_are_of_forward_and_backward_together(monkeypatch):
     def measured(*_):
-        return {"ms": {"gluon": 2.0, "triton": 3.0}, "forward_ms": {"gluon": 1.0, "triton": 1.5}}
+        forward = {"gluon": 1.0, "triton": 1.5, "fa3": 1.0}
+        return {"ms": {"gluon": 2.0, "triton": 3.0, "fa3": 1.0}, "forward_ms": forward}
 
     monkeypatch.setattr(gpu_rules, "measure", measured)
     problem = Problem(queries=1, keys=1)
     row = gpu_rules.measure_rule(["gluon"], problem, (), ())
-    assert row["total_ms"] == {"gluon": 3.0, "triton": 4.5} and row["gain"] == 1.5
+    assert row["total_ms"] == {"gluon": 3.0, "triton": 4.5, "fa3": 2.0} and row["gain"] == 1.5
+    assert row["peer_gain"] == {"fa3": 1.5}
+    assert gpu_rules.measure_rule(["fa3"], problem, (), ())["gain"] == 1.5
     assert gpu_rules.measure_rule(["sdpa"], problem, (), ())["gain"] is None
 
 
@@ -149,3 +161,27 @@ def test_the_visit_goes_on_after_a_part_that_fails(tmp_path, monkeypatch, capsys
     )
     assert gpu_visit.main() == 2
     assert capsys.readouterr().out.count("exit 1") == 2
+
+
+def peer_row(keys, gain, **more):
+    fields = {"case": "peers", "queries": keys, "keys": keys, "head_dim": 128, "total_ms": {"x": 1}}
+    return fields | {"peer_gain": {"fa3": gain, "fa4": 1.2}} | more
+
+
+def test_a_package_is_proposed_from_the_length_on_where_it_wins(tmp_path):
+    gains = ((1024, 1.5), (2048, 0.9), (4096, 1.3), (8192, 1.4))
+    rows = [peer_row(keys, gain) for keys, gain in reversed(gains)]
+    step = peer_row(8192, 1.5, case="peers_decode") | {"queries": 1}
+    (rule, decoding) = gpu_peers.proposed({"rows": [*rows, step]}, "h200_peers")
+    path = tmp_path / "sm_1.json"
+    path.write_text(json.dumps({"schema": tuning.SCHEMA, "rules": [rule, decoding]}))
+    made = tuning.read(path)
+    assert made[0].order == made[1].order == ("fa3",) and "1.30 to 1.40 times" in made[0].why
+    assert made[0].keys[0] == 4096 and made[0].rows[0] == 32 * 4096
+    assert made[0].pattern == ("causal",) and made[0].dtype == ("bfloat16",)
+    assert made[1].queries == (1, 1) and made[1].group_rows == (1, 4)
+    lost = [peer_row(1024, 1.5), peer_row(2048, 1.0, peer_gain={"fa3": 1.01})]
+    assert gpu_peers.proposed({"rows": lost}, "h200_peers") == []
+    for at in rule, decoding:
+        problem = gpu_rules.problem_of(at, 128, "causal", "dense", "smallest")
+        assert problem.keys >= gpu_rules.least(at, "keys")

@@ -79,6 +79,7 @@ def compile_gluon(
     blocks: bool = False,
     varlen: str = "",
     page_size: int | None = None,
+    value_dim: int | None = None,
 ) -> Any:
     """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
@@ -93,13 +94,15 @@ def compile_gluon(
         options,
     )
     from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo
+    from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 
-    def strided(heads: int) -> StridedTensor:
+    def strided(heads: int, dim: int = dim) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
     variant = "varlen" if varlen else "masked" if blocks or mask_args.window else ""
     launch = measured_launch(dim, variant)
+    value_dim = value_dim or dim
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
     info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()
     if varlen == "kv_lens":
@@ -107,13 +110,15 @@ def compile_gluon(
         info = info if page_size else info._replace(page_table=None, page_table_stride=None)
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
     arguments: dict[str, Any] = {
-        "q": strided(32), "k": strided(8), "v": strided(8), "out": strided(32),
+        "q": strided(32), "k": strided(8), "v": strided(8, value_dim),
+        "out": strided(32, value_dim),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
         "block_lists": BlockLists(lists, lists, 0, 64 * 64, 64) if blocks else BlockLists(),
         "varlen": info, "num_pages": 64, "ZERO_V_TAIL": bool(varlen), "PAGE_SIZE": page_size,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
-        "CAUSAL": True, "D": dim,
+        "CAUSAL": True, "DIM": dim, "V_DIM": value_dim, "D": tile_dim(dim),
+        "DV": tile_dim(value_dim),
     }  # fmt: skip
     return compile_for(
         forward_kernel,
@@ -190,7 +195,7 @@ def compile_gluon_backward(dim: int, mask_args: MaskArgs = RULES, *, causal: boo
         options,
     )
 
-    def strided(heads: int) -> StridedTensor:
+    def strided(heads: int, dim: int = dim) -> StridedTensor:
         x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 

@@ -15,7 +15,7 @@ from saccade.core.kv import dense
 from saccade.ops import attend, attention, make_call
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots
-from tests.support.gpu import HOPPER
+from tests.support.gpu import HOPPER, where_it_runs
 
 GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 MEMORY = torch.cuda.get_device_properties(0).total_memory if GPU else 0
@@ -73,7 +73,7 @@ def test_a_million_tokens_in_a_window(backend, dim):
         assert (result.lse[:, :, first:stop] - truth.lse).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", [*KERNELS, where_it_runs("fa3"), where_it_runs("fa4")])
 @pytest.mark.parametrize("queries", [64, 300])
 def test_few_rows_over_a_million_keys(backend, queries):
     q, k, v = normal(1, 2, queries, 128), normal(1, 1, MILLION, 128), normal(1, 1, MILLION, 128)

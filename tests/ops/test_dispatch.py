@@ -83,9 +83,13 @@ def test_gluon_is_taken_only_where_it_was_measured(with_rules):
         "supported, but it was measured to win only from 131072 rows (batch x heads x queries) on, "
         "here 3200"
     )
-    with_rules()
+    with_rules(Rule(order=("gluon",), pattern=("window",), **WINS))
     assert dict(explain(*meta()))["gluon"] == (
         "supported, but it was measured to win only for other calls"
+    )
+    with_rules()
+    assert dict(explain(*meta()))["gluon"] == (
+        "supported, but no measurement of this machine puts it first"
     )
 
 
@@ -162,14 +166,20 @@ def test_a_rule_about_one_kernel_needs_that_kernel(with_rules, monkeypatch):
         assert dict(explain(*meta()))[taken].startswith("chosen")
 
 
-def first_on_hopper(call, **facts):
-    """The backend that the package's rules put first, where cuDNN is available."""
+def first_on_hopper(call, *, packages=False, **facts):
+    """The backend that the package's rules put first, where cuDNN is available.
+
+    Args:
+        packages: every package of others is installed, instead of none.
+    """
     found = tuning.rules("sm_90").fitting(rules.facts_of(call.with_(**facts)))
-    return next((rule.order[0] for rule in found), None)
+    names = [rule.order[0] for rule in found]
+    peers = [name for name in names if name in dispatch.PEERS and packages]
+    return next((name for name in [*peers, *names] if packages or name not in dispatch.PEERS), None)
 
 
 def test_the_rules_for_hopper():
-    """Prefill: Gluon from the lengths on where it was measured; cuDNN only where its plans pay."""
+    """Prefill: Gluon from the lengths on where it was measured."""
 
     def first(*shape, **mask):
         return first_on_hopper(call_of(*shape, **mask))
@@ -177,12 +187,21 @@ def test_the_rules_for_hopper():
     assert first(1024, 128) == first(4096, 64) == first(32768, 256, causal=False) == "gluon"
     assert first(1024, 64) is None and first(2048, 128, window=100) is None
     assert first(4096, 128, window=1024) == "gluon"
-    assert first(16384, 192) is None and first(32768, 192) == "sdpa"
-    assert first(16384, 96) is first(32768, 96) is None
-    assert first(32768, 96, causal=False) == first(16384, 192, causal=False) == "sdpa"
+    assert first(2048, 192) == first(2048, 96) == first(2048, 80, causal=False) == "gluon"
+    assert first(1024, 192) is first(16384, 48) is first(16384, 96, window=100) is None
     assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
     found = {name: first_on_hopper(call) for name, call in calls_by_storage(32768).items()}
     assert found == dict.fromkeys(tuning.STORAGE, "gluon") | {"ring": None, "short": None}
+
+
+def test_the_rules_for_packages_of_others_on_hopper():
+    def first(*shape, **mask):
+        return first_on_hopper(call_of(*shape, **mask), packages=True)
+
+    assert (
+        first(4096, 96) == first(4096, 192, causal=False) == first(4096, 128, causal=False) == "fa3"
+    )
+    assert first(4096, 128) == first(2048, 96) == "gluon"
 
 
 def test_the_rules_for_decoding_on_hopper():

@@ -6,7 +6,6 @@ matrix; on one, what PyTorch's profiler saw is compared with what was recorded.
 
 import os
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -122,7 +121,7 @@ class TestOnGPU:
     ):
         from torch.profiler import ProfilerActivity, profile
 
-        given = on_cuda(matrix.call_of(matrix.Cell(backend, row, kind, True)))
+        given = matrix.on_cuda(matrix.call_of(matrix.Cell(backend, row, kind, True)))
         solve(given, backend)  # compiles
         known.clear()
         launches = record(monkeypatch, run=True)
@@ -135,23 +134,3 @@ class TestOnGPU:
             seen = Counter(event.name for event in found.events() if event.name in names)
             assert seen == names
         assert places(launches) - {"combine"} == expected
-
-
-def on_cuda(given):
-    """The same call on a GPU; leaves are leaves again."""
-
-    def move(x):
-        if isinstance(x, torch.Tensor):
-            moved = x.detach().to("cuda")
-            return moved.requires_grad_() if x.requires_grad else moved
-        if isinstance(x, tuple):
-            parts = [move(part) for part in x]
-            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        if isinstance(x, dict):
-            return {name: move(value) for name, value in x.items()}
-        fields = getattr(x, "__dataclass_fields__", {})
-        return replace(x, **{name: move(getattr(x, name)) for name in fields}) if fields else x
-
-    q, kv, options = move(given.q), move(given.kv), move(given.options)
-    leaves = (q, kv.k, kv.v) if given.leaves else ()
-    return matrix.Given(q, kv, options, leaves)

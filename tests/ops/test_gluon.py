@@ -16,7 +16,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
-from saccade.ops.attention.nvidia.gluon.prefill import support as prefill_support
 from saccade.ops.gpu.kernel_args import MaskArgs
 from tests.support.cases import MASKS, Case, on
 from tests.support.gpu import on_gpu
@@ -24,6 +23,7 @@ from tests.support.reference import check_case
 
 SMALL_BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 1).bool(), q_block=64, k_block=64)
 VARLEN_MASKS = [{}, {"causal": False}, {"window": 200, "sinks": 3}]
+TILES = (64, 128, 256)  # head dimensions that fill a tile
 LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 
@@ -34,18 +34,54 @@ def check(case, dtype):
 class TestOnGPU:
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
     @pytest.mark.parametrize("mask", [*MASKS, {"window": 130, "sinks": 140}], ids=str)
     def test_equals_the_reference(self, mask, lengths, dim):
         check(Case((6, 2), lengths, mask, "plain", head_dim=dim), torch.bfloat16)
+
+    @pytest.mark.parametrize("dim", [40, 80, 96, 112, 160, 192, 200])
+    @pytest.mark.parametrize("mask", [{}, {"causal": False}, {"window": 130, "sinks": 3}], ids=str)
+    def test_heads_that_do_not_fill_a_tile(self, mask, dim):
+        for lengths in ((300, 300), (65, 700)):
+            check(Case((6, 2), lengths, mask, "plain", head_dim=dim), torch.bfloat16)
+
+    @pytest.mark.parametrize("dims", [(192, 128), (128, 64), (96, 40), (256, 200)], ids=str)
+    @pytest.mark.parametrize("token_major", [False, True])
+    def test_values_narrower_than_keys(self, dims, token_major):
+        """The output has the layout of the queries, whose rows of tokens a model reads."""
+        q, k = (
+            torch.randn(2, n, heads, dims[0], device="cuda") for n, heads in ((300, 6), (700, 2))
+        )
+        v = torch.randn(2, 700, 2, dims[1], device="cuda")
+        q, k, v = (x.bfloat16().transpose(1, 2) for x in (q, k, v))
+        q = q if token_major else q.contiguous()
+        truth = attention(q.double(), k.double(), v.double(), backend="reference")
+        ours = attention(q, k, v, backend="gluon")
+        assert (ours - truth).abs().max() < 2.5e-2
+        assert (ours.transpose(1, 2) if token_major else ours).is_contiguous()
+
+    def test_scores_that_grow_from_tile_to_tile(self):
+        """The maximum that weights refer to follows late, and in some rows of a warp only."""
+        q, k, v = (torch.randn(1, 2, 1024, 128, device="cuda") for _ in range(3))
+        k *= torch.linspace(0.1, 8, 1024, device="cuda").flip(0)[:, None]
+        q[:, :, ::7] *= 4
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        for mask in ({}, {"causal": False}):
+            truth = attend(
+                make_call(q.double(), DenseKV(k.double(), v.double()), mask=Mask(**mask)),
+                backend="reference",
+            )
+            ours = attend(make_call(q, DenseKV(k, v), mask=Mask(**mask)), backend="gluon")
+            assert (ours.out - truth.out).abs().max() < 3e-2
+            assert (ours.lse - truth.lse).abs().max() < 1e-2
 
     @pytest.mark.parametrize("heads", [(4, 4), (5, 1), (8, 2)], ids=str)
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
     def test_sink_logits_in_float16(self, heads, mask):
         check(Case(heads, (300, 400), mask, "sink_logits", head_dim=64), torch.float16)
 
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("lengths", [(300, 300), (513, 700), (128, 1024)], ids=str)
     @pytest.mark.parametrize(
         "mask", [{}, {"causal": False}, {"window": 300}, {"window": 300, "sinks": 5}], ids=str
@@ -58,7 +94,7 @@ class TestOnGPU:
         case = Case((6, 2), lengths, mask, "plain", head_dim=dim, options={"blocks": blocks})
         check(case, torch.bfloat16)
 
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_packed_sequences(self, mask, dim):
         """Sequences without queries, without keys, with fewer keys than queries, of many tiles."""
@@ -69,14 +105,14 @@ class TestOnGPU:
         case = replace(case, options={"cu_seqlens": cu})
         check(case, torch.bfloat16)
 
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_key_lengths_per_row(self, mask, dim):
         """Keys past the end of a row are NaN."""
         check(Case((6, 2), (200, 720), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
 
     @pytest.mark.parametrize("page", [16, 64, 128, 256])
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=200, sinks=3)], ids=str)
     def test_pages_in_any_order(self, mask, dim, page):
         """Slots past the end of a row hold NaN, and its page table invalid page numbers."""
@@ -105,7 +141,7 @@ class TestOnGPU:
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
 
-    @pytest.mark.parametrize("dim", prefill_support.DIMS)
+    @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
     def test_many_work_tiles_per_cta(self, mask, dim):
         """Six work tiles per CTA: the state of one must not leak into the next."""
@@ -229,9 +265,10 @@ class TestOnGPU:
             attention(x, x, x, **on("cuda", options), backend="gluon")
 
     def test_refuses_other_head_dims_dtypes_and_alignments(self):
-        x = torch.randn(1, 2, 40, 96, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(1, 2, 40, 264, device="cuda", dtype=torch.bfloat16)
         for wrong, reason in (
-            (x, "head_dim 96 is not one of 64, 128, 256"),
+            (x, "head_dim 264 is not one of 33 to 256"),
+            (x[..., :60], "head_dim 60 is no multiple of 8"),
             (x[..., :64].float(), "float32 is not one of bfloat16, float16"),
             (torch.randn(1, 2, 40, 65, device="cuda").half()[..., 1:], "multiples of 16 bytes"),
         ):
@@ -288,7 +325,7 @@ def test_refuses_cpu_tensors_in_a_sentence():
     assert dict(explain(x, x, x))["gluon"].startswith("cannot: tensors are on cpu")
 
 
-@pytest.mark.parametrize("dim", prefill_support.DIMS)
+@pytest.mark.parametrize("dim", TILES)
 def test_compiles_for_hopper_with_overlapped_products(dim):
     from tests.ops.compiled import compile_gluon
 
@@ -307,12 +344,14 @@ def test_compiles_for_hopper_with_overlapped_products(dim):
     [
         (128, {}),
         (256, {}),
+        (96, {}),
+        (192, {"value_dim": 128}),
         (128, {"mask_args": MaskArgs(window=1024)}),
         (128, {"blocks": True}),
         (128, {"varlen": "packed"}),
         (128, {"varlen": "kv_lens", "page_size": 16}),
     ],
-    ids=["128", "256", "window", "blocks", "packed", "pages"],
+    ids=["128", "256", "96", "192", "window", "blocks", "packed", "pages"],
 )
 def test_products_are_not_serialized_and_nothing_spills(tmp_path, dim, variant):
     """ptxas reports both, and serializes the products when they are issued in another order."""

@@ -1,10 +1,14 @@
 """Marks of tests that need a GPU, and what they share."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 
-from saccade.core import Mask
+from saccade.core import DenseKV, Mask
 from saccade.ops import attend, make_call
+from saccade.ops.attention import dispatch
 from saccade.ops.attention.nvidia import (
     gluon_backend,
     gluon_fp8_backend,
@@ -12,6 +16,7 @@ from saccade.ops.attention.nvidia import (
     triton_backend,
 )
 from saccade.ops.gpu import support
+from tests.support.peers import pretend_installed
 from tests.support.tolerance import ALLOWANCE as BOUND  # beyond twice the error of an eager run
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -29,6 +34,7 @@ __all__ = [
     "on_ampere",
     "on_gpu",
     "pretend_hopper",
+    "where_it_runs",
 ]
 
 
@@ -43,8 +49,21 @@ def assert_a_graph_replays(q, view):
     assert torch.equal(out, attend(make_call(q, view, mask=Mask()), backend="gluon").out)
 
 
+def where_it_runs(peer: str) -> Any:
+    """A parameter of a test: a package of others, skipped by name where it cannot run."""
+    reason: str | None = "needs a Hopper GPU"
+    if HOPPER:
+        q = torch.zeros(1, 2, 6, 64, dtype=torch.bfloat16, device="cuda")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the package's own imports
+            reason = dispatch.load(peer).refusal(make_call(q, DenseKV(q, q), mask=Mask()))
+    skip = pytest.mark.skipif(reason is not None, reason=f"{peer}: {reason}")
+    return pytest.param(peer, marks=[skip, pytest.mark.filterwarnings("ignore")])
+
+
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every question for the device be answered as on an H200 with a current PyTorch."""
+    """Let every question for the device be answered as on an H200 that has everything."""
+    pretend_installed(monkeypatch)
     for module in (gluon_backend, gluon_fp8_backend, gluon_triton_backend):
         monkeypatch.setattr(module, "gluon_refusal", lambda device: None)
     monkeypatch.setattr(triton_backend, "triton_refusal", lambda device: None)

@@ -24,7 +24,9 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a call is made of where its row says nothing else.
 BASE = {
     "gluon": "bfloat16", "gluon_triton": "bfloat16", "gluon_fp8": "fp8", "sdpa_cuda": "bfloat16",
+    "fa3": "bfloat16", "fa4": "bfloat16", "flash_attn": "bfloat16", "flashinfer": "bfloat16",
 }  # fmt: skip
+BATCH = {"flashinfer": 1}  # rows of a call, 2 elsewhere
 
 TABLE = """
 row            reference tiled cpu  sdpa sdpa_cuda triton gluon gluon_triton gluon_fp8
@@ -60,6 +62,42 @@ quantized_fp8  PDG       PDG   .    PDG  .         PD     PD    .            .
 growing        PDG       PDG   .    PDG  .         PD     D     .            .
 cpu_tensors    PDG       PDG   PDG  PDG  -         .      .     .            .
 cuda_tensors   PDG       PDG   .    PDG  PDG       PDG    PDG   G            PD
+"""
+
+PEERS = """
+row            fa3 fa4 flash_attn flashinfer
+causal         PDG PDG PDG        PD
+all            PDG PDG PDG        PD
+window         PDG PDG PDG        PD
+sinks          .   .   .          .
+key_padding    .   .   .          .
+kv_lens        .   .   D          .
+q_offset       .   .   .          .
+cu_seqlens     PDG PDG PDG        .
+blocks         .   .   .          .
+attn_mask      .   .   .          .
+softcap        PDG PDG PDG        PD
+sink_logits    PD  PD  PD         PD
+alibi_slopes   .   .   PDG        .
+learned_slopes .   .   .          .
+value_dim      PD  .   .          .
+lse            PD  PDG PD         PD
+head_dim_80    PDG PDG PDG        .
+head_dim_256   PDG PDG PDG        PD
+float32        .   .   .          .
+float64        .   .   .          .
+bfloat16       PDG PDG PDG        PD
+float16        PDG PDG PDG        PD
+fp8            .   .   .          .
+ring           .   .   .          .
+paged          .   .   .          .
+ragged         .   .   .          .
+int8           .   .   .          .
+int4           .   .   .          .
+quantized_fp8  .   .   .          .
+growing        .   .   .          .
+cpu_tensors    .   .   .          .
+cuda_tensors   PDG PDG PDG        PD
 """
 
 MEANING = {
@@ -112,13 +150,16 @@ class Cell:
         return BASE.get(self.backend, "float32")
 
 
-def _parse() -> tuple[tuple[str, ...], dict[str, dict[str, str]]]:
-    head, *lines = (line.split() for line in TABLE.strip().splitlines())
+def _parse(table: str) -> tuple[tuple[str, ...], dict[str, dict[str, str]]]:
+    head, *lines = (line.split() for line in table.strip().splitlines())
     rows = {row: dict(zip(head[1:], cells, strict=True)) for row, *cells in lines}
     return tuple(head[1:]), rows
 
 
-COLUMNS, ROWS = _parse()
+OURS, _ROWS = _parse(TABLE)
+PEER_COLUMNS, _PEER_ROWS = _parse(PEERS)
+COLUMNS = OURS + PEER_COLUMNS
+ROWS = {row: kinds | _PEER_ROWS[row] for row, kinds in _ROWS.items()}
 NOTHING = {".": "-", "-": ""}  # as the documentation shows it
 
 
@@ -160,20 +201,20 @@ def call_of(cell: Cell) -> Given:
 
 def _plain(cell: Cell) -> Given:
     """The call without gradients."""
-    q_len = Q_LEN[cell.kind]
+    q_len, batch = Q_LEN[cell.kind], BATCH.get(cell.backend, 2)
     packed = cell.row == "cu_seqlens"
     dim = int(cell.row[9:]) if cell.row.startswith("head_dim_") else 64
     base = cell.row if cell.row in (*DTYPES, "fp8") else cell.base
     dtype = torch.float32 if base == "fp8" else getattr(torch, base)
     q, k, v = qkv(
         q_len=2 * q_len if packed else q_len, k_len=K_LEN, dim=dim, dtype=dtype,
-        batch=1 if packed else 2, value_dim=128 if cell.row == "value_dim" else None,
+        batch=1 if packed else batch, value_dim=128 if cell.row == "value_dim" else None,
     )  # fmt: skip
-    options = _options(cell.row, q.shape[2]) | {"wants_lse": cell.row == "lse"}
+    options = _options(cell.row, q.shape[2], batch) | {"wants_lse": cell.row == "lse"}
     return Given(*_stored(cell.row, base, q, k, v), options)
 
 
-def _options(row: str, q_len: int) -> dict[str, Any]:
+def _options(row: str, q_len: int, batch: int) -> dict[str, Any]:
     """The options of `attend` that a row is about."""
     mask = {
         "all": Mask(causal=False), "window": Mask(window=50), "sinks": Mask(window=50, sinks=3),
@@ -181,19 +222,19 @@ def _options(row: str, q_len: int) -> dict[str, Any]:
     allowed = torch.ones(1, 1, -(-q_len // 128), -(-K_LEN // 128), dtype=torch.bool)
     allowed[..., -1, 0] = False
     options = {
-        "key_padding": {"key_padding": torch.rand(2, K_LEN) > 0.3},
-        "kv_lens": {"kv_lens": torch.tensor([K_LEN, K_LEN - 20])},
-        "q_offset": {"q_offset": torch.tensor([K_LEN - q_len, K_LEN - q_len - 5])},
+        "key_padding": {"key_padding": torch.rand(batch, K_LEN) > 0.3},
+        "kv_lens": {"kv_lens": torch.tensor([K_LEN, K_LEN - 20])[:batch]},
+        "q_offset": {"q_offset": torch.tensor([K_LEN - q_len, K_LEN - q_len - 5])[:batch]},
         "cu_seqlens": {
             "cu_seqlens": (torch.tensor([0, q_len // 2, q_len]), torch.tensor([0, 90, K_LEN]))
         },
         "blocks": {"blocks": BlockSelection(allowed=allowed, q_block=128, k_block=128)},
-        "attn_mask": {"attn_mask": torch.rand(2, 1, q_len, K_LEN) > 0.3},
+        "attn_mask": {"attn_mask": torch.rand(batch, 1, q_len, K_LEN) > 0.3},
         "softcap": {"softcap": 2.0},
         "sink_logits": {"sink_logits": normal(4)},
         "alibi_slopes": {"alibi_slopes": torch.rand(4)},
         "learned_slopes": {"alibi_slopes": torch.rand(4)},
-        "growing": {"kv_lens": torch.tensor([K_LEN, K_LEN - 20])},
+        "growing": {"kv_lens": torch.tensor([K_LEN, K_LEN - 20])[:batch]},
     }
     return {"mask": mask.get(row, Mask())} | options.get(row, {})
 
@@ -230,6 +271,26 @@ def _with_leaves(given: Given, cell: Cell) -> Given:
     return Given(q, DenseKV(k, v), options, (q, k, v, *learned))
 
 
+def on_cuda(given: Given) -> Given:
+    """The same call on a GPU; leaves are leaves again."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            moved = x.detach().to("cuda")
+            return moved.requires_grad_() if x.requires_grad else moved
+        if isinstance(x, tuple):
+            parts = [move(part) for part in x]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if isinstance(x, dict):
+            return {name: move(value) for name, value in x.items()}
+        fields = getattr(x, "__dataclass_fields__", {})
+        return replace(x, **{name: move(getattr(x, name)) for name in fields}) if fields else x
+
+    q, kv, options = move(given.q), move(given.kv), move(given.options)
+    leaves = (q, kv.k, kv.v) if given.leaves else ()
+    return Given(q, kv, options, leaves)
+
+
 def _on_meta(x: Any) -> Any:
     """Tensors without memory, which stand for those on a GPU."""
     return replace(x, qdata=x.qdata.to("meta"), scale=x.scale.to("meta")) if hasattr(
@@ -259,13 +320,51 @@ def markdown() -> str:
         "the hardware allows it, else compared with the backend's `refusal`. This page is written "
         "from `tests/support/matrix.py`: `python -m tests.support.matrix > docs/support.md`.",
         "",
-        "| | " + " | ".join(_title(name) for name in COLUMNS) + " | |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        *_table(OURS),
+        "",
+        *ABOUT_PEERS,
+        *_table(PEER_COLUMNS),
     ]
-    for row, kinds in ROWS.items():
-        shown = (NOTHING.get(kinds[name], " ".join(kinds[name])) for name in COLUMNS)
-        lines.append(f"| `{row}` | " + " | ".join(shown) + f" | {MEANING.get(row, row)} |")
     return "\n".join(lines) + "\n"
+
+
+ABOUT_PEERS = (
+    "## Packages of others",
+    "",
+    "Four backends are thin adapters to packages that need not be installed: none is imported "
+    "before a call on a GPU that it could take. `auto` takes one only where it is installed and a "
+    "measured rule of this GPU puts it first (`saccade.explain` names the rule and its record); "
+    '`backend="fa3"` takes it by name.',
+    "",
+    "| backend | package | from | what else it asks for |",
+    "|---|---|---|---|",
+    "| `fa3` | `flash_attn_3`, or `fa3-fwd` | Hopper | `fa3-fwd` has no windows, float16 and "
+    "gradients: what a build lacks is read from its own flags. Values that are the first 256 to "
+    "512 channels of keys, in the same memory (absorbed MLA: 576 and 512), are read once |",
+    "| `fa4` | `flash-attn-4` | Hopper | seconds of compiling for every new kind of call; not "
+    "offered on Blackwell, where nobody tried the adapter |",
+    "| `flash_attn` | `flash-attn` 2.6 or newer | Ampere | pages of a multiple of 256 slots, which "
+    "it reads in place; over pages and `kv_lens` every query has to see all keys of its row |",
+    "| `flashinfer` | `flashinfer-python` | Ampere | a batch of one row, heads of 64, 128 or 256; "
+    "it compiles its kernels with nvcc where no binary of them is installed |",
+    "",
+    "All take bfloat16 or float16, head dimensions that are multiples of 8 up to 256 (but for "
+    "MLA), and the last query at the last key. `fa3` and `fa4` multiply what lies behind a row's "
+    "keys by 0, so NaN there would reach the result: they take no pages and no `kv_lens`. Inside "
+    "`torch.compile` they serve `auto` without gradients, and not by name. Adapters are tested "
+    "against fakes of the published signatures (`tests/support/peers.py`), and on a GPU where the "
+    "package can be imported (`tests/ops/test_peers.py`). On a card no adapter has run yet.",
+    "",
+)
+
+
+def _table(columns: tuple[str, ...]) -> list[str]:
+    """The rows of some backends."""
+    lines = ["| | " + " | ".join(map(_title, columns)) + " | |", "|---" * (len(columns) + 2) + "|"]
+    for row, kinds in ROWS.items():
+        shown = (NOTHING.get(kinds[name], " ".join(kinds[name])) for name in columns)
+        lines.append(f"| `{row}` | " + " | ".join(shown) + f" | {MEANING.get(row, row)} |")
+    return lines
 
 
 def _title(column: str) -> str:

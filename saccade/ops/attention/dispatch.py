@@ -27,15 +27,22 @@ from saccade.ops.attention.nvidia import (
     gluon_triton_backend,
     triton_backend,
 )
+from saccade.ops.attention.peers import fa3, fa4, flash_attn, flashinfer
 from saccade.ops.attention.sdpa import backend as sdpa
 from saccade.ops.gpu.replay import Replay, is_hooked
 from saccade.ops.planning import planning
 
 # Fastest first, by measurement (benchmarks/results); the last one runs everything in O(N) memory.
-AUTO_ORDER = ("gluon", "gluon_triton", "triton", "cpu", "sdpa", "gluon_fp8", "tiled")
+AUTO_ORDER = (
+    "gluon", "gluon_triton", "triton", "cpu", "sdpa", "gluon_fp8",
+    "fa3", "fa4", "flash_attn", "flashinfer", "tiled",
+)  # fmt: skip
+
+# Packages of others, which need not be installed: each is imported at the first call it could take.
+PEERS = ("fa3", "fa4", "flash_attn", "flashinfer")
 
 # Backends that `auto` takes only where a rule names them, though they can do more.
-ONLY_MEASURED = ("gluon", "gluon_triton")
+ONLY_MEASURED = ("gluon", "gluon_triton", *PEERS)
 
 
 class Backend(Protocol):
@@ -79,6 +86,10 @@ BACKENDS: dict[str, Backend] = {
     "gluon_fp8": gluon_fp8_backend,
     "cpu": cpu,
     "sdpa": sdpa,
+    "fa3": fa3,
+    "fa4": fa4,
+    "flash_attn": flash_attn,
+    "flashinfer": flashinfer,
 }
 
 
@@ -88,7 +99,7 @@ _NAMES: dict[Backend, str] = {backend: name for name, backend in BACKENDS.items(
 FORWARD_MODE = ("reference", "tiled")
 
 # Backends whose kernels read and write memory behind PyTorch's back.
-NATIVE = ("triton", "gluon", "gluon_triton", "gluon_fp8", "cpu")
+NATIVE = ("triton", "gluon", "gluon_triton", "gluon_fp8", "cpu", *PEERS)
 
 
 # Backends that transform queries and outputs of Hadamard-transformed views themselves.
@@ -234,11 +245,20 @@ def _auto(call: AttentionCall, among: tuple[str, ...] = AUTO_ORDER) -> str:
 
 
 def preferred(call: AttentionCall) -> rules.Rule | None:
-    """The first rule that fits the call; inside torch.compile none, which would add guards."""
+    """The first rule that fits the call; inside torch.compile none, which would add guards.
+
+    Rules that begin with a peer come first, and hold where that peer can run the call.
+    """
     if torch.compiler.is_compiling():
         return None
     found = rules.rules_for(call.q.device)
-    for rule in found.fitting(rules.facts_of(call)) if found.rules else ():
+    fitting = found.fitting(rules.facts_of(call)) if found.rules else ()
+    for rule in fitting:
+        if rule.order[0] in PEERS and refusal(call, rule.order[0]) is None:
+            return rule
+    for rule in fitting:
+        if rule.order[0] in PEERS:
+            continue
         if not rule.kernel or sdpa.kernel_of(call) == rule.kernel:
             return rule
     return None

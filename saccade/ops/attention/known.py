@@ -143,11 +143,12 @@ def _part(x: Any) -> Hashable:
 
 
 def _pair(kv: tuple[Any, Any]) -> Hashable:
-    return _part(kv[0]), _part(kv[1])
+    return _part(kv[0]), _part(kv[1]), kv[0].data_ptr() == kv[1].data_ptr()
 
 
 def _dense(kv: DenseKV) -> Hashable:
-    return _part(kv.k), _part(kv.v), kv.spans, kv.hadamard
+    same = kv.k.data_ptr() == kv.v.data_ptr()  # values may be channels of keys
+    return _part(kv.k), _part(kv.v), same, kv.spans, kv.hadamard
 
 
 def _paged(kv: PagedKV) -> Hashable:

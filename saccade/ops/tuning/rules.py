@@ -168,6 +168,8 @@ class RuleSet:
 
     def unmeasured(self, name: str, facts: Facts) -> str:
         """Why `auto` passes over a backend that it takes only where it was measured to win."""
+        if not any(name in rule.order for rule in self.rules):
+            return "no measurement of this machine puts it first"
         near = [rule for rule in self.rules if name in rule.order and rule.fits_kind(facts)]
         if not near:
             return "it was measured to win only for other calls"

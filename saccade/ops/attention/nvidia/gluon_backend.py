@@ -81,9 +81,18 @@ def _prefill(call: AttentionCall) -> AttentionOutput:
     from saccade.ops.attention.nvidia.gluon.prefill import launch
 
     kv = call.kv
-    # Laid out as the queries are, which models transpose into rows of tokens without a copy.
-    out = torch.empty_like(call.q)
+    out = _empty_output(call.q, kv.shape[4])
     if isinstance(kv, PagedKV):
         problem = problem_of(call, kv.k, kv.v, paged_kv_lens(call))
         return launch.forward(problem, page_table=kv.page_table, out=out)
     return launch.forward(dense_problem(call), out=out)
+
+
+def _empty_output(q: Tensor, value_dim: int) -> Tensor:
+    """Laid out as the queries are, which models transpose into rows of tokens without a copy."""
+    if value_dim == q.shape[3]:
+        return torch.empty_like(q)
+    batch, heads, queries, _ = q.shape
+    if q.transpose(1, 2).is_contiguous():
+        return q.new_empty(batch, queries, heads, value_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, queries, value_dim)

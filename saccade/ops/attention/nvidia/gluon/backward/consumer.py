@@ -30,8 +30,9 @@ from saccade.ops.attention.nvidia.gluon.backward.tile_scheduler import (
     kv_work_tile,
     next_q_tile,
 )
-from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E, to_16_bits
+from saccade.ops.attention.nvidia.gluon.prefill.consumer import to_16_bits
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import next_stage
+from saccade.ops.gpu.triton_lang import LOG2E
 
 
 @gluon.jit

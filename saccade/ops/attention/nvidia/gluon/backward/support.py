@@ -9,7 +9,7 @@ import torch
 
 from saccade.core import DenseKV
 from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.nvidia.gluon.prefill.support import DIMS as FORWARD_DIMS
+from saccade.ops.attention.nvidia.gluon.prefill.support import TILE_KEYS
 from saccade.ops.attention.nvidia.gluon.support import layout_refusal
 
 DIMS = (64, 128)
@@ -24,7 +24,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 def forward_refusal(call: AttentionCall) -> str | None:
     """Why the Gluon prefill kernel cannot compute the forward pass of a call, or None."""
-    return _refusal(call, FORWARD_DIMS)
+    return _refusal(call, tuple(TILE_KEYS))
 
 
 def _refusal(call: AttentionCall, dims: tuple[int, ...]) -> str | None:

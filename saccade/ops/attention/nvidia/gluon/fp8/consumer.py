@@ -25,7 +25,6 @@ from saccade.ops.attention.nvidia.gluon.fp8.producer import (
     stage_of,
 )
 from saccade.ops.attention.nvidia.gluon.fp8.softmax import P_EXPONENT, online_softmax, p_operand
-from saccade.ops.attention.nvidia.gluon.prefill.consumer import LN2, LOG2E, LOWEST
 from saccade.ops.attention.nvidia.gluon.prefill.mask import apply_mask
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
@@ -33,6 +32,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     work_tile,
     work_tile_count,
 )
+from saccade.ops.gpu.triton_lang import LN2, LOG2E, LOWEST
 
 
 @gluon.jit

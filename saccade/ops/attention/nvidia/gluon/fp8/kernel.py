@@ -19,8 +19,8 @@ from saccade.ops.attention.nvidia.gluon.fp8.producer import (
     pipeline_barriers,
     produce,
 )
-from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E
 from saccade.ops.attention.nvidia.gluon.prefill.producer import tensor_descriptor
+from saccade.ops.gpu.triton_lang import LOG2E
 
 
 @gluon.jit(

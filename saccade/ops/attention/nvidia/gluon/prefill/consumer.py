@@ -20,6 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from saccade.ops.attention.nvidia.gluon.prefill.mask import mask_left, mask_right, unmasked_range
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile, zero_v_tail
+from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
+    add_sums,
+    normalize,
+    online_softmax,
+    rescale_o,
+)
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
     kv_tile_plan,
@@ -27,18 +33,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     work_tile,
     work_tile_count,
 )
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2, LOWEST = gl.constexpr(0.6931471805599453), gl.constexpr(-1e30)
-
-
-@gluon.jit
-def _online_softmax(s, row_max, row_sum, scale_log2):
-    """Add a tile of S to the running maximum and sum: (P, row_max, row_sum, rescale of O)."""
-    new_max = gl.maximum(row_max, gl.max(s, 1))
-    p = gl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
-    rescale = gl.exp2((row_max - new_max) * scale_log2)
-    return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
+from saccade.ops.gpu.triton_lang import LOWEST
 
 
 @gluon.jit
@@ -61,10 +56,26 @@ def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
+def scores(q_tile, k_tile, s, DIM: gl.constexpr):
+    """S = Q K^T of a tile of keys `[BLOCK_N, D]`, issued; columns from DIM on are zeros.
+
+    A product of 192 columns is one of 128 and one of 64: a quarter less than the whole tile.
+    """
+    if k_tile.shape[1] == 256 and DIM <= 192:
+        low = k_tile.slice(0, 128, dim=1).permute((1, 0))
+        high = k_tile.slice(128, 64, dim=1).permute((1, 0))
+        s = warpgroup_mma(q_tile.slice(0, 128, dim=1), low, s, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_tile.slice(128, 64, dim=1), high, s, is_async=True)
+    else:
+        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
+    return s
+
+
+@gluon.jit
 def _mainloop(
     state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars, scale_log2,
-    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, CAUSAL: gl.constexpr,
-    PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys begin .. end - 1: S of tile j, then P V of tile j - 1, then softmax of j."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, pingpong = bars
@@ -82,8 +93,8 @@ def _mainloop(
         if PINGPONG:
             mbarrier.wait(pingpong.index(CONSUMER), turn_phase)
         k_tile = k_smem.index(k_stage).reshape([BLOCK_N, D])
-        s_async = warpgroup_mma(q_tile, k_tile.permute((1, 0)), p, use_acc=False, is_async=True)
-        o = o * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
+        s_async = scores(q_tile, k_tile, p, DIM)
+        o = rescale_o(o, rescale)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         v_tile = v_smem.index(v_stage).reshape([BLOCK_N, v_smem.shape[4]])
         o_async = warpgroup_mma(p_operand, v_tile, o, is_async=True)
@@ -101,7 +112,8 @@ def _mainloop(
                 s = mask_left(s, q_pos, k_start, mask_args, S)
         if right:
             s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
-        p, row_max, row_sum, rescale = _online_softmax(s, row_max, row_sum, scale_log2)
+        p, row_max, sums, rescale = online_softmax(s, row_max, scale_log2)
+        row_sum = add_sums(row_sum, sums, rescale)
         # This wait keeps the compiler from moving the wait for P V before the softmax.
         k_state = next_stage(k_stage, k_phase, K_STAGES)
         mbarrier.wait(k_full.index(k_state[0]), k_state[1], pred=j + 1 < num_tiles)
@@ -115,25 +127,24 @@ def _mainloop(
 @gluon.jit
 def _first_tile(
     q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args, has_next,
-    left, CAUSAL: gl.constexpr,
+    left, DIM: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """S and softmax of the first tile of keys: (row_max, row_sum, rescale, P, k_state)."""
     _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _pingpong = bars
     ROWS: gl.constexpr = q_tile.shape[0]
     S: gl.constexpr = p.type.layout
     row_max = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-    row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
     k_stage, k_phase = k_state
     mbarrier.wait(k_full.index(k_stage), k_phase)
     k_tile = k_smem.index(k_stage).reshape([k_smem.shape[3], k_smem.shape[4]])
-    s_async = warpgroup_mma(q_tile, k_tile.permute((1, 0)), p, use_acc=False, is_async=True)
+    s_async = scores(q_tile, k_tile, p, DIM)
     s = warpgroup_mma_wait(0, deps=[s_async])
     mbarrier.arrive(k_empty.index(k_stage))
     s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
     if mask_args.window is not None:
         if left:
             s = mask_left(s, q_pos, k_start, mask_args, S)
-    p, row_max, row_sum, rescale = _online_softmax(s, row_max, row_sum, scale_log2)
+    p, row_max, row_sum, rescale = online_softmax(s, row_max, scale_log2)
     k_state = next_stage(k_stage, k_phase, k_smem.shape[0])
     mbarrier.wait(k_full.index(k_state[0]), k_state[1], pred=has_next)
     return row_max, row_sum, rescale, p, k_state
@@ -147,30 +158,12 @@ def _last_pv(o, rescale, p, v_smem, v_state, bars):
     v_stage, v_phase = v_state
     mbarrier.wait(v_full.index(v_stage), v_phase)
     p_operand = _p_operand(p, v_smem.dtype, O)
-    o = o * gl.convert_layout(rescale, gl.SliceLayout(1, O))[:, None]
+    o = rescale_o(o, rescale)
     v_tile = v_smem.index(v_stage).reshape([v_smem.shape[3], v_smem.shape[4]])
     o_async = warpgroup_mma(p_operand, v_tile, o, is_async=True)
     o, p_operand = warpgroup_mma_wait(0, deps=[o_async, p_operand])
     mbarrier.arrive(v_empty.index(v_stage))
     return o, next_stage(v_stage, v_phase, v_smem.shape[0])
-
-
-@gluon.jit
-def _normalize(o, row_max, row_sum, scale_log2, sink_logits, h):
-    """O divided by its row sums, and the lse; a learned sink logit counts as one more score."""
-    ROW: gl.constexpr = gl.SliceLayout(1, o.type.layout)
-    max_log2 = row_max * scale_log2
-    if sink_logits is not None:
-        sink = gl.load(sink_logits + h) * LOG2E
-        new_max = gl.maximum(max_log2, sink)
-        rescale = gl.exp2(max_log2 - new_max)
-        row_sum = row_sum * rescale + gl.exp2(sink - new_max)
-        o = o * gl.convert_layout(rescale, ROW)[:, None]
-        max_log2 = new_max
-    empty = row_sum == 0.0
-    divisor = gl.where(empty, 1.0, row_sum)
-    o = o * gl.convert_layout(1.0 / divisor, ROW)[:, None]
-    return o, gl.where(empty, float("-inf"), (max_log2 + gl.log2(divisor)) * LN2)
 
 
 @gluon.jit
@@ -182,30 +175,34 @@ def _tma_store(o_desc, smem, o, origin):
 
 
 @gluon.jit
-def _direct_store(out, o, origin, count):
-    """Store the first `count` rows of a tile of O from registers."""
+def _direct_store(out, o, origin, count, DIM: gl.constexpr):
+    """Store the first `count` rows and DIM columns of a tile of O from registers."""
     b, h, row = origin
     O: gl.constexpr = o.type.layout
     rows = gl.arange(0, o.shape[0], layout=gl.SliceLayout(1, O))[:, None]
     dims = gl.arange(0, o.shape[1], layout=gl.SliceLayout(0, O))[None, :]
     head = out.ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
     pointers = head + (row + rows).to(gl.int64) * out.row + dims
-    gl.store(pointers, o.to(out.ptr.dtype.element_ty), mask=rows < count)
+    mask = rows < count
+    if DIM < o.shape[1]:
+        mask = mask & (dims < DIM)
+    gl.store(pointers, o.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def consume(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ZERO_V_TAIL: gl.constexpr, CONSUMER: gl.constexpr,
+    ZERO_V_TAIL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS queries of each work tile that belong to this consumer."""
     (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists, varlen,
      scale_log2) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
-    D: gl.constexpr = v_smem.shape[4]
+    D: gl.constexpr = q_smem.shape[4]
+    DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, DV, 16])
     q_full, q_empty, _k_full, _k_empty, v_full, _v_empty, _pingpong = bars
     all_q, all_k, offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
@@ -227,7 +224,7 @@ def consume(
             tile, q_len, k_len, q_offset, mask_args, block_lists, bh // heads, bh % heads // groups,
             CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        o = gl.zeros([ROWS, D], gl.float32, O)
+        o = gl.zeros([ROWS, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS, D])
@@ -235,7 +232,7 @@ def consume(
         k_start = kv_tile(0, plan, block_lists) * BLOCK_N
         row_max, row_sum, rescale, p, k_state = _first_tile(
             q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args,
-            num_tiles > 1, k_start < unmasked[0], CAUSAL,
+            num_tiles > 1, k_start < unmasked[0], DIM, CAUSAL,
         )  # fmt: skip
         if ZERO_V_TAIL:
             zeroed_phases = zero_v_tail(
@@ -250,28 +247,28 @@ def consume(
         elif CAUSAL or block_lists.tiles is not None:
             state = _mainloop(
                 state, 1, right_end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem,
-                bars, scale_log2, num_keys, mask_args, block_lists, True, CAUSAL, PINGPONG,
+                bars, scale_log2, num_keys, mask_args, block_lists, True, DIM, CAUSAL, PINGPONG,
                 CONSUMERS, CONSUMER,
             )  # fmt: skip
         state = _mainloop(
             state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars,
-            scale_log2, num_keys, mask_args, block_lists, False, CAUSAL, PINGPONG, CONSUMERS,
+            scale_log2, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG, CONSUMERS,
             CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = _normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
+        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
         lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index
         gl.store(lse_pointers, row_lse, mask=row + index < q_len)
         origin = bh // heads, bh % heads, q_start + row
         if DIRECT_STORE:
-            _direct_store(out, o, origin, q_len - row)
+            _direct_store(out, o, origin, q_len - row, V_DIM)
         else:
             tma.store_wait(0)  # of the tile before
             if varlen.q_tiles is None or row + ROWS <= q_len:
                 _tma_store(o_desc, o_smem.index(CONSUMER), o, origin)
             else:
-                _direct_store(out, o, origin, q_len - row)
+                _direct_store(out, o, origin, q_len - row, V_DIM)
         q_state = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)

@@ -13,8 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from saccade.ops.attention.nvidia.gluon.prefill.consumer import LOG2E, consume
+from saccade.ops.attention.nvidia.gluon.prefill.consumer import consume
 from saccade.ops.attention.nvidia.gluon.prefill.producer import produce, tensor_descriptor
+from saccade.ops.gpu.triton_lang import LOG2E
 
 
 @gluon.jit(
@@ -34,7 +35,8 @@ from saccade.ops.attention.nvidia.gluon.prefill.producer import produce, tensor_
 def forward_kernel(
     q, k, v, out, lse, sink_logits, mask_args, block_lists, varlen, scale, q_len, k_len, q_offset,
     batch, heads, groups, num_q_tiles, heads_per_section, num_work_tiles, num_pages,
-    CAUSAL: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr,
     REGISTERS: gl.constexpr, ZERO_V_TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr,
@@ -43,6 +45,8 @@ def forward_kernel(
 
     Args:
         varlen: a VarlenInfo; heads_per_section: see `work_tile`.
+        DIM, V_DIM: head dimension of q and k, and of v and out.
+        D, DV: of their tiles, powers of two; TMA fills the columns past DIM and V_DIM with zeros.
         REGISTERS: of a thread of a consumer; the producer gets what is left.
         ZERO_V_TAIL: sequences may end before the storage that their tiles are loaded from.
         PAGE_SIZE: slots of a page, k and v being a pool of `num_pages` pages; None: they are dense.
@@ -50,22 +54,22 @@ def forward_kernel(
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     PRODUCER_REGISTERS: gl.constexpr = 504 - CONSUMERS * REGISTERS
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    q_desc = tensor_descriptor(q, batch, heads, q_len, D, ROWS, D)
+    q_desc = tensor_descriptor(q, batch, heads, q_len, DIM, ROWS, D)
     if PAGE_SIZE is None:
-        k_desc = tensor_descriptor(k, batch, heads // groups, k_len, D, BLOCK_N, D)
-        v_desc = tensor_descriptor(v, batch, heads // groups, k_len, D, BLOCK_N, D)
+        k_desc = tensor_descriptor(k, batch, heads // groups, k_len, DIM, BLOCK_N, D)
+        v_desc = tensor_descriptor(v, batch, heads // groups, k_len, V_DIM, BLOCK_N, DV)
     else:
         BOX: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
-        k_desc = tensor_descriptor(k, num_pages, heads // groups, PAGE_SIZE, D, BOX, D)
-        v_desc = tensor_descriptor(v, num_pages, heads // groups, PAGE_SIZE, D, BOX, D)
-    o_desc = tensor_descriptor(out, batch, heads, q_len, D, ROWS, D)
+        k_desc = tensor_descriptor(k, num_pages, heads // groups, PAGE_SIZE, DIM, BOX, D)
+        v_desc = tensor_descriptor(v, num_pages, heads // groups, PAGE_SIZE, V_DIM, BOX, DV)
+    o_desc = tensor_descriptor(out, batch, heads, q_len, V_DIM, ROWS, DV)
     q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    v_smem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, BLOCK_N, DV], v_desc.layout)
     if DIRECT_STORE:
         o_smem = q_smem  # never written
     else:
-        o_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, D], o_desc.layout)
+        o_smem = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 1, 1, ROWS, DV], o_desc.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], BARRIER)
@@ -99,18 +103,18 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, 1)),
+                       ZERO_V_TAIL, DIM, V_DIM, 1)),
             (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, 1)),
+                       ZERO_V_TAIL, DIM, V_DIM, 1)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, 2)),
+                       ZERO_V_TAIL, DIM, V_DIM, 2)),
             (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -12,6 +12,7 @@ from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, varlen_q_tiles
+from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of
 from saccade.ops.gpu.intmath import cdiv
@@ -55,8 +56,9 @@ class PrefillLaunch:
 
 @cache
 def measured_launch(head_dim: int, variant: str = "") -> PrefillLaunch:
-    """The measured launch of a head dimension: variant "", "masked" or "varlen"."""
-    name = f"{head_dim}/{variant}" if variant else str(head_dim)
+    """The measured launch of a head dimension's tiles: variant "", "masked" or "varlen"."""
+    width = tile_dim(head_dim)
+    name = f"{width}/{variant}" if variant else str(width)
     return PrefillLaunch(**tuning.rows("prefill")[name])
 
 
@@ -91,7 +93,7 @@ def forward(
     batch, heads, q_len, dim = q.shape
     launch = launch or launch_of(problem)
     if out is None:
-        out = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+        out = torch.empty(batch, heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
     num_work_tiles = num_q_tiles * batch * heads
@@ -119,7 +121,10 @@ def forward(
             num_work_tiles,
             k.shape[0],
             CAUSAL=problem.mask.causal,
-            D=dim,
+            DIM=dim,
+            V_DIM=v.shape[3],
+            D=tile_dim(dim),
+            DV=tile_dim(v.shape[3]),
             ZERO_V_TAIL=varlen.q_tiles is not None or varlen.kv_lens is not None,
             PAGE_SIZE=None if page_table is None else k.shape[2],
             **constants(launch),

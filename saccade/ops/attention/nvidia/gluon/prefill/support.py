@@ -12,9 +12,14 @@ from saccade.core import DenseKV, PagedKV, QuantizedKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.nvidia.gluon.support import layout_refusal, score_refusal
 
-KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by head_dim
-DIMS = tuple(KEYS)
+TILE_KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by its head dimension
+DIMS = range(33, max(TILE_KEYS) + 1)  # narrower heads would fill less than half a tile
 SHORTEST_PAGE = 16
+
+
+def tile_dim(dim: int) -> int:
+    """Columns of the tiles of heads of `dim`: the next of TILE_KEYS; those past `dim` are zeros."""
+    return next(width for width in TILE_KEYS if dim <= width)
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -63,7 +68,7 @@ def _page_refusal(call: AttentionCall) -> str | None:
     dim = call.q.shape[3]
     if not isinstance(call.kv, PagedKV) or dim not in DIMS:
         return None
-    keys, size = KEYS[dim], call.kv.page_size
+    keys, size = TILE_KEYS[tile_dim(dim)], call.kv.page_size
     if (keys % size and size % keys) or size < SHORTEST_PAGE:
         return (
             f"pages of {size} keys are shorter than {SHORTEST_PAGE}, or neither divide its "
@@ -79,7 +84,7 @@ def _blocks_refusal(call: AttentionCall) -> str | None:
         return None
     if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
         return "it selects blocks of plain dense keys only, the same number for every row"
-    keys = KEYS[dim]
+    keys = TILE_KEYS[tile_dim(dim)]
     if blocks.q_block % 128 or blocks.k_block % keys:
         return (
             f"blocks of {blocks.q_block} queries x {blocks.k_block} keys are no multiples of "
@@ -96,4 +101,11 @@ def _storage_refusal(call: AttentionCall, k: Tensor, v: Tensor) -> str | None:
         return f"q is {call.q.dtype} but keys are {k.dtype}"
     if call.kv.shape[2] == 0:
         return "there are no keys"
-    return layout_refusal((call.q, k, v), DIMS)
+    return layout_refusal((call.q, k, v), DIMS, equal=False) or _value_dim_refusal(k, v)
+
+
+def _value_dim_refusal(k: Tensor, v: Tensor) -> str | None:
+    """Shared memory is shared out for values that are no wider than keys."""
+    if tile_dim(v.shape[3]) <= tile_dim(k.shape[3]):
+        return None
+    return f"value_dim {v.shape[3]} needs wider tiles than head_dim {k.shape[3]}"
