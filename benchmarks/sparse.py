@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,8 @@ from saccade.hf.model import HFModel
 from saccade.ops import AttentionCall, attend, make_call
 from saccade.ops.selection import summarize
 from saccade.report.environment import cpu_name
+from saccade.report.files import write_whole
+from saccade.report.record import as_text, origin
 from saccade.runtime import ContextParams
 from saccade.runtime.model import ModelCache
 from saccade.sparse import BlockTopK, Quest, RulePattern
@@ -33,6 +37,7 @@ SHAPES = {"SmolLM2, 9/3 heads of 64": (9, 3, 64), "8/2 heads of 128": (8, 2, 128
 KEYS, CHUNK, READ = 32_768, 512, 2_048
 DENSITIES = (0.10, 0.25, 0.50)
 Work = Callable[[], object]
+Row = dict[str, Any]
 
 
 def inputs(heads: int, kv_heads: int, dim: int, q_len: int) -> tuple[Tensor, DenseKV]:
@@ -88,7 +93,7 @@ def random_blocks(q_len: int, kv_heads: int, block: int, density: float) -> Bloc
     return BlockSelection(allowed=allowed, q_block=block, k_block=block)
 
 
-def decode_lines(seconds: float) -> Iterator[str]:
+def decode_rows(seconds: float) -> Iterator[Row]:
     """A step of one query over all keys: dense, selection alone, attention over the selection."""
     for label, (heads, kv_heads, dim) in SHAPES.items():
         q, kv = inputs(heads, kv_heads, dim, 1)
@@ -102,7 +107,7 @@ def decode_lines(seconds: float) -> Iterator[str]:
                 blocks = pattern.select(q, kv, KEYS - 1, rows)
                 check(make_call(q, kv, mask=Mask(), blocks=blocks))
                 found = medians(_decode_works(pattern, q, kv, rows, blocks), seconds)
-                yield _line(f"decode, {label}, {type(pattern).__name__} {block}", found)
+                yield _row(f"decode, {label}, {type(pattern).__name__} {block}", found)
 
 
 def _decode_works(
@@ -117,7 +122,7 @@ def _decode_works(
     }
 
 
-def prefill_lines(seconds: float) -> Iterator[str]:
+def prefill_rows(seconds: float) -> Iterator[Row]:
     """A chunk of queries at the end of the keys, over blocks at random: time per pair."""
     for label, (heads, kv_heads, dim) in SHAPES.items():
         q, kv = inputs(heads, kv_heads, dim, CHUNK)
@@ -137,18 +142,27 @@ def prefill_lines(seconds: float) -> Iterator[str]:
                 shares[name] = causal_pairs(blocks, CHUNK)
                 works[name] = lambda call=call: attend(call, backend="cpu")
         found = medians(works, seconds)
-        yield _line(f"prefill of {CHUNK}, {label}", {n: found[n] for n in ("dense", "select")})
-        for name, share in shares.items():
-            ratio = found[name] / found["dense"] / share
-            yield f"    blocks of {name}: {share:.3f} of the pairs, {ratio:.2f} x their dense time"
+        yield _row(f"prefill of {CHUNK}, {label}", found) | {"pairs": shares}
 
 
-def _line(label: str, found: Mapping[str, float]) -> str:
-    shares = (f"{name} {s / found['dense']:.4f}" for name, s in found.items() if name != "dense")
-    return f"{label}: dense {found['dense'] * 1e3:.2f} ms; of that {', '.join(shares)}"
+def _row(name: str, found: Mapping[str, float]) -> Row:
+    """Median milliseconds of each work, and its share of the dense one's."""
+    shares = {key: seconds / found["dense"] for key, seconds in found.items() if key != "dense"}
+    return {"name": name, "dense_ms": found["dense"] * 1e3, "of_dense": shares}
 
 
-def model_line(name: str, length: int, seconds: float) -> str:
+def text_of(row: Row) -> str:
+    """A row as lines."""
+    pairs = row.get("pairs", {})
+    shares = [f"{key} {share:.4f}" for key, share in row["of_dense"].items() if key not in pairs]
+    lines = [f"{row['name']}: dense {row['dense_ms']:.2f} ms; of that {', '.join(shares)}"]
+    for key, share in pairs.items():
+        ratio = row["of_dense"][key] / share
+        lines.append(f"    blocks of {key}: {share:.3f} of the pairs, {ratio:.2f} x their time")
+    return "\n".join(lines)
+
+
+def model_row(name: str, length: int, seconds: float) -> Row:
     """Steps of a whole model over a context of random keys, under each pattern."""
     model = load_model(name).model
     patterns: dict[str, RulePattern | None] = {
@@ -163,7 +177,7 @@ def model_line(name: str, length: int, seconds: float) -> str:
             attached = stack.enter_context(HFModel(model).attached(params))
             cache = _filled(attached, params, length)
             works[label] = partial(attached.hidden, token, cache)
-        return _line(f"a step of {name} at {length:,} tokens", medians(works, seconds))
+        return _row(f"a step of {name} at {length:,} tokens", medians(works, seconds))
 
 
 def _filled(attached: HFModel, params: ContextParams, length: int) -> ModelCache:
@@ -183,18 +197,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", help="measure steps of this model too")
     parser.add_argument("--length", type=int, default=16_384, help="tokens of the model's context")
+    parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument("--only", choices=("decode", "prefill", "model"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(f"{cpu_name()}, {given.threads} thread(s), bfloat16, {KEYS:,} keys")
-    if given.only in (None, "decode"):
-        for line in decode_lines(given.seconds):
-            print(line, flush=True)
-    if given.only in (None, "prefill"):
-        for line in prefill_lines(given.seconds):
-            print(line, flush=True)
+    parts = {"decode": decode_rows, "prefill": prefill_rows}
+    rows: list[Row] = []
+    for name, part in parts.items():
+        if given.only in (None, name):
+            rows += _printed(part(given.seconds))
     if given.model and given.only in (None, "model"):
-        print(model_line(given.model, given.length, given.seconds), flush=True)
+        rows += _printed([model_row(given.model, given.length, given.seconds)])
+    if given.json:
+        write_whole(given.json, as_text({**origin(), "keys": KEYS, "chunk": CHUNK, "rows": rows}))
+
+
+def _printed(rows: Iterable[Row]) -> Iterator[Row]:
+    for row in rows:
+        print(text_of(row), flush=True)
+        yield row
 
 
 if __name__ == "__main__":
