@@ -284,6 +284,7 @@ void Decoder::select(int64_t i, LayerCall& call) {
   rule.q_block = tokens_;
   CallArg& attention = call.attention;
   const int64_t keys = attention.q_offset + tokens_;
+  if (keys < rule.least) return;
   const int64_t n = (keys + rule.k_block - 1) / rule.k_block, size = batch_ * at.kv_heads * n;
   grid_.resize((size_t)size);
   const TensorArg grid{(char*)grid_.data(), Dtype::boolean, 4, {batch_, at.kv_heads, 1, n},

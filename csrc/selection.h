@@ -17,6 +17,7 @@ struct BlockRule {
   int64_t top;                    // others with the highest scores; 0 where `share` says it
   float share;                    // of the estimated attention to them, 0 where `top` says it
   float scale;                    // of scores
+  int64_t least;                  // keys below which a decoder reads all
 };
 
 struct Selecting {

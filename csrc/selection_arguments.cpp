@@ -11,18 +11,18 @@
 namespace saccade {
 
 BlockRule read_rule(nb::handle x) {
-  if (!PyTuple_Check(x.ptr()) || PyTuple_GET_SIZE(x.ptr()) != 9)
-    throw nb::type_error("a rule has 9 fields");
+  if (!PyTuple_Check(x.ptr()) || PyTuple_GET_SIZE(x.ptr()) != 10)
+    throw nb::type_error("a rule has 10 fields");
   nb::tuple f = nb::borrow<nb::tuple>(x);
   const int64_t summary = integer(f[0]);
   require(summary >= 0 && summary <= (int64_t)Summary::bounds, "unknown kind of summary.");
   const BlockRule rule{(Summary)summary, integer(f[1]), integer(f[2]), integer(f[3]), integer(f[4]),
                        integer(f[5]), integer(f[6]), (float)nb::cast<double>(f[7]),
-                       (float)nb::cast<double>(f[8])};
+                       (float)nb::cast<double>(f[8]), integer(f[9])};
   for (int64_t n : {rule.q_block, rule.k_block, rule.window})
     require(n >= 1 && n <= kMaxPosition, "blocks and the window must be 1 or more.");
-  for (int64_t n : {rule.sinks, rule.stride, rule.top})
-    require(n >= 0 && n <= kMaxPosition, "sinks, stride and top must be 0 or more.");
+  for (int64_t n : {rule.sinks, rule.stride, rule.top, rule.least})
+    require(n >= 0 && n <= kMaxPosition, "sinks, stride, top and least must be 0 or more.");
   require(rule.share >= 0.f && rule.share <= 1.f, "a share must be 0 to 1.");
   require(rule.share == 0.f || rule.top == 0, "top and share exclude each other.");
   return rule;

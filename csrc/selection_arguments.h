@@ -7,8 +7,8 @@
 
 namespace saccade {
 
-// (summary, q_block, k_block, sinks, window, stride, top, share, scale); summary: 0 for none, 1 for
-// means, 2 for bounds.  Throws std::invalid_argument.
+// (summary, q_block, k_block, sinks, window, stride, top, share, scale, least); summary: 0 for none,
+// 1 for means, 2 for bounds.  Throws std::invalid_argument.
 BlockRule read_rule(nb::handle x);
 
 // q [batch, heads, q_len, head_dim]; rows: those of the first `num_rows` blocks, or none;

@@ -5,6 +5,8 @@ A new pattern is one file and one line in PATTERNS, where the contract test find
 
 from saccade.sparse.block_topk import BlockTopK
 from saccade.sparse.block_topp import BlockTopP
+from saccade.sparse.choice import Choice
+from saccade.sparse.from_length import FromLength
 from saccade.sparse.pattern import Pattern, RulePattern, summary_of
 from saccade.sparse.quest import Quest
 from saccade.sparse.strided import Strided
@@ -21,6 +23,8 @@ __all__ = [
     "PATTERNS",
     "BlockTopK",
     "BlockTopP",
+    "Choice",
+    "FromLength",
     "Pattern",
     "Quest",
     "RulePattern",

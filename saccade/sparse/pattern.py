@@ -56,11 +56,11 @@ class RulePattern(ABC):
 
 def selected(
     pattern: Pattern, q: Tensor, kv: KVView, q_offset: int, rows: Tensor | None
-) -> BlockSelection:
-    """What a pattern selects; `rows` are the summaries that a cache keeps for it, or None."""
-    if isinstance(pattern, RulePattern):
-        return pattern.select(q, kv, q_offset, rows)
-    return pattern.select(q, kv, q_offset)
+) -> BlockSelection | None:
+    """What a pattern selects, None for all keys; `rows`: the summaries kept for it, or None."""
+    if not isinstance(pattern, RulePattern):
+        return pattern.select(q, kv, q_offset)
+    return None if kv.shape[2] < pattern.rule.least else pattern.select(q, kv, q_offset, rows)
 
 
 def summary_of(pattern: Pattern | None) -> tuple[SummaryKind, int] | None:

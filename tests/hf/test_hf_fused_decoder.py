@@ -28,7 +28,7 @@ from saccade.hf.packed_layers import HalfLinear, HalfWeight, PackedLinear, Weigh
 from saccade.ops.attention.cpu.binding import BUILT
 from saccade.ops.linear import quantized
 from saccade.runtime import ContextParams
-from saccade.sparse import BlockTopK, BlockTopP, Quest, Strided
+from saccade.sparse import BlockTopK, BlockTopP, FromLength, Quest, Strided
 from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ kernels are not built")
@@ -75,6 +75,9 @@ LONG = {
     "block top-p": {"sparse": BlockTopP(block=16, p=0.5, window_blocks=1)},
     "quest": {"sparse": Quest(block=8, top=3, window_blocks=1)},
     "strided": {"sparse": Strided(block=16, window_blocks=1)},
+    "from a length": {
+        "sparse": FromLength(pattern=BlockTopK(block=16, top=1, window_blocks=1), least=90)
+    },
     "int8 quest": {"sparse": Quest(block=16, top=2, window_blocks=1), **CACHES["int8"]},
 }
 

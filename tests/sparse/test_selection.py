@@ -127,6 +127,17 @@ def test_half_precision(either, dtype):
     assert torch.equal(found, expected(rule, q, k, 399))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("summary", ["none", "mean", "bounds"])
+@pytest.mark.parametrize(("q_len", "past"), [(1, 95), (33, 50)])
+def test_a_gpu_selects_what_the_formula_says(summary, q_len, past):
+    rule = BlockRule(summary=summary, q_block=8, k_block=8, sinks=1, window=2, stride=5, top=3)
+    q, k = draw(q_len, past + q_len)
+    rows = None if summary == "none" else rows_of(rule, k).cuda()
+    found = select_blocks(rule, q.cuda(), rows, past, past + q_len).allowed.cpu()
+    assert torch.equal(found.expand_as(expected(rule, q, k, past)), expected(rule, q, k, past))
+
+
 def test_bounds_are_never_below_a_score_of_the_block(either):
     """The property that Quest rests on, of single queries and heads."""
     q, k = draw(1, 64)

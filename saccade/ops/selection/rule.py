@@ -26,6 +26,7 @@ class BlockRule:
         top: how many of the others are read, those with the highest scores.
         share: where above 0 instead of `top`: the fewest of the others that hold this share of the
             attention to them, as their means estimate it.
+        least: number of keys below which all blocks are read.
 
     Raises:
         TypeError, ValueError: numbers out of range, or both `top` and `share`.
@@ -39,11 +40,12 @@ class BlockRule:
     stride: int = 0
     top: int = 0
     share: float = 0.0
+    least: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("q_block", 1), ("k_block", 1), ("window", 1)):
             integer(name, getattr(self, name), least, LARGEST_POSITION)
-        for name in ("sinks", "stride", "top"):
+        for name in ("sinks", "stride", "top", "least"):
             integer(name, getattr(self, name), 0, LARGEST_POSITION)
         if self.summary not in SUMMARY_CODES:
             raise ValueError(f"summary must be one of {', '.join(SUMMARY_CODES)}.")
@@ -57,4 +59,4 @@ class BlockRule:
         """The rule as the C++ kernels read it (csrc/selection_arguments.h)."""
         code = SUMMARY_CODES[self.summary]
         sizes = (self.q_block, self.k_block, self.sinks, self.window, self.stride, self.top)
-        return code, *sizes, float(self.share), scale
+        return code, *sizes, float(self.share), scale, self.least

@@ -10,6 +10,8 @@ that one selection serves the group and its keys are read once.  Its score for a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ def select_blocks(
     """
     _check_rows(rule, q, rows)
     num_blocks = -(-num_keys // rule.k_block)
+    if num_keys < rule.least:
+        rule = replace(rule, window=num_blocks + 1)
     if native.usable(q, rows):
         allowed = native.select(rule, q, rows, q_offset, num_blocks)
     else:
