@@ -25,6 +25,7 @@ from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.hf.load import load_model
 from saccade.hf.model import HFModel
 from saccade.ops import AttentionCall, attend, make_call
+from saccade.ops.attention.cpu.binding import extension, record, target
 from saccade.ops.selection import summarize
 from saccade.report.environment import cpu_name
 from saccade.report.files import write_whole
@@ -35,7 +36,7 @@ from saccade.sparse import BlockTopK, Quest, RulePattern
 
 SHAPES = {"SmolLM2, 9/3 heads of 64": (9, 3, 64), "8/2 heads of 128": (8, 2, 128)}
 KEYS, CHUNK, READ = 32_768, 512, 2_048
-DENSITIES = (0.10, 0.25, 0.50)
+DENSITIES = (0.10, 0.20, 0.25, 0.50)
 Work = Callable[[], object]
 Row = dict[str, Any]
 
@@ -115,8 +116,13 @@ def _decode_works(
 ) -> dict[str, Work]:
     dense = make_call(q, kv, mask=Mask())
     sparse = make_call(q, kv, mask=Mask(), blocks=blocks)
+    numbers, out = pattern.rule.numbers(q.shape[3] ** -0.5), torch.empty_like(blocks.allowed)
+    kernels, threads = extension(), torch.get_num_threads()
+    assert kernels is not None
+    given = numbers, record(q), KEYS - 1, record(rows), record(out), threads, target()
     return {
         "dense": lambda: attend(dense, backend="cpu"),
+        "select in C++": lambda: kernels.select_blocks(*given),  # as the layers of a decoder do
         "select": lambda: pattern.select(q, kv, KEYS - 1, rows),
         "attend": lambda: attend(sparse, backend="cpu"),
     }
