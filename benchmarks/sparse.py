@@ -122,7 +122,8 @@ def _decode_works(
     given = numbers, record(q), KEYS - 1, record(rows), record(out), threads, target()
     return {
         "dense": lambda: attend(dense, backend="cpu"),
-        "select in C++": lambda: kernels.select_blocks(*given),  # as the layers of a decoder do
+        # As the layers of a decoder do; a record is pointers, so `out` has to live as long.
+        "select in C++": lambda _kept=out: kernels.select_blocks(*given),
         "select": lambda: pattern.select(q, kv, KEYS - 1, rows),
         "attend": lambda: attend(sparse, backend="cpu"),
     }
