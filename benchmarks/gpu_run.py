@@ -2,6 +2,7 @@
 
 --out FILE      the record, written anew after every row
 --seconds N     start no row after that time
+--resume FILE   keep the rows of a record that stopped for want of time, and measure the rest
 --only WORD     rows whose case is one of these
 --warm I N      compile what every N-th row from the I-th on runs, and time nothing
 --tiny          small problems on a CPU, to try the script
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -59,8 +61,10 @@ def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> d
         "schema": SCHEMA, **origin(), "what": what, "complete": False,
         "ceilings": {} if args.tiny else ceilings(), "rows": [],
     }  # fmt: skip
+    if args.resume:
+        record |= _resumed(args.resume, what)
     begin = time.perf_counter()
-    for at, row in enumerate(chosen):
+    for at, row in enumerate(chosen[len(record["rows"]) :], len(record["rows"])):
         if time.perf_counter() - begin > args.seconds:
             break
         record["rows"].append(_measured(row, args.tiny))
@@ -71,11 +75,21 @@ def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> d
     return record
 
 
+def _resumed(path: Path, what: str) -> dict[str, Any]:
+    """What a record keeps of the one that it goes on with: its rows, and whose they are."""
+    begun = json.loads(path.read_text())
+    if begun.get("what") != what:
+        sys.exit(f"{path} is no record of this benchmark; --resume takes one that it began.")
+    of = {name: begun[name] for name in ("revision", "date")} | {"rows": len(begun["rows"])}
+    return {"rows": begun["rows"], "resumed": [*begun.get("resumed", []), of]}
+
+
 def _arguments(what: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=what, epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--warm", nargs=2, type=int)

@@ -15,7 +15,9 @@ SACCADE_DECLARE(scalar)
 SACCADE_DECLARE(avx2)
 SACCADE_DECLARE(avx512)
 SACCADE_DECLARE(avx512_bf16)
+#if !defined(SACCADE_WITHOUT_AMX)
 SACCADE_DECLARE(amx)
+#endif
 SACCADE_DECLARE(amx_emulated)
 #elif defined(__aarch64__)
 SACCADE_DECLARE(neon)
@@ -36,7 +38,9 @@ struct Usable {
                         __builtin_cpu_supports("avx512dq");
     const bool pairs = avx512 && __builtin_cpu_supports("avx512vnni") &&
                        __builtin_cpu_supports("avx512bf16");
+#if !defined(SACCADE_WITHOUT_AMX)
     if (pairs && ask_for_amx()) list[n++] = &amx::kernels;
+#endif
     if (pairs) list[n++] = &avx512_bf16::kernels;
     if (avx512) list[n++] = &avx512::kernels;
     if (avx2) list[n++] = &avx2::kernels;

@@ -3,6 +3,7 @@
 #
 #   scripts/sanitize.sh address    addresses and undefined behaviour (CI)
 #   scripts/sanitize.sh thread     data races of the thread pool
+#   BUILD_ONLY=1 scripts/sanitize.sh address
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-address}
@@ -14,6 +15,7 @@ build=build/sanitize-$kind
 PATH=$PWD/$venv/bin:$PATH cmake -S . -B "$build" -G Ninja -DSACCADE_SANITIZE="$kind" \
   -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1" -DPython_EXECUTABLE="$python" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 "$venv/bin/cmake" --build "$build" -j 2
+if [ -n "${BUILD_ONLY:-}" ]; then exit; fi
 
 # A package of its own: without site (-S) the editable install cannot shadow it.
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -128,16 +128,17 @@ def step_seconds(
         own = layer.windows[0]
         there = min(tokens, visible(params, own) or tokens)
         keys += count * nbytes * kept_keys(params, own, tokens) / there
-    bandwidth = roof.read if params.offload_kqv else HOST_READ
     quantized = params.type_k in QUANTIZED
     layer = shares.quantized_step if quantized else shares.step
-    device = weights / roof.read + keys / bandwidth + facts.num_layers * layer
+    device = (weights + keys) / roof.read + facts.num_layers * layer
+    if not params.offload_kqv:  # copies run beside the computation
+        device = max(device, keys / HOST_READ)
     return device if _captured(params) else max(device, facts.num_layers * shares.host_layer)
 
 
 def _captured(params: ContextParams) -> bool:
     """Whether a Context replays its steps: the kernels allow it, and every cache can be stepped."""
-    steps = params.offload_kqv and params.page_size is None and params.kv_policy is None
+    steps = params.page_size is None and params.kv_policy is None
     return steps and captures(params)
 
 

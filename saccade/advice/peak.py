@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saccade.cache.staging import TAIL
 from saccade.compress import POLICIES
 from saccade.core import DenseKV, Mask
 from saccade.core.formats import FP8
@@ -85,7 +86,7 @@ def memory_of(
     )
     largest = max((nbytes for _, nbytes in layers), default=0)
     on_host = device == "cuda" and not params.offload_kqv
-    staged = 2 * largest if on_host else 0
+    staged = 2 * largest + _newest_bytes(facts) if on_host else 0
     return Memory(
         weights=blueprint.weights_bytes,
         caches=caches,
@@ -93,6 +94,15 @@ def memory_of(
         activations=staged + activations(blueprint, params, tokens, device, largest),
         host=max(reading, caches) if on_host else 0,
     )
+
+
+def _newest_bytes(facts: ModelFacts) -> int:
+    """Bytes of the newest tokens of every layer, which wait on a GPU for the host's memory."""
+    widths = (
+        each.num_kv_heads * (each.head_dim + (each.value_dim or each.head_dim)) * count
+        for each, count in facts.alike()
+    )
+    return TAIL * facts.dtype.itemsize * sum(widths)
 
 
 def activations(

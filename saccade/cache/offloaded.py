@@ -1,14 +1,13 @@
 """Keys and values in host memory, copied to the GPU one layer ahead of the computation.
 
-A GPU holds two staging buffers for all layers of a model instead of one buffer a layer.  While one
-layer attends to the keys in its buffer, a second CUDA stream prefetches the keys of the next layer
-into the other buffer and copies the new keys of this layer to pinned host memory.  On a CPU the
-cache is a plain buffer without staging.
+A GPU holds two buffers for all layers of a model instead of one a layer (`cache.staging`), and of
+each layer the newest tokens, up to `TAIL` of them.  Older tokens lie in page-locked host memory
+(`cache.host_rows`), where they do not change: a step of decoding copies them to a buffer and the
+newest behind them.  It is the same work for every token until the newest are moved to the host, so
+it is captured like that of other caches.  On a CPU all this is a DenseCache.
 """
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,105 +19,23 @@ from saccade.cache.base import (
     check_length,
     check_rows,
     check_shift,
+    chosen_rows,
     dtype_name,
     expect_tensors,
+    fits,
 )
-from saccade.cache.dense import extended, grown_capacity
-from saccade.core import DenseKV
+from saccade.cache.dense import DenseCache
+from saccade.cache.host_rows import HostRows
+from saccade.cache.placing import Placement
+from saccade.cache.staging import StagingBuffers
+from saccade.cache.step import Cursor, StepView
+from saccade.core import DenseKV, Unsupported
+from saccade.ops.kv_write.append import append
+from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
-class StagingBuffers:
-    """The two buffers on the device and which layer each holds; shared by the layers of a model."""
-
-    def __init__(self) -> None:
-        self._layers: list[OffloadedCache] = []
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None, None]
-        self._resident: list[OffloadedCache | None] = [None, None]  # whose keys a buffer holds
-        self._loaded: list[torch.cuda.Event | None] = [None, None]
-        self._current = 1  # the buffer that was handed out last
-        self._copy_stream: torch.cuda.Stream | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both buffers."""
-        return sum(part.nbytes for buffer in self._buffers if buffer for part in buffer)
-
-    def add_layer(self, cache: OffloadedCache) -> None:
-        """Register a layer; layers are prefetched in the order in which they were added."""
-        self._layers.append(cache)
-
-    def is_first(self, cache: OffloadedCache) -> bool:
-        """Whether `cache` is the first layer, which counts the bytes of the buffers."""
-        return self._layers[0] is cache
-
-    def invalidate(self, cache: OffloadedCache) -> None:
-        """Wait for pending copies of a layer; its keys are loaded again at the next use."""
-        if self._copy_stream is not None:
-            self._copy_stream.synchronize()
-        self._resident = [None if layer is cache else layer for layer in self._resident]
-
-    def load(self, cache: OffloadedCache, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A buffer on the device of `like` with the keys of a layer and room for a new chunk."""
-        if self._copy_stream is None and like.device.type == "cuda":
-            self._copy_stream = torch.cuda.Stream(like.device)
-        if cache in self._resident:
-            index = self._resident.index(cache)
-        else:
-            index = 1 - self._current if len(self._layers) > 1 else 0
-        self._copy_in(index, cache, like.device)
-        self._current = index
-        loaded = self._loaded[index]
-        if loaded is not None:
-            torch.cuda.current_stream(like.device).wait_event(loaded)
-        buffer = self._buffers[index]
-        assert buffer is not None
-        return buffer
-
-    def store_and_prefetch(self, cache: OffloadedCache, first: int, stop: int) -> None:
-        """Copy slots first .. stop-1 of a layer to the host and prefetch the next layer."""
-        buffer = self._buffers[self._current]
-        assert buffer is not None
-        device = buffer[0].device
-        if (
-            self._copy_stream is not None
-        ):  # after the new keys, and the attention of the layer before
-            self._copy_stream.wait_stream(torch.cuda.current_stream(device))
-        with self._on_copy_stream():
-            for host, part in zip(cache.host, buffer, strict=True):
-                host[:, :, first:stop].copy_(part[:, :, first:stop], non_blocking=True)
-        following = self._layers[(self._layers.index(cache) + 1) % len(self._layers)]
-        if following.num_slots and following is not cache:
-            self._copy_in(1 - self._current, following, device)
-
-    def _copy_in(self, index: int, cache: OffloadedCache, device: torch.device) -> None:
-        """Copy the keys of a layer into a buffer, unless it holds them already."""
-        buffer, slots = self._buffers[index], cache.num_slots
-        k, v = cache.host
-        fits = buffer is not None and all(map(_has_room, buffer, (k, v)))
-        if fits and self._resident[index] is cache:
-            return
-        if self._copy_stream is not None:  # after the last kernel that reads the buffer
-            self._copy_stream.wait_stream(torch.cuda.current_stream(device))
-        if buffer is None or not fits:
-            # The allocator may hand out the memory of the old buffer again: first end its use.
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            buffer = (torch.empty_like(k, device=device), torch.empty_like(v, device=device))
-            self._buffers[index] = buffer
-        with self._on_copy_stream():
-            for part, host in zip(buffer, (k, v), strict=True):
-                part[:, :, :slots].copy_(host[:, :, :slots], non_blocking=True)
-            if self._copy_stream is not None:
-                self._loaded[index] = torch.cuda.Event()
-                self._copy_stream.record_event(self._loaded[index])
-        self._resident[index] = cache
-
-    def _on_copy_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._copy_stream is None else torch.cuda.stream(self._copy_stream)
-
-
-class OffloadedCache:
-    """Every key and value, in pinned host memory; see LayerCache.
+class OffloadedCache(DenseCache):
+    """Every key and value, in host memory; see LayerCache.
 
     Args:
         staging: shared with the other layers of the model, whose caches are made in layer order.
@@ -129,147 +46,234 @@ class OffloadedCache:
     def __init__(
         self, staging: StagingBuffers, *, dtype: torch.dtype | None = None, reserve: int = 0
     ) -> None:
-        self._staging, self._dtype, self._reserve = staging, dtype, reserve
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
-        self._slots = 0
-        self._device = torch.device("cpu")
-        staging.add_layer(self)
+        super().__init__(dtype=dtype, reserve=reserve)
+        self._staging, self._at = staging, staging.add_layer(self)
+        self._rows: HostRows | None = None  # of a layer that is staged
+        self._tail: tuple[Tensor, Tensor] | None = None  # [tail, B, Hkv, D] on the device
+        self._on_host = 0  # tokens in _rows; the others are in _tail
+        self._origin, self._origin_is = torch.empty(0), -1  # the same on the device, int64 [1]
 
     @property
-    def seen(self) -> int:
-        """Tokens appended so far."""
-        return self._slots
+    def rows(self) -> HostRows | None:
+        """Memory of the host that a GPU copies from; None on a CPU and before the first token."""
+        return self._rows
 
     @property
-    def num_slots(self) -> int:
-        """Keys stored."""
-        return self._slots
-
-    @property
-    def free_slots(self) -> int:
-        """Tokens that can be appended before memory is allocated."""
-        return 0 if self._k is None else self._k.shape[2] - self._slots
-
-    @property
-    def host(self) -> tuple[Tensor, Tensor]:
-        """Keys and values in host memory `[B, Hkv, capacity, D]`."""
-        assert self._k is not None and self._v is not None
-        return self._k, self._v
+    def on_host(self) -> int:
+        """How many tokens, from the first on, are in `rows`."""
+        return self._on_host
 
     @property
     def nbytes(self) -> int:
-        """Bytes in host memory; the first layer also counts the buffers on the device."""
-        own = 0 if self._k is None or self._v is None else self._k.nbytes + self._v.nbytes
-        return own + (self._staging.nbytes if self._staging.is_first(self) else 0)
+        """Bytes in host memory and on the device; the first layer counts the two buffers."""
+        tail = 0 if self._tail is None else sum(part.nbytes for part in self._tail)
+        own = super().nbytes if self._rows is None else self._rows.nbytes + tail
+        return own + (0 if self._at else self._staging.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> DenseKV:
-        """Store a chunk; see LayerCache.  The view lies on the device of the keys."""
-        check_append(k, v, None, None)
-        check_append(k, v, *self._like(k.device))
-        first, stop = self._slots, self._slots + k.shape[2]
-        self._device = k.device
-        self._make_room(stop, k, v)
-        parts = self._staging.load(self, k) if self._is_staged() else self.host
-        for part, new in zip(parts, (k, v), strict=True):
-            part[:, :, first:stop] = new
-        self._slots = stop
-        if self._is_staged():
-            self._staging.store_and_prefetch(self, first, stop)
-        return DenseKV(parts[0][:, :, :stop], parts[1][:, :, :stop])
+        """Store a chunk; see LayerCache.  On a GPU the view lies in a buffer, until another layer
+        that shares it is appended to."""
+        if not self._is_staged(k):
+            self._rows = self._tail = None
+            return super().append(k, v)
+        rows, tail = self._prepared(k, v)
+        first, stop = self._seen, self._seen + k.shape[2]
+        spills = stop - self._on_host > self._staging.tail
+        self._staging.begin_append()
+        if spills:
+            rows.grow(max(stop, self._reserve))
+        self._make_buffer(stop)
+        self._staging.load(self._at)
+        buffer = self._staging.parts(self._at, rows)
+        for part, newest, new in zip(buffer, tail, (k, v), strict=True):
+            part[self._on_host : first] = newest[: first - self._on_host]
+            part[first:stop] = new.permute(2, 0, 1, 3)
+            if not spills:
+                newest[first - self._on_host : stop - self._on_host] = part[first:stop]
+        if spills:
+            self._staging.store(self._at, rows, self._on_host, stop)
+            self._on_host = stop
+        self._seen = self._slots = stop
+        return _view(buffer, stop)
+
+    def reserve(self, count: int) -> None:
+        """See SteppingCache."""
+        if self._rows is None:
+            return super().reserve(count)
+        if count > self._staging.tail:
+            raise Unsupported(f"a step appends at most {self._staging.tail} tokens, got {count}.")
+        if self._rows.is_pageable:
+            raise Unsupported("keys lie in host memory that could not be page-locked.")
+        if self._at == 0:
+            self._staging.begin_step()
+        if self._seen + count - self._on_host > self._staging.tail:
+            self._move_to_host(wait=False)
+        self._make_buffer(self._on_host)
+        if self._origin_is != self._on_host:
+            self._origin.fill_(self._on_host)
+            self._origin_is = self._on_host
+        return None
+
+    def graph_key(self) -> tuple[int, ...]:
+        """See SteppingCache."""
+        if self._rows is None:
+            return super().graph_key()
+        assert self._tail is not None
+        buffer = self._staging.memory(self._at, self._rows)
+        pieces = (piece.k.data_ptr() for piece in self._rows.parts(0, self._on_host))
+        return self._on_host, *(part.data_ptr() for part in (*self._tail, *buffer)), *pieces
+
+    def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
+        """See SteppingCache."""
+        if self._rows is None:
+            return super().write(k, v, cursor, rope)
+        assert self._tail is not None
+        if self._at == 0:
+            self._staging.begin_layers()
+        self._staging.load(self._at)
+        newest = [part.permute(1, 2, 0, 3) for part in self._tail]
+        q = append(KVSlots(newest[0], newest[1], cursor.start, self._origin), k, v, rope)
+        buffer = self._staging.parts(self._at, self._rows)
+        stop = self._on_host + self._staging.tail
+        for part, tail in zip(buffer, self._tail, strict=True):
+            part[self._on_host : stop].copy_(tail)
+        return StepView(_view(buffer, stop), cursor, q)
+
+    def place(self, count: int, dtype: torch.dtype) -> Placement | None:
+        """See PlacingCache."""
+        return super().place(count, dtype) if self._rows is None else None
+
+    def commit(self, count: int) -> None:
+        """See SteppingCache."""
+        super().commit(count)
+        if self._rows is not None and self._at == 0:
+            self._staging.end_step()
+
+    def keep(self, index: Tensor, *, room: int = 0) -> None:
+        """See DenseCache; on a CPU alone."""
+        if self._rows is not None:
+            raise Unsupported(
+                "keys in host memory cannot be chosen among by a kv_policy. Leave out offload_kqv."
+            )
+        super().keep(index, room=room)
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
-        self._staging.invalidate(self)
-        if self._k is not None and self._v is not None:
-            check_rows(rows, self._k.shape[0])
-            chosen = rows.to(self._k.device)
-            self._k = _pinned(self._k.index_select(0, chosen), self._device)
-            self._v = _pinned(self._v.index_select(0, chosen), self._device)
+        if self._rows is None:
+            return super().reorder(rows)
+        assert self._tail is not None
+        check_rows(rows, self._tail[0].shape[1])
+        self._staging.settle(self._at)
+        self._rows = self._rows.reordered(rows.cpu(), self._on_host)
+        chosen = rows.to(self._tail[0].device)
+        k, v = (chosen_rows(part.transpose(0, 1), chosen).transpose(0, 1) for part in self._tail)
+        self._tail = k.contiguous(), v.contiguous()
+        return None
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
+        if self._rows is None:
+            return super().truncate(length)
         check_length(length)
-        self._slots = min(length, self._slots)
-
-    def max_rollback(self, length: int) -> int:
-        """Any position."""
-        return min(length, self._slots)
+        self._seen = self._slots = min(length, self._seen)
+        self._on_host = min(self._on_host, self._seen)
+        return None
 
     def context_shift(self, start: int, stop: int, shift: ShiftKeys) -> None:
         """Remove positions start .. stop-1; later keys move down, re-rotated on the device."""
-        check_shift(start, stop, self._slots)
-        self._staging.invalidate(self)
-        k, v = self.host
-        later, moved = slice(stop, self._slots), self._slots - stop
-        shifted = shift(k[:, :, later].to(self._device), start - stop)
-        k[:, :, start : start + moved] = shifted.to(k.device)
-        v[:, :, start : start + moved] = v[:, :, later].clone()
-        self._slots = start + moved
+        if self._rows is None:
+            return super().context_shift(start, stop, shift)
+        check_shift(start, stop, self._seen)
+        assert self._tail is not None
+        self._move_to_host(wait=True)
+        k, v = self._rows.read(stop, self._seen)
+        self._rows.write(start, shift(k.to(self._tail[0].device), start - stop), v)
+        self._seen = self._slots = self._on_host = start + k.shape[2]
+        return None
 
     def reset(self) -> None:
         """Remove everything; memory stays allocated."""
-        self._staging.invalidate(self)
-        self._slots = 0
+        super().reset()
+        self._on_host = 0
 
     def state(self) -> CacheState:
-        """See LayerCache."""
-        tensors: dict[str, Tensor] = {}
-        capacity = 0
-        self._staging.invalidate(self)
-        if self._k is not None and self._v is not None:
-            tensors = {"k": self._k[:, :, : self._slots], "v": self._v[:, :, : self._slots]}
-            capacity = self._k.shape[2]
-        progress = {"seen": self._slots, "capacity": capacity}
-        return CacheState({"dtype": dtype_name(self._dtype)}, progress, tensors)
+        """See LayerCache; of keys that a GPU computes with, a copy."""
+        if self._rows is None:
+            state = super().state()
+            progress = {name: state.progress[name] for name in ("seen", "capacity")}
+            return state._replace(progress=progress)
+        self._move_to_host(wait=True)
+        k, v = self._rows.read(0, self._seen)
+        progress = {"seen": self._seen, "capacity": self._rows.capacity}
+        return CacheState({"dtype": dtype_name(self._dtype)}, progress, {"k": k, "v": v})
 
     def restore(self, state: CacheState, device: torch.device) -> None:
-        """See LayerCache; the tensors stay in host memory."""
-        slots = state.progress["seen"]
-        expect_tensors(state, {"k": slots, "v": slots})
-        self._staging.invalidate(self)
-        self._k, self._v, self._device, self._slots = None, None, device, slots
+        """See LayerCache; for a GPU the tensors stay in host memory."""
+        seen, self._rows, self._tail = state.progress["seen"], None, None
+        self._k = self._v = None
+        if not self._staging.stages(device):
+            progress = {**state.progress, "slots": seen}
+            return super().restore(state._replace(progress=progress), device)
+        expect_tensors(state, {"k": seen, "v": seen})
+        self._on_host = self._seen = self._slots = 0
         if state.tensors:
-            capacity, cpu = max(slots, state.progress["capacity"]), torch.device("cpu")
-            k, v = (extended(state.tensors[name], capacity, cpu) for name in "kv")
-            self._k, self._v = _pinned(k, device), _pinned(v, device)
+            k, v = state.tensors["k"], state.tensors["v"]
+            rows, _ = self._prepared(*(x[:, :, :0].to(device) for x in (k, v)))
+            self._staging.settle(self._at)
+            rows.grow(max(seen, state.progress["capacity"]))
+            rows.write(0, k, v)
+            self._on_host = self._seen = self._slots = seen
+        return None
 
-    def _like(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Empty tensors of the sizes stored, on the device of new keys; None where nothing is."""
-        if self._k is None or self._v is None:
-            return None, None
-        k, v = (x[:, :, :0].to(device) for x in (self._k, self._v))
-        return k, v
+    def _is_staged(self, k: Tensor) -> bool:
+        """Whether new keys are those of a GPU; a cache of another device may be reused if empty."""
+        staged = isinstance(k, Tensor) and self._staging.stages(k.device)  # type: ignore[reportUnnecessaryIsInstance]
+        if not self._seen:
+            return staged
+        return self._rows is not None
 
-    def _is_staged(self) -> bool:
-        """Whether keys are computed with on another device than the host."""
-        return self._device.type != "cpu"
+    def _make_buffer(self, slots: int) -> None:
+        """Room in the layer's buffer for so many tokens and the newest behind them."""
+        assert self._rows is not None and self._tail is not None
+        room = max(slots, self._reserve) + self._staging.tail
+        self._staging.make_room(self._at, self._rows, room, self._tail[0].device)
 
-    def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
-        have = 0 if self._k is None else self._k.shape[2]
-        if slots <= have:
-            return
-        self._staging.invalidate(self)
-        capacity = grown_capacity(have, slots, self._reserve)
-        new_k, new_v = self._grown(self._k, k, capacity), self._grown(self._v, v, capacity)
-        self._k, self._v = new_k, new_v
+    def _prepared(self, k: Tensor, v: Tensor) -> tuple[HostRows, tuple[Tensor, Tensor]]:
+        """Memory for keys and values like these; another batch may follow a reset."""
+        like = [
+            None if self._tail is None else part.permute(1, 2, 0, 3) for part in self._tail or ()
+        ]
+        if not self._seen and not all(map(fits, (k, v), like or (None, None))):
+            like = []
+        check_append(k, v, *(like or (None, None)))
+        if self._rows is None or self._tail is None or not like:
+            self._k = self._v = None
+            dtype = self._dtype or k.dtype
+            self._rows = HostRows(k, v, dtype, pinned=k.device.type == "cuda")
+            sizes = ((self._staging.tail, *x.shape[:2], x.shape[3]) for x in (k, v))
+            new_k, new_v = (torch.zeros(size, dtype=dtype, device=k.device) for size in sizes)
+            self._tail = new_k, new_v
+            self._origin = torch.zeros(1, dtype=torch.int64, device=k.device)
+            self._origin_is = 0
+            self._staging.settle(self._at)
+        return self._rows, self._tail
 
-    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        batch, heads, _, dim = like.shape
-        on_gpu = like.device.type == "cuda"
-        shape, dtype = (batch, heads, capacity, dim), self._dtype or like.dtype
-        new = torch.empty(shape, dtype=dtype, pin_memory=on_gpu)
-        if old is not None:
-            new[:, :, : self._slots] = old[:, :, : self._slots]
-        return new
+    def _move_to_host(self, *, wait: bool) -> None:
+        """All tokens on the host; with `wait` the host may read and change them."""
+        assert self._rows is not None and self._tail is not None
+        if wait:
+            self._staging.settle(self._at)
+        self._rows.grow(self._seen)
+        with (
+            torch.inference_mode()
+        ):  # sessions are saved outside of the mode that texts are read in
+            for start, *parts in self._rows.parts(self._on_host, self._seen):
+                at = start - self._on_host
+                for host, tail in zip(parts, self._tail, strict=True):
+                    host.copy_(tail[at : at + len(host)], non_blocking=not wait)
+        self._on_host = self._seen
 
 
-def _has_room(buffer: Tensor, host: Tensor) -> bool:
-    """Whether a buffer `[B, H, n, D]` can hold all slots of `host`."""
-    same = buffer.shape[:2] == host.shape[:2] and buffer.shape[3] == host.shape[3]
-    return same and buffer.shape[2] >= host.shape[2] and buffer.dtype == host.dtype
-
-
-def _pinned(x: Tensor, device: torch.device) -> Tensor:
-    """`x` in page-locked memory where `device` is a GPU, so that copies are asynchronous."""
-    return x.pin_memory() if device.type == "cuda" else x
+def _view(buffer: tuple[Tensor, Tensor], stop: int) -> DenseKV:
+    k, v = (part[:stop].permute(1, 2, 0, 3) for part in buffer)
+    return DenseKV(k, v)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.context_length import as_saved, note_without_effect, reaching
+from saccade.cli.context_length import as_saved, note_greedy, note_without_effect, reaching
 from saccade.cli.dialogue import Dialogue, endless, opening
 from saccade.cli.failure import UsageError, check_streams, need
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
 from saccade.cli.outcome import as_record
 from saccade.cli.outputs import file_option
@@ -54,7 +54,7 @@ def run(
         help="what the model reads before the dialogue",
     )] = None,
     session: Annotated[str | None, file_option(
-        "--session", "go on with this dialogue where the file exists; saved when it ends"
+        "--session", "go on with this dialogue where the file exists; saved after every answer"
     )] = None,
     n_predict: shared_options.NPredict = 256,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="only the answers")] = False,
@@ -66,26 +66,25 @@ def run(
     context: shared_options.Values,
 ) -> int:  # fmt: skip
     """A dialogue of any length in constant memory."""
+    check_model(model)
     check_streams("stdin")
     notes = Notes(quiet=quiet)
     saved = None if session is None else Session(session, notes)
     params = shared_options.context_params(context)
-    shared_options.sampler_of(sampling)  # refused before a model is loaded
+    later = saved is not None and saved.exists
+    shared_options.sampler_of(sampling, later=later)  # refused before a model is loaded
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")
-    from saccade.core import BadInput, Unsupported
 
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
-    try:
+    talked = _Talk(loaded, saved, notes, system, n_predict, as_json)
+    with shared_options.in_words_of_options():
         encode_messages(
             tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
         )  # a template that fails, before a word
-        talked = _Talk(loaded, saved, notes, system, n_predict, as_json)
         return _chat(talked, params, sampling)
-    except (BadInput, Unsupported) as error:
-        raise UsageError(shared_options.with_flags(str(error))) from error
 
 
 class _Talk(NamedTuple):
@@ -103,23 +102,25 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
     from saccade.hf.context import Context, as_model
 
     loaded, session, notes = asked.loaded, asked.session, asked.notes
-    facts = as_model(loaded).facts
+    model = as_model(loaded)
+    facts = model.facts
     saved = session.peek() if session is not None and session.exists else None
     params = endless(params, loaded.n_ctx_train)
     if saved is not None:
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
+    say_check(model, params, notes)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.
     bounded = params.n_swa is not None or params.kv_policy is not None
     with Context(
         loaded, params, reserve=0 if bounded else params.n_ctx or facts.n_ctx_train
     ) as ctx:
-        sampler = shared_options.sampler_of(sampling)
-        if session is not None and saved is not None:
-            sampler = shared_options.sampler_of(sampling, session.load(ctx))
-        elif session is not None:
+        going_on = session.load(ctx) if session is not None and saved is not None else None
+        if session is not None and saved is None:
             session.check(ctx)
+        sampler = shared_options.sampler_of(sampling, going_on)
+        note_greedy(sampling, sampler, notes)
         dialogue = Dialogue(
             ctx=ctx, tokenizer=loaded.tokenizer, sampler=sampler, stop=end_tokens(loaded),
             n_predict=asked.n_predict, system=asked.system,
@@ -131,18 +132,20 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
 
 
 def kept(session: Session | None, dialogue: Dialogue, answers: Answers) -> None:
-    """Talk, and keep the dialogue in the session however the talk ends."""
+    """Talk, and keep the dialogue in the session however the talk ends.
+
+    It is kept behind every answer too, so that a killed process loses none that was finished.
+    """
     try:
         answers.talk(lines(quiet=answers.notes.quiet))
     except BaseException as error:
         if session is not None and not getattr(error, "at_once", False):
-            with DeferredStop():
-                session.save(dialogue.ctx, dialogue.sampler, dialogue.state)
+            answers.keep()
+            session.say_saved(dialogue.ctx)
         raise
     if session is not None:
-        with DeferredStop() as deferred:
-            session.save(dialogue.ctx, dialogue.sampler, dialogue.state)
-        deferred.check()
+        answers.keep().check()
+        session.say_saved(dialogue.ctx)
 
 
 def lines(*, quiet: bool = False) -> Iterator[str]:
@@ -166,6 +169,16 @@ class Answers:
 
     def __init__(self, dialogue: Dialogue, notes: Notes, asked: _Talk) -> None:
         self.dialogue, self.notes, self._asked = dialogue, notes, asked
+        self._kept = False
+
+    def keep(self) -> DeferredStop:
+        """Put the dialogue into the session, unless it is there; a signal waits for that."""
+        session, dialogue, deferred = self._asked.session, self.dialogue, DeferredStop("Saving")
+        with deferred:
+            if session is not None and not self._kept:
+                session.keep(dialogue.ctx, dialogue.sampler, dialogue.state)
+                self._kept = True
+        return deferred
 
     def talk(self, said: Iterable[str]) -> None:
         """Answer every line, until there are no more or one is /exit."""
@@ -174,6 +187,7 @@ class Answers:
             if text == "/exit":
                 return
             if text == "/reset":
+                self._kept = False
                 self.dialogue.reset()
                 self.notes.say("Forgotten.")
             elif text == "/memory":
@@ -193,8 +207,8 @@ class Answers:
         from saccade.runtime import Stats
 
         parts: list[str] = []
-        deferred, dialogue = DeferredStop("Ending the answer"), self.dialogue
-        dialogue.ctx.stats = Stats()
+        deferred, dialogue = DeferredStop("Ending the answer", "Ending the dialogue"), self.dialogue
+        dialogue.ctx.stats, self._kept = Stats(), False
         try:
             with deferred:
                 self._show(parts, self._texts(text, deferred))
@@ -206,6 +220,7 @@ class Answers:
             return
         else:
             dialogue.answered("".join(parts))
+            self.keep().check()
         if deferred.asked not in (None, signal.SIGINT):
             deferred.check()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from saccade.cli import shared_options
 from saccade.cli.failure import need
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load
 
 if TYPE_CHECKING:
     from saccade.hf.check import Checked
@@ -41,6 +41,7 @@ def run(
     context: shared_options.Values,
 ) -> int:
     """Compare a model through saccade with its own attention, for the options given or for all."""
+    check_model(model)
     given = any(value is not None for value in context.values())
     wanted = [shared_options.context_params(context)] if given else [
         shared_options.context_params(values) for values in STANDARD

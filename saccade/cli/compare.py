@@ -10,7 +10,7 @@ import typer
 
 from saccade.cli.failure import need
 from saccade.cli.lengths import length
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.shared_options import Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
@@ -62,6 +62,7 @@ def run(
     markdown: Annotated[str | None, file_option("--markdown", "the table for a README")] = None,
 ) -> int:  # fmt: skip
     """Measure what each technique saves and costs, on your model."""
+    check_model(model)
     files = {"html": html, "png": png, "markdown": markdown, "json": json}
     _check(files)
     options = {"context": context, "quick": quick, "rows": rows, "sweep": sweep or ()}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.cli.failure import UsageError
 from saccade.cli.notes import Notes
-from saccade.cli.shared_options import CONTEXT, with_flags
+from saccade.cli.shared_options import CONTEXT, Values, idle_flags, with_flags
 from saccade.units import as_bytes
 
 if TYPE_CHECKING:
-    from saccade.runtime import ContextParams, ModelFacts
+    from saccade.runtime import ContextParams, ModelFacts, Sampler
 
 _LENGTH_OPTIONS = (
     "n_ctx", "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor",
@@ -128,7 +128,17 @@ def note_without_effect(
 
     flags = {option.field: option.flags[0] for option in CONTEXT}
     for name, why in without_effect(facts, params, device=device).items():
-        notes.note(f"{flags.get(name, name)} changes nothing here: {why.rstrip('.')}.")
+        notes.note(f"{flags.get(name, name)} changes nothing here: {with_flags(why).rstrip('.')}.")
+
+
+def note_greedy(values: Values, sampler: Sampler, notes: Notes) -> None:
+    """Say which options of sampling change nothing, because nothing is sampled."""
+    if flags := idle_flags(values, sampler):
+        verb = "changes" if len(flags) == 1 else "change"
+        notes.note(
+            f"{' and '.join(flags)} {verb} nothing here: at temperature 0 the most likely token "
+            "is always taken."
+        )
 
 
 def in_force(params: ContextParams) -> dict[str, Any]:

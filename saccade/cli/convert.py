@@ -10,7 +10,7 @@ import typer
 
 from saccade.cli import shared_options
 from saccade.cli.failure import UsageError, need
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load
 from saccade.cli.values import file_name, one_of, whole_number
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def run(
     dtype: shared_options.DType = "auto",
 ) -> int:
     """Save a model with another number of KV heads; say what that does to quality and cache."""
+    check_model(model)
     need("transformers", "safetensors", purpose="saccade convert")
     from saccade.evals.text import default_text, read_text
 

@@ -10,7 +10,7 @@ import typer
 
 from saccade.cli.failure import UsageError, need
 from saccade.cli.lengths import length
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.cli.shared_options import GPU_BATCH, STORAGE, Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
@@ -97,6 +97,7 @@ def run(
     )] = None,
 ) -> int:  # fmt: skip
     """Score tasks with known answers, made without downloads, with and without compression."""
+    check_model(model)
     if not 0 <= gate <= 1:
         raise UsageError(f"saccade eval: --gate: expected a share from 0 to 1, got {gate:g}.")
     _check(keep, json, leaderboard)
@@ -142,7 +143,8 @@ def _rows(grid: tuple[Any, Any, Any, Any], n_batch: int) -> list[Any]:
     try:
         return rows_of(*grid, n_batch=n_batch)
     except BadInput as error:  # fields of ContextParams in the words of this command
-        said = str(error).replace("kv_policy", "--policy").replace("kv_budget", "--budget")
+        said = str(error).replace("policies and budgets go", "--policy and --budget go")
+        said = said.replace("kv_policy", "--policy").replace("kv_budget", "--budget")
         raise UsageError(said.replace("type_k", "--cache-type")) from error
 
 

@@ -36,7 +36,7 @@ def sentence(error: Exception) -> str | None:
         return _not_understood(error)
     if isinstance(error, ModuleNotFoundError):
         return _missing(error.name or "")
-    if isinstance(error, ImportError) and _raised_by_us(error):  # an old version of a package
+    if isinstance(error, ImportError) and raised_by_us(error):  # an old version of a package
         return _one_line(error)
     for cause in _causes(error):
         if _is_out_of_memory(cause):
@@ -50,7 +50,7 @@ def sentence(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or _one_line(error)}."
     if isinstance(error, (ValueError, TypeError)):
-        hint = "" if _raised_by_us(error) else " (Run again with --traceback to see where.)"
+        hint = "" if raised_by_us(error) else " (Run again with --traceback to see where.)"
         return _one_line(error) + hint
     return None
 
@@ -131,7 +131,7 @@ def _one_line(error: object) -> str:
 _LONGEST = 1200
 
 
-def _raised_by_us(error: Exception) -> bool:
+def raised_by_us(error: Exception) -> bool:
     """Whether a `raise` of this package made the error; one from deeper may be a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

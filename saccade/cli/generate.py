@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.context_length import Room, as_saved, note_without_effect, reaching
+from saccade.cli.context_length import Room, as_saved, note_greedy, note_without_effect, reaching
 from saccade.cli.failure import UsageError, check_streams, need
-from saccade.cli.loading import load
+from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
 from saccade.cli.outputs import file_option
 from saccade.cli.sessions import Saved, Session
@@ -72,6 +72,7 @@ def run(
     context: shared_options.Values,
 ) -> int:  # fmt: skip
     """Continue a prompt, with any of the techniques."""
+    check_model(model)
     check_streams()
     notes = Notes(quiet=quiet)
     saved = None if session is None else Session(session, notes)
@@ -84,17 +85,14 @@ def run(
     context = {**context, "sparse": None} if auto else context
     params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")
-    from saccade.core import BadInput, Unsupported
-
-    shared_options.sampler_of(sampling)  # refused before a model is loaded
+    later = saved is not None and saved.exists
+    shared_options.sampler_of(sampling, later=later)  # refused before a model is loaded
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
-    try:
-        asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
+    asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
+    with shared_options.in_words_of_options():  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
-    except (BadInput, Unsupported) as error:  # a prompt too long, say
-        raise UsageError(shared_options.with_flags(str(error))) from error
 
 
 class _Asked(NamedTuple):
@@ -117,7 +115,8 @@ def _generate(
     from saccade.hf.context import Context, as_model
 
     loaded, session, notes = asked.loaded, asked.session, asked.notes
-    facts = as_model(loaded).facts
+    model = as_model(loaded)
+    facts = model.facts
     saved = session.peek() if session is not None and session.exists else None
     if saved is not None:
         params = as_saved(params, saved.params, facts.n_ctx_train, notes)
@@ -129,12 +128,13 @@ def _generate(
     params = reaching(params, facts, seen + len(tokens) + further, notes)
     if asked.auto:
         params = _chosen(loaded, tokens, params, notes)
+    say_check(model, params, notes)
     with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
-        sampler = shared_options.sampler_of(sampling)
-        if session is not None and saved is not None:
-            sampler = shared_options.sampler_of(sampling, session.load(ctx))
-        elif session is not None:
+        going_on = session.load(ctx) if session is not None and saved is not None else None
+        if session is not None and saved is None:
             session.check(ctx)
+        sampler = shared_options.sampler_of(sampling, going_on)
+        note_greedy(sampling, sampler, notes)
         return Writing(
             ctx=ctx, loaded=loaded, sampler=sampler, tokens=tokens, n_predict=asked.n_predict,
             stop=end_tokens(loaded), session=session, notes=notes, before=before, as_json=as_json,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from saccade.cli.notes import BUILD_KERNELS
 from saccade.core import BadInput
 from saccade.core.versions import NEWEST, OLDEST, numbers, text
 from saccade.ops.gpu.support import architecture
@@ -51,6 +52,7 @@ def checks() -> list[Check]:
         return found
     found += [
         _cpu(),
+        _kernels(),
         _memory(),
         *_gpu(),
         _device(),
@@ -120,9 +122,20 @@ def _cpu() -> Check:
 
     vector = torch.backends.cpu.get_cpu_capability()
     threads, cores = torch.get_num_threads(), environment.cores()
-    found = f"{environment.cpu_name()}, {vector} kernels, {threads} threads on {cores} cores"
+    found = f"{environment.cpu_name()}, {vector} instructions, {threads} threads on {cores} cores"
     advice = "" if threads <= cores else f"More threads than cores: set OMP_NUM_THREADS={cores}."
     return Check("CPU", "ok", found, advice)
+
+
+def _kernels() -> Check:
+    """The C++ kernels: everything works without them, many times slower on a CPU."""
+    from saccade.ops.attention.cpu.binding import extension
+
+    kernels = extension()
+    if kernels is None:
+        advice = f"Models run many times slower on the CPU. {BUILD_KERNELS}"
+        return Check("C++ kernels", "missing", "not built", advice)
+    return Check("C++ kernels", "ok", f"built; {kernels.targets()[0]} runs")
 
 
 def _memory() -> Check:

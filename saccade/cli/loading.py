@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade.cli.failure import UsageError
-from saccade.cli.notes import Notes
-from saccade.cli.shared_options import DTYPES
+from saccade.cli.notes import BUILD_KERNELS, Notes
+from saccade.cli.shared_options import DTYPES, MODEL_HELP
 
 if TYPE_CHECKING:
     from saccade.hf.load import LoadedModel
+    from saccade.runtime import ContextParams, Model
 
 
 _ARGUMENT = re.compile(r"""\b(device|weights|dtype)=["']?(\w+(?:[.:]\w+)*)["']?""")
 _CHOICE = re.compile(r" or dtype=torch\.(\w+)")
 _NAMED = re.compile(r"\b(leave|as) (device|weights|dtype)\b(?=,| out)")
 _SHORT = {name: short for short, name in DTYPES.items() if name}
+
+
+NAMES = ("smollm2",)
+"""Those of `saccade.runtime.located`, known here before torch is imported."""
+
+
+def check_model(name: str) -> None:
+    """Raise UsageError where there is no such model: what follows imports for seconds."""
+    try:
+        there = Path(name).expanduser().exists()
+    except OSError as error:
+        raise UsageError(f"--model {name[:200]} is not a path: {error.strerror}.") from error
+    if not there and name not in NAMES:
+        raise UsageError(f"no model at {name!r}: expected {MODEL_HELP}.")
 
 
 def load(
@@ -37,6 +53,7 @@ def load(
     import torch
 
     from saccade.hf.load import load_model  # transformers comes with it and takes seconds
+    from saccade.ops.attention.cpu.binding import extension
 
     wanted = DTYPES[dtype]
     try:
@@ -50,7 +67,17 @@ def load(
         raise UsageError(as_options(str(error))) from error
     for note in loaded.notes:
         notes.note(note)
+    if extension() is None and loaded.model.device.type == "cpu":
+        notes.note(f"the C++ kernels are not built: this runs many times slower. {BUILD_KERNELS}")
     return loaded
+
+
+def say_check(model: Model, params: ContextParams, notes: Notes) -> None:
+    """Say that a model is compared with its own attention, where a Context is going to do it."""
+    from saccade.hf.check import comparisons
+
+    if comparisons(model, params):
+        notes.say("Checking once that the model gives the same here as by its own attention ...")
 
 
 def as_options(message: str) -> str:

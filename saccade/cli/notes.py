@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+BUILD_KERNELS = "Install a C++ compiler (g++) and run in the clone: pip install ."
+"""What to do where the package was built without its C++ kernels."""
+
 
 @dataclass
 class Notes:

@@ -13,7 +13,7 @@ from saccade.cli import shared_options
 from saccade.cli.advice import as_json, as_text
 from saccade.cli.failure import UsageError, need
 from saccade.cli.lengths import length as tokens
-from saccade.cli.loading import as_options
+from saccade.cli.loading import as_options, check_model
 from saccade.cli.outputs import check_outputs, file_option
 from saccade.units import parse_bytes
 
@@ -58,6 +58,7 @@ def run(
     Nothing is loaded: sizes come from the model's header, times from a measurement of this machine
     that is made once. The exit code is 2 where nothing fits.
     """
+    check_model(model)
     params = shared_options.context_params(context)
     if (svg or html) and not measure:
         raise UsageError("--svg and --html draw what --measure measures. Add --measure.")

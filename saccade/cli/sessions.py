@@ -68,11 +68,19 @@ class Session:
         return sampler
 
     def save(self, ctx: Context, sampler: Sampler, extra: Mapping[str, Any] | None = None) -> None:
-        """Replace it by what the context holds now."""
+        """Replace it by what the context holds now, and say so."""
+        self.keep(ctx, sampler, extra)
+        self.say_saved(ctx)
+
+    def keep(self, ctx: Context, sampler: Sampler, extra: Mapping[str, Any] | None = None) -> None:
+        """Replace it, in one step, without a word."""
         from saccade.runtime import save_session
 
         save_session(self.path, ctx, sampler, extra=extra)
         self.exists = True
+
+    def say_saved(self, ctx: Context) -> None:
+        """Where it is, and how much it holds."""
         self._notes.say(f"Saved {self.path}: {ctx.seen:,} tokens.")
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.cli.failure import UsageError
+from saccade.cli.failure import UsageError, raised_by_us
 from saccade.cli.values import budget, file_name, number, one_of, switch, utf8_text, whole_number
 
 if TYPE_CHECKING:
@@ -208,7 +209,10 @@ def context_params(values: Values) -> ContextParams:
     try:
         return ContextParams(**given)
     except ValueError as error:
-        raise UsageError(with_flags(str(error))) from error
+        said = str(error)
+        if factor is not None:
+            said = said.replace(f"rope_freq_scale={1 / factor:g}", f"--rope-scale {factor:g}")
+        raise UsageError(with_flags(said)) from error
 
 
 GPU_BATCH = 2048
@@ -223,21 +227,68 @@ def for_device(params: ContextParams, values: Values, device: str) -> ContextPar
 
 
 def with_flags(message: str) -> str:
-    """A message about fields of ContextParams, about options instead."""
-    for option in CONTEXT:
+    """A message about fields of ContextParams and Sampler, about options instead."""
+    for option in (*CONTEXT, *SAMPLING):
         if "_" in option.field:  # the others are words of English too
             message = re.sub(rf"(?<![\w-]){option.field}\b", option.flags[0], message)
-    return message
+    return re.sub(r"(--[\w-]+)=(True|False)\b", _switched, message)
 
 
-def sampler_of(values: Values, saved: Sampler | None = None) -> Sampler:
-    """The sampler of the values of SAMPLING; what is not given stays as a saved one has it."""
+def _switched(found: re.Match[str]) -> str:
+    """`--kv-offload=False` as it is written: `--kv-offload off`."""
+    return f"{found[1]} {'on' if found[2] == 'True' else 'off'}"
+
+
+@contextmanager
+def in_words_of_options() -> Iterator[None]:
+    """Inside, what saccade refuses is said of options instead of fields of ContextParams.
+
+    Raises:
+        UsageError: instead of the ValueError; one that another package raised stays as it is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not raised_by_us(error):
+            raise
+        raise UsageError(with_flags(str(error))) from error
+
+
+def sampler_of(values: Values, saved: Sampler | None = None, *, later: bool = False) -> Sampler:
+    """The sampler of the values of SAMPLING; what is not given stays as a saved one has it.
+
+    Args:
+        later: a session that is read later may say the temperature.
+
+    Raises:
+        UsageError: a value out of range, or --top-k and --top-p without a temperature.
+    """
     from saccade.runtime import Sampler
 
     given = {name: value for name, value in values.items() if value is not None}
-    if saved is None:
-        return Sampler(**given)
-    sampler = Sampler(**{name: getattr(saved, name) for name in values} | given)
-    if "seed" not in given:
+    kept = {} if saved is None else {name: getattr(saved, name) for name in values}
+    try:
+        sampler = Sampler(**kept | given)
+    except ValueError as error:
+        raise UsageError(with_flags(str(error))) from error
+    if saved is not None and "seed" not in given:
         sampler.restore(saved.state())
+    flags = [flag for flag in idle_flags(values, sampler) if flag != "--seed"]
+    if flags and "temperature" not in given and not later:
+        raise UsageError(
+            f"{' and '.join(flags)}: nothing is sampled without a temperature, the most likely "
+            f"token is always taken. Add --temp 0.8, say, or leave {' and '.join(flags)} out."
+        )
     return sampler
+
+
+def idle_flags(values: Values, sampler: Sampler) -> list[str]:
+    """The options of SAMPLING that were given and change nothing, since decoding is greedy."""
+    if sampler.temperature != 0:
+        return []
+    usual = {"top_k": 0, "top_p": 1, "seed": None}
+    return [
+        option.flags[0]
+        for option in SAMPLING
+        if option.field in usual and values[option.field] not in (None, usual[option.field])
+    ]

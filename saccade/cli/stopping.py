@@ -66,13 +66,18 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 class DeferredStop:
     """`with` it, the first signal waits for the next token or chunk; a second one does not wait.
 
+    Args:
+        waits: what is said on Ctrl-C; ends: on another signal, default the same.
+
     Attributes:
         asked: the number of the signal that came, None while none has.
     """
 
-    def __init__(self, waits: str = "Stopping at the next whole token") -> None:
+    def __init__(
+        self, waits: str = "Stopping at the next whole token", ends: str | None = None
+    ) -> None:
         self.asked: int | None = None
-        self._waits = waits
+        self._waits, self._ends = waits, ends or waits
         self._handling: Any = None
 
     def __enter__(self) -> DeferredStop:
@@ -104,6 +109,7 @@ class DeferredStop:
         if self.asked is not None:
             raise Stopped(number, at_once=True)
         self.asked = number
-        said = f"\n{self._waits}; once more stops at once.\n"
+        waits = self._waits if number == signal.SIGINT else self._ends
+        said = f"\n{waits}; once more stops at once.\n"
         with contextlib.suppress(OSError, ValueError, AttributeError):
             os.write(sys.stderr.fileno(), said.encode())  # print is not safe in a handler

@@ -116,21 +116,27 @@ def verify(model: Model, params: ContextParams, mode: CheckMode = "auto") -> Non
     """
     if mode not in MODES:
         raise ValueError(f"check must be one of {', '.join(MODES)}, got {mode!r}.")
-    if mode == "off" or not isinstance(model, HFModel) or model.model.training:
-        return
-    if run_in_force(model.model) is not None:
-        return
-    for label in dict.fromkeys((AS_IT_IS, described(params))):
-        eager = label == AS_IT_IS
-        if eager and ATTRIBUTE in vars(model.model):
-            continue
-        if mode == "auto" and check_store.has_passed(model.model, label):
-            continue
-        found = check_eager(model) if eager else check_options(model, params)
+    for label in comparisons(model, params, mode):
+        assert isinstance(model, HFModel)
+        found = check_eager(model) if label == AS_IT_IS else check_options(model, params)
         if found.refusal is None and not found.ok:
             raise Unsupported(found.sentence(model.facts.name))
         if found.ok:
             check_store.remember(model.model, label)
+
+
+def comparisons(model: Model, params: ContextParams, mode: CheckMode = "auto") -> list[str]:
+    """What `verify` would compare now: AS_IT_IS and the options, without what has passed."""
+    if mode == "off" or not isinstance(model, HFModel) or model.model.training:
+        return []
+    if run_in_force(model.model) is not None:
+        return []
+    labels = list(dict.fromkeys((AS_IT_IS, described(params))))
+    if ATTRIBUTE in vars(model.model):  # other contexts are open
+        labels.remove(AS_IT_IS)
+    if mode == "always":
+        return labels
+    return [label for label in labels if not check_store.has_passed(model.model, label)]
 
 
 def check_eager(model: HFModel) -> Checked:

@@ -117,17 +117,20 @@ def read(
         BadInput: not a record of these schemas.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror}. Expected a {schema} record."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a {schema} record ({error}).") from error
+    try:
+        data = json.loads(text)
         if data.get("schema") not in (schema, *older):
             raise ValueError(f"schema {data.get('schema')!r}")
         return make(data)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path} is not a {schema} record ({_reason(error)}).") from error
-
-
-def _reason(error: Exception) -> str:
-    """Why a record cannot be read, without the path that the sentence has already said."""
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a {schema} record ({error}).") from error
 
 
 def made(kind: type[_Made], data: dict[str, Any]) -> _Made:

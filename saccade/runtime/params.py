@@ -144,6 +144,11 @@ class ContextParams:
             raise ValueError(
                 f"rope_freq_scale is 1 / factor, in (0, 1], got {self.rope_freq_scale}."
             )
+        if self.rope_scaling_type == "none" and self.rope_freq_scale not in (None, 1):
+            raise ValueError(
+                f"rope_freq_scale={self.rope_freq_scale:g} stretches positions, and "
+                "rope_scaling_type='none' leaves them as they are. Leave one of them out."
+            )
         for name in ("rope_freq_base", "yarn_attn_factor"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -203,7 +208,8 @@ class ContextParams:
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     # Types too: 1 is no bool, although it equals True.
     if not any(type(value) is type(each) and value == each for each in known):
-        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(map(str, known))}.")
+        listed = ", ".join(str(each) for each in known if each is not None)
+        raise ValueError(f"unknown {name} {value!r}; expected one of {listed}.")
 
 
 def _whole_number(name: str, value: object, least: int) -> None:

@@ -20,7 +20,6 @@ from saccade.cache import (
     DenseCache,
     LateQuantizedCache,
     LayerCache,
-    OffloadedCache,
     PagedCache,
     QuantizedCache,
     QuantizedRing,
@@ -168,7 +167,7 @@ def _alike(cache: LayerCache, size: int, count: int) -> int:
         cache, RaggedCache | LateQuantizedCache
     ):  # before it is compressed; afterwards it has pages
         return cache.prompt.free_slots // size
-    if isinstance(cache, DenseCache | OffloadedCache):
+    if isinstance(cache, DenseCache):
         return cache.free_slots // size  # nothing is allocated for them
     return count  # a ring
 

@@ -44,11 +44,13 @@ class Sampler:
             _number(name, getattr(self, name)) for name in ("temperature", "top_p")
         )
         self.top_k, self.seed = (_whole(name, getattr(self, name)) for name in ("top_k", "seed"))
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                f"{self.temperature}, {self.top_k} and {self.top_p}."
-            )
+        for name, allowed, expected in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0 and up to 1"),
+        ):
+            if not allowed:
+                raise ValueError(f"{name} has to be {expected}, got {getattr(self, name)}.")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"a seed is expected from -2^63 to 2^64 - 1, got {self.seed}.")
         self._generator = torch.Generator().manual_seed(self.seed)

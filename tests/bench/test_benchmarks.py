@@ -98,6 +98,18 @@ def test_time_that_is_up_ends_a_run(tmp_path, monkeypatch):
     assert not record["complete"] and record["rows"] == []
 
 
+def test_a_record_that_stopped_is_gone_on_with(tmp_path):
+    rows = [gpu_run.Row(name, Problem(queries=8, keys=8)) for name in "ab"]
+    first, path = ["--tiny", "--out"], tmp_path / "record.json"
+    begun = gpu_run.main("what", rows[:1], [*first, str(path)])
+    record = gpu_run.main("what", rows, [*first, str(path), "--resume", str(path)])
+    assert record["complete"] and [row["case"] for row in record["rows"]] == ["a", "b"]
+    assert record["rows"][0] == json.loads(json.dumps(begun["rows"][0]))
+    assert [part["rows"] for part in record["resumed"]] == [1]
+    with pytest.raises(SystemExit, match="is no record of this benchmark"):
+        gpu_run.main("something else", rows, [*first, str(path), "--resume", str(path)])
+
+
 def test_every_rule_is_measured_at_its_smallest_sizes():
     rows = list(gpu_rules.rule_rows())
     rules = gpu_rules.rules()

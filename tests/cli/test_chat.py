@@ -197,6 +197,19 @@ def test_a_dialogue_goes_on_in_another_process(call, tmp_path):
     assert code == 0 and "read again 1x" in said
 
 
+def test_every_answer_is_in_the_session_before_the_next(call, monkeypatch, tmp_path):
+    """A process that is killed later loses no answer that was finished."""
+    found, ask = [], Dialogue.ask
+
+    def look(dialogue, text, on_progress):
+        found.append((tmp_path / "c").exists())
+        return ask(dialogue, text, on_progress)
+
+    monkeypatch.setattr(Dialogue, "ask", look)
+    code, _, said = call("hello\nand?\n", "-n", "4", "--session", str(tmp_path / "c"))
+    assert code == 0 and found == [False, True] and said.count("Saved") == 1
+
+
 def test_a_session_of_generate_is_no_dialogue(call, tmp_path):
     words = ["generate", "-m", "m", "-p", "hi", "-n", "2", "--session", str(tmp_path / "s")]
     assert main.main([*words, "--swa", "80", "--sinks", "4"]) == 0

@@ -10,6 +10,7 @@ import torch
 import saccade
 from saccade.cli import doctor, health, main, weights
 from saccade.cli.failure import UsageError
+from saccade.ops.attention.cpu import binding
 from saccade.ops.attention.dispatch import BACKENDS
 from saccade.ops.tuning import tables as tuning
 from saccade.report import environment
@@ -26,6 +27,12 @@ def test_doctor_in_words(capsys):
     assert main.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "softcap (Gemma 2)" in out and "sdpa cannot: PyTorch's kernels have no softcap" in out
+
+
+def test_missing_kernels_are_said(monkeypatch):
+    monkeypatch.setattr(binding, "extension", lambda: None)
+    found = {check.name: check for check in health.checks()}["C++ kernels"]
+    assert found.status == "missing" and "many times slower" in found.advice
 
 
 def test_where_models_run_and_in_which_dtypes(monkeypatch):

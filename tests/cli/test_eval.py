@@ -21,8 +21,8 @@ from tests.tiny_models import tiny_config, tiny_model
 BAD = [
     ([], "saccade eval: TASK...: at least one is required."),
     (["nope"], "no task is called 'nope': expected one of ruler, niah"),
-    (["vt", "--policy", "snapkv"], "policies and budgets go together"),
-    (["vt", "--budget", "0.5"], "policies and budgets go together"),
+    (["vt", "--policy", "snapkv"], "--policy and --budget go together"),
+    (["vt", "--budget", "0.5"], "--policy and --budget go together"),
     (["vt", "--policy", "nope", "--budget", "0.5"], "unknown --policy 'nope'"),
     (["vt", "--policy", "snapkv", "--budget", "2.0"], "--budget: expected tokens (512) or a share"),
     (["vt", "--cache-type", "int9"], "unknown --cache-type 'int9'"),

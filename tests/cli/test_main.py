@@ -72,7 +72,13 @@ BAD_LINES = [
     (["generate", "--model", "m", "--prompt", "a", "--kv-budget", "8"], "--kv-policy and --kv-bud"),
     (["generate", "--model", "m", "--prompt", "a", "--rope-scale", "0.5"], "at least 1, got 0.5"),
     (["generate", "--model", "m", "--prompt", "a", "--rope-freq-base", "nan"], "expected a number"),
-    (["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], "top_p"),
+    (["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], "--top-p has to be a share"),
+    (["generate", "--model", "m", "--prompt", "a", "--top-k", "9"], "--top-k: nothing is sampled"),
+    (["generate", "--model", "m/no", "--prompt", "a"], "no model at 'm/no': expected a .gguf file"),
+    (
+        ["chat", "-m", "m", "--rope-scaling", "none", "--rope-scale", "2"],
+        "--rope-scale 2 stretches positions, and --rope-scaling='none'",
+    ),
     (["generate", "--model", "m", "--prompt", "a", "--temperature", "-1"], "temperature"),
     (["doctor", "--jsno"], "Did you mean --json?"),
 ]

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from saccade.evals.compare import run
+from saccade.cli import main
+from saccade.evals import compare
 from saccade.evals.rows import FLASH, INT8, MHA, SDPA, SNAPKV, TEXTBOOK
 
 pytestmark = pytest.mark.real_model
@@ -21,7 +23,10 @@ def report():
     from saccade.hf.load import load_model
 
     rows = ["flash", "MHA", "GQA", INT8, SNAPKV]
-    return run(load_model("smollm2", weights="f32"), context=256, quick=True, rows=rows, seconds=60)
+    model = load_model("smollm2", weights="f32")
+    with pytest.MonkeyPatch.context() as patch:  # rounds are tested on a tiny model
+        patch.setattr(compare, "QUICK", replace(compare.QUICK, scored=96, steps=4, rounds=1))
+        return compare.run(model, context=256, quick=True, rows=rows)
 
 
 def test_every_cell_is_measured(report):
@@ -59,15 +64,10 @@ def test_claims_stand_beside_what_was_measured(report):
     assert claims["MQA (by conversion)", "speed-up"].measured == "not measured in this run"
 
 
-def test_generate_streams_an_answer():
+def test_generate_streams_an_answer(capsys):
     options = "generate --model smollm2 --raw --n-predict 4 --swa 64 --sinks 4"
-    done = subprocess.run(
-        [*COMMAND, *options.split(), "--prompt", "The capital of France is"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "Paris" in done.stdout
+    assert main.main([*options.split(), "--prompt", "The capital of France is"]) == 0
+    assert "Paris" in capsys.readouterr().out
 
 
 def test_ctrl_c_keeps_finished_rows(tmp_path):

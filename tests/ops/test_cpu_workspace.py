@@ -42,11 +42,14 @@ def call_of(q, kv, mask=None, **options):
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(causal=False), Mask(window=33, sinks=5)], ids=str)
-@pytest.mark.parametrize("q_len", [1, 2, 50, 700])
+@pytest.mark.parametrize("q_len", [1, 2, 50, 300])
 def test_workspace_of_shapes(target, q_len, mask):
+    """Up to more rows than the largest tile has; wide heads reach that with fewer queries."""
+    batch = 1 if q_len == 300 else 2
     for heads, dim, value_dim in [(1, 64, 64), (8, 40, 72), (4, 576, 512)]:
-        kv = DenseKV(normal(2, 1, 800, dim), normal(2, 1, 800, value_dim))
-        planned, allocated = new_workspace(call_of(normal(2, heads, q_len, dim), kv, mask))
+        queries = min(q_len, 100) if dim == 576 else q_len
+        kv = DenseKV(normal(batch, 1, 800, dim), normal(batch, 1, 800, value_dim))
+        planned, allocated = new_workspace(call_of(normal(batch, heads, queries, dim), kv, mask))
         assert planned == allocated > 0
 
 

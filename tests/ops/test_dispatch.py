@@ -199,9 +199,9 @@ def test_the_rules_for_packages_of_others_on_hopper():
         return first_on_hopper(call_of(*shape, **mask), packages=True)
 
     assert (
-        first(4096, 96) == first(4096, 192, causal=False) == first(4096, 128, causal=False) == "fa3"
+        first(4096, 96) == first(4096, 192, causal=False) == first(8192, 128, causal=False) == "fa3"
     )
-    assert first(4096, 128) == first(2048, 96) == "gluon"
+    assert first(4096, 128, causal=False) == first(8192, 128) == first(2048, 96) == "gluon"
 
 
 def test_the_rules_for_decoding_on_hopper():

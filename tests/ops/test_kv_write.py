@@ -92,6 +92,23 @@ def test_hadamard_kernel(dim):
 
 
 @runs_kernels
+@pytest.mark.parametrize("dim", [16, 128, 256, 512])
+@pytest.mark.parametrize("token_major", [False, True])
+def test_hadamard_of_many_rows(dim, token_major):
+    """More rows than have a program of their own, not a multiple of a tile.
+
+    Triton's interpreter multiplies bfloat16 as if its bits were integers.
+    """
+    x = torch.randn(1, 1450, 3, dim).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+    x = x.transpose(1, 2) if token_major else x
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)]
+    truth = x.float() @ (torch.tensor(signs) * dim**-0.5)
+    ours = hadamard_transform(x.to(DEVICE)).cpu()
+    assert torch.allclose(ours.float(), truth, rtol=2**-8, atol=1e-5)
+    assert ours.stride() == x.stride()
+
+
+@runs_kernels
 @pytest.mark.parametrize("tokens", [3, 70_000] if DEVICE == "cuda" else [3])
 def test_rope_without_a_cache(tokens):
     """Also for more tokens than grid axes y and z may have."""

@@ -1,6 +1,7 @@
 """scripts/neon.sh: the kernels of aarch64 in an emulator, or one line that says what is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,7 @@ def test_a_missing_tool_is_named_in_one_line(tmp_path):
 
 def test_what_make_test_runs_includes_it():
     makefile = (ROOT / "Makefile").read_text()
-    recipe = makefile.split("\ntest: ")[1].split("\n\n")[0]
-    assert "$(MAKE) --no-print-directory neon" in recipe
+    recipe = makefile.split("\ntest:\n")[1].split("\n\n")[0]
+    assert re.search(r"\$\(MAKE\) .* ahead\n", recipe)
+    assert re.search(r"^ahead: .*\bneon\b", makefile, re.MULTILINE)
     assert "qemu-user-static" in (ROOT / ".ci/run").read_text()

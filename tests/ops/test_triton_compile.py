@@ -180,3 +180,16 @@ def test_quantizing_compiles(dtype):
         assert ("cvt.rn.satfinite.e4m3x2" in ptx) == (
             dtype != torch.uint8 and kernel is not dequantize_kernel
         )
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_transform_of_many_rows_is_a_product_of_tiles(dim):
+    from saccade.ops.kv_write.hadamard_kernel import hadamard_tiles_kernel
+
+    x, signs = meta(4096, dim), meta(128, 128)
+    found = compile_for(
+        hadamard_tiles_kernel, options={"num_warps": 4, "num_stages": 1}, x=x, out=x, signs=signs,
+        rows=4096, PARTS=dim // 128, WIDTH=128, TILE=64,
+    )  # fmt: skip
+    ptx = found.asm["ptx"]
+    assert "wgmma" in ptx and not re.search(r"(ld|st)\.local", ptx)

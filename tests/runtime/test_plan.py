@@ -3,7 +3,8 @@
 import subprocess
 import sys
 from dataclasses import asdict
-from itertools import product
+from functools import cache
+from itertools import cycle, product
 from time import process_time
 
 import pytest
@@ -37,7 +38,6 @@ from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
 from saccade.runtime.planned_cache import new_keys
 from saccade.runtime.rollback import checkpoint
 from saccade.sparse import BlockTopK, Quest
-from saccade.units import parse_bytes
 from tests.tiny_models import tiny_config, tiny_model
 
 PARAMS = {
@@ -66,15 +66,23 @@ PARAMS = {
 FAMILIES = ("llama", "mistral", "gemma3", "gpt_oss", "qwen2", "phi3")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request):
-    return tiny_model(tiny_config(request.param))
+@pytest.fixture(scope="module")
+def models():
+    """Each family's model, made once."""
+    return cache(lambda family: tiny_model(tiny_config(family)))
 
 
-@pytest.mark.parametrize("name", PARAMS)
-def test_caches_to_the_byte(model, name):
+# Layers of gemma3 are full and sliding: it sees all options, and each other family its share.
+CASES = [("gemma3", name) for name in PARAMS]
+CASES += zip(cycle(family for family in FAMILIES if family != "gemma3"), PARAMS, strict=False)
+LENGTHS = [(1, 0, 7), (63, 3, 512), (200, 70, 7), (301, 0, 7), (301, 0, 512)]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_caches_to_the_byte(models, family, name):
     """What is allocated by a context is what was planned from the config alone."""
-    for (prompt, written), n_batch in product([(1, 0), (63, 3), (200, 70), (301, 0)], [7, 512]):
+    model = models(family)
+    for prompt, written, n_batch in LENGTHS:
         params = ContextParams(n_batch=n_batch, **PARAMS[name])
         planned = saccade.plan(model.config, params, prompt + written, prompt=prompt)
         with saccade.Context(model, params) as ctx:
@@ -105,8 +113,10 @@ def test_ragged_caches_to_a_page_per_head():
         assert ctx.cache_bytes < planned.most_cache_bytes / 2
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])  # full, sliding, both
 @pytest.mark.parametrize("reserve", [100, 300, 2000])
-def test_reserved_caches_to_the_byte(model, reserve):
+def test_reserved_caches_to_the_byte(models, family, reserve):
+    model = models(family)
     for name in ("plain", "int8", "window", "in host memory"):
         params = ContextParams(**PARAMS[name])
         with saccade.Context(model, params, reserve=reserve) as ctx:
@@ -255,9 +265,15 @@ def allocated(found):
     return peak
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("backend", ["reference", "tiled", "sdpa"])
-@pytest.mark.parametrize("cache", ["reserved", "ring", "int8", "int4", "fp8", "pool"])
+# What a thread has of its own differs by backend, not by storage.
+THREADS = [("reserved", backend, 2) for backend in ("reference", "tiled", "sdpa")]
+CACHED = ["reserved", "ring", "int8", "int4", "fp8", "pool"]
+STORED = product(CACHED, ["reference", "tiled", "sdpa"])
+
+
+@pytest.mark.parametrize(
+    ("cache", "backend", "threads"), [*THREADS, *((*stored, 1) for stored in STORED)]
+)
 def test_attention_within_5_percent(cache, backend, threads):
     """Of what the allocator saw: scores, tiles, copies, masks, outputs and kernels' own buffers."""
     before = torch.get_num_threads()
@@ -377,22 +393,3 @@ def test_refusals():
     for wrong in ({"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"vocab_size": 0}):
         with pytest.raises(BadInput, match=r"expected a whole number from 1 to|no model is"):
             saccade.plan({"model_type": "llama", **wrong})
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("8GiB", 8 << 30),
-        ("1.5 kib", 1536),
-        ("8GB", 8 * 10**9),
-        ("7700000", 7700000),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "77", "8 giraffes", "-1", "G", "nan"])
-def test_no_sizes(text):
-    with pytest.raises(ValueError, match="expected a size"):
-        parse_bytes(text)

@@ -127,6 +127,8 @@ def parse_file(path: Path) -> GGUFFile:
     """
     with path.open("rb") as file:
         magic = file.read(4)
+        if not magic:
+            raise BadInput(f"{path} is empty. Download or copy it again.")
         if magic != _MAGIC:
             raise BadInput(
                 f"{path} is not a GGUF file: it starts with {magic!r} instead of {_MAGIC!r}. "

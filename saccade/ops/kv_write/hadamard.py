@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.ops.gpu.support import has_triton
 
-MAX_ROWS = 4096  # for more rows a matrix product is faster than the kernel
+FEW_ROWS = 4096  # up to here a program for each row is faster than products of tiles
 MAX_DIM = 512
 
 
@@ -31,27 +31,43 @@ def _matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (h / size**0.5).to(device=device, dtype=dtype)
 
 
+@cache
+def _signs(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The matrix without its factor: 1 and -1, which every dtype holds."""
+    return (_matrix(size, torch.float64, device) * size**0.5).round().to(dtype)
+
+
 def _by_kernel(x: Tensor) -> bool:
-    """Whether the kernel computes it: a few rows, a power of two long, without gradient."""
+    """Whether a kernel computes it: rows a power of two long, without gradient.
+
+    Many rows are products on tensor cores, exact in 16 bits; float32 ones are PyTorch's product.
+    """
     dim = x.shape[-1]
     one_block = 2 <= dim <= MAX_DIM and block_of(dim) == dim
-    few = 0 < x.numel() <= MAX_ROWS * dim
+    halves = x.dtype in (torch.bfloat16, torch.float16) and dim >= 16
+    rows = 0 < x.numel() and (halves or x.numel() <= FEW_ROWS * dim)
     plain = not x.requires_grad and x.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return one_block and few and plain and has_triton(x.device)
+    return one_block and rows and plain and has_triton(x.device)
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
     """Transform the last dimension of `x` `[..., dim]`; applying it twice gives x back."""
+    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        # `[B, H, L, D]` in rows of tokens, as models have it: its rows need no copy.
+        return hadamard_transform(x.transpose(1, 2)).transpose(1, 2)
     block = block_of(x.shape[-1])
     if _by_kernel(x):
-        from saccade.ops.kv_write.hadamard_kernel import hadamard_rows
+        from saccade.ops.kv_write.hadamard_kernel import hadamard_many_rows, hadamard_rows
 
-        return hadamard_rows(x)
+        if x.numel() <= FEW_ROWS * block:
+            return hadamard_rows(x)
+        return hadamard_many_rows(x, _signs(min(block, 128), x.dtype, x.device))
     compute = torch.promote_types(x.dtype, torch.float32)
-    h = _matrix(block, compute, x.device)
-    return (x.to(compute).unflatten(-1, (-1, block)) @ h).flatten(-2).to(x.dtype)
+    product = x.to(compute).reshape(-1, block) @ _matrix(block, compute, x.device)
+    return product.view(x.shape).to(x.dtype)
 
 
 def clear_cache() -> None:
     """Drop the cached matrices."""
     _matrix.cache_clear()
+    _signs.cache_clear()

@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard transform as a Triton kernel, one row per program."""
+"""The Walsh-Hadamard transform by Triton: a program for each of a few rows, tiles of many rows."""
 
 # Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.ops.gpu.intmath import next_power_of_two
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.launching import on, unit_rows
 from saccade.ops.gpu.replay import launch_kernel
+
+TILE = 64  # rows of a program
 
 
 @triton.jit
@@ -59,6 +61,55 @@ def hadamard_rows(x: Tensor) -> Tensor:
             rows.stride(0),
             DIM=dim,
             HALF=next_power_of_two(dim // 2),
+            num_warps=4,
+        )
+    return out
+
+
+@triton.jit
+def hadamard_tiles_kernel(
+    x, out, signs, rows, PARTS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+):
+    """The transform of a tile of contiguous rows of PARTS x WIDTH numbers of 16 bits.
+
+    The matrix of all is that of PARTS (+-1) whose entries are multiplied with `signs`
+    `[WIDTH, WIDTH]`.  Products of numbers with +-1 are exact, and are added up in float32.
+    """
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    dims = tl.arange(0, WIDTH)
+    keep = (row < rows)[:, None]
+    at = row[:, None] * (PARTS * WIDTH) + dims[None, :]
+    h = tl.load(signs + dims[:, None] * WIDTH + dims[None, :])
+    for to in tl.static_range(PARTS):
+        total = tl.zeros([TILE, WIDTH], tl.float32)
+        for part in tl.static_range(PARTS):
+            product = tl.dot(tl.load(x + at + part * WIDTH, mask=keep, other=0.0), h)
+            common = to & part
+            total += product if (common ^ (common >> 1)) & 1 == 0 else -product
+        scaled = total / tl.sqrt(tl.cast(PARTS * WIDTH, tl.float32))
+        tl.store(out + at + to * WIDTH, scaled.to(out.dtype.element_ty), mask=keep)
+
+
+def hadamard_many_rows(x: Tensor, signs: Tensor) -> Tensor:
+    """`hadamard_transform` of rows `[.., D]` in 16 bits, D a power of two up to 512.
+
+    Args:
+        signs: the matrix without its factor, `[min(D, 128)] * 2`, in the dtype of x.
+    """
+    dim, width = x.shape[-1], len(signs)
+    rows = x.reshape(-1, dim).contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with on(x.device):
+        launch_kernel(
+            hadamard_tiles_kernel,
+            (cdiv(len(rows), TILE),),
+            rows,
+            out,
+            signs,
+            len(rows),
+            PARTS=dim // width,
+            WIDTH=width,
+            TILE=TILE,
             num_warps=4,
         )
     return out
