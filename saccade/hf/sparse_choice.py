@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from saccade.core import BadInput, Unsupported
+from saccade.core import Unsupported
 from saccade.hf.context import as_model
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
@@ -39,13 +39,12 @@ def choose_sparse(
     keeps, and the time of selecting and attending by the time of dense attention.
 
     Args:
-        tokens: of a text like those to come, 1-D.
+        tokens: of a text like those to come, 1-D; fewer than 1,024 are read densely.
         params: options of the run; their `sparse` is what is chosen, so it must be unset.
         recall: the least share of the attention's weight that a pattern has to keep, in (0, 1].
 
     Raises:
         ValueError: a recall out of range, or params with `sparse`.
-        BadInput: a text of fewer than 1,024 tokens.
         Unsupported: params with a window or a policy; a model that scales its scores otherwise.
     """
     if isinstance(recall, bool) or not 0 < recall <= 1:
@@ -55,10 +54,8 @@ def choose_sparse(
     text = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)[:LONGEST]
     text = text[: len(text) // CHUNK * CHUNK]
     if len(text) < SHORTEST:
-        raise BadInput(
-            f"choosing a sparse pattern needs a text of at least {SHORTEST:,} tokens, got "
-            f"{len(text):,}. Shorter contexts are read densely: leave sparse out."
-        )
+        why = f"dense: the text has fewer than {SHORTEST:,} tokens, which no pattern makes faster."
+        return Choice(None, why, {})
     hf = as_model(model)
     assert isinstance(hf, HFModel)
     _check_scores(hf)
