@@ -81,7 +81,7 @@ test-oldest: $(OLDEST)/.saccade-ready
 		tests/hf tests/runtime
 
 # Address and undefined-behaviour checks of the C++ kernels.
-sanitize: sanitize-build
+sanitize: $(VENV)/.triton-ready
 	@echo "== C++ kernels under sanitizers"
 	VENV=$(VENV) scripts/sanitize.sh address
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,9 @@ import torch
 from benchmarks.gpu_measure import measure, measure_plan
 from benchmarks.gpu_problems import STEP, Problem
 from benchmarks.gpu_run import Row, main
+from saccade.bench.inputs import KINDS
 from saccade.ops.attention.dispatch import PEERS
+from saccade.ops.tuning.rules import Facts
 
 WHAT = "every rule of `auto`: milliseconds of each backend at its smallest and at typical sizes"
 RULES = Path(__file__).parents[1] / "saccade/ops/tuning/measured/backends"
@@ -105,6 +108,26 @@ def problem_of(rule: dict[str, Any], dim: int, pattern: str, kind: str, size: st
     return Problem(queries=queries, keys=keys, batch=batch, **options)
 
 
+def facts_of(row: dict[str, Any]) -> Facts:
+    """What rules compare of a row of the record."""
+    names = {field.name for field in fields(Problem)}
+    problem = Problem(**{name: value for name, value in row.items() if name in names})
+    pages, quantized = problem.storage.startswith("page"), problem.storage in KINDS
+    storage = "pages" if pages else "quantized" if quantized else problem.storage
+    storage = "packed" if problem.sequences else "kv_lens" if problem.kv_lens else storage
+    narrow = problem.window is not None and problem.window < problem.keys
+    return Facts(
+        head_dim=problem.head_dim,
+        pattern="window" if narrow else "causal" if problem.causal else "all",
+        training=problem.training,
+        storage=storage,
+        queries=problem.queries,
+        keys=problem.keys // max(1, len(problem.sequences)),
+        rows=problem.batch * problem.heads * problem.queries,
+        group_rows=problem.groups * problem.queries,
+    )
+
+
 def uneven(keys: int, batch: int) -> tuple[int, ...]:
     """Lengths of the rows of a batch, from all keys down to about half of them."""
     return tuple(keys - i * keys // (2 * batch) for i in range(batch))
@@ -166,8 +189,7 @@ def chunk_rows() -> Iterator[Row]:
 def plan_rows() -> Iterator[Row]:
     """What a new shape costs with cuDNN, for the head dimensions of its rules."""
     for dim, causal, training in (
-        (128, True, False), (96, True, True),
-        (192, True, True), (128, True, True),
+        (128, True, False), (96, True, True), (192, True, True), (128, True, True),
     ):  # fmt: skip
         problem = Problem(queries=1000, keys=1000, head_dim=dim, causal=causal, training=training)
         yield Row("plan", problem, measure=measure_plan)

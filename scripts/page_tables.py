@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_tables
+from benchmarks.gpu_rules import facts_of
 from saccade.bench.rule_table import as_table
+from saccade.ops.tuning import rules as tuning
 from saccade.report import comparison, evaluation
 from saccade.report.claims import claims_table
 from saccade.report.markdown import escape, evaluation_text, table_text, to_markdown
@@ -206,13 +208,15 @@ def _percent(share: float) -> str:
 def rules(path: Path) -> str:
     """Which backend `auto` takes on this GPU: its speed over Triton's and over the fastest other's.
 
-    The range is that of the measured sizes that the rule covers now.
+    The range is that of the measured sizes that the rule covers now; a rule that the record does
+    not show has no line.
     """
-    known = json.loads(RULES.read_text())["rules"]
+    known = tuning.read(RULES)
     by_rule: dict[int, list[dict[str, Any]]] = {}
     for row in json.loads(path.read_text())["rows"]:
-        if "order" in row and _covered(row, known[row["rule"] - 1]):
-            by_rule.setdefault(row["rule"], []).append(row)
+        found = next((i for i, rule in enumerate(known) if _measured_for(row, rule)), None)
+        if found is not None:
+            by_rule.setdefault(found, []).append(row)
     headings = [Heading("backend"), Heading("over Triton"), Heading("over the fastest other")]
     lines = [_rule(by_rule[rule]) for rule in sorted(by_rule)]
     return table_text(Table(headings, lines, "calls from this size on"))
@@ -228,8 +232,9 @@ def generate(path: Path) -> str:
     return gpu_tables.generate_to_markdown(json.loads(path.read_text()))
 
 
-def _covered(row: dict[str, Any], rule: dict[str, Any]) -> bool:
-    return all(row[name] >= (rule.get(name) or [0])[0] for name in ("queries", "keys"))
+def _measured_for(row: dict[str, Any], rule: tuning.Rule) -> bool:
+    """Whether a row shows that rule: by what both say, since rules come, go and move."""
+    return tuple(row.get("order", ())) == rule.order and rule.fits(facts_of(row))
 
 
 def _rule(measured: Sequence[dict[str, Any]]) -> Line:

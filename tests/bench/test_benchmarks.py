@@ -112,7 +112,7 @@ def test_a_record_that_stopped_is_gone_on_with(tmp_path):
 
 def test_every_rule_is_measured_at_its_smallest_sizes():
     rows = list(gpu_rules.rule_rows())
-    rules = gpu_rules.rules()
+    rules, read = gpu_rules.rules(), tuning.read(gpu_rules.RULES / "sm_90.json")
     assert {dict(row.notes)["rule"] for row in rows} == set(range(1, len(rules) + 1))
     for row in rows:
         rule, p = rules[dict(row.notes)["rule"] - 1], row.problem
@@ -123,6 +123,7 @@ def test_every_rule_is_measured_at_its_smallest_sizes():
         assert rule["order"][0] in row.backends and len(row.backends) > 1
         if dict(row.notes)["size"] == "smallest":
             reach = p.batch * p.heads * p.queries / gpu_rules.least(rule, "rows")
+            assert read[dict(row.notes)["rule"] - 1].fits(gpu_rules.facts_of(p.facts()))
             assert reach >= 1 and (reach < 4 or gpu_rules.is_decoding(rule)), rule
 
 

@@ -149,7 +149,10 @@ def test_cases_files_and_listing(capsys):
     [
         (["--cases", "zzz"], "no case has 'zzz' in its name"),
         (["--backends", "zzz"], "unknown backend 'zzz'"),
-        (["--record", "no-such-file"], "no-such-file is not a saccade.bench.cpu/1 record"),
+        (
+            ["--record", "no-such-file"],
+            "no-such-file cannot be read: No such file or directory. Expected a saccade",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, said, capsys):

@@ -57,7 +57,7 @@ def test_the_command_line_says_it_in_one_sentence() -> None:
     code = (
         "from importlib import metadata\nreal = metadata.version\n"
         "metadata.version = lambda name: '4.57.1' if name == 'transformers' else real(name)\n"
-        "from saccade.cli.main import main\nraise SystemExit(main(['check', '-m', 'x']))"
+        "from saccade.cli.main import main\nraise SystemExit(main(['check', '-m', '.']))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 2

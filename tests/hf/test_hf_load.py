@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from saccade.cli import loading
 from saccade.core import BadInput
 from saccade.hf import KEY, load_model
 from saccade.hf import load as load_module
+from saccade.runtime import located
 from tests.hf.gguf_files import write_gguf
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -71,6 +73,10 @@ def sentence_about(source: object) -> str:
     return message
 
 
+def test_the_command_line_knows_the_names_of_models():
+    assert set(loading.NAMES) == set(located.NAMES)
+
+
 def test_missing_file():
     message = sentence_about("no/such/model.gguf")
     assert message.startswith("no model at 'no/such/model.gguf': expected a .gguf file")
@@ -84,11 +90,18 @@ def test_truncated_file(llama_file, tmp_path, share):
     assert "cut.gguf is truncated" in message and "Download or copy it again." in message
 
 
-@pytest.mark.parametrize("content", [b"", b"GG", b"PK\x03\x04 something else", b"\x00" * 4096])
+@pytest.mark.parametrize("content", [b"GG", b"PK\x03\x04 something else", b"\x00" * 4096])
 def test_foreign_file(tmp_path, content):
     path = tmp_path / "foreign.gguf"
     path.write_bytes(content)
     assert "foreign.gguf is not a GGUF file: it starts with b'" in sentence_about(path)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "empty.gguf").touch()
+    assert "empty.gguf is empty. Download or copy it again." in sentence_about(
+        tmp_path / "empty.gguf"
+    )
 
 
 def test_damaged_header(llama_file, tmp_path):

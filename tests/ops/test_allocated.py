@@ -50,7 +50,8 @@ def test_new_garbage_from_before_is_gone_when_counting_begins(capfd):
     del cycle
     with AllocatedPeak(CPU):
         gc.collect()
-    assert capfd.readouterr().err == ""
+    lines = capfd.readouterr().err.splitlines()
+    assert not [line for line in lines if not line.startswith("USDT:")]  # of any profiler's start
 
 
 def test_temporaries_inside_of_an_operator_count():

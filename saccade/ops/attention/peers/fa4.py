@@ -26,11 +26,11 @@ WIDTHS = ((192, 128), (128, 64))  # of keys and values, where they differ, in it
 
 def refusal(call: AttentionCall) -> str | None:
     """Why FlashAttention-4 cannot run this call, or None."""
-    reason = installed.gpu_refusal(call.q.device, installed.HOPPER, installed.HOPPER)
+    capabilities = (installed.HOPPER, installed.HOPPER)
+    where = ("flash_attn", "cute/interface.py")
+    reason = installed.refusal(call.q.device, capabilities, "flash-attn-4", *where)
     if reason is not None:
         return reason
-    if not installed.is_found("flash_attn", "cute/interface.py"):
-        return "the package flash-attn-4 is not installed"
     reason = shared_refusal(call, lse_gradient=True) or dims_refusal(call) or _own_refusal(call)
     return reason or installed.import_refusal(MODULE)
 

@@ -30,16 +30,14 @@ from saccade.ops.gpu.launching import aligned, float32
 
 EXTENSION, MODULE = "flash_attn_2_cuda", "flash_attn.flash_attn_interface"
 PAGE = 256  # slots that a page has to be a multiple of
-NEWEST = (12, 1)
+CAPABILITIES = (installed.AMPERE, (12, 1))
 
 
 def refusal(call: AttentionCall) -> str | None:
     """Why FlashAttention-2 cannot run this call, or None."""
-    reason = installed.gpu_refusal(call.q.device, installed.AMPERE, NEWEST)
+    reason = installed.refusal(call.q.device, CAPABILITIES, "flash-attn", EXTENSION)
     if reason is not None:
         return reason
-    if not installed.is_found(EXTENSION):
-        return "the package flash-attn is not installed"
     reason = shared_refusal(call, lens=True) or dims_refusal(call) or _own_refusal(call)
     reason = reason or installed.import_refusal(MODULE)
     if reason is None and "softcap" not in signature(_function("flash_attn_func")).parameters:

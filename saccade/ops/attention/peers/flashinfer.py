@@ -23,16 +23,14 @@ from saccade.ops.attention.peers.problem import (
 
 MODULE = "flashinfer"
 HEAD_DIMS = (64, 128, 256)
-NEWEST = (12, 1)
+CAPABILITIES = (installed.AMPERE, (12, 1))
 
 
 def refusal(call: AttentionCall) -> str | None:
     """Why FlashInfer cannot run this call, or None."""
-    reason = installed.gpu_refusal(call.q.device, installed.AMPERE, NEWEST)
+    reason = installed.refusal(call.q.device, CAPABILITIES, "flashinfer", MODULE)
     if reason is not None:
         return reason
-    if not installed.is_found(MODULE):
-        return "the package flashinfer is not installed"
     return shared_refusal(call) or _own_refusal(call) or installed.import_refusal(MODULE)
 
 

@@ -39,6 +39,25 @@ def is_found(module: str, file: str = "") -> bool:
     return any((Path(folder) / file).exists() for folder in spec.submodule_search_locations or ())
 
 
+def refusal(
+    device: torch.device,
+    capabilities: tuple[tuple[int, int], tuple[int, int]],
+    package: str,
+    module: str,
+    file: str = "",
+) -> str | None:
+    """Why a peer cannot run over tensors of a device at all, its import apart.
+
+    Args:
+        capabilities: the least and the most that its kernels are for.
+        package: its name, for the sentence; module, file: as in `is_found`.
+    """
+    reason = gpu_refusal(device, *capabilities)
+    if reason is not None or is_found(module, file):
+        return reason
+    return f"the package {package} is not installed"
+
+
 def import_refusal(module: str) -> str | None:
     """Imports a module that was found; what goes wrong as a clause, None where nothing does."""
     tried = _tried(module)

@@ -6,8 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from saccade.ops.attention.nvidia.gluon.backward.tile_scheduler import BLOCK_M, KEYS
-
-LOWEST = gl.constexpr(-1e30)
+from saccade.ops.gpu.triton_lang import LOWEST
 
 
 @gluon.jit

@@ -26,13 +26,14 @@ from saccade.ops.attention.nvidia.gluon.fp8.producer import (
 )
 from saccade.ops.attention.nvidia.gluon.fp8.softmax import P_EXPONENT, online_softmax, p_operand
 from saccade.ops.attention.nvidia.gluon.prefill.mask import apply_mask
+from saccade.ops.attention.nvidia.gluon.prefill.softmax import add_sink, add_sums
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
     kv_tile_plan,
     work_tile,
     work_tile_count,
 )
-from saccade.ops.gpu.triton_lang import LN2, LOG2E, LOWEST
+from saccade.ops.gpu.triton_lang import LN2, LOWEST
 
 
 @gluon.jit
@@ -67,8 +68,7 @@ def _mainloop(
             k_start = kv_tile(j, plan, block_lists) * BLOCK_N
             s = apply_mask(s, q_pos, k_start, k_len, mask_args, CAUSAL, S)
         packed, sums, row_max, rescale = online_softmax(s, row_max, scale_log2)
-        SUMS: gl.constexpr = gl.SliceLayout(1, row_sum.type.layout)
-        row_sum = row_sum * gl.convert_layout(rescale, SUMS)[:, None] + sums
+        row_sum = add_sums(row_sum, sums, rescale)
         # This wait keeps the compiler from moving the wait for P V before the softmax.
         n += 1
         next_stage, next_phase = stage_of(n, STAGES)
@@ -132,12 +132,7 @@ def _normalize(o, row_max, row_sum, scale_log2, v_scale, sink_logits, h):
     ROW: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     max_log2 = row_max * scale_log2 - P_EXPONENT
     if sink_logits is not None:
-        sink = gl.load(sink_logits + h) * LOG2E
-        new_max = gl.maximum(max_log2, sink)
-        rescale = gl.exp2(max_log2 - new_max)
-        row_sum = row_sum * rescale + gl.exp2(sink - new_max)
-        o = o * gl.convert_layout(rescale, ROW)[:, None]
-        max_log2 = new_max
+        o, max_log2, row_sum = add_sink(o, max_log2, row_sum, sink_logits, h)
     o = o * gl.convert_layout(v_scale / row_sum, ROW)[:, None]
     return o, (max_log2 + gl.log2(row_sum)) * LN2
 

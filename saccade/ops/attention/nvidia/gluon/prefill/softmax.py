@@ -42,10 +42,9 @@ def online_softmax(s, row_max, scale_log2):
 
 @gluon.jit
 def add_sums(row_sum, sums, rescale):
-    """The running row sums `[ROWS, 8]` after another tile of keys."""
-    return (
-        row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None] + sums
-    )
+    """Running row sums, several columns to a row, after another tile of keys."""
+    SUMS: gl.constexpr = gl.SliceLayout(1, row_sum.type.layout)
+    return row_sum * gl.convert_layout(rescale, SUMS)[:, None] + sums
 
 
 @triton.constexpr_function
@@ -81,18 +80,28 @@ def rescale_o(o, rescale):
 
 
 @gluon.jit
+def add_sink(o, max_log2, row_sum, sink_logits, h):
+    """(O, max_log2, row_sum) with the learned sink logit of head h as one more score a row.
+
+    Args:
+        max_log2: what weights refer to, in powers of two; row_sum: of all weights of a row.
+    """
+    sink = gl.load(sink_logits + h) * LOG2E
+    new_max = gl.maximum(max_log2, sink)
+    rescale = gl.exp2(max_log2 - new_max)
+    row_sum = row_sum * rescale + gl.exp2(sink - new_max)
+    o = o * gl.convert_layout(rescale, gl.SliceLayout(1, o.type.layout))[:, None]
+    return o, new_max, row_sum
+
+
+@gluon.jit
 def normalize(o, row_max, row_sum, scale_log2, sink_logits, h):
-    """O divided by its row sums, and the lse; a learned sink logit counts as one more score."""
+    """O divided by its row sums `[ROWS, 8]`, and the lse; an empty row is 0, its lse -inf."""
     ROW: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
     max_log2 = row_max * scale_log2
     if sink_logits is not None:
-        sink = gl.load(sink_logits + h) * LOG2E
-        new_max = gl.maximum(max_log2, sink)
-        rescale = gl.exp2(max_log2 - new_max)
-        row_sum = row_sum * rescale + gl.exp2(sink - new_max)
-        o = o * gl.convert_layout(rescale, ROW)[:, None]
-        max_log2 = new_max
+        o, max_log2, row_sum = add_sink(o, max_log2, row_sum, sink_logits, h)
     empty = row_sum == 0.0
     divisor = gl.where(empty, 1.0, row_sum)
     o = o * gl.convert_layout(1.0 / divisor, ROW)[:, None]
