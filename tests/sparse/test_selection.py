@@ -128,6 +128,7 @@ def test_half_precision(either, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("summary", ["none", "mean", "bounds"])
 @pytest.mark.parametrize(("q_len", "past"), [(1, 95), (33, 50)])
 def test_a_gpu_selects_what_the_formula_says(summary, q_len, past):
