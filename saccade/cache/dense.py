@@ -117,12 +117,15 @@ class DenseCache(PlacingCache, SummarizingCache):
         if self._k is None or self._v is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         self._make_room(self._slots + count, self._k, self._v)
+        self.summarize()
 
     def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         assert self._k is not None and self._v is not None
         removed = self._seen - self._slots
-        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], removed
+        rows = None if self.summaries is None else self.summaries.rows
+        kept = () if rows is None else (rows.data_ptr(), rows.shape[2])
+        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], removed, *kept
 
     def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
         """See SteppingCache."""

@@ -23,7 +23,7 @@ from saccade.hf.mask import SpecMask, is_traced
 from saccade.hf.packing import packed_seqlens, same_sequence
 from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import AttentionCall, attend, make_call
-from saccade.sparse.pattern import selected
+from saccade.sparse.pattern import selected, selected_in_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class AttentionArgs:
     """What is attended to: the view of the keys, the position of the queries, and the mask.
 
     Positions count from the first key of the view, so `q_offset` and `mask` refer to the view.
-    `summaries` are what a cache keeps of the blocks of its keys.
+    `summaries` are what a cache keeps of the blocks of its keys; in a step all memory of them.
     """
 
     kv: KVView
@@ -140,11 +140,12 @@ def _call(
                 "sparse patterns choose among earlier keys, but this layer attends to later keys "
                 "too. Leave sparse out for this model."
             )
-        if not isinstance(args.q_offset, int):
-            raise Unsupported(
-                "sparse patterns need the position of the queries on the host. Use Context.append."
+        if isinstance(args.q_offset, int):
+            blocks = selected(settings.sparse, query, args.kv, args.q_offset, args.summaries)
+        else:
+            blocks = selected_in_step(
+                settings.sparse, query, args.kv, args.q_offset, args.summaries
             )
-        blocks = selected(settings.sparse, query, args.kv, args.q_offset, args.summaries)
     return make_call(
         query,
         args.kv,
@@ -199,7 +200,10 @@ def _from_step(
         mask = attention_mask.spec.mask
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
-    return AttentionArgs(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
+    return AttentionArgs(
+        kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop,
+        summaries=handle.summaries,
+    )  # fmt: skip
 
 
 def _check_kept(view: DenseKV, args: AttentionArgs) -> None:

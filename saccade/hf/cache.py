@@ -123,8 +123,13 @@ class SaccadeCacheLayer(CacheLayerMixin):
         if deferred is not None:
             deferred.stored(q)
         seen = self.store.seen + k.shape[2]
+        kept = self.store.summaries if isinstance(self.store, SummarizingCache) else None
+        rows = None if kept is None else kept.rows
         handle = partial(KVHandle, view, seen=seen, settings=self.settings, cursor=where)
-        return handle(width=view.shape[3]), handle(width=view.shape[4], values=True)
+        return (
+            handle(width=view.shape[3], summaries=rows),
+            handle(width=view.shape[4], values=True),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, first position) of the mask for the next `query_length` tokens."""

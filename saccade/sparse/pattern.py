@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from saccade.core import BlockSelection, KVView
+from saccade.core import BlockSelection, DenseKV, KVView, Unsupported
 from saccade.core.kv import dense
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.selection import BlockRule, SummaryKind, select_blocks, summarize
@@ -61,6 +61,25 @@ def selected(
     if not isinstance(pattern, RulePattern):
         return pattern.select(q, kv, q_offset)
     return None if kv.shape[2] < pattern.rule.least else pattern.select(q, kv, q_offset, rows)
+
+
+def selected_in_step(
+    pattern: Pattern, q: Tensor, kv: KVView, q_offset: Tensor, rows: Tensor | None
+) -> BlockSelection:
+    """What a pattern selects in a decoding step, whose position is a tensor on the device.
+
+    Args:
+        q_offset: int64 `[B]`, the same position in every row.
+        rows: all memory of the summaries; blocks before the queries' own have theirs.
+
+    Raises:
+        Unsupported: a pattern without a rule, or keys whose summaries lag behind.
+    """
+    if not isinstance(pattern, RulePattern) or not isinstance(kv, DenseKV):
+        raise Unsupported(
+            "a captured step selects by a RulePattern over dense keys. Use Context.append."
+        )
+    return select_blocks(pattern.rule, q, rows, q_offset[0], kv.shape[2])
 
 
 def summary_of(pattern: Pattern | None) -> tuple[SummaryKind, int] | None:

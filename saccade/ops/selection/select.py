@@ -21,7 +21,7 @@ from saccade.ops.selection.rule import BlockRule
 
 
 def select_blocks(
-    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int, num_keys: int
+    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int | Tensor, num_keys: int
 ) -> BlockSelection:
     """The blocks that a rule selects among those before and at the queries.
 
@@ -29,17 +29,18 @@ def select_blocks(
         q: `[B, H, Lq, D]`, after RoPE.
         rows: summaries of the first blocks `[B, Hkv, n, width]`, see `summarize`; later blocks are
             always read.  None for a rule without summaries, whose selection all rows share.
-        q_offset: position of the first query.
-        num_keys: one past the last position of the keys.
+        q_offset: position of the first query; in a captured step an int64 scalar on the device,
+            and then rows behind the blocks before it may hold anything.
+        num_keys: one past the last position of the keys; in a captured step room for how many.
 
     Raises:
         ValueError: `rows` that do not fit to the rule and the queries.
     """
     _check_rows(rule, q, rows)
     num_blocks = -(-num_keys // rule.k_block)
-    if num_keys < rule.least:
+    if isinstance(q_offset, int) and num_keys < rule.least:
         rule = replace(rule, window=num_blocks + 1)
-    if native.usable(q, rows):
+    if isinstance(q_offset, int) and native.usable(q, rows):
         allowed = native.select(rule, q, rows, q_offset, num_blocks)
     else:
         allowed = _select(rule, q, rows, q_offset, num_blocks)
@@ -59,7 +60,7 @@ def _check_rows(rule: BlockRule, q: Tensor, rows: Tensor | None) -> None:
 
 
 def _select(
-    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int, num_blocks: int
+    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int | Tensor, num_blocks: int
 ) -> Tensor:
     """bool `[B | 1, Hkv | 1, q_blocks, num_blocks]`, without waiting for the device."""
     always, seen = _always(rule, q, q_offset, num_blocks)
@@ -77,7 +78,9 @@ def _select(
     return always | torch.nn.functional.pad(chosen, (0, missing))
 
 
-def _always(rule: BlockRule, q: Tensor, q_offset: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+def _always(
+    rule: BlockRule, q: Tensor, q_offset: int | Tensor, num_blocks: int
+) -> tuple[Tensor, Tensor]:
     """Blocks that each block of queries always reads, and those that it sees; `[q_blocks, n]`."""
     length, device = q.shape[2], q.device
     starts = torch.arange(0, length, rule.q_block, device=device)[:, None]
@@ -87,6 +90,8 @@ def _always(rule: BlockRule, q: Tensor, q_offset: int, num_blocks: int) -> tuple
     always = (blocks < rule.sinks) | (blocks > own - rule.window)
     if rule.stride:
         always |= blocks % rule.stride == 0
+    if isinstance(q_offset, Tensor) and rule.least:
+        always |= q_offset + length < rule.least
     seen = blocks <= last
     return always & seen, seen
 
