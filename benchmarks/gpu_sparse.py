@@ -78,7 +78,8 @@ def medians(works: Mapping[str, Work], seconds: float) -> dict[str, float]:
 
 def backend_of(call: AttentionCall) -> str:
     """The name of the backend that `auto` takes."""
-    return dispatch.choose(call, "auto").__name__.rpartition(".")[2].removesuffix("_backend")
+    chosen = dispatch.choose(call, "auto")
+    return next(name for name, backend in dispatch.BACKENDS.items() if backend is chosen)
 
 
 def check(call: AttentionCall) -> None:

@@ -1,4 +1,4 @@
-"""Selecting blocks by a rule: in plain PyTorch on any device, and by C++ on a CPU.
+"""Selecting blocks by a rule: in plain PyTorch on any device, by C++ on a CPU, by Triton in a step.
 
 A block of queries is represented by the sum of its queries over the heads that share a KV head, so
 that one selection serves the group and its keys are read once.  Its score for a block of keys is
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from saccade.core import BlockSelection
+from saccade.ops.gpu.support import has_triton
+from saccade.ops.planning import planning
 from saccade.ops.selection import native
 from saccade.ops.selection.rule import BlockRule
 
@@ -40,11 +42,24 @@ def select_blocks(
     num_blocks = -(-num_keys // rule.k_block)
     if isinstance(q_offset, int) and num_keys < rule.least:
         rule = replace(rule, window=num_blocks + 1)
+    if _runs_triton(q, rows):
+        from saccade.ops.selection import gpu
+
+        if rows is not None and gpu.suits(rule, q, rows, num_blocks):
+            allowed = gpu.select(rule, q, rows, q_offset, num_blocks)
+            return BlockSelection(allowed=allowed, q_block=rule.q_block, k_block=rule.k_block)
     if isinstance(q_offset, int) and native.usable(q, rows):
         allowed = native.select(rule, q, rows, q_offset, num_blocks)
     else:
         allowed = _select(rule, q, rows, q_offset, num_blocks)
     return BlockSelection(allowed=allowed, q_block=rule.q_block, k_block=rule.k_block)
+
+
+def _runs_triton(q: Tensor, rows: Tensor | None) -> bool:
+    """Whether Triton kernels can read these tensors, which nothing watches."""
+    if rows is None or torch.compiler.is_compiling() or planning() or not has_triton(q.device):
+        return False
+    return all(type(x) is Tensor and not x.requires_grad for x in (q, rows))
 
 
 def _check_rows(rule: BlockRule, q: Tensor, rows: Tensor | None) -> None:
@@ -109,8 +124,8 @@ def _by_share(rule: BlockRule, q: Tensor, rows: Tensor, others: Tensor) -> Tenso
     """The fewest others that hold the share of the estimated attention, a mean over the heads."""
     if rule.share >= 1:
         return others.expand(q.shape[0], rows.shape[1], -1, -1)
-    counts = torch.full((others.shape[0],), rule.q_block, device=q.device)
-    counts[-1] = q.shape[2] - (others.shape[0] - 1) * rule.q_block
+    starts = torch.arange(0, q.shape[2], rule.q_block, device=q.device)
+    counts = (q.shape[2] - starts).clamp_max(rule.q_block)
     pooled = _pooled(q, rows.shape[1], rule) / counts[:, None] * q.shape[3] ** -0.5
     scores = (pooled @ rows.float().mT[:, :, None]).nan_to_num(nan=-torch.inf)
     weights = scores.masked_fill(~others, -torch.inf).softmax(-1).nan_to_num(0).mean(2)
@@ -121,9 +136,10 @@ def _by_share(rule: BlockRule, q: Tensor, rows: Tensor, others: Tensor) -> Tenso
 
 def _pooled(q: Tensor, kv_heads: int, rule: BlockRule) -> Tensor:
     """Sums of the queries of each block: float32 `[B, Hkv, group, q_blocks, width]`."""
-    x = q.unflatten(1, (kv_heads, -1)).float()
+    x = q.unflatten(1, (kv_heads, -1))
     if rule.summary == "bounds":
         x = torch.cat((x.clamp_min(0), x.clamp_max(0)), dim=-1)
     blocks = -(-x.shape[3] // rule.q_block)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * rule.q_block - x.shape[3]))
-    return padded.unflatten(3, (blocks, rule.q_block)).sum(4)
+    missing = blocks * rule.q_block - x.shape[3]
+    x = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+    return x.unflatten(3, (blocks, rule.q_block)).sum(4, dtype=torch.float32)
