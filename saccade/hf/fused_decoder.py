@@ -27,7 +27,7 @@ from saccade.hf.rope import follow_length
 from saccade.hf.runs import Run
 from saccade.hf.settings import AttentionSettings
 from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
-from saccade.sparse import RulePattern, summary_of
+from saccade.sparse import Pattern, RulePattern, summary_of
 
 MAX_ROWS: Final = 8
 """Rows of one step: more are a matrix product, which torch computes faster."""
@@ -119,6 +119,8 @@ class FusedDecoder:
             gaps = windowed and dense and store.is_compressed
             if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
                 continue
+            if _smallest_block(self._settings[index].sparse) < count:
+                continue  # a block that new tokens fill has no summary yet
             place = places[index] = store.place(count, dtype)
             gives = place is not None and place.summaries is not None
             if place is not None and gives != (self._summaries[index] is not None):
@@ -223,6 +225,13 @@ def _is_direct(settings: AttentionSettings) -> bool:
     """Whether attention is the C++ kernels' own, over all keys in the window or chosen blocks."""
     follows = settings.sparse is None or isinstance(settings.sparse, RulePattern)
     return follows and settings.backend in ("auto", "cpu")
+
+
+def _smallest_block(pattern: Pattern | None) -> int:
+    """Tokens of the blocks of a pattern; all tokens of a step have to lie in one of queries."""
+    if not isinstance(pattern, RulePattern):
+        return MAX_ROWS
+    return min(pattern.rule.q_block, pattern.rule.k_block)
 
 
 def _parts_of(place: Placement) -> tuple[Tensor, ...]:

@@ -63,6 +63,7 @@ CACHES = {
     "block top-k": {"sparse": BlockTopK(block=8, top=1, window_blocks=1)},
     "quest in pages": {"sparse": Quest(block=8, top=2, window_blocks=1), "page_size": 16},
     "strided": {"sparse": Strided(block=8, window_blocks=1)},
+    "blocks of two": {"sparse": Quest(block=2, top=3, window_blocks=1)},
 }
 LONG = {
     "dense": {},
@@ -224,7 +225,7 @@ def test_numbers_that_a_quantized_cache_refuses():
     assert torch.allclose(*found, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8", "window", "block top-k"])
+@pytest.mark.parametrize("name", ["dense", "int8", "window", "block top-k", "blocks of two"])
 @pytest.mark.parametrize("rows", [(1, 3), (2, 1), (4, 2), (3, 1)])
 def test_several_rows_and_tokens(rows, name, steps):
     """Rows of a batch, and several tokens of a row, against the model's own forward."""
@@ -236,7 +237,7 @@ def test_several_rows_and_tokens(rows, name, steps):
             attached.hidden(torch.arange(rows[0] * 20).view(rows[0], 20) + 3, cache)
             found.append(attached.hidden(tokens, cache))
             found[-1] = attached.logits(attached.hidden(tokens, cache) + found[-1])
-    at_once = name in ("dense", "block top-k") or rows[1] == 1
+    at_once = rows[1] <= {"dense": 8, "block top-k": 8, "blocks of two": 2}.get(name, 1)
     assert steps == (["run"] * 2 if at_once else ["layer"] * 2 * len(model.model.layers))
     assert torch.allclose(found[1], found[0], atol=1e-4)
 

@@ -4,8 +4,8 @@ The first reads every summary once and writes scores, the second chooses for one
 and one KV head.  The position may be a tensor, so that one captured step serves every position.
 """
 
-# Triton's language and types have neither types nor options of a launch.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# Triton's own types have neither constexpr arguments of a launch nor its options.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
