@@ -8,7 +8,7 @@ it is timed, each sparse result is compared with a formula in float64 at its fir
 and its LSE never exceeds that of dense attention; recall is exp(LSE of the selection - LSE of all
 keys).  Dense and sparse calls run in turns, and medians are compared.  Steps of decoding are
 measured eagerly, and captured in one CUDA graph over the caches of several layers, so that none of
-them stays in the L2 cache.  `--device cpu --keys 2048` runs all of it in small, graphs excepted.
+them stays in the L2 cache.  `--device cpu --keys 1024` runs all of it in small, graphs excepted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ MOST_ROWS = 64
 def suits(rule: BlockRule, q: Tensor, rows: Tensor, num_blocks: int) -> bool:
     """Whether the kernels select so: one block of few queries, the `top` blocks of not too many."""
     few = q.shape[2] <= rule.q_block and q.shape[1] // rows.shape[1] * q.shape[2] <= MOST_ROWS
-    return few and not rule.share and num_blocks <= MOST_BLOCKS and rows.shape[2] > 0
+    by_score = rule.summary != "none" and not rule.share
+    return few and by_score and num_blocks <= MOST_BLOCKS and rows.shape[2] > 0
 
 
 def select(
