@@ -67,7 +67,7 @@ def test_wrong_places_are_refused(case):
     decoder, x = extension().Decoder(*parts, 128, ""), torch.zeros(1, 1, described.hidden)
     decoder.begin(record(x), 1)
     if view is not None:
-        decoder.stored(0, VIEWS[type(view)](view), view.hadamard, None)
+        decoder.stored(0, VIEWS[type(view)](view), view.hadamard, None, None)
     table = torch.zeros(1, 16)
     kinds = [(record(table), record(table), -1, 0)]
     with pytest.raises(ValueError, match=message):
@@ -79,7 +79,7 @@ def test_wrong_layers_and_tables_are_refused():
     parts = (described.hidden, described.layers, described.norm, described.head)
     decoder, x = extension().Decoder(*parts, 128, ""), torch.zeros(1, 1, described.hidden)
     decoder.begin(record(x), 1)
-    decoder.stored(3, VIEWS[DenseKV](SLOTS), False, None)
+    decoder.stored(3, VIEWS[DenseKV](SLOTS), False, None, None)
     tables = [(record(torch.zeros(1, n)), record(torch.zeros(1, n)), -1, 0) for n in (16, 18)]
     with pytest.raises(ValueError, match="layers that there are"):
         decoder.run(3, [(0, 0, ())] * 2, tables, [0] * 4)
@@ -90,6 +90,6 @@ def test_wrong_layers_and_tables_are_refused():
     pages = PagedCache(page_size=4)
     view = pages.append(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
     with pytest.raises(ValueError, match="dense, quantized and ragged views alone"):
-        decoder.stored(0, VIEWS[type(view)](view), False, None)
+        decoder.stored(0, VIEWS[type(view)](view), False, None, None)
     with pytest.raises(ValueError, match="no such layer"):
-        decoder.stored(4, VIEWS[DenseKV](SLOTS), False, None)
+        decoder.stored(4, VIEWS[DenseKV](SLOTS), False, None, None)
