@@ -71,9 +71,13 @@ def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> d
             continue
         if time.perf_counter() - begin > args.seconds:
             break
-        found[at : at + 1] = [_measured(row, args.tiny)]
+        measured = _measured(row, args.tiny)
+        if at < len(found):
+            found[at] = measured
+        else:
+            found.append(measured)
         record["complete"] = len(found) == len(chosen) and None not in found
-        print(found[at], flush=True)
+        print(measured, flush=True)
         if args.out:
             write_whole(args.out, as_text(record))
     return record
