@@ -128,7 +128,8 @@ CONTEXT = (
     Option("ctx_checkpoints", ("--ctx-checkpoints",),
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
     Option("sparse", ("--sparse",), "read only chosen blocks of keys; auto measures what pays",
-           choices=("strided", "block_topk", "block_topp", "quest", "auto")),
+           choices=("strided", "block_topk", "block_topp", "quest", "triangle_mix", "xattention",
+                    "vertical_slash", "auto")),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, expected_attention, ada_snapkv, "
            "tova, knorm, ... (docs/compression.md)", metavar="NAME"),

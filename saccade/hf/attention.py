@@ -141,7 +141,10 @@ def _call(
                 "too. Leave sparse out for this model."
             )
         if isinstance(args.q_offset, int):
-            blocks = selected(settings.sparse, query, args.kv, args.q_offset, args.summaries)
+            blocks = selected(
+                settings.sparse, query, args.kv, args.q_offset,
+                rows=args.summaries, padding=args.key_padding,
+            )  # fmt: skip
         else:
             blocks = selected_in_step(
                 settings.sparse, query, args.kv, args.q_offset, args.summaries

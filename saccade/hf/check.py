@@ -240,9 +240,10 @@ def _small(params: ContextParams) -> ContextParams:
 
 def _one_block(pattern: Pattern) -> Pattern | None:
     """The pattern in blocks that hold all tokens; None for patterns without a block size."""
-    if not hasattr(pattern, "block"):
+    block = getattr(pattern, "block", None)
+    if block is None:
         return None
-    wide: Any = replace(cast(Any, pattern), block=64)
+    wide: Any = replace(cast(Any, pattern), block=-(-64 // block) * block)
     return wide
 
 

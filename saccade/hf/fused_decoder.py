@@ -28,6 +28,7 @@ from saccade.hf.runs import Run
 from saccade.hf.settings import AttentionSettings
 from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
 from saccade.sparse import Pattern, RulePattern, summary_of
+from saccade.sparse.pattern import decodes_densely
 
 MAX_ROWS: Final = 8
 """Rows of one step: more are a matrix product, which torch computes faster."""
@@ -177,7 +178,8 @@ class FusedDecoder:
         key, value = cache.update(k, v, index)
         view, (window, sinks) = key.view, self._ranges[index]
         whole = key.shape[2] == key.seen or window < 0
-        plain = key.observe is None and not view.hadamard and self._settings[index].sparse is None
+        plain = key.observe is None and not view.hadamard
+        plain = plain and decodes_densely(self._settings[index].sparse)
         if self._direct[index] and plain and whole:
             offset = view.shape[2] - count
             if type(view) in VIEWS:
@@ -223,7 +225,7 @@ def _range(own: int | None, settings: AttentionSettings) -> Range:
 
 def _is_direct(settings: AttentionSettings) -> bool:
     """Whether attention is the C++ kernels' own, over all keys in the window or chosen blocks."""
-    follows = settings.sparse is None or isinstance(settings.sparse, RulePattern)
+    follows = decodes_densely(settings.sparse) or isinstance(settings.sparse, RulePattern)
     return follows and settings.backend in ("auto", "cpu")
 
 

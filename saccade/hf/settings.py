@@ -13,6 +13,7 @@ from saccade.hf.layers import layer_kinds
 from saccade.runtime.layers import backend_of, narrowed_window
 from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern
+from saccade.sparse.pattern import of_layer
 
 ATTRIBUTE: Final = "saccade_runs"
 """Name under which `attach` leaves the model's one list of runs on its attention modules."""
@@ -55,22 +56,25 @@ class LayerSettings:
                 f"{config.model_type} attends within chunks of the context, which n_swa and sparse "
                 "patterns would replace by all of it. Leave them out for this model."
             )
-        windows = [kind.window for kind in kinds]
-        self._layers = [_of_layer(own, params) for own in windows]
-        self._any = _of_layer(None, params)
+        patterns = [of_layer(params.sparse, i, len(kinds)) for i in range(len(kinds))]
+        self._layers = [
+            _of_layer(kind.window, params, pattern)
+            for kind, pattern in zip(kinds, patterns, strict=True)
+        ]
+        self._any = _of_layer(None, params, params.sparse)
 
     def __getitem__(self, layer: int) -> AttentionSettings:
         return self._layers[layer] if 0 <= layer < len(self._layers) else self._any
 
 
-def _of_layer(own: int | None, params: ContextParams) -> AttentionSettings:
+def _of_layer(own: int | None, params: ContextParams, sparse: Pattern | None) -> AttentionSettings:
     """Settings of a layer whose own window is `own`."""
     window, sinks = narrowed_window(own, params)
     return AttentionSettings(
         backend=backend_of(params),
         window=window,
         sinks=sinks,
-        sparse=params.sparse if own is None else None,  # a window is sparse already
+        sparse=sparse if own is None else None,  # a window is sparse already
         needs_own_cache=needs_own_cache(params),
     )
 

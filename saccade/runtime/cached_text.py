@@ -34,6 +34,7 @@ from saccade.runtime.rollback import checkpoint, queries_alike, reachable, roll_
 from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
+from saccade.sparse import followed_by
 
 
 class Caches(Enum):
@@ -186,19 +187,17 @@ class CachedText:
         """
         self._fit(self.held.length + len(tokens))
         states: list[Tensor] = []
-        done = 0
         with torch.inference_mode():
-            for chunk in self._chunks(tokens):
+            for chunk, behind in self._chunks(tokens):
                 if not generated or self._params.kv_every is not None:
                     self._start_observing()
-                states.append(self._read_chunk(chunk))
+                states.append(self._read_chunk(chunk, behind))
                 if self._is_due():
                     self._compress_now(ends=False)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
-                done += len(chunk)
                 if on_progress is not None:
-                    on_progress(done, len(tokens))
+                    on_progress(len(tokens) - behind, len(tokens))
         return torch.cat(states)[-wanted:]
 
     def _fit(self, length: int) -> None:
@@ -208,28 +207,29 @@ class CachedText:
         elif not self._cache.seen:
             self._cache.reaches = length
 
-    def _read_chunk(self, chunk: Tensor) -> Tensor:
+    def _read_chunk(self, chunk: Tensor, behind: int) -> Tensor:
         with self._operation(Caches.READING) as held:
-            hidden = self._run(chunk)
+            hidden = self._run(chunk, behind)
             self._hold(held, chunk.tolist(), hidden=hidden[-1].clone())
         return hidden
 
     def _run_chunks(self, tokens: Tensor) -> None:
-        for chunk in self._chunks(tokens):
-            self._run(chunk)
+        for chunk, behind in self._chunks(tokens):
+            self._run(chunk, behind)
             if self._is_due():
                 self._compress(ends=False)
 
-    def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
-        """At most `n_batch` tokens at a time, read before the next are cut off."""
+    def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """At most `n_batch` tokens, read before the next are cut off, and how many follow them."""
         while len(tokens):
             size = queries_alike(self._cache.stores, self._params.n_batch)
-            yield tokens[:size]
-            tokens = tokens[size:]
+            chunk, tokens = tokens[:size], tokens[size:]
+            yield chunk, len(tokens)
 
-    def _run(self, chunk: Tensor) -> Tensor:
+    def _run(self, chunk: Tensor, behind: int) -> Tensor:
         """Hidden states `[n, hidden]` of new tokens, which are in the caches afterwards."""
-        hidden = self._model.hidden(chunk[None], self._cache)[0]
+        with followed_by(behind):
+            hidden = self._model.hidden(chunk[None], self._cache)[0]
         if len(chunk) > 1:
             checkpoint(self._cache.stores)
         return hidden

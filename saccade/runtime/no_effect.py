@@ -23,7 +23,8 @@ from saccade.rope import DynamicNTK, Linear, NTKAware, Rule, Unscaled, YaRN, inv
 from saccade.runtime.layers import layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
-from saccade.sparse import Pattern
+from saccade.sparse import Pattern, PromptPattern, followed_by
+from saccade.sparse.pattern import of_layer
 
 
 def without_effect(
@@ -170,6 +171,9 @@ def _sparse(case: _Case) -> str | None:
     assert pattern is not None
     if None not in case.windows:
         return _all_slide(case, "is sparse by that; patterns are for full attention")
+    layers = case.facts.num_layers
+    if of_layer(pattern, layers - 1, layers) is None:
+        return f"its dense_layers are all {layers} layers of this model"
     longest = case.length if case.params.n_swa is None else min(case.length, case.params.n_swa)
     if _covers(pattern, longest):
         return f"its blocks cover all of {longest:,} tokens"
@@ -177,14 +181,19 @@ def _sparse(case: _Case) -> str | None:
 
 
 def _covers(pattern: Pattern, length: int) -> bool:
-    """Whether the last queries of a text, which have most keys to choose from, read all blocks."""
+    """Whether the last queries of a text, which have most keys to choose from, read all blocks.
+
+    A pattern for prompts is asked as in the middle of one, for as few queries as it selects for.
+    """
+    count = pattern.least_queries if isinstance(pattern, PromptPattern) else 1
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, 1, length, 8, generator=generator)
     for last in {length, (length + 1) // 2}:
         view = DenseKV(k[:, :, :last], k[:, :, :last])
-        q = torch.randn(1, 1, 1, 8, generator=generator)
+        q = torch.randn(1, 1, min(count, last), 8, generator=generator)
         try:
-            allowed = pattern.select(q, view, last - 1).allowed
+            with followed_by(length):
+                allowed = pattern.select(q, view, last - q.shape[2]).allowed
         except (ValueError, TypeError, RuntimeError):
             return False  # a pattern for other shapes: it is measured instead
         if not bool(allowed.all()):

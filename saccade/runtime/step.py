@@ -18,6 +18,7 @@ from saccade.core import Unsupported
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import QUANTIZED, ContextParams
 from saccade.sparse import RulePattern
+from saccade.sparse.pattern import decodes_densely
 
 _stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
 
@@ -40,7 +41,7 @@ def refusal(cache: ModelCache) -> str | None:
 def captures(params: ContextParams) -> bool:
     """Whether the kernels under these options, of a Context, need nothing from the host."""
     plain, stored = params.flash_attn != "disabled", params.type_k is None
-    if params.sparse is None:
+    if decodes_densely(params.sparse):
         stored = stored or params.type_k in QUANTIZED
     elif not isinstance(params.sparse, RulePattern):
         return False

@@ -8,14 +8,21 @@ from saccade.sparse.block_topp import BlockTopP
 from saccade.sparse.choice import Choice
 from saccade.sparse.from_length import FromLength
 from saccade.sparse.pattern import Pattern, RulePattern, summary_of
+from saccade.sparse.prompt import PromptPattern, followed_by
 from saccade.sparse.quest import Quest
 from saccade.sparse.strided import Strided
+from saccade.sparse.triangle_mix import TriangleMix
+from saccade.sparse.vertical_slash import VerticalSlash
+from saccade.sparse.xattention import XAttention
 
 PATTERNS: dict[str, type[Pattern]] = {
     "strided": Strided,
     "block_topk": BlockTopK,
     "block_topp": BlockTopP,
     "quest": Quest,
+    "triangle_mix": TriangleMix,
+    "xattention": XAttention,
+    "vertical_slash": VerticalSlash,
 }
 """Name on the command line -> pattern."""
 
@@ -26,8 +33,13 @@ __all__ = [
     "Choice",
     "FromLength",
     "Pattern",
+    "PromptPattern",
     "Quest",
     "RulePattern",
     "Strided",
+    "TriangleMix",
+    "VerticalSlash",
+    "XAttention",
+    "followed_by",
     "summary_of",
 ]

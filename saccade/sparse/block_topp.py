@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from saccade.ops.selection import BlockRule
 from saccade.sparse.pattern import RulePattern
-from saccade.sparse.sizes import check_sizes
+from saccade.sparse.sizes import check_share, check_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +35,7 @@ class BlockTopP(RulePattern):
 
     def __post_init__(self) -> None:
         check_sizes(self, block=1, window_blocks=1, sink_blocks=0)
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 < self.p <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"p is a share of the attention, in (0, 1], got {self.p!r}.")
+        check_share("p", self.p)
 
     @property
     def rule(self) -> BlockRule:

@@ -11,6 +11,7 @@ from saccade.core import BlockSelection, DenseKV, KVView, Unsupported
 from saccade.core.kv import dense
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.selection import BlockRule, SummaryKind, select_blocks, summarize
+from saccade.sparse.prompt import PromptPattern
 
 
 class Pattern(Protocol):
@@ -55,18 +56,36 @@ class RulePattern(ABC):
 
 
 def selected(
-    pattern: Pattern, q: Tensor, kv: KVView, q_offset: int, rows: Tensor | None
+    pattern: Pattern,
+    q: Tensor,
+    kv: KVView,
+    q_offset: int,
+    *,
+    rows: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> BlockSelection | None:
-    """What a pattern selects, None for all keys; `rows`: the summaries kept for it, or None."""
+    """What a pattern selects, None for all keys.
+
+    Args:
+        rows: the summaries kept for a RulePattern, or None.
+        padding: bool `[B, Lk]`, False for padding, which a PromptPattern leaves out; or None.
+    """
+    if isinstance(pattern, PromptPattern):
+        whole = pattern.reads_all(q.shape[2])
+        return None if whole else pattern.select(q, kv, q_offset, padding)
     if not isinstance(pattern, RulePattern):
         return pattern.select(q, kv, q_offset)
-    return None if kv.shape[2] < pattern.rule.least else pattern.select(q, kv, q_offset, rows)
+    rule = pattern.rule
+    whole = rule.reads_all or kv.shape[2] < rule.least
+    return None if whole else pattern.select(q, kv, q_offset, rows)
 
 
 def selected_in_step(
     pattern: Pattern, q: Tensor, kv: KVView, q_offset: Tensor, rows: Tensor | None
-) -> BlockSelection:
-    """What a pattern selects in a decoding step, whose position is a tensor on the device.
+) -> BlockSelection | None:
+    """What a pattern selects in a decoding step, None for all keys; see `selected`.
+
+    The position of a step is a tensor on the device.
 
     Args:
         q_offset: int64 `[B]`, the same position in every row.
@@ -75,11 +94,24 @@ def selected_in_step(
     Raises:
         Unsupported: a pattern without a rule, or keys whose summaries lag behind.
     """
+    if decodes_densely(pattern):
+        return None
     if not isinstance(pattern, RulePattern) or not isinstance(kv, DenseKV):
         raise Unsupported(
             "a captured step selects by a RulePattern over dense keys. Use Context.append."
         )
     return select_blocks(pattern.rule, q, rows, q_offset[0], kv.shape[2])
+
+
+def decodes_densely(pattern: Pattern | None) -> bool:
+    """Whether decoding steps read all keys."""
+    return pattern is None or isinstance(pattern, PromptPattern)
+
+
+def of_layer(pattern: Pattern | None, layer: int, num_layers: int) -> Pattern | None:
+    """The pattern of a layer, which counts from 0; None for all keys."""
+    sparse = not isinstance(pattern, PromptPattern) or layer >= pattern.first_layer(num_layers)
+    return pattern if sparse else None
 
 
 def summary_of(pattern: Pattern | None) -> tuple[SummaryKind, int] | None:

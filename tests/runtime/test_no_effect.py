@@ -11,7 +11,7 @@ from saccade.core import BlockSelection
 from saccade.hf.facts import facts_of
 from saccade.runtime import ContextParams
 from saccade.runtime.no_effect import no_fewer_heads, without_effect
-from saccade.sparse import BlockTopK, Strided
+from saccade.sparse import BlockTopK, Strided, TriangleMix, XAttention
 from tests.tiny_models import tiny_config, tiny_model
 
 PARAMS = ContextParams
@@ -51,6 +51,10 @@ CASES = [
     ({"sparse": COVERING}, [FULL, SLIDING, MIXED]),
     ({"sparse": BlockTopK(block=64, top=8)}, [FULL, SLIDING, MIXED]),
     ({"sparse": BlockTopK(block=64, top=1, window_blocks=1)}, [SLIDING]),
+    ({"sparse": XAttention(block=64, p=0.5)}, [SLIDING]),
+    ({"sparse": XAttention(p=1)}, [FULL, SLIDING, MIXED]),
+    ({"sparse": TriangleMix(window_blocks=2)}, [SLIDING]),
+    ({"sparse": TriangleMix(dense_layers=99)}, [FULL, SLIDING, MIXED]),
     ({"rope_scaling_type": "yarn", "n_ctx": 512}, [FULL, SLIDING, MIXED]),
     ({"rope_scaling_type": "linear", "n_ctx": 513}, []),
     ({"rope_freq_scale": 1.0}, [FULL, SLIDING, MIXED]),

@@ -55,6 +55,11 @@ class BlockRule:
                 f"share={self.share} and top={self.top}."
             )
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether all blocks are read, whatever the keys are."""
+        return self.share >= 1 or self.stride == 1
+
     def numbers(self, scale: float) -> tuple[object, ...]:
         """The rule as the C++ kernels read it (csrc/selection_arguments.h)."""
         code = SUMMARY_CODES[self.summary]

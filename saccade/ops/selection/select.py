@@ -78,7 +78,7 @@ def _select(
     rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int | Tensor, num_blocks: int
 ) -> Tensor:
     """bool `[B | 1, Hkv | 1, q_blocks, num_blocks]`, without waiting for the device."""
-    always, seen = _always(rule, q, q_offset, num_blocks)
+    always, seen = always_read(rule, q, q_offset, num_blocks)
     if rows is None or rule.summary == "none":
         return always[None, None]
     blocks = torch.arange(num_blocks, device=q.device)
@@ -93,10 +93,13 @@ def _select(
     return always | torch.nn.functional.pad(chosen, (0, missing))
 
 
-def _always(
+def always_read(
     rule: BlockRule, q: Tensor, q_offset: int | Tensor, num_blocks: int
 ) -> tuple[Tensor, Tensor]:
-    """Blocks that each block of queries always reads, and those that it sees; `[q_blocks, n]`."""
+    """Blocks that each block of queries always reads, and those that it sees; bool `[q_blocks, n]`.
+
+    The arguments are those of `select_blocks`; `num_blocks` is the number of blocks of keys.
+    """
     length, device = q.shape[2], q.device
     starts = torch.arange(0, length, rule.q_block, device=device)[:, None]
     own = (q_offset + starts) // rule.k_block
