@@ -2,6 +2,7 @@
 
     python -m benchmarks.sparse                          the operator, one thread
     python -m benchmarks.sparse --model smollm2          steps of a whole model too
+    python -m benchmarks.sparse --only prompts           selections for prompts alone
 
 Every result is compared with a formula in float64 before it is timed.  Dense and sparse calls run
 in turns in one process, and medians are compared: all numbers that count are ratios.
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,14 @@ from saccade.report.files import write_whole
 from saccade.report.record import as_text, origin
 from saccade.runtime import ContextParams
 from saccade.runtime.model import ModelCache
-from saccade.sparse import BlockTopK, Quest, RulePattern
+from saccade.sparse import (
+    BlockTopK,
+    Quest,
+    RulePattern,
+    TriangleMix,
+    VerticalSlash,
+    XAttention,
+)
 
 SHAPES = {"SmolLM2, 9/3 heads of 64": (9, 3, 64), "8/2 heads of 128": (8, 2, 128)}
 KEYS, CHUNK, READ = 32_768, 512, 2_048
@@ -41,11 +50,13 @@ Work = Callable[[], object]
 Row = dict[str, Any]
 
 
-def inputs(heads: int, kv_heads: int, dim: int, q_len: int) -> tuple[Tensor, DenseKV]:
+def inputs(
+    heads: int, kv_heads: int, dim: int, q_len: int, keys: int = KEYS
+) -> tuple[Tensor, DenseKV]:
     """Random queries and keys in bfloat16, the queries at the end of the keys."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(1, heads, q_len, dim, generator=generator).bfloat16()
-    k, v = torch.randn(2, 1, kv_heads, KEYS, dim, generator=generator).bfloat16()
+    k, v = torch.randn(2, 1, kv_heads, keys, dim, generator=generator).bfloat16()
     return q, DenseKV(k, v)
 
 
@@ -152,6 +163,24 @@ def prefill_rows(seconds: float) -> Iterator[Row]:
         yield _row(f"prefill of {CHUNK}, {label}", found) | {"pairs": shares}
 
 
+def prompt_rows(seconds: float) -> Iterator[Row]:
+    """Selections of chunks of a prompt from its keys, beside dense attention of the chunk."""
+    patterns = (XAttention(), XAttention(block=128), VerticalSlash(), TriangleMix())
+    for label, (heads, kv_heads, dim) in SHAPES.items():
+        for keys, chunk in product((8_192, 16_384, KEYS), (CHUNK, 4 * CHUNK)):
+            q, kv = inputs(heads, kv_heads, dim, chunk, keys)
+            works: dict[str, Work] = {
+                "dense": partial(attend, make_call(q, kv, mask=Mask()), backend="cpu")
+            }
+            for pattern in patterns:
+                if keys == KEYS:
+                    blocks = pattern.select(q, kv, keys - chunk)
+                    check(make_call(q, kv, mask=Mask(), blocks=blocks))
+                works[repr(pattern)] = partial(pattern.select, q, kv, keys - chunk)
+            name = f"selection for {chunk:,} queries over {keys:,} keys, {label}"
+            yield _row(name, medians(works, seconds))
+
+
 def _row(name: str, found: Mapping[str, float]) -> Row:
     """Median milliseconds of each work, and its share of the dense one's."""
     shares = {key: seconds / found["dense"] for key, seconds in found.items() if key != "dense"}
@@ -205,11 +234,11 @@ def main() -> None:
     parser.add_argument("--model", help="measure steps of this model too")
     parser.add_argument("--length", type=int, default=16_384, help="tokens of the model's context")
     parser.add_argument("--json", type=Path, help="file for the record")
-    parser.add_argument("--only", choices=("decode", "prefill", "model"))
+    parser.add_argument("--only", choices=("decode", "prefill", "prompts", "model"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(f"{cpu_name()}, {given.threads} thread(s), bfloat16, {KEYS:,} keys")
-    parts = {"decode": decode_rows, "prefill": prefill_rows}
+    parts = {"decode": decode_rows, "prefill": prefill_rows, "prompts": prompt_rows}
     rows: list[Row] = []
     for name, part in parts.items():
         if given.only in (None, name):

@@ -12,7 +12,7 @@ from typing import Any
 from saccade.runtime import ContextParams
 from saccade.runtime.auto_scaling import reaching, trained_reach
 from saccade.runtime.model import ModelFacts
-from saccade.sparse import BlockTopK, Strided
+from saccade.sparse import BlockTopK, Strided, XAttention
 
 TEXTBOOK = "transformers eager"
 SDPA = "transformers sdpa"
@@ -178,6 +178,7 @@ def _techniques(plain: ContextParams, n_context: int) -> list[RowSpec]:
         row(f"window {window}", "Sliding window", replace(plain, n_swa=window), quick=False),
         row(window_name(n_context), "Sliding window", replace(plain, n_swa=window, n_sinks=4)),
         row("sparse: strided", "Sparse", replace(plain, sparse=Strided()), quick=False),
+        row("sparse: XAttention", "Sparse", replace(plain, sparse=XAttention()), quick=False),
         row("sparse: block top-k", "Sparse", replace(plain, sparse=_top_k(n_context))),
         row(TOKENS, "Compression", plain, token_share=0.5),
         row(SNAPKV, "Compression", replace(plain, kv_policy="snapkv", kv_budget=0.25)),

@@ -125,6 +125,16 @@ def test_a_selection_is_what_the_paper_says(pattern, q_len, past):
     assert torch.equal(found, expected(pattern, q, view.k, past))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("pattern", CASES, ids=str)
+def test_a_gpu_selects_what_the_paper_says(pattern):
+    q, view = draw(96, 64)
+    there = DenseKV(view.k.cuda(), view.v.cuda())
+    found = pattern.select(q.cuda(), there, 64).allowed.cpu()
+    assert torch.equal(found, expected(pattern, q, view.k, 64))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [CASES[0], CASES[3]], ids=str)
 def test_half_precision(pattern, dtype):
