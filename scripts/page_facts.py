@@ -189,6 +189,47 @@ def sparse_selection() -> str:
     return f"{span(100 * r['select in C++'] for r in rows)} %"
 
 
+def _selecting(kind: str, queries: str) -> str:
+    """Selections for chunks of so many queries by the dense time, over all numbers of keys."""
+    rows = [r for r in record("sparse_prompts")["rows"] if f"for {queries} queries" in r["name"]]
+    shares = [x for r in rows for name, x in r["of_dense"].items() if name.startswith(kind)]
+    return f"{span(100 * x for x in shares)} %"
+
+
+def sparse_xattention() -> str:
+    """Selecting by XAttention for 2,048 queries, by the dense time."""
+    return _selecting("XAttention", "2,048")
+
+
+def sparse_xattention_512() -> str:
+    """Selecting by XAttention for 512 queries, by the dense time."""
+    return _selecting("XAttention", "512")
+
+
+def sparse_vertical_slash() -> str:
+    """Selecting by VerticalSlash for 2,048 queries, by the dense time."""
+    return _selecting("VerticalSlash", "2,048")
+
+
+def sparse_vertical_slash_512() -> str:
+    """Selecting by VerticalSlash for 512 queries, by the dense time."""
+    return _selecting("VerticalSlash", "512")
+
+
+def _at_half(length: int) -> dict[str, Any]:
+    """Of the patterns that read at most half of the pairs, the one with the least divergence."""
+    rows = [r for r in record("sparse_quality")["rows"] if r["length"] == length]
+    return min((r for r in rows if r["density"] <= 0.5), key=lambda r: r["kl"])
+
+
+def sparse_best() -> str:
+    """What diverges least of what reads at most half of the pairs, at 8,192 tokens."""
+    row = _at_half(8192)
+    row = {**row, "name": row["name"].replace("block=64, ", "")}
+    same = f"{100 * row['same_top']:.1f} %"
+    return f"`{row['name']}`, reads {100 * row['density']:.0f} % and keeps {same}"
+
+
 def sparse_model() -> str:
     """Steps of the whole model: the dense time by that of Quest and of block top-k."""
     row = next(r for r in record("sparse_cpu")["rows"] if r["name"].startswith("a step"))
@@ -205,10 +246,15 @@ FACTS: dict[str, Callable[[], str]] = {
         families_exact,
         h200_fp8_gain,
         h200_host,
+        sparse_best,
         sparse_decode,
         sparse_model,
         sparse_prefill,
         sparse_selection,
+        sparse_vertical_slash,
+        sparse_vertical_slash_512,
+        sparse_xattention,
+        sparse_xattention_512,
         h200_host_sdpa,
         h200_matmul,
         h200_prefill,

@@ -194,11 +194,40 @@ def _bar(x: int, y: int, row: dict[str, Any], panel: Panel, most: float) -> list
     ]
 
 
+def densities(record: str, length: int) -> str:
+    """Same top by the share of pairs that is read: a line for each kind of pattern."""
+    rows = [r for r in json.loads((RESULTS / record).read_text())["rows"] if r["length"] == length]
+    least = min(row["same_top"] for row in rows)
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["density"]):
+        name = row["name"].partition("(")[0] + (" 8" if "stride=8," in row["name"] else "")
+        y = 300 - 270 * (row["same_top"] - least) / (1 - least)
+        kinds.setdefault(name, []).append((60 + 440 * row["density"], y))
+    parts = [text(20, 16, "predictions that stay the same, by the share of pairs that is read")]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = 60 + 440 * share, 300 - 270 * share
+        parts += [
+            f'<path d="M60 {y:g}H500M{x:g} 30V300" class="line" opacity="0.3"/>',
+            text(x, 318, f"{share:.0%}", "small", "middle"),
+            text(54, y + 4, f"{least + share * (1 - least):.1%}", "small", "end"),
+        ]
+    for index, (name, points) in enumerate(kinds.items()):
+        kind, y = f"line c{index % 4}", 40 + 20 * index
+        dashes = ' stroke-dasharray="5 4"' if index > 3 else ""
+        path = " ".join(f"{x:.4g},{y:.4g}" for x, y in points)
+        parts.append(f'<polyline points="{path}" class="{kind}" stroke-width="2"{dashes}/>')
+        parts += [f'<circle cx="{x:.4g}" cy="{y:.4g}" r="4" class="{kind}"/>' for x, y in points]
+        parts.append(f'<path d="M520 {y}H545" class="{kind}" stroke-width="2"{dashes}/>')
+        parts.append(text(552, y + 4, name))
+    return svg(680, 330, "Predictions that stay the same under each sparse pattern", parts)
+
+
 DEMO = "compare-smollm2-quick.json"
 PICTURES: dict[str, Callable[[], str]] = {
     "flash-attention.svg": partial(bars, DEMO, ["flash attention"], COST),
     "sliding-window.svg": windows,
     "sparse.svg": patterns,
+    "sparse-density.svg": partial(densities, "sparse_quality.json", 8192),
     "yarn.svg": frequencies,
     "compression.svg": partial(bars, DEMO, ["tokens kept", "SnapKV"], LOSS),
     "quantized-kv.svg": partial(bars, "caches-smollm2.json", ["dense", "int"], LOSS, length=8192),
