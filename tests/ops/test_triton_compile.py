@@ -200,7 +200,13 @@ def test_the_transform_of_many_rows_is_a_product_of_tiles(dim):
 def test_selecting_compiles(dtype, on_device):
     """Summaries of 128k keys, in registers."""
     from saccade.ops.attention.nvidia.block_lists import tile_list_kernel
-    from saccade.ops.selection.gpu import SCORED, choose_kernel, score_kernel
+    from saccade.ops.selection.gpu import (
+        SCORED,
+        SUMMED,
+        choose_kernel,
+        pool_kernel,
+        score_kernel,
+    )
 
     blocks, bounds = 4096, dtype == torch.bfloat16
     rows = strided(meta(1, KV_HEADS, blocks, DIM * (1 + bounds), dtype=dtype))
@@ -213,8 +219,12 @@ def test_selecting_compiles(dtype, on_device):
                         "kv_heads": KV_HEADS, "count": blocks, "DIM": DIM, "BLOCK_D": DIM,
                         "BLOCK_Q": 4, "BLOCK": SCORED, "BOUNDS": bounds}),
         (choose_kernel, shared | {"scores": scores, "allowed": allowed, "num_blocks": blocks,
-                                  "count": blocks, "k_block": 32, "sinks": 1, "window": 2,
-                                  "stride": 0, "top": 61, "least": 0}),
+                                  "count": blocks, "q_block": 1, "k_block": 32, "sinks": 1,
+                                  "window": 2, "stride": 0, "top": 61, "least": 0, "share": 0.9,
+                                  "scale": 0.1, "HEADS": 4, "BY_SHARE": bounds}),
+        (pool_kernel, {"q": Q, "pooled": scores, "q_len": 8192, "q_block": 64,
+                       "programs": KV_HEADS, "heads": 4, "DIM": DIM, "BLOCK_D": DIM, "ROWS": SUMMED,
+                       "BOUNDS": bounds}),
         (tile_list_kernel, {
             "allowed": strided(allowed[None, :, None]), "column_stride": 1, "lists": lists,
             "counts": lists, "q_offset": at, "kv_lens": None, "kv_lens_stride": None, "q_len": 1,
@@ -223,5 +233,5 @@ def test_selecting_compiles(dtype, on_device):
             "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK": blocks, "Q_COVERED": 1, "K_COVERED": 1,
             "DEVICE_OFFSET": on_device, "CAUSAL": True, "CUT": False, "BY_KEYS": False}),
     ):  # fmt: skip
-        ptx = compile_for(kernel, options={"num_warps": 4}, **arguments).asm["ptx"]
+        ptx = compile_for(kernel, options={"num_warps": 16}, **arguments).asm["ptx"]
         assert not re.search(r"(ld|st)\.local", ptx), kernel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import DenseKV, PagedKV, QuantizedKV
-from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
 from saccade.ops.attention.nvidia.gluon.prefill.selected import heads_of_tile, parts_of_tile
 from saccade.ops.attention.nvidia.gluon.support import layout_refusal, score_refusal
 
@@ -85,6 +85,8 @@ def _blocks_refusal(call: AttentionCall) -> str | None:
         return None
     if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
         return "it selects blocks of plain dense keys only, the same number for every row"
+    if call.q.shape[2] <= MANY_QUERIES:
+        return f"it takes blocks for more than {MANY_QUERIES} queries; Triton divides keys for few"
     heads = heads_of_tile(blocks.q_block, call.q.shape[1] // call.kv.shape[1])
     parts = parts_of_tile(blocks.k_block, TILE_KEYS[tile_dim(dim)])
     if heads is None or parts is None:
