@@ -29,7 +29,7 @@ class BlockRule:
         least: number of keys below which all blocks are read.
 
     Raises:
-        TypeError, ValueError: numbers out of range, both `top` and `share`, or `share` without means.
+        TypeError, ValueError: numbers out of range, `top` and `share`, or `share` without means.
     """
 
     summary: SummaryKind
