@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from saccade.ops.attention.nvidia.gluon.prefill.mask import mask_left, mask_right, unmasked_range
+from saccade.ops.attention.nvidia.gluon.prefill.scores import adjust, scores
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile, zero_v_tail
 from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
     add_sums,
@@ -33,7 +34,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     work_tile,
     work_tile_count,
 )
-from saccade.ops.gpu.triton_lang import LOWEST
+from saccade.ops.gpu.triton_lang import LOG2E, LOWEST
 
 
 @gluon.jit
@@ -56,25 +57,9 @@ def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
-def scores(q_tile, k_tile, s, DIM: gl.constexpr):
-    """S = Q K^T of a tile of keys `[BLOCK_N, D]`, issued; columns from DIM on are zeros.
-
-    A product of 192 columns is one of 128 and one of 64: a quarter less than the whole tile.
-    """
-    if k_tile.shape[1] == 256 and DIM <= 192:
-        low = k_tile.slice(0, 128, dim=1).permute((1, 0))
-        high = k_tile.slice(128, 64, dim=1).permute((1, 0))
-        s = warpgroup_mma(q_tile.slice(0, 128, dim=1), low, s, use_acc=False, is_async=True)
-        s = warpgroup_mma(q_tile.slice(128, 64, dim=1), high, s, is_async=True)
-    else:
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-    return s
-
-
-@gluon.jit
 def _mainloop(
     state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars, scale_log2,
-    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
+    score_args, num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
     CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys begin .. end - 1: S of tile j, then P V of tile j - 1, then softmax of j."""
@@ -104,6 +89,7 @@ def _mainloop(
         s = warpgroup_mma_wait(1, deps=[s_async])
         mbarrier.arrive(k_empty.index(k_stage))
         k_start = kv_tile(j, plan, block_lists) * BLOCK_N
+        s = adjust(s, score_args, q_pos, k_start, CAUSAL)
         # A window masks tiles on both sides and leaves few unmasked: one loop serves all of them.
         right = MASK_RIGHT
         if mask_args.window is not None:
@@ -126,8 +112,8 @@ def _mainloop(
 
 @gluon.jit
 def _first_tile(
-    q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args, has_next,
-    left, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, score_args, num_keys, mask_args,
+    has_next, left, DIM: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """S and softmax of the first tile of keys: (row_max, row_sum, rescale, P, k_state)."""
     _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _pingpong = bars
@@ -140,6 +126,7 @@ def _first_tile(
     s_async = scores(q_tile, k_tile, p, DIM)
     s = warpgroup_mma_wait(0, deps=[s_async])
     mbarrier.arrive(k_empty.index(k_stage))
+    s = adjust(s, score_args, q_pos, k_start, CAUSAL)
     s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
     if mask_args.window is not None:
         if left:
@@ -197,8 +184,9 @@ def consume(
 ):  # fmt: skip
     """Attention of the ROWS queries of each work tile that belong to this consumer."""
     (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists, varlen,
-     scale_log2) = args  # fmt: skip
+     units, alibi_slopes, alibi_slopes_batch) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
+    scale_log2, cap_log2 = units
     D: gl.constexpr = q_smem.shape[4]
     DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
@@ -224,6 +212,10 @@ def consume(
             tile, q_len, k_len, q_offset, mask_args, block_lists, bh // heads, bh % heads // groups,
             CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        score_args = cap_log2, alibi_slopes, q_offset + row
+        if alibi_slopes is not None:
+            at = alibi_slopes + (bh // heads).to(gl.int64) * alibi_slopes_batch + bh % heads
+            score_args = cap_log2, gl.load(at) * (LOG2E / scale_log2), q_offset + row
         o = gl.zeros([ROWS, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
@@ -231,8 +223,8 @@ def consume(
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
         k_start = kv_tile(0, plan, block_lists) * BLOCK_N
         row_max, row_sum, rescale, p, k_state = _first_tile(
-            q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args,
-            num_tiles > 1, k_start < unmasked[0], DIM, CAUSAL,
+            q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, score_args, num_keys,
+            mask_args, num_tiles > 1, k_start < unmasked[0], DIM, CAUSAL,
         )  # fmt: skip
         if ZERO_V_TAIL:
             zeroed_phases = zero_v_tail(
@@ -247,18 +239,20 @@ def consume(
         elif CAUSAL or block_lists.tiles is not None:
             state = _mainloop(
                 state, 1, right_end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem,
-                bars, scale_log2, num_keys, mask_args, block_lists, True, DIM, CAUSAL, PINGPONG,
-                CONSUMERS, CONSUMER,
+                bars, scale_log2, score_args, num_keys, mask_args, block_lists, True, DIM, CAUSAL,
+                PINGPONG, CONSUMERS, CONSUMER,
             )  # fmt: skip
         state = _mainloop(
             state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars,
-            scale_log2, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG, CONSUMERS,
-            CONSUMER,
+            scale_log2, score_args, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG,
+            CONSUMERS, CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
+        o, row_lse = normalize(
+            o, row_max, row_sum, scale_log2, score_args, q_pos, sink_logits, bh % heads, CAUSAL
+        )
         lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index
         gl.store(lse_pointers, row_lse, mask=row + index < q_len)
         origin = bh // heads, bh % heads, q_start + row

@@ -14,9 +14,9 @@ from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, varlen_q_tiles
 from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.attention.nvidia.triton.launch import mask_args_of
+from saccade.ops.attention.nvidia.triton.launch import mask_args_of, score_args_of
 from saccade.ops.gpu.intmath import cdiv
-from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
+from saccade.ops.gpu.launching import on, set_tma_allocator, tma_strided
 from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
@@ -65,13 +65,14 @@ def measured_launch(head_dim: int, variant: str = "") -> PrefillLaunch:
 def launch_of(problem: Problem) -> PrefillLaunch:
     """The launch for a problem.
 
-    Windows and block lists need registers for their masks, and tiles of 128 queries, of which
-    selected blocks are multiples; varlen sequences and pages need registers in the producer.
+    Windows and block lists need registers for their masks, softcap and ALiBi for the scores, and
+    tiles of 128 queries leave them (selected blocks are multiples of those too); varlen sequences
+    and pages need registers in the producer.
     """
     dim = problem.q.shape[3]
     if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
         return measured_launch(dim, "varlen")
-    if problem.block_mask is not None or problem.mask.window is not None:
+    if not (problem.block_mask is None and problem.mask.window is None and problem.raw):
         return measured_launch(dim, "masked")
     return measured_launch(dim)
 
@@ -96,7 +97,7 @@ def forward(
         out = torch.empty(batch, heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
-    num_work_tiles = num_q_tiles * batch * heads
+    num_work_tiles, score_args = num_q_tiles * batch * heads, score_args_of(problem)
     set_tma_allocator()
     with on(q.device):
         launch_kernel(
@@ -104,12 +105,15 @@ def forward(
             (min(num_work_tiles, multiprocessors(q.device)),),
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
-            float32(problem.call.sink_logits),
+            score_args.sink_logits,
+            score_args.softcap,
+            score_args.alibi_slopes,
+            score_args.alibi_slopes_batch,
             # A tile lies in one block of a selection: block lists replace its element-wise mask.
             mask_args_of(problem.without_blocks()),
             block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n),
             varlen,
-            float(problem.call.scale),
+            score_args.scale,
             q_len,
             problem.num_keys,
             problem.q_offset,
