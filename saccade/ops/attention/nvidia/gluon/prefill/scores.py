@@ -6,7 +6,7 @@ a cap S is the plain product and scale_log2 is scale * log2(e).  With one, since
     softcap * tanh(x) = softcap - 2 * softcap / (e^(2 x) + 1),    x = scale * q.k / softcap,
 
 S is -1 / (e^(2 x) + 1) and scale_log2 is 2 * softcap * log2(e), and the constant goes into the lse.
-Exponentials and reciprocals are the bottleneck, so four scores share a reciprocal.  (`tanh.approx`
+Exponentials and reciprocals are the bottleneck, so two scores share a reciprocal.  (`tanh.approx`
 would be one instruction, and is wrong by 2^-11: by 0.02 in a score that is capped at 50.)
 
 ALiBi adds -slope * |q_pos - k_pos|.  In causal calls keys never lie behind their query, so that is
@@ -17,10 +17,11 @@ Source: Gemma 2, 2024 (arXiv 2408.00118); ALiBi, 2021 (arXiv 2108.12409).
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from saccade.ops.gpu.triton_lang import LOG2E
 
 
 @gluon.jit
@@ -46,36 +47,22 @@ def scores(q_tile, k_tile, s, DIM: gl.constexpr):
     return s
 
 
-@triton.constexpr_function
-def _capped_asm():
-    """-1 / (2^x + 1) of four numbers by one reciprocal, that of the product of their divisors.
-
-    x counts as at most 30: the result is then less than 2^-30, the product less than 2^121.
-    """
-    lines = [".reg .f32 e<4>, p, q, r;"]
-    for i in range(4):
-        lines.append(f"min.ftz.f32 e{i}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 e{i}, e{i};")
-        lines.append(f"add.ftz.f32 e{i}, e{i}, 0f3F800000;")
-    lines.append("mul.ftz.f32 p, e0, e1; mul.ftz.f32 q, e2, e3; mul.ftz.f32 r, p, q;")
-    lines.append("neg.ftz.f32 r, r; rcp.approx.ftz.f32 r, r;")
-    lines.append("mul.ftz.f32 q, q, r; mul.ftz.f32 p, p, r;")  # -1 / (e0 e1), -1 / (e2 e3)
-    products = (("q", 1), ("q", 0), ("p", 3), ("p", 2))
-    lines += [f"mul.ftz.f32 ${i}, {x}, e{j};" for i, (x, j) in enumerate(products)]
-    return "{ " + " ".join(lines) + " }"
+_CAPPED = gl.constexpr(
+    "{ .reg .f32 x, y, r; "
+    "min.ftz.f32 x, $2, 0f42700000; ex2.approx.ftz.f32 x, x; add.ftz.f32 x, x, 0f3F800000; "
+    "min.ftz.f32 y, $3, 0f42700000; ex2.approx.ftz.f32 y, y; add.ftz.f32 y, y, 0f3F800000; "
+    "mul.ftz.f32 r, x, y; neg.ftz.f32 r, r; rcp.approx.ftz.f32 r, r; "
+    "mul.ftz.f32 $0, r, y; mul.ftz.f32 $1, r, x; }"
+)
 
 
 @gluon.jit
 def _capped(s):
-    """-1 / (2^s + 1); wide heads, with tiles of 64 keys, have no registers left to do it by fours,
-    and enough products to hide a reciprocal each."""
-    if s.shape[1] <= 64:
-        return gl.inline_asm_elementwise(
-            "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; sub.ftz.f32 e, 0fBF800000, e; "
-            "rcp.approx.ftz.f32 $0, e; }", "=f,f", [s], gl.float32, True, 1,
-        )  # fmt: skip
-    else:
-        asm: gl.constexpr = _capped_asm()
-        return gl.inline_asm_elementwise(asm, "=f,=f,=f,=f,f,f,f,f", [s], gl.float32, True, 4)
+    """-1 / (2^s + 1), of two scores by the reciprocal of the product of their divisors.
+
+    s counts as at most 60: the result is then 2^-60 instead of less, and no product overflows.
+    """
+    return gl.inline_asm_elementwise(_CAPPED, "=&f,=&f,f,f", [s], gl.float32, True, 2)
 
 
 @gluon.jit
@@ -86,17 +73,25 @@ def _biased(s, slope, q_pos, k_start, origin, CAUSAL: gl.constexpr):
     """
     s8 = by_eights(s)
     L: gl.constexpr = s8.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
     eight = gl.arange(0, s8.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     eight = (8 * eight).to(gl.float32)[None, :, None]
+    slope = gl.convert_layout(slope, ROW)[:, None, None]
     if CAUSAL:
-        first = (k_start - origin + within).to(gl.float32) * slope
-        s8 = s8 + gl.fma(eight, slope, first[None, None, :])
+        s8 = s8 + slope * ((k_start - origin + within).to(gl.float32) + eight)
     else:
-        row = gl.convert_layout(q_pos - k_start, gl.SliceLayout(1, gl.SliceLayout(2, L)))
-        ahead = (row[:, None, None] - within[None, None, :]).to(gl.float32)
-        s8 = s8 - slope * gl.abs(ahead - eight)
+        row = gl.convert_layout(q_pos - k_start, ROW)[:, None, None]
+        s8 = s8 - slope * gl.abs((row - within).to(gl.float32) - eight)
     return gl.convert_layout(s8.reshape(s.shape), s.type.layout)
+
+
+@gluon.jit
+def slope_of_rows(alibi, b, h, head, scale_log2):
+    """The ALiBi slope of each row in units of S: that of head h + head in row b of the batch."""
+    slopes, batch_stride = alibi
+    at = slopes + b.to(gl.int64) * batch_stride + h + head
+    return gl.load(at) * (LOG2E / scale_log2)
 
 
 @gluon.jit
@@ -105,7 +100,7 @@ def adjust(s, score_args, q_pos, k_start, CAUSAL: gl.constexpr):
 
     Args:
         score_args: (cap_log2, slope, origin): the factor from a product to 2 x in powers of two, or
-            None; the slope of the head in units of S, or None; the position of the first query.
+            None; the slope of each row in units of S, or None; the position of the first query.
     """
     cap_log2, slope, origin = score_args
     if cap_log2 is not None:
