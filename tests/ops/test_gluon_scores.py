@@ -6,7 +6,6 @@ The kernel's own functions run as plain Python over tensors, and the PTX of the 
 import math
 import os
 import re
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -76,12 +75,15 @@ class TestOnGPU:
         case = Case((6, 2), (378, 720), {}, extra, head_dim=128, batch=3, options=WAYS["both"])
         check_case(case, "gluon", torch.bfloat16, "cuda")
 
-    def test_selected_blocks(self):
+    @pytest.mark.parametrize(("q_block", "k_block"), [(128, 128), (64, 64)])
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_selected_blocks(self, causal, q_block, k_block):
+        """Two heads share the rows of a block of 64 queries, a tile holds two blocks of keys."""
         torch.manual_seed(1)
-        allowed = torch.rand(2, 2, 4, 6) < 0.5
-        blocks = BlockSelection(allowed=allowed, q_block=128, k_block=128)
-        options = {"blocks": blocks, **WAYS["both"]}
-        case = Case((6, 2), (512, 700), {}, "plain", head_dim=128, options=options)
+        allowed = torch.rand(2, 2, -(-512 // q_block), -(-700 // k_block)) < 0.5
+        blocks = BlockSelection(allowed=allowed, q_block=q_block, k_block=k_block)
+        options = {"blocks": blocks, "softcap": 3.0, "alibi_slopes": torch.rand(8) / 20}
+        case = Case((8, 2), (512, 700), {"causal": causal}, "plain", head_dim=128, options=options)
         check_case(case, "gluon", torch.bfloat16, "cuda")
 
     @pytest.mark.parametrize("kind", ["ring", "int8", "paged"])
@@ -145,17 +147,19 @@ LANGUAGE = SimpleNamespace(
     fma=lambda x, y, z: x * y + z,
     sum=lambda x, dim: x.sum(dim),
     where=torch.where, abs=torch.abs, maximum=torch.maximum, exp2=torch.exp2, log2=torch.log2,
-    float32=torch.float64, int64=torch.int64,
+    float32=torch.float64, int64=torch.int64, static_range=range,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("slopes", [None, (0.3, 0.3), (-0.02, 0.5)])
-def test_a_tile_of_scores(slopes, cap, causal):
+@pytest.mark.parametrize("starts", [(128,), (256, 192)], ids=str)
+def test_a_tile_of_scores(starts, slopes, cap, causal):
     """The kernel's weights and lse are those of softcap * tanh and -slope * |distance|.
 
-    A tile holds 32 queries of each of two heads, the second row's of a batch of 6 heads.
+    A tile holds 32 queries of each of two heads, in the second of a batch's rows of 6 heads, and
+    128 keys, or two selected blocks of 64.
     """
     named = {"gl": LANGUAGE, "LN2": math.log(2), "LOG2E": 1 / math.log(2)}
     table = torch.full((12,), torch.nan, dtype=torch.float64)
@@ -164,8 +168,9 @@ def test_a_tile_of_scores(slopes, cap, causal):
     named["_capped"] = lambda x: -1 / (2**x + 1)
     consumers, adjusted, softmaxes = as_python((consumer, scores, softmax), named)
     torch.manual_seed(0)
-    products, scale, k_start, origin = torch.randn(64, 128).double(), 0.4, 128, 200
-    q_pos, k_pos = origin + torch.arange(32).repeat(2), k_start + torch.arange(128)
+    products, scale, origin = torch.randn(64, 128).double(), 0.4, 200
+    q_pos, width = origin + torch.arange(32).repeat(2), 128 // len(starts)
+    k_pos = torch.cat([start + torch.arange(width) for start in starts])
     truth = scale * products
     if cap is not None:
         truth = cap * (truth / cap).tanh()
@@ -179,7 +184,7 @@ def test_a_tile_of_scores(slopes, cap, causal):
     if slopes is not None:
         slope = tile(adjusted.slope_of_rows((0, 6), torch.tensor(1), 2, head, unit))
     args = factor, slope, origin
-    s = adjusted.adjust(tile(products), args, tile(q_pos), k_start, causal)
+    s = adjusted.adjust(tile(products), args, tile(q_pos), starts, causal, len(starts))
     if causal:
         hidden = k_pos > q_pos[:, None]
         s, truth = s.masked_fill(hidden, -torch.inf), truth.masked_fill(hidden, -torch.inf)
@@ -214,30 +219,3 @@ PTX = {
     "min": torch.minimum, "add": torch.add, "mul": torch.mul, "neg": torch.neg,
     "ex2": torch.exp2, "rcp": torch.reciprocal,
 }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("dim", "variant", "spills"),
-    [
-        (128, {"softcap": 50.0}, 0),
-        (64, {"alibi": True, "causal": False}, 0),
-        (128, {"softcap": 50.0, "alibi": True, "varlen": "kv_lens"}, 16),
-        (128, {"softcap": 50.0, "alibi": True, "sharing": (4, 8)}, 96),
-    ],
-    ids=["softcap", "alibi", "both", "split"],
-)
-def test_products_are_not_serialized_and_little_spills(tmp_path, dim, variant, spills):
-    """A few numbers of a work tile may wait in memory while it loops, more where heads share it."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    from tests.ops.compiled import compile_gluon
-
-    source = tmp_path / "kernel.ptx"
-    source.write_text(compile_gluon(dim, **variant).asm["ptx"])
-    command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
-    done = subprocess.run(
-        [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
-    )
-    assert "serialized" not in done.stderr
-    stored = re.search(r"(\d+) bytes spill stores", done.stderr)
-    assert stored is not None and int(stored[1]) <= spills

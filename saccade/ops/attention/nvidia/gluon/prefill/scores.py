@@ -66,22 +66,28 @@ def _capped(s):
 
 
 @gluon.jit
-def _biased(s, slope, q_pos, k_start, origin, CAUSAL: gl.constexpr):
+def _biased(s, slope, q_pos, starts, origin, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
     """A tile of S with the ALiBi bias; keys behind the queries of a causal call are masked later.
 
-    A thread has two columns of every eight: positions of the others follow by constants.
+    A thread has two columns of every eight: positions of the others in a part of the tile follow by
+    constants.
     """
     s8 = by_eights(s)
     L: gl.constexpr = s8.type.layout
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+    WIDTH: gl.constexpr = s.shape[1] // PARTS
     eight = gl.arange(0, s8.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    eight = (8 * eight)[None, :, None]
     within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    eight = (8 * eight).to(gl.float32)[None, :, None]
+    k_start = starts[0]
+    for i in gl.static_range(1, PARTS):
+        k_start = gl.where(eight < i * WIDTH, k_start, starts[i] - i * WIDTH)
+    eight = eight.to(gl.float32)
     slope = gl.convert_layout(slope, ROW)[:, None, None]
     if CAUSAL:
         s8 = s8 + slope * ((k_start - origin + within).to(gl.float32) + eight)
     else:
-        row = gl.convert_layout(q_pos - k_start, ROW)[:, None, None]
+        row = gl.convert_layout(q_pos, ROW)[:, None, None] - k_start
         s8 = s8 - slope * gl.abs((row - within).to(gl.float32) - eight)
     return gl.convert_layout(s8.reshape(s.shape), s.type.layout)
 
@@ -95,8 +101,8 @@ def slope_of_rows(alibi, b, h, head, scale_log2):
 
 
 @gluon.jit
-def adjust(s, score_args, q_pos, k_start, CAUSAL: gl.constexpr):
-    """S of a tile of keys from k_start on, out of the products q.k.
+def adjust(s, score_args, q_pos, starts, CAUSAL: gl.constexpr, PARTS: gl.constexpr):
+    """S of a tile of keys whose parts begin at `starts`, out of the products q.k.
 
     Args:
         score_args: (cap_log2, slope, origin): the factor from a product to 2 x in powers of two, or
@@ -106,7 +112,7 @@ def adjust(s, score_args, q_pos, k_start, CAUSAL: gl.constexpr):
     if cap_log2 is not None:
         s = _capped(s * cap_log2)
     if slope is not None:
-        s = _biased(s, slope, q_pos, k_start, origin, CAUSAL)
+        s = _biased(s, slope, q_pos, starts, origin, CAUSAL, PARTS)
     return s
 
 
