@@ -161,7 +161,8 @@ def _small_gradients(problem: Problem, name: str) -> tuple[Tensor, ...]:
     made = build(small)
     wide = torch.float64 if name == "reference" else made.leaves[0].dtype
     q, k, v = (x.detach().to(wide).requires_grad_() for x in made.leaves)
-    out = run(make_call(q, DenseKV(k, v), mask=small.mask, wants_lse=False), name)
+    options = small.score_options(q.device)
+    out = run(make_call(q, DenseKV(k, v), mask=small.mask, wants_lse=False, **options), name)
     return torch.autograd.grad(out, (q, k, v), q.detach().roll(1, 2))
 
 

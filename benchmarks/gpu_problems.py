@@ -50,6 +50,7 @@ class Problem:
             packed into one row.
         density: share of the blocks of keys that are selected.
         training: gradients of q, k and v are computed.
+        softcap: of scores; alibi: with the slopes of ALiBi.
     """
 
     queries: int
@@ -65,6 +66,8 @@ class Problem:
     density: float | None = None
     dtype: str = "bf16"
     training: bool = False
+    softcap: float | None = None
+    alibi: bool = False
     heads: int = 32
     kv_heads: int = 8
 
@@ -88,6 +91,14 @@ class Problem:
         defaults = {field.name: field.default for field in fields(self)}
         found = asdict(self).items()
         return {name: x for name, x in found if name in always or x != defaults[name]}
+
+    def score_options(self, device: torch.device, heads: int | None = None) -> dict[str, Any]:
+        """What changes the scores, as `make_call` takes it, for the first `heads` heads."""
+        found: dict[str, Any] = {} if self.softcap is None else {"softcap": self.softcap}
+        if self.alibi:
+            powers = torch.arange(1, self.heads + 1, device=device) * (-8 / self.heads)
+            found["alibi_slopes"] = torch.exp2(powers)[: heads or self.heads]
+        return found
 
     def tiny(self) -> Problem:
         """The same kind of problem, small enough for a CPU."""
@@ -211,6 +222,7 @@ def _call(
 ) -> AttentionCall:
     queries: Tensor | PerHeadFP8 = q
     options: dict[str, Any] = {"mask": problem.mask, "blocks": blocks, "wants_lse": False}
+    options |= problem.score_options(q.device)
     if problem.storage == "e4m3":
         queries = quantize_fp8_per_head(q)
     if problem.kv_lens:
@@ -282,4 +294,7 @@ def _probe(
     if blocks is not None:
         last = blocks.allowed[:, :1, -1:].contiguous()
         blocks = BlockSelection(allowed=last, q_block=BLOCK, k_block=BLOCK)
-    return make_call(rows.double(), DenseKV(keys, values, spans), mask=problem.mask, blocks=blocks)
+    options = problem.score_options(rows.device, problem.groups)
+    return make_call(
+        rows.double(), DenseKV(keys, values, spans), mask=problem.mask, blocks=blocks, **options
+    )

@@ -40,9 +40,9 @@ q_offset       PDG       PDG   PDG  PDG  PD        PDG    PD    .            .
 cu_seqlens     PDG       PDG   PDG  PDG  .         PDG    PD    .            .
 blocks         PDG       PDG   PD   PDG  PD        PDG    PD    .            .
 attn_mask      PDG       PDG   PD   PDG  PD        PDG    .     .            .
-softcap        PDG       PDG   PDG  .    .         PDG    .     .            .
+softcap        PDG       PDG   PDG  .    .         PDG    P     G            .
 sink_logits    PDG       PDG   PDG  PD   PD        PDG    PDG   G            PD
-alibi_slopes   PDG       PDG   PDG  PDG  PD        PDG    .     .            .
+alibi_slopes   PDG       PDG   PDG  PDG  PD        PDG    P     G            .
 learned_slopes G         G     .    .    .         .      .     .            .
 value_dim      PDG       PDG   PDG  .    PDG       PDG    .     .            .
 lse            PDG       PDG   PDG  PD   PD        PDG    PDG   G            PD
