@@ -4,6 +4,9 @@ Triton's kernel, on a GPU or in the interpreter that test_triton.py starts, and 
 against the formula in float64.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,9 +14,13 @@ pytest.importorskip("triton")
 
 from saccade.core import DenseKV, Mask, PagedKV, Span
 from saccade.ops import attend, attention, make_call
+from saccade.ops.attention.api import explain
 from saccade.ops.attention.cpu.binding import BUILT
+from saccade.ops.attention.nvidia import triton_backend
 from tests.ops.test_triton import DEVICE, INTERPRETED, pytestmark, runs_kernels
+from tests.support import views
 from tests.support.cases import on
+from tests.support.gpu import pretend_hopper
 from tests.support.random_inputs import normal
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
@@ -121,6 +128,38 @@ def test_other_widths_windows_and_rings(dims):
             view = DenseKV(k2, k2[..., : dims[0]], shape)
             ours = attend(make_call(q2, view, mask=mask, scale=0.3), backend="triton")
             check(ours, truth)
+
+
+def test_auto_takes_triton_on_a_gpu(monkeypatch):
+    pretend_hopper(monkeypatch)
+    monkeypatch.setattr(triton_backend, "triton_refusal", lambda device: None)
+    q, k = (x.to("meta", torch.bfloat16) for x in inputs(16, 4, 70))
+    verdicts = dict(explain(q, k, k[..., :LATENT]))
+    assert verdicts["triton"].startswith("chosen")
+    verdicts = dict(explain(q.float(), k.float(), k.float()[..., :LATENT]))
+    assert verdicts["triton"].startswith("cannot: head_dim 576 is above 512 (up to 576 for")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("heads", "q_len"), [(16, 1), (128, 4)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_known_calls_and_captured_graphs(heads, q_len, paged):
+    """The third call repeats the launches of the second one, over other tensors."""
+    for _ in range(3):
+        q, k = on(DEVICE, *inputs(heads, q_len, 4096, dtype=torch.bfloat16))
+        truth = formula(q, k, LATENT)
+        view = DenseKV(k, k[..., :LATENT])
+        if paged:
+            view = views.paged(k, k, 64)
+            view = replace(view, v=view.k[..., :LATENT])
+        run = partial(attend, make_call(q, view, mask=Mask(), scale=SCALE), backend="triton")
+        check(run(), truth)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = run()
+    graph.replay()
+    check(ours, truth)
 
 
 @pytest.mark.skipif(INTERPRETED or not BUILT, reason="the C++ kernels, outside the interpreter")
