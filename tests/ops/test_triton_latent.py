@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from saccade.bench.tune_work import paged as paged_view
 from saccade.core import DenseKV, Mask, PagedKV, Span
 from saccade.ops import attend, attention, make_call
 from saccade.ops.attention.api import explain
 from saccade.ops.attention.cpu.binding import BUILT
 from saccade.ops.attention.nvidia import triton_backend
 from tests.ops.test_triton import DEVICE, INTERPRETED, pytestmark, runs_kernels
-from tests.support import views
 from tests.support.cases import on
 from tests.support.gpu import pretend_hopper
 from tests.support.random_inputs import normal
@@ -151,7 +151,7 @@ def test_known_calls_and_captured_graphs(heads, q_len, paged):
         truth = formula(q, k, LATENT)
         view = DenseKV(k, k[..., :LATENT])
         if paged:
-            view = views.paged(k, k, 64)
+            view = paged_view(k, k, 64)
             view = replace(view, v=view.k[..., :LATENT])
         run = partial(attend, make_call(q, view, mask=Mask(), scale=SCALE), backend="triton")
         check(run(), truth)
