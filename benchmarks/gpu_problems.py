@@ -45,7 +45,8 @@ class Problem:
         storage: "dense", "pageN" (pages of N tokens), a name of bench.inputs.KINDS (a quantized
             cache; a prompt's own keys are in full precision), "ring" (sinks, two runs of one
             window and the chunk), "e4m3" (q, k and v in fp8 with a scale a head), or "latent"
-            (absorbed MLA: values are all channels of keys but the last ROPE).
+            (absorbed MLA: values are all channels of keys but the last ROPE), with a number
+            behind it in pages of so many tokens.
         kv_lens: keys of each row of the batch, where rows differ; sequences: lengths of sequences
             packed into one row.
         density: share of the blocks of keys that are selected.
@@ -107,7 +108,7 @@ class Problem:
             self, queries=min(self.queries, keys), keys=keys, batch=min(self.batch, 2), heads=4,
             kv_heads=2, head_dim=min(self.head_dim, 64), window=self.window and 40,
         )  # fmt: skip
-        if self.storage == "latent":
+        if self.storage.startswith("latent"):
             return replace(small, kv_heads=1, head_dim=self.head_dim)
         if self.sequences:
             return replace(small, sequences=(40, 120), queries=160)
@@ -178,7 +179,7 @@ def _tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     dim, dtype = problem.head_dim, DTYPES[problem.dtype]
     q = random(problem.batch, problem.heads, problem.queries, dim, dtype=dtype)
     k, v = (random(problem.batch, problem.kv_heads, problem.keys, dim, dtype=dtype) for _ in "kv")
-    if problem.storage == "latent":
+    if problem.storage.startswith("latent"):
         v = k[..., :-ROPE]
     for x in (q, k, v):
         x.requires_grad_(problem.training)
@@ -189,6 +190,9 @@ def _view(problem: Problem, k: Tensor, v: Tensor) -> KVView:
     storage = problem.storage
     if storage.startswith("page"):
         return paged(k, v, int(storage.removeprefix("page")))
+    if storage.startswith("latent") and storage != "latent":
+        pages = paged(k, v, int(storage.removeprefix("latent")))
+        return replace(pages, v=pages.k[..., :-ROPE])
     if storage in KINDS:
         return quantized_view(
             k, v, storage, k.shape[2] % GROUP if problem.is_step else problem.queries
@@ -262,7 +266,7 @@ def _bytes(problem: Problem, view: Any) -> float:
         return sum(part.nbytes for x in (view.k, view.v) for part in x)
     width = 1 if problem.storage == "e4m3" else 2
     tokens = sum(problem.kv_lens) or problem.batch * problem.keys
-    if problem.storage == "latent":
+    if problem.storage.startswith("latent"):
         return 2 * problem.head_dim * tokens
     return share * 2 * width * problem.kv_heads * problem.head_dim * tokens
 

@@ -57,7 +57,7 @@ def rule_rows() -> Iterator[Row]:
 def backends_of(problem: Problem) -> tuple[str, ...]:
     """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
     training = ("gluon_triton",) if problem.training else ()
-    stored = problem.storage not in ("dense", "latent")
+    stored = problem.storage != "dense"
     special = problem.window or problem.sequences or problem.kv_lens or stored
     return (*OURS, *training, *(() if special else ("sdpa",)), *PEERS)
 

@@ -1,6 +1,10 @@
 """Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
+import re
+import subprocess
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +75,23 @@ def compile_for(
         signature[parameter.name] = describe(value, (i,), parameter.is_constexpr)
     parsed = source(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(parsed, target=target, options=options)
+
+
+def spilled_bytes(found: Any) -> int:
+    """What ptxas says that a compiled kernel spills from registers for Hopper."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(found.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
+        done = subprocess.run(
+            [*command, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    said = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert said is not None
+    return int(said.group(1))
 
 
 def compile_gluon(

@@ -329,6 +329,10 @@ def markdown() -> str:
 
 
 ABOUT_PEERS = (
+    "Keys may have up to 576 channels in `cpu`, and in `triton` where at most 16 queries in 16 "
+    "bits read dense keys, rings or pages. Where values are the first channels of keys, in the "
+    "same memory (`attention(q, k, k[..., :512])`, absorbed MLA), `triton` reads those once.",
+    "",
     "## Packages of others",
     "",
     "Four backends are thin adapters to packages that need not be installed: none is imported "
