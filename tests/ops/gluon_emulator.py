@@ -134,11 +134,11 @@ class Cta:
         silent = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None)
         tma = SimpleNamespace(async_copy_global_to_shared=_tma_load)
         names = {"gl": language, "tl": language, "mbarrier": silent, "tma": tma}
-        modules = _as_python((triton_lang, seqlen_info, tile_scheduler, producer), names)
+        modules = as_python((triton_lang, seqlen_info, tile_scheduler, producer), names)
         _, self.seqlen_info, self.tile_scheduler, self.producer = modules
 
 
-def _as_python(modules: tuple[ModuleType, ...], names: dict[str, Any]) -> list[SimpleNamespace]:
+def as_python(modules: tuple[ModuleType, ...], names: dict[str, Any]) -> list[SimpleNamespace]:
     """Copies of modules in which jit functions are plain ones that look up `names` first."""
     spaces = {module.__name__: vars(module) | names for module in modules}
     for space in spaces.values():

@@ -278,7 +278,6 @@ class TestOnGPU:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"softcap": 5.0}, "no softcap"),
             ({"key_padding": torch.ones(1, 40).bool()}, "no key_padding"),
             ({"scale": -1.0}, "scale must be positive"),
             (
@@ -286,7 +285,7 @@ class TestOnGPU:
                 "do not fill its tiles",
             ),
         ],
-        ids=["softcap", "padding", "scale", "blocks"],
+        ids=["padding", "scale", "blocks"],
     )
     def test_refuses_in_a_sentence(self, options, reason):
         x = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)

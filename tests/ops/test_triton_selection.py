@@ -21,32 +21,42 @@ from tests.sparse.test_selection import draw, expected, rows_of
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 
 
+BY_SCORE = [
+    (1, 95, {}),
+    (3, 95, {"window": 1, "sinks": 0}),
+    (1, 60, {"stride": 3}),
+    (1, 90, {"top": 0}),
+    (1, 90, {"top": 99}),
+    (1, 90, {"least": 91}),
+    (1, 90, {"least": 92}),
+    (21, 75, {}),
+    (40, 0, {"top": 1}),
+]
+BY_SHARE = [
+    (16, 80, {"top": 0, "share": 0.6}),
+    (1, 95, {"top": 0, "share": 0.9}),
+    (9, 87, {"top": 0, "share": 1.0}),
+]
+
+
 @runs_kernels
-@pytest.mark.parametrize("summary", ["mean", "bounds"])
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
-    ("q_len", "past", "options"),
-    [
-        (1, 95, {}),
-        (3, 95, {"window": 1, "sinks": 0}),
-        (1, 60, {"stride": 3}),
-        (1, 90, {"top": 0}),
-        (1, 90, {"top": 99}),
-        (1, 90, {"least": 91}),
-        (1, 90, {"least": 92}),
-    ],
+    ("summary", "q_len", "past", "options"),
+    [("mean", *case) for case in BY_SCORE + BY_SHARE] + [("bounds", *case) for case in BY_SCORE],
 )
 def test_kernels_select_what_the_formula_says(summary, on_device, q_len, past, options):
     """Rows behind the blocks before the queries may hold anything."""
-    known = {"summary": summary, "q_block": 8, "k_block": 8, "sinks": 1, "window": 2, "top": 3}
-    rule = BlockRule(**(known | options))
+    usual = {"summary": summary, "q_block": 8, "k_block": 8, "sinks": 1, "window": 2, "top": 3}
+    rule = BlockRule(**(usual | options))
     q, k = draw(q_len, past + q_len)
     rows, blocks = rows_of(rule, k), -(-(past + q_len) // 8)
     if on_device:
-        rows = torch.cat((rows[:, :, : past // 8], torch.full_like(rows, torch.nan)), dim=2)
+        known = (past + (q_len - 1) // 8 * 8) // 8
+        rows = torch.cat((rows[:, :, :known], torch.full_like(rows, torch.nan)), dim=2)
         blocks += 5
     at = torch.tensor([past, past], device=DEVICE)[0] if on_device else past
-    assert gpu.suits(rule, q, rows, blocks)
+    assert gpu.suits(rule, rows, blocks)
     found = gpu.select(rule, q.to(DEVICE), rows.to(DEVICE), at, blocks).cpu()
     truth = expected(rule, q, k, past)
     if past + q_len < rule.least:

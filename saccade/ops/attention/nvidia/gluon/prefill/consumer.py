@@ -24,6 +24,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.mask import (
     mask_right,
     unmasked_range,
 )
+from saccade.ops.attention.nvidia.gluon.prefill.scores import adjust, scores, slope_of_rows
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile, zero_v_tail
 from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
     add_sums,
@@ -62,25 +63,9 @@ def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
-def scores(q_tile, k_tile, s, DIM: gl.constexpr):
-    """S = Q K^T of a tile of keys `[BLOCK_N, D]`, issued; columns from DIM on are zeros.
-
-    A product of 192 columns is one of 128 and one of 64: a quarter less than the whole tile.
-    """
-    if k_tile.shape[1] == 256 and DIM <= 192:
-        low = k_tile.slice(0, 128, dim=1).permute((1, 0))
-        high = k_tile.slice(128, 64, dim=1).permute((1, 0))
-        s = warpgroup_mma(q_tile.slice(0, 128, dim=1), low, s, use_acc=False, is_async=True)
-        s = warpgroup_mma(q_tile.slice(128, 64, dim=1), high, s, is_async=True)
-    else:
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-    return s
-
-
-@gluon.jit
 def _mainloop(
     state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars, scale_log2,
-    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
+    score_args, num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
     CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, PARTS: gl.constexpr, CONSUMERS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):  # fmt: skip
@@ -111,6 +96,7 @@ def _mainloop(
         s = warpgroup_mma_wait(1, deps=[s_async])
         mbarrier.arrive(k_empty.index(k_stage))
         starts = kv_starts(j, plan, block_lists, BLOCK_N, PARTS)
+        s = adjust(s, score_args, q_pos, starts, CAUSAL, PARTS)
         # A window masks tiles on both sides and leaves few unmasked: one loop serves all of them.
         right = MASK_RIGHT
         if mask_args.window is not None:
@@ -135,8 +121,8 @@ def _mainloop(
 
 @gluon.jit
 def _first_tile(
-    q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args, has_next,
-    left, DIM: gl.constexpr, CAUSAL: gl.constexpr, PARTS: gl.constexpr,
+    q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, score_args, num_keys, mask_args,
+    has_next, left, DIM: gl.constexpr, CAUSAL: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """S and softmax of the first tile of keys: (row_max, row_sum, rescale, P, k_state)."""
     _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _pingpong = bars
@@ -149,6 +135,7 @@ def _first_tile(
     s_async = scores(q_tile, k_tile, p, DIM)
     s = warpgroup_mma_wait(0, deps=[s_async])
     mbarrier.arrive(k_empty.index(k_stage))
+    s = adjust(s, score_args, q_pos, starts, CAUSAL, PARTS)
     s = mask_right(s, q_pos, key_positions(starts, s.shape[1], PARTS, S), num_keys, CAUSAL)
     if mask_args.window is not None:
         if left:
@@ -225,8 +212,9 @@ def consume(
     With SPLIT_KV over one split of the keys: `out` and `lse` are those of the first split.
     """
     (out, o_desc, lse, split_strides, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args,
-     block_lists, varlen, scale_log2) = args  # fmt: skip
+     block_lists, varlen, units, alibi) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
+    scale_log2, cap_log2 = units
     D: gl.constexpr = q_smem.shape[4]
     DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
@@ -235,7 +223,7 @@ def consume(
     all_q, all_k, offset, heads, groups, _q_tiles, _section, num_work_tiles, splits = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     p = gl.zeros([ROWS * PACK, BLOCK_N], gl.float32, S)
-    _head, index = packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))
+    head, index = packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))
     q_state = gl.to_tensor(0), gl.to_tensor(0)
     k_state = gl.to_tensor(0), gl.to_tensor(0)
     v_state = gl.to_tensor(0), gl.to_tensor(0)
@@ -255,6 +243,10 @@ def consume(
         if SPLIT_KV:
             found = split_of_plan(found, split, splits)
         plan, right_end, full_end, num_tiles, num_keys = found
+        score_args = cap_log2, None, q_offset + row
+        if alibi[0] is not None:
+            slope = slope_of_rows(alibi, b, h, head, scale_log2)
+            score_args = cap_log2, slope, q_offset + row
         o = gl.zeros([ROWS * PACK, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
@@ -262,8 +254,8 @@ def consume(
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
         starts = kv_starts(0, plan, block_lists, BLOCK_N, PARTS)
         row_max, row_sum, rescale, p, k_state = _first_tile(
-            q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args,
-            num_tiles > 1, starts[0] < unmasked[0], DIM, CAUSAL, PARTS,
+            q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, score_args, num_keys,
+            mask_args, num_tiles > 1, starts[0] < unmasked[0], DIM, CAUSAL, PARTS,
         )  # fmt: skip
         if ZERO_V_TAIL:
             zeroed_phases = zero_v_tail(
@@ -278,18 +270,20 @@ def consume(
         elif CAUSAL or block_lists.tiles is not None:
             state = _mainloop(
                 state, 1, right_end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem,
-                bars, scale_log2, num_keys, mask_args, block_lists, True, DIM, CAUSAL, PINGPONG,
-                PARTS, CONSUMERS, CONSUMER,
+                bars, scale_log2, score_args, num_keys, mask_args, block_lists, True, DIM, CAUSAL,
+                PINGPONG, PARTS, CONSUMERS, CONSUMER,
             )  # fmt: skip
         state = _mainloop(
             state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars,
-            scale_log2, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG, PARTS,
-            CONSUMERS, CONSUMER,
+            scale_log2, score_args, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG,
+            PARTS, CONSUMERS, CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, h)
+        o, row_lse = normalize(
+            o, row_max, row_sum, scale_log2, score_args, q_pos, sink_logits, h, CAUSAL
+        )
         bh = (b * heads + h).to(gl.int64)
         if PACK > 1:
             bh += packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))[0]

@@ -36,9 +36,9 @@ from saccade.ops.gpu.triton_lang import LOG2E
     ]
 )
 def forward_kernel(
-    q, k, v, out, lse, sink_logits, mask_args, block_lists, varlen, scale, q_len, k_len, q_offset,
-    batch, heads, groups, num_q_tiles, heads_per_section, num_work_tiles, num_pages,
-    splits, out_split, lse_split,
+    q, k, v, out, lse, sink_logits, softcap, alibi_slopes, alibi_slopes_batch, mask_args,
+    block_lists, varlen, scale, q_len, k_len, q_offset, batch, heads, groups, num_q_tiles,
+    heads_per_section, num_work_tiles, num_pages, splits, out_split, lse_split,
     CAUSAL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
@@ -111,12 +111,15 @@ def forward_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, pingpong)
     sizes = (q_len, k_len, q_offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles,
              splits)  # fmt: skip
-    scale_log2 = scale * LOG2E
+    units = scale * LOG2E, softcap  # of S, see scores.py, and the factor under its exponential
+    if softcap is not None:
+        units = 2 * LOG2E * softcap, 2 * LOG2E * scale / softcap
     smem = (q_smem, k_smem, v_smem, bars)
     producer_args = (q_desc, k_desc, v_desc, smem, sizes, mask_args, block_lists, varlen)
     split_strides = (out_split, lse_split)
+    alibi = (alibi_slopes, alibi_slopes_batch)
     args = (out, o_desc, lse, split_strides, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args,
-            block_lists, varlen, scale_log2)  # fmt: skip
+            block_lists, varlen, units, alibi)  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,

@@ -16,10 +16,10 @@ from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, v
 from saccade.ops.attention.nvidia.gluon.prefill.splits import NOT_SHARED, Sharing, sharing_of
 from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.attention.nvidia.triton.launch import mask_args_of
+from saccade.ops.attention.nvidia.triton.launch import mask_args_of, score_args_of
 from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv
-from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
+from saccade.ops.gpu.launching import on, set_tma_allocator, tma_strided
 from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
@@ -76,14 +76,15 @@ def launch_of(
 ) -> PrefillLaunch:
     """The launch for a problem.
 
-    Windows, block lists and shared tiles need registers for their masks, and tiles of 128 rows;
-    varlen sequences and pages need registers in the producer.
+    Windows, block lists and shared tiles need registers for their masks, softcap and ALiBi for the
+    scores, and tiles of 128 rows; varlen sequences and pages need registers in the producer.
     """
     dim, shared = problem.q.shape[3], sharing.splits > 1
     varlen = any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets))
+    plain = problem.raw and problem.block_mask is None and problem.mask.window is None
     if paged or (varlen and not shared):
         launch = measured_launch(dim, "varlen")
-    elif problem.block_mask is not None or problem.mask.window is not None or shared:
+    elif shared or not plain:
         launch = measured_launch(dim, "masked")
     else:
         launch = measured_launch(dim)
@@ -145,6 +146,7 @@ def _launch(
     batch, heads, q_len, dim = q.shape
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
     num_work_tiles = num_q_tiles * launch.splits * batch * heads // launch.pack
+    score_args = score_args_of(problem)
     set_tma_allocator()
     with on(q.device):
         launch_kernel(
@@ -152,12 +154,15 @@ def _launch(
             (min(num_work_tiles, multiprocessors(q.device)),),
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
-            float32(problem.call.sink_logits),
+            score_args.sink_logits,
+            score_args.softcap,
+            score_args.alibi_slopes,
+            score_args.alibi_slopes_batch,
             # A tile lies in one block of a selection: block lists replace its element-wise mask.
             mask_args_of(problem.without_blocks()),
             block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n // launch.parts),
             varlen,
-            float(problem.call.scale),
+            score_args.scale,
             q_len,
             problem.num_keys,
             problem.q_offset,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from saccade.core import DenseKV, PagedKV, QuantizedKV
-from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
 from saccade.ops.attention.nvidia.gluon.prefill.selected import heads_of_tile, parts_of_tile
-from saccade.ops.attention.nvidia.gluon.support import layout_refusal, score_refusal
+from saccade.ops.attention.nvidia.gluon.support import layout_refusal, scale_refusal
 
 TILE_KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by its head dimension
 DIMS = range(33, max(TILE_KEYS) + 1)  # narrower heads would fill less than half a tile
@@ -30,7 +30,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "it supports plain dense keys and pages, and no other view"
     return (
         _mask_refusal(call)
-        or score_refusal(call)
+        or scale_refusal(call)
         or _page_refusal(call)
         or _blocks_refusal(call)
         or _storage_refusal(call, kv.k, kv.v)
@@ -39,7 +39,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 def chunked_refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run a prompt over a ring or quantized keys by chunks, or None."""
-    reason = _mask_refusal(call) or score_refusal(call)
+    reason = _mask_refusal(call) or scale_refusal(call)
     if reason is not None:
         return reason
     if not call.is_plain:
@@ -85,6 +85,8 @@ def _blocks_refusal(call: AttentionCall) -> str | None:
         return None
     if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
         return "it selects blocks of plain dense keys only, the same number for every row"
+    if call.q.shape[2] <= MANY_QUERIES:
+        return f"it takes blocks for more than {MANY_QUERIES} queries; Triton divides keys for few"
     heads = heads_of_tile(blocks.q_block, call.q.shape[1] // call.kv.shape[1])
     parts = parts_of_tile(blocks.k_block, TILE_KEYS[tile_dim(dim)])
     if heads is None or parts is None:
