@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,13 +68,40 @@ def run(
     _check(files)
     options = {"context": context, "quick": quick, "rows": rows, "sweep": sweep or ()}
     report = _measure((model, device, dtype, weights), text, **options)
-    failed = _show(report, files)
-    if not report.complete:
-        why = report.settings.get("stopped_by")
-        said = f"Stopped: {why}" if why else "Stopped."
-        print(f"{said} The finished rows are kept.", file=sys.stderr)
-        return 2 if why else 130
-    return 2 if failed else 0
+    if report.complete:
+        return 2 if _show(report, files) else 0
+    files = stopped(files)
+    _show(report, files)
+    why = report.settings.get("stopped_by")
+    kept = any(file not in (None, "-") for file in files.values())
+    print(
+        f"Stopped{': ' + why if why else '.'} The finished rows are "
+        f"{'in the files named above' if kept else 'above'}. Rows are measured in turns, so the "
+        "same call begins with the first again"
+        f"{', and leaves these files as they are.' if kept else '.'}",
+        file=sys.stderr,
+    )
+    return 2 if why else 130
+
+
+def stopped(files: dict[str, str | None]) -> dict[str, str | None]:
+    """Other names for the files of a run that did not end: `r.json` becomes `r.stopped-1.json`.
+
+    They replace neither a whole comparison nor an earlier part of one.
+    """
+
+    def named(file: str | None, number: int) -> str | None:
+        if file in (None, "-"):
+            return file
+        path = Path(str(file))
+        return str(path.with_name(f"{path.stem}.stopped-{number}{path.suffix}"))
+
+    for number in itertools.count(1):
+        found = {name: named(file, number) for name, file in files.items()}
+        written = [file for file in found.values() if file not in (None, "-")]
+        if not any(Path(str(file)).expanduser().exists() for file in written):
+            return found
+    raise AssertionError("numbers do not end")
 
 
 def _check(files: dict[str, str | None]) -> None:
