@@ -68,7 +68,7 @@ def run(
     """A dialogue of any length in constant memory."""
     check_model(model)
     check_streams("stdin")
-    notes = Notes(quiet=quiet)
+    notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     params = shared_options.context_params(context)
     later = saved is not None and saved.exists
@@ -80,7 +80,7 @@ def run(
     params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
     talked = _Talk(loaded, saved, notes, system, n_predict, as_json)
-    with shared_options.in_words_of_options():
+    with shared_options.in_words_of_options(context):
         encode_messages(
             tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
         )  # a template that fails, before a word
@@ -216,7 +216,7 @@ class Answers:
             self._cut(stop, parts)
         except BadInput as error:  # a message that is longer than the context
             dialogue.withdraw()
-            print(shared_options.with_flags(str(error)), file=sys.stderr)
+            print(shared_options.with_flags(str(error), self.notes.typed), file=sys.stderr)
             return
         else:
             dialogue.answered("".join(parts))

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.context_length import Room, as_saved, note_greedy, note_without_effect, reaching
+from saccade.cli.context_length import (
+    Room,
+    as_saved,
+    note_greedy,
+    note_short_prompt,
+    note_without_effect,
+    reaching,
+)
 from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
@@ -73,7 +80,7 @@ def run(
     """Continue a prompt, with any of the techniques."""
     check_model(model)
     check_streams()
-    notes = Notes(quiet=quiet)
+    notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
     params = shared_options.context_params(context)
@@ -84,7 +91,7 @@ def run(
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     asked = _Asked(loaded, text, where, raw, n_predict, saved, notes)
-    with shared_options.in_words_of_options():  # a prompt too long, say
+    with shared_options.in_words_of_options(context):  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
 
 
@@ -118,6 +125,7 @@ def _generate(
     further = 0 if params.n_keep is not None else asked.n_predict
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, seen + len(tokens) + further, notes)
+    note_short_prompt(params, seen + len(tokens), notes)
     say_check(model, params, notes)
     with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
         going_on = session.load(ctx) if session is not None and saved is not None else None

@@ -52,7 +52,7 @@ STEPS_ON_GPU = 64  # a token takes milliseconds there
 QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=60)
 FULL = Sizes(context=3072, scored=512, steps=24, curve=12288, rounds=3, repeat_until=330)
 LEAST_CONTEXT = 256
-NOT_REACHED = "the run was stopped before it"
+NOT_REACHED = "stopped before it was reached"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
+from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
 from saccade.hf.settings import LayerSettings, needs_own_cache
 from saccade.runtime.layers import layer_cache, without_own_dtype
@@ -125,7 +126,6 @@ def checked_model(model: Any) -> PreTrainedModel:
 
 def _check_carried_out(params: ContextParams) -> None:
     """Raise Unsupported for options that a Context carries out and calls of a model cannot."""
-    stretched = params.rope_scaling_type not in (None, "none") or params.rope_freq_scale is not None
     instead = {
         "n_ctx": "generate() ends a text by max_length",
         "n_batch": "generate() reads a prompt in chunks by prefill_chunk_size",
@@ -133,7 +133,7 @@ def _check_carried_out(params: ContextParams) -> None:
     }
     for name, said in instead.items():
         value, usual = getattr(params, name), ContextParams.__dataclass_fields__[name].default
-        if value != usual and not (name == "n_ctx" and stretched):
+        if value != usual and not (name == "n_ctx" and stretches(params)):
             raise Unsupported(
                 f"{name}={value} has no effect under attach: {said}. Leave {name} unset, or use "
                 "saccade.Context."

@@ -18,6 +18,7 @@ from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
 from saccade.hf.packed_layers import StoredLayer, StoredLinear
+from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Undo
 from saccade.ops.linear import PackedWeight, product_dtype
 from saccade.runtime import Context, ContextParams, Sampler
@@ -100,7 +101,9 @@ def eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
 
 def reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
     """One forward pass without a cache, with the options that change the result on purpose."""
-    meant = {name: getattr(params, name) for name in ("n_ctx", *sum(MEANT, ()))}
+    meant = {name: getattr(params, name) for name in sum(MEANT, ())}
+    if stretches(params):
+        meant["n_ctx"] = params.n_ctx
     with attach(model, ContextParams(**meant, backend="reference", fused_layers=False)):
         return _forward(model, tokens)
 

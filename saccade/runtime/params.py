@@ -52,7 +52,8 @@ class ContextParams:
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
             dynamic reads the whole context again for every token past the trained length.
         rope_freq_base: base of the rotary frequencies.
-        rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).
+        rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).  Without
+            rope_scaling_type: of linear scaling, or of the rule that the model has of its own.
         yarn_ext_factor: 1 mixes in unscaled high frequencies (YaRN), 0 interpolates them all.
         yarn_attn_factor: magnitude of the rotary tables; None: 0.1 ln(factor) + 1.
         yarn_beta_fast, yarn_beta_slow: rotations that bound the ramp (default 32 and 1).

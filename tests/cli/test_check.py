@@ -27,8 +27,9 @@ def test_every_standard_option_is_compared(folder: Path, capsys: Any) -> None:
 
 
 def test_the_options_given_are_compared_alone(folder: Path, capsys: Any) -> None:
-    assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("n_swa=16, n_sinks=2")
+    assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2", "-c", "64"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("--swa 16, --sinks 2 ") and last.endswith("the same")
 
 
 def test_results_that_differ_are_an_error(
@@ -52,4 +53,6 @@ def test_options_that_cannot_run_are_an_error_where_they_were_asked_for(
 ) -> None:
     assert main(["check", "-m", str(folder), "--rope-scaling", "linear", "--rope-scale", "2",
                  "--yarn-ext-factor", "1"]) == 2  # fmt: skip
-    assert "refused: yarn options need" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--rope-scale 2, --yarn-ext-factor 1" in out
+    assert "refused: yarn options need --rope-scaling yarn" in out

@@ -85,7 +85,21 @@ def test_rope_scale_given_twice():
 
 def test_messages_name_options_instead_of_fields():
     said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
-    assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
+    assert said == "--ctx-size 20 is full: set a window (--swa), or my_n_ctx. sparse"
+    said = shared_options.with_flags("type_k='int8', n_ctx=1,024, offload_kqv=False; yarn_* unset")
+    assert said == "--cache-type-k int8, --ctx-size 1024, --kv-offload off; --yarn-* unset"
+
+
+def test_a_backend_that_has_the_name_of_an_option_keeps_it():
+    with pytest.raises(UsageError, match=r"unknown backend 'auto'; .* fa4, flash_attn, "):
+        params("--backend", "auto")
+
+
+def test_messages_name_the_option_that_was_typed():
+    typed = {"rope_scale": 4.0}
+    said = shared_options.with_flags("rope_freq_scale=0.25 and rope_freq_scale", typed)
+    assert said == "--rope-scale 4 and --rope-scale"
+    assert shared_options.with_flags("rope_freq_scale=0.25") == "--rope-freq-scale 0.25"
 
 
 def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
@@ -141,7 +155,8 @@ def call(capsys, *words):
 def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, tiny):
     code, out, err = call(capsys, "--prompt", "hello", "-n", "3")
     assert code == 0 and len(out.encode()) == 4 and out.endswith("\n")
-    assert err.startswith("Loading m ...\nNote: it was guessed.\n[5 prompt tokens at ")
+    assert err.startswith("Loading m ...\nNote: it was guessed.\n")
+    assert "\n[5 prompt tokens at " in err
     numbers = r"tokens/s; first token after [\d.,]+ s; 3 tokens written at [\d.,]+ tokens/s; cache "
     assert re.search(numbers + r"[\d.]+ KiB; cpu, float32\]\nEnded at --n-predict 3: ", err), err
 
@@ -244,7 +259,7 @@ class TestSession:
         path.unlink()
         self.call(capsys, "--session", str(path), "-p", "x", "-n", "2")
         code, _, said = self.call(capsys, "--session", str(path), "-p", "x", "--swa", "9")
-        assert code == 2 and "was saved with --swa=None, this context has 9" in said
+        assert code == 2 and "was saved with no --swa, this context has 9" in said
         code, _, said = self.call(capsys, "--session", str(tmp_path / "no" / "s"), "-p", "x")
         assert code == 2 and "there is no folder" in said
 

@@ -95,7 +95,7 @@ def test_a_missing_row_is_said_to_be_missing():
 
 
 def test_what_a_stopped_run_did_not_reach_is_said_so():
-    late = {"status": "stopped", "note": "the run was stopped before it"}
+    late = {"status": "stopped", "note": "stopped before it was reached"}
     window = Row(name=WINDOW, group="g", options={"n_swa": 256, "n_sinks": 4}, **late)
     made = report(**{WINDOW: window, "YaRN x2": Row(name="YaRN x2", group="g", **late)})
     made.settings["missing_curves"] = {"YaRN x2": late["note"]}

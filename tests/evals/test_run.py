@@ -139,7 +139,7 @@ def test_an_interrupt_keeps_finished_rows(monkeypatch):
         (TEXTBOOK, "ok"), (SDPA, "ok"), (FLASH, "stopped"),
     ]  # fmt: skip
     unreached = {row.name: (row.status, row.note) for row in report.rows[3:]}
-    assert unreached[INT8] == ("stopped", "the run was stopped before it")
+    assert unreached[INT8] == ("stopped", "stopped before it was reached")
     assert {point.status for point in report.sweep} == {"stopped"}
     assert report.claims[0].reason == f"{FLASH}: stopped before it was measured"
     assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
