@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from saccade.cli.failure import need
 from saccade.cli.lengths import length
 from saccade.cli.loading import check_model, load
-from saccade.cli.outputs import check_outputs, file_option
+from saccade.cli.outputs import check_outputs, file_option, names_of_a_part
 from saccade.cli.shared_options import Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import file_name, list_of
@@ -70,7 +69,7 @@ def run(
     report = _measure((model, device, dtype, weights), text, **options)
     if report.complete:
         return 2 if _show(report, files) else 0
-    files = stopped(files)
+    files = names_of_a_part(files)
     _show(report, files)
     why = report.settings.get("stopped_by")
     kept = any(file not in (None, "-") for file in files.values())
@@ -82,26 +81,6 @@ def run(
         file=sys.stderr,
     )
     return 2 if why else 130
-
-
-def stopped(files: dict[str, str | None]) -> dict[str, str | None]:
-    """Other names for the files of a run that did not end: `r.json` becomes `r.stopped-1.json`.
-
-    They replace neither a whole comparison nor an earlier part of one.
-    """
-
-    def named(file: str | None, number: int) -> str | None:
-        if file in (None, "-"):
-            return file
-        path = Path(str(file))
-        return str(path.with_name(f"{path.stem}.stopped-{number}{path.suffix}"))
-
-    for number in itertools.count(1):
-        found = {name: named(file, number) for name, file in files.items()}
-        written = [file for file in found.values() if file not in (None, "-")]
-        if not any(Path(str(file)).expanduser().exists() for file in written):
-            return found
-    raise AssertionError("numbers do not end")
 
 
 def _check(files: dict[str, str | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,26 @@ def check_outputs(paths: Mapping[str, str | None]) -> None:
         other = taken.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{other} and {option} name the same file {name}. Use two files.")
+
+
+def names_of_a_part(files: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Other names for the files of a run that did not end: `r.json` becomes `r.stopped-1.json`.
+
+    They replace neither the files of a whole run nor an earlier part of one.
+    """
+
+    def named(file: str | None, number: int) -> str | None:
+        if file in (None, "-"):
+            return file
+        path = Path(str(file))
+        return str(path.with_name(f"{path.stem}.stopped-{number}{path.suffix}"))
+
+    for number in itertools.count(1):
+        found = {name: named(file, number) for name, file in files.items()}
+        written = [file for file in found.values() if file not in (None, "-")]
+        if not any(Path(str(file)).expanduser().exists() for file in written):
+            return found
+    raise AssertionError("numbers do not end")
 
 
 def _check(option: str, name: str, path: Path) -> None:
