@@ -26,6 +26,11 @@ def test_every_standard_option_is_compared(folder: Path, capsys: Any) -> None:
     assert all(line.endswith("the same") for line in lines[1:])
 
 
+def test_rounding_of_layers_is_named_where_it_is_what_is_seen(folder: Path, capsys: Any) -> None:
+    assert main(["check", "-m", str(folder), "--swa", "16", "--dtype", "bf16"]) == 0
+    assert "are rounding: every layer rounds to bfloat16." in capsys.readouterr().out
+
+
 def test_the_options_given_are_compared_alone(folder: Path, capsys: Any) -> None:
     assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2", "-c", "64"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
