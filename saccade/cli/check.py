@@ -56,9 +56,9 @@ def run(
     found = [check_eager(runnable)]
     found += [check_options(runnable, p) for p in wanted if described(p) != AS_IT_IS]
     print(table(found, context))
-    if why := rounding(loaded):
-        print(why)
     wrong = [each for each in found if each.refusal is None and not each.ok]
+    if not wrong and (why := rounding(loaded)):
+        print(why)
     for each in wrong:
         print(shared_options.with_flags(each.sentence(loaded.name), context), file=sys.stderr)
     return 2 if wrong or (given and not found[-1].ok) else 0

@@ -224,6 +224,8 @@ def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
     if factor is not None:
         message = re.sub(r"\brope_freq_scale=[\d.e-]*\d", f"--rope-scale {factor:g}", message)
         message = re.sub(r"\brope_freq_scale\b", "--rope-scale", message)
+    elif (typed or {}).get("rope_freq_scale") is None:  # advice names the plainer one
+        message = re.sub(r"\brope_freq_scale\b(?!=)", "--rope-scale", message)
     for option in (*CONTEXT, *SAMPLING):
         if "_" in option.field:  # the others are words of English too
             end = "(?==)" if option.field == "flash_attn" else r"\b"  # a backend has that name
@@ -231,6 +233,7 @@ def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
     message = re.sub(r"\b(rope|yarn)_\*", r"--\1-*", message)
     message = re.sub(r'\battention\(backend="(\w+)"\)', r"--backend \1", message)
     message = re.sub(r'\bUse backend="auto" or "(\w+)"', r"Leave it out, or use \1", message)
+    message = re.sub(r"\bbackend='(\w+)'", r"--backend \1", message)
     message = re.sub(r"(--[\w-]+)=None\b", r"no \1", message)
     return re.sub(r"(--[\w-]+)=('[^']*'|True|False|[\d.,e+-]*\d)", _as_word, message)
 

@@ -158,8 +158,8 @@ class ContextParams:
     def _check_policy(self) -> None:
         if (self.kv_policy is None) != (self.kv_budget is None):
             raise ValueError(
-                "kv_policy and kv_budget go together: a policy and how much it may keep, got "
-                f"{self.kv_policy!r} and {self.kv_budget!r}."
+                "kv_policy and kv_budget go together, a policy and how much it may keep: got "
+                f"kv_policy={self.kv_policy!r} and kv_budget={self.kv_budget!r}. Give both."
             )
         if isinstance(self.kv_budget, float):
             if not 0 < self.kv_budget <= 1:

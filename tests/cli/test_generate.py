@@ -86,8 +86,12 @@ def test_rope_scale_given_twice():
 def test_messages_name_options_instead_of_fields():
     said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
     assert said == "--ctx-size 20 is full: set a window (--swa), or my_n_ctx. sparse"
-    said = shared_options.with_flags("type_k='int8', n_ctx=1,024, offload_kqv=False; yarn_* unset")
-    assert said == "--cache-type-k int8, --ctx-size 1024, --kv-offload off; --yarn-* unset"
+    said = shared_options.with_flags(
+        "type_k='int8', n_ctx=1,024, offload_kqv=False; backend='sdpa'"
+    )
+    assert said == "--cache-type-k int8, --ctx-size 1024, --kv-offload off; --backend sdpa"
+    said = shared_options.with_flags("Set n_ctx or rope_freq_scale; leave yarn_* unset.")
+    assert said == "Set --ctx-size or --rope-scale; leave --yarn-* unset."
 
 
 def test_a_backend_that_has_the_name_of_an_option_keeps_it():
