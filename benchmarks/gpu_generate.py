@@ -42,7 +42,7 @@ from saccade.runtime import ContextParams
 SCHEMA = "saccade.generate/1"
 FEW, MANY = 4, 36
 LIMIT = 0.1  # of the norm of logits, in bf16
-CASES = [(1, 512), (1, 2048), (8, 2048), (1, 16384)]
+CASES = [(1, 512), (1, 2048), (8, 2048), (1, 16384), (8, 16384)]
 ROWS: dict[str, dict[str, Any] | None] = {
     "sdpa": None,
     "attach": {},

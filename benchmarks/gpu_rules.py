@@ -94,16 +94,18 @@ def problem_of(rule: dict[str, Any], dim: int, pattern: str, kind: str, size: st
         window = {"window": 4096, "sinks": 4} if kind == "ring" else {}
         keys = keys if size == "smallest" else 32768
         return Problem(queries=queries, keys=keys, **options | storage | window)
+    fewest, most = least(rule, "queries"), rule.get("queries", [None, None])[1] or 2048
     queries = min(keys, -(-rows // HEADS))
     square = queries == keys or rule.get("square", False) or rule.get("training", False)
     batch = -(-rows // (HEADS * queries))
     if size == "typical":
         keys, batch = min(LONGEST, max(8192, 4 * keys)), batch if kind == "kv_lens" else 1
-        queries = keys if square else 2048
+        queries = keys if square else min(2048, most)
     queries = keys if square else queries
     if kind == "kv_lens":
         batch = max(2, batch)
-        queries = -(-rows // (HEADS * batch)) if size == "smallest" else 2048
+        smallest = max(fewest, -(-rows // (HEADS * batch)))
+        queries = smallest if size == "smallest" else min(2048, most)
         options["kv_lens"] = uneven(keys, batch)
     return Problem(queries=queries, keys=keys, batch=batch, **options)
 

@@ -2,7 +2,8 @@
 
 --out FILE      the record, written anew after every row
 --seconds N     start no row after that time
---resume FILE   keep the rows of a record that stopped for want of time, and measure the rest
+--resume FILE   keep the rows of a record that stopped for want of time, and measure the rest: those
+                behind them, and those that are null
 --only WORD     rows whose case is one of these
 --warm I N      compile what every N-th row from the I-th on runs, and time nothing
 --tiny          small problems on a CPU, to try the script
@@ -64,12 +65,16 @@ def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> d
     if args.resume:
         record |= _resumed(args.resume, what)
     begin = time.perf_counter()
-    for at, row in enumerate(chosen[len(record["rows"]) :], len(record["rows"])):
+    found = record["rows"]
+    found += [None] * (len(chosen) - len(found))
+    for at, row in enumerate(chosen):
+        if found[at] is not None:
+            continue
         if time.perf_counter() - begin > args.seconds:
             break
-        record["rows"].append(_measured(row, args.tiny))
-        record["complete"] = at + 1 == len(chosen)
-        print(record["rows"][-1], flush=True)
+        found[at] = _measured(row, args.tiny)
+        record["complete"] = None not in found
+        print(found[at], flush=True)
         if args.out:
             write_whole(args.out, as_text(record))
     return record
@@ -80,7 +85,8 @@ def _resumed(path: Path, what: str) -> dict[str, Any]:
     begun = json.loads(path.read_text())
     if begun.get("what") != what:
         sys.exit(f"{path} is no record of this benchmark; --resume takes one that it began.")
-    of = {name: begun[name] for name in ("revision", "date")} | {"rows": len(begun["rows"])}
+    kept = sum(row is not None for row in begun["rows"])
+    of = {name: begun[name] for name in ("revision", "date")} | {"rows": kept}
     return {"rows": begun["rows"], "resumed": [*begun.get("resumed", []), of]}
 
 

@@ -45,6 +45,14 @@ static int64_t item_bytes(const Problem& p, const WorkItem& item) {
 #endif
 }
 
+// The call without its blocks.
+static Problem without_blocks(const Problem& given) {
+  Problem p = given;
+  p.q_block = p.k_block = 0;
+  p.blocks = {};
+  return p;
+}
+
 // What `attend` allocates: the list of items, and a workspace for each thread that gets one.
 static int64_t workspace_bytes(const Problem& p) {
   const Partition sizes = partition(p);
@@ -93,7 +101,8 @@ static int threads_for(const Problem& p, const WorkItem* items, int64_t count) {
 }
 
 static void attend(const Problem& given) {
-  Problem p = given;
+  // A selection of all blocks is the same call, to the bit, as none.
+  Problem p = has_blocks(given) && selects_all(given) ? without_blocks(given) : given;
   const Partition sizes = partition(p);
   Call call{&p, nullptr, {}, nullptr};
   Arena arena(workspace(WorkspaceSlot::call, (size_t)call_bytes(p, sizes)));

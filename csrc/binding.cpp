@@ -24,6 +24,7 @@
 //   workspace            the memory that threads keep for the kernels
 //   decoder              a step of decoding: layer_arguments, then for each layer
 //     layer_kernels        norms, RoPE, the MLP; products with the weights
+//   selection_arguments  which blocks of keys are read, alone or in a step; select_blocks
 //   machine, ceilings    FMA rate and read bandwidth of the machine
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -42,6 +43,7 @@
 #include "linear_binding.h"
 #include "machine.h"
 #include "pool.h"
+#include "selection_arguments.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -188,4 +190,5 @@ NB_MODULE(_cpu, m) {
   saccade::define_decoder(m);
   m.def("exp2", &saccade::exp2, nb::arg("x"), nb::arg("target") = "");
   saccade::bind_linear(m);
+  saccade::bind_selection(m);
 }

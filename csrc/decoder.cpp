@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "layer.h"
 #include "layer_arguments.h"
+#include "selection_arguments.h"
 
 namespace saccade {
 namespace {
@@ -127,7 +128,7 @@ void Decoder::front(int64_t i, nb::handle cos, nb::handle sin, nb::handle k, nb:
   const Layer& at = layer(i);
   const Kind kind{tensor(cos), tensor(sin), -1, 0};
   check_tables(at, kind.cos, kind.sin);
-  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}, {}};
+  const LayerCall call{&kind, {}, slots(tensor(k), at, 0, "k"), slots(tensor(v), at, 0, "v"), {}, {}, {}, 0};
   nb::gil_scoped_release unlocked;
   std::lock_guard<std::mutex> lock(busy_);
   front_checked(at, call);
@@ -215,9 +216,18 @@ void Decoder::back(int64_t i, nb::handle attended) {
   back_checked(at);
 }
 
-void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks) {
+void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks,
+                     nb::handle selection) {
   layer(i);
-  Stored found{read_view(view), std::nullopt, {hadamard}, true};
+  Stored found{read_view(view), std::nullopt, {hadamard}, true, std::nullopt, std::nullopt};
+  if (!selection.is_none()) {
+    const nb::tuple fields = nb::cast<nb::tuple>(selection);
+    require(fields.size() == 2, "a selection is (rule, summaries).");
+    found.rule = read_rule(fields[0]);
+    if (!fields[1].is_none()) found.summaries = tensor(fields[1]);
+    require(sinks.is_none() && found.view.kind != ViewKind::ragged,
+            "blocks are selected neither beside sinks nor of ragged views.");
+  }
   if (!sinks.is_none()) found.sinks = read_view(nb::cast<nb::tuple>(sinks));
   const ViewKind kind = found.view.kind;
   require(kind != ViewKind::paged, "steps write to dense, quantized and ragged views alone.");
@@ -231,11 +241,11 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
   const Stored& stored = stored_[(size_t)i];
   require(stored.known, "where a layer stores its keys was not said.");
   check_tables(at, kind.cos, kind.sin);
-  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt, std::nullopt};
+  LayerCall call{&kind, {}, {}, {}, stored.storing, std::nullopt, std::nullopt, 0};
   CallArg& attention = call.attention;
   ViewArg& kv = attention.kv = stored.view;
   const nb::tuple fields = nb::cast<nb::tuple>(place);
-  require(fields.size() == 3, "a place is (slot, position, spans).");
+  require(fields.size() == 4, "a place is (slot, position, spans, blocks).");
   attention.window = kind.window;
   attention.sinks = kind.sinks;
   attention.hadamard = stored.storing.hadamard;
@@ -257,12 +267,34 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
       require(before == 0, "slots in order of positions begin at position 0.");
   }
   attention.q_offset = before + slot;
+  call.blocks = integer(fields[3]);
   if (!stored.sinks) return call;
   attention.sinks = 0;
   call.sinks.emplace();
   call.sinks->kv = *stored.sinks;
   call.sinks->causal = false;
   return call;
+}
+
+// The blocks of keys that the queries of layer i read, all of them as one block of queries.
+void Decoder::select(int64_t i, LayerCall& call) {
+  const Layer& at = layers_[(size_t)i];
+  const Stored& stored = stored_[(size_t)i];
+  BlockRule rule = *stored.rule;
+  rule.q_block = tokens_;
+  CallArg& attention = call.attention;
+  const int64_t keys = attention.q_offset + tokens_;
+  if (keys < rule.least) return;
+  const int64_t n = (keys + rule.k_block - 1) / rule.k_block, size = batch_ * at.kv_heads * n;
+  grid_.resize((size_t)size);
+  const TensorArg grid{(char*)grid_.data(), Dtype::boolean, 4, {batch_, at.kv_heads, 1, n},
+                       {at.kv_heads * n, n, n, 1}, size};
+  const TensorArg q = by_heads(q_, batch_, at.heads, tokens_, at.head_dim);
+  kernels_->step->select_blocks(make_selecting(rule, q, attention.q_offset, stored.summaries,
+                                               call.blocks, grid, threads_));
+  attention.blocks = grid;
+  attention.q_block = rule.q_block;
+  attention.k_block = rule.k_block;
 }
 
 // New keys and values of a ragged view wait in a buffer, [batch, kv_heads, tokens, head_dim] each.
@@ -310,6 +342,7 @@ int64_t Decoder::run(int64_t first, nb::list places, nb::list kinds, nb::list of
     if (call.ragged)
       write_places(call.attention.kv, *call.ragged, *kernels_->step, k, v, tokens_,
                    call.attention.q_offset);
+    if (stored_[(size_t)(first + i)].rule) select(first + i, call);
     if (call.sinks)
       attend_sinks(first + i, call);
     else
@@ -355,7 +388,8 @@ void define_decoder(nb::module_& m) {
       .def("queries", &Decoder::queries)
       .def("attend", &Decoder::attend)
       .def("back", &Decoder::back)
-      .def("stored", &Decoder::stored, nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+      .def("stored", &Decoder::stored, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+           nb::arg().none())
       .def("run", &Decoder::run)
       .def("finish", &Decoder::finish)
       .def("logits", &Decoder::logits);

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "layer.h"
 #include "ragged_places.h"
+#include "selection.h"
 
 namespace saccade {
 
@@ -45,10 +46,12 @@ class Decoder {
   // Where layer i stores its keys and values, until that is said anew: a dense, quantized or ragged
   // view of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
   // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
-  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks);
+  // `selection`: (rule, summaries or None) of the blocks of keys that are read, or None for all
+  // keys; see selection_arguments.h.
+  void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks, nb::handle selection);
 
-  // The layers from `first` on, one for each of `places`: (slot, position, spans) of the new
-  // tokens in the view of their layer (cache/step.py).  `kinds` are (cos, sin, window, sinks);
+  // The layers from `first` on, one for each of `places`: (slot, position, spans, blocks) of the
+  // new tokens in the view of their layer (cache/placing.py); blocks: how many have a summary.  `kinds` are (cos, sin, window, sinks);
   // of_kind[i] says which kind layer i is.  Returns how many layers were computed: the next one
   // has keys or values that its quantized storage does not hold, and nothing of it was done.
   int64_t run(int64_t first, nb::list places, nb::list kinds, nb::list of_kind);
@@ -69,6 +72,8 @@ class Decoder {
     std::optional<ViewArg> sinks;
     Storing storing;
     bool known = false;
+    std::optional<BlockRule> rule;
+    std::optional<TensorArg> summaries;
   };
   struct LayerCall {
     const Kind* kind;
@@ -77,6 +82,7 @@ class Decoder {
     Storing storing;
     std::optional<CallArg> sinks;
     std::optional<RaggedPlaces> ragged;
+    int64_t blocks;  // that have a summary, where blocks are selected
   };
 
   const Layer& layer(int64_t i) const;
@@ -87,6 +93,7 @@ class Decoder {
   LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place);
   void place_ragged(const Layer& layer, int64_t position, LayerCall& call);
   bool front_checked(const Layer& layer, const LayerCall& call);
+  void select(int64_t i, LayerCall& call);
   void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
   void attend_sinks(int64_t i, LayerCall& call);
   void back_checked(const Layer& layer);
@@ -101,6 +108,7 @@ class Decoder {
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
   std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_, new_kv_;
+  std::vector<uint8_t> grid_;  // the blocks that a layer reads
   std::mutex busy_;
 };
 

@@ -35,6 +35,18 @@ SACCADE_INLINE bool block_allowed(const Problem& p, int64_t batch, int64_t head,
   return g.data[batch * g.batch + head * g.head + q_block * g.row + k_block * g.column];
 }
 
+// Whether every block of keys is selected by every block of queries.
+static bool selects_all(const Problem& p) {
+  for (int64_t i = 0; i < p.num_sequences; ++i) {
+    const Sequence& s = p.sequences[i];
+    for (int64_t head = 0; head < p.kv_heads; ++head)
+      for (int64_t a = 0; a * p.q_block < s.q_len; ++a)
+        for (int64_t b = 0; b * p.k_block < s.k_len; ++b)
+          if (!block_allowed(p, s.batch, head, a, b)) return false;
+  }
+  return true;
+}
+
 // Upper bound of the ranges of `visited_ranges`.
 SACCADE_INLINE int64_t max_ranges(const Problem& p, const Sequence& s) {
   return 2 + (has_blocks(p) ? s.k_len / p.k_block + 2 : 0);

@@ -74,6 +74,8 @@ struct LayerBack {
   int threads;
 };
 
+struct Selecting;  // selection.h
+
 struct StepKernels {
   // False where numbers are not stored because they are out of bounds.
   bool (*front)(const Layer&, const LayerFront&);
@@ -84,6 +86,7 @@ struct StepKernels {
   // Numbers of a dtype from floats, and floats from them.
   void (*narrow)(const float* x, int64_t n, Numbers to);
   void (*widen)(Numbers x, int64_t n, float* y);
+  void (*select_blocks)(const Selecting&);
 };
 
 }  // namespace saccade

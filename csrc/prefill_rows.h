@@ -40,7 +40,7 @@ class PrefillRows {
                   part.stop - part.start);
     while (walk.next(tile_)) {
       self().pack_tile();
-      apply_block_mask();
+      note_selection();
       self().each_strip([&]<int MR>(int first) { self().template process_strip<MR>(first); });
     }
     write();
@@ -52,6 +52,13 @@ class PrefillRows {
     Columns visible;  // some row attends to the first and the last of them
     int begin, end;   // the same in full panels
     bool full;        // every row attends to all of them
+  };
+
+  // The columns of a tile that a block of queries selects.
+  struct Selected {
+    int begin, end;  // the first, and one past the last; equal where it selects none
+    bool whole;      // all between them
+    bool listed;     // whether its positions are in block_positions_
   };
 
   Kernel& self() { return *static_cast<Kernel*>(this); }
@@ -76,6 +83,7 @@ class PrefillRows {
     state_.l = arena.take<float>(padded_rows_ * W);
     scores_ = arena.take<float>(strip * kScoreStride);
     ranges_ = arena.take<Range>(max_ranges(p_, *sequence_));
+    selected_ = arena.take<Selected>(num_blocks_);
     block_positions_ = arena.take<int32_t>(num_blocks_ * kTile);
     row_positions_ = arena.take<int32_t>(strip * kTile);
   }
@@ -93,25 +101,50 @@ class PrefillRows {
     }
   }
 
-  // Positions of the tile for each block of queries: kNoKey where it does not select the key.
-  void apply_block_mask() {
-    if (!has_blocks(p_) || num_blocks_ == 1) return;
-    for (int64_t b = 0; b < num_blocks_; ++b) {
-      for (int j = 0; j < kTile; ++j) {
-        const int32_t at = tile_.positions[j];
-        const bool selected = j < tile_.count && at != kNoKey &&
-                              block_allowed(p_, sequence_->batch, item_->head, first_block_ + b,
-                                            at / p_.k_block);
-        block_positions_[b * kTile + j] = selected ? at : kNoKey;
+  bool several_blocks() const { return has_blocks(p_) && num_blocks_ > 1; }
+
+  // Which columns of the tile each block of queries selects.
+  void note_selection() {
+    if (!several_blocks()) return;
+    for (int64_t a = 0; a < num_blocks_; ++a) selected_[a] = {0, 0, true, false};
+    for (int begin = 0, end; begin < tile_.count; begin = end) {
+      end = begin + 1;
+      if (tile_.positions[begin] == kNoKey) continue;  // no block of queries needs it
+      const int64_t block = tile_.positions[begin] / p_.k_block, stop = (block + 1) * p_.k_block;
+      while (end < tile_.count && (tile_.positions[end] < stop || tile_.positions[end] == kNoKey))
+        ++end;
+      for (int64_t a = 0; a < num_blocks_; ++a) {
+        if (!block_allowed(p_, sequence_->batch, item_->head, first_block_ + a, block)) continue;
+        Selected& s = selected_[a];
+        s.whole = s.begin == s.end || (s.whole && s.end == begin);
+        if (s.begin == s.end) s.begin = begin;
+        s.end = end;
       }
     }
+  }
+
+  // Positions of the tile for a block of queries: kNoKey where it does not select the key.
+  const int32_t* block_positions(int64_t a) {
+    int32_t* out = block_positions_ + a * kTile;
+    if (selected_[a].listed) return out;
+    selected_[a].listed = true;
+    int64_t block = -1;
+    bool allowed = false;
+    for (int j = 0; j < kTile; ++j) {
+      const int32_t at = j < tile_.count ? tile_.positions[j] : kNoKey;
+      if (at != kNoKey && (block < 0 || at >= (block + 1) * p_.k_block)) {
+        block = at / p_.k_block;
+        allowed = block_allowed(p_, sequence_->batch, item_->head, first_block_ + a, block);
+      }
+      out[j] = at != kNoKey && allowed ? at : kNoKey;
+    }
+    return out;
   }
 
   // The key positions of the tile for one row: kNoKey where blocks or attn_mask hide the key.
   const int32_t* positions_of(int row, int slot) {
     const int32_t* base = tile_.positions;
-    if (has_blocks(p_) && num_blocks_ > 1)
-      base = block_positions_ + (rows_[row].query / p_.q_block - first_block_) * kTile;
+    if (several_blocks()) base = block_positions(rows_[row].query / p_.q_block - first_block_);
     if (!p_.attn_mask.data) return base;
     const ByteGrid& g = p_.attn_mask;
     const uint8_t* mask = g.data + sequence_->batch * g.batch + rows_[row].head * g.head +
@@ -126,12 +159,35 @@ class PrefillRows {
 
   // What rows first .. last, in the order of positions, attend to.
   Part part_of(int first, int last) const {
-    const Columns visible = visible_columns(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
+    Columns visible = visible_columns(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
+    bool masked_by_row = p_.attn_mask.data;
+    if (several_blocks()) masked_by_row |= !narrow(first, last, visible);
+    const int begin = visible.begin / kColumns * kColumns;
     const int end = (int)ceil_div(visible.end, kColumns) * kColumns;
-    const bool masked_by_row = p_.attn_mask.data || (has_blocks(p_) && num_blocks_ > 1);
     const bool full = end <= tile_.count && !tile_.holes && !masked_by_row &&
                       all_visible(rows_[first], rows_[last], (int32_t)p_.sinks, tile_);
-    return {visible, visible.begin / kColumns * kColumns, end, full};
+    return {visible, begin, end, full};
+  }
+
+  // Narrows columns to those that some row of first .. last selects; false where not all of the
+  // panels that hold them are selected by every row.
+  bool narrow(int first, int last, Columns& columns) const {
+    const int64_t low = rows_[first].query / p_.q_block - first_block_;
+    const int64_t high = rows_[last].query / p_.q_block - first_block_;
+    int begin = kTile, end = 0;
+    for (int64_t a = low; a <= high; ++a) {
+      if (selected_[a].begin == selected_[a].end) continue;
+      begin = selected_[a].begin < begin ? selected_[a].begin : begin;
+      end = selected_[a].end > end ? selected_[a].end : end;
+    }
+    columns.begin = columns.begin > begin ? columns.begin : begin;
+    columns.end = columns.end < end ? columns.end : end;
+    if (columns.begin >= columns.end) columns.begin = columns.end = 0;
+    bool all = true;
+    for (int64_t a = low; a <= high; ++a)
+      all &= selected_[a].whole && selected_[a].begin <= columns.begin / kColumns * kColumns &&
+             selected_[a].end >= ceil_div(columns.end, kColumns) * kColumns;
+    return all;
   }
 
   // `factor`: of scores, 1 where queries were multiplied by it.
@@ -171,6 +227,7 @@ class PrefillRows {
   float *o_ = nullptr, *scores_ = nullptr;
   Softmax state_{};
   Range* ranges_ = nullptr;
+  Selected* selected_ = nullptr;
   int32_t *block_positions_ = nullptr, *row_positions_ = nullptr;
   Tile tile_;
 };

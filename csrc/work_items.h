@@ -28,6 +28,14 @@ SACCADE_INLINE bool is_decode(const Problem& p, const WorkItem& item) {
   return p.sequences[item.sequence].q_len * p.group <= kDecodeRows;
 }
 
+// About `most` rows that end where a block of queries does, `unit` rows each, or divide one evenly.
+static int64_t rows_of_blocks(int64_t unit, int64_t most) {
+  if (unit <= most) return most / unit * unit;
+  int64_t parts = ceil_div(unit, most);
+  while (unit % parts) ++parts;
+  return unit / parts >= kDecodeRows ? unit / parts : unit;
+}
+
 // Rows of a block: all that cache holds, fewer where that would leave threads without work.
 static int64_t rows_per_block(const Problem& p) {
   int64_t rows = 0;
@@ -38,6 +46,7 @@ static int64_t rows_per_block(const Problem& p) {
   const int64_t cached = min(kBlockRows, max(96, kBlockRows * 128 / wide));
   const int64_t fair = ceil_div(rows, p.threads * kItemsPerThread);
   const int64_t chosen = p.threads > 1 ? max(96, min(cached, fair)) : cached;
+  if (has_blocks(p)) return rows_of_blocks(p.q_block * p.group, chosen);
   return ceil_div(chosen, kRowStep) * kRowStep;
 }
 

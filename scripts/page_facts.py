@@ -169,6 +169,33 @@ def demo_seconds() -> str:
     return f"{seconds:.0f} seconds"
 
 
+def sparse_prefill() -> str:
+    """Dense time by the time over a fifth of the pairs, blocks of 64 and 128."""
+    rows = [r["of_dense"] for r in record("sparse_cpu")["rows"] if r["name"].startswith("prefill")]
+    times = [1 / r[f"{block} 20%"] for r in rows for block in (64, 128)]
+    return f"{min(times):.1f} to {max(times):.1f} times"
+
+
+def sparse_decode() -> str:
+    """Dense time by the time of selecting and attending to 2k keys, for one token."""
+    rows = [r["of_dense"] for r in record("sparse_cpu")["rows"] if r["name"].startswith("decode")]
+    times = [1 / (r["select"] + r["attend"]) for r in rows]
+    return f"{min(times):.1f} to {max(times):.1f} times"
+
+
+def sparse_selection() -> str:
+    """Selection in C++ by the dense time, for one token."""
+    rows = [r["of_dense"] for r in record("sparse_cpu")["rows"] if r["name"].startswith("decode")]
+    return f"{span(100 * r['select in C++'] for r in rows)} %"
+
+
+def sparse_model() -> str:
+    """Steps of the whole model: the dense time by that of Quest and of block top-k."""
+    row = next(r for r in record("sparse_cpu")["rows"] if r["name"].startswith("a step"))
+    found = row["of_dense"]
+    return f"{1 / found['quest']:.1f} and {1 / found['block_topk']:.1f} times"
+
+
 FACTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -178,6 +205,10 @@ FACTS: dict[str, Callable[[], str]] = {
         families_exact,
         h200_fp8_gain,
         h200_host,
+        sparse_decode,
+        sparse_model,
+        sparse_prefill,
+        sparse_selection,
         h200_host_sdpa,
         h200_matmul,
         h200_prefill,

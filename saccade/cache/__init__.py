@@ -15,10 +15,12 @@ from saccade.cache.ring import RingCache
 from saccade.cache.sliding import SlidingCache
 from saccade.cache.states import StateCache
 from saccade.cache.step import Cursor, SteppingCache, StepView
+from saccade.cache.summaries import KeySummaries, SummarizingCache
 
 __all__ = [
     "Cursor",
     "DenseCache",
+    "KeySummaries",
     "LateQuantizedCache",
     "LayerCache",
     "OffloadedCache",
@@ -37,5 +39,6 @@ __all__ = [
     "StateCache",
     "StepView",
     "SteppingCache",
+    "SummarizingCache",
     "make_layer_cache",
 ]

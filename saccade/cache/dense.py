@@ -20,6 +20,7 @@ from saccade.cache.base import (
 )
 from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.step import Cursor, StepView
+from saccade.cache.summaries import SummarizingCache
 from saccade.core import DenseKV, Unsupported
 from saccade.ops.kv_write.append import append
 from saccade.ops.kv_write.records import KVSlots, PendingRope
@@ -29,7 +30,7 @@ GROWTH_SHARE = 16
 """A full buffer grows by a sixteenth, in multiples of 64 slots: few copies, little left unused."""
 
 
-class DenseCache(PlacingCache):
+class DenseCache(PlacingCache, SummarizingCache):
     """Every key and value, in one buffer each.
 
     Args:
@@ -68,10 +69,11 @@ class DenseCache(PlacingCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both buffers, empty slots included."""
+        """Bytes of both buffers and of summaries, empty slots included."""
         if self._k is None or self._v is None:
             return 0
-        return self._k.nbytes + self._v.nbytes
+        summaries = 0 if self.summaries is None else self.summaries.nbytes
+        return self._k.nbytes + self._v.nbytes + summaries
 
     @property
     def is_compressed(self) -> bool:
@@ -93,6 +95,7 @@ class DenseCache(PlacingCache):
         self._k[:, :, self._slots : stop] = k
         self._v[:, :, self._slots : stop] = v
         self._slots, self._seen = stop, self._seen + k.shape[2]
+        self.summarize()
         return self.view()
 
     def view(self) -> DenseKV:
@@ -100,17 +103,29 @@ class DenseCache(PlacingCache):
         assert self._k is not None and self._v is not None
         return DenseKV(self._k[:, :, : self._slots], self._v[:, :, : self._slots])
 
+    def lasting(self) -> tuple[int, int]:
+        """See SummarizingCache."""
+        return self._slots, 0 if self._k is None else self._k.shape[2]
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """See SummarizingCache."""
+        assert self._k is not None
+        return self._k[:, :, start:stop]
+
     def reserve(self, count: int) -> None:
         """See SteppingCache."""
         if self._k is None or self._v is None:
             raise Unsupported("an empty cache cannot be stepped: read a prompt first.")
         self._make_room(self._slots + count, self._k, self._v)
+        self.summarize()
 
     def graph_key(self) -> tuple[int, ...]:
         """See SteppingCache."""
         assert self._k is not None and self._v is not None
         removed = self._seen - self._slots
-        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], removed
+        rows = None if self.summaries is None else self.summaries.rows
+        kept = () if rows is None else (rows.data_ptr(), rows.shape[2])
+        return self._k.data_ptr(), self._v.data_ptr(), self._k.shape[2], removed, *kept
 
     def write(self, k: Tensor, v: Tensor, cursor: Cursor, rope: PendingRope | None) -> StepView:
         """See SteppingCache."""
@@ -125,7 +140,7 @@ class DenseCache(PlacingCache):
             return None
         self.reserve(count)
         assert self._k is not None and self._v is not None
-        return Placement((self._k, self._v), self._slots, self._slots)
+        return Placement((self._k, self._v), self._slots, self._slots).summarized(self)
 
     def storage(self) -> DenseKV:
         """See PlacingCache."""
@@ -150,6 +165,9 @@ class DenseCache(PlacingCache):
         self._k, self._v, self._slots = new_k, new_v, kept
         self._reserve = 0
         self._compressed_at = self._seen
+        if self.summaries is not None:
+            self.summaries = self.summaries.empty()
+            self.summarize()
 
     def reorder(self, rows: Tensor) -> None:
         """Replace row i of the batch by row rows[i]."""
@@ -157,6 +175,8 @@ class DenseCache(PlacingCache):
             check_rows(rows, self._k.shape[0])
         if self._k is not None and self._v is not None:
             self._k, self._v = chosen_rows(self._k, rows), chosen_rows(self._v, rows)
+        if self.summaries is not None:
+            self.summaries.reorder(rows)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on; memory stays allocated."""
@@ -164,6 +184,7 @@ class DenseCache(PlacingCache):
         check_not_removed(length, self._compressed_at)
         count = max(0, self._seen - length)
         self._seen, self._slots = self._seen - count, self._slots - count
+        self.cut_summaries(self._slots)
 
     def max_rollback(self, length: int) -> int:
         """Any position from the last `keep` on."""
@@ -183,10 +204,12 @@ class DenseCache(PlacingCache):
         self._k[:, :, start : start + moved] = shifted
         self._v[:, :, start : start + moved] = self._v[:, :, stop : self._slots].clone()
         self._slots = self._seen = start + moved
+        self.cut_summaries(start)
 
     def reset(self) -> None:
         """Remove everything; memory stays allocated."""
         self._slots = self._seen = self._compressed_at = 0
+        self.cut_summaries(0)
 
     def state(self) -> CacheState:
         """See LayerCache."""
@@ -209,6 +232,8 @@ class DenseCache(PlacingCache):
             self._v = extended(state.tensors["v"], room, device)
         self._seen, self._slots = state.progress["seen"], slots
         self._compressed_at = self._seen if self.is_compressed else 0
+        self.cut_summaries(0)
+        self.summarize()
 
     def _make_room(self, slots: int, k: Tensor, v: Tensor) -> None:
         have = 0 if self._k is None else self._k.shape[2]

@@ -13,6 +13,8 @@ from saccade.cache.quantized import QuantizedCache
 from saccade.cache.quantized_ring import QuantizedRing
 from saccade.cache.ragged import RaggedCache
 from saccade.cache.ring import RingCache
+from saccade.cache.summaries import KeySummaries, SummarizingCache
+from saccade.ops.selection import SummaryKind
 
 STORAGE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
@@ -33,6 +35,7 @@ def make_layer_cache(
     ragged: bool = False,
     staging: StagingBuffers | None = None,
     reserve: int = 0,
+    summary: tuple[SummaryKind, int] | None = None,
 ) -> LayerCache:
     """The cache of a layer: a ring where there is a window, else as storage types and options say.
 
@@ -47,7 +50,32 @@ def make_layer_cache(
         ragged: KV heads will keep different numbers of keys.
         staging: for keys in host memory, the buffers on the device, shared by all layers.
         reserve: tokens to allocate for at once, when the final length is known.
+        summary: (kind, tokens of a block) of summaries that a cache of all keys keeps of them, for
+            a sparse pattern; None for none.
     """
+    cache = _plain_cache(
+        window, sinks, chunk, checkpoints, type_k, type_v, page_size, compressed, ragged, staging,
+        reserve,
+    )  # fmt: skip
+    if summary is not None and window is None and isinstance(cache, SummarizingCache):
+        cache.summaries = KeySummaries(*summary)
+    return cache
+
+
+def _plain_cache(
+    window: int | None,
+    sinks: int,
+    chunk: int,
+    checkpoints: int,
+    type_k: str | None,
+    type_v: str | None,
+    page_size: int | None,
+    compressed: bool,
+    ragged: bool,
+    staging: StagingBuffers | None,
+    reserve: int,
+) -> LayerCache:
+    """See `make_layer_cache`."""
     if type_k in BITS and type_v in BITS and (window is None or window >= LEAST_WINDOW):
         bits_k, bits_v, fp8 = BITS[type_k], BITS[type_v], "fp8" in (type_k, type_v)
         if window is None:

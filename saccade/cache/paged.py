@@ -22,8 +22,9 @@ from saccade.cache.base import (
     expect_tensors,
 )
 from saccade.cache.page_allocator import PageAllocator, PageCopy, grown_pages
-from saccade.core import PagedKV, Unsupported
-from saccade.core.kv import dense
+from saccade.cache.summaries import SummarizingCache
+from saccade.core import KeyRange, PagedKV, Unsupported
+from saccade.core.kv import dense, joined
 
 PAGE_SIZE = 64
 
@@ -157,7 +158,7 @@ class PagePool:
             self._v[target] = self._v[source]
 
 
-class PagedCache:
+class PagedCache(SummarizingCache):
     """The rows of a batch as sequences of a pool; see LayerCache.
 
     `reorder` forks sequences instead of copying keys, so the beams of a search share the pages
@@ -189,8 +190,9 @@ class PagedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole pool, and of the page table of these rows."""
-        return self.pool.nbytes + (0 if self._page_table is None else self._page_table.nbytes)
+        """Bytes of the whole pool, of the page table of these rows, and of summaries."""
+        table = 0 if self._page_table is None else self._page_table.nbytes
+        return self.pool.nbytes + table + (0 if self.summaries is None else self.summaries.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> PagedKV:
         """Store a chunk; see LayerCache."""
@@ -207,7 +209,21 @@ class PagedCache:
             for seq in self._sequences:
                 self.pool.allocator.truncate(seq, self._seen)
             raise
+        self.summarize()
         return self.view()
+
+    def lasting(self) -> tuple[int, int]:
+        """See SummarizingCache."""
+        pages = len(self.pool.allocator.page_table(self._sequences[0])) if self._sequences else 0
+        return self._seen, pages * self.pool.allocator.page_size
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """See SummarizingCache."""
+        if start == stop:
+            like = self._like()[0]
+            assert like is not None
+            return like
+        return joined(list(self.view().tiles((KeyRange(start, stop),), stop - start))).k
 
     def match_prefix(self, tokens: Sequence[int]) -> int:
         """Begin an empty cache of one row with the cached prefix of a prompt.
@@ -235,6 +251,7 @@ class PagedCache:
         other = PagedCache(self.pool)
         other._sequences = [self.pool.allocator.fork(seq) for seq in self._sequences]
         other._seen, other._prompt = self._seen, list(self._prompt)
+        other.summaries = None if self.summaries is None else self.summaries.empty()
         return other
 
     def view(self) -> PagedKV:
@@ -255,6 +272,8 @@ class PagedCache:
         old, fork = self._sequences, self.pool.allocator.fork
         self._sequences = [fork(old[i]) for i in rows.tolist()] if old else []
         self._release(old)
+        if self.summaries is not None:
+            self.summaries.reorder(rows)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on and release their pages."""
@@ -262,6 +281,7 @@ class PagedCache:
         for seq in self._sequences:
             self.pool.allocator.truncate(seq, length)
         self._seen = min(self._seen, length)
+        self.cut_summaries(length)
         del self._prompt[length:]
 
     def max_rollback(self, length: int) -> int:
@@ -281,6 +301,7 @@ class PagedCache:
         self._release(self._sequences)
         self._sequences, self._seen, self._prompt = [], 0, []
         self._page_table = None
+        self.cut_summaries(0)
 
     def state(self) -> CacheState:
         """See LayerCache; the tensors are gathered from the pages."""

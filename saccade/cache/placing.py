@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.cache.summaries import SummarizingCache
 from saccade.core import KVView, Span
 
 
@@ -27,6 +28,8 @@ class Placement(NamedTuple):
         spans: of all stored tokens, the new ones included; empty where slots are positions.
         sinks: keys and values before those of the view that every new query sees, as they were
             given even where the view is transformed; none, or `[B, Hkv, sinks, D]` each.
+        blocks: how many blocks of keys have a summary among `summaries`.
+        summaries: all memory of them, `KeySummaries.rows`; None where the cache keeps none.
     """
 
     parts: tuple[Tensor, ...]
@@ -34,6 +37,14 @@ class Placement(NamedTuple):
     position: int
     spans: tuple[Span, ...] = ()
     sinks: tuple[Tensor, ...] = ()
+    blocks: int = 0
+    summaries: Tensor | None = None
+
+    def summarized(self, cache: SummarizingCache) -> Placement:
+        """The same with the summaries that a cache keeps of its keys."""
+        cache.summarize()
+        kept = cache.summaries
+        return self if kept is None else self._replace(blocks=kept.count, summaries=kept.rows)
 
 
 class PlacingCache(ABC):

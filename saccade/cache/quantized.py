@@ -32,6 +32,7 @@ from saccade.cache.placing import Placement, PlacingCache
 from saccade.cache.quantized_groups import STEPPING_ROOM, QuantizedFormat, QuantizedGroups
 from saccade.cache.recent_tokens import RecentTokens
 from saccade.cache.step import Cursor, StepView
+from saccade.cache.summaries import SummarizingCache
 from saccade.core import GrowingKV, KeyRange, KVView, QuantizedKV, Unsupported
 from saccade.core.formats import QuantizedTensor
 from saccade.ops.kv_write.append import append
@@ -39,7 +40,7 @@ from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.kv_write.records import KVSlots, PendingRope
 
 
-class QuantizedCache(PlacingCache):
+class QuantizedCache(PlacingCache, SummarizingCache):
     """Keys and values in 8 or 4 bits; see LayerCache.
 
     Args:
@@ -79,9 +80,10 @@ class QuantizedCache(PlacingCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of quantized storage, scales, offsets and the newest tokens."""
+        """Bytes of quantized storage, scales, offsets, the newest tokens and summaries."""
         counts = () if self._counts is None else (self._counts,)
-        return sum(part.nbytes for part in (*self.groups.parts, *self.recent.parts, *counts))
+        stored = sum(part.nbytes for part in (*self.groups.parts, *self.recent.parts, *counts))
+        return stored + (0 if self.summaries is None else self.summaries.nbytes)
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
         """Store a chunk; see LayerCache.  The view holds several new tokens as they were given."""
@@ -94,8 +96,19 @@ class QuantizedCache(PlacingCache):
         self._quantize_oldest(self.recent.length - self.least_recent)
         if self._stores_as_given(k.shape[2], k.dtype):
             self.recent.append(k, v)
-            return self._view(*self.recent.filled)
-        return self._append_large(k, v)
+            view = self._view(*self.recent.filled)
+        else:
+            view = self._append_large(k, v)
+        self.summarize()
+        return view
+
+    def lasting(self) -> tuple[int, int]:
+        """See SummarizingCache; the newest tokens change once more, when they are quantized."""
+        return self.groups.length, self.groups.capacity
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """See SummarizingCache."""
+        return self.given(start, stop)[0].to(self.recent.parts[0].dtype)
 
     def reserve(self, count: int) -> None:
         """See SteppingCache; full groups are quantized here, between two steps."""
@@ -137,7 +150,8 @@ class QuantizedCache(PlacingCache):
             return None
         slot = self.recent.length
         self.recent.make_room(slot + count)
-        return Placement((*self.recent.parts, *self.groups.parts), slot, self.groups.length + slot)
+        parts = *self.recent.parts, *self.groups.parts
+        return Placement(parts, slot, self.groups.length + slot).summarized(self)
 
     def storage(self) -> QuantizedKV:
         """See PlacingCache."""
@@ -153,6 +167,8 @@ class QuantizedCache(PlacingCache):
             check_rows(rows, self.recent.parts[0].shape[0])
         self.groups.reorder(rows)
         self.recent.reorder(rows)
+        if self.summaries is not None:
+            self.summaries.reorder(rows)
 
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on.
@@ -168,6 +184,7 @@ class QuantizedCache(PlacingCache):
         k, v = self._dequantize(first, length)
         self.groups.length = first - self._first
         self.recent.replace(k, v)
+        self.cut_summaries(self.groups.length)
 
     def max_rollback(self, length: int) -> int:
         """Any position."""
@@ -187,6 +204,7 @@ class QuantizedCache(PlacingCache):
     def reset(self) -> None:
         """Remove everything; memory stays allocated."""
         self.groups.length = self.recent.length = 0
+        self.cut_summaries(0)
 
     def state(self) -> CacheState:
         """See LayerCache."""
@@ -214,6 +232,7 @@ class QuantizedCache(PlacingCache):
         keys, values = (QuantizedTensor(*(parts[f"{x}.{n}"] for n in names)) for x in "kv")
         self.groups.restore(keys, values, self.fmt.whole(state.progress["capacity"]))
         self.recent.restore(parts["recent.k"], parts["recent.v"])
+        self.summarize()
 
     def _saved_lengths(self, state: CacheState) -> dict[str, int]:
         """How many tokens each tensor of a saved state holds."""
@@ -232,6 +251,7 @@ class QuantizedCache(PlacingCache):
         """Remove everything, memory included."""
         self.groups.free()
         self.recent.free()
+        self.cut_summaries(0)
 
     def _as_stored(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values, transformed; refused where float16 does not hold them."""

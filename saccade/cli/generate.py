@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -83,6 +84,12 @@ def run(
     notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
+    auto = context.get("sparse") == shared_options.AUTO
+    if auto and saved is not None:
+        raise UsageError(
+            "--sparse auto does not go with --session, which keeps one pattern. Name it."
+        )
+    context = {**context, "sparse": None} if auto else context
     params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")
     later = saved is not None and saved.exists
@@ -90,7 +97,7 @@ def run(
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
-    asked = _Asked(loaded, text, where, raw, n_predict, saved, notes)
+    asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
     with shared_options.in_words_of_options(context):  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
 
@@ -105,6 +112,7 @@ class _Asked(NamedTuple):
     n_predict: int
     session: Session | None
     notes: Notes
+    auto: bool  # the sparse pattern is chosen by measuring the prompt
 
 
 def _generate(
@@ -126,6 +134,8 @@ def _generate(
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, seen + len(tokens) + further, notes)
     note_short_prompt(params, seen + len(tokens), notes)
+    if asked.auto:
+        params = _chosen(loaded, tokens, params, notes)
     say_check(model, params, notes)
     with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
         going_on = session.load(ctx) if session is not None and saved is not None else None
@@ -137,6 +147,17 @@ def _generate(
             ctx=ctx, loaded=loaded, sampler=sampler, tokens=tokens, n_predict=asked.n_predict,
             stop=end_tokens(loaded), session=session, notes=notes, before=before, as_json=as_json,
         ).run()  # fmt: skip
+
+
+def _chosen(
+    loaded: LoadedModel, tokens: list[int], params: ContextParams, notes: Notes
+) -> ContextParams:
+    """The params with the sparse pattern that pays for this prompt, said with its reason."""
+    from saccade.hf.sparse_choice import choose_sparse
+
+    choice = choose_sparse(loaded, tokens, params)
+    notes.note(f"--sparse auto: {choice.why}")
+    return replace(params, sparse=choice.pattern)
 
 
 def _prompt(asked: _Asked, room: Room, saved: Saved | None) -> tuple[list[int], int, int]:

@@ -127,8 +127,8 @@ CONTEXT = (
            "first tokens that stay visible outside the window", whole_number(0)),
     Option("ctx_checkpoints", ("--ctx-checkpoints",),
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
-    Option("sparse", ("--sparse",), "read only chosen blocks of keys",
-           choices=("strided", "block_topk")),
+    Option("sparse", ("--sparse",), "read only chosen blocks of keys; auto measures what pays",
+           choices=("strided", "block_topk", "block_topp", "quest", "auto")),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, expected_attention, ada_snapkv, "
            "tova, knorm, ... (docs/compression.md)", metavar="NAME"),
@@ -178,6 +178,10 @@ def takes(**tables: tuple[Option, ...]) -> Callable[[Callable[..., int]], Callab
     return decorate
 
 
+AUTO = "auto"
+"""The name under which `saccade generate` chooses a sparse pattern by measuring the prompt."""
+
+
 def context_params(values: Values) -> ContextParams:
     """The ContextParams of the values of CONTEXT.
 
@@ -188,6 +192,11 @@ def context_params(values: Values) -> ContextParams:
     from saccade.sparse import PATTERNS
 
     given = {name: value for name, value in values.items() if value is not None}
+    if given.get("sparse") == AUTO:
+        raise UsageError(
+            "--sparse auto measures the prompt of `saccade generate`. Name a pattern here: "
+            f"{', '.join(PATTERNS)}."
+        )
     if "sparse" in given:
         given["sparse"] = PATTERNS[given["sparse"]]()
     factor = given.pop("rope_scale", None)

@@ -23,6 +23,7 @@ from saccade.hf.mask import SpecMask, is_traced
 from saccade.hf.packing import packed_seqlens, same_sequence
 from saccade.hf.settings import AttentionSettings, settings_of
 from saccade.ops import AttentionCall, attend, make_call
+from saccade.sparse.pattern import selected, selected_in_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class AttentionArgs:
     """What is attended to: the view of the keys, the position of the queries, and the mask.
 
     Positions count from the first key of the view, so `q_offset` and `mask` refer to the view.
+    `summaries` are what a cache keeps of the blocks of its keys; in a step all memory of them.
     """
 
     kv: KVView
@@ -39,6 +41,7 @@ class AttentionArgs:
     kv_lens: Tensor | None = None
     attn_mask: Tensor | None = None
     cu_seqlens: tuple[Tensor, Tensor] | None = None
+    summaries: Tensor | None = None
 
 
 def saccade_attention(
@@ -137,11 +140,12 @@ def _call(
                 "sparse patterns choose among earlier keys, but this layer attends to later keys "
                 "too. Leave sparse out for this model."
             )
-        if not isinstance(args.q_offset, int):
-            raise Unsupported(
-                "sparse patterns need the position of the queries on the host. Use Context.append."
+        if isinstance(args.q_offset, int):
+            blocks = selected(settings.sparse, query, args.kv, args.q_offset, args.summaries)
+        else:
+            blocks = selected_in_step(
+                settings.sparse, query, args.kv, args.q_offset, args.summaries
             )
-        blocks = settings.sparse.select(query, args.kv, args.q_offset)
     return make_call(
         query,
         args.kv,
@@ -163,7 +167,8 @@ def _from_handle(
     if handle.cursor is not None:
         return _from_step(handle, handle.cursor, attention_mask, own)
     end = handle.shape[2]
-    args = AttentionArgs(kv=handle.view, q_offset=end - query.shape[2], mask=own)
+    offset, rows = end - query.shape[2], handle.summaries
+    args = AttentionArgs(kv=handle.view, q_offset=offset, mask=own, summaries=rows)
     if isinstance(attention_mask, SpecMask):
         spec = attention_mask.spec
         _check_length(attention_mask.shape[3] + spec.kv_offset, handle.seen)
@@ -195,7 +200,10 @@ def _from_step(
         mask = attention_mask.spec.mask
     elif attention_mask is not None:
         raise Unsupported("a decoding step takes no padding and no 4-D mask: run unpadded rows.")
-    return AttentionArgs(kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop)
+    return AttentionArgs(
+        kv=handle.view, q_offset=cursor.start, mask=mask, kv_lens=cursor.stop,
+        summaries=handle.summaries,
+    )  # fmt: skip
 
 
 def _check_kept(view: DenseKV, args: AttentionArgs) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer
 
-from saccade.cache import Cursor, LayerCache, StateCache, SteppingCache
+from saccade.cache import Cursor, LayerCache, StateCache, SteppingCache, SummarizingCache
 from saccade.core import Unsupported
 from saccade.hf.deferred_rope import DeferredTensor, materialize
 from saccade.hf.handle import KVHandle, ObserveCall
@@ -104,7 +104,8 @@ class SaccadeCacheLayer(CacheLayerMixin):
             like=key_states.dtype,
             rebuilt=self._note_rebuilt,
         )
-        keys = handle(width=view.shape[3], observe=self.observe)
+        summaries = self.store.summarize() if isinstance(self.store, SummarizingCache) else None
+        keys = handle(width=view.shape[3], observe=self.observe, summaries=summaries)
         return keys, handle(width=view.shape[4], values=True)
 
     def _note_rebuilt(self) -> None:
@@ -122,8 +123,13 @@ class SaccadeCacheLayer(CacheLayerMixin):
         if deferred is not None:
             deferred.stored(q)
         seen = self.store.seen + k.shape[2]
+        kept = self.store.summaries if isinstance(self.store, SummarizingCache) else None
+        rows = None if kept is None else kept.rows
         handle = partial(KVHandle, view, seen=seen, settings=self.settings, cursor=where)
-        return handle(width=view.shape[3]), handle(width=view.shape[4], values=True)
+        return (
+            handle(width=view.shape[3], summaries=rows),
+            handle(width=view.shape[4], values=True),
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, first position) of the mask for the next `query_length` tokens."""

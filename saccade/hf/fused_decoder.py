@@ -27,6 +27,7 @@ from saccade.hf.rope import follow_length
 from saccade.hf.runs import Run
 from saccade.hf.settings import AttentionSettings
 from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
+from saccade.sparse import Pattern, RulePattern, summary_of
 
 MAX_ROWS: Final = 8
 """Rows of one step: more are a matrix product, which torch computes faster."""
@@ -67,6 +68,7 @@ class FusedDecoder:
         self._model: Any = run.model
         self._inner: Any = run.model.model
         self._settings = [run.settings[i] for i in range(len(described.layers))]
+        self._summaries = [summary_of(each.sparse) for each in self._settings]
         settings = zip(described.windows, self._settings, strict=True)
         self._ranges = [_range(*each) for each in settings]
         types = run.params.type_k, run.params.type_v
@@ -117,22 +119,32 @@ class FusedDecoder:
             gaps = windowed and dense and store.is_compressed
             if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
                 continue
+            if _smallest_block(self._settings[index].sparse) < count:
+                continue  # a block that new tokens fill has no summary yet
             place = places[index] = store.place(count, dtype)
-            if place is not None and not self._knows(index, place):
+            gives = place is not None and place.summaries is not None
+            if place is not None and gives != (self._summaries[index] is not None):
+                places[index] = None  # a cache of other options than those of the run
+            elif place is not None and not self._knows(index, place):
                 self._note(index, place, store.storage())
         cache.writing = False
         return places
 
     def _knows(self, index: int, place: Placement) -> bool:
         """Whether the C++ layers were told of this storage."""
-        known, parts = self._stored[index], place.parts + place.sinks
+        known, parts = self._stored[index], _parts_of(place)
         return len(known) == len(parts) and all(map(is_, map(call, known), parts))
 
     def _note(self, index: int, place: Placement, view: KVView) -> None:
         """Tell the C++ layers where a layer stores its keys and values."""
         sinks = VIEWS[DenseKV](DenseKV(place.sinks[0], place.sinks[1])) if place.sinks else None
-        self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard, sinks)
-        self._stored[index] = tuple(map(ref, place.parts + place.sinks))
+        selection, pattern = None, self._settings[index].sparse
+        if isinstance(pattern, RulePattern):
+            _, _, dim, *_ = self._described.layers[index]
+            rows = None if place.summaries is None else record(place.summaries)
+            selection = pattern.rule.numbers(dim**-0.5), rows
+        self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard, sinks, selection)
+        self._stored[index] = tuple(map(ref, _parts_of(place)))
 
     def _run(
         self,
@@ -146,7 +158,7 @@ class FusedDecoder:
         placed = list(takewhile(lambda place: place is not None, places[first:]))
         if not placed:
             return 0
-        wanted = [place[1:4] for place in placed if place is not None]
+        wanted = [(*place[1:4], place.blocks) for place in placed if place is not None]
         done = self._decoder.run(first, wanted, kinds, self._of_kind)
         for store in cache.stores[first : first + done]:
             assert isinstance(store, PlacingCache)
@@ -165,7 +177,8 @@ class FusedDecoder:
         key, value = cache.update(k, v, index)
         view, (window, sinks) = key.view, self._ranges[index]
         whole = key.shape[2] == key.seen or window < 0
-        if self._direct[index] and key.observe is None and not view.hadamard and whole:
+        plain = key.observe is None and not view.hadamard and self._settings[index].sparse is None
+        if self._direct[index] and plain and whole:
             offset = view.shape[2] - count
             if type(view) in VIEWS:
                 kv = VIEWS[type(view)](view)
@@ -209,8 +222,22 @@ def _range(own: int | None, settings: AttentionSettings) -> Range:
 
 
 def _is_direct(settings: AttentionSettings) -> bool:
-    """Whether attention is the C++ kernels' own, over all keys in the window."""
-    return settings.sparse is None and settings.backend in ("auto", "cpu")
+    """Whether attention is the C++ kernels' own, over all keys in the window or chosen blocks."""
+    follows = settings.sparse is None or isinstance(settings.sparse, RulePattern)
+    return follows and settings.backend in ("auto", "cpu")
+
+
+def _smallest_block(pattern: Pattern | None) -> int:
+    """Tokens of the blocks of a pattern; all tokens of a step have to lie in one of queries."""
+    if not isinstance(pattern, RulePattern):
+        return MAX_ROWS
+    return min(pattern.rule.q_block, pattern.rule.k_block)
+
+
+def _parts_of(place: Placement) -> tuple[Tensor, ...]:
+    """All tensors that the C++ layers are told of."""
+    summaries = () if place.summaries is None else (place.summaries,)
+    return place.parts + place.sinks + summaries
 
 
 class _Rotary:

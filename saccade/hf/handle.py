@@ -40,11 +40,12 @@ class KVHandle:
         window: of the cache, which drops keys outside of it; None for a cache of all keys.
         like: dtype of a tensor that is rebuilt; None: that of the storage.
         rebuilt: called when a tensor is rebuilt.
+        summaries: what the cache keeps of the blocks of its keys, for a sparse pattern, or None.
     """
 
     __slots__ = (
         *("cursor", "like", "observe", "rebuilt", "seen", "settings"),
-        *("shape", "values", "view", "window"),
+        *("shape", "summaries", "values", "view", "window"),
     )
 
     def __init__(
@@ -60,6 +61,7 @@ class KVHandle:
         window: int | None = None,
         like: torch.dtype | None = None,
         rebuilt: Callable[[], None] | None = None,
+        summaries: Tensor | None = None,
     ) -> None:
         self.view = view
         self.seen = seen
@@ -70,6 +72,7 @@ class KVHandle:
         self.cursor = cursor
         self.window = window
         self.like, self.rebuilt = like, rebuilt
+        self.summaries = summaries
 
     @property
     def dtype(self) -> torch.dtype:

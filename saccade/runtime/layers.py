@@ -11,6 +11,7 @@ from saccade.cache import LayerCache, StagingBuffers, make_layer_cache
 from saccade.cache.make import STORAGE
 from saccade.runtime.compression import wants_ragged
 from saccade.runtime.params import ContextParams
+from saccade.sparse import summary_of
 
 LARGEST_RING: Final = 1 << 16
 """A ring allocates its whole window.  Some configs set one wider than they were trained for: such
@@ -56,6 +57,7 @@ def layer_cache(
         ragged=ragged or wants_ragged(params.kv_policy),
         staging=staging,
         reserve=reserve,
+        summary=summary_of(params.sparse) if own is None else None,
     )
 
 

@@ -9,6 +9,7 @@ more: a quantized cache then has room for STEPPING_ROOM more tokens, so that it 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from math import gcd
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from saccade.cache.checkpoints import Checkpoints
 from saccade.cache.page_allocator import grown_pages
 from saccade.cache.quantized_groups import grown_groups
 from saccade.cache.recent_tokens import room_for, stored_dtype
+from saccade.cache.summaries import KeySummaries, summary_bytes
 from saccade.compress import resolve_budget
 from saccade.core import BadInput
 from saccade.core.check import LARGEST_POSITION
@@ -67,11 +69,14 @@ def planned_cache(cache: LayerCache, facts: ModelFacts) -> PlannedCache:
         cache.append(k, v)
         pool, pages = cache.pool, cache.pool.allocator
         page_bytes = pool.nbytes // pages.num_pages
-        return CountedPages(1, pages.page_size, page_bytes, per_head=0)
+        counted = CountedPages(1, pages.page_size, page_bytes, per_head=0)
+        size = (cache.pool.dtype or facts.dtype).itemsize
+        return Summarized(counted, cache.summaries, facts, size) if cache.summaries else counted
     if isinstance(cache, QuantizedRing):
         return CountedRing(cache, facts)
     if isinstance(cache, QuantizedCache):
-        return CountedGroups(cache, facts)
+        groups, size = CountedGroups(cache, facts), stored_dtype(facts.dtype).itemsize
+        return Summarized(groups, cache.summaries, facts, size) if cache.summaries else groups
     return MetaCache(cache, facts)
 
 
@@ -107,6 +112,7 @@ class MetaCache:
                 stored = cache.like[0]
                 dtype = facts.dtype if stored is None else stored.dtype
                 smaller = DenseCache(dtype=dtype, reserve=kept + DECODE_ROOM)
+                smaller.summaries = cache.summaries and cache.summaries.empty()
                 smaller.append(*new_keys(facts, kept, torch.device("meta")))
                 return MetaCache(smaller, facts)
         elif isinstance(cache, LateQuantizedCache):
@@ -166,6 +172,36 @@ def _alike(cache: LayerCache, size: int, count: int) -> int:
     return count  # a ring
 
 
+class Summarized:
+    """A counted cache that keeps summaries of its keys.
+
+    Args:
+        cache: the same without them.
+        kept: the summaries; size: bytes of a number of the keys.
+    """
+
+    def __init__(
+        self, cache: CountedPages | CountedGroups, kept: KeySummaries, facts: ModelFacts, size: int
+    ) -> None:
+        self._cache, self._heads = cache, facts.num_kv_heads
+        self._bytes_for = partial(
+            summary_bytes, kept.kind, kept.block, width=facts.head_dim, itemsize=size
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """See PlannedCache."""
+        return self._cache.nbytes + self._heads * self._bytes_for(tokens=self._cache.capacity)
+
+    def run(self, size: int, count: int) -> None:
+        """See PlannedCache."""
+        self._cache.run(size, count)
+
+    def compress(self, budget: int | float) -> PlannedCache:
+        """Nothing: such a cache takes no policy."""
+        return self
+
+
 class CountedPages:
     """Pages of equally long sequences, one a head (or one for all heads), counted.
 
@@ -178,6 +214,11 @@ class CountedPages:
         self._sequences, self._page_size, self._page_bytes = sequences, page_size, page_bytes
         self._per_head = per_head
         self._pages = self._length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pages of a sequence hold."""
+        return -(-self._length // self._page_size) * self._page_size
 
     @property
     def nbytes(self) -> int:
@@ -216,6 +257,11 @@ class CountedGroups:
         self._group_bytes = facts.num_kv_heads * (qdata + 4 * scales)
         size = facts.num_kv_heads * stored_dtype(facts.dtype).itemsize
         self._key_bytes, self._slot_bytes = size * widths[0], size * sum(widths)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that groups are allocated for."""
+        return self._capacity
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from saccade.cache import Cursor, SteppingCache
 from saccade.core import Unsupported
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import QUANTIZED, ContextParams
+from saccade.sparse import RulePattern
 
 _stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
 
@@ -38,8 +39,11 @@ def refusal(cache: ModelCache) -> str | None:
 
 def captures(params: ContextParams) -> bool:
     """Whether the kernels under these options, of a Context, need nothing from the host."""
-    plain = params.sparse is None and params.flash_attn != "disabled"
-    stored = params.type_k is None or params.type_k in QUANTIZED
+    plain, stored = params.flash_attn != "disabled", params.type_k is None
+    if params.sparse is None:
+        stored = stored or params.type_k in QUANTIZED
+    elif not isinstance(params.sparse, RulePattern):
+        return False
     return plain and stored and params.backend in (None, "triton")
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from saccade.core import BlockSelection, KVView
-from saccade.sparse.pattern import last_key_block
+from saccade.ops.selection import BlockRule
+from saccade.sparse.pattern import RulePattern
+from saccade.sparse.sizes import check_sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Strided:
+class Strided(RulePattern):
     """Sinks, a local window and every `stride`-th block, the same for all heads.
 
     Args:
@@ -25,7 +23,7 @@ class Strided:
         stride: outside the window every stride-th block is read; 0 for none.
 
     Raises:
-        ValueError: block or window_blocks below 1, sink_blocks or stride below 0.
+        TypeError, ValueError: block or window_blocks below 1, sink_blocks or stride below 0.
     """
 
     block: int = 64
@@ -34,16 +32,12 @@ class Strided:
     stride: int = 4
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.window_blocks < 1 or self.sink_blocks < 0 or self.stride < 0:
-            raise ValueError(f"block and window_blocks must be >= 1, the others >= 0, got {self}.")
+        check_sizes(self, block=1, window_blocks=1, sink_blocks=0, stride=0)
 
-    def select(self, q: Tensor, kv: KVView, q_offset: int) -> BlockSelection:
-        """See Pattern; depends on lengths only, not on q and k."""
-        last = last_key_block(q.shape[2], q_offset, self.block, self.block, q.device)[:, None]
-        blocks = torch.arange(-(-kv.shape[2] // self.block), device=q.device)[None]
-        # Queries of one block may lie in two key blocks: the window counts from the first of them.
-        allowed = (blocks > last - self.window_blocks - 1) | (blocks < self.sink_blocks)
-        if self.stride:
-            allowed |= blocks % self.stride == 0
-        allowed &= blocks <= last
-        return BlockSelection(allowed=allowed[None, None], q_block=self.block, k_block=self.block)
+    @property
+    def rule(self) -> BlockRule:
+        """See RulePattern; depends on lengths only, not on q and k."""
+        return BlockRule(
+            summary="none", q_block=self.block, k_block=self.block,
+            sinks=self.sink_blocks, window=self.window_blocks, stride=self.stride,
+        )  # fmt: skip

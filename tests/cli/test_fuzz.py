@@ -28,7 +28,7 @@ NUMBERS = [
 ]  # fmt: skip
 WORDS = [
     "on", "off", "auto", "none", "linear", "yarn", "ntk", "dynamic", "int8", "int4", "fp8", "f16",
-    "bf16", "f32", "snapkv", "ada_snapkv", "strided", "block_topk", "enabled", "disabled", "tiled",
+    "bf16", "f32", "snapkv", "ada_snapkv", "strided", "quest", "enabled", "disabled", "tiled",
     "reference", "sdpa", "cpu", "triton", "gluon", "ON", "İ", "🙂", "a\x00b", "\udcff", "a,b", ",",
 ]  # fmt: skip
 FLAGS = (

@@ -43,7 +43,7 @@ def test_choices_are_those_of_context_params():
         "type_k": runtime_params.CACHE_TYPES,
         "type_v": runtime_params.CACHE_TYPES,
         "rope_scaling_type": runtime_params.ROPE_SCALING_TYPES,
-        "sparse": tuple(PATTERNS),
+        "sparse": (*PATTERNS, shared_options.AUTO),
     }
 
 

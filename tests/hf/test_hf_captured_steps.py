@@ -15,6 +15,7 @@ import saccade
 from saccade.hf.captured_steps import decode_in_graphs
 from saccade.runtime import ContextParams
 from saccade.runtime.step import DecodeStep
+from saccade.sparse import BlockTopK
 from tests.tiny_models import tiny_config, tiny_model
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -29,6 +30,7 @@ CACHES = {
     "int4": {"type_k": "int4", "type_v": "int4"},
     "window": {"n_swa": 20, "n_sinks": 2},
     "compressed": {"kv_policy": "snapkv", "kv_budget": 40},
+    "sparse": {"sparse": BlockTopK(block=8, top=2, window_blocks=1)},
 }
 
 

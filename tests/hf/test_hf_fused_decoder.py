@@ -28,6 +28,7 @@ from saccade.hf.packed_layers import HalfLinear, HalfWeight, PackedLinear, Weigh
 from saccade.ops.attention.cpu.binding import BUILT
 from saccade.ops.linear import quantized
 from saccade.runtime import ContextParams
+from saccade.sparse import BlockTopK, BlockTopP, FromLength, Quest, Strided
 from tests.tiny_models import COMMON, tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not BUILT, reason="the C++ kernels are not built")
@@ -59,6 +60,10 @@ CACHES = {
     "pages": {"page_size": 16},
     "window": {"n_swa": 24, "n_sinks": 2},
     "scaled": {"rope_scaling_type": "yarn", "rope_freq_scale": 0.5},
+    "block top-k": {"sparse": BlockTopK(block=8, top=1, window_blocks=1)},
+    "quest in pages": {"sparse": Quest(block=8, top=2, window_blocks=1), "page_size": 16},
+    "strided": {"sparse": Strided(block=8, window_blocks=1)},
+    "blocks of two": {"sparse": Quest(block=2, top=3, window_blocks=1)},
 }
 LONG = {
     "dense": {},
@@ -67,6 +72,14 @@ LONG = {
     "ring": {"n_swa": 24, "n_sinks": 2},
     "int8 ring": {"n_swa": 128, **CACHES["int8"]},
     "int4 ring with sinks": {"n_swa": 128, "n_sinks": 3, **CACHES["int4"]},
+    "block top-k": {"sparse": BlockTopK(block=16, top=2, window_blocks=1)},
+    "block top-p": {"sparse": BlockTopP(block=16, p=0.5, window_blocks=1)},
+    "quest": {"sparse": Quest(block=8, top=3, window_blocks=1)},
+    "strided": {"sparse": Strided(block=16, window_blocks=1)},
+    "from a length": {
+        "sparse": FromLength(pattern=BlockTopK(block=16, top=1, window_blocks=1), least=90)
+    },
+    "int8 quest": {"sparse": Quest(block=16, top=2, window_blocks=1), **CACHES["int8"]},
 }
 
 
@@ -212,7 +225,7 @@ def test_numbers_that_a_quantized_cache_refuses():
     assert torch.allclose(*found, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8", "window"])
+@pytest.mark.parametrize("name", ["dense", "int8", "window", "block top-k", "blocks of two"])
 @pytest.mark.parametrize("rows", [(1, 3), (2, 1), (4, 2), (3, 1)])
 def test_several_rows_and_tokens(rows, name, steps):
     """Rows of a batch, and several tokens of a row, against the model's own forward."""
@@ -224,7 +237,7 @@ def test_several_rows_and_tokens(rows, name, steps):
             attached.hidden(torch.arange(rows[0] * 20).view(rows[0], 20) + 3, cache)
             found.append(attached.hidden(tokens, cache))
             found[-1] = attached.logits(attached.hidden(tokens, cache) + found[-1])
-    at_once = name == "dense" or rows[1] == 1
+    at_once = rows[1] <= {"dense": 8, "block top-k": 8, "blocks of two": 2}.get(name, 1)
     assert steps == (["run"] * 2 if at_once else ["layer"] * 2 * len(model.model.layers))
     assert torch.allclose(found[1], found[0], atol=1e-4)
 

@@ -1,5 +1,6 @@
 """Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,12 +81,14 @@ def compile_gluon(
     varlen: str = "",
     page_size: int | None = None,
     value_dim: int | None = None,
+    sharing: tuple[int, int] | None = None,
 ) -> Any:
     """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
     Args:
         blocks: with block lists.
         varlen: "packed" sequences, or "kv_lens"; page_size: slots of a page, with kv_lens.
+        sharing: heads of a tile and splits of the keys.
     """
     from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
     from saccade.ops.attention.nvidia.gluon.prefill.launch import (
@@ -96,12 +99,17 @@ def compile_gluon(
     from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo
     from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 
-    def strided(heads: int, dim: int = dim) -> StridedTensor:
-        x = torch.empty(1, heads, 8192, dim, dtype=torch.bfloat16, device="meta")
+    def strided(heads: int, dim: int = dim, dtype: torch.dtype = torch.bfloat16) -> StridedTensor:
+        x = torch.empty(1, heads, 8192, dim, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    variant = "varlen" if varlen else "masked" if blocks or mask_args.window else ""
-    launch = measured_launch(dim, variant)
+    masked = blocks or mask_args.window or sharing
+    varied = varlen and (page_size or not sharing)
+    launch = measured_launch(dim, "varlen" if varied else "masked" if masked else "")
+    out_type = torch.bfloat16
+    if sharing:
+        out_type = torch.float32
+        launch = replace(launch, pack=sharing[0], splits=sharing[1], direct_store=True)
     value_dim = value_dim or dim
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
     info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()
@@ -111,14 +119,15 @@ def compile_gluon(
     lists = torch.empty(1, 8, 64, 64, dtype=torch.int32, device="meta")
     arguments: dict[str, Any] = {
         "q": strided(32), "k": strided(8), "v": strided(8, value_dim),
-        "out": strided(32, value_dim),
+        "out": strided(32, value_dim, out_type),
         "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
         "block_lists": BlockLists(lists, lists, 0, 64 * 64, 64) if blocks else BlockLists(),
         "varlen": info, "num_pages": 64, "ZERO_V_TAIL": bool(varlen), "PAGE_SIZE": page_size,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
-        "CAUSAL": True, "DIM": dim, "V_DIM": value_dim, "D": tile_dim(dim),
-        "DV": tile_dim(value_dim),
+        "splits": 4, "out_split": 32 * 8192 * dim, "lse_split": 32 * 8192,
+        "SPLIT_KV": sharing is not None, "CAUSAL": True, "DIM": dim, "V_DIM": value_dim,
+        "D": tile_dim(dim), "DV": tile_dim(value_dim),
     }  # fmt: skip
     return compile_for(
         forward_kernel,

@@ -76,6 +76,22 @@ class TestOnGPU:
             assert (ours.out - truth.out).abs().max() < 3e-2
             assert (ours.lse - truth.lse).abs().max() < 1e-2
 
+    @pytest.mark.parametrize("dim", [*TILES, 96])
+    @pytest.mark.parametrize("heads", [(4, 4), (5, 1), (6, 2), (8, 1)], ids=str)
+    @pytest.mark.parametrize(
+        "mask", [{}, {"causal": False}, {"window": 1300, "sinks": 3}, {"window": 90}], ids=str
+    )
+    def test_few_queries_over_many_keys(self, mask, heads, dim):
+        """Heads share tiles, and the keys are divided, where a split may see no key at all."""
+        for queries in (17, 70, 200):
+            case = Case(heads, (queries, 4100), mask, "plain", head_dim=dim, batch=2)
+            check(case, torch.bfloat16)
+
+    @pytest.mark.parametrize("dim", TILES)
+    @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
+    def test_few_queries_over_key_lengths_per_row(self, mask, dim):
+        check(Case((8, 2), (40, 4100), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
+
     @pytest.mark.parametrize("heads", [(4, 4), (5, 1), (8, 2)], ids=str)
     @pytest.mark.parametrize("mask", [{}, {"window": 200, "sinks": 3}], ids=str)
     def test_sink_logits_in_float16(self, heads, mask):
@@ -111,13 +127,17 @@ class TestOnGPU:
         """Keys past the end of a row are NaN."""
         check(Case((6, 2), (200, 720), mask, "lengths", head_dim=dim, batch=3), torch.bfloat16)
 
+    @pytest.mark.parametrize("longest", [700, 2700])
     @pytest.mark.parametrize("page", [16, 64, 128, 256])
     @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", [Mask(), Mask(window=200, sinks=3)], ids=str)
-    def test_pages_in_any_order(self, mask, dim, page):
-        """Slots past the end of a row hold NaN, and its page table invalid page numbers."""
-        ends = torch.tensor([700, 200, 333], device="cuda")
-        count = -(-700 // page)
+    def test_pages_in_any_order(self, mask, dim, page, longest):
+        """Slots past the end of a row hold NaN, and its page table invalid page numbers.
+
+        Over 2700 keys the keys are divided into splits.
+        """
+        ends = torch.tensor([longest, 200, 333], device="cuda")
+        count = -(-longest // page)
         q = torch.randn(3, 6, 200, dim, device="cuda", dtype=torch.bfloat16)
         shape = (3 * count, 2, page, dim)
         pools = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -136,7 +156,7 @@ class TestOnGPU:
                 pages = page_table[row].long()
                 x[pages] = x[pages].masked_fill(past, torch.nan)
         page_table[slot[None, :, 0] >= ends[:, None]] = 10**6
-        view = PagedKV(*pools, page_table, ends.int(), 700)
+        view = PagedKV(*pools, page_table, ends.int(), longest)
         ours = attend(make_call(q, view, mask=mask), backend="gluon")
         assert (ours.out - truth.out).abs().max() < 2.5e-2
         assert (ours.lse - truth.lse).abs().max() < 1e-3
@@ -350,8 +370,10 @@ def test_compiles_for_hopper_with_overlapped_products(dim):
         (128, {"blocks": True}),
         (128, {"varlen": "packed"}),
         (128, {"varlen": "kv_lens", "page_size": 16}),
+        (128, {"sharing": (4, 8), "varlen": "kv_lens"}),
+        (256, {"sharing": (2, 8)}),
     ],
-    ids=["128", "256", "96", "192", "window", "blocks", "packed", "pages"],
+    ids=["128", "256", "96", "192", "window", "blocks", "packed", "pages", "split", "256 split"],
 )
 def test_products_are_not_serialized_and_nothing_spills(tmp_path, dim, variant):
     """ptxas reports both, and serializes the products when they are issued in another order."""

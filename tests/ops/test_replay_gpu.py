@@ -12,7 +12,7 @@ from tests.support.gpu import on_gpu
 
 pytestmark = on_gpu
 BATCH, HEADS, KV_HEADS, DIM = 2, 8, 2, 64
-BLOCKS = "blocks"  # lists of blocks are made by PyTorch's operators: not repeated
+BLOCKS = "blocks"  # their lists are made by PyTorch's operators for prompts: not repeated
 
 OPTIONS = {
     "prefill": (160, 160, {}),
@@ -25,6 +25,7 @@ OPTIONS = {
     "lengths": (1, 400, {"kv_lens": [300, 400]}),
     "padding": (70, 140, {"key_padding": "holes"}),
     "blocks": (256, 512, {"blocks": "half"}),
+    "few queries, blocks": (5, 512, {"blocks": "half"}),
 }
 
 
@@ -47,7 +48,7 @@ def call_of(name):
     if "key_padding" in options:
         options["key_padding"] = torch.rand(BATCH, keys, device="cuda") > 0.3
     if "blocks" in options:
-        shape = BATCH, KV_HEADS, queries // 128, keys // 128
+        shape = BATCH, KV_HEADS, -(-queries // 128), keys // 128
         allowed = torch.rand(shape, device="cuda") > 0.5
         options["blocks"] = BlockSelection(allowed=allowed, q_block=128, k_block=128)
     k, v = normal(KV_HEADS, keys), normal(KV_HEADS, keys)

@@ -40,6 +40,7 @@ def test_contract_in_the_interpreter():
         "test_kernel_bounds",
         "test_kv_write",
         "test_triton_blocks",
+        "test_triton_selection",
         "test_triton_views",
     )
     files = [__file__, *(__file__.replace("test_triton", name) for name in others)]

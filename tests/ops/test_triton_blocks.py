@@ -77,3 +77,24 @@ def test_selected_blocks_are_those_of_their_positions(storage, queries, recent, 
     allowance = 1e-5 if INTERPRETED else 1e-2
     assert torch.allclose(ours.out, truth.out, atol=allowance)
     assert torch.allclose(ours.lse, truth.lse, atol=allowance)
+
+
+@runs_kernels
+@pytest.mark.parametrize("block", [16, 24])
+def test_a_step_reads_blocks_up_to_a_position_on_the_device(block):
+    """Storage has room for more keys, whose slots may hold anything."""
+    k, v = (x.expand(2, -1, -1, -1).contiguous() for x in keys_and_values(192))
+    k[:, :, 101:], v[:, :, 101:] = torch.nan, torch.nan
+    q, allowed = torch.randn(2, HEADS, 1, DIM), torch.rand(2, KV_HEADS, 1, -(-192 // block)) > 0.5
+    allowed[..., 0] = True
+    at = torch.full((2,), 100)
+    q, k, v, allowed, at = on(DEVICE, q, k, v, allowed, at)
+    blocks = BlockSelection(allowed=allowed, q_block=block, k_block=block)
+    options = {"mask": Mask(), "blocks": blocks}
+    stored = DenseKV(k[:, :, :101], v[:, :, :101])
+    truth = attend(make_call(q, stored, **options), backend="reference")
+    call = make_call(q, DenseKV(k, v), q_offset=at, kv_lens=at + 1, **options)
+    ours = attend(call, backend="triton")
+    allowance = 1e-5 if INTERPRETED else 1e-2
+    assert torch.allclose(ours.out, truth.out, atol=allowance)
+    assert torch.allclose(ours.lse, truth.lse, atol=allowance)

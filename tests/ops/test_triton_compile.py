@@ -193,3 +193,33 @@ def test_the_transform_of_many_rows_is_a_product_of_tiles(dim):
     )  # fmt: skip
     ptx = found.asm["ptx"]
     assert "wgmma" in ptx and not re.search(r"(ld|st)\.local", ptx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_selecting_compiles(dtype, on_device):
+    """Summaries of 128k keys, in registers."""
+    from saccade.ops.attention.nvidia.block_lists import step_list_kernel
+    from saccade.ops.selection.gpu import SCORED, choose_kernel, score_kernel
+
+    blocks, bounds = 4096, dtype == torch.bfloat16
+    rows = strided(meta(1, KV_HEADS, blocks, DIM * (1 + bounds), dtype=dtype))
+    scores, allowed = meta(KV_HEADS, blocks, dtype=torch.float32), meta(KV_HEADS, blocks)
+    allowed, lists = allowed.to(torch.uint8), meta(KV_HEADS, blocks, dtype=torch.int32)
+    at = meta(1, dtype=torch.int64) if on_device else 131_071
+    shared = {"q_offset": at, "q_len": 1, "BLOCK": blocks, "DEVICE_OFFSET": on_device}
+    for kernel, arguments in (
+        (score_kernel, {"q": Q, "rows": rows, "scores": scores, "q_len": 1, "group": 4,
+                        "kv_heads": KV_HEADS, "count": blocks, "DIM": DIM, "BLOCK_D": DIM,
+                        "BLOCK_Q": 4, "BLOCK": SCORED, "BOUNDS": bounds}),
+        (choose_kernel, shared | {"scores": scores, "allowed": allowed, "num_blocks": blocks,
+                                  "count": blocks, "k_block": 32, "sinks": 1, "window": 2,
+                                  "stride": 0, "top": 61, "least": 0}),
+        (step_list_kernel, shared | {"allowed": allowed, "batch_stride": 0, "head_stride": blocks,
+                                     "column_stride": 1, "lists": lists, "counts": lists,
+                                     "heads": KV_HEADS, "columns": blocks, "start": 0,
+                                     "stop": 131_072, "k_block": 32, "block_n": 32,
+                                     "num_blocks": blocks, "COVERED": 3}),
+    ):  # fmt: skip
+        ptx = compile_for(kernel, options={"num_warps": 4}, **arguments).asm["ptx"]
+        assert not re.search(r"(ld|st)\.local", ptx), kernel

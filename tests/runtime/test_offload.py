@@ -12,6 +12,7 @@ import torch
 
 import saccade
 from saccade.cache import OffloadedCache, StagingBuffers, host_rows
+from saccade.hf import captured_steps
 from saccade.runtime import ContextParams, DecodeStep
 from saccade.runtime.session import load_session, save_session
 from tests.support.side_streams import LateSide
@@ -30,6 +31,8 @@ def device(request, monkeypatch):
     side = {} if request.param == "cuda" else {"side_of": lambda _: LateSide()}
     attaching = importlib.import_module("saccade.hf.attach")
     monkeypatch.setattr(attaching, "StagingBuffers", partial(StagingBuffers, tail=TAIL, **side))
+    # With a tail so short, storage moves more often than captures pay for.
+    monkeypatch.setattr(captured_steps, "_FREE_CAPTURES", 16)
     monkeypatch.setattr(host_rows, "SMALLEST", 1 << 13)
     monkeypatch.setattr(host_rows, "LARGEST", 1 << 14)
     return request.param
@@ -98,7 +101,7 @@ def test_steps_over_host_memory_are_captured():
         for _ in range(300):  # the newest tokens move to the host once
             logits = step(7)
         assert step.captures == 2
-        with saccade.Context(model, ContextParams(n_batch=512)) as plain:
+        with saccade.Context(model, ContextParams(n_batch=512, n_ctx=1024)) as plain:
             plain.append(torch.cat((text, torch.full((299,), 7))))
             expected = plain.logits(plain.append([7]))
     assert torch.allclose(logits, expected, atol=1e-3)

@@ -37,6 +37,7 @@ from saccade.runtime.layers import layer_cache
 from saccade.runtime.memory import AttentionPeak, cache_bytes, chunks
 from saccade.runtime.planned_cache import new_keys
 from saccade.runtime.rollback import checkpoint
+from saccade.sparse import BlockTopK, Quest
 from tests.tiny_models import tiny_config, tiny_model
 
 PARAMS = {
@@ -56,6 +57,10 @@ PARAMS = {
     "int4 window": {"n_swa": 130, "ctx_checkpoints": 2, "type_k": "int4", "type_v": "int4"},
     "compressed": {"kv_policy": "snapkv", "kv_budget": 0.25},
     "compressed to a number": {"kv_policy": "snapkv", "kv_budget": 40},
+    "sparse": {"sparse": Quest(block=8)},
+    "sparse in int8": {"sparse": BlockTopK(block=16), "type_k": "int8", "type_v": "int8"},
+    "sparse in pages": {"sparse": Quest(block=24), "page_size": 16},
+    "sparse and compressed": {"sparse": BlockTopK(), "kv_policy": "snapkv", "kv_budget": 0.25},
     "compressed int4": {"kv_policy": "snapkv", "kv_budget": 40, "type_k": "int4", "type_v": "int4"},
 }
 FAMILIES = ("llama", "mistral", "gemma3", "gpt_oss", "qwen2", "phi3")

@@ -9,6 +9,7 @@ import saccade
 from saccade.core import Unsupported
 from saccade.ops.kv_write import append as appending
 from saccade.runtime import ContextParams, DecodeStep
+from saccade.sparse import BlockTopK, BlockTopP, FromLength, Quest, Strided
 from tests.tiny_models import tiny_config, tiny_model
 
 PROMPT = torch.arange(3, 153) % 120 + 3
@@ -19,6 +20,12 @@ CACHES = {
     "ring": ContextParams(n_batch=64, n_swa=40),
     "ring with sinks": ContextParams(n_batch=16, n_swa=25, n_sinks=3),
     "compressed": ContextParams(kv_policy="snapkv", kv_budget=40),
+    "block top-k": ContextParams(sparse=BlockTopK(block=8, top=3, window_blocks=1)),
+    "quest": ContextParams(sparse=Quest(block=8, top=3)),
+    "block top-p beyond 200 keys": ContextParams(
+        sparse=FromLength(pattern=BlockTopP(block=8, p=0.3, window_blocks=1), least=200)
+    ),
+    "strided": ContextParams(sparse=Strided(block=8)),
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from saccade.core import DenseKV, Mask
 from saccade.ops import attend, make_call
-from saccade.sparse import PATTERNS, BlockTopK, Strided
+from saccade.sparse import PATTERNS, BlockTopK, BlockTopP, Quest, Strided
 
 
 def problem(q_len, kv_len):
@@ -32,19 +32,34 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Strided(block=8, stride=1), BlockTopK(block=8, top=99), Strided(window_blocks=99)]
+    "pattern",
+    [
+        Strided(block=8, stride=1),
+        Strided(window_blocks=99),
+        BlockTopK(block=8, top=99),
+        BlockTopP(block=8, p=1),
+        Quest(block=8, top=99),
+    ],
+    ids=str,
 )
-def test_selecting_all_blocks_is_exact(pattern):
-    q, view = problem(40, 90)
-    blocks = pattern.select(q, view, 50)
+@pytest.mark.parametrize("q_len", [1, 3, 40, 250])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selecting_all_blocks_is_the_dense_result_to_the_bit(pattern, q_len, dtype):
+    q, view = problem(q_len, q_len + 350)
+    q, view = q.to(dtype), DenseKV(view.k.to(dtype), view.v.to(dtype))
+    blocks = pattern.select(q, view, 350)
     ours = attend(make_call(q, view, mask=Mask(), blocks=blocks))
-    assert torch.allclose(ours.out, attend(make_call(q, view, mask=Mask())).out, atol=1e-5)
+    dense = attend(make_call(q, view, mask=Mask()))
+    assert torch.equal(ours.out, dense.out) and torch.equal(ours.lse, dense.lse)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_decoding_one_by_one_reads_fewer_keys(name):
+    """Where attention is concentrated: on white noise a share of it takes most blocks."""
     pattern = PATTERNS[name]()
     q, view = problem(1, 4096)
+    q[:] = torch.randn(16)
+    view.k[:, :, 1000:1200] = q[:, :2] * 3
     selection = pattern.select(q, view, 4095)
     assert selection.allowed.float().mean() < 0.6
 
@@ -69,5 +84,21 @@ def test_future_blocks_are_not_scored():
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_errors(name):
-    with pytest.raises(ValueError, match="block and window_blocks must be >= 1"):
+    with pytest.raises(ValueError, match=r"block must be at least 1 .*got 0"):
         PATTERNS[name](block=0)
+    with pytest.raises(ValueError, match=r"window_blocks must be at least 1 .*got 0"):
+        PATTERNS[name](window_blocks=0)
+    with pytest.raises(TypeError, match="sink_blocks must be an integer, got 1.5"):
+        PATTERNS[name](sink_blocks=1.5)
+
+
+@pytest.mark.parametrize("p", [0, 1.5, True, "0.9", float("nan")])
+def test_p_is_a_share(p):
+    with pytest.raises(ValueError, match=r"p is a share of the attention, in \(0, 1\], got"):
+        BlockTopP(p=p)
+
+
+@pytest.mark.parametrize("kind", [BlockTopK, Quest])
+def test_top_counts_blocks(kind):
+    with pytest.raises(ValueError, match="top must be at least 0 .*got -1"):
+        kind(top=-1)

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from saccade.core import KeyRange
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.gpu.intmath import next_power_of_two
+from saccade.ops.gpu.intmath import cdiv, next_power_of_two
 from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import on
 from saccade.ops.gpu.replay import launch_kernel
+
+SMALLEST = 8  # keys of a block: `step_list_kernel` reads all blocks under a tile
 
 
 def block_lists_of(
@@ -44,6 +46,8 @@ def block_lists_of(
     if problem.block_mask is None:
         return BlockLists()
     keys = keys or KeyRange(0, problem.num_keys)
+    if tiles == 1 and not by_keys and _is_step(problem):
+        return _step_lists(problem, block_n, keys)
     first = torch.arange(0, tiles * block_m, block_m, device=problem.q.device)
     same = (groups, block_m, block_n) == (1, problem.q_block, problem.k_block)
     same_tiles = same and keys.start == 0
@@ -52,6 +56,50 @@ def block_lists_of(
     lists, counts = _index_lists(classes.mT if by_keys else classes)
     batch, head = (0 if lists.shape[i] == 1 else lists.stride(i) for i in (0, 1))
     return BlockLists(lists, counts, batch, head, lists.shape[3])
+
+
+def _is_step(problem: Problem) -> bool:
+    """Whether the queries lie in one block, and causality alone cuts what is selected."""
+    plain = problem.mask.causal and problem.mask.window is None and problem.cu_q is None
+    return plain and problem.q.shape[2] <= problem.q_block and problem.k_block >= SMALLEST
+
+
+def _step_lists(problem: Problem, block_n: int, keys: KeyRange) -> BlockLists:
+    """Lists for one tile of queries, by one kernel; every tile counts as partial."""
+    allowed, offsets = problem.block_mask, problem.q_offsets
+    assert allowed is not None
+    batch = allowed.shape[0] if offsets is None else problem.q.shape[0]
+    heads, columns = allowed.shape[1], max(1, cdiv(keys.stop - keys.start, block_n))
+    lists = torch.empty(batch, heads, 1, columns, dtype=torch.int32, device=allowed.device)
+    counts = torch.empty(batch, heads, 1, 2, dtype=torch.int32, device=allowed.device)
+    with on(allowed.device):
+        launch_kernel(
+            step_list_kernel,
+            (batch * heads,),
+            *_with_strides(allowed),
+            lists,
+            counts,
+            problem.q_offset if offsets is None else offsets,
+            problem.q.shape[2],
+            heads,
+            columns,
+            keys.start,
+            keys.stop,
+            problem.k_block,
+            block_n,
+            allowed.shape[3],
+            BLOCK=next_power_of_two(columns),
+            COVERED=block_n // problem.k_block + 2,
+            DEVICE_OFFSET=offsets is not None,
+        )
+    by_batch, by_head = 0 if batch == 1 else heads * columns, 0 if heads == 1 else columns
+    return BlockLists(lists, counts, by_batch, by_head, columns)
+
+
+def _with_strides(allowed: Tensor) -> tuple[Tensor, int, int, int]:
+    """A grid as bytes, and its strides between rows of the batch, heads and columns."""
+    batch, head = (0 if allowed.shape[i] == 1 else allowed.stride(i) for i in (0, 1))
+    return allowed.view(torch.uint8), batch, head, allowed.stride(3)
 
 
 def _index_lists(classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +137,40 @@ def index_list_kernel(classes, lists, counts, columns, BLOCK: tl.constexpr):
     tl.store(lists + row * columns + place, column, mask=valid)
     tl.store(counts + 2 * row, num_full)
     tl.store(counts + 2 * row + 1, num_full + num_partial)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_len", "columns", "start", "stop", "num_blocks"])
+def step_list_kernel(
+    allowed, batch_stride, head_stride, column_stride, lists, counts, q_offset, q_len, heads,
+    columns, start, stop, k_block, block_n, num_blocks,
+    BLOCK: tl.constexpr, COVERED: tl.constexpr, DEVICE_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The tiles of keys that one row and KV head reads, in order; none is full.
+
+    COVERED: blocks that a tile may lie in, at most.
+    """
+    row = tl.program_id(0)
+    b, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    offset = q_offset
+    if DEVICE_OFFSET:
+        offset = tl.load(q_offset + b).to(tl.int32)
+    column = tl.arange(0, BLOCK)
+    first = start + column * block_n
+    last = tl.minimum(tl.minimum(first + block_n, stop), offset + q_len) - 1  # keys of the tile
+    grid = allowed + b * batch_stride + head * head_stride
+    found = tl.zeros([BLOCK], tl.int32)
+    for i in tl.static_range(COVERED):
+        block = first // k_block + i
+        inside = (column < columns) & (block <= last // k_block) & (block < num_blocks)
+        inside = inside & (last >= first)
+        at = grid + block.to(tl.int64) * column_stride
+        found = found | tl.load(at, mask=inside, other=0).to(tl.int32)
+    found = (found != 0).to(tl.int32)
+    place = tl.cumsum(found, 0) - found
+    to = lists + row.to(tl.int64) * columns + place
+    tl.store(to, column, mask=found != 0)
+    both = tl.arange(0, 2)
+    tl.store(counts + 2 * row + both, tl.where(both == 0, 0, tl.sum(found, 0)))
 
 
 def _tile_classes(

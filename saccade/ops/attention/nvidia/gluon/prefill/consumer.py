@@ -30,7 +30,8 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
     kv_tile_plan,
     next_stage,
-    work_tile,
+    split_of_plan,
+    work_of,
     work_tile_count,
 )
 from saccade.ops.gpu.triton_lang import LOWEST
@@ -167,6 +168,13 @@ def _last_pv(o, rescale, p, v_smem, v_state, bars):
 
 
 @gluon.jit
+def packed_rows(COUNT: gl.constexpr, PACK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of each of COUNT rows of a tile: which of its PACK heads it belongs to, and its query."""
+    index = gl.arange(0, COUNT, layout=LAYOUT)
+    return index // (COUNT // PACK), index % (COUNT // PACK)
+
+
+@gluon.jit
 def _tma_store(o_desc, smem, o, origin):
     """Store a tile of O by TMA, which leaves out rows past the end of the tensor."""
     smem.reshape([o.shape[0], o.shape[1]]).store(o.to(o_desc.dtype))
@@ -175,59 +183,74 @@ def _tma_store(o_desc, smem, o, origin):
 
 
 @gluon.jit
-def _direct_store(out, o, origin, count, DIM: gl.constexpr):
-    """Store the first `count` rows and DIM columns of a tile of O from registers."""
+def _direct_store(o_ptr, out, o, origin, count, DIM: gl.constexpr, PACK: gl.constexpr):
+    """Store the first `count` queries of each head and DIM columns of a tile of O from registers.
+
+    Args:
+        o_ptr: where the tensor begins whose strides are those of `out`.
+        origin: (batch, head, query) that row 0 goes to.
+    """
     b, h, row = origin
     O: gl.constexpr = o.type.layout
-    rows = gl.arange(0, o.shape[0], layout=gl.SliceLayout(1, O))[:, None]
+    heads, rows = packed_rows(o.shape[0], PACK, gl.SliceLayout(1, O))
+    rows = rows[:, None]
     dims = gl.arange(0, o.shape[1], layout=gl.SliceLayout(0, O))[None, :]
-    head = out.ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
+    head = o_ptr + b.to(gl.int64) * out.batch + h.to(gl.int64) * out.head
+    if PACK > 1:
+        head = head + heads[:, None].to(gl.int64) * out.head
     pointers = head + (row + rows).to(gl.int64) * out.row + dims
     mask = rows < count
     if DIM < o.shape[1]:
         mask = mask & (dims < DIM)
-    gl.store(pointers, o.to(out.ptr.dtype.element_ty), mask=mask)
+    gl.store(pointers, o.to(o_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def consume(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
-    ZERO_V_TAIL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, CONSUMER: gl.constexpr,
+    ZERO_V_TAIL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PACK: gl.constexpr,
+    SPLIT_KV: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """Attention of the ROWS queries of each work tile that belong to this consumer."""
-    (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists, varlen,
-     scale_log2) = args  # fmt: skip
+    """Attention of the ROWS queries, of PACK heads, of each work tile that belong to this consumer.
+
+    With SPLIT_KV over one split of the keys: `out` and `lse` are those of the first split.
+    """
+    (out, o_desc, lse, split_strides, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args,
+     block_lists, varlen, scale_log2) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
     D: gl.constexpr = q_smem.shape[4]
     DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, DV, 16])
     q_full, q_empty, _k_full, _k_empty, v_full, _v_empty, _pingpong = bars
-    all_q, all_k, offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles = sizes
+    all_q, all_k, offset, heads, groups, _q_tiles, _section, num_work_tiles, splits = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
-    p = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
-    index = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    p = gl.zeros([ROWS * PACK, BLOCK_N], gl.float32, S)
+    _head, index = packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))
     q_state = gl.to_tensor(0), gl.to_tensor(0)
     k_state = gl.to_tensor(0), gl.to_tensor(0)
     v_state = gl.to_tensor(0), gl.to_tensor(0)
     turn_phase = gl.to_tensor(1 if CONSUMER == 0 else 0)
     zeroed_phases = gl.to_tensor(0)
     for i in range(work_tile_count(num_work_tiles)):
-        bh, tile = work_tile(i, num_q_tiles, heads_per_section, num_work_tiles)
+        b, h, tile, split = work_of(i, sizes, PACK, SPLIT_KV)
         q_start, _k_start, q_len, k_len, q_offset, tile = seqlens_of_tile(
-            varlen, bh // heads, tile, all_q, all_k, offset
+            varlen, b, tile, all_q, all_k, offset
         )
         row = tile * BLOCK_M + CONSUMER * ROWS
         q_pos = q_offset + row + index
-        plan, right_end, full_end, num_tiles, num_keys = kv_tile_plan(
-            tile, q_len, k_len, q_offset, mask_args, block_lists, bh // heads, bh % heads // groups,
+        found = kv_tile_plan(
+            tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups,
             CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        o = gl.zeros([ROWS, DV], gl.float32, O)
+        if SPLIT_KV:
+            found = split_of_plan(found, split, splits)
+        plan, right_end, full_end, num_tiles, num_keys = found
+        o = gl.zeros([ROWS * PACK, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
-        q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS, D])
+        q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS * PACK, D])
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
         k_start = kv_tile(0, plan, block_lists) * BLOCK_N
         row_max, row_sum, rescale, p, k_state = _first_tile(
@@ -258,17 +281,24 @@ def consume(
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, bh % heads)
-        lse_pointers = lse + bh.to(gl.int64) * all_q + q_start + row + index
+        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, h)
+        bh = (b * heads + h).to(gl.int64)
+        if PACK > 1:
+            bh += packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))[0]
+        lse_pointers = lse + bh * all_q + q_start + row + index
+        o_ptr = out.ptr
+        if SPLIT_KV:
+            o_ptr += split.to(gl.int64) * split_strides[0]
+            lse_pointers += split.to(gl.int64) * split_strides[1]
         gl.store(lse_pointers, row_lse, mask=row + index < q_len)
-        origin = bh // heads, bh % heads, q_start + row
+        origin = b, h, q_start + row
         if DIRECT_STORE:
-            _direct_store(out, o, origin, q_len - row, V_DIM)
+            _direct_store(o_ptr, out, o, origin, q_len - row, V_DIM, PACK)
         else:
             tma.store_wait(0)  # of the tile before
             if varlen.q_tiles is None or row + ROWS <= q_len:
                 _tma_store(o_desc, o_smem.index(CONSUMER), o, origin)
             else:
-                _direct_store(out, o, origin, q_len - row, V_DIM)
+                _direct_store(o_ptr, out, o, origin, q_len - row, V_DIM, PACK)
         q_state = next_stage(q_stage, q_phase, Q_STAGES)
     tma.store_wait(0)

@@ -30,16 +30,21 @@ from saccade.ops.gpu.triton_lang import LOG2E
         "heads_per_section",
         "num_work_tiles",
         "num_pages",
+        "splits",
+        "out_split",
+        "lse_split",
     ]
 )
 def forward_kernel(
     q, k, v, out, lse, sink_logits, mask_args, block_lists, varlen, scale, q_len, k_len, q_offset,
     batch, heads, groups, num_q_tiles, heads_per_section, num_work_tiles, num_pages,
+    splits, out_split, lse_split,
     CAUSAL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr,
     REGISTERS: gl.constexpr, ZERO_V_TAIL: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    PACK: gl.constexpr, SPLIT_KV: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T) v over visible keys; q, k, v, out are StridedTensors, lse `[B, H, Lq]`.
 
@@ -50,11 +55,14 @@ def forward_kernel(
         REGISTERS: of a thread of a consumer; the producer gets what is left.
         ZERO_V_TAIL: sequences may end before the storage that their tiles are loaded from.
         PAGE_SIZE: slots of a page, k and v being a pool of `num_pages` pages; None: they are dense.
+        BLOCK_M: queries of a tile, each of PACK heads of one KV head: 64 rows a consumer.
+        SPLIT_KV: the keys are divided into `splits`; out and lse are float32 and of the first, and
+            out_split and lse_split are the strides between splits.
     """
     ROWS: gl.constexpr = BLOCK_M // CONSUMERS
     PRODUCER_REGISTERS: gl.constexpr = 504 - CONSUMERS * REGISTERS
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    q_desc = tensor_descriptor(q, batch, heads, q_len, DIM, ROWS, D)
+    q_desc = tensor_descriptor(q, batch, heads, q_len, DIM, ROWS, D, PACK)
     if PAGE_SIZE is None:
         k_desc = tensor_descriptor(k, batch, heads // groups, k_len, DIM, BLOCK_N, D)
         v_desc = tensor_descriptor(v, batch, heads // groups, k_len, V_DIM, BLOCK_N, DV)
@@ -62,8 +70,13 @@ def forward_kernel(
         BOX: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
         k_desc = tensor_descriptor(k, num_pages, heads // groups, PAGE_SIZE, DIM, BOX, D)
         v_desc = tensor_descriptor(v, num_pages, heads // groups, PAGE_SIZE, V_DIM, BOX, DV)
-    o_desc = tensor_descriptor(out, batch, heads, q_len, V_DIM, ROWS, DV)
-    q_smem = gl.allocate_shared_memory(DTYPE, [Q_STAGES * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    if DIRECT_STORE:
+        o_desc = q_desc  # never used
+    else:
+        o_desc = tensor_descriptor(out, batch, heads, q_len, V_DIM, ROWS, DV)
+    q_smem = gl.allocate_shared_memory(
+        DTYPE, [Q_STAGES * CONSUMERS, 1, PACK, ROWS, D], q_desc.layout
+    )
     k_smem = gl.allocate_shared_memory(DTYPE, [K_STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [V_STAGES, 1, 1, BLOCK_N, DV], v_desc.layout)
     if DIRECT_STORE:
@@ -94,27 +107,31 @@ def forward_kernel(
     fence_async_shared()
 
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, pingpong)
-    sizes = (q_len, k_len, q_offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles)
+    sizes = (q_len, k_len, q_offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles,
+             splits)  # fmt: skip
     scale_log2 = scale * LOG2E
     smem = (q_smem, k_smem, v_smem, bars)
     producer_args = (q_desc, k_desc, v_desc, smem, sizes, mask_args, block_lists, varlen)
-    args = (out, o_desc, lse, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args, block_lists,
-            varlen, scale_log2)  # fmt: skip
+    split_strides = (out_split, lse_split)
+    args = (out, o_desc, lse, split_strides, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args,
+            block_lists, varlen, scale_log2)  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, DIM, V_DIM, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, PACK, SPLIT_KV, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, DIM, V_DIM, 1)),
-            (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
+                       ZERO_V_TAIL, DIM, V_DIM, PACK, SPLIT_KV, 1)),
+            (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE, PACK,
+                       SPLIT_KV)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, DIM, V_DIM, 0)),
+                       ZERO_V_TAIL, DIM, V_DIM, PACK, SPLIT_KV, 0)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, DIM, V_DIM, 1)),
+                       ZERO_V_TAIL, DIM, V_DIM, PACK, SPLIT_KV, 1)),
             (consume, (args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, PINGPONG, DIRECT_STORE, CONSUMERS,
-                       ZERO_V_TAIL, DIM, V_DIM, 2)),
-            (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE)),
+                       ZERO_V_TAIL, DIM, V_DIM, PACK, SPLIT_KV, 2)),
+            (produce, (producer_args, CAUSAL, BLOCK_M, BLOCK_N, ROWS, CONSUMERS, PAGE_SIZE, PACK,
+                       SPLIT_KV)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,15 +12,18 @@ from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, varlen_q_tiles
+from saccade.ops.attention.nvidia.gluon.prefill.splits import NOT_SHARED, Sharing, sharing_of
 from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.attention.nvidia.triton.launch import mask_args_of
+from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv
 from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
 from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
 
+FEW_ROWS = 128  # of the tiles of problems that are shared out; see `splits`
 REGISTERS_PER_LANE = 512  # 65536 registers of a multiprocessor over the 128 threads of a warpgroup
 
 
@@ -36,6 +39,7 @@ class PrefillLaunch:
         l2_bytes: K and V that CTAs read at one time, so that they stay in the L2 cache.
         pingpong: consumers issue their products alternately.
         direct_store: O is stored from registers (shared memory has no room for it).
+        pack, splits: see Sharing.
     """
 
     consumers: int
@@ -47,11 +51,13 @@ class PrefillLaunch:
     l2_bytes: int
     pingpong: bool = True
     direct_store: bool = False
+    pack: int = 1
+    splits: int = 1
 
     @property
     def block_m(self) -> int:
         """Queries of a tile."""
-        return 64 * self.consumers
+        return 64 * self.consumers // self.pack
 
 
 @cache
@@ -62,18 +68,25 @@ def measured_launch(head_dim: int, variant: str = "") -> PrefillLaunch:
     return PrefillLaunch(**tuning.rows("prefill")[name])
 
 
-def launch_of(problem: Problem) -> PrefillLaunch:
+def launch_of(
+    problem: Problem, sharing: Sharing = NOT_SHARED, *, paged: bool = False
+) -> PrefillLaunch:
     """The launch for a problem.
 
-    Windows and block lists need registers for their masks, and tiles of 128 queries, of which
-    selected blocks are multiples; varlen sequences and pages need registers in the producer.
+    Windows, block lists and shared tiles need registers for their masks, and tiles of 128 rows, of
+    which selected blocks are multiples; varlen sequences and pages need registers in the producer.
     """
-    dim = problem.q.shape[3]
-    if any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets)):
-        return measured_launch(dim, "varlen")
-    if problem.block_mask is not None or problem.mask.window is not None:
-        return measured_launch(dim, "masked")
-    return measured_launch(dim)
+    dim, shared = problem.q.shape[3], sharing.splits > 1
+    varlen = any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets))
+    if paged or (varlen and not shared):
+        launch = measured_launch(dim, "varlen")
+    elif problem.block_mask is not None or problem.mask.window is not None or shared:
+        launch = measured_launch(dim, "masked")
+    else:
+        launch = measured_launch(dim)
+    if not shared:
+        return launch
+    return replace(launch, pack=sharing.pack, splits=sharing.splits, direct_store=True)
 
 
 def forward(
@@ -89,14 +102,34 @@ def forward(
         page_table: the pages of each row, where k and v of the problem are a pool of pages.
         out: where the output goes; default a contiguous tensor.
     """
+    q, v = problem.q, problem.v
+    sharing = NOT_SHARED if launch else sharing_of(problem, FEW_ROWS, multiprocessors(q.device))
+    launch = launch or launch_of(problem, sharing, paged=page_table is not None)
+    if sharing.splits > 1:
+        partials = SplitKVPartials(problem, sharing.splits)
+        strides = partials.out.stride(0), partials.lse.stride(0)
+        _launch(problem, launch, page_table, partials.out[0], partials.lse[0], strides)
+        return partials.combine(q.dtype)
+    if out is None:
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _launch(problem, launch, page_table, out, lse)
+    return AttentionOutput(out, lse)
+
+
+def _launch(
+    problem: Problem,
+    launch: PrefillLaunch,
+    page_table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    split_strides: tuple[int, int] | None = None,
+) -> None:
+    """Launch the kernel; with `split_strides` out and lse are of the first of `launch.splits`."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
-    launch = launch or launch_of(problem)
-    if out is None:
-        out = torch.empty(batch, heads, q_len, v.shape[3], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
-    num_work_tiles = num_q_tiles * batch * heads
+    num_work_tiles = num_q_tiles * launch.splits * batch * heads // launch.pack
     set_tma_allocator()
     with on(q.device):
         launch_kernel(
@@ -116,10 +149,12 @@ def forward(
             batch,
             heads,
             heads // k.shape[1],
-            num_q_tiles,
-            heads_per_section(problem, launch.l2_bytes),
+            num_q_tiles * launch.splits,
+            heads_per_section(problem, launch.l2_bytes) // launch.pack,
             num_work_tiles,
             k.shape[0],
+            launch.splits,
+            *(split_strides or (0, 0)),
             CAUSAL=problem.mask.causal,
             DIM=dim,
             V_DIM=v.shape[3],
@@ -127,10 +162,10 @@ def forward(
             DV=tile_dim(v.shape[3]),
             ZERO_V_TAIL=varlen.q_tiles is not None or varlen.kv_lens is not None,
             PAGE_SIZE=None if page_table is None else k.shape[2],
+            SPLIT_KV=split_strides is not None,
             **constants(launch),
             **options(launch.consumers),
         )
-    return AttentionOutput(out, lse)
 
 
 def varlen_info(
@@ -165,6 +200,7 @@ def constants(launch: PrefillLaunch) -> dict[str, int | bool]:
         "PINGPONG": launch.pingpong,
         "DIRECT_STORE": launch.direct_store,
         "REGISTERS": launch.registers,
+        "PACK": launch.pack,
     }
 
 

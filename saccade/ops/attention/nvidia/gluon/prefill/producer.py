@@ -11,22 +11,24 @@ from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
     kv_tile,
     kv_tile_plan,
     next_stage,
-    work_tile,
+    split_of_plan,
+    work_of,
     work_tile_count,
 )
 
 
 @gluon.jit
 def tensor_descriptor(
-    x, batch, heads, rows, width, BOX_ROWS: gl.constexpr, BOX_WIDTH: gl.constexpr
-):
-    """TMA descriptor of a StridedTensor `[batch, heads, rows, width]`, in boxes of its last two."""
+    x, batch, heads, rows, width, BOX_ROWS: gl.constexpr, BOX_WIDTH: gl.constexpr,
+    BOX_HEADS: gl.constexpr = 1,
+):  # fmt: skip
+    """TMA descriptor of a StridedTensor `[batch, heads, rows, width]`, in boxes of one batch."""
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(
-        [1, 1, BOX_ROWS, BOX_WIDTH], x.ptr.dtype.element_ty
+        [1, BOX_HEADS, BOX_ROWS, BOX_WIDTH], x.ptr.dtype.element_ty
     )
     return tma.make_tensor_descriptor(
         x.ptr, [batch, heads, rows, width], [x.batch, x.head, x.row, 1],
-        [1, 1, BOX_ROWS, BOX_WIDTH], LAYOUT,
+        [1, BOX_HEADS, BOX_ROWS, BOX_WIDTH], LAYOUT,
     )  # fmt: skip
 
 
@@ -63,21 +65,19 @@ def _load_kv_tile(
 @gluon.jit
 def produce(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
-    CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, SPLIT_KV: gl.constexpr,
 ):  # fmt: skip
     """Load all tiles that the consumers read, in their order, each as soon as a stage is empty."""
     q_desc, k_desc, v_desc, smem, sizes, mask_args, block_lists, varlen = args
     q_smem, k_smem, v_smem, bars = smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _pingpong = bars
-    all_q, all_k, offset, heads, groups, num_q_tiles, heads_per_section, num_work_tiles = sizes
+    all_q, all_k, offset, _heads, groups, _q_tiles, _section, num_work_tiles, splits = sizes
     K_STAGES: gl.constexpr = k_smem.shape[0]
     V_STAGES: gl.constexpr = v_smem.shape[0]
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     k_stage, k_phase, v_stage, v_phase, q_stage, q_phase = 0, 1, 0, 1, 0, 1
     for i in range(work_tile_count(num_work_tiles)):
-        bh, tile = work_tile(i, num_q_tiles, heads_per_section, num_work_tiles)
-        b = bh // heads
-        h = bh % heads
+        b, h, tile, split = work_of(i, sizes, PACK, SPLIT_KV)
         q_start, k_start, q_len, k_len, q_offset, tile = seqlens_of_tile(
             varlen, b, tile, all_q, all_k, offset
         )
@@ -90,10 +90,13 @@ def produce(
                 q_smem.index(q_stage * CONSUMERS + c),
             )  # fmt: skip
         q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
-        plan, _right_end, _full_end, num_tiles, num_keys = kv_tile_plan(
+        found = kv_tile_plan(
             tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups,
             CAUSAL, BLOCK_M, BLOCK_N,
         )  # fmt: skip
+        if SPLIT_KV:
+            found = split_of_plan(found, split, splits)
+        plan, _right_end, _full_end, num_tiles, num_keys = found
         for j in range(num_tiles):
             start = k_start + kv_tile(j, plan, block_lists) * BLOCK_N
             _load_kv_tile(

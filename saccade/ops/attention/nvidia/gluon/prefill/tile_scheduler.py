@@ -30,6 +30,22 @@ def work_tile(i, num_q_tiles, heads_per_section, num_work_tiles):
 
 
 @gluon.jit
+def work_of(i, sizes, PACK: gl.constexpr, SPLIT_KV: gl.constexpr):
+    """The i-th work tile of this CTA: (row of the batch, its first head, tile, split of the keys).
+
+    Args:
+        PACK: heads of one KV head whose queries a tile holds.
+    """
+    _q, _k, _offset, heads, _groups, num_q_tiles, heads_per_section, num_work_tiles, splits = sizes
+    bh, tile = work_tile(i, num_q_tiles, heads_per_section, num_work_tiles)
+    split = 0
+    if SPLIT_KV:
+        split = tile % splits
+        tile = tile // splits
+    return bh // (heads // PACK), bh % (heads // PACK) * PACK, tile, split
+
+
+@gluon.jit
 def work_tile_count(num_work_tiles):
     """How many work tiles this CTA computes."""
     num_ctas = gl.num_programs(0)
@@ -73,9 +89,23 @@ def kv_tile_plan(
         right_end = last - full_to
         full_end = last - full_from
         num_tiles = last - first + num_sinks
-        plan = last, num_tiles, num_sinks
+        plan = last, num_tiles, num_sinks, 0
     num_keys = gl.where(num_tiles > 0, k_len, 0)
     return plan, right_end, full_end, gl.maximum(num_tiles, 1), num_keys
+
+
+@gluon.jit
+def split_of_plan(found, split, splits):
+    """What `kv_tile_plan` found, for one split of the tiles of keys: a run of them, maybe empty."""
+    plan, right_end, full_end, num_tiles, num_keys = found
+    last, all_tiles, num_sinks, _begin = plan
+    begin = num_tiles * split // splits
+    count = num_tiles * (split + 1) // splits - begin
+    right_end = gl.minimum(gl.maximum(right_end - begin, 0), count)
+    full_end = gl.minimum(gl.maximum(full_end - begin, 0), count)
+    num_keys = gl.where(count > 0, num_keys, 0)
+    plan = last, all_tiles, num_sinks, begin
+    return plan, right_end, full_end, gl.maximum(count, 1), num_keys
 
 
 @gluon.jit
@@ -85,7 +115,8 @@ def kv_tile(j, plan, block_lists):
         listed, full, partial = plan
         tile = gl.load(listed + gl.where(j < partial, full + j, j - partial))
     else:
-        last, num_tiles, num_sinks = plan
+        last, num_tiles, num_sinks, begin = plan
+        j += begin
         tile = gl.where(j < num_tiles - num_sinks, last - 1 - j, num_tiles - 1 - j)
         tile = gl.maximum(tile, 0)
     return tile
