@@ -66,15 +66,18 @@ def main(what: str, rows: Sequence[Row], argv: Sequence[str] | None = None) -> d
         record |= _resumed(args.resume, what)
     begin = time.perf_counter()
     found = record["rows"]
-    found += [None] * (len(chosen) - len(found))
     for at, row in enumerate(chosen):
-        if found[at] is not None:
+        if at < len(found) and found[at] is not None:
             continue
         if time.perf_counter() - begin > args.seconds:
             break
-        found[at] = _measured(row, args.tiny)
-        record["complete"] = None not in found
-        print(found[at], flush=True)
+        measured = _measured(row, args.tiny)
+        if at < len(found):
+            found[at] = measured
+        else:
+            found.append(measured)
+        record["complete"] = len(found) == len(chosen) and None not in found
+        print(measured, flush=True)
         if args.out:
             write_whole(args.out, as_text(record))
     return record

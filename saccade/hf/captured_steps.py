@@ -4,7 +4,7 @@ A step of transformers is a thousand launches from Python, which take longer tha
 read the weights.  Where the decoder of an attached model is called for one more token in every row
 over saccade's own caches, a `DecodeStep` computes it, by the fused kernels that a Context uses.
 Every other call is the model's own: a prompt, padded rows, caches that need the host for each token
-(pages, keys in host memory), sparse patterns over quantized keys.  A warning says once why.
+(pages), sparse patterns over quantized keys.  A warning says once why.
 """
 
 from __future__ import annotations

@@ -106,6 +106,10 @@ def test_a_record_that_stopped_is_gone_on_with(tmp_path):
     assert record["complete"] and [row["case"] for row in record["rows"]] == ["a", "b"]
     assert record["rows"][0] == json.loads(json.dumps(begun["rows"][0]))
     assert [part["rows"] for part in record["resumed"]] == [1]
+    path.write_text(json.dumps(record | {"rows": [None, record["rows"][1]]}))
+    again = gpu_run.main("what", rows, [*first, str(path), "--resume", str(path)])
+    assert again["complete"] and again["rows"][0]["case"] == "a" and again["rows"][0]["ms"]
+    assert [part["rows"] for part in again["resumed"]] == [1, 1]
     with pytest.raises(SystemExit, match="is no record of this benchmark"):
         gpu_run.main("something else", rows, [*first, str(path), "--resume", str(path)])
 

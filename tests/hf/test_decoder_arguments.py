@@ -67,11 +67,11 @@ def test_wrong_places_are_refused(case):
     decoder, x = extension().Decoder(*parts, 128, ""), torch.zeros(1, 1, described.hidden)
     decoder.begin(record(x), 1)
     if view is not None:
-        decoder.stored(0, VIEWS[type(view)](view), view.hadamard, None)
+        decoder.stored(0, VIEWS[type(view)](view), view.hadamard, None, None)
     table = torch.zeros(1, 16)
     kinds = [(record(table), record(table), -1, 0)]
     with pytest.raises(ValueError, match=message):
-        decoder.run(0, [place], kinds, [0] * 4)
+        decoder.run(0, [(*place, 0)], kinds, [0] * 4)
 
 
 def test_wrong_layers_and_tables_are_refused():
@@ -79,17 +79,17 @@ def test_wrong_layers_and_tables_are_refused():
     parts = (described.hidden, described.layers, described.norm, described.head)
     decoder, x = extension().Decoder(*parts, 128, ""), torch.zeros(1, 1, described.hidden)
     decoder.begin(record(x), 1)
-    decoder.stored(3, VIEWS[DenseKV](SLOTS), False, None)
+    decoder.stored(3, VIEWS[DenseKV](SLOTS), False, None, None)
     tables = [(record(torch.zeros(1, n)), record(torch.zeros(1, n)), -1, 0) for n in (16, 18)]
     with pytest.raises(ValueError, match="layers that there are"):
-        decoder.run(3, [(0, 0, ())] * 2, tables, [0] * 4)
+        decoder.run(3, [(0, 0, (), 0)] * 2, tables, [0] * 4)
     with pytest.raises(ValueError, match="no such kind"):
-        decoder.run(3, [(0, 0, ())], tables, [2] * 4)
+        decoder.run(3, [(0, 0, (), 0)], tables, [2] * 4)
     with pytest.raises(ValueError, match="more than a head"):
-        decoder.run(3, [(0, 0, ())], tables, [1] * 4)
+        decoder.run(3, [(0, 0, (), 0)], tables, [1] * 4)
     pages = PagedCache(page_size=4)
     view = pages.append(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16))
     with pytest.raises(ValueError, match="dense, quantized and ragged views alone"):
-        decoder.stored(0, VIEWS[type(view)](view), False, None)
+        decoder.stored(0, VIEWS[type(view)](view), False, None, None)
     with pytest.raises(ValueError, match="no such layer"):
-        decoder.stored(4, VIEWS[DenseKV](SLOTS), False, None)
+        decoder.stored(4, VIEWS[DenseKV](SLOTS), False, None, None)

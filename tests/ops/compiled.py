@@ -126,7 +126,7 @@ def compile_gluon(
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
         "splits": 4, "out_split": 32 * 8192 * dim, "lse_split": 32 * 8192,
-        "SPLIT_KV": sharing is not None, "CAUSAL": True, "DIM": dim, "V_DIM": value_dim,
+        "CAUSAL": True, "DIM": dim, "V_DIM": value_dim,
         "D": tile_dim(dim), "DV": tile_dim(value_dim),
     }  # fmt: skip
     return compile_for(

@@ -22,7 +22,7 @@ from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu import triton_lang
 from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs
 
-ROWS = 64  # queries of a consumer
+ROWS = 64  # rows of a consumer: its queries of each head that a tile holds
 
 
 class Integer(int):
@@ -94,17 +94,18 @@ class Barriers:
 
 def _tma_load(desc: Any, at: list[int], _full: Any, target: Any) -> None:
     page, head, row = (int(coordinate) for coordinate in at[:3])
-    rows = desc.block_type.shape[2]
-    assert 0 <= page < desc.x.shape[0] and 0 <= head < desc.x.shape[1]
+    _, heads, rows, _ = desc.block_type.shape
+    assert 0 <= page < desc.x.shape[0] and 0 <= head <= desc.x.shape[1] - heads
     first, stop = max(row, 0), min(row + rows, desc.x.shape[2])
     target.data.zero_()
     if stop > first:
-        target.data[first - row : stop - row] = desc.x[page, head, first:stop]
+        box = target.data.unflatten(0, (heads, rows))
+        box[:, first - row : stop - row] = desc.x[page, head : head + heads, first:stop]
 
 
-def _descriptor(x: Tensor, rows: int) -> SimpleNamespace:
+def _descriptor(x: Tensor, rows: int, heads: int = 1) -> SimpleNamespace:
     return SimpleNamespace(
-        x=x, block_type=SimpleNamespace(shape=[1, 1, rows, x.shape[3]], nbytes=0)
+        x=x, block_type=SimpleNamespace(shape=[1, heads, rows, x.shape[3]], nbytes=0)
     )
 
 
@@ -158,6 +159,7 @@ class WorkTile(NamedTuple):
         q_start, q_len: first query and number of queries of its sequence; q_offset: their position.
         tile: index within the sequence; num_keys: keys of the sequence.
         k_starts: first key of each tile of keys; masked: whether that tile needs a mask.
+        split: of the keys.
     """
 
     b: int
@@ -169,11 +171,12 @@ class WorkTile(NamedTuple):
     num_keys: int
     k_starts: list[int]
     masked: list[bool]
+    split: int
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """One launch of the kernel."""
+    """One launch of the kernel; `out` and `lse` are those of every split."""
 
     problem: Problem
     launch: PrefillLaunch
@@ -190,7 +193,7 @@ class Emulation:
     def run(self, cta: Cta) -> None:
         """Let the producer load everything, then compute every work tile as its consumers would."""
         smem, loaded, consumers = self._produce(cta), 0, self.launch.consumers
-        for i in range(cta.tile_scheduler.work_tile_count(self.sizes[-1])):
+        for i in range(cta.tile_scheduler.work_tile_count(self.sizes[-2])):
             work = self._work_tile(cta, i)
             for consumer in range(consumers):
                 q_tile = smem.q[i * consumers + consumer]
@@ -203,38 +206,46 @@ class Emulation:
         k_smem, v_smem = (Stages(block_n, dim) for _ in range(2))
         smem = Smem(Stages(ROWS, dim), k_smem, v_smem)
         box = block_n if self.page_size is None else min(self.page_size, block_n)
-        q_desc = _descriptor(problem.q, ROWS)
+        queries = ROWS // launch.pack
+        q_desc = _descriptor(problem.q, queries, launch.pack)
         k_desc, v_desc = (_descriptor(x, box) for x in (problem.k, problem.v))
         bars = (Barriers(),) * 7
         args = (q_desc, k_desc, v_desc, (*smem, bars), self.sizes, self.mask_args, BlockLists(),
                 self.varlen)  # fmt: skip
-        tile = (launch.block_m, block_n, ROWS, consumers)
-        cta.producer.produce(args, problem.mask.causal, *tile, self.page_size)
+        tile = (launch.block_m, block_n, queries, consumers)
+        shared = (launch.pack, launch.splits > 1)
+        cta.producer.produce(args, problem.mask.causal, *tile, self.page_size, *shared)
         return smem
 
     def _work_tile(self, cta: Cta, i: int) -> WorkTile:
-        q_len, k_len, q_offset, heads, groups, *order = self.sizes
+        q_len, k_len, q_offset, _, groups, *_ = self.sizes
         scheduler, lists, block_n = cta.tile_scheduler, BlockLists(), self.launch.block_n
-        bh, tile = scheduler.work_tile(Integer(i), *order)
-        b, h = bh // heads, bh % heads
+        splits = self.launch.splits
+        b, h, tile, split = scheduler.work_of(
+            Integer(i), self.sizes, Integer(self.launch.pack), splits > 1
+        )
         q_start, _, q_len, k_len, q_offset, tile = cta.seqlen_info.seqlens_of_tile(
             self.varlen, b, tile, q_len, k_len, q_offset
         )
-        plan, right_end, full_end, count, num_keys = scheduler.kv_tile_plan(
+        found = scheduler.kv_tile_plan(
             tile, q_len, k_len, q_offset, self.mask_args, lists, b, h // groups,
             self.problem.mask.causal, self.launch.block_m, block_n,
         )  # fmt: skip
+        if splits > 1:
+            found = scheduler.split_of_plan(found, split, Integer(splits))
+        plan, right_end, full_end, count, num_keys = found
         k_tiles = [scheduler.kv_tile(Integer(j), plan, lists) for j in range(count)]
         masked = [j == 0 or j < right_end or j >= full_end for j in range(count)]
         numbers = map(int, (b, h, q_start, q_len, q_offset, tile, num_keys))
-        return WorkTile(*numbers, [int(k) * block_n for k in k_tiles], masked)
+        return WorkTile(*numbers, [int(k) * block_n for k in k_tiles], masked, int(split))
 
     def _consume(
         self, work: WorkTile, consumer: int, q_tile: Tensor, smem: Smem, first_stage: int
     ) -> None:
         """Output and lse of one consumer's rows of a work tile."""
-        row = work.tile * self.launch.block_m + consumer * ROWS
-        q_pos = work.q_offset + row + torch.arange(ROWS)
+        pack, queries = self.launch.pack, ROWS // self.launch.pack
+        row = work.tile * self.launch.block_m + consumer * queries
+        q_pos = (work.q_offset + row + torch.arange(queries)).repeat(pack)
         scores, values = [], []
         for j, k_start in enumerate(work.k_starts):
             k, v = smem.k[first_stage + j], smem.v[first_stage + j].clone()
@@ -251,10 +262,12 @@ class Emulation:
         p = (s - row_max[:, None]).exp()
         row_sum = p.sum(1)
         out = p @ torch.cat(values) / row_sum.clamp(min=1e-300)[:, None]
-        n, at = max(0, min(ROWS, work.q_len - row)), work.q_start + row
-        place = work.b, work.h, slice(at, at + n)
+        n, at = max(0, min(queries, work.q_len - row)), work.q_start + row
+        place = work.split, work.b, slice(work.h, work.h + pack), slice(at, at + n)
         assert self.out[place].isnan().all(), "a row was written twice"
-        self.out[place], self.lse[place] = out[:n], (row_max + row_sum.log())[:n]
+        lse = row_max + row_sum.log()
+        self.out[place] = out.unflatten(0, (pack, queries))[:, :n]
+        self.lse[place] = lse.unflatten(0, (pack, queries))[:, :n]
 
     def _visible(self, q_pos: Tensor, k_pos: Tensor, num_keys: int) -> Tensor:
         """Which keys are visible to which queries, `[queries, keys]`."""
@@ -274,10 +287,11 @@ def forward(
     batch, heads, q_len, _ = problem.q.shape
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
     tensors = {n: Pointer(x) for n, x in varlen._asdict().items() if isinstance(x, Tensor)}
-    groups, num_work_tiles = heads // problem.k.shape[1], num_q_tiles * batch * heads
-    sizes = (q_len, problem.num_keys, problem.q_offset, heads, groups, num_q_tiles, groups,
-             num_work_tiles)  # fmt: skip
-    out = torch.full(problem.q.shape, torch.nan, dtype=torch.float64)
+    groups, pack, splits = heads // problem.k.shape[1], launch.pack, launch.splits
+    num_work_tiles = num_q_tiles * splits * batch * heads // pack
+    sizes = (q_len, problem.num_keys, problem.q_offset, heads, groups, num_q_tiles * splits,
+             groups // pack, num_work_tiles, splits)  # fmt: skip
+    out = torch.full((splits, *problem.q.shape), torch.nan, dtype=torch.float64)
     emulation = Emulation(
         problem,
         launch,
@@ -290,4 +304,5 @@ def forward(
     num_ctas = min(num_ctas, num_work_tiles)
     for index in range(num_ctas):
         emulation.run(Cta(index, num_ctas))
-    return AttentionOutput(emulation.out, emulation.lse)
+    weights = emulation.lse.softmax(0).nan_to_num()[..., None]  # a row without keys is zeros
+    return AttentionOutput((weights * emulation.out).sum(0), emulation.lse.logsumexp(0))

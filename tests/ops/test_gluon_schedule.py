@@ -16,6 +16,7 @@ from saccade.core import DenseKV, Mask, PagedKV
 from saccade.ops import attention
 from saccade.ops.attention.api import make_call
 from saccade.ops.attention.nvidia.gluon.prefill.launch import measured_launch
+from saccade.ops.attention.nvidia.gluon.prefill.splits import num_splits
 from saccade.ops.attention.nvidia.problem import dense_problem, paged_kv_lens, problem_of
 from tests.ops import gluon_emulator
 from tests.ops.gluon_emulator import Cta, Integer
@@ -87,6 +88,25 @@ def test_pages(mask, page_size, block_n, batch):
     problem = problem_of(call, view.k, view.v, paged_kv_lens(call))
     found = gluon_emulator.forward(problem, launch(block_n), view.page_table)
     assert_equal(found, truth_of(batch, mask))
+
+
+@pytest.mark.parametrize(("pack", "splits"), [(4, 5), (1, 3), (2, 9)])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_heads_share_tiles_and_keys_are_divided(mask, pack, splits):
+    """Some splits have no tile of keys, and some rows see no key of a split."""
+    torch.manual_seed(0)
+    q, k, v = random(2, 8, 70, 16), random(2, 2, 900, 16), random(2, 2, 900, 16)
+    truth = attention(q, k, v, **mask, return_lse=True, backend="reference")
+    call = make_call(q, DenseKV(k, v), mask=Mask(**mask))
+    shared = replace(launch(), pack=pack, splits=splits)
+    assert_equal(gluon_emulator.forward(dense_problem(call), shared), truth)
+
+
+def test_splits_fill_the_gpu():
+    """Times by hand: 8 tiles on 132 CTAs are one round up to 16 splits; 96 tiles are best in 4."""
+    assert num_splits(8, 132, 8) == 8 and num_splits(8, 132, 32) == 15
+    assert num_splits(96, 132, 32) == 4 and num_splits(128, 132, 32) == 1
+    assert num_splits(8, 132, 1) == 1
 
 
 def paged(x, order, page_size):

@@ -103,10 +103,11 @@ def forward(
         out: where the output goes; default a contiguous tensor.
     """
     q, v = problem.q, problem.v
-    sharing = NOT_SHARED if launch else sharing_of(problem, FEW_ROWS, multiprocessors(q.device))
-    launch = launch or launch_of(problem, sharing, paged=page_table is not None)
-    if sharing.splits > 1:
-        partials = SplitKVPartials(problem, sharing.splits)
+    if launch is None:
+        sharing = sharing_of(problem, FEW_ROWS, multiprocessors(q.device))
+        launch = launch_of(problem, sharing, paged=page_table is not None)
+    if launch.splits > 1:
+        partials = SplitKVPartials(problem, launch.splits)
         strides = partials.out.stride(0), partials.lse.stride(0)
         _launch(problem, launch, page_table, partials.out[0], partials.lse[0], strides)
         return partials.combine(q.dtype)
@@ -123,9 +124,9 @@ def _launch(
     page_table: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    split_strides: tuple[int, int] | None = None,
+    split_strides: tuple[int, int] = (0, 0),
 ) -> None:
-    """Launch the kernel; with `split_strides` out and lse are of the first of `launch.splits`."""
+    """Launch the kernel; out and lse are of the first split, the others `split_strides` further."""
     q, k, v = problem.q, problem.k, problem.v
     batch, heads, q_len, dim = q.shape
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
@@ -154,7 +155,7 @@ def _launch(
             num_work_tiles,
             k.shape[0],
             launch.splits,
-            *(split_strides or (0, 0)),
+            *split_strides,
             CAUSAL=problem.mask.causal,
             DIM=dim,
             V_DIM=v.shape[3],
@@ -162,7 +163,6 @@ def _launch(
             DV=tile_dim(v.shape[3]),
             ZERO_V_TAIL=varlen.q_tiles is not None or varlen.kv_lens is not None,
             PAGE_SIZE=None if page_table is None else k.shape[2],
-            SPLIT_KV=split_strides is not None,
             **constants(launch),
             **options(launch.consumers),
         )
@@ -201,6 +201,7 @@ def constants(launch: PrefillLaunch) -> dict[str, int | bool]:
         "DIRECT_STORE": launch.direct_store,
         "REGISTERS": launch.registers,
         "PACK": launch.pack,
+        "SPLIT_KV": launch.splits > 1,
     }
 
 
