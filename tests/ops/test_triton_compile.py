@@ -199,7 +199,7 @@ def test_the_transform_of_many_rows_is_a_product_of_tiles(dim):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_selecting_compiles(dtype, on_device):
     """Summaries of 128k keys, in registers."""
-    from saccade.ops.attention.nvidia.block_lists import step_list_kernel
+    from saccade.ops.attention.nvidia.block_lists import tile_list_kernel
     from saccade.ops.selection.gpu import SCORED, choose_kernel, score_kernel
 
     blocks, bounds = 4096, dtype == torch.bfloat16
@@ -215,11 +215,13 @@ def test_selecting_compiles(dtype, on_device):
         (choose_kernel, shared | {"scores": scores, "allowed": allowed, "num_blocks": blocks,
                                   "count": blocks, "k_block": 32, "sinks": 1, "window": 2,
                                   "stride": 0, "top": 61, "least": 0}),
-        (step_list_kernel, shared | {"allowed": allowed, "batch_stride": 0, "head_stride": blocks,
-                                     "column_stride": 1, "lists": lists, "counts": lists,
-                                     "heads": KV_HEADS, "columns": blocks, "start": 0,
-                                     "stop": 131_072, "k_block": 32, "block_n": 32,
-                                     "num_blocks": blocks, "COVERED": 3}),
+        (tile_list_kernel, {
+            "allowed": strided(allowed[None, :, None]), "column_stride": 1, "lists": lists,
+            "counts": lists, "q_offset": at, "kv_lens": None, "kv_lens_stride": None, "q_len": 1,
+            "start": 0, "stop": 131_072, "columns": blocks, "heads": KV_HEADS, "groups": 4,
+            "q_block": 1, "k_block": 32, "num_blocks": blocks, "window": None, "sinks": 0,
+            "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK": blocks, "Q_COVERED": 1, "K_COVERED": 1,
+            "DEVICE_OFFSET": on_device, "CAUSAL": True, "CUT": False, "BY_KEYS": False}),
     ):  # fmt: skip
         ptx = compile_for(kernel, options={"num_warps": 4}, **arguments).asm["ptx"]
         assert not re.search(r"(ld|st)\.local", ptx), kernel
