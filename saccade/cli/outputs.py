@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,18 +40,15 @@ def names_of_a_part(files: Mapping[str, str | None]) -> dict[str, str | None]:
     They replace neither the files of a whole run nor an earlier part of one.
     """
 
-    def named(file: str | None, number: int) -> str | None:
-        if file in (None, "-"):
-            return file
-        path = Path(str(file))
-        return str(path.with_name(f"{path.stem}.stopped-{number}{path.suffix}"))
+    written = {name: Path(file) for name, file in files.items() if file not in (None, "-")}
+    number = 1
+    while any(_part(path, number).expanduser().exists() for path in written.values()):
+        number += 1
+    return {**files, **{name: str(_part(path, number)) for name, path in written.items()}}
 
-    for number in itertools.count(1):
-        found = {name: named(file, number) for name, file in files.items()}
-        written = [file for file in found.values() if file not in (None, "-")]
-        if not any(Path(str(file)).expanduser().exists() for file in written):
-            return found
-    raise AssertionError("numbers do not end")
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.stopped-{number}{path.suffix}")
 
 
 def _check(option: str, name: str, path: Path) -> None:

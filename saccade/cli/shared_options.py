@@ -229,12 +229,9 @@ def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
     Args:
         typed: values of CONTEXT, for a field that two options set: the one that was given is named.
     """
-    factor = (typed or {}).get("rope_scale")
-    if factor is not None:
-        message = re.sub(r"\brope_freq_scale=[\d.e-]*\d", f"--rope-scale {factor:g}", message)
+    if (typed or {}).get("rope_freq_scale") is None:  # the plainer one, unless it was not typed
+        message = re.sub(r"\brope_freq_scale=([\d.e-]*\d)", _as_factor, message)
         message = re.sub(r"\brope_freq_scale\b", "--rope-scale", message)
-    elif (typed or {}).get("rope_freq_scale") is None:  # advice names the plainer one
-        message = re.sub(r"\brope_freq_scale\b(?!=)", "--rope-scale", message)
     for option in (*CONTEXT, *SAMPLING):
         if "_" in option.field:  # the others are words of English too
             end = "(?==)" if option.field == "flash_attn" else r"\b"  # a backend has that name
@@ -245,6 +242,11 @@ def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
     message = re.sub(r"\bbackend='(\w+)'", r"--backend \1", message)
     message = re.sub(r"(--[\w-]+)=None\b", r"no \1", message)
     return re.sub(r"(--[\w-]+)=('[^']*'|True|False|[\d.,e+-]*\d)", _as_word, message)
+
+
+def _as_factor(found: re.Match[str]) -> str:
+    """`rope_freq_scale=0.25` as the option that has the factor: `--rope-scale 4`."""
+    return f"--rope-scale {1 / float(found[1]):g}"
 
 
 def _as_word(found: re.Match[str]) -> str:

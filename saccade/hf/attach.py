@@ -229,7 +229,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
 
 def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     params = run.params
-    needed = params.n_swa is not None or params.ctx_checkpoints > 0 or needs_own_cache(params)
+    needed = params.n_swa is not None or needs_own_cache(params)
     if kwargs.get("past_key_values") is None:
         if needed:
             _check_no_conflict(kwargs)

@@ -355,6 +355,6 @@ def _check_identity(
         there, value = theirs.get(name), here["params"].get(name)
         if name not in changeable and there != value:
             raise BadInput(
-                f"{path} was saved with {name}={there!r}, this context has {value!r}. "
+                f"{path} was saved with {name}={there!r}, this context has {name}={value!r}. "
                 f"Give {name} as it was, or start a new session."
             )

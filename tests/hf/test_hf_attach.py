@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from saccade.cache import QuantizedCache, RingCache
 from saccade.core import Unsupported
@@ -64,16 +62,6 @@ def test_what_only_a_context_carries_out_is_refused(llama, option):
         attach(llama, ContextParams(**option)).__enter__()
 
 
-def test_every_option_is_carried_out_or_refused():
-    """A new option of ContextParams has to be thought of here too."""
-    refused = {"n_ctx", "n_batch", "n_keep"}
-    attention = {"flash_attn", "backend", "n_swa", "n_sinks", "sparse", "fused_layers"}
-    caches = {"type_k", "type_v", "page_size", "offload_kqv", "ctx_checkpoints"}
-    policy = {"kv_policy", "kv_budget", "kv_every"}
-    names = {field.name for field in fields(ContextParams)} - refused - attention - caches - policy
-    assert all(name.startswith(("rope_", "yarn_")) for name in names)
-
-
 def test_a_policy_that_nothing_carries_out_is_refused(llama, ids):
     """A call of the model does not say where the prompt ends; generate() does."""
     params = ContextParams(kv_policy="snapkv", kv_budget=8)
@@ -90,6 +78,8 @@ def test_generate_brings_caches_that_can_go_back(ids):
     model = tiny_model(tiny_config("gemma2"))
     with attach(model, ContextParams(ctx_checkpoints=2, fused_layers=False)):
         out = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+        with pytest.raises(Unsupported, match="of storage, compression or checkpoints"):
+            model.generate(ids, max_new_tokens=2, past_key_values=DynamicCache())
     assert isinstance(out.past_key_values, SaccadeCache)
 
 
