@@ -124,26 +124,6 @@ def _note_scale_alone(params: ContextParams, facts: ModelFacts, tokens: int, not
     notes.note(with_flags(f"rope_freq_scale={scale:g} alone {how}{cost}.", notes.typed))
 
 
-def note_short_prompt(params: ContextParams, tokens: int, notes: Notes) -> None:
-    """Say where a prompt is too short for kv_every to keep the cache smaller while it is read."""
-    if params.kv_every is None or params.kv_budget is None:
-        return
-    from saccade.compress import resolve_budget
-
-    budget = resolve_budget(params.kv_budget, tokens)
-    most = budget + params.kv_every + params.n_batch
-    if budget < tokens <= most and params.n_batch > _SMALL_BATCH:
-        notes.note(with_flags(
-            f"a prompt of {tokens:,} tokens is compressed at its end alone: with kv_every="
-            f"{params.kv_every} a cache holds up to {most:,} keys, those of n_batch="
-            f"{params.n_batch} among them. A smaller one keeps it smaller: n_batch={_SMALL_BATCH}.",
-            notes.typed,
-        ))  # fmt: skip
-
-
-_SMALL_BATCH = 64
-
-
 def as_saved(
     params: ContextParams, saved: Mapping[str, Any], n_ctx_train: int, notes: Notes
 ) -> ContextParams:

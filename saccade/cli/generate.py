@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from saccade.cli import shared_options
-from saccade.cli.context_length import (
-    Room,
-    as_saved,
-    note_greedy,
-    note_short_prompt,
-    note_without_effect,
-    reaching,
-)
+from saccade.cli.context_length import Room, as_saved, note_greedy, note_without_effect, reaching
 from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
@@ -133,7 +126,6 @@ def _generate(
     further = 0 if params.n_keep is not None else asked.n_predict
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, seen + len(tokens) + further, notes)
-    note_short_prompt(params, seen + len(tokens), notes)
     if asked.auto:
         params = _chosen(loaded, tokens, params, notes)
     say_check(model, params, notes)

@@ -194,16 +194,20 @@ class ContextParams:
                 "quantized cache cannot hold. Choose one that keeps equally many, such as "
                 "'snapkv', or leave type_k and type_v unset."
             )
-        if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
-            raise ValueError(
-                "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "
-                "quantized types, page_size or kv_policy."
-            )
-        if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
-            raise ValueError(
-                f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
-                "with quantized types, n_swa or kv_policy."
-            )
+        stored = ("type_k", "type_v") if quantized else ()
+        if not self.offload_kqv:
+            what = "offload_kqv=False keeps plain keys in host memory"
+            self._check_alone(what, *stored, "page_size", "kv_policy")
+        if self.page_size is not None:
+            what = f"page_size={self.page_size} needs plain keys of all tokens"
+            self._check_alone(what, *stored, "n_swa", "kv_policy")
+
+    def _check_alone(self, what: str, *others: str) -> None:
+        """Raise ValueError where one of these options is set beside `what`."""
+        for name in others:
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(f"{what}, which {name}={value!r} does not: leave one of them out.")
 
 
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:

@@ -212,9 +212,18 @@ def test_every_answer_is_in_the_session_before_the_next(call, monkeypatch, tmp_p
 
 def test_a_session_of_generate_is_no_dialogue(call, tmp_path):
     words = ["generate", "-m", "m", "-p", "hi", "-n", "2", "--session", str(tmp_path / "s")]
-    assert main.main([*words, "--swa", "80", "--sinks", "4"]) == 0
+    assert main.main(words) == 0
     code, _, said = call("hi\n", "--session", str(tmp_path / "s"))
     assert code == 2 and "is no dialogue: saccade generate saved it" in said
+
+
+def test_a_session_that_has_no_window_goes_on_without_one(call, tmp_path):
+    words = ["--session", str(tmp_path / "s"), "-n", "2", "--json", "-q"]
+    assert call("hello\n", "-c", "120", *words)[0] == 0
+    code, out, said = call("and?\n", *words)
+    assert code == 0, said
+    record = json.loads(out)
+    assert record["n_ctx"] == 120 and "n_swa" not in record["options"]
 
 
 def test_json_lines_and_quiet(call):

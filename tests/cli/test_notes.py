@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from saccade.cli.context_length import note_short_prompt, reaching
+from saccade.cli.context_length import reaching
 from saccade.cli.notes import Notes
 from saccade.hf.facts import facts_of
 from saccade.runtime import ContextParams
@@ -45,17 +45,3 @@ def test_a_factor_without_a_kind_of_scaling_says_what_it_does(rope, tokens, part
 def test_a_kind_of_scaling_that_was_chosen_needs_no_note(kind):
     scale = None if kind == "none" else 0.25
     assert said_of(ContextParams(rope_scaling_type=kind, rope_freq_scale=scale), 100) == ""
-
-
-@pytest.mark.parametrize(
-    ("batch", "tokens", "says"),
-    [(512, 200, True), (512, 700, False), (64, 150, False), (512, 60, False)],
-)
-def test_a_prompt_that_kv_every_cannot_keep_small(batch, tokens, says):
-    """The most keys are the budget, `kv_every` and a batch: 64 + 32 + 512 = 608."""
-    notes = Notes(quiet=True)
-    params = ContextParams(kv_policy="snapkv", kv_budget=64, kv_every=32, n_batch=batch)
-    note_short_prompt(params, tokens, notes)
-    assert len(notes.said) == says
-    for said in notes.said:
-        assert "up to 608 keys" in said and "--batch-size 64" in said
