@@ -81,17 +81,21 @@ def rounding(loaded: LoadedModel) -> str:
 
     if rounds_products(loaded.model):
         cause = "products of many rows with packed weights round their input to bfloat16"
+        without = "--weights f32"
     elif is_half(loaded.model):
         cause = f"every layer rounds to {str(loaded.model.dtype).removeprefix('torch.')}"
+        without = "--dtype f32"
     else:
         return ""
     return (
         f"Differences of this size are rounding: {cause}. Allowed is three times what that was "
-        "measured to cost here. With --weights f32 attention's own rounding is left."
+        f"measured to cost here. With {without} attention's own rounding is left."
     )
 
 
 def _verdict(found: Checked, typed: shared_options.Values) -> str:
     if found.refusal is not None:
         return f"refused: {shared_options.with_flags(found.refusal, typed)}"
+    if found.ok and found.bound >= 1:
+        return "not told apart: rounding alone changes these logits by more than their size"
     return "the same" if found.ok else "DIFFERENT"

@@ -79,7 +79,7 @@ def _print_backends(backends: list[Verdicts]) -> None:
         for line in _refusals(own):
             print(textwrap.indent(line, " " * (width + 16)))
     for line in _refusals(dict(sorted(always))):
-        print(f"  none of these: {line}")
+        print(f"  all of these: {line}")
 
 
 def _refusals(backends: Mapping[str, str]) -> list[str]:

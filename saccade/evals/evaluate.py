@@ -156,7 +156,7 @@ class _Work:
                 self._cell(task, context)
         results = self.report.results
         if results and all(result.status == "does not fit" for result in results):
-            raise BadInput(results[0].note)
+            raise BadInput(f"{results[0].note} Give a longer one.")
         self._progress(self._total, self._total, "done")
 
     def _cell(self, task: str, context: int) -> None:

@@ -215,12 +215,11 @@ class CachedText:
         return hidden
 
     def _run_chunks(self, tokens: Tensor) -> None:
-        rest = len(tokens)
         for chunk in self._chunks(tokens):
             self._run(chunk)
-            rest -= len(chunk)
+            tokens = tokens[len(chunk) :]
             if self._is_due():
-                self._compress(rest)
+                self._compress(len(tokens))
 
     def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
         """At most `n_batch` tokens at a time, read before the next are cut off."""

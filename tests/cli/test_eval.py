@@ -117,6 +117,7 @@ def test_a_context_into_which_no_task_fits_is_never_done(tiny, capsys):
     assert main.main(["eval", "qa_fact", "--context", "10"]) == 2
     err = capsys.readouterr().err
     assert "100 %" not in err and "saccade: qa_fact needs at least" in err
+    assert "got a context of 10. Give a longer one." in err
 
 
 def test_a_length_beyond_the_trained_one_is_said_before_it_is_read(tiny, monkeypatch, capsys):
