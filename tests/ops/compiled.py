@@ -77,7 +77,7 @@ def compile_gluon(
     dim: int,
     mask_args: MaskArgs = RULES,
     *,
-    blocks: bool = False,
+    blocks: tuple[int, int] | None = None,
     varlen: str = "",
     page_size: int | None = None,
     value_dim: int | None = None,
@@ -86,7 +86,7 @@ def compile_gluon(
     """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
 
     Args:
-        blocks: with block lists.
+        blocks: with block lists, heads of a tile and parts of a tile of keys.
         varlen: "packed" sequences, or "kv_lens"; page_size: slots of a page, with kv_lens.
         sharing: heads of a tile and splits of the keys.
     """
@@ -110,6 +110,10 @@ def compile_gluon(
     if sharing:
         out_type = torch.float32
         launch = replace(launch, pack=sharing[0], splits=sharing[1], direct_store=True)
+    elif blocks:
+        pack, parts = blocks
+        direct = launch.direct_store or pack > 1
+        launch = replace(launch, pack=pack, parts=parts, direct_store=direct)
     value_dim = value_dim or dim
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
     info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()

@@ -112,6 +112,25 @@ def score_kernel(
     tl.store(scores + tl.program_id(1).to(tl.int64) * count + block, found, mask=real)
 
 
+@triton.jit
+def _rank_that_reaches(rank, top):
+    """The largest number that at least `top` ranks reach, two bits at a time.
+
+    The counts of the three numbers that are tried share one sum, in 16 bits each.
+    """
+    found = tl.full([1], 0, tl.uint32)
+    for i in tl.static_range(16):
+        step = tl.full([1], 1 << (30 - 2 * i), tl.uint32)
+        counts = (rank >= found + step).to(tl.int64)
+        counts += (rank >= found + 2 * step).to(tl.int64) << 16
+        counts += (rank >= found + 3 * step).to(tl.int64) << 32
+        total = tl.sum(counts, 0)
+        found = tl.where((total & 0xFFFF) >= top, found + step, found)
+        found = tl.where(((total >> 16) & 0xFFFF) >= top, found + step, found)
+        found = tl.where((total >> 32) >= top, found + step, found)
+    return found
+
+
 @triton.jit(do_not_specialize=["q_offset", "q_len", "count", "sinks", "window", "top", "least"])
 def choose_kernel(
     scores, allowed, q_offset, q_len, num_blocks, count, k_block, sinks, window, stride, top,
@@ -131,14 +150,10 @@ def choose_kernel(
     others = seen & (always == 0)
     score = tl.load(scores + row * count + block, mask=others & (block < count), other=0.0)
     bits = score.to(tl.int32, bitcast=True)
-    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # an integer in the order of a float
-    lowest = tl.full([1], -(2**31), tl.int64)
-    found = lowest  # the largest number that at least `top` ranks reach, bit by bit
-    for i in tl.static_range(32):
-        at = found + (1 << (31 - i))
-        reach = tl.sum((others & (rank >= at.to(tl.int32))).to(tl.int32), 0)
-        found = tl.where(reach >= top, at, found)
-    limit = found.to(tl.int32)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # an integer in the order of a float
+    rank = order.to(tl.uint32, bitcast=True) ^ 0x80000000
+    rank = tl.where(others, rank, 0)
+    limit = _rank_that_reaches(rank, top)
     higher = others & (rank > limit)
     equal = others & (rank == limit)
     left = top - tl.sum(higher.to(tl.int32), 0)
