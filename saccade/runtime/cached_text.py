@@ -192,11 +192,11 @@ class CachedText:
                 if not generated or self._params.kv_every is not None:
                     self._start_observing()
                 states.append(self._read_chunk(chunk))
+                done += len(chunk)
                 if self._is_due():
-                    self._compress_now(ends=False)
+                    self._compress_now(len(tokens) - done)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
-                done += len(chunk)
                 if on_progress is not None:
                     on_progress(done, len(tokens))
         return torch.cat(states)[-wanted:]
@@ -217,8 +217,9 @@ class CachedText:
     def _run_chunks(self, tokens: Tensor) -> None:
         for chunk in self._chunks(tokens):
             self._run(chunk)
+            tokens = tokens[len(chunk) :]
             if self._is_due():
-                self._compress(ends=False)
+                self._compress(len(tokens))
 
     def _chunks(self, tokens: Tensor) -> Iterator[Tensor]:
         """At most `n_batch` tokens at a time, read before the next are cut off."""
@@ -340,11 +341,11 @@ class CachedText:
     def compress(self) -> None:
         """Apply `kv_policy` to the caches; without observed queries nothing happens."""
         if self.held.observed:
-            self._compress_now(ends=True)
+            self._compress_now(None)
 
-    def _compress_now(self, *, ends: bool) -> None:
+    def _compress_now(self, rest: int | None) -> None:
         with self._operation(Caches.CHANGING) as held, torch.inference_mode():
-            self._compress(ends=ends)
+            self._compress(rest)
             self._held = held._replace(compressed_at=self._cache.seen, observed=self._observed())
 
     def _is_due(self) -> bool:
@@ -354,14 +355,15 @@ class CachedText:
             return False
         return most_above(self._cache, window, self._params.kv_budget) >= every
 
-    def _compress(self, *, ends: bool = True) -> None:
-        """Compress the caches; observing begins anew behind a prompt, which ends here."""
+    def _compress(self, rest: int | None = None) -> None:
+        """Compress the caches; `rest` tokens follow, None: the prompt ends, and observing too."""
         window, params = self._window, self._params
         if window is None:
             return
         assert params.kv_budget is not None
-        compress_cache(self._cache, window, params.kv_budget, room=None if ends else params.n_batch)
-        self._observe(None if ends else window.after_compression())
+        room = None if rest is None else (params.kv_every or 0) + min(rest, params.n_batch)
+        compress_cache(self._cache, window, params.kv_budget, room=room)
+        self._observe(None if rest is None else window.after_compression())
 
     def reset(self) -> None:
         """Remove everything; memory of caches stays allocated."""
