@@ -153,10 +153,11 @@ def _share(grid: Tensor, block: int, seen: Tensor) -> float:
 
 
 def patterns(keys: int) -> dict[str, RulePattern]:
-    """What is compared for prompts, with blocks of 128 that all kernels take."""
+    """What is compared for prompts: an eighth of the keys, or a share of the attention."""
     top = max(1, keys // 128 // 8)
     return {
         "block top-k": BlockTopK(block=128, top=top, window_blocks=2),
+        "block top-k of 64": BlockTopK(block=64, top=2 * top, window_blocks=4),
         "block top-p": BlockTopP(block=128, p=0.95, window_blocks=2),
         "quest": Quest(block=128, top=top),
     }
@@ -193,23 +194,22 @@ def step_rows(keys: int, device: str, seconds: float) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def captured_rows(keys: int, device: str, seconds: float) -> Iterator[Row]:
-    """One token through the attention of LAYERS layers as one CUDA graph, bf16 and int4 keys."""
-    for storage in ("bf16", "int4"):
-        layers = [stored(storage, *inputs(keys, 1, device, seed)) for seed in range(LAYERS)]
-        works: dict[str, Work] = {"dense": captured(partial(_attend_all, layers, None, None))}
-        kept = dict[str, float]()
-        for name, pattern in few().items():
-            rows = [summaries_of(kv, pattern) for _, kv in layers]
-            q, kv = layers[0]
-            kept[name] = recall(q, kv, pattern.select(q, kv, keys - 1, rows[0]), keys - 1)
-            works[name] = captured(partial(_attend_all, layers, pattern, rows))
-            works[f"{name}: select"] = captured(partial(_select_all, layers, pattern, rows))
-        found = {name: ms / LAYERS for name, ms in medians(works, seconds).items()}
-        yield {
-            "part": "captured", "keys": keys, "storage": storage, "layers": LAYERS,
-            "graph": on_gpu(), "recall": kept, "ms": found,
-        }  # fmt: skip
+def captured_rows(keys: int, storage: str, device: str, seconds: float) -> Iterator[Row]:
+    """One token through the attention of LAYERS layers as one CUDA graph, bf16 or int4 keys."""
+    layers = [stored(storage, *inputs(keys, 1, device, seed)) for seed in range(LAYERS)]
+    works: dict[str, Work] = {"dense": captured(partial(_attend_all, layers, None, None))}
+    kept = dict[str, float]()
+    for name, pattern in few().items():
+        rows = [summaries_of(kv, pattern) for _, kv in layers]
+        q, kv = layers[0]
+        kept[name] = recall(q, kv, pattern.select(q, kv, keys - 1, rows[0]), keys - 1)
+        works[name] = captured(partial(_attend_all, layers, pattern, rows))
+        works[f"{name}: select"] = captured(partial(_select_all, layers, pattern, rows))
+    found = {name: ms / LAYERS for name, ms in medians(works, seconds).items()}
+    yield {
+        "part": "captured", "keys": keys, "storage": storage, "layers": LAYERS,
+        "graph": on_gpu(), "recall": kept, "ms": found,
+    }  # fmt: skip
 
 
 def stored(storage: str, q: Tensor, kv: DenseKV) -> tuple[Tensor, KVView]:
@@ -296,12 +296,14 @@ def main() -> None:
     each = given.seconds / 120
     parts: list[Callable[[], Iterator[Row]]] = [
         lambda: operator_rows(given.keys, given.device, each),
-        lambda: captured_rows(long, given.device, each),
+        lambda: captured_rows(long, "bf16", given.device, each),
         lambda: prompt_rows(given.keys, given.device),
         lambda: prompt_rows(long, given.device),
         lambda: step_rows(given.keys, given.device, each),
         lambda: step_rows(long, given.device, each),
-        lambda: captured_rows(given.keys, given.device, each),
+        lambda: captured_rows(given.keys, "bf16", given.device, each),
+        lambda: captured_rows(long, "int4", given.device, each),
+        lambda: captured_rows(given.keys, "int4", given.device, each),
     ]
     for part in parts:
         if time.perf_counter() - begin > given.seconds * 0.8:

@@ -13,7 +13,7 @@ import typer
 
 from saccade.cli import shared_options
 from saccade.cli.context_length import as_saved, note_greedy, note_without_effect, reaching
-from saccade.cli.dialogue import Dialogue, endless, opening
+from saccade.cli.dialogue import Dialogue, check_dialogue, endless, opening
 from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
@@ -68,7 +68,7 @@ def run(
     """A dialogue of any length in constant memory."""
     check_model(model)
     check_streams("stdin")
-    notes = Notes(quiet=quiet)
+    notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     params = shared_options.context_params(context)
     later = saved is not None and saved.exists
@@ -80,7 +80,7 @@ def run(
     params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
     talked = _Talk(loaded, saved, notes, system, n_predict, as_json)
-    with shared_options.in_words_of_options():
+    with shared_options.in_words_of_options(context):
         encode_messages(
             tokenizer, [*opening(system), {"role": "user", "content": "hi"}]
         )  # a template that fails, before a word
@@ -105,9 +105,12 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
     model = as_model(loaded)
     facts = model.facts
     saved = session.peek() if session is not None and session.exists else None
-    params = endless(params, loaded.n_ctx_train)
-    if saved is not None:
-        params = as_saved(params, saved.params, facts.n_ctx_train, notes)
+    if saved is None or saved.params.get("n_swa") is not None:  # else it is bounded otherwise
+        params = endless(params, loaded.n_ctx_train)
+    if session is not None and saved is not None:
+        check_dialogue(saved.extra, session.path)
+        length = saved.params.get("n_ctx") or facts.n_ctx_train
+        params = as_saved(params, saved.params, length, notes)
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
     say_check(model, params, notes)
@@ -126,7 +129,7 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
             n_predict=asked.n_predict, system=asked.system,
         )  # fmt: skip
         if session is not None and saved is not None:
-            dialogue.restore(saved.extra, session.path)
+            dialogue.restore(saved.extra)
         kept(session, dialogue, Answers(dialogue, notes, asked))
     return 0
 
@@ -216,7 +219,7 @@ class Answers:
             self._cut(stop, parts)
         except BadInput as error:  # a message that is longer than the context
             dialogue.withdraw()
-            print(shared_options.with_flags(str(error)), file=sys.stderr)
+            print(shared_options.with_flags(str(error), self.notes.typed), file=sys.stderr)
             return
         else:
             dialogue.answered("".join(parts))

@@ -11,6 +11,7 @@ from saccade.cli.loading import check_model, load
 
 if TYPE_CHECKING:
     from saccade.hf.check import Checked
+    from saccade.hf.load import LoadedModel
 
 EXAMPLES = """examples:
   saccade check --model smollm2
@@ -54,24 +55,47 @@ def run(
     runnable = HFModel(loaded.model, loaded.name, loaded.n_ctx_train)
     found = [check_eager(runnable)]
     found += [check_options(runnable, p) for p in wanted if described(p) != AS_IT_IS]
-    print(table(found))
+    print(table(found, context))
     wrong = [each for each in found if each.refusal is None and not each.ok]
+    if not wrong and (why := rounding(loaded)):
+        print(why)
     for each in wrong:
-        print(shared_options.with_flags(each.sentence(loaded.name)), file=sys.stderr)
+        print(shared_options.with_flags(each.sentence(loaded.name), context), file=sys.stderr)
     return 2 if wrong or (given and not found[-1].ok) else 0
 
 
-def table(found: list[Checked]) -> str:
+def table(found: list[Checked], typed: shared_options.Values) -> str:
     """A line for each comparison: the options, the difference found and allowed, the verdict."""
-    width = max(len(each.options) for each in found)
+    options = [shared_options.with_flags(each.options, typed) for each in found]
+    width = max(map(len, options))
     lines = [f"{'options':{width}}  difference  allowed  verdict"]
-    for each in found:
+    for name, each in zip(options, found, strict=True):
         figures = f"{'':10}  {'':7}" if each.refusal else f"{each.gap:10.1e}  {each.bound:7.0e}"
-        lines.append(f"{each.options:{width}}  {figures}  {_verdict(each)}")
+        lines.append(f"{name:{width}}  {figures}  {_verdict(each, typed)}")
     return "\n".join(lines)
 
 
-def _verdict(found: Checked) -> str:
+def rounding(loaded: LoadedModel) -> str:
+    """Why differences are larger than attention's own rounding, "" where they are not."""
+    from saccade.hf.check_passes import is_half, rounds_products
+
+    if rounds_products(loaded.model):
+        cause = "products of many rows with packed weights round their input to bfloat16"
+        without = "--weights f32"
+    elif is_half(loaded.model):
+        cause = f"every layer rounds to {str(loaded.model.dtype).removeprefix('torch.')}"
+        without = "--dtype f32"
+    else:
+        return ""
+    return (
+        f"Differences of this size are rounding: {cause}. Allowed is three times what that was "
+        f"measured to cost here. With {without} attention's own rounding is left."
+    )
+
+
+def _verdict(found: Checked, typed: shared_options.Values) -> str:
     if found.refusal is not None:
-        return f"refused: {shared_options.with_flags(found.refusal)}"
+        return f"refused: {shared_options.with_flags(found.refusal, typed)}"
+    if found.ok and found.bound >= 1:
+        return "not told apart: rounding alone changes these logits by more than their size"
     return "the same" if found.ok else "DIFFERENT"

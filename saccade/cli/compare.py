@@ -11,7 +11,7 @@ import typer
 from saccade.cli.failure import need
 from saccade.cli.lengths import length
 from saccade.cli.loading import check_model, load
-from saccade.cli.outputs import check_outputs, file_option
+from saccade.cli.outputs import check_outputs, file_option, names_of_a_part
 from saccade.cli.shared_options import Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import file_name, list_of
@@ -67,13 +67,20 @@ def run(
     _check(files)
     options = {"context": context, "quick": quick, "rows": rows, "sweep": sweep or ()}
     report = _measure((model, device, dtype, weights), text, **options)
-    failed = _show(report, files)
-    if not report.complete:
-        why = report.settings.get("stopped_by")
-        said = f"Stopped: {why}" if why else "Stopped."
-        print(f"{said} The finished rows are kept.", file=sys.stderr)
-        return 2 if why else 130
-    return 2 if failed else 0
+    if report.complete:
+        return 2 if _show(report, files) else 0
+    files = names_of_a_part(files)
+    _show(report, files)
+    why = report.settings.get("stopped_by")
+    kept = any(file not in (None, "-") for file in files.values())
+    print(
+        f"Stopped{': ' + why if why else '.'} The finished rows are "
+        f"{'in the files named above' if kept else 'above'}. Rows are measured in turns, so the "
+        "same call begins with the first again"
+        f"{', and leaves these files as they are.' if kept else '.'}",
+        file=sys.stderr,
+    )
+    return 2 if why else 130
 
 
 def _check(files: dict[str, str | None]) -> None:

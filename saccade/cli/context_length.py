@@ -93,14 +93,35 @@ def reaching(params: ContextParams, facts: ModelFacts, tokens: int, notes: Notes
         return params  # a table of positions has an end, and text stops there
     wanted = tokens if params.n_swa is not None else params.n_ctx or tokens
     found, said = auto_scaling.reaching(params, facts, wanted)
+    if positions is not None:
+        _note_scale_alone(params, facts, wanted, notes)
     if said:
-        notes.note(with_flags(said))
+        notes.note(with_flags(said, notes.typed))
     elif params.rope_scaling_type == "none" and params.n_swa is None and wanted > facts.n_ctx_train:
         notes.note(
             f"{wanted:,} tokens are beyond the {facts.n_ctx_train:,} the model was trained for, "
             "and --rope-scaling none insists on its own positions: text may fall apart there."
         )
     return found
+
+
+def _note_scale_alone(params: ContextParams, facts: ModelFacts, tokens: int, notes: Notes) -> None:
+    """Say what a factor without a kind of scaling does, and whether this text needs it."""
+    scale, rule = params.rope_freq_scale, facts.positions.rule
+    if params.rope_scaling_type is not None or scale in (None, 1) or rule is None:
+        return
+    from saccade.rope import Unscaled
+    from saccade.runtime.auto_scaling import trained_reach
+
+    how = "replaces the factor of the model's own scaling"
+    if isinstance(rule, Unscaled):
+        how = "stretches positions linearly, as rope_scaling_type='linear' does"
+    reach = trained_reach(params, facts)
+    cost = "" if tokens > reach else (
+        f"; {tokens:,} tokens are inside the {reach:,} that positions reach without it, where it "
+        "can only cost"
+    )  # fmt: skip
+    notes.note(with_flags(f"rope_freq_scale={scale:g} alone {how}{cost}.", notes.typed))
 
 
 def as_saved(
@@ -116,7 +137,7 @@ def as_saved(
         return params if params.n_swa is not None else replace(params, n_ctx=n_ctx_train)
     taken = {name: saved.get(name) for name in _LENGTH_OPTIONS}
     scaled = ", ".join(f"{name}={value}" for name, value in taken.items() if value is not None)
-    notes.note(with_flags(f"the session keeps its {scaled}."))
+    notes.note(with_flags(f"the session keeps its {scaled}.", notes.typed))
     return replace(params, **taken)
 
 
@@ -127,8 +148,10 @@ def note_without_effect(
     from saccade.runtime.no_effect import without_effect
 
     flags = {option.field: option.flags[0] for option in CONTEXT}
+    flags |= {"rope_freq_scale": "rope_freq_scale"}  # two options set it
     for name, why in without_effect(facts, params, device=device).items():
-        notes.note(f"{flags.get(name, name)} changes nothing here: {with_flags(why).rstrip('.')}.")
+        said = f"{flags.get(name, name)} changes nothing here: {why.rstrip('.')}."
+        notes.note(with_flags(said, notes.typed))
 
 
 def note_greedy(values: Values, sampler: Sampler, notes: Notes) -> None:

@@ -68,19 +68,9 @@ class Dialogue:
         """What a session has to keep beside the context, as JSON."""
         return {"messages": self._messages, "in_context": self._in_context, "system": self.system}
 
-    def restore(self, state: Mapping[str, Any], path: object) -> None:
-        """Go on from the `state` that was saved with the context.
-
-        Raises:
-            UsageError: it is none.
-        """
-        messages = state.get("messages")
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise UsageError(
-                f"{path} is no dialogue: saccade generate saved it. Go on there, or give another "
-                "--session."
-            )
-        self._messages, saved = messages, state.get("system")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state` of a dialogue, which was saved with the context."""
+        self._messages, saved = state["messages"], state.get("system")
         changed = self.system is not None and self.system != saved
         self.system = self.system if changed else saved
         self._in_context = state.get("in_context") is True and not changed
@@ -131,6 +121,16 @@ class Dialogue:
             if len(tokens) <= room or len(self._messages) < 3:
                 return tokens
             del self._messages[:2]
+
+
+def check_dialogue(state: Mapping[str, Any], path: object) -> None:
+    """Raise UsageError where what was saved at `path` is no state of a dialogue."""
+    messages = state.get("messages")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise UsageError(
+            f"{path} is no dialogue: saccade generate saved it. Go on there, or give another "
+            "--session."
+        )
 
 
 def _is_message(found: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +67,7 @@ def _print_backends(backends: list[Verdicts]) -> None:
         return
     print("\nAttention: what computes a call\n")
     width = max(len(call.call) for call in backends)
+    always = set.intersection(*(set(call.backends.items()) for call in backends))
     for call in backends:
         chosen = next(
             (name for name, said in call.backends.items() if said.startswith("chosen")), "none"
@@ -73,6 +75,17 @@ def _print_backends(backends: list[Verdicts]) -> None:
         others = [name for name, said in call.backends.items() if said.startswith("supported")]
         also = f"also possible: {', '.join(others)}" if others else ""
         print(f"  {call.call:{width}}  {chosen:10}  {also}")
-        for name, said in call.backends.items():
-            if said.startswith("cannot"):
-                print(textwrap.indent(f"{name} {said}", " " * (width + 16)))
+        own = {name: said for name, said in call.backends.items() if (name, said) not in always}
+        for line in _refusals(own):
+            print(textwrap.indent(line, " " * (width + 16)))
+    for line in _refusals(dict(sorted(always))):
+        print(f"  all of these: {line}")
+
+
+def _refusals(backends: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the backends that have it."""
+    reasons: dict[str, list[str]] = {}
+    for name, said in backends.items():
+        if said.startswith("cannot"):
+            reasons.setdefault(said, []).append(name)
+    return [f"{', '.join(names)} {said}" for said, names in reasons.items()]

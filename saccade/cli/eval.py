@@ -11,7 +11,8 @@ import typer
 from saccade.cli.failure import UsageError, need
 from saccade.cli.lengths import length
 from saccade.cli.loading import check_model, load
-from saccade.cli.outputs import check_outputs, file_option
+from saccade.cli.notes import Notes
+from saccade.cli.outputs import check_outputs, file_option, names_of_a_part
 from saccade.cli.shared_options import GPU_BATCH, STORAGE, Device, DType, Model, Weights
 from saccade.cli.tokens import tokenizer_of
 from saccade.cli.values import budget, file_name, list_of, number, one_of, whole_number
@@ -159,8 +160,22 @@ def _scored(loaded: Any, plan: Plan, keep: str | None) -> tuple[Evaluation, list
     from saccade.evals import evaluate
 
     path = None if keep is None else Path(keep).expanduser()
+    _note_scaling(loaded, plan)
     with progress() as show:
         return evaluate.run(loaded, plan, keep=path, on_progress=show)
+
+
+def _note_scaling(loaded: Any, plan: Plan) -> None:
+    """Say of every length beyond the trained one how positions reach it."""
+    from saccade.hf.model import HFModel
+    from saccade.runtime import ContextParams
+    from saccade.runtime.auto_scaling import INSIST, reaching
+
+    facts, notes = HFModel(loaded.model, loaded.name, loaded.n_ctx_train).facts, Notes()
+    for tokens in plan.contexts:
+        _, said = reaching(ContextParams(n_batch=plan.n_batch), facts, tokens)
+        if said:
+            notes.note(said.replace(f" {INSIST}", ""))  # there is no such option here
 
 
 def _show(
@@ -175,6 +190,8 @@ def _show(
     from saccade.report.terminal import print_evaluation, to_stdout
 
     print_evaluation(report, to_stdout())
+    if not report.complete:
+        json = names_of_a_part({"json": json})["json"]
     if json is not None and json != "-":
         report.write(Path(json).expanduser())
         print(f"Wrote {json}", file=sys.stderr)
@@ -188,7 +205,11 @@ def _show(
     if report.complete:
         return 0
     why = report.settings.get("stopped_by")
-    rest = "The finished samples are kept." if kept else "What was scored is above."
+    scored = any(result.scores for result in report.results)
+    rest = "The finished samples are kept." if kept else (
+        "What was scored is above; with --keep the same call goes on from there."
+        if scored else "Nothing was scored yet."
+    )  # fmt: skip
     print(f"Stopped{': ' + why if why else '.'} {rest}", file=sys.stderr)
     if leaderboard is not None:
         print("Nothing was written for --leaderboard: it needs the whole run.", file=sys.stderr)

@@ -74,7 +74,7 @@ def run(
     """Continue a prompt, with any of the techniques."""
     check_model(model)
     check_streams()
-    notes = Notes(quiet=quiet)
+    notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
     auto = context.get("sparse") == shared_options.AUTO
@@ -91,7 +91,7 @@ def run(
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
-    with shared_options.in_words_of_options():  # a prompt too long, say
+    with shared_options.in_words_of_options(context):  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
 
 

@@ -34,6 +34,23 @@ def check_outputs(paths: Mapping[str, str | None]) -> None:
             raise UsageError(f"{other} and {option} name the same file {name}. Use two files.")
 
 
+def names_of_a_part(files: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Other names for the files of a run that did not end: `r.json` becomes `r.stopped-1.json`.
+
+    They replace neither the files of a whole run nor an earlier part of one.
+    """
+
+    written = {name: Path(file) for name, file in files.items() if file not in (None, "-")}
+    number = 1
+    while any(_part(path, number).expanduser().exists() for path in written.values()):
+        number += 1
+    return {**files, **{name: str(_part(path, number)) for name, path in written.items()}}
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.stopped-{number}{path.suffix}")
+
+
 def _check(option: str, name: str, path: Path) -> None:
     if name in ("", "-"):
         raise UsageError(f"{option} needs the name of a file, got {name!r}.")

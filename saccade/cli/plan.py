@@ -73,7 +73,7 @@ def run(
         said = {"model": model, "device": device, "dtype": dtype, "weights": weights or "file"}
         trials = _measured(said, advice, (svg, html)) if measure else []
     except (BadInput, Unsupported) as error:
-        raise UsageError(as_options(shared_options.with_flags(str(error)))) from error
+        raise UsageError(as_options(shared_options.with_flags(str(error), context))) from error
     if as_json_:
         print(json.dumps(as_json(advice, said, trials), indent=1))
     else:

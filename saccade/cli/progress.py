@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from saccade.report.numbers import as_duration
 
-Show = Callable[[int, int, str], None]
+Show = Callable[[float, int, str], None]
 """Called with (done, total, what is running now)."""
 
 
@@ -33,7 +33,7 @@ class TimeLeft:
         self._start = now()
         self._estimate: tuple[float, float] | None = None  # (seconds left, estimated at)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: float, total: int) -> None:
         """Take in that `done` of `total` steps are over."""
         now = self._now()
         if done > 0:
@@ -50,11 +50,11 @@ class TimeLeft:
 def _lines(stream: TextIO) -> Show:
     left = TimeLeft()
 
-    def show(done: int, total: int, label: str) -> None:
+    def show(done: float, total: int, label: str) -> None:
         left.update(done, total)
         seconds = left.seconds()
         rest = "" if seconds is None or done >= total else f", about {as_duration(seconds)} left"
-        percent = 100 * done // total if total else 100
+        percent = int(100 * done / total) if total else 100
         print(f"[{percent:3d} %] {label}{rest}", file=stream, flush=True)
 
     return show
@@ -84,7 +84,7 @@ def _bar(stream: TextIO) -> Iterator[Show]:
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("starting", total=None)
 
-        def show(done: int, total: int, label: str) -> None:
+        def show(done: float, total: int, label: str) -> None:
             left.update(done, total)
             bar.update(task, completed=done, total=total, description=label)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,10 +210,7 @@ def context_params(values: Values) -> ContextParams:
     try:
         return ContextParams(**given)
     except ValueError as error:
-        said = str(error)
-        if factor is not None:
-            said = said.replace(f"rope_freq_scale={1 / factor:g}", f"--rope-scale {factor:g}")
-        raise UsageError(with_flags(said)) from error
+        raise UsageError(with_flags(str(error), values)) from error
 
 
 GPU_BATCH = 2048
@@ -227,22 +224,44 @@ def for_device(params: ContextParams, values: Values, device: str) -> ContextPar
     return replace(params, n_batch=GPU_BATCH)
 
 
-def with_flags(message: str) -> str:
-    """A message about fields of ContextParams and Sampler, about options instead."""
+def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
+    """A message about fields of ContextParams and Sampler, about options instead.
+
+    Args:
+        typed: values of CONTEXT, for a field that two options set: the one that was given is named.
+    """
+    if (typed or {}).get("rope_freq_scale") is None:  # the plainer one, unless it was not typed
+        message = re.sub(r"\brope_freq_scale=([\d.e-]*\d)", _as_factor, message)
+        message = re.sub(r"\brope_freq_scale\b", "--rope-scale", message)
     for option in (*CONTEXT, *SAMPLING):
         if "_" in option.field:  # the others are words of English too
-            message = re.sub(rf"(?<![\w-]){option.field}\b", option.flags[0], message)
-    return re.sub(r"(--[\w-]+)=(True|False)\b", _switched, message)
+            end = "(?==)" if option.field == "flash_attn" else r"\b"  # a backend has that name
+            message = re.sub(rf"(?<![\w-]){option.field}{end}", option.flags[0], message)
+    message = re.sub(r"\b(rope|yarn)_\*", r"--\1-*", message)
+    message = re.sub(r'\battention\(backend="(\w+)"\)', r"--backend \1", message)
+    message = re.sub(r'\bUse backend="auto" or "(\w+)"', r"Leave it out, or use \1", message)
+    message = re.sub(r"\bbackend='(\w+)'", r"--backend \1", message)
+    message = re.sub(r"(--[\w-]+)=None\b", r"no \1", message)
+    return re.sub(r"(--[\w-]+)=('[^']*'|True|False|[\d.,e+-]*\d)", _as_word, message)
 
 
-def _switched(found: re.Match[str]) -> str:
-    """`--kv-offload=False` as it is written: `--kv-offload off`."""
-    return f"{found[1]} {'on' if found[2] == 'True' else 'off'}"
+def _as_factor(found: re.Match[str]) -> str:
+    """`rope_freq_scale=0.25` as the option that has the factor: `--rope-scale 4`."""
+    return f"--rope-scale {1 / float(found[1]):g}"
+
+
+def _as_word(found: re.Match[str]) -> str:
+    """A value as it is typed: `--kv-offload=False` is `--kv-offload off`, 1,024 is 1024."""
+    value = {"True": "on", "False": "off"}.get(found[2], found[2].strip("'"))
+    return f"{found[1]} {value.replace(',', '')}"
 
 
 @contextmanager
-def in_words_of_options() -> Iterator[None]:
+def in_words_of_options(typed: Values) -> Iterator[None]:
     """Inside, what saccade refuses is said of options instead of fields of ContextParams.
+
+    Args:
+        typed: values of CONTEXT.
 
     Raises:
         UsageError: instead of the ValueError; one that another package raised stays as it is.
@@ -252,7 +271,7 @@ def in_words_of_options() -> Iterator[None]:
     except ValueError as error:
         if not raised_by_us(error):
             raise
-        raise UsageError(with_flags(str(error))) from error
+        raise UsageError(with_flags(str(error), typed)) from error
 
 
 def sampler_of(values: Values, saved: Sampler | None = None, *, later: bool = False) -> Sampler:

@@ -12,6 +12,7 @@ from saccade.hf.context import Context as CheckedContext
 from saccade.hf.model import HFModel
 from saccade.runtime import Context, ContextParams
 from saccade.runtime.compression import DECODE_ROOM
+from saccade.runtime.stats import OnProgress
 
 Asked = Literal["before", "after"]
 """Whether the (first) question is read before the cache is compressed, or after."""
@@ -42,17 +43,21 @@ def answer(
     asked: Asked,
     tokenizer: Any,
     ends: set[int],
+    on_progress: OnProgress | None = None,
 ) -> Outcome:
     """Read the context, compress it before or after the first question, and answer all questions.
 
     Every later question is read behind the model's own answer to the one before it.
+
+    Args:
+        on_progress: called with (tokens of the context read, all of them) behind each chunk.
     """
     begin = time.perf_counter()
     answers: list[str] = []
     # As much room behind the text as a compressed cache gets, so that bytes can be compared.
     reserve = len(prompt.context) + DECODE_ROOM
     with CheckedContext(model, params, reserve=reserve) as ctx:
-        ctx.append(prompt.context)
+        ctx.append(prompt.context, on_progress=on_progress)
         compressed = asked == "after"
         if compressed:
             ctx.compress()

@@ -114,9 +114,10 @@ def _bytes_read(report: Report, few: Row | None, many: Row | None) -> str:
 
 
 def _window(report: Report) -> list[Claim]:
-    row = next((r for r in report.rows if _is_window(r) and r.status == "ok"), None)
+    found = [row for row in report.rows if _is_window(row)]
+    row = next((row for row in found if row.status == "ok"), None)
     book, flash = report.baseline_row(), report.row(FLASH)
-    name = row.name if row else "sliding window"
+    name = next((each.name for each in (row, *found) if each), "sliding window")
     size = as_bytes(row.cache_bytes) if row and row.cache_bytes else NOT_MEASURED
     reason = _missing(report, name)
     if row and flash and row.cache_bytes and flash.cache_bytes:
@@ -180,6 +181,9 @@ def _extrapolation(report: Report, name: str, row: Row | None, plain: Row | None
             "--context beyond them"
         ),
     )
+    if missing := report.settings.get("missing_curves"):
+        said = [f"perplexity by position, {name}: {why}" for name, why in missing.items()]
+        reason = "; ".join(said)
     curves = {c.name.split(" x")[0]: c for c in report.curves if c.perplexity}
     past = "scaling" in report.settings
     if past and row and plain and row.perplexity and plain.perplexity:

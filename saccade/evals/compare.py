@@ -11,7 +11,7 @@ from typing import Any
 from saccade.core import BadInput
 from saccade.evals.claims import claims_of
 from saccade.evals.curves import measure_curve, position_params
-from saccade.evals.gpu_failure import GPUFailed, end_if_failed
+from saccade.evals.gpu_failure import THE_ROW_BEFORE, GPUFailed, end_if_failed
 from saccade.evals.needle import needles_for
 from saccade.evals.rounds import Table, sentence
 from saccade.evals.rows import SDPA, TEXTBOOK, Rows, RowSpec, rows_for
@@ -52,6 +52,7 @@ STEPS_ON_GPU = 64  # a token takes milliseconds there
 QUICK = Sizes(context=1024, scored=192, steps=12, curve=0, rounds=2, repeat_until=60)
 FULL = Sizes(context=3072, scored=512, steps=24, curve=12288, rounds=3, repeat_until=330)
 LEAST_CONTEXT = 256
+NOT_REACHED = "stopped before it was reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +126,10 @@ def run(
     try:
         work.run(runner, read)
     except KeyboardInterrupt:
-        report.complete = False
+        work.stop(NOT_REACHED)
     except GPUFailed as failed:
-        report.complete = False
         report.settings["stopped_by"] = sentence(failed.error)
-        work.table.stop(work.chosen)
+        work.stop(THE_ROW_BEFORE)
     work.table.finish()
     report.claims = claims_of(report)
     report.seconds = time.perf_counter() - begin
@@ -168,6 +168,18 @@ class _Work:
         self.sweep.run(self.report, self._step, self._late)
         self.done = self._total
         self._step("done")
+
+    def stop(self, why: str) -> None:
+        """Put into the record what the run has not reached, and why."""
+        self.report.complete = False
+        self.table.stop(self.chosen, why)
+        measured = {curve.name for curve in self.report.curves}
+        missing = {name: why for name in self.curves if name not in measured}
+        if missing:
+            self.report.settings["missing_curves"] = missing | self.report.settings.get(
+                "missing_curves", {}
+            )
+        self.sweep.stop(self.report, why)
 
     def _curve(
         self, name: str, runner: HFModel, params: ContextParams, tokens: Sequence[int]

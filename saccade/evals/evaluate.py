@@ -35,7 +35,9 @@ from saccade.runtime.auto_scaling import reaching
 GATE = 0.8
 SEED = 42  # RULER's
 BOTH: tuple[Asked, ...] = ("after", "before")
-OnProgress = Callable[[int, int, str], None]
+OnProgress = Callable[[float, int, str], None]
+_SECONDS = 10.0
+"""At most so often a run says how much of a sample it has read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,8 @@ def run(
 
     Args:
         keep: a file of finished samples; those in it are not computed again.
-        on_progress: called with (samples done, all of them, what is scored now).
+        on_progress: called with (samples done, all of them, what is scored now), and while a
+            sample is read, which may take long, with a part of one.
 
     Returns:
         The record, not `complete` where it was stopped, and every answer.
@@ -103,9 +106,6 @@ def run(
     except GPUFailed as failed:
         work.report.complete = False
         work.report.settings["stopped_by"] = sentence(failed.error)
-    results = work.report.results
-    if results and all(result.status == "does not fit" for result in results):
-        raise BadInput(results[0].note)
     work.report.seconds = time.perf_counter() - begin
     return work.report, work.predictions
 
@@ -154,6 +154,9 @@ class _Work:
         for context in self.plan.contexts:
             for task in self.tasks:
                 self._cell(task, context)
+        results = self.report.results
+        if results and all(result.status == "does not fit" for result in results):
+            raise BadInput(f"{results[0].note} Give a longer one.")
         self._progress(self._total, self._total, "done")
 
     def _cell(self, task: str, context: int) -> None:
@@ -247,7 +250,7 @@ class _Work:
         if finished is None:
             outcome = answer(
                 self._model, params, prompt, sample, asked=asked or "after",
-                tokenizer=self._tokenizer, ends=self._ends,
+                tokenizer=self._tokenizer, ends=self._ends, on_progress=self._reading(cell, result),
             )  # fmt: skip
             finished = Finished(
                 prompt=digest, answers=outcome.answers, scores=outcome.scores,
@@ -257,6 +260,19 @@ class _Work:
         for turn, text in zip(sample.turns, finished.answers, strict=True):
             self.predictions.append(Prediction(place=place, turn=turn, text=text))
         return finished
+
+    def _reading(self, cell: _Cell, result: Score) -> Callable[[int, int], None]:
+        """What shows how much of a sample is read, every few seconds."""
+        last = time.monotonic()
+
+        def read(done: int, total: int) -> None:
+            nonlocal last
+            if done < total and time.monotonic() - last > _SECONDS:
+                last = time.monotonic()
+                label = f"{cell.task} at {cell.context:,}: {result.column}, {done:,} tokens read"
+                self._progress(self._done + done / total, self._total, label)
+
+        return read
 
 
 def _fill(result: Score, found: Sequence[Finished], dense: Score | None) -> None:

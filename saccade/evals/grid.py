@@ -65,9 +65,10 @@ def rows_of(
     """
     named = [policy for policy in policies if policy != NONE]
     if bool(named) != bool(budgets):
+        got = (", ".join(policies) or "no policy", ", ".join(map(str, budgets)) or "no budget")
         raise BadInput(
             "policies and budgets go together: which keys are kept and how many, got "
-            f"{', '.join(policies) or 'no policy'} and {len(budgets)} budgets. Give both."
+            f"{' and '.join(got)}. Give both."
         )
     kept: list[dict[str, Any]] = [{}] if NONE in policies or not named else []
     kept += [{"kv_policy": policy, "kv_budget": much} for policy in named for much in budgets]

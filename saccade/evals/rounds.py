@@ -10,7 +10,7 @@ import torch
 from saccade.core import Unsupported
 from saccade.core.hardware import free_memory
 from saccade.evals.applies import inapplicable
-from saccade.evals.gpu_failure import THE_ROW_BEFORE, end_if_failed, wait
+from saccade.evals.gpu_failure import end_if_failed, wait
 from saccade.evals.judge import Judge
 from saccade.evals.measure import Trial, measure, measure_speed
 from saccade.evals.rows import FLASH, SDPA, TEXTBOOK, RowSpec
@@ -71,13 +71,13 @@ class Table:
         self._report.rows.append(row)
         return row
 
-    def stop(self, specs: Iterable[RowSpec]) -> None:
-        """Those of these rows that were not begun: the GPU does not work any more."""
+    def stop(self, specs: Iterable[RowSpec], why: str) -> None:
+        """Put those of these rows into the report that were not begun, and why they never are."""
         begun = {row.name for row in self._report.rows}
         for spec in specs:
             if spec.name not in begun:
                 row = self._row(spec)
-                row.status, row.note = "stopped", THE_ROW_BEFORE
+                row.status, row.note = "stopped", why
 
     def _measure(self, spec: RowSpec, row: Row) -> None:
         rounds, device = Rounds(), self._trial.model.device

@@ -95,6 +95,16 @@ class Sweep:
                     continue
                 exact = self._measure(spec, point, exact)
 
+    def stop(self, report: Report, why: str) -> None:
+        """Put the points into the report that were not begun, and why they never are."""
+        begun = {(point.name, point.n_context) for point in report.sweep}
+        for length in self._lengths:
+            for spec in self._specs(length):
+                if (spec.name, length) not in begun:
+                    report.sweep.append(SweepPoint(
+                        name=spec.name, n_context=length, status="stopped", note=why
+                    ))  # fmt: skip
+
     def _measure(self, spec: RowSpec, point: SweepPoint, exact: Tensor | None) -> Tensor | None:
         """One point; returns what the others at this length are compared with."""
         trial = self._trial(point.n_context)

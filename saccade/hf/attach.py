@@ -21,6 +21,7 @@ from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
+from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
 from saccade.hf.settings import LayerSettings, needs_own_cache
 from saccade.runtime.layers import layer_cache, without_own_dtype
@@ -55,6 +56,7 @@ class Attaching(Running):
     def __enter__(self) -> Attached:
         if self.run is not None:
             raise Unsupported("this attach is entered already: call attach(model, params) again.")
+        _check_carried_out(self._params)
         self.run = run = make_run(self._model, self._params, serves_every_call=True)
         try:
             super().__enter__()
@@ -82,13 +84,18 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attac
     inside: the newest params alone count.  They need not be left in the reverse order.
     `generate()` works inside; it makes saccade's caches by itself where the params need them.
 
+    The caller says how many tokens a call reads and when a text ends, so `n_batch`, `n_keep` and
+    an `n_ctx` without scaled positions are refused on entering; with them `n_ctx` is the length
+    that positions are stretched for, and bounds nothing.  A `kv_policy` compresses where the prompt
+    ends, which `generate()` says alone: other calls over caches of such a run are refused.
+
     Args:
         model: a transformers model whose attention goes through the attention interface.
         params: options; default ContextParams().
 
     Raises:
         TypeError: what is no transformers model, or no ContextParams.
-        Unsupported: options that this model cannot run with.
+        Unsupported: options that this model cannot run with, or that only a Context carries out.
     """
     if not isinstance(params, ContextParams | None):
         raise TypeError(
@@ -115,6 +122,22 @@ def checked_model(model: Any) -> PreTrainedModel:
     elif callable(getattr(model, "get_base_model", None)):
         where = "Pass its get_base_model(), whose layers hold the adapters."
     raise TypeError(f"attach takes a transformers model, got {type(model).__name__}. {where}")
+
+
+def _check_carried_out(params: ContextParams) -> None:
+    """Raise Unsupported for options that a Context carries out and calls of a model cannot."""
+    instead = {
+        "n_ctx": "generate() ends a text by max_length",
+        "n_batch": "generate() reads a prompt in chunks by prefill_chunk_size",
+        "n_keep": "a text that is full ends, and is never shifted",
+    }
+    for name, said in instead.items():
+        value, usual = getattr(params, name), ContextParams.__dataclass_fields__[name].default
+        if value != usual and not (name == "n_ctx" and stretches(params)):
+            raise Unsupported(
+                f"{name}={value} has no effect under attach: {said}. Leave {name} unset, or use "
+                "saccade.Context."
+            )
 
 
 def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call: bool) -> Run:
@@ -181,6 +204,7 @@ def new_cache(
         return layer_cache(own, run.params, staging=staging, reserve=reserve, ragged=ragged)
 
     cache = SaccadeCache(run.model.config, make, run=run)
+    cache.awaits_prompt = run.serves_every_call and run.params.kv_policy is not None
     move_sinks(cache, run, n_ctx_train)
     return cache
 
@@ -205,7 +229,7 @@ def _serve_generate(undo: Undo, runs: ModelRuns) -> None:
 
 def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     params = run.params
-    needed = params.n_swa is not None or params.kv_policy is not None or needs_own_cache(params)
+    needed = params.n_swa is not None or needs_own_cache(params)
     if kwargs.get("past_key_values") is None:
         if needed:
             _check_no_conflict(kwargs)

@@ -240,8 +240,9 @@ def _from_tensors(
     q_len, kv_len = query.shape[2], kv.k.shape[2]
     if settings.needs_own_cache and kv_len != q_len:
         raise Unsupported(
-            "the options in force (cache type or compression policy) need saccade's caches, but "
-            "the keys came from a cache of transformers. Pass past_key_values=attached.new_cache()."
+            "the options in force (of storage, compression or checkpoints) need saccade's caches, "
+            "but the keys came from a cache of transformers. Pass "
+            "past_key_values=attached.new_cache()."
         )
     if isinstance(attention_mask, SpecMask):
         return _from_spec(query, kv, attention_mask, settings, kwargs)

@@ -228,6 +228,7 @@ class SaccadeCache(Cache):
         self.writing = False  # see ModelCache
         self.reaches: int | None = None
         self._behind: tuple[int, Callable[[], None]] | None = None
+        self.awaits_prompt = False  # whether its end has to be known before anything is stored
         self._ours: list[SaccadeCacheLayer] = []
         self._stores: list[LayerCache] = []
         layers = [self._layer(index, kind, make) for index, kind in enumerate(layer_kinds(config))]
@@ -273,6 +274,7 @@ class SaccadeCache(Cache):
             act()
         if layer is self._ours[0] and self.run is not None:
             _check_rope(self.run)
+            _check_prompt(self)
             rotary = (run_in_force(self.run.model) or self.run).rotary.values()
             self.reaches = table_length(rotary, self.seen, self.reaches)
         self.writing = self.cursor is None  # a step counts what it wrote when it ends
@@ -282,7 +284,7 @@ class SaccadeCache(Cache):
 
     def behind(self, length: int, act: Callable[[], None]) -> None:
         """Call `act` once, before a token behind the first `length` is stored."""
-        self._behind = length, act
+        self._behind, self.awaits_prompt = (length, act), False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens, in all layers or in none.
@@ -363,6 +365,16 @@ def _check_removed(tokens_to_remove: int) -> None:
 
 _outside_graphs = cast(Any, torch.compiler.disable)(SaccadeCache._update)
 """For torch.compile: our caches decide on the host what to store where."""
+
+
+def _check_prompt(cache: SaccadeCache) -> None:
+    """Raise Unsupported where nothing would ever compress a cache whose run has a policy."""
+    if cache.awaits_prompt and cache.run is not None:
+        policy = cache.run.params.kv_policy
+        raise Unsupported(
+            f"kv_policy={policy!r} compresses where a prompt ends, which a call of the model does "
+            "not say. Call generate(), use saccade.Context, or leave kv_policy unset."
+        )
 
 
 def _check_rope(run: Run) -> None:

@@ -262,7 +262,7 @@ def _compared(
     bound = max(_BOUNDS.get(model.model.dtype, _BOUNDS[torch.bfloat16]), stored)
     if gap <= bound and not half:
         return Checked(options=label, gap=gap, bound=bound)
-    noise = rounded_otherwise(model.model, tokens)
+    noise = rounded_otherwise(model.model, params, tokens)
     if (half or rounds_products(model.model)) and not stored:
         for name, difference, allowed in _attention_gaps(got, expected, noise, bound):
             if not difference <= allowed:

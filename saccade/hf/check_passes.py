@@ -18,6 +18,7 @@ from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
 from saccade.hf.packed_layers import StoredLayer, StoredLinear
+from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Undo
 from saccade.ops.linear import PackedWeight, product_dtype
 from saccade.runtime import Context, ContextParams, Sampler
@@ -100,18 +101,27 @@ def eager(model: PreTrainedModel, tokens: Tensor) -> Outputs:
 
 def reference(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
     """One forward pass without a cache, with the options that change the result on purpose."""
-    meant = {name: getattr(params, name) for name in ("n_ctx", *sum(MEANT, ()))}
-    with attach(model, ContextParams(**meant, backend="reference", fused_layers=False)):
+    with attach(model, ContextParams(**_meant(params), backend="reference", fused_layers=False)):
         return _forward(model, tokens)
 
 
-def rounded_otherwise(model: PreTrainedModel, tokens: Tensor) -> Outputs:
-    """Eager attention in row 0, and in ROWS more rows with results that are rounded otherwise.
+def _meant(params: ContextParams) -> dict[str, Any]:
+    """The options that change the result on purpose, those that are not at their defaults."""
+    default, names = ContextParams(), list(sum(MEANT, ()))
+    names += ["n_ctx"] if stretches(params) else []
+    values = {name: getattr(params, name) for name in names}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
-    There what every attention module gives is changed at random by what two right implementations
+
+def rounded_otherwise(model: PreTrainedModel, params: ContextParams, tokens: Tensor) -> Outputs:
+    """What results are compared with in row 0; in ROWS more rows the same, rounded otherwise.
+
+    Row 0 is eager attention, or the backend "reference" under options that change results.  In the
+    others what every attention module gives is changed at random by what two right implementations
     may differ by, and so is what its projections give: queries and keys are rotated with more
     digits or with fewer.  Where products with packed weights round what they are given, that is
-    changed, too.  How much that changes the logits depends on the model alone.
+    changed, too.  How much that changes the logits depends on the model and on these options:
+    behind a window of two tokens, layers amplify what they do not otherwise.
     """
     size = torch.finfo(model.dtype).eps * (1 if is_half(model) else SUMS)
     random = torch.Generator().manual_seed(1)
@@ -133,7 +143,11 @@ def rounded_otherwise(model: PreTrainedModel, tokens: Tensor) -> Outputs:
     def change_input(_: nn.Module, given: tuple[Any, ...]) -> Any:
         return rounded(given[0], _half, torch.finfo(torch.bfloat16).eps), *given[1:]
 
-    with ExitStack() as hooks, _eager_attention(model):
+    options = _meant(params)
+    attention = _eager_attention(model)
+    if options:
+        attention = attach(model, ContextParams(**options, backend="reference", fused_layers=False))
+    with ExitStack() as hooks, attention:
         if rounds_products(model):
             for part in filter(_is_packed, model.modules()):
                 hooks.callback(part.register_forward_pre_hook(change_input).remove)

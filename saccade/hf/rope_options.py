@@ -34,6 +34,11 @@ def asks_for_rope(params: ContextParams) -> bool:
     return any(getattr(params, name) is not None for name in names)
 
 
+def stretches(params: ContextParams) -> bool:
+    """Whether positions are scaled, so that n_ctx may say how far."""
+    return params.rope_scaling_type not in (None, "none") or params.rope_freq_scale is not None
+
+
 def depends_on_length(rule: Rule) -> bool:
     """Whether the frequencies of a rule change with the length of the sequence."""
     return isinstance(rule, DynamicNTK | LongRoPE)

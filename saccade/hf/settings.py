@@ -81,7 +81,7 @@ def _of_layer(own: int | None, params: ContextParams, sparse: Pattern | None) ->
 
 def needs_own_cache(params: ContextParams) -> bool:
     """Whether options are in force that only saccade's caches carry out."""
-    options = (params.type_k, params.page_size, params.kv_policy)
+    options = (params.type_k, params.page_size, params.kv_policy, params.ctx_checkpoints or None)
     return any(option is not None for option in options) or not params.offload_kqv
 
 

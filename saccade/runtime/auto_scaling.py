@@ -20,7 +20,7 @@ from saccade.runtime.params import ContextParams
 
 _CHOSEN: Final = ("rope_scaling_type", "rope_freq_scale", "rope_freq_base")
 _NAMES: Final[dict[type[Rule], str]] = {Linear: "linear", Llama3: "Llama 3", YaRN: "YaRN"}
-_INSIST: Final = "(--rope-scaling none to insist)"
+INSIST: Final = "(--rope-scaling none to insist)"
 
 
 def reaching(
@@ -159,7 +159,7 @@ def _scaled(
     stretch = tokens / reach
     name, changed = _stretched(positions.rule, stretch, tokens, facts.n_ctx_train, params)
     return replace(params, **changed), (
-        f"{beyond}positions are scaled by {name} x{stretch:.1f} {_INSIST}."
+        f"{beyond}positions are scaled by {name} x{stretch:.1f} {INSIST}."
     )
 
 

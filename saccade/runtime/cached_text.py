@@ -191,9 +191,14 @@ class CachedText:
             for chunk, behind in self._chunks(tokens):
                 if not generated or self._params.kv_every is not None:
                     self._start_observing()
+<<<<<<< HEAD
                 states.append(self._read_chunk(chunk, behind))
+=======
+                states.append(self._read_chunk(chunk))
+                done += len(chunk)
+>>>>>>> next
                 if self._is_due():
-                    self._compress_now(ends=False)
+                    self._compress_now(len(tokens) - done)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
                 if on_progress is not None:
@@ -214,10 +219,16 @@ class CachedText:
         return hidden
 
     def _run_chunks(self, tokens: Tensor) -> None:
+<<<<<<< HEAD
         for chunk, behind in self._chunks(tokens):
             self._run(chunk, behind)
+=======
+        for chunk in self._chunks(tokens):
+            self._run(chunk)
+            tokens = tokens[len(chunk) :]
+>>>>>>> next
             if self._is_due():
-                self._compress(ends=False)
+                self._compress(len(tokens))
 
     def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor, int]]:
         """At most `n_batch` tokens, read before the next are cut off, and how many follow them."""
@@ -340,11 +351,11 @@ class CachedText:
     def compress(self) -> None:
         """Apply `kv_policy` to the caches; without observed queries nothing happens."""
         if self.held.observed:
-            self._compress_now(ends=True)
+            self._compress_now(None)
 
-    def _compress_now(self, *, ends: bool) -> None:
+    def _compress_now(self, rest: int | None) -> None:
         with self._operation(Caches.CHANGING) as held, torch.inference_mode():
-            self._compress(ends=ends)
+            self._compress(rest)
             self._held = held._replace(compressed_at=self._cache.seen, observed=self._observed())
 
     def _is_due(self) -> bool:
@@ -354,14 +365,15 @@ class CachedText:
             return False
         return most_above(self._cache, window, self._params.kv_budget) >= every
 
-    def _compress(self, *, ends: bool = True) -> None:
-        """Compress the caches; observing begins anew behind a prompt, which ends here."""
+    def _compress(self, rest: int | None = None) -> None:
+        """Compress the caches; `rest` tokens follow, None: the prompt ends, and observing too."""
         window, params = self._window, self._params
         if window is None:
             return
         assert params.kv_budget is not None
-        compress_cache(self._cache, window, params.kv_budget, room=None if ends else params.n_batch)
-        self._observe(None if ends else window.after_compression())
+        room = None if rest is None else (params.kv_every or 0) + min(rest, params.n_batch)
+        compress_cache(self._cache, window, params.kv_budget, room=room)
+        self._observe(None if rest is None else window.after_compression())
 
     def reset(self) -> None:
         """Remove everything; memory of caches stays allocated."""

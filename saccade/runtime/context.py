@@ -384,5 +384,5 @@ class Context:
             raise BadInput(
                 f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
                 f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
-                "quantize the cache (type_k=type_v='int8')."
+                "quantize the cache (type_k='int8', type_v='int8')."
             )

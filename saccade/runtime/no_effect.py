@@ -229,6 +229,9 @@ def _rope(case: _Case, name: str) -> str | None:
         return "the model has no rotary positions"
     if positions.base is None or getattr(case.params, name) == "none":
         return None
+    kind, chosen = case.params.rope_scaling_type, (case.params.n_ctx, case.params.rope_freq_scale)
+    if kind is not None and chosen == (None, None):
+        return None  # nothing says how far: it is refused
     given = _frequencies(case, case.params)
     usual = _frequencies(case, case.without(name))
     if given is None or usual is None or not torch.allclose(given, usual, rtol=1e-12, atol=0):

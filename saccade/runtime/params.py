@@ -52,7 +52,8 @@ class ContextParams:
         rope_scaling_type: none, linear, ntk, dynamic or yarn; None: as the model was configured.
             dynamic reads the whole context again for every token past the trained length.
         rope_freq_base: base of the rotary frequencies.
-        rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).
+        rope_freq_scale: 1 / factor; None: the factor is max(1, n_ctx / yarn_orig_ctx).  Without
+            rope_scaling_type: of linear scaling, or of the rule that the model has of its own.
         yarn_ext_factor: 1 mixes in unscaled high frequencies (YaRN), 0 interpolates them all.
         yarn_attn_factor: magnitude of the rotary tables; None: 0.1 ln(factor) + 1.
         yarn_beta_fast, yarn_beta_slow: rotations that bound the ramp (default 32 and 1).
@@ -157,8 +158,8 @@ class ContextParams:
     def _check_policy(self) -> None:
         if (self.kv_policy is None) != (self.kv_budget is None):
             raise ValueError(
-                "kv_policy and kv_budget go together: a policy and how much it may keep, got "
-                f"{self.kv_policy!r} and {self.kv_budget!r}."
+                "kv_policy and kv_budget go together, a policy and how much it may keep: got "
+                f"kv_policy={self.kv_policy!r} and kv_budget={self.kv_budget!r}. Give both."
             )
         if isinstance(self.kv_budget, float):
             if not 0 < self.kv_budget <= 1:
@@ -193,16 +194,20 @@ class ContextParams:
                 "quantized cache cannot hold. Choose one that keeps equally many, such as "
                 "'snapkv', or leave type_k and type_v unset."
             )
-        if not self.offload_kqv and (quantized or self.page_size or self.kv_policy):
-            raise ValueError(
-                "offload_kqv=False keeps plain keys in host memory: it cannot be combined with "
-                "quantized types, page_size or kv_policy."
-            )
-        if self.page_size is not None and (quantized or self.n_swa or self.kv_policy):
-            raise ValueError(
-                f"page_size={self.page_size} needs plain keys of all tokens: it cannot be combined "
-                "with quantized types, n_swa or kv_policy."
-            )
+        stored = ("type_k", "type_v") if quantized else ()
+        if not self.offload_kqv:
+            what = "offload_kqv=False keeps plain keys in host memory"
+            self._check_alone(what, *stored, "page_size", "kv_policy")
+        if self.page_size is not None:
+            what = f"page_size={self.page_size} needs plain keys of all tokens"
+            self._check_alone(what, *stored, "n_swa", "kv_policy")
+
+    def _check_alone(self, what: str, *others: str) -> None:
+        """Raise ValueError where one of these options is set beside `what`."""
+        for name in others:
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(f"{what}, which {name}={value!r} does not: leave one of them out.")
 
 
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:

@@ -341,13 +341,6 @@ def _check_identity(
             f"{path} does not say which model and options it belongs to, so it was not written by "
             "saccade. Delete it to start anew."
         )
-    for name in (*here["model"], *record["model"]):
-        there, value = record["model"].get(name), here["model"].get(name)
-        if there != value:
-            raise BadInput(
-                f"{path} was saved with another model: its {name} is {there}, this model has "
-                f"{value}. Load the model it was saved with."
-            )
     theirs = _without_own_dtype(record["params"], here["model"]["dtype"])
     scaled = params.rope_scaling_type is not None  # the scaling factor may follow n_ctx
     changeable = _CHANGEABLE if scaled else (*_CHANGEABLE, "n_ctx")
@@ -355,6 +348,13 @@ def _check_identity(
         there, value = theirs.get(name), here["params"].get(name)
         if name not in changeable and there != value:
             raise BadInput(
-                f"{path} was saved with {name}={there!r}, this context has {value!r}. "
+                f"{path} was saved with {name}={there!r}, this context has {name}={value!r}. "
                 f"Give {name} as it was, or start a new session."
+            )
+    for name in (*here["model"], *record["model"]):
+        there, value = record["model"].get(name), here["model"].get(name)
+        if there != value:
+            raise BadInput(
+                f"{path} was saved with another model: its {name} is {there}, this model has "
+                f"{value}. Load the model it was saved with."
             )

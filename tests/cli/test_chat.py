@@ -147,7 +147,7 @@ def test_commands(call):
 def test_a_message_longer_than_the_context_is_refused_and_forgotten(call):
     code, _, said = call(f"{'x' * 90}\nhi\n", "-c", "60", "-n", "4")
     assert code == 0
-    assert "do not fit into --ctx-size=60" in said and said.count("[cache") == 1
+    assert "do not fit into --ctx-size 60" in said and said.count("[cache") == 1
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_dialogue(call, monkeypatch):
@@ -212,9 +212,18 @@ def test_every_answer_is_in_the_session_before_the_next(call, monkeypatch, tmp_p
 
 def test_a_session_of_generate_is_no_dialogue(call, tmp_path):
     words = ["generate", "-m", "m", "-p", "hi", "-n", "2", "--session", str(tmp_path / "s")]
-    assert main.main([*words, "--swa", "80", "--sinks", "4"]) == 0
+    assert main.main(words) == 0
     code, _, said = call("hi\n", "--session", str(tmp_path / "s"))
     assert code == 2 and "is no dialogue: saccade generate saved it" in said
+
+
+def test_a_session_that_has_no_window_goes_on_without_one(call, tmp_path):
+    words = ["--session", str(tmp_path / "s"), "-n", "2", "--json", "-q"]
+    assert call("hello\n", "-c", "120", *words)[0] == 0
+    code, out, said = call("and?\n", *words)
+    assert code == 0, said
+    record = json.loads(out)
+    assert record["n_ctx"] == 120 and "n_swa" not in record["options"]
 
 
 def test_json_lines_and_quiet(call):

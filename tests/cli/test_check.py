@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from saccade.cli.check import table
 from saccade.cli.main import main
 from saccade.hf import check
 from tests.tiny_models import tiny_config, tiny_model
@@ -26,9 +27,22 @@ def test_every_standard_option_is_compared(folder: Path, capsys: Any) -> None:
     assert all(line.endswith("the same") for line in lines[1:])
 
 
+def test_rounding_of_layers_is_named_where_it_is_what_is_seen(folder: Path, capsys: Any) -> None:
+    assert main(["check", "-m", str(folder), "--swa", "16", "--dtype", "bf16"]) == 0
+    out = capsys.readouterr().out
+    assert "are rounding: every layer rounds to bfloat16." in out and "With --dtype f32 " in out
+
+
+def test_logits_that_rounding_replaces_are_not_called_the_same() -> None:
+    """Two vectors that have nothing in common differ by more than the size of one of them."""
+    found = check.Checked(options="n_swa=2", gap=7.0, bound=20.0)
+    assert "not told apart: rounding alone" in table([found], {})
+
+
 def test_the_options_given_are_compared_alone(folder: Path, capsys: Any) -> None:
-    assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("n_swa=16, n_sinks=2")
+    assert main(["check", "-m", str(folder), "--swa", "16", "--sinks", "2", "-c", "64"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("--swa 16, --sinks 2 ") and last.endswith("the same")
 
 
 def test_results_that_differ_are_an_error(
@@ -52,4 +66,6 @@ def test_options_that_cannot_run_are_an_error_where_they_were_asked_for(
 ) -> None:
     assert main(["check", "-m", str(folder), "--rope-scaling", "linear", "--rope-scale", "2",
                  "--yarn-ext-factor", "1"]) == 2  # fmt: skip
-    assert "refused: yarn options need" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--rope-scale 2, --yarn-ext-factor 1" in out
+    assert "refused: yarn options need --rope-scaling yarn" in out

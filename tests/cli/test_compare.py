@@ -57,14 +57,19 @@ def test_all_files_are_written(tmp_path, monkeypatch, capsys, fake):
     assert "Wrote r.html" in capsys.readouterr().err
 
 
-def test_ctrl_c_prints_and_writes_the_finished_rows(tmp_path, capsys, fake):
-    fake.report.complete = False
+def test_a_stopped_run_replaces_neither_a_whole_one_nor_another_part(tmp_path, capsys, fake):
     target = tmp_path / "r.json"
-    assert main.main(["compare", "--json", str(target)]) == 130
-    captured = capsys.readouterr()
-    assert "flash attention" in captured.out
-    assert captured.err.strip().endswith("Stopped. The finished rows are kept.")
-    assert read(target).complete is False
+    assert main.main(["compare", "--json", str(target)]) == 0
+    fake.report.complete = False
+    for part in ("r.stopped-1.json", "r.stopped-2.json"):
+        assert main.main(["compare", "--json", str(target)]) == 130
+        captured = capsys.readouterr()
+        assert "flash attention" in captured.out and f"{part}\n" in captured.err
+        assert "the same call begins with the first again" in captured.err
+        assert read(tmp_path / part).complete is False
+    assert read(target).complete
+    assert main.main(["compare"]) == 130
+    assert "The finished rows are above." in capsys.readouterr().err
 
 
 def test_a_file_that_fails_leaves_no_half_and_spares_the_others(

@@ -27,6 +27,8 @@ def test_doctor_in_words(capsys):
     assert main.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "softcap (Gemma 2)" in out and "sdpa cannot: PyTorch's kernels have no softcap" in out
+    reasons = [line.partition(" cannot: ")[2] for line in out.splitlines() if " cannot: " in line]
+    assert len(reasons) == len(set(reasons))  # a machine without a GPU says so once
 
 
 def test_missing_kernels_are_said(monkeypatch):

@@ -106,10 +106,35 @@ def test_ctrl_c_shows_and_keeps_what_is_finished(tiny, tmp_path, monkeypatch, ca
     assert main.main(words) == 130
     err = capsys.readouterr().err
     assert "Stopped. The finished samples are kept." in err and not Path("lb").exists()
-    stopped = read(Path("r.json"))
+    assert not Path("r.json").exists()
+    stopped = read(Path("r.stopped-1.json"))
     assert not stopped.complete and stopped.results[-1].status == "stopped"
     assert main.main(words) == 0 and len(calls) == 4 + 3
     assert read(Path("r.json")).complete
+
+
+def test_a_context_into_which_no_task_fits_is_never_done(tiny, capsys):
+    assert main.main(["eval", "qa_fact", "--context", "10"]) == 2
+    err = capsys.readouterr().err
+    assert "100 %" not in err and "saccade: qa_fact needs at least" in err
+    assert "got a context of 10. Give a longer one." in err
+
+
+def test_a_length_beyond_the_trained_one_is_said_before_it_is_read(tiny, monkeypatch, capsys):
+    from saccade.evals import evaluate
+
+    def stopping(*args, on_progress, **options):
+        on_progress(512, 4608)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "_SECONDS", -1.0)
+    monkeypatch.setattr(evaluate, "answer", stopping)
+    assert main.main("eval aggregate_compare --context 4608 --samples 1".split()) == 130
+    err = capsys.readouterr().err
+    scaled = "4,608 tokens are beyond the 4,096 the model was trained for"
+    assert f"Note: {scaled}: positions are scaled by YaRN x1.1." in err
+    assert "aggregate_compare at 4,608: dense, 512 tokens read, about " in err
+    assert err.endswith("Stopped. Nothing was scored yet.\n")
 
 
 SLOW = """

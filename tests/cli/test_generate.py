@@ -17,6 +17,7 @@ from saccade.cli import generate, main, shared_options, tokens
 from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
 from saccade.cli.writing import Writing
+from saccade.hf import check_store
 from saccade.hf.load import LoadedModel
 from saccade.runtime import params as runtime_params
 from saccade.runtime.params import ContextParams
@@ -85,7 +86,28 @@ def test_rope_scale_given_twice():
 
 def test_messages_name_options_instead_of_fields():
     said = shared_options.with_flags("n_ctx=20 is full: set a window (n_swa), or my_n_ctx. sparse")
-    assert said == "--ctx-size=20 is full: set a window (--swa), or my_n_ctx. sparse"
+    assert said == "--ctx-size 20 is full: set a window (--swa), or my_n_ctx. sparse"
+    said = shared_options.with_flags(
+        "type_k='int8', n_ctx=1,024, offload_kqv=False; backend='sdpa'"
+    )
+    assert said == "--cache-type-k int8, --ctx-size 1024, --kv-offload off; --backend sdpa"
+    said = shared_options.with_flags("Set n_ctx or rope_freq_scale; leave yarn_* unset.")
+    assert said == "Set --ctx-size or --rope-scale; leave --yarn-* unset."
+
+
+def test_a_backend_that_has_the_name_of_an_option_keeps_it():
+    with pytest.raises(UsageError, match=r"unknown backend 'auto'; .* fa4, flash_attn, "):
+        params("--backend", "auto")
+
+
+def test_messages_name_the_option_that_was_typed():
+    typed = {"rope_scale": 4.0}
+    said = shared_options.with_flags("rope_freq_scale=0.5, not 0.25: rope_freq_scale", typed)
+    assert said == "--rope-scale 2, not 0.25: --rope-scale"
+    assert shared_options.with_flags("rope_freq_scale=0.25") == "--rope-scale 4"
+    typed = {"rope_freq_scale": 0.5}
+    said = shared_options.with_flags("rope_freq_scale=0.5: rope_freq_scale", typed)
+    assert said == "--rope-freq-scale 0.5: --rope-freq-scale"
 
 
 def test_prompt_from_a_file_and_from_stdin(tmp_path, monkeypatch):
@@ -138,12 +160,17 @@ def call(capsys, *words):
     return code, captured.out, captured.err
 
 
-def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, tiny):
+def test_text_goes_to_stdout_and_numbers_to_stderr(capsys, monkeypatch, tmp_path, tiny):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(check_store, "_passed", set())  # nothing was checked before
     code, out, err = call(capsys, "--prompt", "hello", "-n", "3")
     assert code == 0 and len(out.encode()) == 4 and out.endswith("\n")
-    assert err.startswith("Loading m ...\nNote: it was guessed.\n[5 prompt tokens at ")
+    begin = "Loading m ...\nNote: it was guessed.\n"
+    assert err.startswith(f"{begin}Checking once that the model gives the same here as by its own ")
     numbers = r"tokens/s; first token after [\d.,]+ s; 3 tokens written at [\d.,]+ tokens/s; cache "
     assert re.search(numbers + r"[\d.]+ KiB; cpu, float32\]\nEnded at --n-predict 3: ", err), err
+    _, _, err = call(capsys, "--prompt", "hello", "-n", "3")
+    assert err.startswith(f"{begin}[5 prompt tokens at ")
 
 
 def test_quiet_is_the_text_alone(capsys, tiny):
@@ -244,7 +271,7 @@ class TestSession:
         path.unlink()
         self.call(capsys, "--session", str(path), "-p", "x", "-n", "2")
         code, _, said = self.call(capsys, "--session", str(path), "-p", "x", "--swa", "9")
-        assert code == 2 and "was saved with --swa=None, this context has 9" in said
+        assert code == 2 and "was saved with no --swa, this context has --swa 9" in said
         code, _, said = self.call(capsys, "--session", str(tmp_path / "no" / "s"), "-p", "x")
         assert code == 2 and "there is no folder" in said
 

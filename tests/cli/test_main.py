@@ -51,7 +51,7 @@ BAD_LINES = [
     (["plan"], "saccade plan: --model/-m: this option is required."),
     (["plan", "--model", "m", "--memory", "8 giraffes"], "--memory: expected a size such as 8GiB"),
     (["plan", "--model", "m", "--context", "0"], "number of tokens such as 4096 or 4k"),
-    (["plan", "--model", "m", "--type-k", "int8"], "--cache-type-k='int8'"),
+    (["plan", "--model", "m", "--type-k", "int8"], "--cache-type-k int8 with no --cache-type-v"),
     (["chat", "--model", "m", "--sinks", "4"], "set --swa"),
     (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
     (["generate", "--model", "m", "--prompt", " \n"], "the prompt is empty"),
@@ -63,7 +63,10 @@ BAD_LINES = [
         ["generate", "--model", "m", "--prompt", "a", "-ctk", "q8_0"],
         "int8, int4, fp8, got 'q8_0'.",
     ),
-    (["generate", "--model", "m", "--prompt", "a", "-ctk", "int8"], "--cache-type-k='int8'"),
+    (
+        ["generate", "--model", "m", "--prompt", "a", "-ctk", "int8"],
+        "--cache-type-k int8 with no --cache-type-v",
+    ),
     (
         ["generate", "--model", "m", "--prompt", "a", "--flash-attn", "yes"],
         "expected one of auto",
@@ -77,7 +80,7 @@ BAD_LINES = [
     (["generate", "--model", "m/no", "--prompt", "a"], "no model at 'm/no': expected a .gguf file"),
     (
         ["chat", "-m", "m", "--rope-scaling", "none", "--rope-scale", "2"],
-        "--rope-scale 2 stretches positions, and --rope-scaling='none'",
+        "--rope-scale 2 stretches positions, and --rope-scaling none",
     ),
     (["generate", "--model", "m", "--prompt", "a", "--temperature", "-1"], "temperature"),
     (["doctor", "--jsno"], "Did you mean --json?"),

@@ -94,6 +94,17 @@ def test_a_missing_row_is_said_to_be_missing():
     assert found["sliding window", "speed-up"].measured == NOT_MEASURED
 
 
+def test_what_a_stopped_run_did_not_reach_is_said_so():
+    late = {"status": "stopped", "note": "stopped before it was reached"}
+    window = Row(name=WINDOW, group="g", options={"n_swa": 256, "n_sinks": 4}, **late)
+    made = report(**{WINDOW: window, "YaRN x2": Row(name="YaRN x2", group="g", **late)})
+    made.settings["missing_curves"] = {"YaRN x2": late["note"]}
+    found = claims(made)
+    assert found[WINDOW, "memory"].reason == f"{WINDOW}: {late['note']}"
+    assert found["YaRN x2", "memory saved"].reason == f"YaRN x2: {late['note']}"
+    assert late["note"] in found["YaRN x2", "effect on quality"].reason
+
+
 def test_the_sweep_shows_that_a_window_stays_as_it_is():
     made = report()
     made.sweep = [

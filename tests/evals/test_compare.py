@@ -91,6 +91,7 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    record = json.loads(path.read_text())
+    assert not path.exists()
+    record = json.loads((tmp_path / "record.stopped-1.json").read_text())
     assert not record["complete"] and len(record["rows"]) >= 2
     assert SDPA in out and "Traceback" not in out

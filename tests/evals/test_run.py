@@ -133,11 +133,15 @@ def test_an_interrupt_keeps_finished_rows(monkeypatch):
 
     measure = rounds.measure
     monkeypatch.setattr(rounds, "measure", interrupted)
-    report = compared(tiny_config("llama"), ["flash", "int8"])
+    report = compared(tiny_config("llama"), ["flash", "int8"], sweep=[256])
     assert not report.complete
-    assert [(row.name, row.status) for row in report.rows] == [
+    assert [(row.name, row.status) for row in report.rows[:3]] == [
         (TEXTBOOK, "ok"), (SDPA, "ok"), (FLASH, "stopped"),
     ]  # fmt: skip
+    unreached = {row.name: (row.status, row.note) for row in report.rows[3:]}
+    assert unreached[INT8] == ("stopped", "stopped before it was reached")
+    assert {point.status for point in report.sweep} == {"stopped"}
+    assert report.claims[0].reason == f"{FLASH}: stopped before it was measured"
     assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from saccade import ContextParams, Mask, Unsupported
 from saccade.cache import QuantizedCache
-from saccade.hf import Context, HFModel, attention, check, check_store
+from saccade.hf import Context, HFModel, attention, check, check_passes, check_store
 from saccade.hf.packed_layers import PackedLinear, WeightStore
 from saccade.hf.register import KEY
 from saccade.ops.linear import quantized
@@ -58,6 +58,18 @@ def test_a_model_as_it_is_gives_what_its_eager_attention_gives(family: str) -> N
     found = check.check_eager(HFModel(tiny_model(tiny_config(family), "eager")))
     assert found.ok
     assert 0 < found.gap < 1e-5
+
+
+def test_rounding_is_measured_under_the_options_that_are_compared(llama: PreTrainedModel) -> None:
+    """Expected: transformers' eager attention under a mask of two tokens."""
+    tokens = torch.arange(3, 39)
+    away = torch.arange(36)[:, None] - torch.arange(36)
+    mask = torch.where((away >= 0) & (away < 2), 0.0, torch.finfo(torch.float32).min)
+    with torch.inference_mode():
+        expected = llama(tokens[None], attention_mask=mask[None, None]).logits[0, -5:]
+    found = check_passes.rounded_otherwise(llama, ContextParams(n_swa=2), tokens).logits
+    assert torch.allclose(found[0], expected, atol=1e-4)
+    assert not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("name", OPTIONS)

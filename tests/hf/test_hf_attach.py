@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from saccade.cache import QuantizedCache, RingCache
 from saccade.core import Unsupported
 from saccade.hf import KEY, attach
+from saccade.hf.cache import SaccadeCache
 from saccade.runtime.params import ContextParams
 from saccade.sparse import BlockTopK, Strided
 from tests.hf.model_state import different, state_of
@@ -52,6 +53,34 @@ def test_restores_other_families(ids, family):
     with attach(model, YARN):
         model(ids)
     assert different(kept, state_of(model)) == []
+
+
+@pytest.mark.parametrize("option", [{"n_ctx": 32}, {"n_batch": 4}, {"n_keep": 4}])
+def test_what_only_a_context_carries_out_is_refused(llama, option):
+    (name,) = option
+    with pytest.raises(Unsupported, match=f"{name}=.* has no effect under attach: .*Context"):
+        attach(llama, ContextParams(**option)).__enter__()
+
+
+def test_a_policy_that_nothing_carries_out_is_refused(llama, ids):
+    """A call of the model does not say where the prompt ends; generate() does."""
+    params = ContextParams(kv_policy="snapkv", kv_budget=8)
+    with attach(llama, params) as attached:
+        with pytest.raises(Unsupported, match="kv_policy='snapkv' compresses where a prompt ends"):
+            llama(ids, past_key_values=attached.new_cache())
+        cache = attached.new_cache()
+        llama.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+        llama(ids[:, :1], past_key_values=cache)  # goes on behind what was compressed
+        assert cache.stores[0].num_slots == 8 + 2
+
+
+def test_generate_brings_caches_that_can_go_back(ids):
+    model = tiny_model(tiny_config("gemma2"))
+    with attach(model, ContextParams(ctx_checkpoints=2, fused_layers=False)):
+        out = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True)
+        with pytest.raises(Unsupported, match="of storage, compression or checkpoints"):
+            model.generate(ids, max_new_tokens=2, past_key_values=DynamicCache())
+    assert isinstance(out.past_key_values, SaccadeCache)
 
 
 def test_failing_to_attach_leaves_nothing(llama):

@@ -374,5 +374,3 @@ def test_models_without_rotary_positions():
     model = tiny_model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
     with pytest.raises(Unsupported, match="GPT2LMHeadModel has no rotary positions"):
         attach(model, ContextParams(rope_freq_scale=0.5)).__enter__()
-    with attach(model, ContextParams(n_ctx=16)):
-        pass

@@ -37,6 +37,19 @@ def test_one_token_over_pages_costs_no_kernels_for_its_place():
     assert [x.tolist() for x in offsets[2:]] == [[18, 5], [19, 6]]
 
 
+@pytest.mark.parametrize("kinds", [("half", "float", "float"), ("float", "bfloat16", "half")])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "reference"])
+def test_dtypes_that_differ_are_read_as_they_are(kinds, backend):
+    """The float64 formula over the rounded numbers, rounded once to the dtype of the queries."""
+    q, k, v = (getattr(x, kind)() for x, kind in zip(qkv(k_len=6), kinds, strict=True))
+    found = saccade.attention(q, k, v, causal=False, backend=backend)
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = (q.double() @ k.mT * q.shape[3] ** -0.5).softmax(-1)
+    assert found.dtype == q.dtype
+    bound = torch.finfo(q.dtype).eps * 4
+    assert torch.allclose(found.double(), weights @ v, rtol=bound, atol=bound)
+
+
 def test_returns_lse_on_request():
     result = saccade.attention(*qkv(), return_lse=True)
     assert isinstance(result, saccade.AttentionOutput)

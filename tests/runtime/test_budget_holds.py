@@ -53,6 +53,14 @@ def test_memory_stays_at_the_budget_and_a_chunk(llama, name, budget, most_bytes)
         assert sum(held) <= layers * (kept + 1) and ctx.seen == 400 + new
 
 
+def test_a_text_that_is_shorter_than_a_batch_leaves_no_room_for_one(llama):
+    """Slots of 4 layers, 2 heads, 16 float32 numbers of K and V each: the budget and kv_every."""
+    params = ContextParams(kv_policy="snapkv", kv_budget=8, kv_every=16, n_batch=512)
+    with saccade.Context(llama, params, check="off") as ctx:
+        ctx.append(PROMPT[:100])
+        assert ctx.cache_bytes == 4 * 2 * (2 * 16 * 4) * (8 + 16)
+
+
 @pytest.mark.parametrize("every", [1, 50])
 def test_heads_with_budgets_of_their_own_hold_them_too(llama, every, most_bytes):
     params = ContextParams(kv_policy="ada_snapkv", kv_budget=64, kv_every=every, n_batch=32)

@@ -196,11 +196,11 @@ class TestRefusals:
 
     def test_other_options(self, models, saved):
         said = refusal(saved, models("llama"), ContextParams(n_swa=8))
-        assert "was saved with n_swa=None, this context has 8" in said
+        assert "was saved with n_swa=None, this context has n_swa=8" in said
         said = refusal(saved, models("llama"), ContextParams(type_k="int8", type_v="int8"))
-        assert "type_k=None, this context has 'int8'" in said
+        assert "type_k=None, this context has type_k='int8'" in said
         said = refusal(saved, models("llama"), ContextParams(rope_freq_base=5e5))
-        assert "rope of all layers" in said
+        assert "rope_freq_base=None, this context has rope_freq_base=500000.0" in said
 
     def test_contents_that_contradict_each_other(self, models, saved):
         """With checksums that fit, so written by another program."""

@@ -52,6 +52,11 @@ def attention(
 ) -> Tensor | AttentionOutput:
     """softmax(q k^T * scale) v over the visible keys of each query; O(length) memory by default.
 
+    q, k and v may have different dtypes, as queries over a cache in another one do: each number is
+    read as it is, sums are float32 (float64 for float64 queries), and the output has the dtype of
+    q.  A backend whose kernels need equal dtypes says so where it is named, and `auto` takes
+    another one.
+
     Args:
         q: `[batch, heads, q_len, head_dim]`, float32 / float64 / bfloat16 / float16; or, like k
             and v, a `PerHeadFP8` (see `saccade.quantize_fp8_per_head`), or a bare
