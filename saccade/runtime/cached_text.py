@@ -191,14 +191,9 @@ class CachedText:
             for chunk, behind in self._chunks(tokens):
                 if not generated or self._params.kv_every is not None:
                     self._start_observing()
-<<<<<<< HEAD
                 states.append(self._read_chunk(chunk, behind))
-=======
-                states.append(self._read_chunk(chunk))
-                done += len(chunk)
->>>>>>> next
                 if self._is_due():
-                    self._compress_now(len(tokens) - done)
+                    self._compress_now(behind)
                 while len(states) > 1 and sum(map(len, states[1:])) >= wanted:
                     states.pop(0)
                 if on_progress is not None:
@@ -219,16 +214,10 @@ class CachedText:
         return hidden
 
     def _run_chunks(self, tokens: Tensor) -> None:
-<<<<<<< HEAD
         for chunk, behind in self._chunks(tokens):
             self._run(chunk, behind)
-=======
-        for chunk in self._chunks(tokens):
-            self._run(chunk)
-            tokens = tokens[len(chunk) :]
->>>>>>> next
             if self._is_due():
-                self._compress(len(tokens))
+                self._compress(behind)
 
     def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor, int]]:
         """At most `n_batch` tokens, read before the next are cut off, and how many follow them."""

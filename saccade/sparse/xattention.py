@@ -48,7 +48,7 @@ class XAttention(PromptPattern):
 
     block: int = 64
     stride: int = 16
-    p: float = 0.9
+    p: float = 0.95
     sink_blocks: int = 1
     window_blocks: int = 1
 
