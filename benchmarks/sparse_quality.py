@@ -47,7 +47,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Strided(stride=2),
     *(BlockTopK(top=top) for top in (8, 16, 32)),
     *(BlockTopP(p=p) for p in (0.9, 0.97)),
-    *(XAttention(p=p) for p in (0.7, 0.8, 0.9, 0.95)),
+    *(XAttention(p=p) for p in (0.8, 0.9, 0.95, 0.98, 0.99)),
     XAttention(stride=8, p=0.9),
     *(VerticalSlash(columns=n, diagonals=n // 2) for n in (4, 12, 24)),
     TriangleMix(),
