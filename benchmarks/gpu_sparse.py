@@ -252,7 +252,12 @@ def captured(work: Work) -> Work:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+    return partial(_replay, graph, work)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, work: Work) -> None:
+    """One replay; `work` holds the tensors that the graph reads."""
+    graph.replay()
 
 
 def prompt_rows(keys: int, device: str) -> Iterator[Row]:
