@@ -20,8 +20,9 @@ class KVzip(Policy):
     to is what repeating the text, and so any question about it, needs.  The heads of all layers
     share one budget by these weights, as in the paper.
 
-    The paper reads every token again, which costs more than the prompt did, and an instruction
-    before them, which changed nothing that was measured here.  `share=1, kernel=1` is its score.
+    The paper reads every token again, which costs more than the prompt did, behind an instruction,
+    which is left out here: the model finds its place by the tokens.  `share=1, kernel=1` is its
+    score for a text of one chunk.
 
     Args:
         chunk: tokens of the context that are repeated at once, over their own keys and the sinks
