@@ -32,6 +32,7 @@ CALLS = 12  # of a step in one graph: where a graph starts is no part of a step
 LIMIT, GRADIENT_LIMIT = 1e-2, 2e-2  # relative errors in 16 bits
 ABSENT = "is not installed"  # packages that nobody expects: backends of dispatch.PEERS
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+LATENT_PEERS = ("sdpa_rows", "products")  # all heads as queries of the one head of keys
 Timed = tuple[float, dict[str, Any]]
 
 
@@ -73,6 +74,7 @@ def measure(problem: Problem, backends: Sequence[str], peers: Sequence[str] = ()
             row["sdpa_kernel"] = _sdpa_kernel(made.calls[0])
     for name in peers:
         peer: Any = _flex if name == "flex" else _peer_gradients if problem.training else _peer
+        peer = _latent_peer if name in LATENT_PEERS else peer
         _enter(row, name, lambda name=name, peer=peer: peer(problem, made, name, truth))
     return row
 
@@ -161,7 +163,8 @@ def _small_gradients(problem: Problem, name: str) -> tuple[Tensor, ...]:
     made = build(small)
     wide = torch.float64 if name == "reference" else made.leaves[0].dtype
     q, k, v = (x.detach().to(wide).requires_grad_() for x in made.leaves)
-    out = run(make_call(q, DenseKV(k, v), mask=small.mask, wants_lse=False), name)
+    options = small.score_options(q.device)
+    out = run(make_call(q, DenseKV(k, v), mask=small.mask, wants_lse=False, **options), name)
     return torch.autograd.grad(out, (q, k, v), q.detach().roll(1, 2))
 
 
@@ -200,6 +203,22 @@ def _peer(problem: Problem, made: Built, name: str, truth: Tensor) -> Timed:
     """PyTorch's kernel on dense bfloat16 tensors of the same shape."""
     with _asked_for(name), torch.no_grad():
         return _seconds(problem, [_peer_call(problem, *tensors) for tensors in made.tensors]), {}
+
+
+def _latent_peer(problem: Problem, made: Built, name: str, truth: Tensor) -> Timed:
+    """PyTorch's operators over keys that all heads read, for one query."""
+    scale = problem.head_dim**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = q.transpose(1, 2)
+        if name == "products":
+            return ((rows @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).transpose(1, 2)
+
+    with torch.no_grad():
+        error = demand(probed(problem, attend(*made.tensors[0])), truth, LIMIT)
+        runs = [lambda tensors=tensors: attend(*tensors) for tensors in made.tensors]
+        return _seconds(problem, runs), {"error": error}
 
 
 def _peer_gradients(problem: Problem, made: Built, name: str, truth: Any) -> Timed:

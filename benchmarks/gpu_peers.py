@@ -41,8 +41,6 @@ def rows() -> list[Row]:
 
 def case_of(problem: Problem) -> str:
     """The table that a problem belongs to."""
-    if problem.storage == "latent":
-        return "mla_decode"
     if problem.training:
         return "peers_backward"
     return "peers_decode" if problem.is_step else "peers"
@@ -65,9 +63,6 @@ def problems() -> Iterator[Problem]:
             yield Problem(queries=total, keys=total, head_dim=dim, sequences=each)
         for n in (4096, 16384):
             yield Problem(queries=n, keys=n, head_dim=dim, **PATTERNS["window"])
-    for heads, batch, keys in ((16, 1, 8192), (128, 1, 32768), (128, 32, 8192)):
-        latent = {"head_dim": 576, "heads": heads, "kv_heads": 1, "storage": "latent"}
-        yield Problem(queries=1, keys=keys, batch=batch, **latent)
 
 
 def measured(problem: Problem, backends: tuple[str, ...], peers: Any) -> dict[str, Any]:

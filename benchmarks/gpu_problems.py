@@ -45,11 +45,13 @@ class Problem:
         storage: "dense", "pageN" (pages of N tokens), a name of bench.inputs.KINDS (a quantized
             cache; a prompt's own keys are in full precision), "ring" (sinks, two runs of one
             window and the chunk), "e4m3" (q, k and v in fp8 with a scale a head), or "latent"
-            (absorbed MLA: values are all channels of keys but the last ROPE).
+            (absorbed MLA: values are all channels of keys but the last ROPE), with a number
+            behind it in pages of so many tokens.
         kv_lens: keys of each row of the batch, where rows differ; sequences: lengths of sequences
             packed into one row.
         density: share of the blocks of keys that are selected.
         training: gradients of q, k and v are computed.
+        softcap: of scores; alibi: with the slopes of ALiBi.
     """
 
     queries: int
@@ -65,6 +67,8 @@ class Problem:
     density: float | None = None
     dtype: str = "bf16"
     training: bool = False
+    softcap: float | None = None
+    alibi: bool = False
     heads: int = 32
     kv_heads: int = 8
 
@@ -89,6 +93,14 @@ class Problem:
         found = asdict(self).items()
         return {name: x for name, x in found if name in always or x != defaults[name]}
 
+    def score_options(self, device: torch.device, heads: int | None = None) -> dict[str, Any]:
+        """What changes the scores, as `make_call` takes it, for the first `heads` heads."""
+        found: dict[str, Any] = {} if self.softcap is None else {"softcap": self.softcap}
+        if self.alibi:
+            powers = torch.arange(1, self.heads + 1, device=device) * (-8 / self.heads)
+            found["alibi_slopes"] = torch.exp2(powers)[: heads or self.heads]
+        return found
+
     def tiny(self) -> Problem:
         """The same kind of problem, small enough for a CPU."""
         keys = 3 * BLOCK if self.density else 160
@@ -96,7 +108,7 @@ class Problem:
             self, queries=min(self.queries, keys), keys=keys, batch=min(self.batch, 2), heads=4,
             kv_heads=2, head_dim=min(self.head_dim, 64), window=self.window and 40,
         )  # fmt: skip
-        if self.storage == "latent":
+        if self.storage.startswith("latent"):
             return replace(small, kv_heads=1, head_dim=self.head_dim)
         if self.sequences:
             return replace(small, sequences=(40, 120), queries=160)
@@ -167,7 +179,7 @@ def _tensors(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     dim, dtype = problem.head_dim, DTYPES[problem.dtype]
     q = random(problem.batch, problem.heads, problem.queries, dim, dtype=dtype)
     k, v = (random(problem.batch, problem.kv_heads, problem.keys, dim, dtype=dtype) for _ in "kv")
-    if problem.storage == "latent":
+    if problem.storage.startswith("latent"):
         v = k[..., :-ROPE]
     for x in (q, k, v):
         x.requires_grad_(problem.training)
@@ -178,6 +190,9 @@ def _view(problem: Problem, k: Tensor, v: Tensor) -> KVView:
     storage = problem.storage
     if storage.startswith("page"):
         return paged(k, v, int(storage.removeprefix("page")))
+    if storage.startswith("latent") and storage != "latent":
+        pages = paged(k, v, int(storage.removeprefix("latent")))
+        return replace(pages, v=pages.k[..., :-ROPE])
     if storage in KINDS:
         return quantized_view(
             k, v, storage, k.shape[2] % GROUP if problem.is_step else problem.queries
@@ -211,6 +226,7 @@ def _call(
 ) -> AttentionCall:
     queries: Tensor | PerHeadFP8 = q
     options: dict[str, Any] = {"mask": problem.mask, "blocks": blocks, "wants_lse": False}
+    options |= problem.score_options(q.device)
     if problem.storage == "e4m3":
         queries = quantize_fp8_per_head(q)
     if problem.kv_lens:
@@ -250,7 +266,7 @@ def _bytes(problem: Problem, view: Any) -> float:
         return sum(part.nbytes for x in (view.k, view.v) for part in x)
     width = 1 if problem.storage == "e4m3" else 2
     tokens = sum(problem.kv_lens) or problem.batch * problem.keys
-    if problem.storage == "latent":
+    if problem.storage.startswith("latent"):
         return 2 * problem.head_dim * tokens
     return share * 2 * width * problem.kv_heads * problem.head_dim * tokens
 
@@ -282,4 +298,7 @@ def _probe(
     if blocks is not None:
         last = blocks.allowed[:, :1, -1:].contiguous()
         blocks = BlockSelection(allowed=last, q_block=BLOCK, k_block=BLOCK)
-    return make_call(rows.double(), DenseKV(keys, values, spans), mask=problem.mask, blocks=blocks)
+    options = problem.score_options(rows.device, problem.groups)
+    return make_call(
+        rows.double(), DenseKV(keys, values, spans), mask=problem.mask, blocks=blocks, **options
+    )

@@ -57,7 +57,7 @@ def rule_rows() -> Iterator[Row]:
 def backends_of(problem: Problem) -> tuple[str, ...]:
     """Backends that could run it: PyTorch's fused kernels have no windows, pages or sequences."""
     training = ("gluon_triton",) if problem.training else ()
-    stored = problem.storage not in ("dense", "latent")
+    stored = problem.storage != "dense"
     special = problem.window or problem.sequences or problem.kv_lens or stored
     return (*OURS, *training, *(() if special else ("sdpa",)), *PEERS)
 
@@ -204,9 +204,22 @@ def half_rows() -> Iterator[Row]:
         yield Row("fp16", problem, backends_of(problem))
 
 
+def score_rows() -> Iterator[Row]:
+    """Softcap and ALiBi, which no rule tells apart from plain scores, beside those."""
+    scores: tuple[dict[str, Any], ...] = ({}, {"softcap": 50.0}, {"alibi": True})
+    for dim, causal, way in product((128, 64, 256), (True, False), scores):
+        problem = Problem(queries=8192, keys=8192, head_dim=dim, causal=causal, **way)
+        yield Row("scores", problem, OURS)
+    for queries, way in product((64, 1024), scores):
+        yield Row("scores", Problem(queries=queries, keys=32768, **way), OURS)
+    for way in scores:
+        problem = Problem(queries=4096, keys=4096, training=True, **way)
+        yield Row("scores", problem, ("gluon", "gluon_triton", "triton"))
+
+
 def rows() -> list[Row]:
     """Rules first; a problem that several rules cover is measured once for each."""
-    return [*rule_rows(), *chunk_rows(), *plan_rows(), *half_rows()]
+    return [*rule_rows(), *chunk_rows(), *plan_rows(), *half_rows(), *score_rows()]
 
 
 if __name__ == "__main__":

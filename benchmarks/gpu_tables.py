@@ -14,6 +14,7 @@ TITLES = {
     "fa3": "FlashAttention-3", "fa4": "FlashAttention-4", "flash_attn": "flash-attn",
     "flashinfer": "FlashInfer", "cudnn": "cuDNN", "flash2": "FlashAttention-2",
     "flex": "FlexAttention", "sdpa": "SDPA",
+    "sdpa_rows": "SDPA", "products": "products and softmax",
 }  # fmt: skip
 STEPS = ("decode", "peers_decode", "mla_decode")  # cases that are bound by memory
 
@@ -76,7 +77,7 @@ def _figures(row: dict[str, Any]) -> list[Cell]:
 
 def title_of(row: dict[str, Any]) -> str:
     """A problem in a few words: `D 128, causal, 16k`."""
-    parts = [f"D {row['head_dim']}"]
+    parts = [f"{row['heads']} heads"] if row["case"] == "mla_decode" else [f"D {row['head_dim']}"]
     if "sequences" in row:
         parts.append(f"{len(row['sequences'])} sequences of {_tokens(row['sequences'][0])}")
     elif row["queries"] == row["keys"]:

@@ -42,6 +42,7 @@ PARTS = {
     "attention": Part("h200_attention", "gpu_attention", share=0.6, compiles=True),
     "llama": Part("h200_llama", "gpu_llama", ("--short",), share=0.8),
     "mistral": Part("h200_mistral", "gpu_mistral", ("--short",)),
+    "latent": Part("h200_latent", "gpu_latent", compiles=True),
     "peers": Part("h200_peers", "gpu_peers", compiles=True),
 }
 

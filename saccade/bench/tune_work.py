@@ -20,6 +20,7 @@ from saccade.core import BlockSelection, DenseKV, KVView, Mask, PagedKV
 from saccade.ops.attention.api import attend, make_call
 
 GROUP, PAGE, BLOCK = 64, 16, 128
+ROPE = 64  # channels of latent keys behind those that are the values too
 DENSITY = 0.25
 Result = tuple[Tensor, ...]
 Run = Callable[[], Result]
@@ -76,7 +77,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One attention problem; `kind` says how keys are stored."""
+    """One attention problem; `kind` says how keys are stored.
+
+    Attributes:
+        heads: query heads over one head of latent keys, 0 for the heads of Sizes.
+    """
 
     batch: int = 1
     q_len: int
@@ -85,6 +90,7 @@ class Shape:
     blocks: bool = False
     gradients: bool = False
     kind: str = "dense"
+    heads: int = 0
 
 
 Shapes = Callable[[Sizes], tuple[Sequence[Shape], Sequence[Shape]]]
@@ -123,12 +129,12 @@ def _window(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
     return checked, [Shape(q_len=sizes.narrow, k_len=sizes.narrow, window=sizes.window)]
 
 
-def _decode(*kinds: str) -> Shapes:
+def _decode(*kinds: str, heads: int = 0) -> Shapes:
     def shapes(sizes: Sizes) -> tuple[Sequence[Shape], Sequence[Shape]]:
         many = sizes.check[1]
-        checked = [Shape(q_len=1, k_len=many, kind=kind) for kind in kinds]
+        checked = [Shape(q_len=1, k_len=many, kind=kind, heads=heads) for kind in kinds]
         timed = [
-            Shape(batch=batch, q_len=1, k_len=keys, kind=kind)
+            Shape(batch=batch, q_len=1, k_len=keys, kind=kind, heads=heads)
             for kind in kinds
             for batch, keys in sizes.decode
         ]
@@ -146,6 +152,8 @@ SHAPES: dict[str, Shapes] = {
     "decode": _decode("dense"),
     "decode_paged": _decode("pages"),
     "decode_quantized": _decode("int8", "int4"),
+    "decode_latent": _decode("latent", heads=16),
+    "decode_latent_rows": _decode("latent", heads=128),
 }
 
 
@@ -153,19 +161,22 @@ def _problem(
     shape: Shape, dim: int, sizes: Sizes, device: str, dtype: torch.dtype, *, judged: bool
 ) -> Problem:
     """The calls of a shape, with what they have to give where they will be judged."""
+    heads, kv_heads = (shape.heads, 1) if shape.heads else (sizes.heads, sizes.kv_heads)
+    width = dim + ROPE if shape.kind == "latent" else dim
 
     def normal(heads: int, length: int) -> Tensor:
-        return torch.randn(shape.batch, heads, length, dim, device=device, dtype=dtype)
+        return torch.randn(shape.batch, heads, length, width, device=device, dtype=dtype)
 
-    size = 2 * shape.batch * sizes.kv_heads * shape.k_len * dim * dtype.itemsize
+    size = 2 * shape.batch * kv_heads * shape.k_len * dim * dtype.itemsize
     cold = not judged and shape.q_len == 1
     copies = max(2, min(8, sizes.cold // size + 1)) if cold else 1
     mask, blocks = Mask(window=shape.window), _blocks(shape, sizes, device)
     runs: list[Callable[[], Result]] = []
     expected: tuple[Expected, ...] | None = None
     for _ in range(copies):
-        q = normal(sizes.heads, shape.q_len)
-        k, v = (normal(sizes.kv_heads, shape.k_len) for _ in range(2))
+        q = normal(heads, shape.q_len)
+        k, v = (normal(kv_heads, shape.k_len) for _ in range(2))
+        v = k[..., :dim] if shape.kind == "latent" else v
         view = _view(shape.kind, k, v)
         if shape.gradients:
             runs.append(_backward(q, k, v, mask))
@@ -244,7 +255,7 @@ def _blocks(shape: Shape, sizes: Sizes, device: str) -> BlockSelection | None:
 
 def _view(kind: str, k: Tensor, v: Tensor) -> KVView:
     """Keys and values stored in that way."""
-    if kind == "dense":
+    if kind in ("dense", "latent"):
         return DenseKV(k, v)
     if kind == "pages":
         return paged(k, v, PAGE)

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import (
     gpu_attention,
+    gpu_latent,
     gpu_peers,
     gpu_problems,
     gpu_rules,
@@ -25,6 +26,7 @@ from saccade.ops.tuning import rules as tuning
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = [p.stem for p in FOLDER.glob("*.py") if '__name__ == "__main__"' in p.read_text()]
+LISTS = ("gpu_attention", "gpu_latent", "gpu_rules")  # of rows, without a main of their own
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a CPU")
 
 
@@ -33,7 +35,7 @@ def test_every_benchmark_can_be_imported(name):
     assert import_module(f"benchmarks.{name}").__doc__
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in ("gpu_attention", "gpu_rules")])
+@pytest.mark.parametrize("name", [n for n in SCRIPTS if n not in LISTS])
 def test_options_are_read(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as left:
@@ -60,7 +62,7 @@ def different(rows):
 
 
 @CPU
-@pytest.mark.parametrize("module", [gpu_attention, gpu_rules, gpu_peers])
+@pytest.mark.parametrize("module", [gpu_attention, gpu_rules, gpu_peers, gpu_latent])
 def test_every_kind_of_row_can_be_measured(module, tmp_path, capsys):
     rows = different(module.rows())
     path = tmp_path / "record.json"
@@ -71,7 +73,8 @@ def test_every_kind_of_row_can_be_measured(module, tmp_path, capsys):
         failed = {name for name in row.get("failed", {}) if name != "flex"}
         assert not failed, row
         assert "plan_ms" in row or "host_us" in row or row["ms"]["tiled"] > 0
-    for case in ("forward", "decode") if module is not gpu_peers else ("peers", "peers_decode"):
+    tables = {gpu_peers: ("peers", "peers_decode"), gpu_latent: ("mla_decode",)}
+    for case in tables.get(module, ("forward", "decode")):
         table = gpu_tables.to_markdown(record, case)
         assert table.startswith("| ") and table.endswith("|\n")
 

@@ -1,6 +1,10 @@
 """Compile Triton and Gluon kernels for a GPU that this machine need not have."""
 
+import re
+import subprocess
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,20 +77,40 @@ def compile_for(
     return triton.compile(parsed, target=target, options=options)
 
 
+def spilled_bytes(found: Any) -> int:
+    """What ptxas says that a compiled kernel spills from registers for Hopper."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(found.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
+        done = subprocess.run(
+            [*command, "-o", Path(folder) / "kernel.cubin"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    said = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert said is not None
+    return int(said.group(1))
+
+
 def compile_gluon(
     dim: int,
     mask_args: MaskArgs = RULES,
     *,
-    blocks: bool = False,
+    blocks: tuple[int, int] | None = None,
     varlen: str = "",
     page_size: int | None = None,
     value_dim: int | None = None,
+    softcap: float | None = None,
+    alibi: bool = False,
+    causal: bool = True,
     sharing: tuple[int, int] | None = None,
 ) -> Any:
-    """The Gluon prefill kernel for bfloat16 heads of `dim`, causal, as the launcher cuts it.
+    """The Gluon prefill kernel for bfloat16 heads of `dim`, as the launcher cuts it.
 
     Args:
-        blocks: with block lists.
+        blocks: with block lists, heads of a tile and parts of a tile of keys.
         varlen: "packed" sequences, or "kv_lens"; page_size: slots of a page, with kv_lens.
         sharing: heads of a tile and splits of the keys.
     """
@@ -103,13 +127,17 @@ def compile_gluon(
         x = torch.empty(1, heads, 8192, dim, dtype=dtype, device="meta")
         return StridedTensor(x, *x.stride()[:3])
 
-    masked = blocks or mask_args.window or sharing
+    masked = blocks or mask_args.window or softcap or alibi or sharing
     varied = varlen and (page_size or not sharing)
     launch = measured_launch(dim, "varlen" if varied else "masked" if masked else "")
     out_type = torch.bfloat16
     if sharing:
         out_type = torch.float32
         launch = replace(launch, pack=sharing[0], splits=sharing[1], direct_store=True)
+    elif blocks:
+        pack, parts = blocks
+        direct = launch.direct_store or pack > 1
+        launch = replace(launch, pack=pack, parts=parts, direct_store=direct)
     value_dim = value_dim or dim
     numbers = torch.empty(64, dtype=torch.int32, device="meta")
     info = VarlenInfo(q_tiles=numbers) if varlen == "packed" else VarlenInfo()
@@ -120,13 +148,15 @@ def compile_gluon(
     arguments: dict[str, Any] = {
         "q": strided(32), "k": strided(8), "v": strided(8, value_dim),
         "out": strided(32, value_dim, out_type),
-        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "mask_args": mask_args,
+        "lse": torch.empty(1, 32, 8192, device="meta"), "sink_logits": None, "softcap": softcap,
+        "alibi_slopes": torch.empty(1, 32, device="meta") if alibi else None,
+        "alibi_slopes_batch": 32 if alibi else None, "mask_args": mask_args,
         "block_lists": BlockLists(lists, lists, 0, 64 * 64, 64) if blocks else BlockLists(),
         "varlen": info, "num_pages": 64, "ZERO_V_TAIL": bool(varlen), "PAGE_SIZE": page_size,
         "scale": 0.1, "q_len": 8192, "k_len": 8192, "q_offset": 0, "batch": 1, "heads": 32,
         "groups": 4, "num_q_tiles": 64, "heads_per_section": 32, "num_work_tiles": 2048,
         "splits": 4, "out_split": 32 * 8192 * dim, "lse_split": 32 * 8192,
-        "CAUSAL": True, "DIM": dim, "V_DIM": value_dim,
+        "CAUSAL": causal, "DIM": dim, "V_DIM": value_dim,
         "D": tile_dim(dim), "DV": tile_dim(value_dim),
     }  # fmt: skip
     return compile_for(

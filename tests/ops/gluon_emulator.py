@@ -22,6 +22,7 @@ from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu import triton_lang
 from saccade.ops.gpu.kernel_args import BlockLists, MaskArgs
 
+ALL_TILES = BlockLists()
 ROWS = 64  # rows of a consumer: its queries of each head that a tile holds
 
 
@@ -61,6 +62,10 @@ def _load(pointer: Pointer, mask: bool = True, other: int = 0) -> Integer:
         return Integer(other)
     assert 0 <= pointer.at < len(pointer.tensor), "a load out of bounds"
     return Integer(int(pointer.tensor[pointer.at]))
+
+
+def pointer_to(tensor: Tensor | None) -> Pointer | None:
+    return None if tensor is None else Pointer(tensor)
 
 
 class Stages:
@@ -129,11 +134,11 @@ class Cta:
         silent = SimpleNamespace(wait=lambda *_: None, expect=lambda *_: None)
         tma = SimpleNamespace(async_copy_global_to_shared=_tma_load)
         names = {"gl": language, "tl": language, "mbarrier": silent, "tma": tma}
-        modules = _as_python((triton_lang, seqlen_info, tile_scheduler, producer), names)
+        modules = as_python((triton_lang, seqlen_info, tile_scheduler, producer), names)
         _, self.seqlen_info, self.tile_scheduler, self.producer = modules
 
 
-def _as_python(modules: tuple[ModuleType, ...], names: dict[str, Any]) -> list[SimpleNamespace]:
+def as_python(modules: tuple[ModuleType, ...], names: dict[str, Any]) -> list[SimpleNamespace]:
     """Copies of modules in which jit functions are plain ones that look up `names` first."""
     spaces = {module.__name__: vars(module) | names for module in modules}
     for space in spaces.values():
@@ -158,7 +163,7 @@ class WorkTile(NamedTuple):
     Attributes:
         q_start, q_len: first query and number of queries of its sequence; q_offset: their position.
         tile: index within the sequence; num_keys: keys of the sequence.
-        k_starts: first key of each tile of keys; masked: whether that tile needs a mask.
+        k_starts: first keys of the parts of each tile of keys; masked: whether it needs a mask.
         split: of the keys.
     """
 
@@ -169,7 +174,7 @@ class WorkTile(NamedTuple):
     q_offset: int
     tile: int
     num_keys: int
-    k_starts: list[int]
+    k_starts: list[tuple[int, ...]]
     masked: list[bool]
     split: int
 
@@ -183,6 +188,7 @@ class Emulation:
     varlen: seqlen_info.VarlenInfo
     sizes: tuple[Integer, ...]  # as the kernel passes them to producer and consumers
     page_size: int | None
+    lists: BlockLists
     out: Tensor
     lse: Tensor
 
@@ -205,22 +211,22 @@ class Emulation:
         dim, block_n = problem.q.shape[3], launch.block_n
         k_smem, v_smem = (Stages(block_n, dim) for _ in range(2))
         smem = Smem(Stages(ROWS, dim), k_smem, v_smem)
-        box = block_n if self.page_size is None else min(self.page_size, block_n)
+        box = block_n // launch.parts if self.page_size is None else min(self.page_size, block_n)
         queries = ROWS // launch.pack
         q_desc = _descriptor(problem.q, queries, launch.pack)
         k_desc, v_desc = (_descriptor(x, box) for x in (problem.k, problem.v))
         bars = (Barriers(),) * 7
-        args = (q_desc, k_desc, v_desc, (*smem, bars), self.sizes, self.mask_args, BlockLists(),
+        args = (q_desc, k_desc, v_desc, (*smem, bars), self.sizes, self.mask_args, self.lists,
                 self.varlen)  # fmt: skip
         tile = (launch.block_m, block_n, queries, consumers)
-        shared = (launch.pack, launch.splits > 1)
+        shared = (launch.pack, launch.splits > 1, launch.parts)
         cta.producer.produce(args, problem.mask.causal, *tile, self.page_size, *shared)
         return smem
 
     def _work_tile(self, cta: Cta, i: int) -> WorkTile:
         q_len, k_len, q_offset, _, groups, *_ = self.sizes
-        scheduler, lists, block_n = cta.tile_scheduler, BlockLists(), self.launch.block_n
-        splits = self.launch.splits
+        scheduler, lists, block_n = cta.tile_scheduler, self.lists, self.launch.block_n
+        splits, parts = self.launch.splits, self.launch.parts
         b, h, tile, split = scheduler.work_of(
             Integer(i), self.sizes, Integer(self.launch.pack), splits > 1
         )
@@ -229,15 +235,16 @@ class Emulation:
         )
         found = scheduler.kv_tile_plan(
             tile, q_len, k_len, q_offset, self.mask_args, lists, b, h // groups,
-            self.problem.mask.causal, self.launch.block_m, block_n,
+            self.problem.mask.causal, self.launch.block_m, block_n, parts,
         )  # fmt: skip
         if splits > 1:
             found = scheduler.split_of_plan(found, split, Integer(splits))
         plan, right_end, full_end, count, num_keys = found
-        k_tiles = [scheduler.kv_tile(Integer(j), plan, lists) for j in range(count)]
+        found = [scheduler.kv_starts(Integer(j), plan, lists, block_n, parts) for j in range(count)]
+        k_starts = [tuple(map(int, starts)) for starts in found]
         masked = [j == 0 or j < right_end or j >= full_end for j in range(count)]
         numbers = map(int, (b, h, q_start, q_len, q_offset, tile, num_keys))
-        return WorkTile(*numbers, [int(k) * block_n for k in k_tiles], masked, int(split))
+        return WorkTile(*numbers, k_starts, masked, int(split))
 
     def _consume(
         self, work: WorkTile, consumer: int, q_tile: Tensor, smem: Smem, first_stage: int
@@ -247,13 +254,14 @@ class Emulation:
         row = work.tile * self.launch.block_m + consumer * queries
         q_pos = (work.q_offset + row + torch.arange(queries)).repeat(pack)
         scores, values = [], []
-        for j, k_start in enumerate(work.k_starts):
+        for j, starts in enumerate(work.k_starts):
             k, v = smem.k[first_stage + j], smem.v[first_stage + j].clone()
             if j == 0 and (self.varlen.q_tiles is not None or self.varlen.kv_lens is not None):
-                v[max(work.num_keys - k_start, 0) :] = 0
+                v[max(work.num_keys - starts[0], 0) :] = 0
             s = q_tile @ k.mT * self.problem.call.scale
             if work.masked[j]:
-                k_pos = k_start + torch.arange(len(k))
+                index = torch.arange(len(k) // len(starts))
+                k_pos = torch.cat([start + index for start in starts])
                 s = s.masked_fill(~self._visible(q_pos, k_pos, work.num_keys), -torch.inf)
             scores.append(s)
             values.append(v)
@@ -281,7 +289,12 @@ class Emulation:
 
 
 def forward(
-    problem: Problem, launch: PrefillLaunch, page_table: Tensor | None = None, *, num_ctas: int = 5
+    problem: Problem,
+    launch: PrefillLaunch,
+    page_table: Tensor | None = None,
+    *,
+    lists: BlockLists = ALL_TILES,
+    num_ctas: int = 5,
 ) -> AttentionOutput:
     """(out, lse) in float64 by the schedule of the kernel on `num_ctas` multiprocessors."""
     batch, heads, q_len, _ = problem.q.shape
@@ -298,6 +311,7 @@ def forward(
         varlen._replace(**tensors),
         tuple(map(Integer, sizes)),
         None if page_table is None else problem.k.shape[2],
+        lists._replace(tiles=pointer_to(lists.tiles), counts=pointer_to(lists.counts)),
         out,
         out[..., 0].clone(),
     )

@@ -245,7 +245,8 @@ def test_deterministic_gradients_are_tritons(monkeypatch):
     q, k, v = (x.contiguous().requires_grad_() for x in meta())
     verdict = "chosen: faster gradients (some_record)"
     assert dict(explain(q, k, v))["gluon"] == verdict
-    assert dict(explain(q, k, v, softcap=9.0))["triton"] == "chosen"
+    assert dict(explain(q, k, v, softcap=9.0))["gluon_triton"] == verdict
+    assert dict(explain(q, k, v, scale=-1.0))["triton"] == "chosen"
     torch.use_deterministic_algorithms(True)
     try:
         found = dict(explain(q, k, v))
@@ -262,7 +263,7 @@ def gradient_call(dim=128, dtype=torch.bfloat16, **options):
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"softcap": 9.0}, "only plain dense keys, window and sinks"),
+        ({"softcap": 9.0}, "no softcap and no alibi_slopes"),
         ({"dim": 256}, "head_dim 256 is not one of 64, 128"),
         ({"dtype": torch.float32}, "float32 is not one of"),
         ({"scale": -1.0}, "scale must be positive"),

@@ -1,8 +1,6 @@
 """The Gluon prefill kernel: the backends' contract on a Hopper GPU; elsewhere, that it compiles."""
 
 import os
-import re
-import subprocess
 import warnings
 from dataclasses import replace
 
@@ -16,7 +14,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from saccade.core import BlockSelection, DenseKV, Mask, PagedKV, Unsupported
 from saccade.ops import attend, attention, explain
 from saccade.ops.attention.api import make_call
-from saccade.ops.gpu.kernel_args import MaskArgs
 from tests.support.cases import MASKS, Case, on
 from tests.support.gpu import on_gpu
 from tests.support.reference import check_case
@@ -29,6 +26,14 @@ LENGTHS = [(33, 33), (1, 70), (65, 130), (300, 300), (200, 1000), (513, 700)]
 
 def check(case, dtype):
     check_case(case, "gluon", dtype, "cuda")
+
+
+def check_blocks(block, lengths, mask, dim):
+    torch.manual_seed(1)
+    allowed = torch.rand(2, 2, -(-lengths[0] // block), -(-lengths[1] // block)) < 0.33
+    blocks = BlockSelection(allowed=allowed, q_block=block, k_block=block)
+    case = Case((8, 2), lengths, mask, "plain", head_dim=dim, options={"blocks": blocks})
+    check(case, torch.bfloat16)
 
 
 class TestOnGPU:
@@ -104,11 +109,15 @@ class TestOnGPU:
     )
     def test_selected_blocks(self, mask, lengths, dim):
         """A third of the blocks; some rows attend to nothing at all."""
-        torch.manual_seed(1)
-        allowed = torch.rand(2, 2, -(-lengths[0] // 128), -(-lengths[1] // 128)) < 0.33
-        blocks = BlockSelection(allowed=allowed, q_block=128, k_block=128)
-        case = Case((6, 2), lengths, mask, "plain", head_dim=dim, options={"blocks": blocks})
-        check(case, torch.bfloat16)
+        check_blocks(128, lengths, mask, dim)
+
+    @pytest.mark.parametrize("dim", TILES)
+    @pytest.mark.parametrize("block", [64, 32])
+    @pytest.mark.parametrize("lengths", [(300, 300), (513, 700), (128, 1024)], ids=str)
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_selected_blocks_smaller_than_tiles(self, causal, lengths, block, dim):
+        """Heads share tiles of queries, and blocks lie side by side in tiles of keys."""
+        check_blocks(block, lengths, {"causal": causal}, dim)
 
     @pytest.mark.parametrize("dim", TILES)
     @pytest.mark.parametrize("mask", VARLEN_MASKS, ids=str)
@@ -269,15 +278,14 @@ class TestOnGPU:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"softcap": 5.0}, "no softcap"),
             ({"key_padding": torch.ones(1, 40).bool()}, "no key_padding"),
             ({"scale": -1.0}, "scale must be positive"),
             (
                 {"blocks": SMALL_BLOCKS},
-                "no multiples of its tiles",
+                "do not fill its tiles",
             ),
         ],
-        ids=["softcap", "padding", "scale", "blocks"],
+        ids=["padding", "scale", "blocks"],
     )
     def test_refuses_in_a_sentence(self, options, reason):
         x = torch.randn(1, 2, 40, 64, device="cuda", dtype=torch.bfloat16)
@@ -343,49 +351,3 @@ def test_refuses_cpu_tensors_in_a_sentence():
     with pytest.raises(Unsupported, match="tensors are on cpu, not on an NVIDIA GPU"):
         attention(x, x, x, backend="gluon")
     assert dict(explain(x, x, x))["gluon"].startswith("cannot: tensors are on cpu")
-
-
-@pytest.mark.parametrize("dim", TILES)
-def test_compiles_for_hopper_with_overlapped_products(dim):
-    from tests.ops.compiled import compile_gluon
-
-    found = compile_gluon(dim)
-    ptx = found.asm["ptx"]
-    assert found.metadata.shared <= 227 * 1024
-    assert "setmaxnreg" in ptx and "cp.async.bulk.tensor.4d" in ptx
-    # S of a tile is issued, then P V of the tile before, then one of the two is awaited.
-    order = re.findall(r"wgmma\.(commit_group|wait_group\.sync\.aligned (?:0|1))", ptx)
-    issue = "commit_group"
-    assert [issue, issue, "wait_group.sync.aligned 1"] in [order[i : i + 3] for i in range(9)]
-
-
-@pytest.mark.parametrize(
-    ("dim", "variant"),
-    [
-        (128, {}),
-        (256, {}),
-        (96, {}),
-        (192, {"value_dim": 128}),
-        (128, {"mask_args": MaskArgs(window=1024)}),
-        (128, {"blocks": True}),
-        (128, {"varlen": "packed"}),
-        (128, {"varlen": "kv_lens", "page_size": 16}),
-        (128, {"sharing": (4, 8), "varlen": "kv_lens"}),
-        (256, {"sharing": (2, 8)}),
-    ],
-    ids=["128", "256", "96", "192", "window", "blocks", "packed", "pages", "split", "256 split"],
-)
-def test_products_are_not_serialized_and_nothing_spills(tmp_path, dim, variant):
-    """ptxas reports both, and serializes the products when they are issued in another order."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    from tests.ops.compiled import compile_gluon
-
-    source = tmp_path / "kernel.ptx"
-    source.write_text(compile_gluon(dim, **variant).asm["ptx"])
-    command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]
-    done = subprocess.run(
-        [*command, "-o", tmp_path / "kernel"], capture_output=True, text=True, check=True
-    )
-    assert "serialized" not in done.stderr
-    assert "0 bytes spill stores" in done.stderr

@@ -5,6 +5,7 @@ Everything that decides what is loaded and when is the kernel's own code (`gluon
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from saccade.core import DenseKV, Mask, PagedKV
-from saccade.ops import attention
+from saccade.core import BlockSelection, DenseKV, Mask, PagedKV
+from saccade.ops import attend, attention
 from saccade.ops.attention.api import make_call
-from saccade.ops.attention.nvidia.gluon.prefill.launch import measured_launch
+from saccade.ops.attention.nvidia.gluon.prefill.launch import launch_of, measured_launch
 from saccade.ops.attention.nvidia.gluon.prefill.splits import num_splits
 from saccade.ops.attention.nvidia.problem import dense_problem, paged_kv_lens, problem_of
+from saccade.ops.gpu.kernel_args import BlockLists
 from tests.ops import gluon_emulator
 from tests.ops.gluon_emulator import Cta, Integer
 
@@ -100,6 +102,41 @@ def test_heads_share_tiles_and_keys_are_divided(mask, pack, splits):
     call = make_call(q, DenseKV(k, v), mask=Mask(**mask))
     shared = replace(launch(), pack=pack, splits=splits)
     assert_equal(gluon_emulator.forward(dense_problem(call), shared), truth)
+
+
+@pytest.mark.parametrize(("q_block", "k_block"), [(128, 128), (64, 64), (32, 32), (128, 192)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_selected_blocks(causal, q_block, k_block):
+    """Rows of blocks with any number of keys' blocks, none too; tiles with gaps."""
+    torch.manual_seed(0)
+    q, k, v = random(2, 8, 300, 16), random(2, 2, 460, 16), random(2, 2, 460, 16)
+    allowed = torch.rand(2, 2, -(-300 // q_block), -(-460 // k_block)) < 0.4
+    blocks = BlockSelection(allowed=allowed, q_block=q_block, k_block=k_block)
+    call = make_call(q, DenseKV(k, v), mask=Mask(causal=causal), blocks=blocks)
+    cut = launch_of(dense_problem(call))
+    cut = replace(measured_launch(64, "masked"), pack=cut.pack, parts=cut.parts)
+    lists = lists_of(blocks, cut.block_m, cut.block_n // cut.parts, causal)
+    found = gluon_emulator.forward(dense_problem(call), cut, lists=lists)
+    assert_equal(found, attend(call, backend="reference"))
+
+
+def lists_of(blocks, block_m, block_n, causal):
+    """Lists of 300 queries over 460 keys: full tiles first, then those that need a mask."""
+    grid = blocks.allowed.repeat_interleave(blocks.q_block // block_m, 2)
+    grid = grid.repeat_interleave(blocks.k_block // block_n, 3)
+    grid = grid[:, :, : -(-300 // block_m), : -(-460 // block_n)]
+    rows, columns = grid.shape[2:]
+    tiles, counts = torch.zeros(grid.shape), torch.zeros(*grid.shape[:3], 2)
+    for b, head, row in itertools.product(range(2), range(2), range(rows)):
+        first = 160 + row * block_m  # position of its first query
+        end = first + 1 if causal else 460
+        chosen = grid[b, head, row].nonzero().flatten().tolist()
+        full = [n for n in chosen if (n + 1) * block_n <= min(end, 460)]
+        partial = [n for n in chosen if n not in full and n * block_n < first + block_m]
+        partial = partial if causal else [n for n in chosen if n not in full]
+        tiles[b, head, row, : len(full + partial)] = torch.tensor(full + partial)
+        counts[b, head, row] = torch.tensor([len(full), len(full + partial)])
+    return BlockLists(tiles.int(), counts.int(), 2 * rows * columns, rows * columns, columns)
 
 
 def test_splits_fill_the_gpu():

@@ -40,6 +40,7 @@ def test_contract_in_the_interpreter():
         "test_kernel_bounds",
         "test_kv_write",
         "test_triton_blocks",
+        "test_triton_latent",
         "test_triton_selection",
         "test_triton_views",
     )
@@ -186,31 +187,6 @@ def test_selected_blocks_while_decoding():
         *on(DEVICE, q, k, v), **on(DEVICE, {"blocks": blocks}), return_lse=True, backend="triton"
     )
     assert torch.allclose(ours.out.cpu(), truth.out, atol=1e-5)
-
-
-@runs_kernels
-def test_blocks_of_the_size_of_tiles_need_no_table(monkeypatch):
-    """The same lists, though blocks are then looked up instead of counted."""
-    from saccade.ops.attention.api import make_call
-    from saccade.ops.attention.nvidia import block_lists
-    from saccade.ops.attention.nvidia.problem import dense_problem
-
-    q, k = on(DEVICE, torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16))
-    coverage = block_lists._coverage
-
-    def without_lookup(*arguments):
-        return coverage(*arguments[:-1], False)
-
-    allowed = on(DEVICE, torch.rand(2, 2, 5, 6) > 0.5)
-    blocks = BlockSelection(allowed=allowed, q_block=16, k_block=16)
-    for mask in (Mask(), Mask(causal=False), Mask(window=33, sinks=2)):
-        problem = dense_problem(make_call(q, DenseKV(k, k), mask=mask, blocks=blocks))
-        found = block_lists.block_lists_of(problem, 5, 16, 16)
-        with monkeypatch.context() as patch:
-            patch.setattr(block_lists, "_coverage", without_lookup)
-            counted = block_lists.block_lists_of(problem, 5, 16, 16)
-        for ours, truth in zip(found[:2], counted[:2], strict=True):
-            assert torch.equal(ours, truth)
 
 
 @runs_kernels

@@ -7,14 +7,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from saccade.core import DenseKV, Mask, PagedKV
+from saccade.ops import make_call
+from saccade.ops.attention.nvidia.triton import decode_launch, split_kv
 from saccade.ops.attention.nvidia.triton.backward import backward_kv_kernel, backward_q_kernel
 from saccade.ops.attention.nvidia.triton.decode import decode_kernel
 from saccade.ops.attention.nvidia.triton.forward import forward_kernel
 from saccade.ops.attention.nvidia.triton.quantized_decode import quantized_decode_kernel
 from saccade.ops.attention.nvidia.triton.split_kv import combine_blocks, combine_kernel
+from saccade.ops.attention.nvidia.triton.views import attend_view
 from saccade.ops.gpu.kernel_args import (
     BlockLists,
     MaskArgs,
@@ -26,7 +32,7 @@ from saccade.ops.gpu.kernel_args import (
 )
 from saccade.ops.kv_write.append_kernel import append_kernel
 from saccade.ops.tuning import tables as tuning
-from tests.ops.compiled import compile_for
+from tests.ops.compiled import compile_for, spilled_bytes
 
 HEADS, KV_HEADS, LENGTH, DIM = 32, 8, 8192, 128
 SHARED_MEMORY = 227 * 1024
@@ -99,9 +105,62 @@ def test_decode_loads_asynchronously(storage):
     ptx = compiled(
         decode_kernel, tuning.DECODE, k=K, v=K, pages=pages, **(DECODING | {"BLOCK_M": 16}),
         spans=(0,) * 12 if storage == "ring" else None, num_slots=LENGTH, PAGE=16, PDL=True,
+        REST=0, V_IN_K=False,
     )  # fmt: skip
     assert "cp.async.cg" in ptx and "mma.sync" in ptx
     assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+def latent_launch(heads, paged, shared, arch, monkeypatch):
+    """The decoding kernel as it would be launched for keys of 576 channels on `arch`, compiled."""
+    seen = []
+    monkeypatch.setattr(tuning, "architecture", lambda device: arch)
+    monkeypatch.setattr(
+        decode_launch, "launch_kernel", lambda *args, **named: seen.append((args, named))
+    )
+    monkeypatch.setattr(split_kv, "launch_kernel", lambda *args, **named: None)
+    q, k = (
+        torch.empty(1, n, length, 576, dtype=torch.bfloat16) for n, length in ((heads, 1), (1, 64))
+    )
+    v = k[..., :512] if shared else k[..., :512].clone()
+    view = DenseKV(k, v)
+    if paged:
+        table, lens = torch.zeros(1, 4, dtype=torch.int32), torch.full((1,), 200, dtype=torch.int32)
+        view = PagedKV(k, v, table, lens, 200)
+    attend_view(make_call(q, view, mask=Mask()))
+    (((_, _, *args), named),) = seen
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages")}
+    target = GPUTarget("cuda", 90 if arch == "sm_90" else 86, 32)
+    arguments = (
+        dict(zip(decode_kernel.arg_names, args, strict=False)) | named | {"PDL": arch == "sm_90"}
+    )
+    return compile_for(decode_kernel, target, options=options, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("heads", "paged", "shared"),
+    [(128, False, True), (128, True, True), (128, False, False), (16, False, True)],
+)
+def test_latent_keys_are_loaded_once(heads, paged, shared, monkeypatch):
+    """Rows of 64 heads are multiplied by warpgroups, each product's columns divided among them."""
+    found = latent_launch(heads, paged, shared, "sm_90", monkeypatch)
+    ptx = found.asm["ptx"]
+    assert found.metadata.shared <= SHARED_MEMORY and spilled_bytes(found) == 0
+    assert ("wgmma.mma_async" in ptx) == (heads > 16) and "cp.async.cg" in ptx
+    if heads > 16:
+        keys = 32  # of a tile; 16 columns of it for each of two warpgroups
+        products = re.findall(r"wgmma.mma_async.sync.aligned.m64n(\d+)k16", ptx)
+        assert (
+            products.count("16") == 512 // 16 + 2 * 64 // 16
+        )  # the second piece is computed twice
+        assert products.count("256") == keys // 16 and len(products) == 42
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("shared", [True, False])
+def test_latent_keys_fit_consumer_cards(heads, shared, monkeypatch):
+    found = latent_launch(heads, False, shared, "default", monkeypatch)
+    assert found.metadata.shared <= 99 * 1024
 
 
 @pytest.mark.parametrize(("bits", "fp8"), [(4, False), (8, False), (8, True)])
@@ -199,8 +258,14 @@ def test_the_transform_of_many_rows_is_a_product_of_tiles(dim):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_selecting_compiles(dtype, on_device):
     """Summaries of 128k keys, in registers."""
-    from saccade.ops.attention.nvidia.block_lists import step_list_kernel
-    from saccade.ops.selection.gpu import SCORED, choose_kernel, score_kernel
+    from saccade.ops.attention.nvidia.block_lists import tile_list_kernel
+    from saccade.ops.selection.gpu import (
+        SCORED,
+        SUMMED,
+        choose_kernel,
+        pool_kernel,
+        score_kernel,
+    )
 
     blocks, bounds = 4096, dtype == torch.bfloat16
     rows = strided(meta(1, KV_HEADS, blocks, DIM * (1 + bounds), dtype=dtype))
@@ -213,13 +278,19 @@ def test_selecting_compiles(dtype, on_device):
                         "kv_heads": KV_HEADS, "count": blocks, "DIM": DIM, "BLOCK_D": DIM,
                         "BLOCK_Q": 4, "BLOCK": SCORED, "BOUNDS": bounds}),
         (choose_kernel, shared | {"scores": scores, "allowed": allowed, "num_blocks": blocks,
-                                  "count": blocks, "k_block": 32, "sinks": 1, "window": 2,
-                                  "stride": 0, "top": 61, "least": 0}),
-        (step_list_kernel, shared | {"allowed": allowed, "batch_stride": 0, "head_stride": blocks,
-                                     "column_stride": 1, "lists": lists, "counts": lists,
-                                     "heads": KV_HEADS, "columns": blocks, "start": 0,
-                                     "stop": 131_072, "k_block": 32, "block_n": 32,
-                                     "num_blocks": blocks, "COVERED": 3}),
+                                  "count": blocks, "q_block": 1, "k_block": 32, "sinks": 1,
+                                  "window": 2, "stride": 0, "top": 61, "least": 0, "share": 0.9,
+                                  "scale": 0.1, "HEADS": 4, "BY_SHARE": bounds}),
+        (pool_kernel, {"q": Q, "pooled": scores, "q_len": 8192, "q_block": 64,
+                       "programs": KV_HEADS, "heads": 4, "DIM": DIM, "BLOCK_D": DIM, "ROWS": SUMMED,
+                       "BOUNDS": bounds}),
+        (tile_list_kernel, {
+            "allowed": strided(allowed[None, :, None]), "column_stride": 1, "lists": lists,
+            "counts": lists, "q_offset": at, "kv_lens": None, "kv_lens_stride": None, "q_len": 1,
+            "start": 0, "stop": 131_072, "columns": blocks, "heads": KV_HEADS, "groups": 4,
+            "q_block": 1, "k_block": 32, "num_blocks": blocks, "window": None, "sinks": 0,
+            "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK": blocks, "Q_COVERED": 1, "K_COVERED": 1,
+            "DEVICE_OFFSET": on_device, "CAUSAL": True, "CUT": False, "BY_KEYS": False}),
     ):  # fmt: skip
-        ptx = compile_for(kernel, options={"num_warps": 4}, **arguments).asm["ptx"]
+        ptx = compile_for(kernel, options={"num_warps": 16}, **arguments).asm["ptx"]
         assert not re.search(r"(ld|st)\.local", ptx), kernel

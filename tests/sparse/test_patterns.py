@@ -31,6 +31,14 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
     assert visible[..., 0].all(), "the first block is a sink"
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -44,7 +52,8 @@ def test_selection_covers_the_call_and_keeps_the_newest(name, q_len, past):
 )
 @pytest.mark.parametrize("q_len", [1, 3, 40, 250])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selecting_all_blocks_is_the_dense_result_to_the_bit(pattern, q_len, dtype):
+def test_selecting_all_blocks_is_the_dense_result_to_the_bit(pattern, q_len, dtype, one_thread):
+    """By one thread: several divide the keys of some work, which are then added in other order."""
     q, view = problem(q_len, q_len + 350)
     q, view = q.to(dtype), DenseKV(view.k.to(dtype), view.v.to(dtype))
     blocks = pattern.select(q, view, 350)

@@ -40,9 +40,9 @@ q_offset       PDG       PDG   PDG  PDG  PD        PDG    PD    .            .
 cu_seqlens     PDG       PDG   PDG  PDG  .         PDG    PD    .            .
 blocks         PDG       PDG   PD   PDG  PD        PDG    PD    .            .
 attn_mask      PDG       PDG   PD   PDG  PD        PDG    .     .            .
-softcap        PDG       PDG   PDG  .    .         PDG    .     .            .
+softcap        PDG       PDG   PDG  .    .         PDG    P     G            .
 sink_logits    PDG       PDG   PDG  PD   PD        PDG    PDG   G            PD
-alibi_slopes   PDG       PDG   PDG  PDG  PD        PDG    .     .            .
+alibi_slopes   PDG       PDG   PDG  PDG  PD        PDG    P     G            .
 learned_slopes G         G     .    .    .         .      .     .            .
 value_dim      PDG       PDG   PDG  .    PDG       PDG    .     .            .
 lse            PDG       PDG   PDG  PD   PD        PDG    PDG   G            PD
@@ -329,6 +329,10 @@ def markdown() -> str:
 
 
 ABOUT_PEERS = (
+    "Keys may have up to 576 channels in `cpu`, and in `triton` where at most 16 queries in 16 "
+    "bits read dense keys, rings or pages. Where values are the first channels of keys, in the "
+    "same memory (`attention(q, k, k[..., :512])`, absorbed MLA), `triton` reads those once.",
+    "",
     "## Packages of others",
     "",
     "Four backends are thin adapters to packages that need not be installed: none is imported "

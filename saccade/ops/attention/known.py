@@ -143,22 +143,27 @@ def _part(x: Any) -> Hashable:
 
 
 def _pair(kv: tuple[Any, Any]) -> Hashable:
-    return _part(kv[0]), _part(kv[1]), kv[0].data_ptr() == kv[1].data_ptr()
+    return _part(kv[0]), _part(kv[1]), _same_memory(kv[0], kv[1])
+
+
+def _same_memory(k: Tensor, v: Tensor) -> bool:
+    """Whether values begin where keys do: they may be channels of keys."""
+    return k.data_ptr() == v.data_ptr()
 
 
 def _dense(kv: DenseKV) -> Hashable:
-    same = kv.k.data_ptr() == kv.v.data_ptr()  # values may be channels of keys
-    return _part(kv.k), _part(kv.v), same, kv.spans, kv.hadamard
+    return _part(kv.k), _part(kv.v), _same_memory(kv.k, kv.v), kv.spans, kv.hadamard
 
 
 def _paged(kv: PagedKV) -> Hashable:
     tensors = (kv.k, kv.v, kv.page_table, kv.kv_lens)
-    return "paged", *map(_part, tensors), kv.end, kv.hadamard
+    return "paged", *map(_part, tensors), _same_memory(kv.k, kv.v), kv.end, kv.hadamard
 
 
 def _ragged(kv: RaggedKV) -> Hashable:
     tensors = (kv.k, kv.v, kv.page_table, kv.kv_lens, kv.positions)
-    return "ragged", *map(_part, tensors), kv.end, kv.max_length, kv.hadamard
+    same = _same_memory(kv.k, kv.v)
+    return "ragged", *map(_part, tensors), same, kv.end, kv.max_length, kv.hadamard
 
 
 def _quantized(kv: QuantizedKV) -> Hashable:

@@ -29,7 +29,7 @@ class BlockRule:
         least: number of keys below which all blocks are read.
 
     Raises:
-        TypeError, ValueError: numbers out of range, or both `top` and `share`.
+        TypeError, ValueError: numbers out of range, `top` and `share`, or `share` without means.
     """
 
     summary: SummaryKind
@@ -54,6 +54,9 @@ class BlockRule:
                 f"share must be in [0, 1], and 0 where top says how many blocks are read, got "
                 f"share={self.share} and top={self.top}."
             )
+
+        if self.share and self.summary != "mean":
+            raise ValueError(f"share needs the means of blocks, got summary={self.summary!r}.")
 
     def numbers(self, scale: float) -> tuple[object, ...]:
         """The rule as the C++ kernels read it (csrc/selection_arguments.h)."""

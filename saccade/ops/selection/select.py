@@ -1,4 +1,4 @@
-"""Selecting blocks by a rule: in plain PyTorch on any device, by C++ on a CPU, by Triton in a step.
+"""Selecting blocks by a rule: in plain PyTorch on any device, by C++ on a CPU, by Triton on a GPU.
 
 A block of queries is represented by the sum of its queries over the heads that share a KV head, so
 that one selection serves the group and its keys are read once.  Its score for a block of keys is
@@ -45,7 +45,7 @@ def select_blocks(
     if _runs_triton(q, rows):
         from saccade.ops.selection import gpu
 
-        if rows is not None and gpu.suits(rule, q, rows, num_blocks):
+        if rows is not None and gpu.suits(rule, rows, num_blocks):
             allowed = gpu.select(rule, q, rows, q_offset, num_blocks)
             return BlockSelection(allowed=allowed, q_block=rule.q_block, k_block=rule.k_block)
     if isinstance(q_offset, int) and native.usable(q, rows):

@@ -53,13 +53,17 @@ DECODE_PAGED = Kernel("decode_paged", "few queries over keys found through a pag
 DECODE_QUANTIZED = Kernel(
     "decode_quantized", "few queries over quantized keys, whose group is an upper bound of block_n"
 )
+DECODE_LATENT = Kernel(
+    "decode_latent", "up to 16 rows over keys whose first channels, at most `dim`, are the values"
+)
+DECODE_LATENT_ROWS = Kernel("decode_latent_rows", "the same for more rows, with tiles of block_m")
 FLOAT32 = Kernel("float32", "any kernel in full float32, without tensor cores: small tiles")
 
 KERNELS = {
     kernel.name: kernel
     for kernel in (
         FORWARD, FORWARD_WINDOW, FORWARD_BLOCK_SPARSE, BACKWARD_KV, BACKWARD_Q,
-        DECODE, DECODE_PAGED, DECODE_QUANTIZED, FLOAT32,
+        DECODE, DECODE_PAGED, DECODE_QUANTIZED, DECODE_LATENT, DECODE_LATENT_ROWS, FLOAT32,
     )
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ def replayed(call: AttentionCall, name: str, run: Run) -> AttentionOutput:
         return run(call)
     tensors = tensors_of(call)
     if name not in known.prepared:
-        found, known.prepared[name] = record(lambda: run(call), tensors)
+        found, known.prepared[name] = record(lambda: run(call), _apart(tensors))
         return AttentionOutput(*found)
     replay: Replay | None = known.prepared[name]
     if replay is None or is_hooked():
@@ -40,6 +40,16 @@ def tensors_of(call: AttentionCall) -> list[Tensor]:
     others = (call.sink_logits, call.alibi_slopes, call.key_padding, call.kv_lens, blocks)
     every = (call.q, *_stored(call.kv), *others, call.attn_mask, offset)
     return [x for x in every if x is not None]
+
+
+def _apart(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, with others in place of values that begin where the keys do.
+
+    That they do is a part of the signature, so kernels may be given the pointer of the keys for
+    both.
+    """
+    q, k, v, *rest = tensors
+    return [q, k, v.new_empty(1), *rest] if k.data_ptr() == v.data_ptr() != 0 else tensors
 
 
 def _stored(kv: Any) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ from saccade.ops.gpu.kernel_args import MAX_SPANS
 from saccade.ops.gpu.support import triton_refusal
 
 MAX_DIM = 512
+MAX_LATENT = 576  # channels of keys that decoding reads in two pieces; values have up to MAX_DIM
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,11 +33,22 @@ def refusal(call: AttentionCall) -> str | None:
     differ = dtype_refusal(call)
     if differ is not None:
         return differ
-    if max(call.kv.shape[3:]) > MAX_DIM:
-        return f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM}"
+    if max(call.kv.shape[3:]) > MAX_DIM and not _is_wide_decoding(call):
+        return (
+            f"head_dim {max(call.kv.shape[3:])} is above {MAX_DIM} (up to {MAX_LATENT} for keys of "
+            f"at most {MANY_QUERIES} queries in 16 bits, without gradients)"
+        )
     if call.needs_grad and call.alibi_slopes is not None and call.alibi_slopes.requires_grad:
         return "alibi_slopes get no gradient"
     return _view_refusal(call)
+
+
+def _is_wide_decoding(call: AttentionCall) -> bool:
+    """Whether few queries read keys of up to MAX_LATENT channels, which are cut into two pieces."""
+    dim, value_dim = call.kv.shape[3:]
+    few = call.q.shape[2] <= MANY_QUERIES and call.cu_seqlens is None and not call.needs_grad
+    stored = isinstance(call.kv, DenseKV | PagedKV | RaggedKV) and call.q.dtype != torch.float32
+    return few and stored and dim <= MAX_LATENT and value_dim <= MAX_DIM
 
 
 def _view_refusal(call: AttentionCall) -> str | None:
@@ -83,6 +95,8 @@ def forward(call: AttentionCall) -> AttentionOutput:
     """Output and lse of a call over plain dense keys, as `backward` needs them."""
     from saccade.ops.attention.nvidia.triton import launch
 
+    if _is_wide_decoding(call) and call.kv.shape[3] > MAX_DIM:
+        return _run(call)
     return launch.forward(dense_problem(call))
 
 

@@ -14,9 +14,14 @@ from saccade.ops.gpu.launching import tma_aligned
 
 
 def score_refusal(call: AttentionCall) -> str | None:
-    """What none of the Gluon kernels computes, whatever its keys are."""
+    """What no Gluon kernel but that of prefill computes, whatever its keys are."""
     if call.softcap is not None or call.alibi_slopes is not None:
-        return "it supports no softcap and no alibi_slopes"
+        return "with few queries and in fp8 it supports no softcap and no alibi_slopes"
+    return scale_refusal(call)
+
+
+def scale_refusal(call: AttentionCall) -> str | None:
+    """Why the largest product is not the largest score, or None."""
     if not call.scale > 0:
         return f"scale must be positive, got {call.scale}"
     return None

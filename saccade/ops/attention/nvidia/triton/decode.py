@@ -5,6 +5,9 @@ r % groups, so keys are read once for all of them, and rows of a tile are close 
 keys are divided into splits, one program each (split-KV, Flash-Decoding); `split_kv.py` combines
 their results.  With more tiles of rows the same kernel computes prefill over storage that is not
 dense.
+
+Where values are the first channels of keys (multi-head latent attention in the space of its
+latents, arXiv 2405.04434), both products read the tile that was loaded for the first one.
 """
 
 # Triton's language has no types.
@@ -51,9 +54,17 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     STAGES: tl.constexpr, CAUSAL: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    PDL: tl.constexpr, REST: tl.constexpr, V_IN_K: tl.constexpr,
 ):  # fmt: skip
-    """(out, lse) of one split; out_split and lse_split are the strides between splits."""
+    """(out, lse) of one split; out_split and lse_split are the strides between splits.
+
+    Args:
+        REST: channels of keys and queries behind the first HEAD_DIM, which have a tile of their
+            own, so that 576 channels are not padded to 1024.
+        V_IN_K: values are the first HEAD_DIM channels of keys.
+    """
+    LATENT: tl.constexpr = V_IN_K or REST > 0
+    BLOCK_REST: tl.constexpr = 16 if REST <= 16 else 32 if REST <= 32 else 64
     pdl_begin(PDL)
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -70,6 +81,9 @@ def decode_kernel(
     q_pos = index + q_offset
     q_at = q.ptr + b * q.batch + h.to(tl.int64) * q.head + index.to(tl.int64) * q.row
     q_tile = load_tile(q_at[:, None] + dims[None, :], q_real, dims, HEAD_DIM, True)
+    if REST > 0:
+        rest = HEAD_DIM + tl.arange(0, BLOCK_REST)
+        q_rest = load_tile(q_at[:, None] + rest[None, :], q_real, rest, HEAD_DIM + REST, True)
     k_ptr = k.ptr + b * k.batch + kv_head.to(tl.int64) * k.head
     v_ptr = v.ptr + b * v.batch + kv_head.to(tl.int64) * v.head
     slope = 0.0
@@ -80,7 +94,9 @@ def decode_kernel(
 
     first_q = q_offset + tile * BLOCK_M // groups
     last_q = q_offset + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, q_len - 1)
-    num_sinks, first, _, _, last = key_tiles(first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N)
+    num_sinks, first, full_from, full_to, last = key_tiles(
+        first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
+    )
     if pages.positions is not None:  # a slot may hold any position: read all slots
         num_slots = k_len
         k_len = NO_LIMIT
@@ -89,6 +105,8 @@ def decode_kernel(
         num_sinks, first, last = 0, 0, tl.cdiv(num_slots, BLOCK_N)
     else:
         num_slots = k_len
+    if (spans is not None) or (pages.positions is not None) or (mask_args.block_mask is not None):
+        full_to = 0
     if block_lists.tiles is not None:
         block_list, _, last = block_list_at(block_lists, b, kv_head, tile)
         num_sinks, first = 0, 0
@@ -99,10 +117,10 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i in tl.range(begin, end, num_stages=STAGES):
         if block_lists.tiles is not None:
-            start = tl.load(block_list + i) * BLOCK_N
+            key_tile = tl.load(block_list + i)
         else:
-            start = tl.where(i < num_sinks, i, i - num_sinks + first) * BLOCK_N
-        slots = start + columns
+            key_tile = tl.where(i < num_sinks, i, i - num_sinks + first)
+        slots = key_tile * BLOCK_N + columns
         k_pos = slots
         if spans is not None:
             k_pos = tl.where(slots < num_slots, slot_positions(slots, spans), -1)
@@ -119,15 +137,26 @@ def decode_kernel(
                 k_pos = tl.load(pages.positions + page * PAGE + inside, mask=stored, other=-1)
         real = real_keys(mask_args, b, k_pos, k_len)
         k_tile = load_tile(k_ptr + k_at[:, None] + dims[None, :], real, dims, HEAD_DIM, True)
-        v_tile = load_tile(v_ptr + v_at[:, None] + value_dims[None, :], real, value_dims,
-                           VALUE_DIM, True)  # fmt: skip
-        qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        v_tile = k_tile
+        if not V_IN_K:
+            v_tile = load_tile(v_ptr + v_at[:, None] + value_dims[None, :], real, value_dims,
+                               VALUE_DIM, True)  # fmt: skip
+        if REST > 0:
+            k_rest = load_tile(k_ptr + k_at[:, None] + rest[None, :], real, rest,
+                               HEAD_DIM + REST, True)  # fmt: skip
+            qk = tl.dot(q_rest, k_rest.T, input_precision=PRECISION)
+            qk = tl.dot(q_tile, k_tile.T, qk, input_precision=PRECISION)
+        else:
+            qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         s = scores_of(qk, score_args, slope, q_pos[:, None], k_pos[None, :], RAW)
-        mask = tile_mask(
-            mask_args, b, h[:, None], kv_head, index[:, None], q_pos[:, None], k_pos[None, :],
-            real[None, :], q_real[:, None], CAUSAL,
-        )  # fmt: skip
-        s = tl.where(mask, s, float("-inf"))
+        # A product that leads to another one straight away is not divided among warpgroups by its
+        # columns: each would compute all of it.  This branch stands between the two.
+        if not LATENT or (key_tile < full_from) | (key_tile >= full_to):
+            mask = tile_mask(
+                mask_args, b, h[:, None], kv_head, index[:, None], q_pos[:, None], k_pos[None, :],
+                real[None, :], q_real[:, None], CAUSAL,
+            )  # fmt: skip
+            s = tl.where(mask, s, float("-inf"))
         m, l, p, rescale = online_softmax(m, l, s, unit)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision=PRECISION)
     store_split(

@@ -1,10 +1,16 @@
-"""Launcher of the split-KV kernel over full-precision keys: contiguous, in a ring or in pages."""
+"""Launcher of the split-KV kernel over full-precision keys: contiguous, in a ring or in pages.
+
+Keys of more than MAX_PIECE channels, and those whose first channels are the values, are cut into
+two pieces; they have launches of their own.
+"""
 
 # Triton's own types have neither constexpr arguments of a launch nor its options.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,17 +34,53 @@ from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import tables as tuning
 
+MAX_PIECE, MAX_REST = 512, 64  # channels of the pieces that keys are cut into
+FEW_ROWS = 16  # of a KV head: one tile for tensor cores that multiply 16 rows
+ROWS_A_KEY = 32
+"""Rows of a split's output that are written and read again in the time that one row tile takes for
+a key (estimated, not measured): more splits shorten the reading of keys by less than they add."""
+
 
 class RowTiling(NamedTuple):
     """How the rows of a KV head, which are queries times heads of its group, are cut into tiles.
 
     Attributes:
         launch: the kernel's configuration; block_m: rows of a tile; tiles: number of tiles.
+        latent: whether keys are read as those of latent attention are.
     """
 
     launch: tuning.Launch
     block_m: int
     tiles: int
+    latent: bool = False
+
+
+class KeyPieces(NamedTuple):
+    """How the channels of keys are cut.
+
+    Attributes:
+        dim, rest: channels of the first piece and of the second; holds_values: whether the first
+            piece is the values too, in the same memory.
+    """
+
+    dim: int
+    rest: int
+    holds_values: bool
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys are read as those of latent attention are."""
+        return self.rest > 0 or self.holds_values
+
+
+def key_pieces(k: Tensor, v: Tensor) -> KeyPieces:
+    """The pieces of keys in the storage `k`, whose values are in `v`."""
+    dim, value_dim = k.shape[-1], v.shape[-1]
+    same = k.numel() > 0 and k.data_ptr() == v.data_ptr() and strided(k)[1:] == strided(v)[1:]
+    if same and 0 <= dim - value_dim <= MAX_REST and k.stride(-1) == v.stride(-1) == 1:
+        return KeyPieces(value_dim, dim - value_dim, holds_values=True)
+    first = min(dim, MAX_PIECE)
+    return KeyPieces(first, dim - first, holds_values=False)
 
 
 def page_table_of(kv: PagedKV) -> PageTable:
@@ -60,9 +102,32 @@ def empty_output(problem: Problem) -> AttentionOutput:
 def row_tiling(problem: Problem, heads: int, table: tuning.Kernel) -> RowTiling:
     """The tiling of a problem over `heads` KV heads by a kernel of the tuning tables."""
     launch = tuning.pick(table, problem.q, max(problem.q.shape[-1], problem.v.shape[-1]))
-    rows = problem.q.shape[1] // heads * problem.q.shape[2]
+    rows = _rows(problem, heads)
     block_m = min(max(16, next_power_of_two(rows)), launch.block_m)
     return RowTiling(launch, block_m, cdiv(rows, block_m))
+
+
+def stored_tiling(problem: Problem, pages: PageTable) -> RowTiling:
+    """The tiling of a problem over keys that are stored so.
+
+    Stages of a latent launch count tiles in flight.  A page's number is loaded two stages before
+    its keys, and values of memory of their own take as much as keys.
+    """
+    heads, pieces = kv_heads(problem, pages), key_pieces(problem.k, problem.v)
+    if not pieces.latent:
+        return row_tiling(problem, heads, tuning_table(pages))
+    rows = _rows(problem, heads)
+    table = tuning.DECODE_LATENT if rows <= FEW_ROWS else tuning.DECODE_LATENT_ROWS
+    launch = tuning.pick(table, problem.q, pieces.dim)
+    stages = launch.stages if pieces.holds_values else cdiv(launch.stages, 2)
+    stages += 0 if pages.table is None else 2
+    tiles = cdiv(rows, launch.block_m)
+    return RowTiling(replace(launch, stages=stages), launch.block_m, tiles, latent=True)
+
+
+def _rows(problem: Problem, heads: int) -> int:
+    """Queries times heads of a group."""
+    return problem.q.shape[1] // heads * problem.q.shape[2]
 
 
 def num_splits(problem: Problem, heads: int, slots: int, tiling: RowTiling) -> int:
@@ -73,7 +138,10 @@ def num_splits(problem: Problem, heads: int, slots: int, tiling: RowTiling) -> i
         reach = min(slots, mask.window + problem.q.shape[2] + mask.sinks + launch.block_n)
     programs = problem.q.shape[0] * heads * tiling.tiles
     wanted = launch.per_sm * multiprocessors(problem.q.device)
-    return max(1, min(wanted // max(programs, 1), cdiv(reach, launch.block_n)))
+    most = cdiv(reach, launch.block_n)
+    if tiling.latent:
+        most = min(most, math.isqrt(ROWS_A_KEY * reach // max(1, _rows(problem, heads))))
+    return max(1, min(wanted // max(programs, 1), most))
 
 
 def decode_into(
@@ -89,7 +157,7 @@ def decode_into(
 ) -> None:
     """Compute the splits first .. first + splits - 1 of `partials` over full-precision keys."""
     (batch, q_heads, q_len), heads = problem.q.shape[:3], kv_heads(problem, pages)
-    launch, block_m, row_tiles = row_tiling(problem, heads, tuning_table(pages))
+    launch, block_m, row_tiles, _ = stored_tiling(problem, pages)
     groups = q_heads // heads
     seqlen_info = seqlen_info_of(problem, block_m, by_keys=False)[0]._replace(origin=origin)
     launch_kernel(
@@ -118,10 +186,17 @@ def decode_into(
         BLOCK_M=block_m,
         BLOCK_N=launch.block_n,
         PAGE=_page_size(problem.k, pages),
-        **constants(problem),
+        **_piece_constants(problem),
         **pdl_options(problem.q.device),
         **compile_options(launch),
     )
+
+
+def _piece_constants(problem: Problem) -> dict[str, int | bool | str]:
+    """Compile-time constants of a problem, its keys cut into pieces."""
+    dim, rest, holds_values = key_pieces(problem.k, problem.v)
+    piece = {"HEAD_DIM": dim, "BLOCK_D": max(16, next_power_of_two(dim))}
+    return constants(problem) | piece | {"REST": rest, "V_IN_K": holds_values}
 
 
 def _block_lists(

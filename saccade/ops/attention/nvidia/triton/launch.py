@@ -196,7 +196,7 @@ def _flat_strided(x: Tensor | None) -> tuple[Tensor | int | None, ...]:
 def score_args_of(problem: Problem) -> ScoreArgs:
     """How the scores of a problem are made from the products q.k."""
     slopes = float32(problem.call.alibi_slopes)
-    per_row = slopes is not None and slopes.ndim == 2
+    per_row = slopes is not None and slopes.ndim == 2 and slopes.shape[0] > 1
     return ScoreArgs(
         scale=float(problem.call.scale),
         softcap=problem.call.softcap,

@@ -105,7 +105,7 @@ def _decode_quantized_into(
 ) -> None:
     heads = kv.recent_k.shape[1]
     groups = problem.q.shape[1] // heads
-    launch, block_m, row_tiles = row_tiling(problem, heads, tuning.DECODE_QUANTIZED)
+    launch, block_m, row_tiles, _ = row_tiling(problem, heads, tuning.DECODE_QUANTIZED)
     block_n = min(launch.block_n, kv.k_group & -kv.k_group)
     score_args = score_args_of(problem)
     seqlen_info, _ = seqlen_info_of(problem, block_m, by_keys=False)

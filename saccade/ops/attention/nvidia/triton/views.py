@@ -12,8 +12,7 @@ from saccade.ops.attention.nvidia.triton.decode_launch import (
     kv_heads,
     num_splits,
     page_table_of,
-    row_tiling,
-    tuning_table,
+    stored_tiling,
 )
 from saccade.ops.attention.nvidia.triton.quantized_decode_launch import (
     TRITON_READER,
@@ -51,8 +50,8 @@ def _attend(
     problem: Problem, pages: PageTable, spans: tuple[int, ...] | None, slots: int
 ) -> AttentionOutput:
     heads = kv_heads(problem, pages)
-    tiling = row_tiling(problem, heads, tuning_table(pages))
-    partials = SplitKVPartials(problem, num_splits(problem, heads, slots, tiling))
+    splits = num_splits(problem, heads, slots, stored_tiling(problem, pages))
+    partials = SplitKVPartials(problem, splits)
     if not partials.lse.numel():
         return empty_output(problem)
     with on(problem.q.device):

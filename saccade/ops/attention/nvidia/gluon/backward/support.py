@@ -10,7 +10,7 @@ import torch
 from saccade.core import DenseKV
 from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.nvidia.gluon.prefill.support import TILE_KEYS
-from saccade.ops.attention.nvidia.gluon.support import layout_refusal
+from saccade.ops.attention.nvidia.gluon.support import layout_refusal, scale_refusal
 
 DIMS = (64, 128)
 
@@ -19,6 +19,8 @@ def refusal(call: AttentionCall) -> str | None:
     """Why the Gluon kernels cannot compute the gradients of a call, or None."""
     if torch.are_deterministic_algorithms_enabled():
         return "its dQ is summed in no fixed order, and deterministic algorithms are enabled"
+    if call.softcap is not None or call.alibi_slopes is not None:
+        return "with gradients it supports no softcap and no alibi_slopes"
     return _refusal(call, DIMS)
 
 
@@ -29,12 +31,12 @@ def forward_refusal(call: AttentionCall) -> str | None:
 
 def _refusal(call: AttentionCall, dims: tuple[int, ...]) -> str | None:
     kv = call.kv
-    plain = isinstance(kv, DenseKV) and kv.is_plain and call.is_plain
-    if not plain or call.softcap is not None or call.alibi_slopes is not None:
+    if not (isinstance(kv, DenseKV) and kv.is_plain and call.is_plain):
         return "with gradients it supports only plain dense keys, window and sinks"
-    assert isinstance(kv, DenseKV) and isinstance(call.q_offset, int)
-    if not call.scale > 0:
-        return f"scale must be positive, got {call.scale}"
+    assert isinstance(call.q_offset, int)
+    reason = scale_refusal(call)
+    if reason is not None:
+        return reason
     if call.q.dtype not in (torch.bfloat16, torch.float16) or not (
         call.q.dtype == kv.k.dtype == kv.v.dtype
     ):

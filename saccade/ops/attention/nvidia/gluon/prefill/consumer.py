@@ -18,7 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from saccade.ops.attention.nvidia.gluon.prefill.mask import mask_left, mask_right, unmasked_range
+from saccade.ops.attention.nvidia.gluon.prefill.mask import (
+    key_positions,
+    mask_left,
+    mask_right,
+    unmasked_range,
+)
+from saccade.ops.attention.nvidia.gluon.prefill.scores import adjust, scores, slope_of_rows
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile, zero_v_tail
 from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
     add_sums,
@@ -27,7 +33,7 @@ from saccade.ops.attention.nvidia.gluon.prefill.softmax import (
     rescale_o,
 )
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
-    kv_tile,
+    kv_starts,
     kv_tile_plan,
     next_stage,
     split_of_plan,
@@ -57,26 +63,11 @@ def _p_operand(p, DTYPE: gl.constexpr, O: gl.constexpr):
 
 
 @gluon.jit
-def scores(q_tile, k_tile, s, DIM: gl.constexpr):
-    """S = Q K^T of a tile of keys `[BLOCK_N, D]`, issued; columns from DIM on are zeros.
-
-    A product of 192 columns is one of 128 and one of 64: a quarter less than the whole tile.
-    """
-    if k_tile.shape[1] == 256 and DIM <= 192:
-        low = k_tile.slice(0, 128, dim=1).permute((1, 0))
-        high = k_tile.slice(128, 64, dim=1).permute((1, 0))
-        s = warpgroup_mma(q_tile.slice(0, 128, dim=1), low, s, use_acc=False, is_async=True)
-        s = warpgroup_mma(q_tile.slice(128, 64, dim=1), high, s, is_async=True)
-    else:
-        s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), s, use_acc=False, is_async=True)
-    return s
-
-
-@gluon.jit
 def _mainloop(
     state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars, scale_log2,
-    num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
-    CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, CONSUMERS: gl.constexpr, CONSUMER: gl.constexpr,
+    score_args, num_keys, mask_args, block_lists, MASK_RIGHT: gl.constexpr, DIM: gl.constexpr,
+    CAUSAL: gl.constexpr, PINGPONG: gl.constexpr, PARTS: gl.constexpr, CONSUMERS: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys begin .. end - 1: S of tile j, then P V of tile j - 1, then softmax of j."""
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty, pingpong = bars
@@ -104,15 +95,18 @@ def _mainloop(
             turn_phase ^= 1
         s = warpgroup_mma_wait(1, deps=[s_async])
         mbarrier.arrive(k_empty.index(k_stage))
-        k_start = kv_tile(j, plan, block_lists) * BLOCK_N
+        starts = kv_starts(j, plan, block_lists, BLOCK_N, PARTS)
+        s = adjust(s, score_args, q_pos, starts, CAUSAL, PARTS)
         # A window masks tiles on both sides and leaves few unmasked: one loop serves all of them.
         right = MASK_RIGHT
         if mask_args.window is not None:
-            right = k_start + BLOCK_N > unmasked[1]
-            if k_start < unmasked[0]:
-                s = mask_left(s, q_pos, k_start, mask_args, S)
+            right = starts[0] + BLOCK_N > unmasked[1]
+            if starts[0] < unmasked[0]:
+                k_pos = key_positions(starts, BLOCK_N, PARTS, S)
+                s = mask_left(s, q_pos, k_pos, mask_args)
         if right:
-            s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
+            k_pos = key_positions(starts, BLOCK_N, PARTS, S)
+            s = mask_right(s, q_pos, k_pos, num_keys, CAUSAL)
         p, row_max, sums, rescale = online_softmax(s, row_max, scale_log2)
         row_sum = add_sums(row_sum, sums, rescale)
         # This wait keeps the compiler from moving the wait for P V before the softmax.
@@ -127,8 +121,8 @@ def _mainloop(
 
 @gluon.jit
 def _first_tile(
-    q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args, has_next,
-    left, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+    q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, score_args, num_keys, mask_args,
+    has_next, left, DIM: gl.constexpr, CAUSAL: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """S and softmax of the first tile of keys: (row_max, row_sum, rescale, P, k_state)."""
     _q_full, _q_empty, k_full, k_empty, _v_full, _v_empty, _pingpong = bars
@@ -141,10 +135,11 @@ def _first_tile(
     s_async = scores(q_tile, k_tile, p, DIM)
     s = warpgroup_mma_wait(0, deps=[s_async])
     mbarrier.arrive(k_empty.index(k_stage))
-    s = mask_right(s, q_pos, k_start, num_keys, CAUSAL, S)
+    s = adjust(s, score_args, q_pos, starts, CAUSAL, PARTS)
+    s = mask_right(s, q_pos, key_positions(starts, s.shape[1], PARTS, S), num_keys, CAUSAL)
     if mask_args.window is not None:
         if left:
-            s = mask_left(s, q_pos, k_start, mask_args, S)
+            s = mask_left(s, q_pos, key_positions(starts, s.shape[1], PARTS, S), mask_args)
     p, row_max, row_sum, rescale = online_softmax(s, row_max, scale_log2)
     k_state = next_stage(k_stage, k_phase, k_smem.shape[0])
     mbarrier.wait(k_full.index(k_state[0]), k_state[1], pred=has_next)
@@ -210,15 +205,16 @@ def consume(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     PINGPONG: gl.constexpr, DIRECT_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
     ZERO_V_TAIL: gl.constexpr, DIM: gl.constexpr, V_DIM: gl.constexpr, PACK: gl.constexpr,
-    SPLIT_KV: gl.constexpr, CONSUMER: gl.constexpr,
+    SPLIT_KV: gl.constexpr, PARTS: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Attention of the ROWS queries, of PACK heads, of each work tile that belong to this consumer.
 
     With SPLIT_KV over one split of the keys: `out` and `lse` are those of the first split.
     """
     (out, o_desc, lse, split_strides, sink_logits, o_smem, v_zeroed, smem, sizes, mask_args,
-     block_lists, varlen, scale_log2) = args  # fmt: skip
+     block_lists, varlen, units, alibi) = args  # fmt: skip
     q_smem, k_smem, v_smem, bars = smem
+    scale_log2, cap_log2 = units
     D: gl.constexpr = q_smem.shape[4]
     DV: gl.constexpr = v_smem.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_N, 16])
@@ -227,7 +223,7 @@ def consume(
     all_q, all_k, offset, heads, groups, _q_tiles, _section, num_work_tiles, splits = sizes
     Q_STAGES: gl.constexpr = q_smem.shape[0] // CONSUMERS
     p = gl.zeros([ROWS * PACK, BLOCK_N], gl.float32, S)
-    _head, index = packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))
+    head, index = packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))
     q_state = gl.to_tensor(0), gl.to_tensor(0)
     k_state = gl.to_tensor(0), gl.to_tensor(0)
     v_state = gl.to_tensor(0), gl.to_tensor(0)
@@ -242,24 +238,28 @@ def consume(
         q_pos = q_offset + row + index
         found = kv_tile_plan(
             tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups,
-            CAUSAL, BLOCK_M, BLOCK_N,
+            CAUSAL, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         if SPLIT_KV:
             found = split_of_plan(found, split, splits)
         plan, right_end, full_end, num_tiles, num_keys = found
+        score_args = cap_log2, None, q_offset + row
+        if alibi[0] is not None:
+            slope = slope_of_rows(alibi, b, h, head, scale_log2)
+            score_args = cap_log2, slope, q_offset + row
         o = gl.zeros([ROWS * PACK, DV], gl.float32, O)
         q_stage, q_phase = q_state
         mbarrier.wait(q_full.index(q_stage), q_phase)
         q_tile = q_smem.index(q_stage * CONSUMERS + CONSUMER).reshape([ROWS * PACK, D])
         unmasked = unmasked_range(q_offset + row, num_keys, mask_args, CAUSAL, ROWS)
-        k_start = kv_tile(0, plan, block_lists) * BLOCK_N
+        starts = kv_starts(0, plan, block_lists, BLOCK_N, PARTS)
         row_max, row_sum, rescale, p, k_state = _first_tile(
-            q_tile, q_pos, k_start, p, k_smem, k_state, bars, scale_log2, num_keys, mask_args,
-            num_tiles > 1, k_start < unmasked[0], DIM, CAUSAL,
+            q_tile, q_pos, starts, p, k_smem, k_state, bars, scale_log2, score_args, num_keys,
+            mask_args, num_tiles > 1, starts[0] < unmasked[0], DIM, CAUSAL, PARTS,
         )  # fmt: skip
         if ZERO_V_TAIL:
             zeroed_phases = zero_v_tail(
-                v_smem, v_state, v_full, v_zeroed, zeroed_phases, num_keys - k_start, CONSUMER
+                v_smem, v_state, v_full, v_zeroed, zeroed_phases, num_keys - starts[0], CONSUMER
             )
         state = o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase
         begin = gl.maximum(right_end, 1)
@@ -270,18 +270,20 @@ def consume(
         elif CAUSAL or block_lists.tiles is not None:
             state = _mainloop(
                 state, 1, right_end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem,
-                bars, scale_log2, num_keys, mask_args, block_lists, True, DIM, CAUSAL, PINGPONG,
-                CONSUMERS, CONSUMER,
+                bars, scale_log2, score_args, num_keys, mask_args, block_lists, True, DIM, CAUSAL,
+                PINGPONG, PARTS, CONSUMERS, CONSUMER,
             )  # fmt: skip
         state = _mainloop(
             state, begin, end, num_tiles, unmasked, plan, q_tile, q_pos, k_smem, v_smem, bars,
-            scale_log2, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG, CONSUMERS,
-            CONSUMER,
+            scale_log2, score_args, num_keys, mask_args, block_lists, False, DIM, CAUSAL, PINGPONG,
+            PARTS, CONSUMERS, CONSUMER,
         )  # fmt: skip
         o, row_max, row_sum, rescale, p, k_state, v_state, turn_phase = state
         mbarrier.arrive(q_empty.index(q_stage))
         o, v_state = _last_pv(o, rescale, p, v_smem, v_state, bars)
-        o, row_lse = normalize(o, row_max, row_sum, scale_log2, sink_logits, h)
+        o, row_lse = normalize(
+            o, row_max, row_sum, scale_log2, score_args, q_pos, sink_logits, h, CAUSAL
+        )
         bh = (b * heads + h).to(gl.int64)
         if PACK > 1:
             bh += packed_rows(ROWS * PACK, PACK, gl.SliceLayout(1, S))[0]

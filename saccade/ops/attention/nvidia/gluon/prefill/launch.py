@@ -11,14 +11,15 @@ from torch import Tensor
 from saccade.core import AttentionOutput
 from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.gluon.prefill.kernel import forward_kernel
+from saccade.ops.attention.nvidia.gluon.prefill.selected import heads_of_tile, parts_of_tile
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import VarlenInfo, varlen_q_tiles
 from saccade.ops.attention.nvidia.gluon.prefill.splits import NOT_SHARED, Sharing, sharing_of
 from saccade.ops.attention.nvidia.gluon.prefill.support import tile_dim
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.attention.nvidia.triton.launch import mask_args_of
+from saccade.ops.attention.nvidia.triton.launch import mask_args_of, score_args_of
 from saccade.ops.attention.nvidia.triton.split_kv import SplitKVPartials
 from saccade.ops.gpu.intmath import cdiv
-from saccade.ops.gpu.launching import float32, on, set_tma_allocator, tma_strided
+from saccade.ops.gpu.launching import on, set_tma_allocator, tma_strided
 from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.gpu.support import multiprocessors
 from saccade.ops.tuning import gluon as tuning
@@ -40,6 +41,7 @@ class PrefillLaunch:
         pingpong: consumers issue their products alternately.
         direct_store: O is stored from registers (shared memory has no room for it).
         pack, splits: see Sharing.
+        parts: blocks of a selection that a tile of keys holds side by side.
     """
 
     consumers: int
@@ -53,6 +55,7 @@ class PrefillLaunch:
     direct_store: bool = False
     pack: int = 1
     splits: int = 1
+    parts: int = 1
 
     @property
     def block_m(self) -> int:
@@ -73,20 +76,32 @@ def launch_of(
 ) -> PrefillLaunch:
     """The launch for a problem.
 
-    Windows, block lists and shared tiles need registers for their masks, and tiles of 128 rows, of
-    which selected blocks are multiples; varlen sequences and pages need registers in the producer.
+    Windows, block lists and shared tiles need registers for their masks, softcap and ALiBi for the
+    scores, and tiles of 128 rows; varlen sequences and pages need registers in the producer.
     """
     dim, shared = problem.q.shape[3], sharing.splits > 1
     varlen = any(x is not None for x in (problem.cu_q, problem.kv_lens, problem.q_offsets))
+    plain = problem.raw and problem.block_mask is None and problem.mask.window is None
     if paged or (varlen and not shared):
         launch = measured_launch(dim, "varlen")
-    elif problem.block_mask is not None or problem.mask.window is not None or shared:
+    elif shared or not plain:
         launch = measured_launch(dim, "masked")
     else:
         launch = measured_launch(dim)
+    if problem.block_mask is not None:
+        return _over_blocks(problem, launch)
     if not shared:
         return launch
     return replace(launch, pack=sharing.pack, splits=sharing.splits, direct_store=True)
+
+
+def _over_blocks(problem: Problem, launch: PrefillLaunch) -> PrefillLaunch:
+    """A launch whose tiles lie in blocks of the selection, which the backend has accepted."""
+    heads = heads_of_tile(problem.q_block, problem.q.shape[1] // problem.k.shape[1])
+    parts = parts_of_tile(problem.k_block, launch.block_n)
+    assert heads is not None and parts is not None
+    direct = launch.direct_store or heads > 1
+    return replace(launch, pack=heads, parts=parts, direct_store=direct)
 
 
 def forward(
@@ -131,6 +146,7 @@ def _launch(
     batch, heads, q_len, dim = q.shape
     varlen, num_q_tiles = varlen_info(problem, launch, page_table)
     num_work_tiles = num_q_tiles * launch.splits * batch * heads // launch.pack
+    score_args = score_args_of(problem)
     set_tma_allocator()
     with on(q.device):
         launch_kernel(
@@ -138,12 +154,15 @@ def _launch(
             (min(num_work_tiles, multiprocessors(q.device)),),
             *(tma_strided(x) for x in (q, k, v, out)),
             lse,
-            float32(problem.call.sink_logits),
+            score_args.sink_logits,
+            score_args.softcap,
+            score_args.alibi_slopes,
+            score_args.alibi_slopes_batch,
             # A tile lies in one block of a selection: block lists replace its element-wise mask.
             mask_args_of(problem.without_blocks()),
-            block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n),
+            block_lists_of(problem, num_q_tiles, launch.block_m, launch.block_n // launch.parts),
             varlen,
-            float(problem.call.scale),
+            score_args.scale,
             q_len,
             problem.num_keys,
             problem.q_offset,
@@ -202,6 +221,7 @@ def constants(launch: PrefillLaunch) -> dict[str, int | bool]:
         "REGISTERS": launch.registers,
         "PACK": launch.pack,
         "SPLIT_KV": launch.splits > 1,
+        "PARTS": launch.parts,
     }
 
 

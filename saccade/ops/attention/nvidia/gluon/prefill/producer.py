@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from saccade.ops.attention.nvidia.gluon.prefill.seqlen_info import seqlens_of_tile
 from saccade.ops.attention.nvidia.gluon.prefill.tile_scheduler import (
-    kv_tile,
+    kv_starts,
     kv_tile_plan,
     next_stage,
     split_of_plan,
@@ -34,20 +34,28 @@ def tensor_descriptor(
 
 @gluon.jit
 def _load_kv_tile(
-    desc, smem, full, empty, phase, b, kv_head, k_start, num_keys, varlen,
-    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    desc, smem, full, empty, phase, b, kv_head, k_first, starts, num_keys, varlen,
+    BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Issue the copies of keys (or values) k_start .. k_start + BLOCK_N - 1 into an empty stage.
+    """Issue the copies of keys (or values) of a tile, whose parts begin at `starts`, into a stage.
 
-    Pages shorter than a tile fill a stage side by side.  Past the end of a sequence page 0 is
-    loaded; consumers mask its scores and zero its values.
+    Parts, and pages shorter than a tile, fill a stage side by side.  Past the end of a sequence
+    page 0 is loaded; consumers mask its scores and zero its values.
     """
+    BOX: gl.constexpr = desc.block_type.shape[2]
+    k_start = k_first + starts[0]
     if PAGE_SIZE is None:
         mbarrier.wait(empty, phase)
-        mbarrier.expect(full, desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc, [b, kv_head, k_start, 0], full, smem)
+        mbarrier.expect(full, PARTS * desc.block_type.nbytes)
+        if PARTS == 1:
+            tma.async_copy_global_to_shared(desc, [b, kv_head, k_start, 0], full, smem)
+        else:
+            for i in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    desc, [b, kv_head, k_first + starts[i], 0], full,
+                    smem.slice(i * BOX, BOX, dim=2),
+                )  # fmt: skip
     else:
-        BOX: gl.constexpr = desc.block_type.shape[2]
         entry = varlen.page_table + b.to(gl.int64) * varlen.page_table_stride + k_start // PAGE_SIZE
         # Page numbers are loaded before the wait, so that their latency overlaps with it.
         pages = ()
@@ -66,6 +74,7 @@ def _load_kv_tile(
 def produce(
     args, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     CONSUMERS: gl.constexpr, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, SPLIT_KV: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """Load all tiles that the consumers read, in their order, each as soon as a stage is empty."""
     q_desc, k_desc, v_desc, smem, sizes, mask_args, block_lists, varlen = args
@@ -92,20 +101,22 @@ def produce(
         q_stage, q_phase = next_stage(q_stage, q_phase, Q_STAGES)
         found = kv_tile_plan(
             tile, q_len, k_len, q_offset, mask_args, block_lists, b, h // groups,
-            CAUSAL, BLOCK_M, BLOCK_N,
+            CAUSAL, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
         if SPLIT_KV:
             found = split_of_plan(found, split, splits)
         plan, _right_end, _full_end, num_tiles, num_keys = found
         for j in range(num_tiles):
-            start = k_start + kv_tile(j, plan, block_lists) * BLOCK_N
+            starts = kv_starts(j, plan, block_lists, BLOCK_N, PARTS)
             _load_kv_tile(
                 k_desc, k_smem.index(k_stage), k_full.index(k_stage), k_empty.index(k_stage),
-                k_phase, b, h // groups, start, num_keys, varlen, BLOCK_N, PAGE_SIZE,
+                k_phase, b, h // groups, k_start, starts, num_keys, varlen, BLOCK_N, PAGE_SIZE,
+                PARTS,
             )  # fmt: skip
             k_stage, k_phase = next_stage(k_stage, k_phase, K_STAGES)
             _load_kv_tile(
                 v_desc, v_smem.index(v_stage), v_full.index(v_stage), v_empty.index(v_stage),
-                v_phase, b, h // groups, start, num_keys, varlen, BLOCK_N, PAGE_SIZE,
+                v_phase, b, h // groups, k_start, starts, num_keys, varlen, BLOCK_N, PAGE_SIZE,
+                PARTS,
             )  # fmt: skip
             v_stage, v_phase = next_stage(v_stage, v_phase, V_STAGES)

@@ -13,16 +13,10 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from saccade.ops.attention.nvidia.gluon.prefill.scores import by_eights, largest_log2
 from saccade.ops.gpu.triton_lang import LN2, LOG2E
 
 LARGEST = gl.constexpr(8.0)
-
-
-@gluon.jit
-def _by_eights(x):
-    """`[ROWS, N]` as `[ROWS, N / 8, 8]`: a thread has all of the middle axis, so that sums and
-    maxima over it need no exchange between threads."""
-    return x.reshape([x.shape[0], x.shape[1] // 8, 8])
 
 
 @gluon.jit
@@ -32,12 +26,12 @@ def online_softmax(s, row_max, scale_log2):
     Each thread keeps row sums of its own, `[ROWS, 8]`, which are reduced at the end of a work tile.
     """
     ROW: gl.constexpr = row_max.type.layout
-    top = gl.convert_layout(gl.max(gl.max(_by_eights(s), 1), 1), ROW)
+    top = gl.convert_layout(gl.max(gl.max(by_eights(s), 1), 1), ROW)
     grows = (top - row_max) * scale_log2 > LARGEST
     new_max = gl.where(grows, top, row_max)
     p = gl.exp2(s * scale_log2 - (new_max * scale_log2)[:, None])
     rescale = gl.exp2((row_max - new_max) * scale_log2)
-    return p, new_max, gl.sum(_by_eights(p), 1), rescale
+    return p, new_max, gl.sum(by_eights(p), 1), rescale
 
 
 @gluon.jit
@@ -95,11 +89,13 @@ def add_sink(o, max_log2, row_sum, sink_logits, h):
 
 
 @gluon.jit
-def normalize(o, row_max, row_sum, scale_log2, sink_logits, h):
+def normalize(
+    o, row_max, row_sum, scale_log2, score_args, q_pos, sink_logits, h, CAUSAL: gl.constexpr
+):
     """O divided by its row sums `[ROWS, 8]`, and the lse; an empty row is 0, its lse -inf."""
     ROW: gl.constexpr = gl.SliceLayout(1, o.type.layout)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_max.type.layout)
-    max_log2 = row_max * scale_log2
+    max_log2 = largest_log2(row_max, score_args, q_pos, scale_log2, CAUSAL)
     if sink_logits is not None:
         o, max_log2, row_sum = add_sink(o, max_log2, row_sum, sink_logits, h)
     empty = row_sum == 0.0

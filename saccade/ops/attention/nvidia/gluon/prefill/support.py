@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from saccade.core import DenseKV, PagedKV, QuantizedKV
-from saccade.ops.attention.call import AttentionCall
-from saccade.ops.attention.nvidia.gluon.support import layout_refusal, score_refusal
+from saccade.ops.attention.call import MANY_QUERIES, AttentionCall
+from saccade.ops.attention.nvidia.gluon.prefill.selected import heads_of_tile, parts_of_tile
+from saccade.ops.attention.nvidia.gluon.support import layout_refusal, scale_refusal
 
 TILE_KEYS = {64: 128, 128: 128, 256: 64}  # keys of a tile, by its head dimension
 DIMS = range(33, max(TILE_KEYS) + 1)  # narrower heads would fill less than half a tile
@@ -29,7 +30,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "it supports plain dense keys and pages, and no other view"
     return (
         _mask_refusal(call)
-        or score_refusal(call)
+        or scale_refusal(call)
         or _page_refusal(call)
         or _blocks_refusal(call)
         or _storage_refusal(call, kv.k, kv.v)
@@ -38,7 +39,7 @@ def refusal(call: AttentionCall) -> str | None:
 
 def chunked_refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run a prompt over a ring or quantized keys by chunks, or None."""
-    reason = _mask_refusal(call) or score_refusal(call)
+    reason = _mask_refusal(call) or scale_refusal(call)
     if reason is not None:
         return reason
     if not call.is_plain:
@@ -78,18 +79,25 @@ def _page_refusal(call: AttentionCall) -> str | None:
 
 
 def _blocks_refusal(call: AttentionCall) -> str | None:
-    """A tile has to lie in one block of a selection."""
+    """Tiles have to lie in blocks of a selection."""
     blocks, dim = call.blocks, call.q.shape[3]
     if blocks is None or dim not in DIMS:
         return None
     if not call.with_(blocks=None).is_plain or not isinstance(call.kv, DenseKV):
         return "it selects blocks of plain dense keys only, the same number for every row"
-    keys = TILE_KEYS[tile_dim(dim)]
-    if blocks.q_block % 128 or blocks.k_block % keys:
+    if call.q.shape[2] <= MANY_QUERIES:
+        return f"it takes blocks for more than {MANY_QUERIES} queries; Triton divides keys for few"
+    heads = heads_of_tile(blocks.q_block, call.q.shape[1] // call.kv.shape[1])
+    parts = parts_of_tile(blocks.k_block, TILE_KEYS[tile_dim(dim)])
+    if heads is None or parts is None:
         return (
-            f"blocks of {blocks.q_block} queries x {blocks.k_block} keys are no multiples of "
-            f"its tiles of 128 x {keys}"
+            f"blocks of {blocks.q_block} queries x {blocks.k_block} keys, for "
+            f"{call.q.shape[1] // call.kv.shape[1]} heads a KV head, do not fill its tiles"
         )
+    if parts > 1 and call.mask.window is not None:
+        return f"under a window it takes no blocks of {blocks.k_block} keys"
+    if heads > 1 and call.sink_logits is not None:
+        return f"with learned sinks it takes no blocks of {blocks.q_block} queries"
     return None
 
 

@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 
 from saccade.ops.gpu.triton_lang import block_list_at, key_tiles
 
+PAST_ALL_KEYS = gl.constexpr(1 << 30)
+
 
 @gluon.jit
 def work_tile(i, num_q_tiles, heads_per_section, num_work_tiles):
@@ -66,7 +68,7 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 @gluon.jit
 def kv_tile_plan(
     tile, q_len, k_len, q_offset, mask_args, block_lists, b, kv_head,
-    CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr = 1,
 ):  # fmt: skip
     """Tiles of keys that a tile of queries reads: (plan, right_end, full_end, num_tiles, num_keys).
 
@@ -74,12 +76,19 @@ def kv_tile_plan(
     partly visible ones first.  Tiles 0 .. right_end - 1 need a mask on the right, and tiles
     right_end .. full_end - 1 need none.  A tile of queries without any visible key still reads one
     tile, with num_keys = 0, so that all of it is masked.
+
+    Args:
+        PARTS: listed blocks that a tile of keys holds side by side.  Where they do not come out
+            even, the first tile begins with gaps; it needs a mask then.
     """
     if block_lists.tiles is not None:
-        listed, full, num_tiles = block_list_at(block_lists, b.to(gl.int64), kv_head, tile)
-        right_end = num_tiles - full
+        listed, full, count = block_list_at(block_lists, b.to(gl.int64), kv_head, tile)
+        gaps = (PARTS - count % PARTS) % PARTS
+        partial = count - full
+        right_end = (gaps + partial + PARTS - 1) // PARTS
+        num_tiles = (gaps + count) // PARTS
         full_end = num_tiles
-        plan = listed, full, right_end
+        plan = listed, full, partial, gaps
     else:
         row = tile * BLOCK_M
         last_q = q_offset + gl.minimum(row + BLOCK_M, q_len) - 1
@@ -112,7 +121,7 @@ def split_of_plan(found, split, splits):
 def kv_tile(j, plan, block_lists):
     """Index of the tile of keys that is read j-th."""
     if block_lists.tiles is not None:
-        listed, full, partial = plan
+        listed, full, partial, _gaps = plan
         tile = gl.load(listed + gl.where(j < partial, full + j, j - partial))
     else:
         last, num_tiles, num_sinks, begin = plan
@@ -120,3 +129,20 @@ def kv_tile(j, plan, block_lists):
         tile = gl.where(j < num_tiles - num_sinks, last - 1 - j, num_tiles - 1 - j)
         tile = gl.maximum(tile, 0)
     return tile
+
+
+@gluon.jit
+def kv_starts(j, plan, block_lists, BLOCK_N: gl.constexpr, PARTS: gl.constexpr):
+    """First keys of the parts of the tile of keys that is read j-th; of a gap PAST_ALL_KEYS."""
+    if PARTS == 1:
+        starts = (kv_tile(j, plan, block_lists) * BLOCK_N,)
+    else:
+        WIDTH: gl.constexpr = BLOCK_N // PARTS
+        listed, full, partial, gaps = plan
+        starts = ()
+        for i in gl.static_range(PARTS):
+            n = j * PARTS + i - gaps
+            at = listed + gl.where(n < partial, full + n, n - partial)
+            real = (n >= 0) & (n < full + partial)
+            starts += (gl.load(at, mask=real, other=PAST_ALL_KEYS // WIDTH) * WIDTH,)
+    return starts
