@@ -14,12 +14,13 @@ import json
 import sys
 import zlib
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -38,6 +39,8 @@ TOKENS = torch.arange(LENGTH) * 37 % 509 + 3
 WINDOW, BETA = 16, 3
 KEPT = (100, 180)
 """Keys kept of each head, on average."""
+NEEDS_WEIGHTS = ("h2o",)
+"""Presses that read the weights of eager attention."""
 
 
 def tiny(family: str) -> Any:
@@ -77,7 +80,19 @@ def presses(whole: int) -> dict[str, Any]:
         "pyramidkv": kvpress.PyramidKVPress(1 - whole / LENGTH, window_size=WINDOW, beta=BETA),
         "expected_attention": expected(1 - share),
         "ada_expected_attention": kvpress.AdaKVPress(expected(1 - share, epsilon=1e-2)),
+        "kvzip": kvpress.KVzipPress(1 - whole / LENGTH + 1e-9),  # of all keys, rounded up
+        "h2o": kvpress.ObservedAttentionPress(1 - share),
     }
+
+
+class NoWords:
+    """A tokenizer for which every instruction is empty: the context alone is repeated."""
+
+    chat_template = None
+
+    def encode(self, text: str, **_: Any) -> Tensor:
+        """No tokens."""
+        return torch.empty(1, 0, dtype=torch.int64)
 
 
 def rows_in(kept: Tensor, every: Tensor) -> Tensor:
@@ -95,8 +110,9 @@ def as_text(kept: Tensor) -> list[str]:
 @torch.no_grad()
 def kept_by(model: Any, press: Any, every: list[Tensor]) -> list[list[str]]:
     """For each layer and KV head, which keys a press keeps."""
+    cache = DynamicCache()
     with press(model):
-        cache = model(TOKENS[None], use_cache=True).past_key_values
+        model(TOKENS[None], past_key_values=cache, use_cache=True)
     found: list[list[str]] = []
     for layer, whole, stored in zip(model.model.layers, every, cache.layers, strict=True):
         masked = getattr(layer.self_attn, "masked_key_indices", None)
@@ -112,15 +128,20 @@ def kept_by(model: Any, press: Any, every: list[Tensor]) -> list[list[str]]:
 
 def main(path: str) -> None:
     """Write the fixture."""
+    from kvpress.presses import kvzip_press
+
+    kvzip_press.AutoTokenizer.from_pretrained = lambda name: NoWords()
     kept: dict[str, Any] = {}
     for family in CONFIGS:
         model = tiny(family)
-        with torch.no_grad():
-            cache = model(TOKENS[None], use_cache=True).past_key_values
-        every = [layer.keys[0] for layer in cache.layers]
-        for count in KEPT:
+        for count, implementation in product(KEPT, ("sdpa", "eager")):
+            model.set_attn_implementation(implementation)
+            with torch.no_grad():
+                cache = model(TOKENS[None], use_cache=True).past_key_values
+            every = [layer.keys[0] for layer in cache.layers]
             for name, press in presses(count).items():
-                kept[f"{family} {name} {count}"] = kept_by(model, press, every)
+                if (name in NEEDS_WEIGHTS) == (implementation == "eager"):
+                    kept[f"{family} {name} {count}"] = kept_by(model, press, every)
     record = {
         "made_by": "scripts/kvpress_kept.py",
         "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},

@@ -65,6 +65,11 @@ class RaggedCache(PlacingCache):
         return self._page_size
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether `keep` was called, so that heads have pages of their own."""
+        return self._pages is not None
+
+    @property
     def prompt(self) -> DenseCache:
         """The buffer of everything appended before `keep`."""
         return self._prompt

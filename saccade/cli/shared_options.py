@@ -131,8 +131,8 @@ CONTEXT = (
            choices=("strided", "block_topk", "block_topp", "quest", "triangle_mix", "xattention",
                     "vertical_slash", "auto")),
     Option("kv_policy", ("--kv-policy",),
-           "how the cache is compressed after the prompt: snapkv, expected_attention, ada_snapkv, "
-           "tova, knorm, ... (docs/compression.md)", metavar="NAME"),
+           "how the cache is compressed after the prompt: snapkv, kvzip, h2o, expected_attention, "
+           "ada_snapkv, tova, ... (docs/compression.md)", metavar="NAME"),
     Option("kv_budget", ("--kv-budget",),
            "what it keeps of the prompt: tokens (512) or a share (0.25, 25%)", budget, "N|SHARE"),
     Option("kv_every", ("--kv-every",),

@@ -6,17 +6,21 @@ A new policy is one file and one line in POLICIES, where the contract test finds
 from saccade.compress.adakv import AdaExpectedAttention, AdaSnapKV
 from saccade.compress.criticalkv import CriticalAdaSnapKV, CriticalSnapKV
 from saccade.compress.expected_attention import ExpectedAttention
+from saccade.compress.h2o import H2O
 from saccade.compress.keydiff import KeyDiff
 from saccade.compress.knorm import Knorm
+from saccade.compress.kvzip import KVzip, UniformKVzip
 from saccade.compress.observation import (
     ExpectedQueries,
     LayerObservation,
     ObservedQueries,
     Observes,
+    Replay,
 )
 from saccade.compress.policy import Policy, resolve_budget, select, select_across_heads
 from saccade.compress.pyramidkv import PyramidKV
-from saccade.compress.received import Received, received_attention
+from saccade.compress.received import Received, received_attention, received_by_heads
+from saccade.compress.rkv import RKV
 from saccade.compress.snapkv import SnapKV
 from saccade.compress.streaming_llm import StreamingLLM
 from saccade.compress.tokens import compress_context
@@ -34,11 +38,17 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiff,
     "knorm": Knorm,
     "streaming_llm": StreamingLLM,
+    "kvzip": KVzip,
+    "uniform_kvzip": UniformKVzip,
+    "h2o": H2O,
+    "rkv": RKV,
 }
 """Value of `kv_policy` -> policy."""
 
 __all__ = [
+    "H2O",
     "POLICIES",
+    "RKV",
     "TOVA",
     "AdaExpectedAttention",
     "AdaSnapKV",
@@ -46,6 +56,7 @@ __all__ = [
     "CriticalSnapKV",
     "ExpectedAttention",
     "ExpectedQueries",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "LayerObservation",
@@ -54,10 +65,13 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "Received",
+    "Replay",
     "SnapKV",
     "StreamingLLM",
+    "UniformKVzip",
     "compress_context",
     "received_attention",
+    "received_by_heads",
     "resolve_budget",
     "select",
     "select_across_heads",

@@ -9,6 +9,29 @@ import torch
 from torch import Tensor
 
 
+class Replay(NamedTuple):
+    """How a context is read a second time; see `KVzip`.
+
+    Attributes:
+        chunk: tokens that are repeated at once, over the keys of these tokens and the sinks.
+        share: share of them that is read, evenly spaced.
+        lead: tokens before the chunk that are read ahead of it.
+        sinks: first keys that every chunk attends to.
+    """
+
+    chunk: int
+    share: float
+    lead: int
+    sinks: int
+
+    def chosen(self, start: int, stop: int) -> list[int]:
+        """Positions that are read for the chunk start .. stop-1, in order."""
+        return [
+            *range(max(0, start - self.lead), start),
+            *(i for i in range(start, stop) if int((i + 1) * self.share) > int(i * self.share)),
+        ]
+
+
 class Observes(NamedTuple):
     """What a policy has to see of a layer beside its keys and values.
 
@@ -17,11 +40,15 @@ class Observes(NamedTuple):
         future: positions behind the text over which the statistics of all queries are averaged, 0
             for a policy that needs none.
         output: whether it weighs values by the layer's output projection.
+        received: whether it needs the weight that each key received from all queries.
+        replay: how the context is read again for the weights of that, None: not at all.
     """
 
     queries: int = 1
     future: int = 0
     output: bool = False
+    received: bool = False
+    replay: Replay | None = None
 
 
 class ObservedQueries(NamedTuple):
@@ -36,6 +63,8 @@ class ObservedQueries(NamedTuple):
         counted, mean, scatter: of all queries before RoPE, the first few left out, where a policy
             asks for them: how many, float32 `[B]`; their mean `[B, H, D]`; the sum of products of
             their differences from it `[B, H, D, D]`.  See `compress.query_statistics`.
+        received: float32 `[B, Hkv, n]`, the weight that the key at each position (in a cache
+            without positions: in each slot) received from all queries so far, where a policy asks.
     """
 
     q: Tensor
@@ -47,6 +76,7 @@ class ObservedQueries(NamedTuple):
     counted: Tensor | None = None
     mean: Tensor | None = None
     scatter: Tensor | None = None
+    received: Tensor | None = None
 
 
 class ExpectedQueries(NamedTuple):
@@ -72,6 +102,8 @@ class LayerObservation:
         expected: the queries to come, for a policy that observes `future` positions.
         output: `[H, Dv, hidden]`, the part of the output projection that each query head's result
             is multiplied with, for a policy that observes it.
+        received: `[B, Hkv, L]` float32, the weight that each key received from all queries, or the
+            largest while the context was read again, for a policy that observes one of them.
     """
 
     queries: ObservedQueries
@@ -80,6 +112,7 @@ class LayerObservation:
     positions: Tensor | None = None
     expected: ExpectedQueries | None = None
     output: Tensor | None = None
+    received: Tensor | None = None
 
     @property
     def key_mask(self) -> Tensor | None:

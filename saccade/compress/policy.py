@@ -20,11 +20,13 @@ class Policy(ABC):
         floor: share of the budget that every head keeps, None where all heads keep equally many.
             Under a share, the heads of a layer compete for the rest (`select_across_heads`), which
             needs a ragged cache.
+        across_layers: whether the heads of all layers compete, instead of those of each layer.
     """
 
     __slots__ = ()
 
     floor: float | None = None
+    across_layers: bool = False
 
     @property
     def observes(self) -> Observes:
@@ -76,10 +78,11 @@ def guaranteed(floor: float, kept: int) -> int:
 def select_across_heads(scores: Tensor, kept: int, floor: float) -> Tensor:
     """The highest scores of a layer, whichever heads they belong to (Ada-KV, arXiv 2407.11550).
 
-    Each head keeps its own `floor * kept` best keys; the best keys of all heads fill the rest.
+    Each head keeps its own `floor * kept` best keys, one at least; the best keys of all heads fill
+    the rest.
 
     Args:
-        scores: `[B, Hkv, L]`, -inf where there is no key.
+        scores: `[B, Hkv, L]`, -inf where there is no key; the heads may be those of many layers.
         kept: keys of a head on average.
         floor: share of `kept` that every head keeps, 0 to 1.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.core import KeyRange
 from saccade.core.kv import KVTile
 from saccade.ops import AttentionCall
 from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 
 K_TILE = 512
+HEAD_TILE = 128
+"""Keys whose scores by all queries of a chunk stay in the nearer caches of a CPU."""
 
 
 class Received(NamedTuple):
@@ -56,6 +60,43 @@ def received_attention(call: AttentionCall, lse: Tensor) -> Received:
     return Received(mass, queries)
 
 
+def received_by_heads(
+    call: AttentionCall,
+    lse: Tensor,
+    ranges: Sequence[KeyRange] | None = None,
+    *,
+    largest: bool = False,
+) -> Tensor:
+    """What each key received from the queries that share its KV head, float32 `[B, Hkv, end]`.
+
+    The weights are those of `received_attention`: their sum over queries, the mean of the heads of
+    a group, or the largest.  Memory is O(length).
+
+    Args:
+        call, lse: as for `received_attention`.
+        ranges: of positions to score, ascending; others get 0.  None: all that the call reads.
+        largest: the largest weight of all queries and heads instead of the sum.
+    """
+    call = call.transformed()
+    batch, kv_heads, end, _, _ = call.kv.shape
+    found = torch.zeros(batch, kv_heads, end, device=call.q.device)
+    if ranges is None:
+        ranges = call.mask.key_ranges(*call.q_bounds(0, call.q.shape[2]), end)
+    norm = lse.unflatten(1, (-1, call.num_groups))[..., None]
+    for tile in call.kv.tiles(ranges, HEAD_TILE):
+        scores, visible = attention_scores(call, tile)
+        scores = scores.float().sub_(norm)
+        if not visible.all():
+            scores = scores.masked_fill(~visible, -torch.inf)
+        if largest:
+            received = scores.amax((2, 3)).exp_()
+        else:
+            received = scores.exp_().sum(3).mean(2)
+        at = tile.positions.clamp_min(0).expand(received.shape)
+        found.scatter_add_(2, at, received)  # each key once; where a head has none: 0
+    return found
+
+
 def attention_weights(call: AttentionCall, tile: KVTile, lse: Tensor) -> Tensor:
     """Weights of all queries of a call on the keys of a tile, `[B, Hkv, G, Lq, t]`, float32.
 
@@ -73,7 +114,7 @@ def attention_scores(call: AttentionCall, tile: KVTile) -> tuple[Tensor, Tensor]
     q = call.queries(0, length).unflatten(1, (-1, call.num_groups))
     visible = visible_pairs(call, 0, length, tile)
     k, _ = seen_kv(call, tile, visible, q.dtype)
-    scores = q @ k[:, :, None].mT * call.scale
+    scores = (q * call.scale) @ k[:, :, None].mT
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     bias = bias_of(call, 0, length, tile)

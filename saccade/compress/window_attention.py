@@ -18,14 +18,22 @@ def observed_weights(observation: LayerObservation) -> Tensor:
     They are those of the layer's own attention: causal, with its softcap, its learned sinks and
     its block selection.
     """
-    call = _call(observation)
-    scores, visible = attention_scores(call, dense(call.kv))
-    scores = scores.float().masked_fill(~visible, -torch.inf).flatten(1, 2)
-    sinks, length = call.sink_logits, scores.shape[-1]
+    scores = observed_scores(observation).flatten(1, 2)
+    sinks, length = observation.queries.sink_logits, scores.shape[-1]
     if sinks is not None:
         column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
     return scores.softmax(-1)[..., :length].nan_to_num()  # of queries that see nothing: 0
+
+
+def observed_scores(observation: LayerObservation) -> Tensor:
+    """Scores of the window on all keys before the softmax, `[B, Hkv, G, w, L]` float32.
+
+    -inf where a query does not see a key.
+    """
+    call = _call(observation)
+    scores, visible = attention_scores(call, dense(call.kv))
+    return scores.float().masked_fill(~visible, -torch.inf)
 
 
 def _call(observation: LayerObservation) -> AttentionCall:

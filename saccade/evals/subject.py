@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from saccade.compress import compress_context
 from saccade.core import Unsupported
 from saccade.hf import changes
-from saccade.hf.model import HFModel, counts_from_zero
+from saccade.hf.model import HFModel
 from saccade.hf.runs import Undo
-from saccade.hf.split_forward import hidden_states, logits_of
+from saccade.hf.split_forward import counts_from_zero, hidden_states, logits_of
 from saccade.runtime import Context, ContextParams, Sampler
 from saccade.runtime.importance import token_importance
 

@@ -238,7 +238,7 @@ def _bring_cache(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
             kwargs["past_key_values"] = new_cache(run, ragged=padded)
     cache = kwargs.get("past_key_values")
     if params.kv_policy is not None and isinstance(cache, SaccadeCache):
-        compress_behind_prompt(cache, run, args, kwargs)
+        compress_behind_prompt(cache, run, args, kwargs, new_cache)
 
 
 def _gains(run: Run, kwargs: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ observes the queries of the prompt, and is compressed when the first token behin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -15,40 +16,49 @@ from saccade.cache import RaggedCache, SlidingCache, StateCache
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
 from saccade.hf.generate_options import option
-from saccade.hf.policy_sources import sources_of
+from saccade.hf.policy_sources import reader_of_run, sources_of
 from saccade.hf.runs import Run
-from saccade.runtime.compression import ObservationWindow, compress_cache, observing
+from saccade.runtime.compression import compress_cache
+from saccade.runtime.observing import ObservationWindow, observing
 from saccade.runtime.params import ContextParams
 
 _COPYING: Final = ("num_beams", "num_return_sequences")
 """Options by which `generate` computes each row of a batch so many times, side by side."""
 
 
-def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Tokens of the prompt of a `generate` call; None where it gives none."""
+def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Tokens `[B, length]` of the prompt of a `generate` call; None where it gives none."""
     given = [kwargs.get("inputs"), kwargs.get("input_ids"), *args[:1]]
     tokens = next((x for x in given if isinstance(x, Tensor)), None)
-    return None if tokens is None or tokens.dim() != 2 else tokens.shape[1]
+    return None if tokens is None or tokens.dim() != 2 else tokens
 
 
 def compress_behind_prompt(
-    cache: SaccadeCache, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]
+    cache: SaccadeCache,
+    run: Run,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    new_cache: Callable[[Run], SaccadeCache],
 ) -> None:
     """Compress the cache of a `generate` call by the params of its run once its prompt is read.
+
+    Args:
+        args, kwargs: of the call.
+        new_cache: empty caches under the options of a run.
 
     Raises:
         Unsupported: a prompt without token ids, or with padding that is not on the left.
     """
     params = run.params
-    length, mask = prompt_length(args, kwargs), kwargs.get("attention_mask")
-    if length is None:
+    prompt, mask = prompt_of(args, kwargs), kwargs.get("attention_mask")
+    if prompt is None:
         raise Unsupported(
             "kv_policy compresses where the prompt ends, which inputs_embeds do not say: give "
             "input_ids, or leave kv_policy unset."
         )
     padding = None
+    copies = max(option(kwargs, name, run.model) or 1 for name in _COPYING)
     if isinstance(mask, Tensor) and is_padded(kwargs):
-        copies = max(option(kwargs, name, run.model) or 1 for name in _COPYING)
         padding = [before for before in _padding(mask) for _ in range(copies)]
     full = [x for x in cache.stores if not isinstance(x, SlidingCache | StateCache)]
     if padding is not None and not all(isinstance(store, RaggedCache) for store in full):
@@ -58,8 +68,17 @@ def compress_behind_prompt(
             "type_k and type_v."
         )
     assert params.kv_policy is not None
-    window = observing(params.kv_policy, cache, sources_of(run, length), padding)
-    _Schedule(cache, params, window, length).next()
+    rows = [row for row in prompt.tolist() for _ in range(copies)]
+    texts = [row[before:] for row, before in zip(rows, padding or [0] * len(rows), strict=True)]
+    sources = sources_of(run, prompt.shape[1], reader_of_run(run, texts, new_cache))
+    window = observing(params.kv_policy, cache, sources, padding)
+    _Schedule(cache, params, window, prompt.shape[1]).next()
+
+
+def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Tokens of the prompt of a `generate` call; None where it gives none."""
+    prompt = prompt_of(args, kwargs)
+    return None if prompt is None else prompt.shape[1]
 
 
 def is_padded(kwargs: dict[str, Any]) -> bool:

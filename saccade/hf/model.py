@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -33,7 +32,7 @@ from saccade.hf.rope import (
 from saccade.hf.rope_labels import rope_labels
 from saccade.hf.rope_tables import reaching
 from saccade.hf.runs import Run, activated, run_in_force
-from saccade.hf.split_forward import cuttable, hidden_states, logits_of
+from saccade.hf.split_forward import counts_from_zero, cuttable, hidden_states, logits_of
 from saccade.rope import Frequencies
 from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.model import ModelCache, ModelFacts
@@ -235,14 +234,6 @@ def rotary_frequencies(model: PreTrainedModel, layer_type: str | None = None) ->
     """
     run = run_in_force(model)
     return frequencies_of(first_rotary(model, {} if run is None else run.rotary), layer_type)
-
-
-def counts_from_zero(model: PreTrainedModel) -> bool:
-    """Whether the decoder does not ask a cache for its length, so that it needs positions."""
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    asks = {"get_seq_length", "get_query_offset"}
-    codes = [inspect.unwrap(type(part).forward).__code__ for part in model.modules() if takes]
-    return takes and not any(asks & set(code.co_names) for code in codes)
 
 
 def _check_stored(model: PreTrainedModel, cache: SaccadeCache, expected: int) -> None:

@@ -8,6 +8,7 @@ exception when the decoder has returned; in its second half the decoder returns 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -99,6 +100,14 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
             "(AutoModelForCausalLM)."
         )
     return logits
+
+
+def counts_from_zero(model: PreTrainedModel) -> bool:
+    """Whether the decoder does not ask a cache for its length, so that it needs positions."""
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    asks = {"get_seq_length", "get_query_offset"}
+    codes = [inspect.unwrap(type(part).forward).__code__ for part in model.modules() if takes]
+    return takes and not any(asks & set(code.co_names) for code in codes)
 
 
 def decoders(model: PreTrainedModel) -> list[nn.Module]:

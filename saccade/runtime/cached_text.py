@@ -20,16 +20,12 @@ from torch import Tensor
 
 from saccade.cache import ShiftKeys, SlidingCache
 from saccade.core import Unsupported
-from saccade.runtime.compression import (
-    ObservationWindow,
-    Sources,
-    compress_cache,
-    most_above,
-    observing,
-)
+from saccade.runtime.compression import compress_cache, most_above
 from saccade.runtime.held import Held, NextToken, Observed
 from saccade.runtime.model import Model, ModelCache
+from saccade.runtime.observing import ObservationWindow, Sources, observing, without
 from saccade.runtime.params import ContextParams
+from saccade.runtime.replay import reader_of
 from saccade.runtime.rollback import checkpoint, queries_alike, reachable, roll_back, undo_read
 from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
@@ -309,7 +305,7 @@ class CachedText:
                 raise
             at = held.compressed_at
             at = max(min(n_keep, at), at - n_discard)
-            observed = self._shifted(held.observed, n_discard)
+            observed = self._shifted(held.observed, n_keep, stop)
             self._observe(observed)
             self._held = held._replace(
                 tokens=tokens, length=len(tokens), compressed_at=at, observed=observed
@@ -323,13 +319,13 @@ class CachedText:
         for layer, shift in layers:
             layer.context_shift(start, stop, shift)
 
-    def _shifted(self, observed: Observed | None, count: int) -> Observed | None:
-        """Observed queries, which move with the keys that they attend to."""
+    def _shifted(self, observed: Observed | None, start: int, stop: int) -> Observed | None:
+        """Observed queries, which move with the keys, of which start .. stop-1 are gone."""
         if observed is None:
             return None
         shifts = self._shifts()
         return {
-            i: queries._replace(q=shifts(i)(queries.q, -count), blocks=None, k_block=0)
+            i: without(queries, start, stop)._replace(q=shifts(i)(queries.q, start - stop))
             for i, queries in observed.items()
         }  # blocks of keys are others after a shift
 
@@ -395,5 +391,6 @@ class CachedText:
     def _start_observing(self) -> None:
         """Under a kv_policy: observe each layer from here on."""
         if self._params.kv_policy is not None and self._window is None:
-            sources = Sources(self._shifts(), self._model.output_weights)
+            reader = reader_of(self._model, self._params, lambda: [self._held.tokens])
+            sources = Sources(self._shifts(), self._model.output_weights, reader)
             self._window = observing(self._params.kv_policy, self._cache, sources)

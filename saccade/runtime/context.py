@@ -14,11 +14,11 @@ from saccade.core import BadInput, Unsupported
 from saccade.core.hardware import available_memory
 from saccade.runtime.auto_scaling import notes_on, what_fits
 from saccade.runtime.cached_text import CachedText
-from saccade.runtime.compression import ObservationWindow, check_rotation
 from saccade.runtime.held import NextToken
 from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import cache_bytes
 from saccade.runtime.model import Model, ModelCache
+from saccade.runtime.observing import ObservationWindow, check_rotation
 from saccade.runtime.params import ContextParams
 from saccade.runtime.sampling import Sampler
 from saccade.runtime.stats import FinishReason, GeneratedToken, OnProgress, Stats

@@ -71,7 +71,7 @@ class ContextParams:
             prefetches each layer's keys during the layer before.  Without effect on a CPU.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
         kv_policy: name of a policy that compresses the cache after the prompt, one of
-            `saccade.compress.POLICIES` ("snapkv", "expected_attention", "ada_snapkv", ...).
+            `saccade.compress.POLICIES` ("snapkv", "kvzip", "expected_attention", "h2o", ...).
         kv_budget: tokens a compressed cache keeps (int), or the share of what was read (float).
         kv_every: compress again whenever so many keys more than the budget are stored, at the ends
             of chunks of a prompt and while decoding, so that memory stays at budget + kv_every +
@@ -170,7 +170,15 @@ class ContextParams:
             raise ValueError(
                 f"kv_every={self.kv_every} needs a policy: set kv_policy and kv_budget too."
             )
-        if self.kv_policy is None or self.n_keep is None:
+        if self.kv_policy is None:
+            return
+        if self.kv_every is not None and POLICIES[self.kv_policy]().observes.replay is not None:
+            raise ValueError(
+                f"kv_policy={self.kv_policy!r} reads the whole prompt again, of which kv_every="
+                f"{self.kv_every} keeps a part. Leave kv_every unset, or choose another kv_policy, "
+                "such as 'h2o'."
+            )
+        if self.n_keep is None:
             return
         if POLICIES[self.kv_policy]().floor is None:
             raise ValueError(

@@ -10,7 +10,7 @@ that is refused leaves the context as it was.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from saccade.cache import snapshot
+from saccade.cache import LayerCache, snapshot
 from saccade.cache.base import CacheState
 from saccade.cache.make import STORAGE
 from saccade.compress import ObservedQueries
@@ -186,6 +186,7 @@ def _built(file: SessionFile, ctx: Context, like: _Like) -> tuple[CachedText, Sa
     if any(layer.seen != len(tokens) for layer in text.cache.stores):
         raise ValueError("a layer has seen other tokens")
     observed = _observed(file, record["observed"], like, ctx.model.device)
+    _check_received(observed, text.cache.stores)
     following = _next_token(record["next"], vocab_size)
     logits = _logits(file, vocab_size, ctx.model.device)
     unread -= {"sampler", "tokens", "logits", *_names_of(observed)}
@@ -272,7 +273,7 @@ def _check_queries(
         raise ValueError("queries that were observed of another layer")
     for name, expected in _parts(like, Tensor).items():
         found = tensors[name]
-        free = {"q": (2,), "blocks": (2, 3)}.get(name, ())
+        free = {"q": (2,), "blocks": (2, 3), "received": (2,)}.get(name, ())
         shape = [n if i in free else m for i, (n, m) in enumerate(
             zip(found.shape, expected.shape, strict=True)
         )]  # fmt: skip
@@ -280,6 +281,15 @@ def _check_queries(
             raise ValueError("observed queries of another shape")
         if found.is_floating_point() and not found.isfinite().all():
             raise ValueError("observed queries that are no numbers")
+
+
+def _check_received(observed: Observed | None, layers: Sequence[LayerCache]) -> None:
+    """Raise ValueError unless each key of a layer has received something, and nothing else has."""
+    for index, queries in (observed or {}).items():
+        layer = layers[index]
+        keys = getattr(layer, "num_slots", layer.seen)
+        if queries.received is not None and queries.received.shape[2] != keys:
+            raise ValueError("weights of other keys than are stored")
 
 
 def _parts(queries: ObservedQueries, kind: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from saccade.compress import (
     POLICIES,
+    RKV,
     AdaSnapKV,
     ExpectedQueries,
     LayerObservation,
@@ -32,6 +33,7 @@ def observed(length=200, width=64, heads=4, kv_heads=2, **options):
         v=v,
         expected=ExpectedQueries(torch.randn(2, heads, 16), half @ half.mT / 16),
         output=torch.randn(heads, 16, 24),
+        received=torch.rand(2, kv_heads, length),
     )
 
 
@@ -203,3 +205,27 @@ class TestAdaSnapKV:
 def test_budget():
     assert resolve_budget(10, 100) == 10 and resolve_budget(0.25, 100) == 25
     assert resolve_budget(500, 100) == 100 and resolve_budget(0.001, 100) == 1
+
+
+def test_rkv_is_its_formula():
+    """Attention less likeness by the authors' formula, with whole matrices in float64."""
+    torch.manual_seed(1)
+    q, k = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 90, 16)
+    k[:, :, 40:70] = k[:, :, 10:40] + 0.2 * torch.randn(1, 2, 30, 16)  # a passage that returns
+    queries = ObservedQueries(q, 0.25)
+    scores = RKV().scores(LayerObservation(queries=queries, k=k, v=k), 40)
+    logits = (q.double().unflatten(1, (2, 2)) @ k.double()[:, :, None].mT * 0.25).amax(2)
+    weights = logits[..., :82].softmax(-1).mean(2)
+    for head in range(2):
+        unit = k[0, head].double() / k[0, head].double().norm(dim=-1, keepdim=True)
+        cosines = unit @ unit.T
+        cosines.fill_diagonal_(0)
+        for row in range(90):
+            alike = (cosines[row] > 0.5).nonzero().flatten().tolist()
+            cosines[row, max(alike, default=0)] = 0
+        likeness = cosines.mean(0).softmax(-1)
+        for key in range(82):
+            attention = weights[0, head, max(0, key - 3) : key + 4].max()
+            expected = 0.07 * attention - 0.93 * likeness[key]
+            assert abs(scores[0, head, key] - expected) < 1e-6
+    assert (scores[..., 82:] == torch.inf).all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saccade.cache import QuantizedCache, RingCache
-from saccade.compress import received_attention
+from saccade.compress import received_attention, received_by_heads
 from saccade.core import BlockSelection, DenseKV, Mask
 from saccade.ops import attend, make_call
 
@@ -73,6 +73,10 @@ def test_mass_is_that_of_a_dense_softmax(name, scale):
     received = received_attention(call, attend(call, backend="reference").lse)
     expected = softmax(q, k, **formula)
     assert torch.allclose(received.mass.double(), expected.sum((1, 2)), atol=2e-4, rtol=1e-4)
+    groups, lse = expected.unflatten(1, (2, 2)), attend(call, backend="reference").lse
+    for largest, by_head in ((False, groups.sum(3).mean(2)), (True, groups.amax((2, 3)))):
+        found = received_by_heads(call, lse, largest=largest)
+        assert torch.allclose(found.double(), by_head, atol=2e-4, rtol=1e-4)
     if name != "learned sinks":
         rows = (expected.sum(-1) > 0.5).sum((1, 2)).double()
         assert torch.allclose(received.mass.sum(-1).double(), rows, rtol=1e-4)

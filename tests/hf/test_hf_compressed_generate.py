@@ -91,7 +91,8 @@ def test_rows_of_a_padded_batch_are_as_alone(policy, budget):
     options |= {"return_dict_in_generate": True, "output_logits": True}
     with saccade.attach(model, params):
         both = model.generate(padded, attention_mask=mask, **options)
-        kept = both.past_key_values.stores[0].kv_lens.float().mean(1)
+        stores = both.past_key_values.stores[: None if POLICIES[policy].across_layers else 1]
+        kept = torch.stack([store.kv_lens.float() for store in stores]).mean((0, 2))
         for row, text in enumerate(texts):
             alone = model.generate(text[None], **options)
             found = torch.stack(both.logits)[:, row]

@@ -23,6 +23,7 @@ from saccade.ops.selection.rule import BlockRule
 SCORED = 32  # summaries of a program
 SUMMED = 32  # queries that a program adds at a time
 MOST_BLOCKS = 1 << 14
+FEWEST = 512  # blocks of a program: each power of two is a kernel to compile
 BLOCKS_OF_A_WARP = 128
 MOST_ROWS = 64
 """Queries times heads of a group that a program holds, where one kernel makes the scores."""
@@ -43,7 +44,7 @@ def select(
     by_share = 0 < rule.share < 1
     few = q_len <= rule.q_block and heads // kv_heads * q_len <= MOST_ROWS and not by_share
     scores = _scores_of_step(rule, q, rows) if few else _scores(rule, q, rows, by_share)
-    q_blocks, block = cdiv(q_len, rule.q_block), next_power_of_two(num_blocks)
+    q_blocks, block = cdiv(q_len, rule.q_block), max(FEWEST, next_power_of_two(num_blocks))
     shape = batch, kv_heads, q_blocks, num_blocks
     allowed = torch.empty(shape, dtype=torch.bool, device=q.device)
     with on(q.device):
@@ -69,7 +70,7 @@ def select(
             BLOCK=block,
             DEVICE_OFFSET=isinstance(q_offset, Tensor),
             BY_SHARE=by_share,
-            num_warps=min(16, max(1, block // BLOCKS_OF_A_WARP)),
+            num_warps=min(16, block // BLOCKS_OF_A_WARP),
         )
     return allowed
 

@@ -20,6 +20,7 @@ from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import on, strided
 from saccade.ops.gpu.replay import launch_kernel
 
+FEWEST = 512  # columns of a program: each power of two is a kernel to compile
 COLUMNS_OF_A_WARP = 256
 
 
@@ -51,7 +52,7 @@ def block_lists_of(
     batch, heads = allowed.shape[0] if shared else problem.q.shape[0], allowed.shape[1]
     lists = torch.empty(batch, heads, rows, columns, dtype=torch.int32, device=allowed.device)
     counts = torch.empty(batch, heads, rows, 2, dtype=torch.int32, device=allowed.device)
-    block, call = next_power_of_two(columns), problem.call
+    block, call = max(FEWEST, next_power_of_two(columns)), problem.call
     with on(allowed.device):
         launch_kernel(
             tile_list_kernel,
@@ -83,7 +84,7 @@ def block_lists_of(
             CAUSAL=problem.mask.causal,
             CUT=call.key_padding is not None or call.attn_mask is not None,
             BY_KEYS=by_keys,
-            num_warps=min(16, max(1, block // COLUMNS_OF_A_WARP)),
+            num_warps=min(16, block // COLUMNS_OF_A_WARP),
         )
     by_batch, by_head = (0 if x == 1 else lists.stride(i) for i, x in enumerate((batch, heads)))
     return BlockLists(lists, counts, by_batch, by_head, columns)
