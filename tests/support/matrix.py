@@ -38,7 +38,7 @@ key_padding    PDG       PDG   PDG  PDG  PD        PDG    .     .            .
 kv_lens        PDG       PDG   PDG  PDG  PD        PDG    PD    .            .
 q_offset       PDG       PDG   PDG  PDG  PD        PDG    PD    .            .
 cu_seqlens     PDG       PDG   PDG  PDG  .         PDG    PD    .            .
-blocks         PDG       PDG   PD   PDG  PD        PDG    PD    .            .
+blocks         PDG       PDG   PD   PDG  PD        PDG    P     .            .
 attn_mask      PDG       PDG   PD   PDG  PD        PDG    .     .            .
 softcap        PDG       PDG   PDG  .    .         PDG    P     G            .
 sink_logits    PDG       PDG   PDG  PD   PD        PDG    PDG   G            PD
