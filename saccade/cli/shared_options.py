@@ -72,18 +72,19 @@ class Option:
     Attributes:
         field: the name of its value; flags: its spellings, the one to show in messages first.
         parse: text to value; choices: what the value may be, where it is a word.
+        metavar: what help shows in place of a value; None: the choices, or N.
     """
 
     field: str
     flags: tuple[str, ...]
     help: str
     parse: Callable[[str], Any] = utf8_text
-    metavar: str = "N"
+    metavar: str | None = None
     choices: tuple[str, ...] = ()
 
     def parameter(self) -> inspect.Parameter:
         """What typer reads from a function that has this option."""
-        check, metavar = one_of(*self.choices), "|".join(self.choices) or self.metavar
+        check, metavar = one_of(*self.choices), self.metavar or "|".join(self.choices) or "N"
         parse = (lambda text: check(self.parse(text))) if self.choices else self.parse
         info = typer.Option(*self.flags, parser=parse, metavar=metavar, help=self.help)
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -127,7 +128,9 @@ CONTEXT = (
            "first tokens that stay visible outside the window", whole_number(0)),
     Option("ctx_checkpoints", ("--ctx-checkpoints",),
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
-    Option("sparse", ("--sparse",), "read only chosen blocks of keys; auto measures what pays",
+    Option("sparse", ("--sparse",),
+           "read only chosen blocks of keys: strided, block_topk, block_topp, quest; for prompts "
+           "triangle_mix, xattention, vertical_slash; auto measures what pays", metavar="PATTERN",
            choices=("strided", "block_topk", "block_topp", "quest", "triangle_mix", "xattention",
                     "vertical_slash", "auto")),
     Option("kv_policy", ("--kv-policy",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,10 +56,14 @@ def lines_of(work: Callable[[], object]) -> int:
 
 
 def interrupted(work: Callable[[], object], at: int) -> bool:
-    """Whether a call was interrupted at that line."""
+    """Whether a call was interrupted at that line.
+
+    Context variables are those of the call: an interrupt in the very line that resets one would
+    leave it to the tests that follow.
+    """
     try:
         with Lines(at):
-            work()
+            copy_context().run(work)
     except Interrupt:
         return True
     return False
