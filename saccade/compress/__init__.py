@@ -15,7 +15,7 @@ from saccade.compress.observation import (
     LayerObservation,
     ObservedQueries,
     Observes,
-    Replay,
+    Rereading,
 )
 from saccade.compress.policy import Policy, resolve_budget, select, select_across_heads
 from saccade.compress.pyramidkv import PyramidKV
@@ -65,7 +65,7 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "Received",
-    "Replay",
+    "Rereading",
     "SnapKV",
     "StreamingLLM",
     "UniformKVzip",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.compress.observation import LayerObservation, Observes, Replay
+from saccade.compress.observation import LayerObservation, Observes, Rereading
 from saccade.compress.policy import SINKS, Policy
 
 
@@ -45,7 +45,7 @@ class KVzip(Policy):
     @property
     def observes(self) -> Observes:
         """The weights of a second reading."""
-        return Observes(replay=Replay(self.chunk, self.share, self.lead, self.sinks))
+        return Observes(rereading=Rereading(self.chunk, self.share, self.lead, self.sinks))
 
     def scores(self, observation: LayerObservation, kept: int) -> Tensor:
         """Largest weight of each key `[B, Hkv, L]`; +inf for the sinks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Replay(NamedTuple):
+class Rereading(NamedTuple):
     """How a context is read a second time; see `KVzip`.
 
     Attributes:
@@ -41,14 +41,14 @@ class Observes(NamedTuple):
             for a policy that needs none.
         output: whether it weighs values by the layer's output projection.
         received: whether it needs the weight that each key received from all queries.
-        replay: how the context is read again for the weights of that, None: not at all.
+        rereading: how the context is read again for the weights of that, None: not at all.
     """
 
     queries: int = 1
     future: int = 0
     output: bool = False
     received: bool = False
-    replay: Replay | None = None
+    rereading: Rereading | None = None
 
 
 class ObservedQueries(NamedTuple):

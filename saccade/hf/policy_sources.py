@@ -24,7 +24,7 @@ from saccade.hf.settings import LayerSettings
 from saccade.hf.split_forward import counts_from_zero, hidden_states
 from saccade.runtime.model import ModelCache
 from saccade.runtime.observing import Sources
-from saccade.runtime.replay import Reader, plain
+from saccade.runtime.rereading import Reader, plain
 
 
 def sources_of(run: Run, length: int, reader: Reader) -> Sources:

@@ -25,7 +25,7 @@ from saccade.runtime.held import Held, NextToken, Observed
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.observing import ObservationWindow, Sources, observing, without
 from saccade.runtime.params import ContextParams
-from saccade.runtime.replay import reader_of
+from saccade.runtime.rereading import reader_of
 from saccade.runtime.rollback import checkpoint, queries_alike, reachable, roll_back, undo_read
 from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep

@@ -23,7 +23,7 @@ from saccade.compress.query_statistics import expected_queries, with_statistics
 from saccade.core import Unsupported
 from saccade.ops import AttentionCall
 from saccade.runtime.model import ModelCache
-from saccade.runtime.replay import Reader, Weights, replayed
+from saccade.runtime.rereading import Reader, Weights, reread
 
 
 class Sources(NamedTuple):
@@ -60,7 +60,7 @@ class ObservationWindow:
         self.policy, self.padding = policy, padding
         self._cache, self._sources = cache, sources
         self._observed: dict[int, ObservedQueries] = {}
-        self._replayed: Weights = {}
+        self._reread: Weights = {}
         check_rotation(policy, sources.shift_keys)
 
     def observe(self, layer: int, call: AttentionCall, lse: Tensor) -> None:
@@ -91,9 +91,9 @@ class ObservationWindow:
 
     def read_again(self) -> None:
         """Read the context a second time, where the policy observes that."""
-        replay = self.policy.observes.replay
-        if replay is not None:
-            self._replayed = replayed(self._cache, self._sources.reader, replay, self.padding)
+        rereading = self.policy.observes.rereading
+        if rereading is not None:
+            self._reread = reread(self._cache, self._sources.reader, rereading, self.padding)
 
     def keep(self, layer: int, index: Tensor) -> None:
         """Forget what removed keys received.
@@ -136,7 +136,7 @@ class ObservationWindow:
     ) -> LayerObservation:
         """What was observed of a layer that holds these keys; see LayerObservation."""
         found, observes = self._observed[layer], self.policy.observes
-        received = self._replayed.get(layer, found.received)
+        received = self._reread.get(layer, found.received)
         if observes.received and received is not None and positions is not None:
             received = received.gather(-1, positions.clamp_min(0))
         observation = LayerObservation(

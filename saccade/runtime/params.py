@@ -172,7 +172,7 @@ class ContextParams:
             )
         if self.kv_policy is None:
             return
-        if self.kv_every is not None and POLICIES[self.kv_policy]().observes.replay is not None:
+        if self.kv_every is not None and POLICIES[self.kv_policy]().observes.rereading is not None:
             raise ValueError(
                 f"kv_policy={self.kv_policy!r} reads the whole prompt again, of which kv_every="
                 f"{self.kv_every} keeps a part. Leave kv_every unset, or choose another kv_policy, "

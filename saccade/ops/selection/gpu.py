@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.intmath import cdiv, lanes_of, next_power_of_two
 from saccade.ops.gpu.launching import on, strided, unit_rows
 from saccade.ops.gpu.replay import launch_kernel
 from saccade.ops.selection.rule import BlockRule
@@ -23,7 +23,6 @@ from saccade.ops.selection.rule import BlockRule
 SCORED = 32  # summaries of a program
 SUMMED = 32  # queries that a program adds at a time
 MOST_BLOCKS = 1 << 14
-FEWEST = 512  # blocks of a program: each power of two is a kernel to compile
 BLOCKS_OF_A_WARP = 128
 MOST_ROWS = 64
 """Queries times heads of a group that a program holds, where one kernel makes the scores."""
@@ -44,7 +43,7 @@ def select(
     by_share = 0 < rule.share < 1
     few = q_len <= rule.q_block and heads // kv_heads * q_len <= MOST_ROWS and not by_share
     scores = _scores_of_step(rule, q, rows) if few else _scores(rule, q, rows, by_share)
-    q_blocks, block = cdiv(q_len, rule.q_block), max(FEWEST, next_power_of_two(num_blocks))
+    q_blocks, block = cdiv(q_len, rule.q_block), lanes_of(num_blocks)
     shape = batch, kv_heads, q_blocks, num_blocks
     allowed = torch.empty(shape, dtype=torch.bool, device=q.device)
     with on(q.device):

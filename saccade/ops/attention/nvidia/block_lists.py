@@ -15,12 +15,11 @@ import triton.language as tl
 
 from saccade.core import KeyRange
 from saccade.ops.attention.nvidia.problem import Problem
-from saccade.ops.gpu.intmath import cdiv, next_power_of_two
+from saccade.ops.gpu.intmath import cdiv, lanes_of
 from saccade.ops.gpu.kernel_args import BlockLists
 from saccade.ops.gpu.launching import on, strided
 from saccade.ops.gpu.replay import launch_kernel
 
-FEWEST = 512  # columns of a program: each power of two is a kernel to compile
 COLUMNS_OF_A_WARP = 256
 
 
@@ -52,7 +51,7 @@ def block_lists_of(
     batch, heads = allowed.shape[0] if shared else problem.q.shape[0], allowed.shape[1]
     lists = torch.empty(batch, heads, rows, columns, dtype=torch.int32, device=allowed.device)
     counts = torch.empty(batch, heads, rows, 2, dtype=torch.int32, device=allowed.device)
-    block, call = max(FEWEST, next_power_of_two(columns)), problem.call
+    block, call = lanes_of(columns), problem.call
     with on(allowed.device):
         launch_kernel(
             tile_list_kernel,

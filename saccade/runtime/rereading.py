@@ -23,14 +23,14 @@ from saccade.cache import (
 )
 from saccade.cache.base import CacheState
 from saccade.cache.snapshot import kind_of
-from saccade.compress import Replay, received_by_heads
+from saccade.compress import Rereading, received_by_heads
 from saccade.core import KeyRange, Unsupported
 from saccade.ops import AttentionCall
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 
 Weights = dict[int, Tensor]
-"""Layer -> largest weight of each stored key, float32 `[B, Hkv, n]`; see `replayed`."""
+"""Layer -> largest weight of each stored key, float32 `[B, Hkv, n]`; see `reread`."""
 
 
 class Reader(NamedTuple):
@@ -71,8 +71,8 @@ def plain(params: ContextParams, *, ragged: bool) -> ContextParams:
     return replace(params, type_k=None, type_v=None, kv_every=None, sparse=None, **kept)
 
 
-def replayed(
-    cache: ModelCache, reader: Reader, replay: Replay, padding: Sequence[int] | None
+def reread(
+    cache: ModelCache, reader: Reader, rereading: Rereading, padding: Sequence[int] | None
 ) -> Weights:
     """The largest weight that each key receives while the texts in the caches are read again.
 
@@ -87,14 +87,14 @@ def replayed(
     """
     rows = [list(text)[: cache.seen] for text in reader.texts()]
     padding = padding or [0] * len(rows)
-    _check(cache, reader, replay, rows, padding)
+    _check(cache, reader, rereading, rows, padding)
     found: dict[tuple[int, ...], Weights] = {}  # rows of one text, as beams are, have equal keys
     keys = [(before, *text) for text, before in zip(rows, padding, strict=True)]
     for row, (text, before) in enumerate(zip(rows, padding, strict=True)):
         if keys[row] not in found:
             again = _Row(cache, reader, row, before, len(text))
-            for start in range(0, len(text), replay.chunk):
-                again.read(text, replay, start, min(start + replay.chunk, len(text)))
+            for start in range(0, len(text), rereading.chunk):
+                again.read(text, rereading, start, min(start + rereading.chunk, len(text)))
             found[keys[row]] = again.weights()
     every = [found[key] for key in keys]
     return {layer: torch.cat([each[layer] for each in every]) for layer in every[0]}
@@ -103,7 +103,7 @@ def replayed(
 def _check(
     cache: ModelCache,
     reader: Reader,
-    replay: Replay,
+    rereading: Rereading,
     rows: list[list[int]],
     padding: Sequence[int],
 ) -> None:
@@ -115,7 +115,7 @@ def _check(
                 f"KVzip reads a context again, but of the {cache.seen} tokens in the caches "
                 f"{len(text)} are known: others were read by other code. Choose another kv_policy."
             )
-        end = len(text) + replay.lead + replay.chunk
+        end = len(text) + rereading.lead + rereading.chunk
         if limit is not None and end > limit:
             raise Unsupported(
                 f"KVzip reads a context again behind its end, up to position {end}, but this model "
@@ -143,11 +143,11 @@ class _Row:
         self._ragged = any(isinstance(s, RaggedCache) and s.is_compressed for s in cache.stores)
         self._found: Weights = {}
 
-    def read(self, text: list[int], replay: Replay, start: int, stop: int) -> None:
+    def read(self, text: list[int], rereading: Rereading, start: int, stop: int) -> None:
         """Read the chunk start .. stop-1 once more over its own keys."""
-        tokens = torch.tensor([text[i] for i in replay.chosen(start, stop)])
-        first = max(0, start - replay.lead)
-        at = [*range(min(replay.sinks, first)), *range(first, stop)]
+        tokens = torch.tensor([text[i] for i in rereading.chosen(start, stop)])
+        first = max(0, start - rereading.lead)
+        at = [*range(min(rereading.sinks, first)), *range(first, stop)]
         again = self._reader.new_cache(self._ragged)
         again.reaches = self._cache.reaches
         columns = {

@@ -5,14 +5,14 @@ import torch
 
 import saccade
 from saccade.cache import SlidingCache
-from saccade.compress import POLICIES, KVzip, Replay
+from saccade.compress import POLICIES, KVzip, Rereading
 from saccade.core import Unsupported
 from saccade.runtime import ContextParams
 from saccade.runtime.session import load_session, save_session
 from tests.tiny_models import WINDOW, tiny_config, tiny_model
 
 TOKENS = torch.arange(110) * 37 % 113 + 3
-REPLAY = Replay(chunk=48, share=0.5, lead=4, sinks=3)
+REREADING = Rereading(chunk=48, share=0.5, lead=4, sinks=3)
 
 
 @pytest.fixture(scope="module")
