@@ -189,7 +189,8 @@ def test_the_rules_for_hopper():
     assert first(4096, 128, window=1024) == "gluon"
     assert first(2048, 192) == first(2048, 96) == first(2048, 80, causal=False) == "gluon"
     assert first(1024, 192) is first(16384, 48) is first(16384, 96, window=100) is None
-    assert first(8192, 128, 64) == "gluon" and first(4096, 128, 64) is None
+    assert first(4096, 128, 64) == first(4096, 64, 128) == first(4096, 256, 512) == "gluon"
+    assert first(2048, 128, 64) is first(4096, 64, 129) is first(4096, 128, 9) is None
     found = {name: first_on_hopper(call) for name, call in calls_by_storage(32768).items()}
     assert found == dict.fromkeys(tuning.STORAGE, "gluon") | {"ring": None, "short": None}
 
