@@ -100,8 +100,7 @@ def predictions(model: HFModel, text: Tensor, pattern: Pattern | None) -> Tensor
         cache = attached.new_cache(params, reserve=len(text))
         for chunk in text.split(CHUNK):
             behind = len(text) - cache.seen - len(chunk)
-            with followed_by(behind):
-                states = attached.hidden(chunk[None], cache)[0]
+            states = followed_by(behind, attached.hidden, chunk[None], cache)[0]
             if behind < SCORED:
                 found.append(attached.logits(states).float().log_softmax(-1))
     return torch.cat(found)[-SCORED:]

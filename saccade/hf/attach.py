@@ -21,11 +21,11 @@ from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
 from saccade.hf.rope_generate import read_chunks_of_one_text, refit_generate
-from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Change, ModelRuns, Run, Running, Undo
 from saccade.hf.settings import LayerSettings, needs_own_cache
 from saccade.runtime.layers import layer_cache, without_own_dtype
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rope_options import stretches
 
 
 class Attached:

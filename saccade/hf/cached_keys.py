@@ -40,13 +40,15 @@ def key_rotations(model: PreTrainedModel, run: Run | None, length: int) -> list[
     def read(tokens: Tensor, positions: Tensor | None) -> list[Cached]:
         return _read_keys(model, run, tokens, positions)
 
-    with reaching(length), activated(run):
+    def found() -> list[KeyRotation]:
         return find_rotations(
             read,
             distinct_frequencies(rotary_tables(model, rotary, length)),
             vocab_size=text_config(model).vocab_size,
             longest=trained_length(model.config, type(model)),
         )
+
+    return activated(run, lambda: reaching(length, found))
 
 
 def _read_keys(

@@ -100,14 +100,12 @@ class _Hidden:
     def hidden(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
         """Hidden states `[B, 1, hidden]` at the cursor of the cache."""
         assert cache.cursor is not None, "a step has set it"
-        with activated(self._run), reaching(cache.reaches), deferred():
-            return hidden_states(
-                self._run.model,
-                input_ids=tokens,
-                position_ids=cache.cursor.start[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
+        inputs = {"input_ids": tokens, "position_ids": cache.cursor.start[:, None]}
+
+        def decoded() -> Tensor:
+            return hidden_states(self._run.model, **inputs, past_key_values=cache, use_cache=True)
+
+        return activated(self._run, lambda: reaching(cache.reaches, lambda: deferred(decoded)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The hidden states themselves."""

@@ -18,10 +18,10 @@ from saccade.hf.attach import attach
 from saccade.hf.layers import attention_modules, text_config
 from saccade.hf.model import HFModel
 from saccade.hf.packed_layers import StoredLayer, StoredLinear
-from saccade.hf.rope_options import stretches
 from saccade.hf.runs import Undo
 from saccade.ops.linear import PackedWeight, product_dtype
 from saccade.runtime import Context, ContextParams, Sampler
+from saccade.runtime.rope_options import stretches
 
 STEPS: Final = 4
 """Single steps after the prompt."""

@@ -1,7 +1,7 @@
 """Deferred RoPE: the cache applies it while it stores K, so that both are one kernel.
 
 transformers rotates queries and keys by some ten small kernels, then passes the keys to the cache.
-Inside `deferred()` its `apply_rotary_pos_emb` returns DeferredTensors instead.  A model's own code
+Inside `deferred` its `apply_rotary_pos_emb` returns DeferredTensors instead.  A model's own code
 passes them on unchanged; the cache rotates both while it stores the keys.  Any other operation on
 a DeferredTensor first computes the rotated tensor, as transformers would have.
 
@@ -12,16 +12,16 @@ attribute of that module alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, update_wrapper, wraps
 from types import FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saccade.core.held_values import holding
 from saccade.hf.allowlist import is_rotary_function, kind_of
 from saccade.ops.kv_write.append import apply_rope_qk
 from saccade.ops.kv_write.records import PendingRope
@@ -29,6 +29,8 @@ from saccade.ops.kv_write.records import PendingRope
 NAME: Final = "apply_rotary_pos_emb"
 RotaryFunction = Callable[..., tuple[Tensor, Tensor]]
 
+R = TypeVar("R")
+P = ParamSpec("P")
 _deferring: ContextVar[bool] = ContextVar("saccade_deferring", default=False)
 
 
@@ -98,18 +100,13 @@ def materialize(x: Any) -> Any:
     return x.tensor() if isinstance(x, DeferredTensor) else x
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, attention modules with a `deferring_forward` leave RoPE to the cache."""
-    token = _deferring.set(True)
-    try:
-        yield
-    finally:
-        _deferring.reset(token)
+def deferred(call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """`call(*args, **kwargs)`, RoPE left to caches by each `deferring_forward`."""
+    return holding(_deferring, True, call, *args, **kwargs)
 
 
 def deferring_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward of an attention module that defers RoPE inside `deferred()`.
+    """The forward of an attention module that defers RoPE inside `deferred`.
 
     None where the class is not listed, or calls a rotary function that is not.
     """
@@ -141,7 +138,7 @@ def _with_deferring(forward: FunctionType, rotary: RotaryFunction) -> FunctionTy
 
 
 def deferring(original: RotaryFunction) -> RotaryFunction:
-    """`apply_rotary_pos_emb` as it was, except inside `deferred()`."""
+    """`apply_rotary_pos_emb` as it was, except inside `deferred`."""
 
     @wraps(original)
     def apply_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -110,28 +110,31 @@ class HFModel:
 
     def _read(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
         """`hidden` in one call of the model."""
+        return activated(self.run, lambda: reaching(cache.reaches, self._decoded, tokens, cache))
+
+    def _decoded(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
+        """`hidden` under the options and rotary tables in force."""
+        fused = None if self._fused is None else self._fused.hidden(tokens, cache)
+        if fused is not None:
+            return fused
         before, count, model = cache.seen, tokens.shape[1], self.model
         options: dict[str, Any] = {"input_ids": tokens.to(model.device)}
-        with ExitStack() as stack:
-            stack.enter_context(activated(self.run))
-            stack.enter_context(reaching(cache.reaches))
-            fused = None if self._fused is None else self._fused.hidden(tokens, cache)
-            if fused is not None:
-                return fused
-            if cache.cursor is not None or self._counts_from_zero:
-                start = before if cache.cursor is None else cache.cursor.start[:, None]
-                options["position_ids"] = start + torch.arange(count, device=model.device)[None]
+        options |= {"past_key_values": cache, "use_cache": True}
+        if cache.cursor is not None or self._counts_from_zero:
+            start = before if cache.cursor is None else cache.cursor.start[:, None]
+            options["position_ids"] = start + torch.arange(count, device=model.device)[None]
+        try:
             if self.run is not None and self.run.fused:
-                stack.enter_context(deferred())
-            try:
-                hidden = hidden_states(model, **options, past_key_values=cache, use_cache=True)
-            except ValueError as error:
-                if type(cache).__name__ not in str(error):
-                    raise
-                raise Unsupported(
-                    f"{type(model).__name__} takes no other cache than one of its own class, so it "
-                    "cannot read on from saccade's. Use the model as transformers runs it."
-                ) from error
+                hidden = deferred(hidden_states, model, **options)
+            else:
+                hidden = hidden_states(model, **options)
+        except ValueError as error:
+            if type(cache).__name__ not in str(error):
+                raise
+            raise Unsupported(
+                f"{type(model).__name__} takes no other cache than one of its own class, so it "
+                "cannot read on from saccade's. Use the model as transformers runs it."
+            ) from error
         if cache.cursor is None:
             _check_stored(model, cache, before + count)
         return hidden
@@ -174,10 +177,9 @@ class HFModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
-        with activated(self.run):
-            flat = hidden.reshape(1, -1, hidden.shape[-1])
-            logits = None if self._fused is None else self._fused.logits(flat[0])
-            logits = logits_of(self.model, flat) if logits is None else logits
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        logits = None if self._fused is None else activated(self.run, self._fused.logits, flat[0])
+        logits = activated(self.run, logits_of, self.model, flat) if logits is None else logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
     def table_key(self, length: int) -> Hashable:

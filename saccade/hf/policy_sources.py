@@ -60,8 +60,12 @@ def reader_of_run(
         if counts_from_zero(model):
             at = torch.arange(cache.seen, cache.seen + tokens.shape[1], device=model.device)
             options["position_ids"] = at[None]
-        with activated(cache.run), reaching(cache.reaches), torch.inference_mode():
-            return hidden_states(model, **options, past_key_values=cache)
+
+        def read() -> Tensor:
+            with torch.inference_mode():
+                return hidden_states(model, **options, past_key_values=cache)
+
+        return activated(cache.run, lambda: reaching(cache.reaches, read))
 
     def limit() -> int | None:
         return positions_said(type(model), model.config).limit

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from saccade.core import Unsupported
 from saccade.hf.layers import text_config
 from saccade.hf.rope import rotary_modules
-from saccade.hf.rope_options import configured_ropes
 from saccade.hf.scaled_rotary import SCALED_TYPE, scaled_rotary
 from saccade.rope import ParsedRope
 from saccade.runtime.params import ContextParams
 from saccade.runtime.positions import Positions
+from saccade.runtime.rope_options import configured_ropes
 
 _EXTRA_ROWS: Final = 8
 """Tables of learned positions may have a few rows more than positions (OPT has two)."""

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from saccade.core import Unsupported
 from saccade.hf.layers import text_config
 from saccade.hf.rope_config import check_tables
-from saccade.hf.rope_options import asks_for_rope, configured_ropes
 from saccade.hf.rope_tables import FittedRotary, follows_length, pristine, reached, reaching
 from saccade.hf.scaled_rotary import ScaledRotary, scaled_rotary
 from saccade.rope import Frequencies, ParsedRope
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rope_options import asks_for_rope, configured_ropes
 
 Rotary = ScaledRotary | FittedRotary | nn.Module
 """What computes cos and sin: ours, or a rotary module of transformers."""
@@ -132,10 +132,9 @@ def rotary_tables(
 ) -> list[Frequencies]:
     """What every rotary module computes with, for a text of `length` tokens."""
     found: list[Frequencies] = []
-    with reaching(length):
-        for module in model.modules():
-            if any(name.endswith("inv_freq") for name in module._buffers):
-                found += _tables_of(in_force.get(module, module), length)
+    for module in model.modules():
+        if any(name.endswith("inv_freq") for name in module._buffers):
+            found += reaching(length, _tables_of, in_force.get(module, module), length)
     return found
 
 

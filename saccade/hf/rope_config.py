@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 from saccade.core import BadInput
 from saccade.hf.foreign_errors import is_of_the_device
 from saccade.hf.layers import text_config
-from saccade.hf.rope_options import configured_ropes
 from saccade.hf.rope_tables import pristine, rope_types, thresholds
+from saccade.runtime.rope_options import configured_ropes
 
 
 @contextmanager

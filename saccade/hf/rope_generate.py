@@ -55,8 +55,10 @@ def read_chunks_of_one_text(undo: Undo, runs: ModelRuns) -> None:
     ) -> Any:
         chunked = getattr(generation_config, "prefill_chunk_size", None) is not None
         mask = model_kwargs.get("attention_mask")
-        with reaching(_longest(input_ids, mask) if chunked and runs.rotary() else None):
-            return original(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        length = _longest(input_ids, mask) if chunked and runs.rotary() else None
+        return reaching(
+            length, original, input_ids, generation_config, model_kwargs, *args, **kwargs
+        )
 
     override(undo, runs.model, "_prefill", prefill)
 

@@ -9,25 +9,27 @@ past that table.  What a module remembers of the lengths it has seen is never us
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saccade.core.held_values import holding
+
+R = TypeVar("R")
+P = ParamSpec("P")
 _reached: ContextVar[int | None] = ContextVar("saccade_reached", default=None)
 
 
-@contextmanager
-def reaching(length: int | None) -> Iterator[None]:
-    """Inside, tables are those of a text of `length` tokens; None: of each call's positions."""
-    token = _reached.set(length)
-    try:
-        yield
-    finally:
-        _reached.reset(token)
+def reaching(length: int | None, call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """`call(*args, **kwargs)` under the tables of a text of `length` tokens.
+
+    Args:
+        length: None: of each call's positions.
+    """
+    return holding(_reached, length, call, *args, **kwargs)
 
 
 def reached() -> int | None:

@@ -12,12 +12,11 @@ made, and undoing may be repeated: where it was broken off it is done again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock, local
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,6 +29,8 @@ from saccade.hf.settings import ATTRIBUTE, DEFAULT, AttentionSettings, LayerSett
 from saccade.rope import ParsedRope
 from saccade.runtime.params import ContextParams
 
+R = TypeVar("R")
+P = ParamSpec("P")
 Change = Callable[["Undo", "ModelRuns"], None]
 """Changes a model object and notes beforehand what puts everything back."""
 
@@ -227,13 +228,16 @@ def _check_attention(model: PreTrainedModel) -> None:
         )
 
 
-@contextmanager
-def activated(run: Run | None) -> Iterator[None]:
-    """Inside, what this thread computes with the model of the run is computed under its options."""
+def activated(run: Run | None, call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """`call(*args, **kwargs)`; what this thread computes with the run's model has its options.
+
+    Python handles no signal between the end of the call and the line that puts the old run back,
+    which it does between the steps of a `with` statement.
+    """
     before: Run | None = getattr(_thread, "run", None)
     try:
         _thread.run = run
-        yield
+        return call(*args, **kwargs)
     finally:
         _thread.run = before
 

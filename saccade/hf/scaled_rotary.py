@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from saccade.core import Unsupported
 from saccade.hf.foreign_errors import is_of_the_device
-from saccade.hf.rope_options import configured_ropes, depends_on_length, scaled
 from saccade.hf.rope_tables import pristine, reached, reaching
 from saccade.rope import (
     DynamicNTK,
@@ -28,6 +27,7 @@ from saccade.rope import (
     tables,
 )
 from saccade.runtime.params import ContextParams
+from saccade.runtime.rope_options import configured_ropes, depends_on_length, scaled
 
 SCALED_TYPE: Final = "full_attention"
 """The layer type whose positions are scaled where each type has its own; the others attend only to
@@ -184,8 +184,7 @@ def _layout(
 def _joins_rows(module: nn.Module, kind: str | None) -> bool:
     """Whether a module makes one table of three rows of positions."""
     x, at = _question(module)
-    with reaching(None):
-        answer = _parts(_asked(pristine(module), x, at.expand(3, -1, -1), kind))
+    answer = _parts(reaching(None, _asked, pristine(module), x, at.expand(3, -1, -1), kind))
     return bool(answer) and answer[0].shape[:-1] == at.shape
 
 
@@ -194,10 +193,9 @@ def _agrees(module: nn.Module, own: ScaledRotary, kind: str | None) -> bool:
     """Whether both return the same for some positions."""
     x, at = _question(module)
     asked = [at, at.expand(3, -1, -1)] if own.joins_rows else [at]
-    with reaching(None):
-        answers = [_asked(_unrounded(module, own), x, p, kind) for p in asked]
-        theirs = [part for answer in answers for part in _parts(answer)]
-        ours = [part for p in asked for part in _parts(own(x, p, kind))]
+    answers = [reaching(None, _asked, _unrounded(module, own), x, p, kind) for p in asked]
+    theirs = [part for answer in answers for part in _parts(answer)]
+    ours = [part for p in asked for part in _parts(reaching(None, own, x, p, kind))]
     return len(theirs) == len(ours) and all(
         a.shape == b.shape and a.is_complex() == b.is_complex() and bool((a - b).abs().max() < 1e-4)
         for a, b in zip(theirs, ours, strict=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.core import Unsupported
+from saccade.core.held_values import holding
 from saccade.hf.runs import Undo
 
 ATTRIBUTE: Final = "saccade_decoders"
@@ -68,8 +69,7 @@ def hidden_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
         raise _Decoded(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
     try:
-        with _cut(model, decoded):
-            model(**inputs)
+        _cut(model, decoded, **inputs)
     except _Decoded as found:
         return found.hidden
     raise _no_decoder(model)
@@ -89,8 +89,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return _Given(last_hidden_state=hidden)
 
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    with _cut(model, given):
-        output = model(input_ids=tokens, use_cache=False)
+    output = _cut(model, given, input_ids=tokens, use_cache=False)
     if not used:
         raise _no_decoder(model)
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
@@ -118,14 +117,10 @@ def decoders(model: PreTrainedModel) -> list[nn.Module]:
     return list({id(part): part for part in found}.values())
 
 
-@contextmanager
-def _cut(model: PreTrainedModel, half: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+def _cut(model: PreTrainedModel, half: Callable[[Callable[[], Any]], Any], **inputs: Any) -> Any:
+    """What the model returns for these inputs, its decoder being left to `half`."""
     with cuttable(model):
-        token = _half.set(half)
-        try:
-            yield
-        finally:
-            _half.reset(token)
+        return holding(_half, half, model, **inputs)
 
 
 @contextmanager

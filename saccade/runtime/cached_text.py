@@ -224,8 +224,7 @@ class CachedText:
 
     def _run(self, chunk: Tensor, behind: int) -> Tensor:
         """Hidden states `[n, hidden]` of new tokens, which are in the caches afterwards."""
-        with followed_by(behind):
-            hidden = self._model.hidden(chunk[None], self._cache)[0]
+        hidden = followed_by(behind, self._model.hidden, chunk[None], self._cache)[0]
         if len(chunk) > 1:
             checkpoint(self._cache.stores)
         return hidden

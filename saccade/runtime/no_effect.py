@@ -192,8 +192,7 @@ def _covers(pattern: Pattern, length: int) -> bool:
         view = DenseKV(k[:, :, :last], k[:, :, :last])
         q = torch.randn(1, 1, min(count, last), 8, generator=generator)
         try:
-            with followed_by(length):
-                allowed = pattern.select(q, view, last - q.shape[2]).allowed
+            allowed = followed_by(length, pattern.select, q, view, last - q.shape[2]).allowed
         except (ValueError, TypeError, RuntimeError):
             return False  # a pattern for other shapes: it is measured instead
         if not bool(allowed.all()):

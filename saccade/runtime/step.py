@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saccade.cache import Cursor, SteppingCache
 from saccade.core import Unsupported
+from saccade.core.held_values import holding
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import QUANTIZED, ContextParams
 from saccade.sparse import RulePattern
@@ -124,16 +125,18 @@ class DecodeStep:
     def _run(self) -> Tensor:
         """The step itself: work for the device alone; the cursor ends one position further on."""
         self._cache.cursor = self._cursor
-        token = _stepping.set(True)
         try:
-            hidden = self._model.hidden(self._tokens, self._cache)
-            logits = self._model.logits(hidden[:, -1]).float()
+            logits = holding(_stepping, True, self._computed)
         finally:
             self._cache.cursor = None
-            _stepping.reset(token)
         for position in self._cursor:
             position.add_(1)
         return logits
+
+    def _computed(self) -> Tensor:
+        """Logits `[B, vocab]` float32 of the tokens at the cursor."""
+        hidden = self._model.hidden(self._tokens, self._cache)
+        return self._model.logits(hidden[:, -1]).float()
 
     def _replayed(self, seen: int) -> Tensor:
         keys = [layer.graph_key() for layer in self._layers]

@@ -7,16 +7,16 @@ chunk of a prompt, whose queries share it, and not for a decoding step, which re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from saccade.core import BlockSelection, KVView, RaggedKV
+from saccade.core.held_values import holding
 from saccade.core.kv import dense
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.selection import BlockRule, always_read
@@ -24,17 +24,14 @@ from saccade.ops.selection import BlockRule, always_read
 LEAST_QUERIES: Final = 16
 """Fewer queries read all keys: decoding steps and drafts."""
 
+R = TypeVar("R")
+P = ParamSpec("P")
 _behind: ContextVar[int] = ContextVar("saccade_tokens_behind", default=0)
 
 
-@contextmanager
-def followed_by(tokens: int) -> Iterator[None]:
-    """Calls inside read a part of a prompt that goes on with so many tokens."""
-    token = _behind.set(tokens)
-    try:
-        yield
-    finally:
-        _behind.reset(token)
+def followed_by(tokens: int, call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """`call(*args, **kwargs)`, which reads a part of a prompt that goes on with so many tokens."""
+    return holding(_behind, tokens, call, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

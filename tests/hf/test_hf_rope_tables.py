@@ -262,8 +262,7 @@ def test_a_fitted_rotary_forgets_what_it_was_called_with(kind):
     near = torch.arange(8)[None]
     expected = [pristine(module)(x, torch.arange(n)[None])[0][:, :8] for n in (8, 40, 60)]
     for length, cos in zip((None, 40, 60, None), [*expected, expected[0]], strict=True):
-        with reaching(length):
-            assert torch.equal(rotary(x, near)[0], cos)
+        assert torch.equal(reaching(length, rotary, x, near)[0], cos)
     assert torch.equal(module.inv_freq, module.original_inv_freq)
 
 
@@ -294,8 +293,8 @@ def test_scaled_tables_copy_nothing_from_the_host_twice(kind):
     x, at = torch.zeros(1, 1, 1, device="meta"), torch.zeros(1, 1, dtype=torch.int64, device="meta")
     counts = []
     for _ in range(3):
-        with reaching(200), CopiesFromHost() as copies:
-            rotary(x, at)
+        with CopiesFromHost() as copies:
+            reaching(200, rotary, x, at)
         counts.append(copies.count)
     assert counts == [1, 0, 0]
     cos, _ = rotary(torch.zeros(1), torch.tensor([[3]]))  # and back on the CPU

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextvars import copy_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,14 +55,10 @@ def lines_of(work: Callable[[], object]) -> int:
 
 
 def interrupted(work: Callable[[], object], at: int) -> bool:
-    """Whether a call was interrupted at that line.
-
-    Context variables are those of the call: an interrupt in the very line that resets one would
-    leave it to the tests that follow.
-    """
+    """Whether a call was interrupted at that line."""
     try:
         with Lines(at):
-            copy_context().run(work)
+            work()
     except Interrupt:
         return True
     return False

@@ -152,11 +152,9 @@ def test_triangle_mix_reads_all_for_the_last_rows_of_a_prompt_alone(pattern):
     kept, seen = map(torch.from_numpy, always(pattern, 64, 48))
     found = pattern.select(q, view, 48).allowed[0, 0]
     assert torch.equal(found[:2], kept[:2]) and torch.equal(found[2:], seen[2:])
-    with followed_by(4):
-        found = pattern.select(q, view, 48).allowed[0, 0]
-        assert torch.equal(found[:3], kept[:3]) and torch.equal(found[3:], seen[3:])
-    with followed_by(20):
-        assert torch.equal(pattern.select(q, view, 48).allowed[0, 0], kept)
+    found = followed_by(4, pattern.select, q, view, 48).allowed[0, 0]
+    assert torch.equal(found[:3], kept[:3]) and torch.equal(found[3:], seen[3:])
+    assert torch.equal(followed_by(20, pattern.select, q, view, 48).allowed[0, 0], kept)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +168,8 @@ def test_chunks_select_what_the_whole_prompt_does(pattern):
     for start in range(0, length, size):
         stop = start + size
         part = DenseKV(view.k[:, :, :stop], view.v[:, :, :stop])
-        with followed_by(length - stop):
-            found = pattern.select(q[:, :, start:stop], part, start).allowed
+        chunk = q[:, :, start:stop]
+        found = followed_by(length - stop, pattern.select, chunk, part, start).allowed
         rows, columns = size // pattern.block, stop // pattern.block
         wanted = whole[:, :, start // pattern.block :][:, :, :rows, :columns]
         assert torch.equal(found.expand_as(wanted), wanted)

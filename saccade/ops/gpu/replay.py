@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saccade.core.held_values import holding
 from saccade.ops.gpu.launching import on, set_tma_allocator
 
 _recorder: ContextVar[Recorder | None] = ContextVar("saccade_recorder", default=None)
@@ -168,12 +169,8 @@ def record(
         tensors: all that the work reads or writes and has not allocated itself, on one device.
     """
     recorder = Recorder()
-    token = _recorder.set(recorder)
-    try:
-        with recorder:
-            results = work()
-    finally:
-        _recorder.reset(token)
+    with recorder:
+        results = holding(_recorder, recorder, work)
     try:
         return results, recorder.replay(tensors, results)
     except Unrepeatable:
