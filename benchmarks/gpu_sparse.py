@@ -297,22 +297,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240.0, help="for everything")
     parser.add_argument("--keys", type=int, default=32_768, help="and four times as many")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="parts whose name contains it, as captured")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     begin, rows, long = time.perf_counter(), list[Row](), given.keys * 4
     each = given.seconds / 120
-    parts: list[Callable[[], Iterator[Row]]] = [
-        lambda: operator_rows(given.keys, given.device, each),
-        lambda: captured_rows(long, "bf16", given.device, each),
-        lambda: prompt_rows(given.keys, given.device),
-        lambda: prompt_rows(long, given.device),
-        lambda: step_rows(given.keys, given.device, each),
-        lambda: step_rows(long, given.device, each),
-        lambda: captured_rows(given.keys, "bf16", given.device, each),
-        lambda: captured_rows(long, "int4", given.device, each),
-        lambda: captured_rows(given.keys, "int4", given.device, each),
+    parts: list[tuple[str, Callable[[], Iterator[Row]]]] = [
+        ("operator", lambda: operator_rows(given.keys, given.device, each)),
+        ("captured bf16 long", lambda: captured_rows(long, "bf16", given.device, each)),
+        ("prompt", lambda: prompt_rows(given.keys, given.device)),
+        ("prompt long", lambda: prompt_rows(long, given.device)),
+        ("step", lambda: step_rows(given.keys, given.device, each)),
+        ("step long", lambda: step_rows(long, given.device, each)),
+        ("captured bf16", lambda: captured_rows(given.keys, "bf16", given.device, each)),
+        ("captured int4 long", lambda: captured_rows(long, "int4", given.device, each)),
+        ("captured int4", lambda: captured_rows(given.keys, "int4", given.device, each)),
     ]
-    for part in parts:
+    for name, part in parts:
+        if given.only not in name:
+            continue
         if time.perf_counter() - begin > given.seconds * 0.8:
             rows.append({"part": "left out", "why": f"{given.seconds:g} s were over"})
         else:

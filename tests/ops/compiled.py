@@ -168,8 +168,12 @@ def compile_gluon(
     )
 
 
-def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
-    """The Gluon quantized decode kernel, one bfloat16 query, causal, as the launcher cuts it."""
+def compile_quantized_decode(format_k: str, format_v: str, dim: int, k_block: int = 0) -> Any:
+    """The Gluon quantized decode kernel, one bfloat16 query, causal, as the launcher cuts it.
+
+    Args:
+        k_block: keys of a block that is selected; 0: all keys are read.
+    """
     from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
     from saccade.ops.attention.nvidia.gluon.quantized_decode.launch import LAUNCHES, options
     from saccade.ops.gpu.kernel_args import SeqlenInfo
@@ -182,12 +186,23 @@ def compile_quantized_decode(format_k: str, format_v: str, dim: int) -> Any:
         width = dim // 2 if form == "int4" else dim
         return QuantizedStrided(strided(8, 8192, width, torch.uint8), qparams, qparams)
 
+    mask_args, lists = RULES, BlockLists()
+    if k_block:
+        tiles, counts = torch.empty(2, 8, 1, 128, dtype=torch.int32, device="meta")
+        lists = BlockLists(tiles, counts, 1024, 128, 128)
+    if k_block % 64:
+        allowed = torch.empty(1, 8, 1, 8192 // k_block, dtype=torch.bool, device="meta")
+        mask_args = RULES._replace(
+            block_mask=allowed, block_mask_batch=0, block_mask_head=allowed.stride(1),
+            block_mask_row=0, q_block=k_block, k_block=k_block,
+        )  # fmt: skip
     arguments: dict[str, Any] = {
         "q": strided(32, 1, dim, torch.bfloat16),
         "k": quantized(format_k, strided(8, 128, dim, torch.float16)),
         "v": quantized(format_v, strided(8, 8192, dim // 64, torch.float16)),
         "out": strided(32, 1, dim, torch.float32), "lse": torch.empty(33, 32, 1, device="meta"),
-        "seqlen_info": SeqlenInfo(), "mask_args": RULES, "sink_logits": None, "scale": 0.1,
+        "seqlen_info": SeqlenInfo(), "mask_args": mask_args, "block_lists": lists,
+        "sink_logits": None, "scale": 0.1,
         "q_len": 1, "k_len": 8192, "q_offset": 8191, "out_split": 32 * dim, "lse_split": 32,
         "KV_HEADS": 8, "GROUPS": 4, "D": dim, "K_FORMAT": format_k, "V_FORMAT": format_v, 
         "K_GROUP": 64,

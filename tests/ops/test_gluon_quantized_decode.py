@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Gluon has no interpreter", allow_module_level=True)
 
 from saccade.bench.inputs import KINDS, quantized_view
-from saccade.core import DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
+from saccade.core import BlockSelection, DenseKV, GrowingKV, Mask, QuantizedKV, Unsupported
 from saccade.core.formats import QuantizedTensor
 from saccade.core.kv import dense
 from saccade.ops import attend
@@ -112,14 +112,41 @@ class TestOnGPU:
         ours = attend(make_call(q, view, **where), backend="gluon")
         assert torch.allclose(ours.out, truth.out, atol=4e-3)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        ("queries", "recent", "q_block", "k_block"),
+        [(1, 0, 64, 64), (1, 70, 32, 32), (3, 70, 2, 128), (9, 1, 8, 24), (1, 0, 8, 8)],
+    )
+    @pytest.mark.parametrize("on_device", [False, True])
+    def test_selected_blocks(self, kind, queries, recent, q_block, k_block, on_device):
+        """Of every key's own position; a head without a selected block among them."""
+        length = 1088 + recent
+        k, v = (random(2, 2, length, 128) for _ in range(2))
+        q, view = random(2, 8, queries, 128), quantized_view(k, v, kind, recent)
+        shape = 2, 2, -(-queries // q_block), -(-length // k_block)
+        allowed = torch.rand(shape, device="cuda") > 0.7
+        allowed[1, 0] = False
+        blocks = BlockSelection(allowed=allowed, q_block=q_block, k_block=k_block)
+        where = {"mask": Mask(), "blocks": blocks}
+        if on_device:
+            lengths = torch.tensor([length, length - 100], device="cuda")
+            where |= {"kv_lens": lengths, "q_offset": lengths - queries}
+        call = make_call(q, view, **where)
+        assert gluon_quantized.refusal(call) is None
+        truth, ours = attend(call, backend="tiled"), attend(call, backend="gluon")
+        assert torch.allclose(ours.out, truth.out, atol=4e-3)
+        assert torch.allclose(ours.lse, truth.lse, atol=4e-3)
+
     def test_inside_a_cuda_graph(self):
         k, v, q = random(1, 2, 2048, 128), random(1, 2, 2048, 128), random(1, 8, 1, 128)
         assert_a_graph_replays(q, quantized_view(k, v, "int4"))
 
 
+BLOCKS = BlockSelection(allowed=torch.ones(1, 1, 1, 6, dtype=torch.bool), q_block=1, k_block=12)
 REFUSALS = [
     ({"softcap": 5.0}, {}, "no softcap"),
     ({"key_padding": torch.ones(1, 64, dtype=torch.bool)}, {}, "no key_padding"),
+    ({"blocks": BLOCKS}, {}, "blocks of 8 n keys, got 12"),
     ({"scale": -1.0}, {}, "scale must be positive"),
     ({}, {"queries": 65}, "1 to 128 queries x heads of a group, got 130"),
     ({}, {"dim": 96}, "head_dim 96 is not one of 64, 128"),
@@ -170,20 +197,27 @@ def test_number_of_splits(monkeypatch, batch, keys, mask, splits):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "dim"), [(("int4", "int4"), 128), (("fp8", "fp8"), 128), (("int8", "int4"), 64)]
+    ("kinds", "dim", "k_block"),
+    [
+        (("int4", "int4"), 128, 0),
+        (("int4", "int4"), 128, 32),
+        (("fp8", "fp8"), 128, 64),
+        (("int8", "int4"), 64, 0),
+    ],
 )
-def test_quantized_keys_reach_tensor_cores_without_shuffles(kinds, dim, tmp_path):
+def test_quantized_keys_reach_tensor_cores_without_shuffles(kinds, dim, k_block, tmp_path):
     """Copied by cp.async, synchronized within one warp, no ldmatrix; nothing spills."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     from tests.ops.compiled import compile_quantized_decode
 
-    ptx = compile_quantized_decode(*kinds, dim).asm["ptx"]
+    ptx = compile_quantized_decode(*kinds, dim, k_block).asm["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx and "movmatrix" in ptx
     assert "cp.async.cg.shared.global" in ptx and "ldmatrix" not in ptx
     assert "bar.sync" not in ptx and "cvt.rn.f16.u" not in ptx
     wait = ptx.index("griddepcontrol.wait")  # prefetches may come before it, loads may not
-    assert ptx.index("cp.async.bulk.prefetch.L2") < wait < ptx.index("cp.async.cg.shared.global")
+    assert wait < ptx.index("cp.async.cg.shared.global")
+    assert ("cp.async.bulk.prefetch.L2" in ptx[:wait]) == (not k_block)
     source = tmp_path / "kernel.ptx"
     source.write_text(ptx)
     command = [get_ptxas(90).path, "-v", f"--gpu-name={sm_arch_from_capability(90)}", source]

@@ -36,6 +36,7 @@ from saccade.ops.tuning import tables as tuning
 
 MAX_PIECE, MAX_REST = 512, 64  # channels of the pieces that keys are cut into
 FEW_ROWS = 16  # of a KV head: one tile for tensor cores that multiply 16 rows
+FEW_SLOTS = 256  # sooner read, blocks that are not selected too, than listed by a kernel before
 ROWS_A_KEY = 32
 """Rows of a split's output that are written and read again in the time that one row tile takes for
 a key (estimated, not measured): more splits shorten the reading of keys by less than they add."""
@@ -209,12 +210,13 @@ def _block_lists(
 ) -> BlockLists:
     """Lists of tiles of slots, which are positions only where the storage has no spans.
 
-    Over several spans there are none: all slots are read, and the mask leaves out blocks.
+    Over several spans, or few slots, there are none: all slots are read, and the mask leaves out
+    blocks.
     """
     keys = None
     if spans is not None:
         slot, position, length = spans[:3]
-        if slot or any(spans[5::3]):
+        if slot or any(spans[5::3]) or length <= FEW_SLOTS:
             return BlockLists()
         keys = KeyRange(position, position + length)
     return block_lists_of(problem, tiles, block_m, block_n, groups=groups, keys=keys)

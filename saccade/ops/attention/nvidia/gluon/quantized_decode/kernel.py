@@ -54,34 +54,48 @@ from saccade.ops.attention.nvidia.gluon.quantized_decode.softmax import (
     RESCALE_THRESHOLD,
     exp2_scores,
     lane_max,
+    mask_rows,
     mask_scores,
     rescale,
+    selected_rows,
 )
-from saccade.ops.gpu.triton_lang import LOG2E, key_tiles, pdl_begin
+from saccade.ops.gpu.triton_lang import LOG2E, block_list_at, key_tiles, pdl_begin
 
 
 @gluon.jit
-def tile_index(i, num_sinks, first):
-    """The i-th tile to compute: sink tiles come first, then those of the window."""
+def tile_index(i, num_tiles, num_sinks, first, tiles):
+    """The i-th tile to compute: that of a list, or sink tiles first, then those of the window."""
+    if tiles is not None:
+        return gl.load(tiles + gl.maximum(gl.minimum(i, num_tiles - 1), 0))
     return gl.where(i < num_sinks, i, i - num_sinks + first)
+
+
+@gluon.jit
+def copy_size(lane, i, num_tiles, tile, k_len):
+    """Bytes that a lane copies at a time: none where the i-th tile is not to be computed."""
+    return gl.where((lane < (num_tiles - i) * 32) & (tile * BLOCK_N < k_len), 16, 0)
 
 
 @gluon.jit(do_not_specialize=["q_len", "k_len", "q_offset"])
 def quantized_decode_kernel(
-    q, k, v, out, lse, seqlen_info, mask_args, sink_logits, scale, q_len, k_len, q_offset,
-    out_split, lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
+    q, k, v, out, lse, seqlen_info, mask_args, block_lists, sink_logits, scale, q_len, k_len,
+    q_offset, out_split, lse_split, KV_HEADS: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr,
     K_FORMAT: gl.constexpr, V_FORMAT: gl.constexpr, K_GROUP: gl.constexpr, V_GROUPS: gl.constexpr,
     CAUSAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """(out, lse) of one split: 64 keys a step, the copies of the next ones in flight.
 
     The splits of a head take its tiles round-robin, so what they read at a time lies together.
+    Listed tiles are those with a selected block; where some keys of them are not selected,
+    mask_args has the blocks.
     """
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    LENS_ON_DEVICE: gl.constexpr = (
-        seqlen_info.q_offsets is not None or seqlen_info.kv_lens is not None
+    TILES_ON_DEVICE: gl.constexpr = (
+        seqlen_info.q_offsets is not None
+        or seqlen_info.kv_lens is not None
+        or block_lists.tiles is not None
     )
-    if LENS_ON_DEVICE:
+    if TILES_ON_DEVICE:
         pdl_begin(PDL)
     K_ROW: gl.constexpr = D // 2 if K_FORMAT == "int4" else D  # bytes
     V_ROW: gl.constexpr = D // 2 if V_FORMAT == "int4" else D
@@ -103,6 +117,9 @@ def quantized_decode_kernel(
         first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
     )
     num_tiles = num_sinks + last - first
+    tiles = None
+    if block_lists.tiles is not None:
+        tiles, _, num_tiles = block_list_at(block_lists, b, kv_head, m_tile)
 
     k_gmem, v_gmem = quantized_gmem(k, b, kv_head), quantized_gmem(v, b, kv_head)
     # Shared memory: keys, values, scales and offsets of keys, scales and offsets of values.
@@ -111,13 +128,13 @@ def quantized_decode_kernel(
     V_QPARAMS: gl.constexpr = K_QPARAMS + QPARAM_BYTES
     SIZE: gl.constexpr = V_QPARAMS + QPARAM_BYTES
     smem = static_shared_memory(lane, SIZE)
-    tile = tile_index(split, num_sinks, first)
-    if not LENS_ON_DEVICE:
+    tile = tile_index(split, num_tiles, num_sinks, first, tiles)
+    if not TILES_ON_DEVICE:
         prefetch_tile(
             k_gmem, v_gmem, tile, lane, split < num_tiles, K_ROW, V_ROW, K_GROUP, V_GROUPS, D
         )
         pdl_begin(PDL)
-    size = gl.where(lane < (num_tiles - split) * 32, 16, 0)
+    size = copy_size(lane, split, num_tiles, tile, k_len)
     issue_k_copies(smem, smem + K_QPARAMS, k_gmem, tile, lane, size, K_ROW, K_GROUP, D)
     issue_v_copies(smem + V_SMEM, smem + V_QPARAMS, v_gmem, tile, lane, size, V_ROW, V_GROUPS)
     k_lane = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
@@ -142,14 +159,17 @@ def quantized_decode_kernel(
     offset_acc = zeros
     acc = (zeros,) * (D // 16)
     for i in range(split, num_tiles, splits):
+        if mask_args.block_mask is not None:
+            selected = selected_rows(mask_args, b, kv_head, tile * BLOCK_N + g * 8,
+                                     m_tile * BLOCK_M + 2 * t, k_len, q_len, GROUPS)  # fmt: skip
+        next_tile = tile_index(i + splits, num_tiles, num_sinks, first, tiles)
         cp_async_wait(lane, 1)
         k_scale = load_k_qparams(smem + K_QPARAMS + t * (D // 4), D)
         k_offset = load_k_qparams(smem + K_QPARAMS + 2 * D + t * (D // 4), D)
         k_regs = load_k(smem + k_lane, K_ROW, D)
         s, bias0, bias1 = mma_qk(q_frags, k_regs, k_scale, k_offset, D, K_FORMAT)
         warp_sync(lane)
-        next_tile = tile_index(i + splits, num_sinks, first)
-        size = gl.where(lane < (num_tiles - i - splits) * 32, 16, 0)
+        size = copy_size(lane, i + splits, num_tiles, next_tile, k_len)
         issue_k_copies(smem, smem + K_QPARAMS, k_gmem, next_tile, lane, size, K_ROW, K_GROUP, D)
         cp_async_wait(lane, 1)
         v_scale = load_v_qparams(smem + V_QPARAMS + t * (32 * V_GROUPS), V_GROUPS)
@@ -161,6 +181,8 @@ def quantized_decode_kernel(
             v_offset = zero_past_end(v_offset, k_pos + t * 16, k_len, V_GROUPS)
             if V_FORMAT == "fp8":
                 zero_v_rows(smem + V_SMEM, lane, k_len - k_pos, V_ROW)
+        if mask_args.block_mask is not None:
+            s = mask_rows(s, selected)
         max0, max1 = lane_max(s, 0) + bias0, lane_max(s, 1) + bias1
         rises = (max0 > row_max[0] + threshold) | (max1 > row_max[1] + threshold)
         if gl.max(rises.to(gl.int32), axis=0) > 0:

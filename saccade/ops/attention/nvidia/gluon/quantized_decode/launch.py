@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from saccade.core import QuantizedKV
+from saccade.core import KeyRange, QuantizedKV
 from saccade.core.formats import FP8, QuantizedTensor
+from saccade.ops.attention.nvidia.block_lists import block_lists_of
 from saccade.ops.attention.nvidia.gluon.quantized_decode.epilogue import BLOCK_M
 from saccade.ops.attention.nvidia.gluon.quantized_decode.kernel import quantized_decode_kernel
 from saccade.ops.attention.nvidia.gluon.quantized_decode.producer import BLOCK_N
@@ -88,7 +89,15 @@ def launch_partials(
         strided(parts.out[0]),
         parts.lse,
         seqlen_info,
-        mask_args_of(problem),
+        mask_args_of(problem if has_partial_tiles(problem) else problem.without_blocks()),
+        block_lists_of(
+            problem,
+            row_tiles,
+            BLOCK_M.value,
+            BLOCK_N.value,
+            groups=problem.q.shape[1] // heads,
+            keys=KeyRange(0, kv.num_quantized),
+        ),
         float32(problem.call.sink_logits) if with_sinks else None,
         float(problem.call.scale),
         problem.q.shape[2],
@@ -103,6 +112,11 @@ def launch_partials(
         **constants(kv),
         **options(launch_of(problem)),
     )
+
+
+def has_partial_tiles(problem: Problem) -> bool:
+    """Whether a tile with a selected block may hold keys that are not selected for all its rows."""
+    return bool(problem.k_block % BLOCK_N.value) or problem.q.shape[2] > problem.q_block
 
 
 def constants(kv: QuantizedKV) -> dict[str, int | str]:

@@ -35,6 +35,30 @@ def mask_scores(s, k_first, q_pos0, q_pos1, k_len, mask_args, CAUSAL: gl.constex
 
 
 @gluon.jit
+def selected_rows(mask_args, b, kv_head, k_first, row, k_len, q_len, GROUPS: gl.constexpr):
+    """Whether query rows `row` and `row` + 1 select the block of keys k_first .. k_first + 7."""
+    at = mask_args.block_mask + b * mask_args.block_mask_batch
+    at = at + kv_head.to(gl.int64) * mask_args.block_mask_head + k_first // mask_args.k_block
+    first = gl.minimum(row // GROUPS, q_len - 1) // mask_args.q_block
+    second = gl.minimum((row + 1) // GROUPS, q_len - 1) // mask_args.q_block
+    stored = k_first < k_len
+    return (
+        gl.load(at + first.to(gl.int64) * mask_args.block_mask_row, mask=stored, other=0) != 0,
+        gl.load(at + second.to(gl.int64) * mask_args.block_mask_row, mask=stored, other=0) != 0,
+    )
+
+
+@gluon.jit
+def mask_rows(s, selected):
+    """Scores of eight keys, -inf for each of the two rows that does not select them."""
+    masked = ()
+    for key in gl.static_range(8):
+        masked += (gl.where(selected[0], s[2 * key], float("-inf")),)
+        masked += (gl.where(selected[1], s[2 * key + 1], float("-inf")),)
+    return masked
+
+
+@gluon.jit
 def lane_max(s, COLUMN: gl.constexpr):
     """The largest score of a lane's eight keys."""
     largest = s[COLUMN]

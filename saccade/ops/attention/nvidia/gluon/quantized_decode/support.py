@@ -15,6 +15,7 @@ from saccade.ops.attention.nvidia.gluon.support import score_refusal
 
 DIMS = (64, 128)
 KEY_GROUP = 64
+KEYS_OF_A_LANE = 8
 MOST_ROWS = 128  # query heads of a group times queries; more of them is prefill
 
 
@@ -37,11 +38,16 @@ def stored(call: AttentionCall) -> QuantizedKV:
 
 
 def _meaning(call: AttentionCall) -> str | None:
-    extras = (call.key_padding, call.blocks, call.attn_mask, call.cu_seqlens)
+    extras = (call.key_padding, call.attn_mask, call.cu_seqlens)
     if any(extra is not None for extra in extras):
-        return "over quantized keys it supports no key_padding, blocks, attn_mask or cu_seqlens"
-    if isinstance(call.kv, GrowingKV) and call.kv_lens is None:
-        return "a growing view takes kv_lens"
+        return "over quantized keys it supports no key_padding, attn_mask or cu_seqlens"
+    if isinstance(call.kv, GrowingKV) and (call.kv_lens is None or call.blocks is not None):
+        return "a growing view takes kv_lens and no blocks"
+    if call.blocks is not None and call.blocks.k_block % KEYS_OF_A_LANE:
+        return (
+            f"over quantized keys it takes blocks of {KEYS_OF_A_LANE} n keys, "
+            f"got {call.blocks.k_block}"
+        )
     reason = score_refusal(call)
     if reason is not None:
         return reason
