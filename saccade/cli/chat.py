@@ -20,6 +20,7 @@ from saccade.cli.notes import Notes
 from saccade.cli.outcome import as_record
 from saccade.cli.outputs import file_option
 from saccade.cli.reading import while_reading
+from saccade.cli.refusals import check_before_loading
 from saccade.cli.sessions import Session
 from saccade.cli.stopping import DeferredStop, Stopped
 from saccade.cli.streaming import TextStream
@@ -76,6 +77,8 @@ def run(
     need("transformers", purpose="saccade chat")
     need("rich", purpose="saccade chat")
 
+    longest = None if later else 0  # a dialogue has the trained length where none is given
+    check_before_loading((model, device, dtype, weights), params, context, longest=longest)
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     tokenizer = tokenizer_of(loaded)
@@ -113,12 +116,11 @@ def _chat(asked: _Talk, params: ContextParams, sampling: dict[str, Any]) -> int:
         params = as_saved(params, saved.params, length, notes)
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, params.n_ctx or facts.n_ctx_train, notes)
-    say_check(model, params, notes)
     # A ring has its size; any other cache is allocated at once, so that it does not grow either.
     bounded = params.n_swa is not None or params.kv_policy is not None
-    with Context(
-        loaded, params, reserve=0 if bounded else params.n_ctx or facts.n_ctx_train
-    ) as ctx:
+    reserve = 0 if bounded else params.n_ctx or facts.n_ctx_train
+    say_check(model, params, notes, reserve=reserve)
+    with Context(loaded, params, reserve=reserve) as ctx:
         going_on = session.load(ctx) if session is not None and saved is not None else None
         if session is not None and saved is None:
             session.check(ctx)

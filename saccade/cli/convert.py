@@ -116,8 +116,8 @@ def run(
 
 def _plain(model: str, device: str, dtype: str) -> str:
     """The form of weights that can be changed and saved: plain numbers, whatever the file has."""
-    from saccade.hf.placement import device_of
     from saccade.runtime.located import located
+    from saccade.runtime.placement import device_of
 
     if located(model).is_dir() or device_of(device).type != "cpu":
         return "file"

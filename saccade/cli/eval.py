@@ -127,7 +127,11 @@ def run(
 
 def _check(keep: str | None, json: str | None, leaderboard: str | None) -> None:
     """Refuse now what would fail after minutes."""
+    from saccade.evals.kept import check_kept
+
     check_outputs({"--keep": keep, "--json": None if json == "-" else json})
+    if keep is not None:
+        check_kept(Path(keep).expanduser())
     if leaderboard is not None:
         path = Path(leaderboard).expanduser()
         if path.exists() and not path.is_dir():

@@ -16,6 +16,7 @@ _EXTRAS = {
     "report": ("matplotlib", "rich", "jinja2"),
 }
 _INSTALL = 'Run in the clone of saccade: pip install ".[hf,report]"'
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -48,6 +49,8 @@ def sentence(error: Exception) -> str | None:
         return _one_line(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
+        if not where and error.errno in _UNWRITTEN:  # files are named where they are written
+            where = "what is printed cannot be written: "
         return f"{where}{error.strerror or _one_line(error)}."
     if isinstance(error, (ValueError, TypeError)):
         hint = "" if raised_by_us(error) else " (Run again with --traceback to see where.)"

@@ -15,6 +15,7 @@ from saccade.cli.failure import UsageError, check_streams, need
 from saccade.cli.loading import check_model, load, say_check
 from saccade.cli.notes import Notes
 from saccade.cli.outputs import file_option
+from saccade.cli.refusals import check_before_loading
 from saccade.cli.sessions import Saved, Session
 from saccade.cli.tokens import (
     encode_messages,
@@ -87,12 +88,17 @@ def run(
     need("transformers", purpose="saccade generate")
     later = saved is not None and saved.exists
     shared_options.sampler_of(sampling, later=later)  # refused before a model is loaded
+    longest = None if later else len(text.encode()) + n_predict + _TEMPLATE
+    check_before_loading((model, device, dtype, weights), params, context, longest=longest)
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
     asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
     with shared_options.in_words_of_options(context):  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
+
+
+_TEMPLATE = 1024  # tokens, more than a chat template puts around a prompt
 
 
 class _Asked(NamedTuple):
@@ -128,8 +134,9 @@ def _generate(
     params = reaching(params, facts, seen + len(tokens) + further, notes)
     if asked.auto:
         params = _chosen(loaded, tokens, params, notes)
-    say_check(model, params, notes)
-    with Context(loaded, params, reserve=_reserve(params, seen + len(tokens), further)) as ctx:
+    reserve = _reserve(params, seen + len(tokens), further)
+    say_check(model, params, notes, reserve=reserve)
+    with Context(loaded, params, reserve=reserve) as ctx:
         going_on = session.load(ctx) if session is not None and saved is not None else None
         if session is not None and saved is None:
             session.check(ctx)

@@ -11,6 +11,8 @@ from saccade.cli.notes import BUILD_KERNELS, Notes
 from saccade.cli.shared_options import DTYPES, MODEL_HELP
 
 if TYPE_CHECKING:
+    import torch
+
     from saccade.hf.load import LoadedModel
     from saccade.runtime import ContextParams, Model
 
@@ -27,12 +29,35 @@ NAMES = ("smollm2",)
 
 def check_model(name: str) -> None:
     """Raise UsageError where there is no such model: what follows imports for seconds."""
+    path = Path(name).expanduser()
     try:
-        there = Path(name).expanduser().exists()
+        if path.is_dir():
+            _check_folder(path)
+        elif path.is_file():
+            _check_file(path)
+        elif name not in NAMES:
+            raise UsageError(f"no model at {name!r}: expected {MODEL_HELP}.")
     except OSError as error:
-        raise UsageError(f"--model {name[:200]} is not a path: {error.strerror}.") from error
-    if not there and name not in NAMES:
-        raise UsageError(f"no model at {name!r}: expected {MODEL_HELP}.")
+        raise UsageError(f"--model {name[:200]} cannot be read: {error.strerror}.") from error
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    inside = f" It holds {', '.join(files[:3])}: name the file." if files else ""
+    raise UsageError(
+        f"the folder {path} has no config.json: expected a model saved by transformers "
+        f"(save_pretrained), or a .gguf file.{inside}"
+    )
+
+
+def _check_file(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        found = f"it starts with {start!r} instead of b'GGUF'" if start else "it is empty"
+        raise UsageError(f"{path} is not a GGUF file: {found}. Expected {MODEL_HELP}.")
 
 
 def load(
@@ -49,6 +74,7 @@ def load(
         weights: how they lie in memory (`--weights`).
     """
     notes = notes or Notes()
+    check_placement(name, device, dtype, weights)
     notes.say(f"Loading {name} ...")
     import torch
 
@@ -72,11 +98,37 @@ def load(
     return loaded
 
 
-def say_check(model: Model, params: ContextParams, notes: Notes) -> None:
-    """Say that a model is compared with its own attention, where a Context is going to do it."""
+def check_placement(name: str, device: str, dtype: str, weights: str) -> torch.device:
+    """The device that is meant.
+
+    Raises:
+        UsageError: one that is not there, or weights of a form that excludes the dtype.
+    """
+    import torch
+
+    from saccade.runtime.placement import device_of, form_and_dtype
+
+    wanted = DTYPES[dtype]
+    own = None if wanted is None else getattr(torch, wanted)
+    try:
+        where = device_of(device)
+        form_and_dtype(weights, own, where, is_folder=Path(name).expanduser().is_dir())
+    except ValueError as error:
+        raise UsageError(as_options(str(error))) from error
+    return where
+
+
+def say_check(model: Model, params: ContextParams, notes: Notes, *, reserve: int) -> None:
+    """Say that a model is compared with its own attention, where a Context is going to do it.
+
+    What a Context of these options would refuse without comparing is refused before.
+    """
     from saccade.hf.check import comparisons
+    from saccade.runtime import Context
 
     if comparisons(model, params):
+        with Context(model, params, reserve=reserve):
+            pass
         notes.say("Checking once that the model gives the same here as by its own attention ...")
 
 

@@ -240,6 +240,7 @@ def with_flags(message: str, typed: Mapping[str, Any] | None = None) -> str:
         if "_" in option.field:  # the others are words of English too
             end = "(?==)" if option.field == "flash_attn" else r"\b"  # a backend has that name
             message = re.sub(rf"(?<![\w-]){option.field}{end}", option.flags[0], message)
+    message = re.sub(r"^temperature(?= has to)", "--temperature", message)
     message = re.sub(r"\b(rope|yarn)_\*", r"--\1-*", message)
     message = re.sub(r'\battention\(backend="(\w+)"\)', r"--backend \1", message)
     message = re.sub(r'\bUse backend="auto" or "(\w+)"', r"Leave it out, or use \1", message)

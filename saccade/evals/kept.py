@@ -6,6 +6,7 @@ loses the sample at hand and no other.  A line that was cut off is left out when
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saccade.core import BadInput
+from saccade.core.writing import writing_to
 
 SCHEMA = "saccade.eval-samples/1"
 
@@ -88,29 +90,24 @@ class KeptSamples:
 
     def _open(self, path: Path) -> None:
         """Read what is there and cut off an unfinished line; or begin the file."""
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.splitlines()
+        data, lines = _lines(path)
         if not lines:
             if data and not json.dumps(self._header).encode().startswith(data):
-                raise BadInput(f"{path} is no file of samples. Give another file.")
+                raise _other_file(path)
             path.write_bytes(b"")
             self._write(path, self._header)
             return
+        self._check(path, lines[0])
         try:
-            self._check(path, json.loads(lines[0]))
             for line in lines[1:]:
-                self._take(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{path} is no file of samples. Give another file.") from error
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
+                self._take(line)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise _other_file(path) from error
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
 
     def _check(self, path: Path, header: dict[str, Any]) -> None:
-        if header.get("schema") != SCHEMA:
-            raise BadInput(f"{path} is no file of samples. Give another file.")
         for name, wanted in self._header.items():
             if header.get(name) != wanted:
                 raise BadInput(
@@ -123,12 +120,49 @@ class KeptSamples:
         self._found[place] = Finished(**line)
 
     def _write(self, path: Path, line: dict[str, Any]) -> None:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, json.dumps(line).encode() + b"\n")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        """Append a line, all of it or nothing: a full disk takes the first part of what it gets."""
+        data = json.dumps(line).encode() + b"\n"
+        with writing_to(path):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                before = os.fstat(handle).st_size
+                written = os.write(handle, data)
+                if written < len(data):
+                    os.ftruncate(handle, before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def check_kept(path: Path) -> None:
+    """Raise BadInput for a file that holds something else than samples."""
+    data, lines = _lines(path)
+    if data and not lines and not b'{"schema": "saccade.eval-samples/'.startswith(data[:33]):
+        raise _other_file(path)
+
+
+def _lines(path: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """Bytes of a file, and its whole lines.
+
+    Raises:
+        BadInput: a line that is no JSON, or a first one that is no header.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    try:
+        lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        if lines and lines[0].get("schema") != SCHEMA:
+            raise _other_file(path)
+    except (ValueError, AttributeError) as error:
+        raise _other_file(path) from error
+    return data, lines
+
+
+def _other_file(path: Path) -> BadInput:
+    return BadInput(
+        f"{path} is no file of samples, which --keep of `saccade eval` writes. Name another file "
+        "there, or one that does not exist yet."
+    )
 
 
 def _short(value: Any) -> str:

@@ -40,8 +40,13 @@ def remember(model: PreTrainedModel, options: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = _read(path) | {key: options}
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file, indent=1)
-        Path(file.name).replace(path)
+            try:
+                json.dump(known, file, indent=1)
+                file.flush()
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
 
 def _read(path: Path) -> dict[str, str]:

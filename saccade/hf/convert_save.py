@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from saccade.core import BadInput
+from saccade.core.writing import writing_to
 from saccade.hf.foreign_errors import quiet
 
 SHARD = "4GB"
@@ -40,9 +41,10 @@ def save_folder(model: PreTrainedModel, tokenizer: Any | None, path: Path) -> in
     """
     path = path.absolute()
     check_folder(path)
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with writing_to(path):
+        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        with quiet():
+        with writing_to(path), quiet():
             model.save_pretrained(beside, max_shard_size=SHARD)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)

@@ -19,9 +19,9 @@ from saccade.core import BadInput
 from saccade.hf.folder_weights import read_folder, round_layers
 from saccade.hf.foreign_errors import as_bad_input, quiet
 from saccade.hf.meta_model import without_memory
-from saccade.hf.placement import Form
 from saccade.hf.rope_config import explained
 from saccade.hf.tensor_files import Tensors, named, tensors_in
+from saccade.runtime.placement import Form
 
 _LARGEST: Final = 2**31 - 1
 _MOST_LAYERS: Final = 10_000

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from saccade.hf.file_map import FileMaps
 from saccade.hf.packed_model import StandIns, outer_layers, storable
-from saccade.hf.placement import Form
 from saccade.hf.rounded_weights import rounded
 from saccade.hf.streamed_model import Read, streamed_model
 from saccade.hf.tensor_files import Stored, Tensors
+from saccade.runtime.placement import Form
 
 _DTYPES: Final = {
     "F64": torch.float64,

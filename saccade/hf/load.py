@@ -19,9 +19,9 @@ from saccade.hf.gguf import check_tensors, describe, load_weights
 from saccade.hf.gguf_tokenizer import gguf_tokenizer
 from saccade.hf.packed_layers import weights_bytes
 from saccade.hf.packed_model import left_plain
-from saccade.hf.placement import Form, device_of, form_and_dtype
 from saccade.hf.tensor_files import named
 from saccade.runtime.located import located
+from saccade.runtime.placement import Form, device_of, form_and_dtype
 from saccade.units import as_bytes
 
 _TOKENIZER_FILES: Final = (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saccade.hf.packed_layers import StoredWeight, tensors_of
-from saccade.hf.placement import Form
 from saccade.ops.linear import quantized
+from saccade.runtime.placement import Form
 from saccade.runtime.weights import stored_as
 
 _AT_ONCE: Final = 2**23

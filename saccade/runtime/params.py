@@ -240,4 +240,6 @@ def _whole_number(name: str, value: object, least: int) -> None:
 def _number(name: str, value: float | None) -> None:
     wrong = isinstance(value, bool) or not isinstance(value, int | float)
     if value is not None and (wrong or not -_LARGEST < value < _LARGEST):
-        raise ValueError(f"{name} must be a finite number, got {value!r:.40}. Give a float.")
+        raise ValueError(
+            f"{name} must be a finite number of a size below {_LARGEST:.2g}, got {value!r:.40}."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, cast
@@ -95,8 +96,21 @@ def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:
             length that the model's own attention would not follow.
     """
     _check_temperature(params, config)
-    trained = params.yarn_orig_ctx or _trained(rope.rule, config.max_position_embeddings)
-    rule = _rule(rope.rule, params, trained)
+    rule = rule_under(rope.rule, params, config.max_position_embeddings)
+    base = rope.base if params.rope_freq_base is None else params.rope_freq_base
+    return rope._replace(rule=rule, base=float(base))
+
+
+def rule_under(own: Rule, params: ContextParams, served: int) -> Rule:
+    """A model's own rule changed as the params say.
+
+    Args:
+        served: tokens that the model's config serves.
+
+    Raises:
+        ValueError: yarn options for another rule, or a factor that nothing determines.
+    """
+    rule = _rule(own, params, params.yarn_orig_ctx or _trained(own, served))
     yarn = {
         theirs: getattr(params, ours)
         for ours, theirs in _YARN_OPTIONS.items()
@@ -104,11 +118,24 @@ def scaled(rope: ParsedRope, params: ContextParams, config: Any) -> ParsedRope:
     }
     if yarn and not isinstance(rule, YaRN):
         raise ValueError(
-            f"yarn options need rope_scaling_type='yarn', but the rule in force is "
-            f"{type(rule).__name__}. Set it, or leave the yarn_* options unset."
+            f"yarn options need rope_scaling_type='yarn', but {_in_force(rule)}. Set it, or leave "
+            "the yarn_* options unset."
         )
-    base = rope.base if params.rope_freq_base is None else params.rope_freq_base
-    return rope._replace(rule=replace(rule, **yarn), base=float(base))
+    try:
+        return replace(rule, **yarn)
+    except ValueError as error:
+        said = str(error)
+        for ours, theirs in _YARN_OPTIONS.items():
+            said = re.sub(rf"\b(?:YaRN\.)?{theirs}\b", ours, said)
+        raise ValueError(said) from error
+
+
+def _in_force(rule: Rule) -> str:
+    return (
+        "positions are not scaled here"
+        if isinstance(rule, Unscaled)
+        else f"the rule in force is {type(rule).__name__}"
+    )
 
 
 def _check_temperature(params: ContextParams, config: Any) -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from saccade.core import BadInput
+from saccade.core.writing import writing_to
 from saccade.runtime.tensor_header import DTYPES, TensorPlace, encoded, parsed
 
 _RECORD: Final = "saccade.session"
@@ -57,26 +58,27 @@ def write(
         key: of the seal.
 
     Raises:
-        OSError: no room or no permission; the old file is untouched.
+        OSError: no room or no permission, and where; the old file is untouched.
     """
     path = path.resolve()  # through a symbolic link, not over it
     sums = {name: _digest(name, tensor) for name, tensor in tensors.items()}
     text = json.dumps({**record, "version": VERSION, "checksums": sums}, default=_as_json)
     header = encoded(tensors, {_RECORD: text, _SUM: _sum(text), _SEAL: _sealed(text, key)})
     _remove_stale_parts(path)
-    handle, name = tempfile.mkstemp(suffix=".part", prefix=_prefix(path), dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(header)
-            for tensor in tensors.values():
-                file.write(_bytes(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with writing_to(path):
+        handle, name = tempfile.mkstemp(suffix=".part", prefix=_prefix(path), dir=path.parent)
+        part = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(header)
+                for tensor in tensors.values():
+                    file.write(_bytes(tensor))
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
 
 

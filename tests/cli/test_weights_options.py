@@ -11,7 +11,7 @@ import torch
 from saccade.cli import loading, main, shared_options
 from saccade.cli.failure import UsageError
 from saccade.core import BadInput
-from saccade.hf.placement import WEIGHTS, form_and_dtype
+from saccade.runtime.placement import WEIGHTS, form_and_dtype
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "check", "compare", "plan"])

@@ -62,7 +62,7 @@ def test_a_file_that_was_cut_in_its_first_line_begins_anew(tmp_path):
 def test_other_files_are_left_alone(tmp_path, content):
     path = tmp_path / "k.jsonl"
     path.write_bytes(content)
-    with pytest.raises(BadInput, match="is no file of samples. Give another file."):
+    with pytest.raises(BadInput, match="is no file of samples, which --keep .* Name another file"):
         KeptSamples(path, MADE)
     assert path.read_bytes() == content
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.core import BadInput
-from saccade.hf.placement import device_of, form_and_dtype
+from saccade.runtime.placement import device_of, form_and_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -17,11 +17,11 @@ from saccade.hf.gguf.described import Described, Recipe, check_tensors
 from saccade.hf.gguf.file import TensorInfo
 from saccade.hf.packed_layers import HalfWeight, StoredWeight
 from saccade.hf.packed_model import StandIns, outer_layers, storable
-from saccade.hf.placement import Form
 from saccade.hf.rounded_weights import rounded
 from saccade.hf.streamed_model import streamed_model
 from saccade.hf.tensor_files import named
 from saccade.ops.linear import packed_blocks
+from saccade.runtime.placement import Form
 
 _SMALL: Final = 2**22
 """Numbers of a tensor that is made in float32, whatever it is rounded to afterwards."""
