@@ -100,6 +100,7 @@ def run(
     from saccade.evals.converting import Options, convert
 
     loaded = load(model, device, dtype, _plain(model, device, dtype))
+    check_folder(folder, loaded.weights_bytes // 2)  # at least: fewer heads take away less
     if loaded.tokenizer is None:
         raise UsageError(f"{loaded.name} has no tokenizer. Give a model that brings one.")
     options = Options(kv_heads=kv_heads, method=method, distill=distill, seed=seed)

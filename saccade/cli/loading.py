@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from saccade.cli.failure import UsageError
 from saccade.cli.notes import BUILD_KERNELS, Notes
 from saccade.cli.shared_options import DTYPES, MODEL_HELP
+from saccade.cli.stopping import DeferredStop
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,11 @@ def load(
     notes.say(f"Loading {name} ...")
     import torch
 
-    from saccade.hf.load import load_model  # transformers comes with it and takes seconds
-    from saccade.ops.attention.cpu.binding import extension
+    # Packages that are stopped in the middle of their import say that others are missing.
+    with DeferredStop("Stopping once the packages are imported") as stop:
+        from saccade.hf.load import load_model  # transformers comes with it and takes seconds
+        from saccade.ops.attention.cpu.binding import extension
+    stop.check()
 
     wanted = DTYPES[dtype]
     try:

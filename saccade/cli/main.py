@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
     _open_streams()
+    came: list[int] = []
     try:
-        with stop_signals() as came:
+        with stop_signals(came):
             code = _run(["--help"] if words in ([], ["help"]) else words)
             sys.stdout.flush()
         return 128 + came[-1] if code == _STOPPED and came else code
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if traceback:
             raise
         said = sentence(error)
+        if said is None and came:  # other packages turn the stop into errors of their own
+            print("Stopped.", file=sys.stderr)
+            return 128 + came[-1]
         shown = bug(error) if said is None else said
         print(shown if shown.startswith("saccade") else f"saccade: {shown}", file=sys.stderr)
         return 1 if said is None else 2

@@ -36,16 +36,15 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Inside, each signal raises Stopped; the numbers of those that came are listed."""
-    came: list[int] = []
+def stop_signals(came: list[int]) -> Iterator[None]:
+    """Inside, each signal raises Stopped, and its number is appended to `came`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         came.append(number)
         raise Stopped(number)
 
     with _handling(stop):
-        yield came
+        yield
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """What no model has to be loaded for is refused before one is, and before transformers comes."""
 
+import errno
 import json
 import os
+import signal
 
 import pytest
 import torch
 
 from saccade.cli import main
+from saccade.core import BadInput
 from saccade.core.writing import writing_to
 from saccade.evals.kept import Finished, KeptSamples, Place
+from saccade.hf.convert_save import check_folder, save_folder
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16,
@@ -104,3 +108,28 @@ def test_a_full_disk_is_named_and_a_sample_is_whole_or_absent(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space .*k"):
         kept.add(Place("r", "after", "t", 64, 0), sample)
     assert (tmp_path / "k").read_bytes() == before
+
+
+def test_a_converted_model_on_a_full_disk(tmp_path):
+    class Model:
+        def save_pretrained(self, *_, **__):
+            raise RuntimeError("Error while serializing: I/O error: No space left (os error 28)")
+
+    with pytest.raises(OSError, match="No space .*new") as found:
+        save_folder(Model(), None, tmp_path / "new")
+    assert found.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    with pytest.raises(BadInput, match="takes at least .* has room for"):
+        check_folder(tmp_path / "new", 2**60)
+
+
+def test_a_stop_that_other_packages_make_an_error_of_their_own(monkeypatch, capsys):
+    def run(words):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except KeyboardInterrupt as stop:
+            raise ModuleNotFoundError("Could not import module") from stop
+
+    monkeypatch.setattr(main, "_run", run)
+    assert main.main(["doctor"]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "Stopped.\n"

@@ -18,7 +18,7 @@ PROMPT = " ".join(f"t{n % 30}" for n in range(60))
 SLOW = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-from saccade.cli import stopping, writing
+from saccade.cli import writing
 from saccade.cli.main import main
 from saccade.runtime import session_file
 from saccade.runtime.cached_text import CachedText
@@ -40,7 +40,7 @@ def before(owner, name, place):
         return original(*args, **kwargs)
     setattr(owner, name, slow)
 
-before(stopping.DeferredStop, "__enter__", "begin")
+before(writing.Writing, "run", "begin")
 before(CachedText, "_read_chunk", "prompt")
 before(writing.TextStream, "push", "answer")
 before(session_file.os, "fsync", "save")
