@@ -173,7 +173,7 @@ BackwardArg read_backward(CallArg call, nb::handle gradients) {
 
 CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool causal,
                      int64_t window, int64_t sinks, int64_t q_offset, nb::handle blocks,
-                     int64_t transformed_item, int64_t threads) {
+                     int64_t transformed_item, int64_t threads, bool receives) {
   nb::tuple q = tuple_of(q_shape, 4, "the shape of q is (batch, heads, q_len, head_dim)");
   nb::tuple kv = tuple_of(kv_shape, 3, "the shape of the keys is (kv_heads, kv_len, value_dim)");
   nb::tuple block = tuple_of(blocks, 2, "blocks are (q_block, k_block)");
@@ -194,6 +194,7 @@ CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool 
   s.k_block = integer(block[1]);
   s.transformed_item = transformed_item;
   s.threads = threads;
+  s.receives = receives;
   return s;
 }
 

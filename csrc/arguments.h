@@ -33,6 +33,6 @@ BackwardArg read_backward(CallArg call, nb::handle gradients);
 // `blocks`: (q_block, k_block); `transformed_item`: see CallShape.
 CallShape read_shape(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool causal,
                      int64_t window, int64_t sinks, int64_t q_offset, nb::handle blocks,
-                     int64_t transformed_item, int64_t threads);
+                     int64_t transformed_item, int64_t threads, bool receives);
 
 }  // namespace saccade

@@ -25,6 +25,7 @@ static void lay_out(Arena& arena, const Partition& sizes, Call& call) {
   call.partials.o = arena.take<float>(rows * call.problem->value_dim);
   call.partials.m = arena.take<float>(rows);
   call.partials.l = arena.take<float>(rows);
+  call.partials.received = arena.take<int64_t>(received_count(*call.problem));
   if (call.problem->hadamard) call.queries = arena.take<char>(transformed_bytes(*call.problem));
 }
 
@@ -112,8 +113,10 @@ static void attend(const Problem& given) {
   std::stable_sort(call.items, call.items + sizes.items,
                    [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
   if (p.hadamard) transform_queries(p, call.queries);
+  if (p.received) std::memset(call.partials.received, 0, received_count(p) * sizeof(int64_t));
   parallel_for(threads_for(p, call.items, sizes.items), sizes.items, run_item, &call);
   if (sizes.partial_rows > 0) parallel_for(p.threads, sizes.items, combine_item, &call);
+  if (p.received) finish_received(p, call.partials.received);
   if (p.hadamard) transform_outputs(p);
 }
 

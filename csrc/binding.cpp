@@ -69,6 +69,22 @@ void attend(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool cau
   kernels.attend(checked.problem);
 }
 
+// `attend`, and in `received` [batch, kv_heads, keys] float32 what each key receives.
+void attend_received(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal,
+                     int64_t window, int64_t sinks, double scale, double softcap,
+                     nb::handle q_offset, nb::handle extras, int64_t threads,
+                     const std::string& target, nb::handle received, bool largest) {
+  const Kernels& kernels = kernels_named(target);
+  CallArg call = read_call(q, out, lse, kv, causal, window, sinks, scale, softcap, q_offset, extras,
+                           threads);
+  call.received = tensor(received);
+  call.largest = largest;
+  nb::gil_scoped_release unlocked;
+  CheckedProblem checked;
+  check(call, checked);
+  kernels.attend(checked.problem);
+}
+
 DescribedCall describe(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv, bool causal,
                        int64_t window, int64_t sinks, double scale, double softcap,
                        nb::handle q_offset, nb::handle extras) {
@@ -105,11 +121,12 @@ void attend_backward(nb::handle q, nb::handle out, nb::handle lse, nb::tuple kv,
 // What `attend` allocates for a call of this shape on all threads, if none has memory from before.
 int64_t workspace_bytes(nb::handle q_shape, nb::handle kv_shape, bool ragged, bool causal,
                         int64_t window, int64_t sinks, int64_t q_offset, nb::handle blocks,
-                        int64_t transformed_item, int64_t threads, const std::string& target) {
+                        int64_t transformed_item, int64_t threads, const std::string& target,
+                        bool receives) {
   const Kernels& kernels = kernels_named(target);
   ShapedProblem shaped;
   make_problem(read_shape(q_shape, kv_shape, ragged, causal, window, sinks, q_offset, blocks,
-                          transformed_item, threads),
+                          transformed_item, threads, receives),
                shaped);
   return kernels.workspace_bytes(shaped.problem);
 }
@@ -168,6 +185,9 @@ NB_MODULE(_cpu, m) {
   m.def("attend", &saccade::attend, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
         nb::arg());
+  m.def("attend_received", &saccade::attend_received, nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   nb::class_<saccade::DescribedCall>(m, "DescribedCall")
       .def("attend", &saccade::attend_described);
   m.def("describe", &saccade::describe, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
@@ -175,7 +195,9 @@ NB_MODULE(_cpu, m) {
   m.def("attend_backward", &saccade::attend_backward, nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg(), nb::arg(), nb::arg());
-  m.def("workspace_bytes", &saccade::workspace_bytes);
+  m.def("workspace_bytes", &saccade::workspace_bytes, nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg("receives") = false);
   m.def("workspace_bytes_of_thread", &saccade::workspace_bytes_of_thread);
   m.def("workspace_bytes_of_all", &saccade::workspace_bytes_of_all);
   m.def("targets", &saccade::targets);

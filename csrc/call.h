@@ -39,6 +39,8 @@ struct CallArg {
   std::optional<TensorArg> q_offsets, sink_logits, alibi, key_padding, lengths, cu_q, cu_k;
   std::optional<TensorArg> blocks, attn_mask;
   int64_t q_block = 0, k_block = 0;
+  std::optional<TensorArg> received;  // what each key receives, and whether the largest weight
+  bool largest = false;
   bool hadamard = false;  // keys and values were stored Hadamard-transformed; q was not
   int64_t threads = 1;
 };

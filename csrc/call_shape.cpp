@@ -44,6 +44,9 @@ void make_problem(const CallShape& s, ShapedProblem& out) {
   p.hadamard = s.transformed_item != 0;
   p.q.dtype = s.transformed_item == 2 ? Dtype::bf16 : Dtype::f32;
   p.threads = (int)s.threads;
+  p.receives = s.receives;
+  p.received_batch = s.batch;
+  p.received_end = s.kv_len;
   if (s.ragged) {  // as many keys in every head: strides of 0
     out.lengths = {(int32_t)s.kv_len};
     p.kv.kind = ViewKind::ragged;

@@ -17,6 +17,7 @@ struct CallShape {
   int64_t q_block, k_block;  // of block selection, 0 for none
   int64_t transformed_item;  // bytes of an element of q, if queries are transformed, 0 if not
   int64_t threads;
+  bool receives;  // what each key receives is computed too
 };
 
 // A problem of this shape: its tensors have no memory, so that it can be cut into work items but

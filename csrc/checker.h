@@ -15,6 +15,7 @@ class Checker {
  private:
   void check_queries();  // checks.cpp
   void check_outputs();
+  void check_received();
   void check_written(const TensorArg& x, const char* name);
 
   void check_view();  // check_view.cpp

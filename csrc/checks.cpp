@@ -15,6 +15,7 @@ void Checker::run() {
   check_key_padding();
   check_blocks();
   check_attn_mask();
+  check_received();
   make_sequences();
   p_.kv.spans = r_.spans.data();
   p_.kv.num_spans = (int64_t)r_.spans.size();
@@ -52,6 +53,28 @@ void Checker::check_outputs() {
   p_.lse = (float*)c_.lse->data;
   p_.lse_batch = c_.lse->stride[0];
   p_.lse_head = c_.lse->stride[1];
+}
+
+void Checker::check_received() {
+  if (!c_.received) return;
+  const TensorArg& x = *c_.received;
+  check_tensor(x, "received", 3);
+  check_dtype(x, "received", Dtype::f32);
+  const int64_t keys = x.shape[2];
+  require(c_.kv.kind == ViewKind::ragged || keys >= end_, "received must have a place for each key.");
+  check_shape(x, "received", {batch_, p_.kv_heads, keys});
+  require(is_empty(x) || (x.stride[1] == keys || p_.kv_heads == 1) &&
+                             (x.stride[0] == p_.kv_heads * keys || batch_ == 1),
+          "received must be contiguous.");
+  require(!c_.cu_q, "received cannot be computed for packed sequences.");
+  check_written(x, "received");
+  check_apart(x, "received", c_.out, "out");
+  if (c_.lse) check_apart(x, "received", *c_.lse, "lse");
+  p_.received = (float*)x.data;
+  p_.received_batch = batch_;
+  p_.received_end = keys;
+  p_.receives = true;
+  p_.largest = c_.largest;
 }
 
 void Checker::check_written(const TensorArg& x, const char* name) {

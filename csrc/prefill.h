@@ -59,6 +59,7 @@ class Prefill : public PrefillRows<Prefill> {
     online_softmax<MR>(state_, first, rows_, scoring(part, 1.f),
                        [&](int i) { return positions_of(first + i, i); }, scores_, kScoreStride,
                        part.begin, part.end);
+    keep_weights<MR>(first, part.begin, part.end);
     if (values_finite_ || part.full) return accumulate<MR>(first, part.visible);
     accumulate_visible<MR>(
         first, part.visible, [&](int i, int j) { return scores_[i * kScoreStride + j]; },

@@ -104,6 +104,7 @@ class PrefillPairs : public PrefillRows<PrefillPairs<Parts>> {
     if (part.visible.begin == part.visible.end) return;
     score<MR>(first, part.begin, part.end);
     weigh<MR>(first, part);
+    this->template keep_weights<MR>(first, part.begin, part.end);
     // Of two parts an infinite value has products inf * 0.
     if (values_finite_ || (part.full && Parts == 1)) return accumulate<MR>(first, part.visible);
     this->template accumulate_visible<MR>(
@@ -168,12 +169,16 @@ class PrefillPairs : public PrefillRows<PrefillPairs<Parts>> {
 
   SACCADE_INLINE_MEMBER void weigh_row(int first, int i, int begin, int end, F factor, F anchor) {
     float* l = state_.l + (first + i) * W;
-    const float* s = scores_ + i * kScoreStride;
+    float* s = scores_ + i * kScoreStride;
     F sum = mul(load(l), set1(state_.alpha[first + i]));
     for (int c = begin; c < end; c += kPair) {
       const F a = exp2_rough(fma(load(s + c), factor, anchor));
       const F b = exp2_rough(fma(load(s + c + W), factor, anchor));
       sum = add(sum, add(a, b));
+      if (p_.receives) {
+        store(s + c, a);
+        store(s + c + W, b);
+      }
       __m512i parts[Parts];
       split_into_parts<Parts>(a, b, parts);
       for (int part = 0; part < Parts; ++part)

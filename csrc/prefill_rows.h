@@ -6,6 +6,7 @@
 #pragma once
 #include "arena.h"
 #include "pack.h"
+#include "received.h"
 #include "softmax.h"
 #include "split_kv.h"
 
@@ -40,9 +41,11 @@ class PrefillRows {
                   part.stop - part.start);
     while (walk.next(tile_)) {
       self().pack_tile();
+      if (p_.receives) received_.next_tile(tile_);
       note_selection();
       self().each_strip([&]<int MR>(int first) { self().template process_strip<MR>(first); });
     }
+    if (p_.receives) add_received();
     write();
   }
 
@@ -86,9 +89,13 @@ class PrefillRows {
     selected_ = arena.take<Selected>(num_blocks_);
     block_positions_ = arena.take<int32_t>(num_blocks_ * kTile);
     row_positions_ = arena.take<int32_t>(strip * kTile);
+    if (!p_.receives) return;
+    received_.lay_out(arena, p_, *item_, padded_rows_);
+    lse_ = arena.take<float>(padded_rows_ + kTilePad);
   }
 
   void start_rows() {
+    received_.start();
     std::memset(o_, 0, padded_rows_ * o_stride_ * sizeof(float));
     std::memset(state_.l, 0, padded_rows_ * W * sizeof(float));
     const bool sinks = p_.sink_logits && item_->split == 0;
@@ -139,6 +146,23 @@ class PrefillRows {
       out[j] = at != kNoKey && allowed ? at : kNoKey;
     }
     return out;
+  }
+
+  // Keeps the weights of a strip for what keys receive.
+  template <int MR>
+  SACCADE_INLINE_MEMBER void keep_weights(int first, int begin, int end) {
+    if (p_.receives) received_.keep(first, MR, scores_, kScoreStride, state_.m, begin, end);
+  }
+
+  // Rows past the end repeat another one, and do not count.
+  void add_received() {
+    for (int i = 0; i < padded_rows_; ++i) {
+      const float l = hsum(load(state_.l + i * W));
+      lse_[i] = i < num_rows_ && l != 0.f ? state_.m[i] + log2_of(l) : kInf;
+    }
+    int64_t* sums = partials_.received +
+                    (sequence_->batch * p_.kv_heads + item_->head) * p_.received_end;
+    received_.add(p_, sums, received_unit(p_), lse_);
   }
 
   // The key positions of the tile for one row: kNoKey where blocks or attn_mask hide the key.
@@ -229,6 +253,8 @@ class PrefillRows {
   Range* ranges_ = nullptr;
   Selected* selected_ = nullptr;
   int32_t *block_positions_ = nullptr, *row_positions_ = nullptr;
+  Received received_;
+  float* lse_ = nullptr;
   Tile tile_;
 };
 

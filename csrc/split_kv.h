@@ -10,6 +10,7 @@ struct Partials {
   float* o;  // [rows][value_dim]
   float* m;  // [rows], in powers of two
   float* l;  // [rows]
+  int64_t* received;  // see received.h
 };
 
 // The end of row `i` of an item: its output, or a partial result where the keys are split.

@@ -13,6 +13,7 @@ namespace saccade::SACCADE_TARGET {
 constexpr int64_t kDecodeRows = 8;      // up to here reading the keys costs more than arithmetic
 constexpr int64_t kItemsPerThread = 4;  // for balance
 constexpr int64_t kBlockRows = 384;
+constexpr int64_t kKeptWeights = 1 << 18;  // of a block, for received.h: what the second cache holds
 
 struct WorkItem {
   int64_t sequence, head;  // KV head
@@ -25,7 +26,7 @@ struct WorkItem {
 };
 
 SACCADE_INLINE bool is_decode(const Problem& p, const WorkItem& item) {
-  return p.sequences[item.sequence].q_len * p.group <= kDecodeRows;
+  return !p.receives && p.sequences[item.sequence].q_len * p.group <= kDecodeRows;
 }
 
 // About `most` rows that end where a block of queries does, `unit` rows each, or divide one evenly.
@@ -38,12 +39,15 @@ static int64_t rows_of_blocks(int64_t unit, int64_t most) {
 
 // Rows of a block: all that cache holds, fewer where that would leave threads without work.
 static int64_t rows_per_block(const Problem& p) {
-  int64_t rows = 0;
-  for (int64_t i = 0; i < p.num_sequences; ++i)
+  int64_t rows = 0, longest = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) {
     rows += p.sequences[i].q_len * p.group * p.kv_heads;
+    longest = max(longest, p.sequences[i].k_len);
+  }
   // Row state grows with the head: 576-wide heads take the room of four 128-wide ones.
   const int64_t wide = max(p.head_dim, p.value_dim);
-  const int64_t cached = min(kBlockRows, max(96, kBlockRows * 128 / wide));
+  int64_t cached = min(kBlockRows, max(96, kBlockRows * 128 / wide));
+  if (p.receives) cached = min(cached, max(96, kKeptWeights / max(1, longest)));
   const int64_t fair = ceil_div(rows, p.threads * kItemsPerThread);
   const int64_t chosen = p.threads > 1 ? max(96, min(cached, fair)) : cached;
   if (has_blocks(p)) return rows_of_blocks(p.q_block * p.group, chosen);
@@ -62,7 +66,7 @@ static int64_t visible_keys(const Problem& p, const WorkItem& item) {
 
 // Splits of the keys of each block, so that every thread has work: shapes alone decide.
 static int64_t choose_splits(const Problem& p, int64_t blocks, int64_t keys) {
-  if (p.threads == 1 || blocks == 0) return 1;
+  if (p.threads == 1 || p.receives || blocks == 0) return 1;
   const int64_t wanted = ceil_div(p.threads * kItemsPerThread, blocks);
   return max(1, min(wanted, keys / (4 * kTile)));
 }

@@ -19,7 +19,7 @@ from saccade.compress.observation import (
 )
 from saccade.compress.policy import Policy, resolve_budget, select, select_across_heads
 from saccade.compress.pyramidkv import PyramidKV
-from saccade.compress.received import Received, received_attention, received_by_heads
+from saccade.compress.received import Received, received_attention
 from saccade.compress.rkv import RKV
 from saccade.compress.snapkv import SnapKV
 from saccade.compress.streaming_llm import StreamingLLM
@@ -71,7 +71,6 @@ __all__ = [
     "UniformKVzip",
     "compress_context",
     "received_attention",
-    "received_by_heads",
     "resolve_budget",
     "select",
     "select_across_heads",

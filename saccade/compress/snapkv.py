@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.compress.observation import LayerObservation, Observes
-from saccade.compress.policy import SINKS, Policy, group_mean
-from saccade.compress.window_attention import observed_weights
+from saccade.compress.policy import SINKS, Policy
+from saccade.compress.window_attention import observed_received
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,9 @@ class SnapKV(Policy):
 
     def scores(self, observation: LayerObservation, kept: int) -> Tensor:
         """Importance `[B, Hkv, L]`; +inf for the sinks and the newest keys that stay."""
-        kv_heads, length = observation.k.shape[1:3]
+        length = observation.k.shape[2]
         window = min(self.window, observation.queries.q.shape[2])
-        weights = group_mean(observed_weights(observation).mean(2), kv_heads)  # [B, Hkv, L]
+        weights = observed_received(observation)  # [B, Hkv, L]
         parts = weights.split((length - window, window), dim=-1)
         pooled = torch.cat([self._pooled(part) for part in parts], dim=-1)
         staying = _staying(observation, min(self.sinks, kept), window, kept)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saccade.compress.observation import LayerObservation, Observes
 from saccade.compress.policy import Policy
-from saccade.compress.window_attention import observed_weights
+from saccade.compress.window_attention import observed_received
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class TOVA(Policy):
 
     def scores(self, observation: LayerObservation, kept: int) -> Tensor:
         """Mean weight of each key `[B, Hkv, L]`; +inf for the newest."""
-        scores = observed_weights(observation)[:, :, -1].mean(1, keepdim=True)
+        scores = observed_received(observation, newest=1).mean(1, keepdim=True)
         scores = scores.expand(observation.k.shape[:3]).clone()
         scores[..., -1] = torch.inf
         return observation.only_keys(scores)

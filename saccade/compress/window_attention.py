@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from saccade.compress.observation import LayerObservation
-from saccade.compress.received import attention_scores
 from saccade.core import DenseKV, Mask
 from saccade.core.kv import dense
-from saccade.ops import AttentionCall, make_call
+from saccade.ops import AttentionCall, attend_received, make_call
+from saccade.ops.attention.received import attention_scores
 
 
-def observed_weights(observation: LayerObservation) -> Tensor:
-    """Attention weights of the observation window over all keys, `[B, H, w, L]` float32.
+def observed_received(observation: LayerObservation, newest: int | None = None) -> Tensor:
+    """Weight that each key has of the queries of the window, `[B, Hkv, L]` float32.
 
-    They are those of the layer's own attention: causal, with its softcap, its learned sinks and
-    its block selection.
+    The mean over queries and the heads of a group.  The weights are those of the layer's own
+    attention: causal, with its softcap, its learned sinks and its block selection; a query that
+    sees nothing gives nothing.
+
+    Args:
+        newest: of so many queries; default all.
     """
-    scores = observed_scores(observation).flatten(1, 2)
-    sinks, length = observation.queries.sink_logits, scores.shape[-1]
-    if sinks is not None:
-        column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, column), dim=-1)
-    return scores.softmax(-1)[..., :length].nan_to_num()  # of queries that see nothing: 0
+    queries = observation.queries
+    width = min(newest or queries.q.shape[2], queries.q.shape[2])
+    blocks = None if queries.blocks is None else queries.blocks[:, :, -width:]
+    window = queries._replace(q=queries.q[:, :, -width:], blocks=blocks)
+    return attend_received(_call(replace(observation, queries=window)))[1] / width
 
 
 def observed_scores(observation: LayerObservation) -> Tensor:

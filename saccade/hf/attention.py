@@ -105,9 +105,10 @@ def _attended(
     if isinstance(key, KVHandle) and isinstance(key.view, DenseKV):
         _check_kept(key.view, args)
     call = _call(query, args, settings, {**scores, "wants_lse": observe is not None})
-    result = attend(call, backend=settings.backend)
-    if observe is not None:
-        observe(call.transformed(), result.lse.detach())
+    if observe is None:
+        result = attend(call, backend=settings.backend)
+    else:
+        result = observe(call, settings.backend)
     weights = weights_of(module, call, key.shape[2]) if wants_weights(module, kwargs) else None
     return result.out.transpose(1, 2).contiguous(), weights
 

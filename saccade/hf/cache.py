@@ -334,7 +334,7 @@ class SaccadeCache(Cache):
 
     @property
     def observer(self) -> Observer | None:
-        """Called after every attention call; None for no observer."""
+        """Runs every attention call; None for no observer."""
         return self._observer
 
     @observer.setter

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cursor
-from saccade.core import DenseKV, KVView, Unsupported
+from saccade.core import AttentionOutput, DenseKV, KVView, Unsupported
 from saccade.core.kv import dense
 from saccade.hf.settings import AttentionSettings
 from saccade.ops import AttentionCall
 from saccade.ops.kv_write.hadamard import hadamard_transform
 
-ObserveCall = Callable[[AttentionCall, Tensor], None]
+ObserveCall = Callable[[AttentionCall, str], AttentionOutput]
 """Called with the call that ran and its lse `[B, H, Lq]` float32."""
 
 
@@ -35,7 +35,7 @@ class KVHandle:
         shape: `[B, Hkv, end, D]`, for code that reads it.
         values: whether it stands for the values.
         settings: of the run that the cache belongs to, None for a cache of no run.
-        observe: called after attention ran, or None.
+        observe: runs the attention, or None.
         cursor: position of the queries on the device, or None; with it the view is all storage.
         window: of the cache, which drops keys outside of it; None for a cache of all keys.
         like: dtype of a tensor that is rebuilt; None: that of the storage.

@@ -2,5 +2,6 @@
 
 from saccade.ops.attention.api import attend, attention, explain, make_call
 from saccade.ops.attention.call import AttentionCall
+from saccade.ops.attention.received import attend_received
 
-__all__ = ["AttentionCall", "attend", "attention", "explain", "make_call"]
+__all__ = ["AttentionCall", "attend", "attend_received", "attention", "explain", "make_call"]

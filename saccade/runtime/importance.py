@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.compress import Received, received_attention
-from saccade.core import BadInput
-from saccade.ops import AttentionCall
+from saccade.core import AttentionOutput, BadInput
+from saccade.ops import AttentionCall, attend_received
 from saccade.runtime.context import Context
 
 HEAD_CHUNK = 64
@@ -52,14 +52,16 @@ class ReceivedAttention:
     def __init__(self) -> None:
         self._layers: dict[int, Received] = {}
 
-    def observe(self, layer: int, call: AttentionCall, lse: Tensor) -> None:
+    def observe(self, layer: int, call: AttentionCall, backend: str) -> AttentionOutput:
         """Add one chunk of one layer (batch 1); see `runtime.model.Observer`."""
-        new = Received(*(x[0].cpu() for x in received_attention(call, lse)))
+        result, received = attend_received(call, backend=backend)
+        new = Received(*(x[0].cpu() for x in received_attention(call, received)))
         older = self._layers.get(layer)
         if older is not None:
             grown = (F.pad(x, (0, len(new.mass) - len(x))) for x in older)
             new = Received(*map(torch.add, new, grown))
         self._layers[layer] = new
+        return result
 
     def scores(self) -> Tensor:
         """Attention received, divided by the number of queries in reach, summed over layers `[n]`.

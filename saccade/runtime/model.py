@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from saccade.cache import Cursor, LayerCache, ShiftKeys
+from saccade.core import AttentionOutput
 from saccade.ops import AttentionCall
 from saccade.runtime.params import ContextParams
 from saccade.runtime.positions import ROTARY, Positions
 
-Observer = Callable[[int, AttentionCall, Tensor], None]
-"""Called after the attention of each layer with (layer, the call that ran, its lse).
+Observer = Callable[[int, AttentionCall, str], AttentionOutput]
+"""Computes the attention of a layer, given (layer, the call, the backend to run it).
 
 The call has queries after RoPE, the view of the keys, mask, softcap, learned sinks and block
-selection; lse `[B, H, t]` is float32.
+selection.  An observer runs it by `attend` or by what gives more of the same attention
+(`attend_received`), and returns the output with its lse `[B, H, t]`, float32.
 """
 
 
@@ -99,7 +101,7 @@ class ModelCache(Protocol):
 
     @property
     def observer(self) -> Observer | None:
-        """Called after the attention of each layer, or None."""
+        """Runs the attention of each layer, or None."""
         ...
 
     @observer.setter

@@ -17,11 +17,10 @@ from saccade.compress import (
     LayerObservation,
     ObservedQueries,
     Policy,
-    received_by_heads,
 )
 from saccade.compress.query_statistics import expected_queries, with_statistics
-from saccade.core import Unsupported
-from saccade.ops import AttentionCall
+from saccade.core import AttentionOutput, Unsupported
+from saccade.ops import AttentionCall, attend, attend_received
 from saccade.runtime.model import ModelCache
 from saccade.runtime.rereading import Reader, Weights, reread
 
@@ -63,8 +62,8 @@ class ObservationWindow:
         self._reread: Weights = {}
         check_rotation(policy, sources.shift_keys)
 
-    def observe(self, layer: int, call: AttentionCall, lse: Tensor) -> None:
-        """Add the queries of one call of one layer; see `runtime.model.Observer`.
+    def observe(self, layer: int, call: AttentionCall, backend: str) -> AttentionOutput:
+        """Run one call of one layer and note what it shows; see `runtime.model.Observer`.
 
         Raises:
             Unsupported: attention that depends on distances, which a compressed cache changes.
@@ -74,6 +73,16 @@ class ObservationWindow:
                 "kv_policy removes keys, and ALiBi weighs keys by how many lie between. Leave out "
                 "kv_policy for this model."
             )
+        ring, received = isinstance(self._cache.stores[layer], SlidingCache), None
+        if self.policy.observes.received and not ring:
+            result, received = attend_received(call, backend=backend)
+        else:
+            result = attend(call, backend=backend)
+        self._note(layer, call.transformed(), received)
+        return result
+
+    def _note(self, layer: int, call: AttentionCall, received: Tensor | None) -> None:
+        """Add the queries of a call and what keys received from them."""
         width = max(1, self.policy.observes.queries)
         newest, older = _newest_queries(call, width), self._observed.get(layer)
         if older is not None and newest.q.shape[2] < width:
@@ -81,9 +90,7 @@ class ObservationWindow:
         if self.policy.observes.future:
             rotate = self._sources.shift_keys(layer)
             newest = with_statistics(older, newest, call.q, self._positions(layer, call), rotate)
-        ring = isinstance(self._cache.stores[layer], SlidingCache)
-        if self.policy.observes.received and not ring:
-            received = received_by_heads(call, lse)
+        if received is not None:
             if older is not None and older.received is not None:
                 received[..., : older.received.shape[2]] += older.received
             newest = newest._replace(received=received)

@@ -23,9 +23,9 @@ from saccade.cache import (
 )
 from saccade.cache.base import CacheState
 from saccade.cache.snapshot import kind_of
-from saccade.compress import Rereading, received_by_heads
-from saccade.core import KeyRange, Unsupported
-from saccade.ops import AttentionCall
+from saccade.compress import Rereading
+from saccade.core import AttentionOutput, Unsupported
+from saccade.ops import AttentionCall, attend, attend_received
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import ContextParams
 
@@ -155,8 +155,13 @@ class _Row:
             for i, (ours, theirs) in enumerate(zip(again.stores, self._cache.stores, strict=True))
         }
 
-        def observe(layer: int, call: AttentionCall, lse: Tensor) -> None:
-            self._note(layer, columns[layer], call, lse)
+        def observe(layer: int, call: AttentionCall, backend: str) -> AttentionOutput:
+            at = columns[layer]
+            if at is None:
+                return attend(call, backend=backend)
+            result, received = attend_received(call, backend=backend, largest=True)
+            self._note(layer, at, received[..., : len(at)])
+            return result
 
         again.observer = observe
         for part in tokens.split(self._reader.n_batch):
@@ -205,12 +210,8 @@ class _Row:
         ours.restore(CacheState({}, held, {"k": k, "v": v}), k.device)
         return columns
 
-    def _note(self, layer: int, columns: Tensor | None, call: AttentionCall, lse: Tensor) -> None:
+    def _note(self, layer: int, columns: Tensor, new: Tensor) -> None:
         """Keep the largest weight of each key of the context; those of its repetition are none."""
-        if columns is None:
-            return
-        count = len(columns)
-        new = received_by_heads(call, lse, (KeyRange(0, count),), largest=True)[..., :count]
         if layer not in self._found:
             store = self._cache.stores[layer]
             stored = store.seen if self._ragged else _stored(store)[0].shape[2]

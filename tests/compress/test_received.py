@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from saccade.cache import QuantizedCache, RingCache
-from saccade.compress import received_attention, received_by_heads
-from saccade.core import BlockSelection, DenseKV, Mask
-from saccade.ops import attend, make_call
+from saccade.compress import received_attention
+from saccade.core import BlockSelection, DenseKV, Mask, Unsupported
+from saccade.ops import attend, attend_received, make_call
+from tests.support import views
 
 LENGTH, NEW = 70, 23
 
@@ -58,6 +59,12 @@ CASES = {
 }
 
 
+def single(call):
+    """The call in float32, as kernels take it."""
+    kv = DenseKV(call.kv.k.float(), call.kv.v.float())
+    return call.with_(q=call.q.float(), kv=kv)
+
+
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 @pytest.mark.parametrize("name", CASES)
 def test_mass_is_that_of_a_dense_softmax(name, scale):
@@ -70,13 +77,15 @@ def test_mass_is_that_of_a_dense_softmax(name, scale):
     if "alibi_slopes" in options:
         formula["slopes"] = options["alibi_slopes"].double()
     call = make_call(q, DenseKV(k, v), **{"mask": Mask(), **options})
-    received = received_attention(call, attend(call, backend="reference").lse)
+    received = received_attention(call, attend_received(call, backend="reference")[1])
     expected = softmax(q, k, **formula)
     assert torch.allclose(received.mass.double(), expected.sum((1, 2)), atol=2e-4, rtol=1e-4)
-    groups, lse = expected.unflatten(1, (2, 2)), attend(call, backend="reference").lse
+    groups = expected.unflatten(1, (2, 2))
     for largest, by_head in ((False, groups.sum(3).mean(2)), (True, groups.amax((2, 3)))):
-        found = received_by_heads(call, lse, largest=largest)
-        assert torch.allclose(found.double(), by_head, atol=2e-4, rtol=1e-4)
+        for backend in ("reference", "cpu"):
+            plain = call if backend == "reference" else single(call)
+            found = attend_received(plain, backend=backend, largest=largest)[1]
+            assert torch.allclose(found.double(), by_head, atol=2e-4, rtol=1e-4)
     if name != "learned sinks":
         rows = (expected.sum(-1) > 0.5).sum((1, 2)).double()
         assert torch.allclose(received.mass.sum(-1).double(), rows, rtol=1e-4)
@@ -86,7 +95,7 @@ def test_queries_in_reach_follow_the_mask_and_not_the_blocks():
     q, k, v = qkv()
     mask, blocks = Mask(window=9, sinks=3), CASES["blocks"][0]["blocks"]
     call = make_call(q, DenseKV(k, v), mask=mask, blocks=blocks, key_padding=PADDING)
-    found = received_attention(call, attend(call).lse).queries
+    found = received_attention(call, attend_received(call)[1]).queries
     q_pos, k_pos = torch.arange(LENGTH - NEW, LENGTH)[:, None], torch.arange(LENGTH)[None]
     expected = (mask.allows(q_pos, k_pos)[None] & PADDING[:, None]).sum(1)
     assert torch.equal(found, expected.float())
@@ -100,6 +109,71 @@ def test_views_of_rings_and_transformed_keys():
         cache.append(k[:, :, :-NEW], v[:, :, :-NEW])
         view = cache.append(k[:, :, -NEW:], v[:, :, -NEW:])
         call = make_call(q, view, mask=Mask(window=window, sinks=sinks))
-        mass = received_attention(call, attend(call).lse).mass
+        mass = received_attention(call, attend_received(call)[1]).mass
         expected = softmax(q.double(), k.double(), window=window, sinks=sinks).sum((1, 2))
         assert (mass - expected).abs().max() < bound
+
+
+def formula(q, k, scale, offset):
+    """Weights `[B, Hkv, G, t, L]` in float64 of causal queries at `offset` and later."""
+    grouped = q.double().unflatten(1, (k.shape[1], -1))
+    scores = scale * grouped @ k.double()[:, :, None].mT
+    at = torch.arange(offset, offset + q.shape[2])[:, None]
+    return scores.masked_fill(torch.arange(k.shape[2]) > at, -torch.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rows", "keys"),
+    [(9, 3, 64, 300, 300), (4, 4, 37, 5, 150), (5, 1, 136, 1, 131), (8, 2, 16, 140, 400)],
+)
+def test_kernels_follow_the_formula(dtype, heads, kv_heads, dim, rows, keys):
+    """Every ratio of heads, odd head dims, few rows and many, on one thread and on three."""
+    torch.manual_seed(dim)
+    q = torch.randn(2, heads, rows, dim).mul(2).to(dtype)
+    k, v = (torch.randn(2, kv_heads, keys, dim).to(dtype) for _ in range(2))
+    call = make_call(q, DenseKV(k, v), mask=Mask(), scale=0.2)
+    weights = formula(q, k, 0.2, keys - rows)
+    bound = 1e-4 if dtype == torch.float32 else 1e-3  # products of 16-bit numbers are exact
+    threads = torch.get_num_threads()
+    for largest, right in ((False, weights.sum(3).mean(2)), (True, weights.amax((2, 3)))):
+        results = []
+        for count in (1, 3, 3):
+            torch.set_num_threads(count)
+            try:
+                results.append(attend_received(call, backend="cpu", largest=largest))
+            finally:
+                torch.set_num_threads(threads)
+            out, received = results[-1]
+            assert torch.allclose(received.double(), right, rtol=bound, atol=1e-6)
+            assert torch.allclose(out.lse, attend(call, backend="cpu").lse, rtol=1e-5, atol=1e-5)
+        assert torch.equal(results[1][1], results[2][1])  # in whatever order threads add
+        again = attend(call, backend="cpu").out
+        assert torch.allclose(results[0][0].out.float(), again.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["ring", "paged", "ragged", "quantized"])
+def test_kernels_read_every_view_of_keys(kind):
+    """Keys of a view are those of the formula, by their positions; some heads have fewer."""
+    q, k, v = (x.float() for x in qkv())
+    kept = torch.rand(2, 2, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.7
+    view = {
+        "ring": lambda: views.ring(k, v),
+        "paged": lambda: views.paged(k, v, 16),
+        "ragged": lambda: views.ragged(k, v, kept),
+        "quantized": lambda: views.quantized(k, v, 6),
+    }[kind]()
+    hidden = ~kept.repeat_interleave(2, 1)[:, :, None] if kind == "ragged" else None
+    call = make_call(q, view, mask=Mask())
+    right = softmax(q.double(), k.double(), hidden=hidden).unflatten(1, (2, 2)).sum(3).mean(2)
+    found = attend_received(call, backend="cpu")[1]
+    assert (found - right).abs().max() < (0.05 if kind == "quantized" else 1e-5)
+
+
+def test_packed_sequences_are_refused():
+    q, k, v = (x.float() for x in qkv())
+    bounds = torch.tensor([0, 10, NEW], dtype=torch.int32)
+    kv = DenseKV(k[:1, :, :NEW], v[:1, :, :NEW])
+    packed = make_call(q[:1], kv, mask=Mask(), cu_seqlens=bounds)
+    with pytest.raises(Unsupported, match="packed"):
+        attend_received(packed)

@@ -11,6 +11,7 @@ from saccade.cache import DenseCache, QuantizedCache, RingCache, make_layer_cach
 from saccade.core import Unsupported
 from saccade.hf import KEY, Context, HFModel, SaccadeCache, attach
 from saccade.hf.layers import layer_windows
+from saccade.ops import attend
 from saccade.runtime.params import ContextParams
 from tests.tiny_models import WINDOW, tiny_config, tiny_model
 
@@ -201,7 +202,13 @@ def test_layers_that_select_keys_are_refused():
 def test_observer_sees_every_call(ids):
     model = tiny_model(tiny_config("gemma3"), KEY)
     cache, calls = exact_cache(model), []
-    cache.observer = lambda *seen: calls.append(seen)
+
+    def observe(layer, call, backend):
+        result = attend(call, backend=backend)
+        calls.append((layer, call, result.lse))
+        return result
+
+    cache.observer = observe
     model(ids, past_key_values=cache)
     cache.observer = None
     model(ids[:, :1], past_key_values=cache)

@@ -21,6 +21,7 @@ from saccade.ops.attention.cpu.binding import (
     extension,
     in_kernel_form,
     is_strided,
+    record,
     workspace_bytes,
 )
 from saccade.ops.attention.cpu.gradients import backward
@@ -109,5 +110,22 @@ def run(call: AttentionCall) -> AttentionOutput:
     return AttentionOutput(out, lse)
 
 
+def run_received(call: AttentionCall, *, largest: bool) -> tuple[AttentionOutput, Tensor]:
+    """`run`, and what each key received; see `attend_received`, where calls are chosen."""
+    batch, kv_heads, end, _, value_dim = call.kv.shape
+    shape = call.q.shape[:3]
+    out = call.q.new_empty((*shape, value_dim))
+    lse = call.q.new_empty(shape, dtype=torch.float32)
+    received = call.q.new_empty((batch, kv_heads, end), dtype=torch.float32)
+    if counting():
+        note_workspace(workspace_bytes(call, receives=True))
+    if not planning():
+        kernels = extension()
+        assert kernels is not None
+        plain = in_kernel_form(call)
+        kernels.attend_received(*arguments(plain, out, lse), record(received), largest)
+    return AttentionOutput(out, lse), received
+
+
 forward = run
-__all__ = ["backward", "forward", "refusal", "run"]
+__all__ = ["backward", "forward", "refusal", "run", "run_received"]

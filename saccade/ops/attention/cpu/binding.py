@@ -115,7 +115,7 @@ def _other_tensors(call: AttentionCall) -> list[Tensor]:
     return [x for x in found if x is not None]
 
 
-def workspace_bytes(call: AttentionCall) -> int:
+def workspace_bytes(call: AttentionCall, *, receives: bool = False) -> int:
     """Bytes that the kernels allocate for themselves on all of torch's threads.
 
     On a busy machine saccade's own threads may hold as much besides (csrc/pool.cpp).
@@ -136,6 +136,7 @@ def workspace_bytes(call: AttentionCall) -> int:
         call.q.element_size() if call.kv.hadamard else 0,
         torch.get_num_threads(),
         target(),
+        receives,
     )
 
 
