@@ -11,6 +11,9 @@ from torch import Tensor
 from saccade.compress.observation import LayerObservation, Observes
 from saccade.compress.policy import SINKS, Policy, group_mean
 
+ROWS = 256
+"""Keys whose products stay in the nearer caches of a CPU."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedAttention(Policy):
@@ -41,13 +44,12 @@ class ExpectedAttention(Policy):
     def scores(self, observation: LayerObservation, kept: int) -> Tensor:
         """Importance `[B, Hkv, L]`; +inf for the sinks."""
         assert observation.expected is not None, "the policy observes it"
-        k, kv_heads = observation.k.float(), observation.k.shape[1]
-        mean, covariance = observation.expected
+        k, kv_heads = observation.k, observation.k.shape[1]
         scale = observation.queries.scale
-        mean, covariance = (x.unflatten(1, (kv_heads, -1)) for x in (mean, covariance))
-        keys = k[:, :, None]  # [B, Hkv, 1, L, D]
-        logits = scale * (keys @ mean[..., None])[..., 0]
-        logits = logits + scale**2 / 2 * ((keys @ covariance) * keys).sum(-1)
+        mean, covariance = (x.unflatten(1, (kv_heads, -1)) for x in observation.expected)
+        mean, covariance = scale * mean, scale**2 / 2 * covariance
+        parts = [_expected_logits(part.float(), mean, covariance) for part in k.split(ROWS, dim=2)]
+        logits = torch.cat(parts, dim=-1)  # [B, Hkv, G, L]
         rank = observation.rank.expand(k.shape[:3])
         left_out = (rank < self.sinks)[:, :, None]  # the sinks take no part in the softmax
         weights = F.softmax(logits.masked_fill(left_out, -torch.inf), -1).nan_to_num()
@@ -56,3 +58,14 @@ class ExpectedAttention(Policy):
         scores = (weights + self.epsilon) * sizes
         scores = scores.masked_fill(rank < min(self.sinks, kept), torch.inf)
         return observation.only_keys(scores)
+
+
+def _expected_logits(k: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """mean.k + k' covariance k of each key, `[B, Hkv, G, n]`.
+
+    Args:
+        k: `[B, Hkv, n, D]`; mean: `[B, Hkv, G, D]`; covariance: `[B, Hkv, G, D, D]`.
+    """
+    rows = covariance.transpose(2, 3).flatten(3)  # [B, Hkv, D, G * D]: one product for a group
+    turned = (k @ rows).unflatten(3, mean.shape[2:])  # [B, Hkv, n, G, D]
+    return (turned.add_(mean[:, :, None]).mul_(k[:, :, :, None])).sum(-1).mT

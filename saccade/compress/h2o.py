@@ -15,8 +15,8 @@ from saccade.compress.policy import Policy
 class H2O(Policy):
     """Weight that a key received from all queries so far, summed, the mean of its group of heads.
 
-    The weights are computed from what attention itself returned, a tile of keys at a time, so
-    nothing of the size of the prompt squared is ever stored.  The sum favours old keys, which more
+    The weights are those of the attention that runs anyway (`ops.attend_received`), and nothing of
+    the size of the prompt squared is ever stored.  The sum favours old keys, which more
     queries have seen; a part of the budget therefore goes to the newest, as in the paper.
 
     Args:

@@ -35,8 +35,8 @@ def with_statistics(
     plain = rotate(q.float(), -positions.clamp_min(0))
     count = real.sum((1, 2, 3))
     per_row = count.clamp_min(1)[:, None, None]
-    mean = (plain * real).sum(2) / per_row
-    centered = (plain - mean[:, :, None]) * real
+    mean = (real.mT @ plain)[:, :, 0] / per_row
+    centered = plain.sub_(mean[:, :, None]).mul_(real)
     scatter = centered.mT @ centered
     if older is not None and older.counted is not None:
         assert older.mean is not None and older.scatter is not None
@@ -69,10 +69,18 @@ def expected_queries(
     """
     assert queries.mean is not None and queries.counted is not None and queries.scatter is not None
     width = queries.mean.shape[-1]
-    at = torch.arange(first, first + future, device=queries.mean.device)
-    basis = torch.eye(width, device=queries.mean.device)
-    turned = rotate(basis[None, :, None].expand(1, width, future, width), at)
-    rotation = turned.mean(2)[0]  # row i: where the unit vector i goes
+    basis = torch.eye(width, device=queries.mean.device)[None, :, None]
+    total = _sum_of_rotations(rotate, basis, future)
+    rotation = rotate(total, first)[0, :, 0] / future  # row i: where the unit vector i goes
     per_row = queries.counted.clamp_min(1)[:, None, None, None]
     covariance = rotation.T @ (queries.scatter / per_row) @ rotation
     return ExpectedQueries(queries.mean @ rotation, covariance)
+
+
+def _sum_of_rotations(rotate: Rotate, x: Tensor, count: int) -> Tensor:
+    """The sum of `x` moved by 0 to `count - 1` positions; rotations add, so halves are moved."""
+    if count == 1:
+        return x
+    half = _sum_of_rotations(rotate, x, count // 2)
+    total = half + rotate(half, count // 2)
+    return total + rotate(x, count - 1) if count % 2 else total
