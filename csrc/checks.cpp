@@ -63,9 +63,9 @@ void Checker::check_received() {
   const int64_t keys = x.shape[2];
   require(c_.kv.kind == ViewKind::ragged || keys >= end_, "received must have a place for each key.");
   check_shape(x, "received", {batch_, p_.kv_heads, keys});
-  require(is_empty(x) || (x.stride[1] == keys || p_.kv_heads == 1) &&
-                             (x.stride[0] == p_.kv_heads * keys || batch_ == 1),
-          "received must be contiguous.");
+  const bool heads = x.stride[1] == keys || p_.kv_heads == 1;
+  const bool rows = x.stride[0] == p_.kv_heads * keys || batch_ == 1;
+  require(is_empty(x) || (heads && rows), "received must be contiguous.");
   require(!c_.cu_q, "received cannot be computed for packed sequences.");
   check_written(x, "received");
   check_apart(x, "received", c_.out, "out");

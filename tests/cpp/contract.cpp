@@ -22,11 +22,12 @@ namespace {
 
 using saccade::Kernels;
 
-constexpr double kLseAllowance = 1e-4;
+constexpr double kLseAllowance = 1e-4, kReceivedAllowance = 1e-4;
 
 struct Verdict {
   double error = 0;    // of out and gradients, as a share of what is allowed
   double lse = 0;      // the same of the lse
+  double received = 0;  // the same of what keys receive
   double damaged = 0;  // of a wrong result: has to be above 1
 };
 
@@ -59,6 +60,22 @@ void run_backward(const Kernels& kernels, Inputs& in, const Array& dout,
                                                 [&](size_t i) { return dv.get((int64_t)i); }));
 }
 
+// What keys receive, summed or the largest, with the attention of the same call.
+void run_received(const Kernels& kernels, Inputs& in, const Result<double>& truth, bool largest,
+                  Verdict& verdict) {
+  const Case& c = in.c;
+  Array received(Dtype::f32, {c.batch, c.kv_heads, c.kv_len});
+  saccade::CallArg call = in.call;
+  call.received = received.arg();
+  call.largest = largest;
+  saccade::CheckedProblem checked;
+  saccade::check(call, checked);
+  kernels.attend(checked.problem);
+  const auto& right = largest ? truth.largest : truth.received;
+  const double error = distance(right, [&](size_t i) { return received.get((int64_t)i); });
+  verdict.received = std::max(verdict.received, error / kReceivedAllowance);
+}
+
 Verdict run(const Kernels& kernels, const Case& c) {
   source.seed(2205);
   Inputs in(c);
@@ -79,6 +96,7 @@ Verdict run(const Kernels& kernels, const Case& c) {
   auto lse_at = [&](size_t i) { return in.lse.get((int64_t)i); };
   verdict.error = share(c.dtype, truth.out, eager.out, out_at);
   verdict.lse = distance(truth.lse, lse_at) / kLseAllowance;
+  for (bool largest : {false, true}) run_received(kernels, in, truth, largest, verdict);
   if (c.backward) run_backward(kernels, in, dout, truth, eager, verdict);
   return verdict;
 }
@@ -93,13 +111,14 @@ int run_target(const Kernels& kernels) {
       verdict = run(kernels, c);
       if (!(verdict.error <= 1)) problem = "WRONG";
       if (!(verdict.lse <= 1)) problem = "WRONG lse";
+      if (!(verdict.received <= 1)) problem = "WRONG received";
       if (!(verdict.damaged > 1)) problem = "a wrong result would pass";
     } catch (const std::exception& error) {
       problem = error.what();
     }
     failed += !problem.empty();
-    std::printf("%-8s %-44s %5.2f of the allowed error, lse %5.2f  %s\n", kernels.name, c.name,
-                verdict.error, verdict.lse, problem.c_str());
+    std::printf("%-8s %-44s %5.2f of the allowed error, lse %5.2f, received %5.2f  %s\n",
+                kernels.name, c.name, verdict.error, verdict.lse, verdict.received, problem.c_str());
   }
 #if __has_include("../../csrc/linear.h")
   failed += run_linear(*kernels.linear, kernels.name);

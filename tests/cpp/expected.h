@@ -12,6 +12,7 @@ constexpr double kNothing = -std::numeric_limits<double>::infinity();
 template <class Real>
 struct Result {
   std::vector<Real> out, lse, dq, dk, dv;
+  std::vector<Real> received, largest;  // [batch, kv_heads, kv_len], by position
 };
 
 // Whether query i of head h attends to a key.  `skip` is a position that nobody sees (-1: none).
@@ -50,6 +51,8 @@ Result<Real> attend(Inputs& in, const Array* dout = nullptr, int64_t skip = -1) 
   const int64_t rows = c.batch * c.heads * c.q_len, slots = c.batch * c.kv_heads * c.kv_len;
   r.out.assign(rows * c.value_dim, 0);
   r.lse.assign(rows, (Real)kNothing);
+  r.received.assign(slots, 0);
+  r.largest.assign(slots, 0);
   if (dout) {
     r.dq.assign(rows * c.dim, 0);
     r.dk.assign(slots * c.dim, 0);
@@ -74,6 +77,13 @@ Result<Real> attend(Inputs& in, const Array* dout = nullptr, int64_t skip = -1) 
     for (size_t j = 0; j < keys.size(); ++j)
       for (int64_t d = 0; d < c.value_dim && scores[j] != (Real)kNothing; ++d)
         out[d] += std::exp(scores[j] - r.lse[row]) * (Real)keys[j].v[d];
+    for (size_t j = 0; j < keys.size(); ++j) {
+      if (scores[j] == (Real)kNothing) continue;
+      const Real weight = std::exp(scores[j] - r.lse[row]);
+      const int64_t at = (b * c.kv_heads + head) * c.kv_len + keys[j].position;
+      r.received[at] += weight / (Real)(c.heads / c.kv_heads);
+      r.largest[at] = std::max(r.largest[at], weight);
+    }
     if (!dout) continue;
     Real delta = 0;
     for (int64_t d = 0; d < c.value_dim; ++d)
