@@ -154,6 +154,7 @@ def _chosen(
     """The params with the sparse pattern that pays for this prompt, said with its reason."""
     from saccade.hf.sparse_choice import choose_sparse
 
+    notes.say(f"Measuring which pattern pays for these {len(tokens):,} tokens ...")
     choice = choose_sparse(loaded, tokens, params)
     notes.note(f"--sparse auto: {choice.why}")
     return replace(params, sparse=choice.pattern)
