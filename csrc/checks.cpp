@@ -61,7 +61,8 @@ void Checker::check_received() {
   check_tensor(x, "received", 3);
   check_dtype(x, "received", Dtype::f32);
   const int64_t keys = x.shape[2];
-  require(c_.kv.kind == ViewKind::ragged || keys >= end_, "received must have a place for each key.");
+  require(c_.kv.kind == ViewKind::ragged || keys >= end_,
+          "received must have a place for each key.");
   check_shape(x, "received", {batch_, p_.kv_heads, keys});
   const bool heads = x.stride[1] == keys || p_.kv_heads == 1;
   const bool rows = x.stride[0] == p_.kv_heads * keys || batch_ == 1;

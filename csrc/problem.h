@@ -85,7 +85,7 @@ struct Problem {
   int64_t q_block, k_block;  // 0 where there are no blocks
   ByteGrid attn_mask;
   bool hadamard;  // q and out are still to be transformed (hadamard.h)
-  // What each key receives (received.h): contiguous [received_batch, kv_heads, received_end], or null.
+  // What each key receives (received.h): contiguous [received_batch, kv_heads, received_end].
   float* received;
   int64_t received_batch, received_end;
   bool receives, largest;  // `receives` alone where there are no tensors yet

@@ -1,9 +1,9 @@
 // What keys receive: the weights of all rows on each key of a KV head, summed or the largest.
 //
 // A row divides its weights by the sum of all of them, which is known behind its last tile.  So an
-// item keeps what the softmax of each strip gave, 2^(score - m) with the maximum m of that time, and
-// multiplies it by 2^(m - lse) at the end: an addition for each pair of a row and a key, where
-// computing the scores again would take as many as a head has channels.
+// item keeps what the softmax of each strip gave, 2^(score - m) with the maximum m of that time,
+// and multiplies it by 2^(m - lse) at the end: one multiply-add for each pair of a row and a key,
+// where computing the scores again would take as many as a head has channels.
 //
 // Items of the same KV head add to the same keys.  They do so in integers, whose sum is the same in
 // any order, so the result does not depend on how threads are scheduled.
@@ -43,7 +43,6 @@ class Received {
  public:
   void lay_out(Arena& arena, const Problem& p, const WorkItem& item, int64_t padded_rows) {
     const int64_t tiles = ceil_div(visible_keys(p, item), kTile) + 2;
-    rows_ = padded_rows;
     positions_ = arena.take<int32_t>(tiles * kTile);
     strips_ = arena.take<Strip>(tiles * ceil_div(padded_rows, 2));
     weights_ = arena.take<float>(tiles * padded_rows * kTile);
@@ -57,8 +56,8 @@ class Received {
     for (int j = 0; j < kTile; ++j) out[j] = j < tile.count ? tile.positions[j] : kNoKey;
   }
 
-  // Keeps the weights of `rows` rows from `first` for columns begin .. end of the tile, multiples of
-  // a panel, and the maxima that they were computed with.
+  // Keeps the weights of `rows` rows from `first` for columns begin .. end of the tile, multiples
+  // of a panel, and the maxima that they were computed with.
   void keep(int first, int rows, const float* weights, int stride, const float* maxima, int begin,
             int end) {
     const int width = end - begin;
@@ -75,8 +74,10 @@ class Received {
     int64_t strip = 0;
     for (int64_t tile = 0; tile < num_tiles_; ++tile) {
       alignas(64) float found[kTile] = {};
-      for (; strip < num_strips_ && strips_[strip].tile == tile; ++strip)
-        p.largest ? weigh<true>(strips_[strip], lse, found) : weigh<false>(strips_[strip], lse, found);
+      for (; strip < num_strips_ && strips_[strip].tile == tile; ++strip) {
+        const Strip& s = strips_[strip];
+        p.largest ? weigh<true>(s, lse, found) : weigh<false>(s, lse, found);
+      }
       const int32_t* positions = positions_ + tile * kTile;
       for (int j = 0; j < kTile; ++j)
         if (found[j] != 0.f && positions[j] < p.received_end)
@@ -128,7 +129,7 @@ class Received {
 
   static constexpr int kStripPad = 32 + W;
 
-  int64_t rows_ = 0, num_tiles_ = 0, num_strips_ = 0, num_weights_ = 0, num_maxima_ = 0;
+  int64_t num_tiles_ = 0, num_strips_ = 0, num_weights_ = 0, num_maxima_ = 0;
   int32_t* positions_ = nullptr;
   Strip* strips_ = nullptr;
   float *weights_ = nullptr, *maxima_ = nullptr;

@@ -13,7 +13,7 @@ namespace saccade::SACCADE_TARGET {
 constexpr int64_t kDecodeRows = 8;      // up to here reading the keys costs more than arithmetic
 constexpr int64_t kItemsPerThread = 4;  // for balance
 constexpr int64_t kBlockRows = 384;
-constexpr int64_t kKeptWeights = 1 << 18;  // of a block, for received.h: what the second cache holds
+constexpr int64_t kKeptWeights = 1 << 18;  // of a block, for received.h: the second cache's size
 
 struct WorkItem {
   int64_t sequence, head;  // KV head
