@@ -15,6 +15,8 @@ from saccade.ops.attention.call import AttentionCall
 from saccade.ops.attention.cpu import backend as cpu
 from saccade.ops.attention.masks import bias_of, seen_kv, visible_pairs
 
+FEW = 8
+"""Rows of a KV head that the C++ kernels decode (kDecodeRows)."""
 TILE = 128
 """Keys whose scores by all queries of a call stay in the nearer caches of a CPU."""
 
@@ -63,7 +65,9 @@ def _in_kernels(call: AttentionCall, backend: str) -> bool:
     behind = isinstance(call.kv, QuantizedKV) and call.kv.first > 0
     if torch.compiler.is_compiling() or behind:
         return False
-    return dispatch.refusal(call, "cpu") is None
+    if call.q.shape[2] * call.num_groups <= FEW and backend == "auto":
+        return False  # decoding has kernels of its own, whose output has other last bits
+    return dispatch.choose(call, backend) is dispatch.load("cpu")
 
 
 def received_of(
