@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_sparse --seconds 240 --out sparse_h200.json
 
 Llama-3.1-8B's heads, 32 queries on 8 KV heads of 128, bfloat16.  Queries and keys have structure:
-each segment of a text has a topic, and a query resembles the topic of one earlier segment.  Before
-it is timed, each sparse result is compared with a formula in float64 at its first and last query,
-and its LSE never exceeds that of dense attention; recall is exp(LSE of the selection - LSE of all
-keys).  Dense and sparse calls run in turns, and medians are compared.  Steps of decoding are
+each segment of a text has a topic, and a query resembles the topic of a segment that has begun.
+Before it is timed, each sparse result is compared with a formula in float64 at its first and last
+query, and its LSE never exceeds that of dense attention; recall is exp(LSE of the selection - LSE
+of all keys).  Dense and sparse calls run in turns, and medians are compared.  Steps of decoding are
 measured eagerly, and captured in one CUDA graph over the caches of several layers, so that none of
 them stays in the L2 cache.  `--device cpu --keys 1024` runs all of it in small, graphs excepted.
 """
@@ -53,7 +53,9 @@ def inputs(keys: int, q_len: int, device: str, seed: int = 0) -> tuple[Tensor, D
     segments = -(-keys // SEGMENT)
     topics = normal(1, KV_HEADS, segments, DIM)
     k = topics.repeat_interleave(SEGMENT, 2)[:, :, :keys] + normal(1, KV_HEADS, keys, DIM)
-    asked = torch.randint(segments, (q_len // 128 + 1,), generator=generator, device=device)
+    begins = torch.arange(keys - q_len, keys + 1, 128, device=device)  # of 128 queries
+    share = torch.rand(len(begins), generator=generator, device=device)
+    asked = (share * (begins // SEGMENT + 1).clamp(max=segments)).long()
     q = topics[:, :, asked].repeat_interleave(128, 2)[:, :, :q_len]
     q = q.repeat_interleave(HEADS // KV_HEADS, 1) + normal(1, HEADS, q_len, DIM)
     v = normal(1, KV_HEADS, keys, DIM)

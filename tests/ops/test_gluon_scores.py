@@ -91,7 +91,7 @@ class TestOnGPU:
         """The reference reads the same view: what quantizing costs is no error of the kernel."""
         q, k, v = random(2, 6, 200, 128), random(2, 2, 700, 128), random(2, 2, 700, 128)
         make = {"ring": views.ring, "paged": lambda k, v: views.paged(k, v, 64),
-                "int8": lambda k, v: views.quantized(k, v, recent=64, bits=8)}[kind]  # fmt: skip
+                "int8": lambda k, v: views.quantized(k, v, recent=60, bits=8)}[kind]  # fmt: skip
         options = {"softcap": 2.0, "alibi_slopes": SLOPES.cuda()}
         call = make_call(q, make(k, v), mask=Mask(), q_offset=450, **options)
         truth, ours = (attend(call, backend=name) for name in ("tiled", "gluon"))

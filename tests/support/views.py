@@ -46,7 +46,8 @@ def paged(k: Tensor, v: Tensor, page: int, kv_lens: Sequence[int] | None = None)
             at = int(table[row, position // page]), slice(None), position % page
             for pool, x in zip(pools, (k, v), strict=True):
                 pool[at] = x[row, :, position]
-    return PagedKV(pools[0], pools[1], table, torch.tensor(ends, dtype=torch.int32), max(ends))
+    lens = torch.tensor(ends, dtype=torch.int32, device=k.device)
+    return PagedKV(pools[0], pools[1], table.to(k.device), lens, max(ends))
 
 
 def ragged(k: Tensor, v: Tensor, kept: Tensor, page: int = 8) -> RaggedKV:
