@@ -315,6 +315,27 @@ def h200_latent_products() -> str:
     return f"{min(found):.2f} to {max(found):.2f} times"
 
 
+def kvzip_needles() -> str:
+    """Needles that KVzip finds with half and with a quarter of the keys."""
+    found = _needles()
+    return " and ".join(str(found["kvzip", share]) for share in (0.5, 0.25))
+
+
+def other_needles() -> str:
+    """The most that another policy finds with half and with a quarter of the keys."""
+    found = _needles()
+    most = (
+        max(n for (name, kept), n in found.items() if name != "kvzip" and kept == share)
+        for share in (0.5, 0.25)
+    )
+    return " and ".join(map(str, most))
+
+
+def _needles() -> dict[tuple[str, float | None], int]:
+    rows = record("kv-policies")["rows"]
+    return {(row["policy"], row.get("budget")): row["needles"] for row in rows}
+
+
 def sparse_model() -> str:
     """Steps of the whole model: the dense time by that of Quest and of block top-k."""
     row = next(r for r in record("sparse_cpu")["rows"] if r["name"].startswith("a step"))
@@ -342,6 +363,8 @@ FACTS: dict[str, Callable[[], str]] = {
         h200_sparse_share,
         h200_sparse_short,
         h200_sparse_step,
+        kvzip_needles,
+        other_needles,
         sparse_best,
         sparse_decode,
         sparse_model,

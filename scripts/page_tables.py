@@ -154,11 +154,14 @@ def kv_policies(path: Path) -> str:
     budgets = list(dict.fromkeys(row["budget"] for row in found if "budget" in row))
     by_place = {(row["policy"], row.get("budget")): row for row in found}
     lines = [
-        Line(name, [_kept(by_place[name, budget]) for budget in budgets])
+        Line(
+            name, [*(_kept(by_place[name, b]) for b in budgets), _cost(by_place[name, budgets[0]])]
+        )
         for name in dict.fromkeys(row["policy"] for row in found if "budget" in row)
     ]
     dense, tokens = found[0], f"{found[0]['tokens']:,} tokens"
     titles = [f"{b:.0%} kept" if isinstance(b, float) else f"{b} keys kept" for b in budgets]
+    titles.append("read, compressed")
     answers = f"{dense['needles']}/{dense['asked']} needles with all keys"
     return table_text(Table([Heading(title) for title in titles], lines, f"{tokens}, {answers}"))
 
@@ -166,6 +169,11 @@ def kv_policies(path: Path) -> str:
 def _kept(row: dict[str, Any]) -> Cell:
     kl = with_error(row["kl"], row["kl_se"])
     return Cell(f"KL {kl}, {as_share(row['same_top'])}, {row['needles']}/{row['asked']}")
+
+
+def _cost(row: dict[str, Any]) -> Cell:
+    """Seconds of a processor, to read the context and to compress it to the first budget."""
+    return Cell(f"{row['read_seconds']:.1f} s, {row['policy_seconds']:.2f} s")
 
 
 def kv_decoding(path: Path) -> str:
