@@ -264,7 +264,7 @@ def test_selecting_compiles(dtype, on_device):
         SUMMED,
         choose_kernel,
         pool_kernel,
-        score_kernel,
+        select_kernel,
     )
 
     blocks, bounds = 4096, dtype == torch.bfloat16
@@ -273,14 +273,14 @@ def test_selecting_compiles(dtype, on_device):
     allowed, lists = allowed.to(torch.uint8), meta(KV_HEADS, blocks, dtype=torch.int32)
     at = meta(1, dtype=torch.int64) if on_device else 131_071
     shared = {"q_offset": at, "q_len": 1, "BLOCK": blocks, "DEVICE_OFFSET": on_device}
+    shared |= {"scores": scores, "allowed": allowed, "num_blocks": blocks, "count": blocks,
+               "q_block": 1, "k_block": 32, "sinks": 1, "window": 2, "stride": 0, "top": 61,
+               "least": 0}  # fmt: skip
     for kernel, arguments in (
-        (score_kernel, {"q": Q, "rows": rows, "scores": scores, "q_len": 1, "group": 4,
-                        "kv_heads": KV_HEADS, "count": blocks, "DIM": DIM, "BLOCK_D": DIM,
-                        "BLOCK_Q": 4, "BLOCK": SCORED, "BOUNDS": bounds}),
-        (choose_kernel, shared | {"scores": scores, "allowed": allowed, "num_blocks": blocks,
-                                  "count": blocks, "q_block": 1, "k_block": 32, "sinks": 1,
-                                  "window": 2, "stride": 0, "top": 61, "least": 0, "share": 0.9,
-                                  "scale": 0.1, "HEADS": 4, "BY_SHARE": bounds}),
+        (select_kernel, shared | {"q": Q, "rows": rows, "turns": lists, "group": 4,
+                                  "kv_heads": KV_HEADS, "DIM": DIM, "BLOCK_D": DIM, "BLOCK_Q": 4,
+                                  "SCORED": 2 * SCORED, "BOUNDS": bounds, "PDL": True}),
+        (choose_kernel, shared | {"share": 0.9, "scale": 0.1, "HEADS": 4, "BY_SHARE": bounds}),
         (pool_kernel, {"q": Q, "pooled": scores, "q_len": 8192, "q_block": 64,
                        "programs": KV_HEADS, "heads": 4, "DIM": DIM, "BLOCK_D": DIM, "ROWS": SUMMED,
                        "BOUNDS": bounds}),
@@ -290,7 +290,10 @@ def test_selecting_compiles(dtype, on_device):
             "start": 0, "stop": 131_072, "columns": blocks, "heads": KV_HEADS, "groups": 4,
             "q_block": 1, "k_block": 32, "num_blocks": blocks, "window": None, "sinks": 0,
             "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK": blocks, "Q_COVERED": 1, "K_COVERED": 1,
-            "DEVICE_OFFSET": on_device, "CAUSAL": True, "CUT": False, "BY_KEYS": False}),
+            "DEVICE_OFFSET": on_device, "CAUSAL": True, "CUT": False, "BY_KEYS": False,
+            "PDL": True}),
     ):  # fmt: skip
-        ptx = compile_for(kernel, options={"num_warps": 16}, **arguments).asm["ptx"]
+        warps = {"num_warps": 8 if kernel is select_kernel else 16}
+        ptx = compile_for(kernel, options=warps, **arguments).asm["ptx"]
         assert not re.search(r"(ld|st)\.local", ptx), kernel
+        assert ("atom.global.gpu.acq_rel" in ptx) == (kernel is select_kernel)

@@ -14,9 +14,10 @@ from saccade.core import BlockSelection, DenseKV, KeyRange, Mask
 from saccade.ops import make_call
 from saccade.ops.attention.nvidia import block_lists
 from saccade.ops.attention.nvidia.problem import dense_problem
-from saccade.ops.selection import BlockRule, gpu
+from saccade.ops.selection import BlockRule, gpu, select_blocks, summarize
 from tests.ops.test_triton import DEVICE, pytestmark, runs_kernels
 from tests.sparse.test_selection import draw, expected, rows_of
+from tests.support.gpu import on_gpu
 
 __all__ = ["pytestmark"]  # on a GPU these are GPU tests too
 
@@ -63,6 +64,41 @@ def test_kernels_select_what_the_formula_says(summary, on_device, q_len, past, o
         truth = torch.ones_like(truth)
     assert torch.equal(found[..., : truth.shape[3]], truth)
     assert not found[..., truth.shape[3] :].any()
+
+
+class TestOnGPU:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("summary", ["mean", "bounds"])
+    @pytest.mark.parametrize("past", [8191, 70_000])
+    def test_captured_steps_select_the_same_in_one_launch(self, summary, past):
+        """Replayed for other queries and positions; three calls, whose counters are zeros again."""
+        rule = BlockRule(summary=summary, q_block=32, k_block=32, sinks=1, window=2, top=20)
+        rows = summarize(torch.randn(2, 2, past + 33, 64).cuda(), 32, summary)
+        rows = torch.cat((rows, torch.full_like(rows[:, :, :1], torch.nan)), dim=2)
+        q, at = torch.randn(3, 2, 8, 1, 64).cuda(), torch.tensor([past], device="cuda")
+        blocks = rows.shape[2] + 3
+
+        def work(offset):
+            return [gpu.select(rule, each, rows, offset, blocks) for each in q]
+
+        work(at[0])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = work(at[0])
+        for position in range(past, past - 500, -37):
+            q.normal_()
+            at.fill_(position)
+            graph.replay()
+            known = rows[:, :, : position // 32]
+            for each, captured, eager in zip(q, found, work(position), strict=True):
+                truth = select_blocks(rule, each.cpu(), known.cpu(), position, position + 1).allowed
+                chosen = captured.cpu()
+                assert torch.equal(eager.cpu(), chosen)
+                assert not chosen[..., truth.shape[3] :].any()
+                assert (chosen.sum(-1) == truth.sum(-1)).all()
+                # Scores that round differently may change places at the limit.
+                assert (chosen[..., : truth.shape[3]] != truth).sum() <= 2
 
 
 MASKS = [Mask(), Mask(causal=False), Mask(window=33, sinks=2)]

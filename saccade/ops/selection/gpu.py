@@ -1,8 +1,9 @@
 """Selections on a GPU: a few kernels, where PyTorch's operators are some forty.
 
-Scores of a step are made by one kernel that reads every summary once; those of a prompt by a kernel
-that sums queries and a product of matrices.  Then each block of queries of a row and KV head is one
-program that chooses.  The position may be a tensor: one captured step serves every position.
+A step is one kernel: programs read every summary once, and the last one of a row and KV head to end
+its scores chooses.  Scores of a prompt are made by a kernel that sums queries and a product of
+matrices; then each block of queries of a row and KV head is one program that chooses.  The position
+may be a tensor: one captured step serves every position.
 """
 
 # Triton's own types have neither constexpr arguments of a launch nor its options.
@@ -16,11 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from saccade.ops.gpu.intmath import cdiv, lanes_of, next_power_of_two
-from saccade.ops.gpu.launching import on, strided, unit_rows
+from saccade.ops.gpu.launching import on, pdl_options, strided, unit_rows
 from saccade.ops.gpu.replay import launch_kernel
+from saccade.ops.gpu.triton_lang import pdl_begin
 from saccade.ops.selection.rule import BlockRule
+from saccade.ops.selection.turns import turns_of
 
-SCORED = 32  # summaries of a program
+SCORED = 32  # summaries of a program, twice as many where there are more than
+FEW_SUMMARIES = 1024
 SUMMED = 32  # queries that a program adds at a time
 MOST_BLOCKS = 1 << 14
 BLOCKS_OF_A_WARP = 128
@@ -37,67 +41,99 @@ def select(
     rule: BlockRule, q: Tensor, rows: Tensor, q_offset: int | Tensor, num_blocks: int
 ) -> Tensor:
     """bool `[B, Hkv, q_blocks, num_blocks]`; see `select_blocks`."""
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     kv_heads, count = rows.shape[1], min(rows.shape[2], num_blocks)
     q, rows = unit_rows(q), unit_rows(rows)[:, :, :count]
     by_share = 0 < rule.share < 1
-    few = q_len <= rule.q_block and heads // kv_heads * q_len <= MOST_ROWS and not by_share
-    scores = _scores_of_step(rule, q, rows) if few else _scores(rule, q, rows, by_share)
-    q_blocks, block = cdiv(q_len, rule.q_block), lanes_of(num_blocks)
-    shape = batch, kv_heads, q_blocks, num_blocks
+    shape = batch, kv_heads, cdiv(q_len, rule.q_block), num_blocks
     allowed = torch.empty(shape, dtype=torch.bool, device=q.device)
+    few = q_len <= rule.q_block and heads // kv_heads * q_len <= MOST_ROWS and not by_share
     with on(q.device):
-        launch_kernel(
-            choose_kernel,
-            (q_blocks, batch * kv_heads),
-            scores,
-            allowed.view(torch.uint8),
-            q_offset,
-            q_len,
-            num_blocks,
-            count,
-            rule.q_block,
-            rule.k_block,
-            rule.sinks,
-            rule.window,
-            rule.stride,
-            num_blocks if rule.share else rule.top,
-            float(rule.share),
-            dim**-0.5,
-            rule.least,
-            HEADS=scores.shape[2],
-            BLOCK=block,
-            DEVICE_OFFSET=isinstance(q_offset, Tensor),
-            BY_SHARE=by_share,
-            num_warps=min(16, block // BLOCKS_OF_A_WARP),
-        )
+        turns = turns_of(q.device, batch * kv_heads) if few else None
+        if turns is None:
+            _choose(rule, q, _scores(rule, q, rows, by_share), allowed, q_offset, count)
+        else:
+            _select_at_once(rule, q, rows, turns, allowed, q_offset)
     return allowed
 
 
-def _scores_of_step(rule: BlockRule, q: Tensor, rows: Tensor) -> Tensor:
-    """float32 `[B, Hkv, 1, 1, n]`: of one block of queries, summed over the heads of a group."""
+def _select_at_once(
+    rule: BlockRule,
+    q: Tensor,
+    rows: Tensor,
+    turns: Tensor,
+    allowed: Tensor,
+    q_offset: int | Tensor,
+) -> None:
     (batch, heads, q_len, dim), (kv_heads, count) = q.shape, rows.shape[1:3]
-    shape = batch, kv_heads, 1, 1, count
-    scores = torch.empty(shape, dtype=torch.float32, device=q.device)
-    group = heads // kv_heads
-    with on(q.device):
-        launch_kernel(
-            score_kernel,
-            (cdiv(count, SCORED), batch * kv_heads),
-            strided(q),
-            strided(rows),
-            scores,
-            q_len,
-            group,
-            kv_heads,
-            count,
-            DIM=dim,
-            BLOCK_D=next_power_of_two(dim),
-            BLOCK_Q=next_power_of_two(group * q_len),
-            BLOCK=SCORED,
-            BOUNDS=rule.summary == "bounds",
-        )
-    return scores
+    num_blocks, group = allowed.shape[3], heads // kv_heads
+    scored = SCORED if count <= FEW_SUMMARIES else 2 * SCORED
+    launch_kernel(
+        select_kernel,
+        (cdiv(count, scored), batch * kv_heads),
+        strided(q),
+        strided(rows),
+        torch.empty(batch, kv_heads, count, dtype=torch.float32, device=q.device),
+        allowed.view(torch.uint8),
+        turns,
+        q_offset,
+        q_len,
+        group,
+        kv_heads,
+        num_blocks,
+        count,
+        rule.q_block,
+        rule.k_block,
+        rule.sinks,
+        rule.window,
+        rule.stride,
+        num_blocks if rule.share else rule.top,
+        rule.least,
+        DIM=dim,
+        BLOCK_D=next_power_of_two(dim),
+        BLOCK_Q=next_power_of_two(group * q_len),
+        SCORED=scored,
+        BOUNDS=rule.summary == "bounds",
+        BLOCK=lanes_of(num_blocks),
+        DEVICE_OFFSET=isinstance(q_offset, Tensor),
+        num_warps=8,
+        **pdl_options(q.device),
+    )
+
+
+def _choose(
+    rule: BlockRule,
+    q: Tensor,
+    scores: Tensor,
+    allowed: Tensor,
+    q_offset: int | Tensor,
+    count: int,
+) -> None:
+    (batch, kv_heads, q_blocks, num_blocks), block = allowed.shape, lanes_of(allowed.shape[3])
+    launch_kernel(
+        choose_kernel,
+        (q_blocks, batch * kv_heads),
+        scores,
+        allowed.view(torch.uint8),
+        q_offset,
+        q.shape[2],
+        num_blocks,
+        count,
+        rule.q_block,
+        rule.k_block,
+        rule.sinks,
+        rule.window,
+        rule.stride,
+        num_blocks if rule.share else rule.top,
+        float(rule.share),
+        q.shape[3] ** -0.5,
+        rule.least,
+        HEADS=scores.shape[2],
+        BLOCK=block,
+        DEVICE_OFFSET=isinstance(q_offset, Tensor),
+        BY_SHARE=0 < rule.share < 1,
+        num_warps=min(16, block // BLOCKS_OF_A_WARP),
+    )
 
 
 def _scores(rule: BlockRule, q: Tensor, rows: Tensor, per_head: bool) -> Tensor:
@@ -155,17 +191,17 @@ def pool_kernel(
         tl.store(to + DIM, low, mask=dims < DIM)
 
 
-@triton.jit(do_not_specialize=["q_len", "count"])
-def score_kernel(
+@triton.jit
+def _score(
     q, rows, scores, q_len, group, kv_heads, count,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, SCORED: tl.constexpr,
     BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Scores of BLOCK summaries for the sum of a group's queries."""
+    """Scores of SCORED summaries for the sum of a group's queries."""
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = tl.program_id(1) % kv_heads
     dims, each = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_Q)
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) * SCORED + tl.arange(0, SCORED)
     inside, real = dims < DIM, block < count
     head = (kv_head * group + each // q_len).to(tl.int64)
     q_at = q.ptr + b * q.batch + head * q.head + (each % q_len).to(tl.int64) * q.row
@@ -192,22 +228,30 @@ def _rank_of(x):
 
 
 @triton.jit
-def _rank_of_count(rank, top):
-    """The largest number that at least `top` ranks reach, two bits at a time.
+def _highest(rank, others, top):
+    """The `top` others with the highest ranks, of equal ones the first; all where they are fewer.
 
-    The counts of the three numbers that are tried share one sum, in 16 bits each.
+    The rank that they reach is searched two bits at a time until just as many do.  The counts of
+    the three numbers that are tried share one sum, in 16 bits each.
     """
-    found = tl.full([1], 0, tl.uint32)
-    for i in tl.static_range(16):
-        step = tl.full([1], 1 << (30 - 2 * i), tl.uint32)
+    found, step = tl.cast(0, tl.uint32), tl.cast(1 << 30, tl.uint32)
+    reached = tl.sum(others.to(tl.int64), 0)
+    while (reached > top) & (step > 0):
         counts = (rank >= found + step).to(tl.int64)
         counts += (rank >= found + 2 * step).to(tl.int64) << 16
         counts += (rank >= found + 3 * step).to(tl.int64) << 32
         total = tl.sum(counts, 0)
-        found = tl.where((total & 0xFFFF) >= top, found + step, found)
-        found = tl.where(((total >> 16) & 0xFFFF) >= top, found + step, found)
-        found = tl.where((total >> 32) >= top, found + step, found)
-    return found
+        for i in tl.static_range(1, 4):
+            count = (total >> (16 * (i - 1))) & 0xFFFF
+            found = tl.where(count >= top, found + step, found)
+            reached = tl.where(count >= top, count, reached)
+        step = step >> 2
+    chosen = others & (rank >= found)
+    if reached > top:
+        equal = chosen & (rank == found)
+        left = top - tl.sum((rank > found).to(tl.int32), 0)
+        chosen = (others & (rank > found)) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    return chosen
 
 
 @triton.jit
@@ -234,24 +278,22 @@ def _weights(at, step, others, factor, HEADS: tl.constexpr):
     return found / HEADS
 
 
-@triton.jit(do_not_specialize=["q_offset", "q_len", "count", "sinks", "window", "top", "least"])
-def choose_kernel(
-    scores, allowed, q_offset, q_len, num_blocks, count, q_block, k_block, sinks, window, stride,
-    top, share, scale, least,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, DEVICE_OFFSET: tl.constexpr, BY_SHARE: tl.constexpr,
+@triton.jit
+def _chosen(
+    line, step, first, offset, q_len, count, q_block, k_block, sinks, window, stride, top, share,
+    scale, least, HEADS: tl.constexpr, BLOCK: tl.constexpr, BY_SHARE: tl.constexpr,
 ):  # fmt: skip
     """What one block of queries of a row and KV head reads: always some, and the best others.
 
     The best are the `top` with the highest scores, or BY_SHARE the fewest that hold `share` of the
     weights of a softmax.
+
+    Args:
+        line: scores of the blocks for the first head; step: between those of the heads.
+        first: the first query; offset: the position of query 0.
     """
-    q_blocks, row = tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * q_block
     queries = tl.minimum(q_len - first, q_block)
     block = tl.arange(0, BLOCK)
-    offset = q_offset
-    if DEVICE_OFFSET:
-        offset = tl.load(q_offset).to(tl.int32)
     at = offset + first  # position of the first query
     always = (block < sinks) | (block > at // k_block - window) | (block >= count)
     if stride > 0:
@@ -259,12 +301,11 @@ def choose_kernel(
     always = always | (offset + q_len < least)
     seen = block <= (at + queries - 1) // k_block
     others = seen & (always == 0)
-    step = q_blocks.to(tl.int64) * count
-    line = scores + row * HEADS * step + tl.program_id(0).to(tl.int64) * count
     if BY_SHARE:
         value = _weights(line, step, others, scale / queries, HEADS)
     else:
-        value = tl.load(line + block, mask=others, other=0.0)
+        # Other programs of the same launch may have written them: not through the L1 cache.
+        value = tl.load(line + block, mask=others, other=0.0, cache_modifier=".cg")
         value = tl.where(value > -3e38, value, -3e38)  # NaN too
         value = tl.where(value < 3e38, value, 3e38)
     rank = tl.where(others, _rank_of(value), 0)
@@ -273,11 +314,62 @@ def choose_kernel(
         held = tl.sum(tl.where(rank > limit, value, 0.0), 0)
         highest = tl.max(tl.where(rank <= limit, value, 0.0), 0)  # the weight at the limit
         left = tl.ceil((share - held) / tl.maximum(highest, 1e-30)).to(tl.int32)
+        equal = others & (rank == limit)
+        chosen = equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)
+        chosen = (others & (rank > limit)) | chosen
     else:
-        limit = _rank_of_count(rank, top)
-        left = top - tl.sum((rank > limit).to(tl.int32), 0)
-    equal = others & (rank == limit)
-    chosen = equal & (tl.cumsum(equal.to(tl.int32), 0) <= left)
-    chosen = (others & (rank > limit)) | chosen | (always & seen)
+        chosen = _highest(rank, others, top)
+    return chosen | (always & seen)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_len", "count", "sinks", "window", "top", "least"])
+def choose_kernel(
+    scores, allowed, q_offset, q_len, num_blocks, count, q_block, k_block, sinks, window, stride,
+    top, share, scale, least,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, DEVICE_OFFSET: tl.constexpr, BY_SHARE: tl.constexpr,
+):  # fmt: skip
+    """What one block of queries of a row and KV head reads."""
+    q_blocks, row = tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    offset = q_offset
+    if DEVICE_OFFSET:
+        offset = tl.load(q_offset).to(tl.int32)
+    step = q_blocks.to(tl.int64) * count
+    line = scores + row * HEADS * step + tl.program_id(0).to(tl.int64) * count
+    chosen = _chosen(
+        line, step, tl.program_id(0) * q_block, offset, q_len, count, q_block, k_block, sinks,
+        window, stride, top, share, scale, least, HEADS, BLOCK, BY_SHARE,
+    )  # fmt: skip
+    block = tl.arange(0, BLOCK)
     to = allowed + (row * q_blocks + tl.program_id(0)) * num_blocks + block
     tl.store(to, chosen.to(tl.uint8), mask=block < num_blocks)
+
+
+@triton.jit(do_not_specialize=["q_offset", "q_len", "count", "sinks", "window", "top", "least"])
+def select_kernel(
+    q, rows, scores, allowed, turns, q_offset, q_len, group, kv_heads, num_blocks, count, q_block,
+    k_block, sinks, window, stride, top, least,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, SCORED: tl.constexpr,
+    BOUNDS: tl.constexpr, BLOCK: tl.constexpr, DEVICE_OFFSET: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Both at once, for one block of queries: the last program of a head to end its scores chooses.
+
+    Args:
+        turns: int32 zeros for each row and KV head, how many of its programs have ended; they are
+            zeros again at the end.
+    """
+    pdl_begin(PDL)
+    row = tl.program_id(1).to(tl.int64)
+    _score(q, rows, scores, q_len, group, kv_heads, count, DIM, BLOCK_D, BLOCK_Q, SCORED, BOUNDS)
+    tl.debug_barrier()  # all warps have stored theirs before one of them says so
+    ended = tl.atomic_add(turns + row, 1, sem="acq_rel")
+    if ended == tl.num_programs(0) - 1:
+        offset = q_offset
+        if DEVICE_OFFSET:
+            offset = tl.load(q_offset).to(tl.int32)
+        chosen = _chosen(
+            scores + row * count, 0, 0, offset, q_len, count, q_block, k_block, sinks, window,
+            stride, top, 0.0, 0.0, least, 1, BLOCK, False,
+        )  # fmt: skip
+        block = tl.arange(0, BLOCK)
+        tl.store(allowed + row * num_blocks + block, chosen.to(tl.uint8), mask=block < num_blocks)
+        tl.store(turns + row, 0)

@@ -17,8 +17,9 @@ from saccade.core import KeyRange
 from saccade.ops.attention.nvidia.problem import Problem
 from saccade.ops.gpu.intmath import cdiv, lanes_of
 from saccade.ops.gpu.kernel_args import BlockLists
-from saccade.ops.gpu.launching import on, strided
+from saccade.ops.gpu.launching import on, pdl_options, strided
 from saccade.ops.gpu.replay import launch_kernel
+from saccade.ops.gpu.triton_lang import pdl_begin
 
 COLUMNS_OF_A_WARP = 256
 
@@ -84,6 +85,7 @@ def block_lists_of(
             CUT=call.key_padding is not None or call.attn_mask is not None,
             BY_KEYS=by_keys,
             num_warps=min(16, block // COLUMNS_OF_A_WARP),
+            **pdl_options(allowed.device),
         )
     by_batch, by_head = (0 if x == 1 else lists.stride(i) for i, x in enumerate((batch, heads)))
     return BlockLists(lists, counts, by_batch, by_head, columns)
@@ -101,7 +103,7 @@ def tile_list_kernel(
     columns, heads, groups, q_block, k_block, num_blocks, window, sinks,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, Q_COVERED: tl.constexpr,
     K_COVERED: tl.constexpr, DEVICE_OFFSET: tl.constexpr, CAUSAL: tl.constexpr, CUT: tl.constexpr,
-    BY_KEYS: tl.constexpr,
+    BY_KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of lists: indices of full tiles, of partial ones, of those to skip; and the counts.
 
@@ -111,6 +113,7 @@ def tile_list_kernel(
         CUT: no tile is full.
         BY_KEYS: the row is a tile of keys and lists tiles of queries.
     """
+    pdl_begin(PDL)
     row, head = tl.program_id(0), tl.program_id(1) % heads
     b = tl.program_id(1) // heads
     column = tl.arange(0, BLOCK)

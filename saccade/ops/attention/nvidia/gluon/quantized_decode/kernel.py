@@ -59,7 +59,27 @@ from saccade.ops.attention.nvidia.gluon.quantized_decode.softmax import (
     rescale,
     selected_rows,
 )
-from saccade.ops.gpu.triton_lang import LOG2E, block_list_at, key_tiles, pdl_begin
+from saccade.ops.gpu.triton_lang import LOG2E, block_list_at, key_tiles, pdl_begin, seqlen_of
+
+
+@gluon.jit
+def tiles_of(m_tile, q_len, q_offset, k_len, mask_args, GROUPS: gl.constexpr,
+             CAUSAL: gl.constexpr):  # fmt: skip
+    """Tiles of keys that queries attend to: (how many, sinks, first, full from, full to)."""
+    first_q = q_offset + m_tile * BLOCK_M // GROUPS
+    last_q = q_offset + gl.minimum((m_tile * BLOCK_M + BLOCK_M - 1) // GROUPS, q_len - 1)
+    num_sinks, first, full_from, full_to, last = key_tiles(
+        first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
+    )
+    return num_sinks + last - first, num_sinks, first, full_from, full_to
+
+
+@gluon.jit
+def query_gmem(q, b, kv_head, row, GROUPS: gl.constexpr):
+    """Address of query row // GROUPS of head row % GROUPS of a group, in 16 bits."""
+    at = (row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
+    at += (row // GROUPS).to(gl.int64) * q.row + b * q.batch
+    return q.ptr.to(gl.int64) + at * 2
 
 
 @gluon.jit
@@ -104,19 +124,11 @@ def quantized_decode_kernel(
     split, splits, m_tile = gl.program_id(0), gl.num_programs(0), gl.program_id(1)
     b = (gl.program_id(2) // KV_HEADS).to(gl.int64)
     kv_head = gl.program_id(2) % KV_HEADS
-    if seqlen_info.q_offsets is not None:
-        q_offset = gl.load(seqlen_info.q_offsets + b).to(gl.int32)
-    if seqlen_info.kv_lens is not None:
-        at = b * seqlen_info.kv_lens_batch + kv_head * seqlen_info.kv_lens_head
-        k_len = gl.minimum(k_len, gl.load(seqlen_info.kv_lens + at).to(gl.int32))
-
+    _, _, _, k_len, q_offset, _ = seqlen_of(seqlen_info, b, kv_head, m_tile, q_len, k_len, q_offset)
     rows = q_len * GROUPS
-    first_q = q_offset + m_tile * BLOCK_M // GROUPS
-    last_q = q_offset + gl.minimum((m_tile * BLOCK_M + BLOCK_M - 1) // GROUPS, q_len - 1)
-    num_sinks, first, full_from, full_to, last = key_tiles(
-        first_q, last_q, k_len, mask_args, CAUSAL, BLOCK_N
+    num_tiles, num_sinks, first, full_from, full_to = tiles_of(
+        m_tile, q_len, q_offset, k_len, mask_args, GROUPS, CAUSAL
     )
-    num_tiles = num_sinks + last - first
     tiles = None
     if block_lists.tiles is not None:
         tiles, _, num_tiles = block_list_at(block_lists, b, kv_head, m_tile)
@@ -140,11 +152,8 @@ def quantized_decode_kernel(
     k_lane = g * (8 * K_ROW) + ((t * (D // 8)) ^ (g % 2 * 64))
     v_lane = V_SMEM + t * (16 * V_ROW) + ((g * (D // 16)) ^ (t * 32))
 
-    row = gl.minimum(m_tile * BLOCK_M + g, rows - 1)
-    q_at = (row % GROUPS + kv_head * GROUPS).to(gl.int64) * q.head
-    q_at += (row // GROUPS).to(gl.int64) * q.row + b * q.batch
-    q_frags = load_q_fragments(q.ptr.to(gl.int64) + q_at * 2 + t * (D // 4), D, K_FORMAT,
-                               q.ptr.dtype.element_ty)  # fmt: skip
+    q_gmem = query_gmem(q, b, kv_head, gl.minimum(m_tile * BLOCK_M + g, rows - 1), GROUPS)
+    q_frags = load_q_fragments(q_gmem + t * (D // 4), D, K_FORMAT, q.ptr.dtype.element_ty)
     q_pos0 = (m_tile * BLOCK_M + 2 * t) // GROUPS + q_offset
     q_pos1 = (m_tile * BLOCK_M + 2 * t + 1) // GROUPS + q_offset
 
