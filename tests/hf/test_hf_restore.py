@@ -149,7 +149,8 @@ def test_an_exception_in_any_function_leaves_nothing(model, name, beside):
         while failed := opened(model, name, len(where) + 1):
             where.append(failed)
             assert different(before, state_of(model)) == [], failed
-    assert len(where) > 30 and {"make_run", "ModelRuns.begin"} <= set(where)
+    # how many there are depends on what an earlier test has already checked of such a model
+    assert {"make_run", "ModelRuns.begin"} <= set(where)
     assert different(start, state_of(model)) == []
 
 

@@ -6,6 +6,7 @@ Without a GPU the contract runs in a subprocess with TRITON_INTERPRET=1, on fewe
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,21 +32,26 @@ pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 CASES = all_cases() if DEVICE == "cuda" else all_cases()[::17]
 
 
+INTERPRETED_FILES = (
+    "test_chunked",
+    "test_gluon_pre_postprocess",
+    "test_gemv",
+    "test_kernel_bounds",
+    "test_kv_write",
+    "test_triton",
+    "test_triton_blocks",
+    "test_triton_latent",
+    "test_triton_selection",
+    "test_triton_views",
+)
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="this test starts the interpreter")
-def test_contract_in_the_interpreter():
-    others = (
-        "test_chunked",
-        "test_gluon_pre_postprocess",
-        "test_gemv",
-        "test_kernel_bounds",
-        "test_kv_write",
-        "test_triton_blocks",
-        "test_triton_latent",
-        "test_triton_selection",
-        "test_triton_views",
-    )
-    files = [__file__, *(__file__.replace("test_triton", name) for name in others)]
-    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize("name", INTERPRETED_FILES)
+def test_contract_in_the_interpreter(name):
+    """Triton is told to interpret when it is imported, so each file has a process of its own."""
+    file = Path(__file__).with_name(f"{name}.py")
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
