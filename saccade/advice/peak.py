@@ -13,6 +13,8 @@ import torch
 
 from saccade.cache.staging import TAIL
 from saccade.compress import POLICIES
+from saccade.compress.observation import Observes
+from saccade.compress.rkv import ROWS
 from saccade.core import DenseKV, Mask
 from saccade.core.formats import FP8
 from saccade.ops import make_call
@@ -173,12 +175,20 @@ def _packed_products(blueprint: Blueprint, chunk: int, device: str) -> _Packed:
 
 
 def _compression(facts: ModelFacts, params: ContextParams, tokens: int) -> tuple[int, int]:
-    """Bytes of the queries that a kv_policy keeps of all layers, and of its scores of one layer."""
+    """Bytes of the queries that a kv_policy keeps of all layers, and of compressing one layer."""
     if params.kv_policy is None:
         return 0, 0
-    queries = min(tokens, max(1, POLICIES[params.kv_policy]().observes.queries)) * facts.num_heads
+    queries = min(tokens, max(1, _observes(params).queries)) * facts.num_heads
     kept = len(facts.windows) * queries * facts.head_dim * facts.dtype.itemsize
-    return kept, 3 * queries * tokens * 4  # weights before, while and after they are normalized
+    key, value = facts.head_dim, facts.value_dim or facts.head_dim
+    moved = 2 * tokens * facts.num_kv_heads * (key + value) * facts.dtype.itemsize
+    if params.kv_policy == "rkv":  # cosines to all keys, which are alike, where, and copies
+        moved += 29 * min(ROWS, tokens) * facts.num_kv_heads * tokens
+    return kept, moved
+
+
+def _observes(params: ContextParams) -> Observes:
+    return Observes() if params.kv_policy is None else POLICIES[params.kv_policy]().observes
 
 
 def attention_workspace(
@@ -222,4 +232,10 @@ def _workspace(
     v = torch.empty(1, facts.num_kv_heads, kept, value, **meta)
     q = torch.empty(1, facts.num_heads, chunk, key, **meta)
     call = make_call(q, DenseKV(k, v), mask=Mask(window=window, sinks=sinks), q_offset=kept - chunk)
-    return max(ring, out + copies), workspace_bytes(call)
+    observes = _observes(params)
+    workspace = workspace_bytes(call, receives=observes.received)
+    if params.kv_policy is not None and observes.queries > 1:
+        newest = q[:, :, : observes.queries]
+        scored = make_call(newest, DenseKV(k, v), mask=Mask(), q_offset=kept - newest.shape[2])
+        workspace = max(workspace, workspace_bytes(scored, receives=True))
+    return max(ring, out + copies), workspace

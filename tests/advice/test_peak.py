@@ -19,6 +19,9 @@ SETTINGS = {
     "int4": {"type_k": "int4", "type_v": "int4"},
     "window": {"n_swa": 256, "n_sinks": 4},
     "snapkv": {"kv_policy": "snapkv", "kv_budget": 0.25},
+    "h2o": {"kv_policy": "h2o", "kv_budget": 0.25},
+    "rkv": {"kv_policy": "rkv", "kv_budget": 0.25},
+    "knorm": {"kv_policy": "knorm", "kv_budget": 0.25},
 }
 
 

@@ -53,11 +53,12 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(
         versions.require("transformers")
 
 
-def test_the_command_line_says_it_in_one_sentence() -> None:
+def test_the_command_line_says_it_in_one_sentence(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     code = (
         "from importlib import metadata\nreal = metadata.version\n"
         "metadata.version = lambda name: '4.57.1' if name == 'transformers' else real(name)\n"
-        "from saccade.cli.main import main\nraise SystemExit(main(['check', '-m', '.']))"
+        f"from saccade.cli.main import main\nraise SystemExit(main(['check', '-m', '{tmp_path}']))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 2

@@ -142,7 +142,7 @@ def test_an_interrupt_keeps_finished_rows(monkeypatch):
     assert unreached[INT8] == ("stopped", "stopped before it was reached")
     assert {point.status for point in report.sweep} == {"stopped"}
     assert report.claims[0].reason == f"{FLASH}: stopped before it was measured"
-    assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
+    assert report.row(SDPA).kl < 1e-6 and report.row(SDPA).prefill_tps
 
 
 def failing_at(name, monkeypatch, *, for_good):
@@ -171,7 +171,7 @@ def test_a_gpu_that_failed_ends_the_run_and_keeps_finished_rows(monkeypatch):
         "failed", "RuntimeError: CUDA error: an illegal memory access was encountered",
     )  # fmt: skip
     assert notes[INT8] == notes[INT4] == ("stopped", "the GPU failed in the row before")
-    assert report.row(SDPA).kl == 0 and report.row(SDPA).prefill_tps
+    assert report.row(SDPA).kl < 1e-6 and report.row(SDPA).prefill_tps
     assert not report.complete and "illegal memory access" in report.settings["stopped_by"]
 
 
