@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from saccade.units import significant
-
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-
-
-@cache
-def record(name: str) -> Any:
-    """A stored record as plain data."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def span(values: Iterable[float]) -> str:
-    """`75 to 86`: whole numbers."""
-    whole = [round(value) for value in values]
-    return f"{min(whole)} to {max(whole)}" if min(whole) != max(whole) else str(whole[0])
+from scripts.page_facts_sparse import SPARSE_FACTS
+from scripts.records import RESULTS, record, span
 
 
 def cpu_fma_share() -> str:
@@ -230,77 +215,6 @@ def sparse_best() -> str:
     return f"`{row['name']}`, reads {100 * row['density']:.0f} % and keeps {same}"
 
 
-def _on_h200(part: str, **found: Any) -> dict[str, float]:
-    """Milliseconds of the row of that part."""
-    rows = (r for r in record("h200_sparse")["rows"] if r["part"] == part)
-    return next(r["ms"] for r in rows if all(r[name] == x for name, x in found.items()))
-
-
-def _times(values: list[float]) -> str:
-    """`3.3 to 3.4 times`, or one number where both are the same."""
-    least, most = min(values), max(values)
-    both = f"{least:.1f} to {most:.1f}" if f"{least:.1f}" != f"{most:.1f}" else f"{most:.1f}"
-    return f"{both} times"
-
-
-def h200_sparse_prompt() -> str:
-    """128k tokens in chunks of 8k, an eighth of the blocks: dense by selecting and attending."""
-    ms = _on_h200("prompt", keys=131072)
-    return _times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
-
-
-def h200_sparse_share() -> str:
-    """The same for 95 % of the estimated attention."""
-    ms = _on_h200("prompt", keys=131072)
-    return _times([ms["dense"] / ms["block top-p"]])
-
-
-def h200_sparse_short() -> str:
-    """32k tokens in chunks of 4k, an eighth of the blocks of 32k."""
-    ms = _on_h200("prompt", keys=32768)
-    return _times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
-
-
-def h200_sparse_pairs() -> str:
-    """Random blocks at 25 and 50 %: time by the dense time and by the share of the pairs."""
-    row = next(r for r in record("h200_sparse")["rows"] if r["part"] == "operator")
-    found = [x for name, x in row["by_pairs"].items() if not name.endswith("10%")]
-    return f"{min(found):.2f} to {max(found):.2f} times"
-
-
-def h200_sparse_few_pairs() -> str:
-    """The same at 10 %."""
-    row = next(r for r in record("h200_sparse")["rows"] if r["part"] == "operator")
-    found = [x for name, x in row["by_pairs"].items() if name.endswith("10%")]
-    return f"{min(found):.2f} to {max(found):.2f} times"
-
-
-def h200_sparse_step() -> str:
-    """Captured steps behind 128k keys in bf16 that read 2k: dense by selecting and attending."""
-    ms = _on_h200("captured", keys=131072, storage="bf16")
-    return f"{ms['dense'] / ms['quest']:.1f} and {ms['dense'] / ms['block top-k']:.1f} times"
-
-
-def h200_sparse_selection() -> str:
-    """Selecting alone in those steps, by the dense attention."""
-    ms = _on_h200("captured", keys=131072, storage="bf16")
-    return f"{span(100 * x / ms['dense'] for name, x in ms.items() if 'select' in name)} %"
-
-
-def h200_sparse_int4() -> str:
-    """The same over int4 keys."""
-    ms = _on_h200("captured", keys=131072, storage="int4")
-    return f"{ms['dense'] / ms['quest']:.1f} and {ms['dense'] / ms['block top-k']:.1f} times"
-
-
-def h200_sparse_model_step() -> str:
-    """Steps of the whole model behind 128k tokens: the dense time by theirs."""
-    steps = record("h200_sparse_model")["steps"]
-    dense = steps["dense"]["ms_per_token"]
-    found = (dense / steps[name]["ms_per_token"] for name in ("quest", "block top-k"))
-    return " and ".join(f"{x:.1f}" for x in found) + " times"
-
-
 def h200_latent() -> str:
     """Share of the reading bandwidth of large batches over latents, 16 and 128 heads."""
     rows = [r for r in record("h200_latent")["rows"] if r["keys"] == 32768 and "batch" in r]
@@ -343,7 +257,7 @@ def sparse_model() -> str:
     return f"{1 / found['quest']:.1f} and {1 / found['block_topk']:.1f} times"
 
 
-FACTS: dict[str, Callable[[], str]] = {
+FACTS: dict[str, Callable[[], str]] = SPARSE_FACTS | {
     f.__name__: f
     for f in (
         cpu_decode_intensity,
@@ -354,15 +268,6 @@ FACTS: dict[str, Callable[[], str]] = {
         h200_host,
         h200_latent,
         h200_latent_products,
-        h200_sparse_few_pairs,
-        h200_sparse_int4,
-        h200_sparse_model_step,
-        h200_sparse_pairs,
-        h200_sparse_prompt,
-        h200_sparse_selection,
-        h200_sparse_share,
-        h200_sparse_short,
-        h200_sparse_step,
         kvzip_needles,
         other_needles,
         sparse_best,

@@ -18,7 +18,8 @@ TEXTBOOK = "transformers eager"
 SDPA = "transformers sdpa"
 FLASH = "flash attention"
 MHA, GQA, MQA = "MHA (KV heads repeated)", "GQA (the model as it is)", "MQA (by conversion)"
-INT8, INT4, SNAPKV = "int8 KV", "int4 KV", "SnapKV, KV kept 25 %"
+INT8, INT4 = "int8 KV", "int4 KV"
+SNAPKV, KVZIP = "SnapKV, KV kept 25 %", "KVzip, KV kept 25 %"
 TOKENS = "tokens kept 50 %"
 _AS_IT_IS = "positions past the trained length, as the model is"
 _UNTRAINED = "KV heads aligned on activations and merged, without any training"
@@ -183,6 +184,7 @@ def _techniques(plain: ContextParams, n_context: int) -> list[RowSpec]:
         row(TOKENS, "Compression", plain, token_share=0.5),
         row(SNAPKV, "Compression", replace(plain, kv_policy="snapkv", kv_budget=0.25)),
         row("Ada-SnapKV, KV kept 25 %", "Compression", ada, quick=False),
+        row(KVZIP, "Compression", replace(plain, kv_policy="kvzip", kv_budget=0.25)),
         row(INT8, "Quantized KV", replace(plain, type_k="int8", type_v="int8")),
         row(INT4, "Quantized KV", replace(plain, type_k="int4", type_v="int4")),
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saccade.evals.applies import inapplicable
-from saccade.evals.rows import FLASH, GQA, INT8, MHA, MQA, SDPA, SNAPKV, TEXTBOOK, rows_for
+from saccade.evals.rows import FLASH, GQA, INT8, KVZIP, MHA, MQA, SDPA, SNAPKV, TEXTBOOK, rows_for
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.positions import Positions
 
@@ -50,7 +50,7 @@ def test_past_the_trained_length_all_but_the_plain_rows_are_scaled():
     assert rows.exact.startswith("YaRN x1.46") and rows.scaling
     assert named[FLASH].params.rope_scaling_type is None and "past" in named[FLASH].note
     assert named[FLASH].params.n_ctx == 6000
-    for name in (rows.exact, INT8, SNAPKV, MHA):
+    for name in (rows.exact, INT8, SNAPKV, KVZIP, MHA):
         assert named[name].params.rope_scaling_type == "yarn", name
         assert named[name].params.n_ctx >= 6000
     assert named[GQA].same_as == rows.exact

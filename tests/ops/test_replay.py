@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from saccade.ops.attention import dispatch, known
 from saccade.ops.gpu import replay
 from saccade.ops.gpu.launching import strided
 
-COUNT = 8
+_allocation = pytest.importorskip("triton.runtime._allocation")
+
+COUNT, STREAM = 8, 77
 
 
 class AddKernel:
@@ -21,33 +24,54 @@ class AddKernel:
 
     arg_names = ("x", "y", "out", "more", "BLOCK")
     params = tuple(SimpleNamespace(name=name, default=None) for name in arg_names)
-    packed_metadata = function = None
-    metadata = SimpleNamespace(global_scratch_size=0)
+    packed_metadata, function = "metadata", "function"
 
-    def __init__(self):
-        self.runs = 0
+    def __init__(self, scratch=0):
+        self.run = Launcher(self, scratch)
+        self.runs, self.scratch = 0, []
 
     def __getitem__(self, grid):
         def launched(x, y, out, more, BLOCK, num_warps):
             addresses = [t.data_ptr() for t in (y, out)]
             first = (x.ptr.data_ptr(), *x[1:])
-            self.run(*grid, 1, 1, *[None] * 6, first, *addresses, more, BLOCK)
+            self.add("before", first, *addresses, more, BLOCK)
             return self
 
         return launched
 
-    def run(self, *args):
-        (x, *strides), y, out, more, block = args[9:]
-        assert args[:3] == (2, 1, 1) and strides == [0, 0, 0] and block == COUNT
+    def add(self, scratch, first, y, out, more, block):
+        x, *strides = first
+        assert strides == [0, 0, 0] and block == COUNT
         self.runs += 1
+        self.scratch.append(scratch)
         at = [(ctypes.c_float * COUNT).from_address(address) for address in (x, y, out)]
         for i in range(COUNT):
             at[2][i] = at[0][i] + at[1][i] + more
 
 
+class Launcher:
+    """As Triton's CudaLauncher: asks for memory, and hands all to `launch`."""
+
+    num_ctas, profile_scratch_size = 1, 0
+
+    def __init__(self, kernel, scratch):
+        self.launch, self.global_scratch_size = partial(self.start, kernel), scratch
+
+    def __call__(self, x, y, z, stream, *rest):
+        size = self.global_scratch_size * x * y * z
+        memory = _allocation._allocator.get()(size, 128, stream) if size else None
+        self.launch(x, y, z, stream, memory, *rest)
+
+    @staticmethod
+    def start(kernel, x, y, z, stream, memory, function, metadata, *rest):
+        assert (x, y, z, stream) == (2, 1, 1, STREAM)
+        assert (function, metadata, *rest[:3]) == ("function", "metadata", None, None, None)
+        kernel.add(memory, *rest[3:])
+
+
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)
     return AddKernel()
 
 
@@ -74,6 +98,16 @@ def test_later_tensors_are_read_and_new_ones_are_written(kernel):
         (found,) = again([x, y])
         assert torch.allclose(found, 2 * x[0] + y[1] + 2) and kernel.runs == 2 * run
         assert found.shape == first.shape and found.data_ptr() != first.data_ptr()
+
+
+def test_memory_for_descriptors_is_its_own_in_every_launch(kernel):
+    """32 bytes for each of two programs, as far apart as the allocator would place them."""
+    kernel = AddKernel(scratch=32)
+    x, y = inputs()
+    _, again = replay.record(lambda: work(kernel, x, y), [x, y])
+    (found,) = again([x, y])
+    first, second = kernel.scratch[2:]
+    assert torch.allclose(found, 2 * x[0] + y[1] + 2) and second - first == replay.ALIGNED
 
 
 @pytest.mark.parametrize(

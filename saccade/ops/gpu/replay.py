@@ -13,17 +13,18 @@ repeated; any other operator of PyTorch that is seen while recording makes the w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from copy import copy
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saccade.core.held_values import holding
-from saccade.ops.gpu.launching import on, set_tma_allocator
+from saccade.ops.gpu.launching import on
 
 _recorder: ContextVar[Recorder | None] = ContextVar("saccade_recorder", default=None)
 
@@ -55,6 +56,10 @@ class Pointer(NamedTuple):
     offset: int
 
 
+STREAM = Pointer(-1, 0)
+"""Stands for the stream of a launch, which is numbered behind all tensors."""
+
+
 class Nested(NamedTuple):
     """A tuple of arguments with a Pointer in it."""
 
@@ -84,15 +89,15 @@ class Change(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch: `run` takes the grid, a stream and the rest."""
+    """One launch: `run(*args)`, changed as `changes` say."""
 
-    run: Any
-    grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
+    run: Callable[..., None]
     args: tuple[Any, ...]
     changes: tuple[Change, ...]
-    has_scratch: bool
+
+
+# kernel, compiled kernel, grid, arguments, options
+_Launched: TypeAlias = tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
 class Unrepeatable(Exception):
@@ -118,7 +123,6 @@ class Replay:
     ) -> None:
         self._launches, self._results = tuple(launches), tuple(results)
         (self._starts, self._temporary_bytes), self._device = temporary, device
-        self._has_scratch = any(each.has_scratch for each in launches)
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The results for tensors of the same description as those of the recording, in order."""
@@ -135,19 +139,16 @@ class Replay:
                 buffer = torch.empty(self._temporary_bytes, dtype=torch.uint8, device=device)
                 first = buffer.data_ptr()
                 pointers += [first + start for start in self._starts]
-            stream = torch._C._cuda_getCurrentRawStream(device.index)
-            if self._has_scratch:
-                set_tma_allocator()
-            for each in self._launches:
-                args = list(each.args)
-                for at, tensor, offset, rest, nested in each.changes:
+            pointers.append(torch._C._cuda_getCurrentRawStream(device.index))
+            for run, given, changes in self._launches:
+                args = list(given)
+                for at, tensor, offset, rest, nested in changes:
                     pointer = pointers[tensor] + offset
                     if nested is not None:
                         args[at] = _filled(nested, pointers)
                     else:
                         args[at] = pointer if rest is None else (pointer, *rest)
-                hooks = (None, None, None)  # `is_hooked` has said that nobody listens
-                each.run(*each.grid, stream, each.function, each.metadata, *hooks, *args)
+                run(*args)
         return tuple(made)
 
 
@@ -197,7 +198,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._made: list[Tensor] = []
-        self._launched: list[tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] = []
+        self._launched: list[_Launched] = []
         self._is_plain = True
 
     def __torch_dispatch__(
@@ -225,10 +226,16 @@ class Recorder(TorchDispatchMode):
         if not self._is_plain or any(x.device != device for x in (*tensors, *self._made)):
             raise Unrepeatable
         returned, temporary = _returned(list(results), self._made)
-        places = _Places([*tensors, *(self._made[i] for i in returned), *temporary])
-        launches = [_launch_of(each, places) for each in self._launched]
-        ends = list(accumulate(-(-x.untyped_storage().nbytes() // ALIGNED) for x in temporary))
-        starts = [ALIGNED * end for end in [0, *ends][: len(temporary)]]
+        known = [*tensors, *(self._made[i] for i in returned), *temporary]
+        sizes = [x.untyped_storage().nbytes() for x in temporary]
+        places, launches = _Places(known), list[Launch]()
+        for each in self._launched:
+            scratch = Pointer(len(tensors) + len(returned) + len(sizes), 0)
+            launch, more = _launch_of(each, places, scratch)
+            launches.append(launch)
+            sizes += more
+        ends = list(accumulate(-(-size // ALIGNED) for size in sizes))
+        starts = [ALIGNED * end for end in [0, *ends][: len(sizes)]]
         size = ALIGNED * ends[-1] if ends else 0
         allocations = [Allocation(tuple(x.shape), x.stride(), x.dtype) for x in results]
         return Replay(launches, allocations, (starts, size), device)
@@ -275,25 +282,47 @@ class _Places:
         return Pointer(within[0], x.data_ptr() - self._all[within[0]].data_ptr())
 
 
-def _launch_of(
-    launched: tuple[Any, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], places: _Places
-) -> Launch:
+def _launch_of(launched: _Launched, places: _Places, scratch: Pointer) -> tuple[Launch, list[int]]:
+    """A launch, and the bytes at `scratch` that it needs beside its tensors, if it does.
+
+    Triton's launcher asks in every call for memory where a kernel makes TMA descriptors.  Here it
+    is called once, with marks for what changes, to see what it hands to the function below it.
+    """
     kernel, compiled, grid, args, options = launched
-    if not hasattr(compiled, "packed_metadata"):  # Triton's interpreter compiles nothing
+    launcher: Any = getattr(compiled, "run", None)
+    if getattr(launcher, "profile_scratch_size", 1) > 0:  # the interpreter's, or a profiler's
         raise Unrepeatable
     given = dict(zip(kernel.arg_names, args, strict=False))
     given |= {name: value for name, value in options.items() if name in kernel.arg_names}
     values = [given.get(each.name, each.default) for each in kernel.params]
-    parts = [_part_of(value, places) for value in values]
-    return Launch(
-        run=compiled.run,
-        grid=(*grid, *(1,) * (3 - len(grid))),  # type: ignore[arg-type]
-        function=compiled.function,
-        metadata=compiled.packed_metadata,
+    seen: list[tuple[Any, ...]] = []
+    sizes: list[int] = []
+
+    def memory(size: int, alignment: int, stream: object) -> Pointer:
+        sizes.append(size)
+        return scratch
+
+    watched = copy(launcher)
+    watched.launch = lambda *handed: seen.append(handed)
+    grid = (*grid, *(1,) * (3 - len(grid)))
+    hooks = (None, None, None)  # `is_hooked` has said that nobody listens
+    handed = (*grid, STREAM, compiled.function, compiled.packed_metadata, *hooks, *values)
+    copy_context().run(_with_memory, memory, lambda: watched(*handed))
+    parts = [_part_of(x, places) for x in seen[0]]
+    launch = Launch(
+        run=launcher.launch,
         args=tuple(None if type(x) in _CHANGING else x for x in parts),
         changes=tuple(_change(i, x) for i, x in enumerate(parts) if type(x) in _CHANGING),
-        has_scratch=compiled.metadata.global_scratch_size > 0,
     )
+    return launch, sizes
+
+
+def _with_memory(memory: Callable[..., Any], work: Callable[[], None]) -> None:
+    """`work()`, where Triton asks `memory` for memory."""
+    import triton
+
+    triton.set_allocator(memory)
+    work()
 
 
 _CHANGING = (Pointer, Nested)
@@ -301,6 +330,8 @@ _CHANGING = (Pointer, Nested)
 
 def _part_of(value: Any, places: _Places) -> Any:
     """An argument as it is repeated."""
+    if type(value) is Pointer:
+        return value
     if isinstance(value, Tensor):
         return places.pointer(value)
     if isinstance(value, tuple):
