@@ -3,9 +3,12 @@
 A new pattern is one file and one line in PATTERNS, where the contract test finds it.
 """
 
+from saccade.sparse.big_bird import BigBird
 from saccade.sparse.block_topk import BlockTopK
 from saccade.sparse.block_topp import BlockTopP
 from saccade.sparse.choice import Choice
+from saccade.sparse.dilated import Dilated
+from saccade.sparse.flash_prefill import FlashPrefill
 from saccade.sparse.from_length import FromLength
 from saccade.sparse.pattern import Pattern, RulePattern, summary_of
 from saccade.sparse.prompt import PromptPattern, followed_by
@@ -21,6 +24,9 @@ PATTERNS: dict[str, type[Pattern]] = {
     "block_topp": BlockTopP,
     "quest": Quest,
     "triangle_mix": TriangleMix,
+    "dilated": Dilated,
+    "big_bird": BigBird,
+    "flash_prefill": FlashPrefill,
     "xattention": XAttention,
     "vertical_slash": VerticalSlash,
 }
@@ -28,9 +34,12 @@ PATTERNS: dict[str, type[Pattern]] = {
 
 __all__ = [
     "PATTERNS",
+    "BigBird",
     "BlockTopK",
     "BlockTopP",
     "Choice",
+    "Dilated",
+    "FlashPrefill",
     "FromLength",
     "Pattern",
     "PromptPattern",

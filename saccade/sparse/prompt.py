@@ -77,6 +77,29 @@ class PromptCall:
             k = k.masked_fill(~real[..., None], 0)
         return k.to(self.q.dtype), real
 
+    def block_numbers(self, block: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the blocks of keys that blocks of queries begin in, and of all, int64 1-D."""
+        stop, device = self.q_offset + self.q.shape[2], self.q.device
+        rows = torch.arange(self.q_offset, stop, block, device=device) // block
+        return rows, torch.arange(self.seen.shape[1], device=device)
+
+    def distances(self, block: int) -> Tensor:
+        """How many blocks a block of keys lies behind one of queries, `[q_blocks, k_blocks]`."""
+        rows, columns = self.block_numbers(block)
+        return rows[:, None] - columns
+
+    def last_rows(self, block: int, count: int) -> Tensor:
+        """Blocks with one of the last `count` queries of a prompt, `[B | 1, 1, q_blocks, 1]`."""
+        stop, device = self.q_offset + self.q.shape[2], self.q.device
+        starts = torch.arange(self.q_offset, stop, block, device=device)
+        last = (starts + block).clamp_max(stop) - 1
+        if self.padding is None or self.behind:
+            end = torch.full((1, 1), stop + self.behind, device=device)
+        else:  # of each row of the batch where it ends
+            places = torch.arange(1, self.padding.shape[1] + 1, device=device)
+            end = (places * self.padding).amax(1, keepdim=True)
+        return (last >= end - count)[:, None, :, None]
+
 
 class PromptPattern(ABC):
     """A pattern that selects for prompts, in square blocks; a subclass has the fields below.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from saccade.sparse.prompt import PromptCall, PromptPattern
@@ -59,15 +58,5 @@ class TriangleMix(PromptPattern):
         return round(share * num_layers) if isinstance(share, float) else share
 
     def chosen(self, call: PromptCall) -> Tensor:
-        """All blocks for the last rows, of each row of the batch where it ends."""
-        stop, device = call.q_offset + call.q.shape[2], call.q.device
-        starts = torch.arange(call.q_offset, stop, self.block, device=device)
-        last = (starts + self.block).clamp_max(stop) - 1
-        if call.padding is None or call.behind:
-            end = torch.full((1, 1), stop + call.behind, device=device)
-        else:
-            places = torch.arange(1, call.padding.shape[1] + 1, device=device)
-            end = (places * call.padding).amax(1, keepdim=True)
-        return (last >= end - self.dense_rows)[:, None, :, None].expand(
-            -1, -1, -1, call.seen.shape[1]
-        )
+        """All blocks for the last rows."""
+        return call.last_rows(self.block, self.dense_rows).expand(-1, -1, -1, call.seen.shape[1])

@@ -9,8 +9,10 @@ from saccade.core import DenseKV, Mask
 from saccade.ops import attend, make_call
 from saccade.sparse import (
     PATTERNS,
+    BigBird,
     BlockTopK,
     BlockTopP,
+    Dilated,
     PromptPattern,
     Quest,
     Strided,
@@ -61,6 +63,8 @@ def one_thread():
         BlockTopP(block=8, p=1),
         Quest(block=8, top=99),
         TriangleMix(block=8, dense_rows=999),
+        Dilated(block=8, dilation=1, reach=99),
+        BigBird(block=8, random_blocks=99),
         XAttention(block=8, stride=4, p=1),
         VerticalSlash(block=8, columns=99),
         VerticalSlash(block=8, columns=0, diagonals=99),

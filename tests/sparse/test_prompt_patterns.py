@@ -7,7 +7,17 @@ import torch
 from saccade.core import DenseKV, Mask, RaggedKV, Span
 from saccade.core.selection import BlockSelection
 from saccade.ops import attend, make_call
-from saccade.sparse import PATTERNS, BlockTopP, Strided, TriangleMix, VerticalSlash, XAttention
+from saccade.sparse import (
+    PATTERNS,
+    BigBird,
+    BlockTopP,
+    Dilated,
+    FlashPrefill,
+    Strided,
+    TriangleMix,
+    VerticalSlash,
+    XAttention,
+)
 from saccade.sparse.pattern import of_layer, selected
 from saccade.sparse.prompt import PromptPattern, followed_by
 
@@ -93,7 +103,39 @@ def by_columns_and_diagonals(pattern, q, k, past):
     return grid & seen
 
 
-FORMULAS = {XAttention: by_antidiagonals, VerticalSlash: by_columns_and_diagonals}
+def by_thresholds(pattern, q, k, past):
+    """FlashPrefill: each query by the means of blocks, each block by the largest of its row."""
+    size, q_len = pattern.block, q.shape[1]
+    kept, seen = always(pattern, q_len, past)
+    means = [k[at : at + size].mean(0) for at in range(0, len(k), size)]
+    grid = kept.copy()
+    for head in q:
+        for a in range(len(kept)):
+            columns, weights = np.flatnonzero(seen[a]), np.zeros(seen[a].sum())
+            for row in head[a * size : (a + 1) * size]:
+                scores = np.array([row @ means[b] * DIM**-0.5 for b in columns])
+                weights += np.exp(scores - scores.max())
+            grid[a, columns] |= weights >= pattern.alpha * weights.max()
+    return grid
+
+
+def by_gaps(pattern, q, k, past):
+    """Longformer's dilated window, in blocks."""
+    kept, seen = always(pattern, q.shape[1], past)
+    for a, first in enumerate(range(past, past + q.shape[1], pattern.block)):
+        for step in range(1, pattern.reach + 1):
+            b = first // pattern.block - step * pattern.dilation
+            if b >= 0:
+                kept[a, b] = True
+    return kept & seen
+
+
+FORMULAS = {
+    XAttention: by_antidiagonals,
+    VerticalSlash: by_columns_and_diagonals,
+    FlashPrefill: by_thresholds,
+    Dilated: by_gaps,
+}
 CASES = [
     XAttention(block=16, stride=4, p=0.5),
     XAttention(block=16, stride=16, p=0.8, sink_blocks=0, window_blocks=2),
@@ -101,6 +143,8 @@ CASES = [
     VerticalSlash(block=16, columns=2, diagonals=1, window_blocks=2),
     VerticalSlash(block=8, columns=1, diagonals=2, sink_blocks=0, window_blocks=1),
     VerticalSlash(block=8, columns=0, diagonals=0),
+    FlashPrefill(block=16, alpha=0.6, sink_blocks=1, window_blocks=1, dense_rows=0),
+    Dilated(block=8, dilation=3, reach=2),
 ]
 
 
@@ -121,7 +165,7 @@ def expected(pattern, q, k, past):
 @pytest.mark.parametrize("pattern", CASES, ids=str)
 def test_a_selection_is_what_the_paper_says(pattern, q_len, past):
     q, view = draw(q_len, past)
-    found = pattern.select(q, view, past).allowed
+    found = pattern.select(q, view, past).allowed.expand(BATCH, KV_HEADS, -1, -1)
     assert torch.equal(found, expected(pattern, q, view.k, past))
 
 
@@ -131,7 +175,7 @@ def test_a_selection_is_what_the_paper_says(pattern, q_len, past):
 def test_a_gpu_selects_what_the_paper_says(pattern):
     q, view = draw(96, 64)
     there = DenseKV(view.k.cuda(), view.v.cuda())
-    found = pattern.select(q.cuda(), there, 64).allowed.cpu()
+    found = pattern.select(q.cuda(), there, 64).allowed.cpu().expand(BATCH, KV_HEADS, -1, -1)
     assert torch.equal(found, expected(pattern, q, view.k, 64))
 
 
@@ -158,7 +202,9 @@ def test_triangle_mix_reads_all_for_the_last_rows_of_a_prompt_alone(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", [CASES[0], CASES[2], TriangleMix(block=24, dense_rows=30)], ids=str
+    "pattern",
+    [CASES[0], CASES[2], CASES[-2], TriangleMix(block=24, dense_rows=30), BigBird(block=12)],
+    ids=str,
 )
 def test_chunks_select_what_the_whole_prompt_does(pattern):
     """Vertical-slash is another matter: each chunk has last queries of its own."""
@@ -177,15 +223,28 @@ def test_chunks_select_what_the_whole_prompt_does(pattern):
 
 def test_pieces_of_a_long_prompt_select_what_the_whole_does(monkeypatch):
     q, view = draw(200, 40)
-    whole = [pattern.select(q, view, 40).allowed for pattern in CASES[:5]]
+    whole = [pattern.select(q, view, 40).allowed for pattern in CASES]
+    monkeypatch.setattr("saccade.sparse.flash_prefill.PIECE", 32)
     monkeypatch.setattr("saccade.sparse.xattention.PIECE", 48)
     monkeypatch.setattr("saccade.sparse.vertical_slash.PIECE", 1)
-    for pattern, wanted in zip(CASES, whole, strict=False):
+    for pattern, wanted in zip(CASES, whole, strict=True):
         assert torch.equal(pattern.select(q, view, 40).allowed, wanted)
 
 
+def test_random_blocks_are_as_many_as_asked_for_and_others_for_another_seed():
+    q, view = draw(256, 64)
+    grids = [BigBird(block=8, random_blocks=4, seed=seed).select(q, view, 64) for seed in (1, 1, 2)]
+    first, again, other = (grid.allowed[0, 0] for grid in grids)
+    kept, seen = map(torch.from_numpy, always(BigBird(block=8), 256, 64))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert ((first & ~kept).sum(1) == (seen & ~kept).sum(1).clamp_max(4)).all()
+    assert not (first & ~seen).any()
+
+
 @pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("pattern", [*CASES, TriangleMix(block=16, dense_rows=20)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [*CASES, TriangleMix(block=16, dense_rows=20), BigBird(block=16)], ids=str
+)
 def test_a_padded_row_selects_what_it_selects_alone(pattern, left):
     """Padding of whole blocks, with NaN in it, moves the selection of a row and changes nothing."""
     length, room = 144, 3 * pattern.block
@@ -277,6 +336,9 @@ def test_first_layers_are_dense():
         (VerticalSlash, {"queries": 0}, ValueError, "queries must be at least 1 .*got 0"),
         (VerticalSlash, {"columns": -1}, ValueError, "columns must be at least 0 .*got -1"),
         (VerticalSlash, {"diagonals": 1.5}, TypeError, "diagonals must be an integer, got 1.5"),
+        (FlashPrefill, {"alpha": 0}, ValueError, r"alpha is a share .*in \(0, 1\], got 0"),
+        (Dilated, {"dilation": 0}, ValueError, "dilation must be at least 1 .*got 0"),
+        (BigBird, {"random_blocks": -1}, ValueError, "random_blocks must be at least 0 .*got -1"),
         (TriangleMix, {"dense_rows": -1}, ValueError, "dense_rows must be at least 0 .*got -1"),
         (TriangleMix, {"dense_layers": -1}, ValueError, "dense_layers must be at least 0 .*got -1"),
         (TriangleMix, {"dense_layers": 1.5}, ValueError, r"in \[0, 1\], got 1.5\. Give an int"),
