@@ -7,6 +7,8 @@ from saccade.sparse.block_topk import BlockTopK
 from saccade.sparse.block_topp import BlockTopP
 from saccade.sparse.choice import Choice
 from saccade.sparse.from_length import FromLength
+from saccade.sparse.kascade import Kascade
+from saccade.sparse.kascade_plan import KascadePlan
 from saccade.sparse.pattern import Pattern, RulePattern, summary_of
 from saccade.sparse.prompt import PromptPattern, followed_by
 from saccade.sparse.quest import Quest
@@ -20,6 +22,7 @@ PATTERNS: dict[str, type[Pattern]] = {
     "block_topk": BlockTopK,
     "block_topp": BlockTopP,
     "quest": Quest,
+    "kascade": Kascade,
     "triangle_mix": TriangleMix,
     "xattention": XAttention,
     "vertical_slash": VerticalSlash,
@@ -32,6 +35,8 @@ __all__ = [
     "BlockTopP",
     "Choice",
     "FromLength",
+    "Kascade",
+    "KascadePlan",
     "Pattern",
     "PromptPattern",
     "Quest",
