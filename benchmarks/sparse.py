@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from saccade.core import BlockSelection, DenseKV, Mask
+from saccade.hf.kascade_identity import identity
 from saccade.hf.load import load_model
 from saccade.hf.model import HFModel
 from saccade.ops import AttentionCall, attend, make_call
@@ -36,12 +38,16 @@ from saccade.runtime import ContextParams
 from saccade.runtime.model import ModelCache
 from saccade.sparse import (
     BlockTopK,
+    Kascade,
+    KascadePlan,
+    Pattern,
     Quest,
     RulePattern,
     TriangleMix,
     VerticalSlash,
     XAttention,
 )
+from saccade.sparse.kascade_plan import Reuse
 
 SHAPES = {"SmolLM2, 9/3 heads of 64": (9, 3, 64), "8/2 heads of 128": (8, 2, 128)}
 KEYS, CHUNK, READ = 32_768, 512, 2_048
@@ -199,12 +205,17 @@ def text_of(row: Row) -> str:
 
 
 def model_row(name: str, length: int, seconds: float) -> Row:
-    """Steps of a whole model over a context of random keys, under each pattern."""
+    """Steps of a whole model over a context of random keys, under each pattern.
+
+    The plan of Kascade has an anchor every six layers; where they are does not change the time.
+    """
     model = load_model(name).model
-    patterns: dict[str, RulePattern | None] = {
+    patterns: dict[str, Pattern | None] = {
         "dense": None,
         "quest": Quest(block=32, top=READ // 32 - 3),
         "block_topk": BlockTopK(top=READ // 64 - 5),
+        "kascade": Kascade(top=READ // 64 - 3, plan=_plan(model)),
+        "kascade without a plan": Kascade(top=READ // 64 - 3),
     }
     token, works = torch.tensor([[17]]), dict[str, Work]()
     with ExitStack() as stack, torch.inference_mode():
@@ -214,6 +225,13 @@ def model_row(name: str, length: int, seconds: float) -> Row:
             cache = _filled(attached, params, length)
             works[label] = partial(attached.hidden, token, cache)
         return _row(f"a step of {name} at {length:,} tokens", medians(works, seconds))
+
+
+def _plan(model: PreTrainedModel) -> KascadePlan:
+    config = model.config
+    heads = tuple(range(config.num_key_value_heads))
+    layers = [Reuse((i - 1) // 6 * 6 + 1, heads, 1.0) for i in range(1, config.num_hidden_layers)]
+    return KascadePlan(**identity(model), layers=(None, *layers), tokens=0, block=64, top=1)
 
 
 def _filled(attached: HFModel, params: ContextParams, length: int) -> ModelCache:

@@ -14,16 +14,6 @@
 namespace saccade {
 namespace {
 
-// float32 memory of ours as a tensor [batch, heads, tokens, dim], rows [batch, tokens, heads, dim].
-TensorArg by_heads(std::vector<float>& x, int64_t batch, int64_t heads, int64_t tokens,
-                   int64_t dim) {
-  TensorArg arg{(char*)x.data(), Dtype::f32, 4, {batch, heads, tokens, dim}, {}, 0};
-  const int64_t strides[] = {tokens * heads * dim, dim, heads * dim, 1};
-  std::copy(strides, strides + 4, arg.stride);
-  arg.reach = (int64_t)(x.size() * sizeof(float));
-  return arg;
-}
-
 void check_rows_of(const TensorArg& x, const char* name, std::initializer_list<int64_t> shape) {
   check_tensor(x, name, (int)shape.size());
   check_shape(x, name, shape);
@@ -59,6 +49,7 @@ Decoder::Decoder(int64_t hidden, nb::list layers, nb::handle norm, nb::handle he
     attends_.push_back({read.scale, read.softcap});
   }
   stored_.resize(layers_.size());
+  chosen_.resize(layers_.size());
   norm_ = read_norm(norm, hidden, "norm");
   if (!head.is_none()) head_ = read_weight(head, vocab, hidden, "head");
 }
@@ -80,6 +71,7 @@ void Decoder::begin(nb::handle x, int64_t threads) {
   batch_ = from.shape[0];
   tokens_ = from.shape[1];
   threads_ = (int)threads;
+  ++step_;
   int64_t q = 0, scratch = 0;
   for (const Layer& each : layers_) {
     q = std::max(q, each.heads * each.head_dim);
@@ -221,12 +213,9 @@ void Decoder::stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks,
   layer(i);
   Stored found{read_view(view), std::nullopt, {hadamard}, true, std::nullopt, std::nullopt};
   if (!selection.is_none()) {
-    const nb::tuple fields = nb::cast<nb::tuple>(selection);
-    require(fields.size() == 2, "a selection is (rule, summaries).");
-    found.rule = read_rule(fields[0]);
-    if (!fields[1].is_none()) found.summaries = tensor(fields[1]);
     require(sinks.is_none() && found.view.kind != ViewKind::ragged,
             "blocks are selected neither beside sinks nor of ragged views.");
+    read_selection(i, nb::cast<nb::tuple>(selection), found);
   }
   if (!sinks.is_none()) found.sinks = read_view(nb::cast<nb::tuple>(sinks));
   const ViewKind kind = found.view.kind;
@@ -274,27 +263,6 @@ Decoder::LayerCall Decoder::layer_call(int64_t i, const Kind& kind, nb::handle p
   call.sinks->kv = *stored.sinks;
   call.sinks->causal = false;
   return call;
-}
-
-// The blocks of keys that the queries of layer i read, all of them as one block of queries.
-void Decoder::select(int64_t i, LayerCall& call) {
-  const Layer& at = layers_[(size_t)i];
-  const Stored& stored = stored_[(size_t)i];
-  BlockRule rule = *stored.rule;
-  rule.q_block = tokens_;
-  CallArg& attention = call.attention;
-  const int64_t keys = attention.q_offset + tokens_;
-  if (keys < rule.least) return;
-  const int64_t n = (keys + rule.k_block - 1) / rule.k_block, size = batch_ * at.kv_heads * n;
-  grid_.resize((size_t)size);
-  const TensorArg grid{(char*)grid_.data(), Dtype::boolean, 4, {batch_, at.kv_heads, 1, n},
-                       {at.kv_heads * n, n, n, 1}, size};
-  const TensorArg q = by_heads(q_, batch_, at.heads, tokens_, at.head_dim);
-  kernels_->step->select_blocks(make_selecting(rule, q, attention.q_offset, stored.summaries,
-                                               call.blocks, grid, threads_));
-  attention.blocks = grid;
-  attention.q_block = rule.q_block;
-  attention.k_block = rule.k_block;
 }
 
 // New keys and values of a ragged view wait in a buffer, [batch, kv_heads, tokens, head_dim] each.

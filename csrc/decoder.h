@@ -46,8 +46,9 @@ class Decoder {
   // Where layer i stores its keys and values, until that is said anew: a dense, quantized or ragged
   // view of all slots, filled or not, as for `attend`; `hadamard`: they are stored transformed.
   // `sinks`: a dense view of keys before it that all new queries see, not transformed, or None.
-  // `selection`: (rule, summaries or None) of the blocks of keys that are read, or None for all
-  // keys; see selection_arguments.h.
+  // `selection`: (rule, summaries or None, reuse) of the blocks of keys that are read, or None for
+  // all keys; see selection_arguments.h.  `reuse`: None, or (anchor, heads): the blocks that the
+  // layer `anchor` chose in this step, for each KV head those of one of its.
   void stored(int64_t i, nb::tuple view, bool hadamard, nb::handle sinks, nb::handle selection);
 
   // The layers from `first` on, one for each of `places`: (slot, position, spans, blocks) of the
@@ -74,6 +75,12 @@ class Decoder {
     bool known = false;
     std::optional<BlockRule> rule;
     std::optional<TensorArg> summaries;
+    std::optional<int64_t> anchor;  // the layer whose blocks are read, by KV head `heads`
+    std::vector<int64_t> heads;
+  };
+  struct Chosen {
+    std::vector<uint8_t> grid;  // [batch, kv_heads, 1, blocks]
+    int64_t step = -1;  // in which it was chosen
   };
   struct LayerCall {
     const Kind* kind;
@@ -93,7 +100,10 @@ class Decoder {
   LayerCall layer_call(int64_t i, const Kind& kind, nb::handle place);
   void place_ragged(const Layer& layer, int64_t position, LayerCall& call);
   bool front_checked(const Layer& layer, const LayerCall& call);
+  void read_selection(int64_t i, nb::tuple fields, Stored& found) const;
   void select(int64_t i, LayerCall& call);
+  void copy_chosen(int64_t anchor, const std::vector<int64_t>& heads, int64_t n,
+                   std::vector<uint8_t>& to) const;
   void attend_checked(int64_t i, CallArg& call, std::vector<float>& out, float* lse = nullptr);
   void attend_sinks(int64_t i, LayerCall& call);
   void back_checked(const Layer& layer);
@@ -108,9 +118,14 @@ class Decoder {
   int64_t batch_ = 0, tokens_ = 0;
   int threads_ = 1;
   std::vector<float> x_, q_, attended_, scratch_, sinks_, lse_, new_kv_;
-  std::vector<uint8_t> grid_;  // the blocks that a layer reads
+  std::vector<Chosen> chosen_;  // the blocks that each layer read last
+  int64_t step_ = 0;
   std::mutex busy_;
 };
+
+// float32 memory of ours as a tensor [batch, heads, tokens, dim], rows [batch, tokens, heads, dim].
+TensorArg by_heads(std::vector<float>& x, int64_t batch, int64_t heads, int64_t tokens,
+                   int64_t dim);
 
 void define_decoder(nb::module_& m);
 

@@ -3,6 +3,7 @@
 // A block of queries is represented by the sum of its queries over the heads that share a KV head.
 // The bound of Quest (arXiv 2406.10774), sum_d max(q_d low_d, q_d high_d), is a product too: of
 // (max(q, 0), min(q, 0)) with (high, low), so sums of queries bound sums of scores.
+// Keys themselves are scored by every query, and blocks by the sum of their softmax weights.
 #pragma once
 #include <algorithm>
 
@@ -11,6 +12,7 @@
 #include "loaders.h"
 #include "pool.h"
 #include "selection.h"
+#include "weigh_keys.h"
 #include "workspace.h"
 
 namespace saccade::SACCADE_TARGET {
@@ -23,8 +25,13 @@ class BlockSelector {
     head_ = item / q_blocks % s.kv_heads;
     begin_ = item % q_blocks * s.rule.q_block;
     end_ = min(begin_ + s.rule.q_block, s.q_len);
+    exact_ = s.rule.summary == Summary::keys;
     width_ = s.rule.summary == Summary::bounds ? 2 * s.head_dim : s.head_dim;
     vectors_ = s.rule.share > 0.f ? group_ : 1;
+    if (exact_) {
+      width_ = ceil_div(s.head_dim, W) * W;
+      vectors_ = group_ * (end_ - begin_);
+    }
     out_ = s.out + item * s.num_blocks;
   }
 
@@ -43,6 +50,10 @@ class BlockSelector {
     const BlockRule& rule = s_.rule;
     if (rule.top >= others_ || rule.share >= 1.f) {
       for (int64_t i = 0; i < others_; ++i) out_[order_[i]] = 1;
+    } else if (exact_) {
+      if (rule.top == 0) return;
+      weigh_blocks();
+      choose_top();
     } else if (rule.top > 0 || rule.share > 0.f) {
       pool_queries();
       for (int64_t v = 0; v < vectors_; ++v) score(pooled_ + v * width_, scores_ + v * others_);
@@ -56,7 +67,11 @@ class BlockSelector {
  private:
   void lay_out(Arena& arena) {
     pooled_ = arena.take<float>(vectors_ * width_ + W);
-    scores_ = arena.take<float>(vectors_ * s_.num_blocks + W);
+    scores_ = arena.take<float>((exact_ ? 1 : vectors_) * s_.num_blocks + W);
+    if (exact_) {
+      of_keys_ = arena.take<float>(s_.rule.k_block + W);
+      weighed_ = arena.take<Weighed>(vectors_ * s_.num_blocks);
+    }
     order_ = arena.take<int32_t>(s_.num_blocks);
     rank_ = arena.take<int32_t>(s_.num_blocks);
   }
@@ -71,9 +86,56 @@ class BlockSelector {
     for (int64_t b = 0; b <= last; ++b) {
       const bool always = b < rule.sinks || b > own - rule.window ||
                           (rule.stride > 0 && b % rule.stride == 0) ||
-                          (choosing && b >= s_.num_rows);
+                          (choosing && !exact_ && b >= s_.num_rows);
       out_[b] = always;
       if (!always && choosing) order_[others_++] = (int32_t)b;
+    }
+  }
+
+  // Scores of the others: the sums of the softmax weights of their keys, over queries and heads.
+  void weigh_blocks() {
+    const int64_t stop = min(s_.q_offset + end_, s_.num_rows), size = s_.rule.k_block;
+    const int64_t blocks = ceil_div(stop, size);
+    const char* keys = s_.rows.data + batch_ * s_.rows.batch + head_ * s_.rows.head;
+    std::memset(pooled_, 0, sizeof(float) * (size_t)(vectors_ * width_));
+    for (int64_t v = 0; v < vectors_; ++v) read_query(v, pooled_ + v * width_);
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t v = 0; v < vectors_; ++v) {
+        const int64_t seen = s_.q_offset + begin_ + v % (end_ - begin_) + 1;
+        const int64_t count = min(min(seen, stop), (b + 1) * size) - b * size;
+        Weighed& found = weighed_[v * blocks + b] = Weighed{};
+        if (count <= 0) continue;
+        score(pooled_ + v * width_, keys + b * size * s_.rows.row, (int)count);
+        found = saccade::SACCADE_TARGET::weigh(of_keys_, (int)count);
+      }
+    std::memset(scores_, 0, sizeof(float) * (size_t)blocks);
+    for (int64_t v = 0; v < vectors_; ++v) add_shares(weighed_ + v * blocks, blocks, scores_);
+    for (int64_t i = 0; i < others_; ++i) scores_[i] = bounded(scores_[order_[i]]);
+  }
+
+  // Query v of the group, the queries of a head one after the other, in units of log2.
+  void read_query(int64_t v, float* to) const {
+    const int64_t count = end_ - begin_;
+    const char* q = s_.q.data + batch_ * s_.q.batch + (head_ * group_ + v / count) * s_.q.head +
+                    (begin_ + v % count) * s_.q.row;
+    const F factor = set1(s_.rule.scale * kLog2e);
+    each_part(s_.head_dim, [&](int64_t d, int n) {
+      F x;
+      switch (s_.q.dtype) {
+        case Dtype::f32: get_part<Plain<float>>((const float*)q + d, n, &x); break;
+        case Dtype::bf16: get_part<Plain<Bf16>>((const Bf16*)q + d, n, &x); break;
+        default: get_part<Plain<F16>>((const F16*)q + d, n, &x);
+      }
+      put(to + d, mul(x, factor), n);
+    });
+  }
+
+  void score(const float* q, const char* keys, int count) {
+    const int dim = (int)s_.head_dim;
+    switch (s_.rows.dtype) {
+      case Dtype::f32: return score_keys<float>(q, keys, s_.rows.row, count, dim, of_keys_);
+      case Dtype::bf16: return score_keys<Bf16>(q, keys, s_.rows.row, count, dim, of_keys_);
+      default: return score_keys<F16>(q, keys, s_.rows.row, count, dim, of_keys_);
     }
   }
 
@@ -230,7 +292,9 @@ class BlockSelector {
   const int64_t group_;
   int64_t batch_, head_, begin_, end_, width_, vectors_, others_ = 0;
   uint8_t* out_;
-  float *pooled_ = nullptr, *scores_ = nullptr;
+  bool exact_;
+  float *pooled_ = nullptr, *scores_ = nullptr, *of_keys_ = nullptr;
+  Weighed* weighed_ = nullptr;
   int32_t *order_ = nullptr, *rank_ = nullptr;
 };
 

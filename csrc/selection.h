@@ -7,7 +7,8 @@
 
 namespace saccade {
 
-enum class Summary : int { none, mean, bounds };  // what a row says about the keys of a block
+enum class Summary : int { none, mean, bounds, keys };  // what a row says about the keys of a
+                                                        // block; keys: a row is a key
 
 // Which blocks are read: some always, and of the others the best by their summaries.
 struct BlockRule {
@@ -26,7 +27,7 @@ struct Selecting {
   Strided q;
   int64_t q_offset;  // position of the first query
   Strided rows;      // [batch, kv_heads, num_rows, head_dim], or twice head_dim: maxima, minima
-  int64_t num_rows;  // blocks that have a row; later ones are always read
+  int64_t num_rows;  // blocks that have a row; later ones are always read.  Of keys: all of them
   int64_t num_blocks;
   uint8_t* out;  // [batch, kv_heads, q_blocks, num_blocks]
   int threads;

@@ -15,7 +15,7 @@ BlockRule read_rule(nb::handle x) {
     throw nb::type_error("a rule has 10 fields");
   nb::tuple f = nb::borrow<nb::tuple>(x);
   const int64_t summary = integer(f[0]);
-  require(summary >= 0 && summary <= (int64_t)Summary::bounds, "unknown kind of summary.");
+  require(summary >= 0 && summary <= (int64_t)Summary::keys, "unknown kind of summary.");
   const BlockRule rule{(Summary)summary, integer(f[1]), integer(f[2]), integer(f[3]), integer(f[4]),
                        integer(f[5]), integer(f[6]), (float)nb::cast<double>(f[7]),
                        (float)nb::cast<double>(f[8]), integer(f[9])};
@@ -25,6 +25,7 @@ BlockRule read_rule(nb::handle x) {
     require(n >= 0 && n <= kMaxPosition, "sinks, stride, top and least must be 0 or more.");
   require(rule.share >= 0.f && rule.share <= 1.f, "a share must be 0 to 1.");
   require(rule.share == 0.f || rule.top == 0, "top and share exclude each other.");
+  require(rule.share == 0.f || rule.summary == Summary::mean, "a share is estimated by means.");
   return rule;
 }
 

@@ -78,12 +78,15 @@ def run(
     notes = Notes(quiet=quiet, typed=context)
     saved = None if session is None else Session(session, notes)
     text = read_prompt(prompt, prompt_file, optional=saved is not None and saved.exists)
-    auto = context.get("sparse") == shared_options.AUTO
-    if auto and saved is not None:
+    measured = _measured(context)
+    if measured is not None and saved is not None:
         raise UsageError(
-            "--sparse auto does not go with --session, which keeps one pattern. Name it."
+            f"--sparse {measured} measures this prompt, which does not go with --session: that "
+            "keeps one pattern. Name another, or for kascade a --sparse-plan that exists."
         )
-    context = {**context, "sparse": None} if auto else context
+    plan = context["sparse_plan"] if measured == KASCADE else None
+    if measured is not None:
+        context = {**context, "sparse": None, "sparse_plan": None}
     params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")
     later = saved is not None and saved.exists
@@ -93,7 +96,7 @@ def run(
     loaded = load(model, device, dtype, weights, notes=notes)
     params = shared_options.for_device(params, context, loaded.model.device.type)
     where = "the prompt" if prompt_file is None else f"--prompt-file {prompt_file}"
-    asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, auto)
+    asked = _Asked(loaded, text, where, raw, n_predict, saved, notes, measured, plan)
     with shared_options.in_words_of_options(context):  # a prompt too long, say
         return _generate(asked, params, sampling, as_json=as_json)
 
@@ -111,7 +114,8 @@ class _Asked(NamedTuple):
     n_predict: int
     session: Session | None
     notes: Notes
-    auto: bool  # the sparse pattern is chosen by measuring the prompt
+    measured: str | None  # the sparse pattern that is made by measuring the prompt
+    plan: str | None  # the file for a plan of Kascade
 
 
 def _generate(
@@ -132,8 +136,9 @@ def _generate(
     further = 0 if params.n_keep is not None else asked.n_predict
     note_without_effect(facts, params, notes, loaded.model.device)
     params = reaching(params, facts, seen + len(tokens) + further, notes)
-    if asked.auto:
-        params = _chosen(loaded, tokens, params, notes)
+    if asked.measured is not None:
+        choose = _chosen if asked.measured == shared_options.AUTO else _calibrated
+        params = choose(asked, tokens, params)
     reserve = _reserve(params, seen + len(tokens), further)
     say_check(model, params, notes, reserve=reserve)
     with Context(loaded, params, reserve=reserve) as ctx:
@@ -148,16 +153,46 @@ def _generate(
         ).run()  # fmt: skip
 
 
-def _chosen(
-    loaded: LoadedModel, tokens: list[int], params: ContextParams, notes: Notes
-) -> ContextParams:
+KASCADE = "kascade"
+
+
+def _measured(context: dict[str, Any]) -> str | None:
+    """The pattern that is made by measuring the prompt; None where none is."""
+    name, plan = context.get("sparse"), context.get("sparse_plan")
+    if name == KASCADE and (plan is None or not Path(plan).expanduser().exists()):
+        return KASCADE
+    return name if name == shared_options.AUTO else None
+
+
+def _chosen(asked: _Asked, tokens: list[int], params: ContextParams) -> ContextParams:
     """The params with the sparse pattern that pays for this prompt, said with its reason."""
     from saccade.hf.sparse_choice import choose_sparse
 
+    loaded, notes = asked.loaded, asked.notes
     notes.say(f"Measuring which pattern pays for these {len(tokens):,} tokens ...")
     choice = choose_sparse(loaded, tokens, params)
     notes.note(f"--sparse auto: {choice.why}")
     return replace(params, sparse=choice.pattern)
+
+
+def _calibrated(asked: _Asked, tokens: list[int], params: ContextParams) -> ContextParams:
+    """The params with Kascade, calibrated on the beginning of the prompt."""
+    from saccade.hf.kascade import calibrate_kascade
+    from saccade.hf.sparse_choice import LONGEST
+    from saccade.sparse import Kascade
+
+    file, count = asked.plan, min(len(tokens), LONGEST)
+    asked.notes.say(f"Calibrating Kascade on {count:,} tokens of the prompt ...")
+    plan = calibrate_kascade(asked.loaded, tokens, params)
+    kept = "--sparse-plan FILE keeps the plan" if file is None else f"the plan is in {file}"
+    if file is not None:
+        plan.save(Path(file).expanduser())
+    anchors = ", ".join(map(str, plan.anchors))
+    asked.notes.note(
+        f"--sparse kascade: layers {anchors} of {len(plan.layers)} choose for the others, which "
+        f"kept {plan.recall:.3f} of the attention's weight; {kept}."
+    )
+    return replace(params, sparse=Kascade(plan=plan))
 
 
 def _prompt(asked: _Asked, room: Room, saved: Saved | None) -> tuple[list[int], int, int]:

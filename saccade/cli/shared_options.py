@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from saccade.cli.values import budget, file_name, number, one_of, switch, utf8_t
 if TYPE_CHECKING:
     from saccade.runtime import Sampler
     from saccade.runtime.params import ContextParams
+    from saccade.sparse import Pattern
 
 MODEL_HELP = "a .gguf file, a folder saved by transformers, or a name (smollm2)"
 Model = Annotated[
@@ -129,10 +131,14 @@ CONTEXT = (
     Option("ctx_checkpoints", ("--ctx-checkpoints",),
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
     Option("sparse", ("--sparse",),
-           "read only chosen blocks of keys: strided, block_topk, block_topp, quest; for prompts "
-           "triangle_mix, xattention, vertical_slash; auto measures what pays", metavar="PATTERN",
-           choices=("strided", "block_topk", "block_topp", "quest", "triangle_mix", "xattention",
-                    "vertical_slash", "auto")),
+           "read only chosen blocks of keys: strided, block_topk, block_topp, quest; for steps "
+           "kascade; for prompts triangle_mix, xattention, vertical_slash; auto measures what pays",
+           metavar="PATTERN",
+           choices=("strided", "block_topk", "block_topp", "quest", "kascade", "triangle_mix",
+                    "xattention", "vertical_slash", "auto")),
+    Option("sparse_plan", ("--sparse-plan",),
+           "what --sparse kascade was calibrated to; generate calibrates it on the prompt where "
+           "the file is missing, and writes it", file_name, "FILE"),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, kvzip, h2o, expected_attention, "
            "ada_snapkv, tova, ... (docs/compression.md)", metavar="NAME"),
@@ -193,7 +199,7 @@ def context_params(values: Values) -> ContextParams:
         UsageError: options that contradict each other, in the words of the command line.
     """
     from saccade.runtime.params import ContextParams
-    from saccade.sparse import PATTERNS
+    from saccade.sparse import PATTERNS, Kascade
 
     given = {name: value for name, value in values.items() if value is not None}
     if given.get("sparse") == AUTO:
@@ -203,6 +209,9 @@ def context_params(values: Values) -> ContextParams:
         )
     if "sparse" in given:
         given["sparse"] = PATTERNS[given["sparse"]]()
+    plan = given.pop("sparse_plan", None)
+    if plan is not None or isinstance(given.get("sparse"), Kascade):
+        given["sparse"] = _planned(plan, given.get("sparse"))
     factor = given.pop("rope_scale", None)
     if factor is not None:
         if "rope_freq_scale" in given:
@@ -214,6 +223,24 @@ def context_params(values: Values) -> ContextParams:
         return ContextParams(**given)
     except ValueError as error:
         raise UsageError(with_flags(str(error), values)) from error
+
+
+def _planned(plan: str | None, pattern: Pattern | None) -> Pattern:
+    """Kascade with the plan of a file."""
+    from saccade.sparse import Kascade, KascadePlan
+
+    if not isinstance(pattern, Kascade):
+        raise UsageError("--sparse-plan is a plan of --sparse kascade. Give both, or neither.")
+    if plan is None:
+        raise UsageError(
+            "--sparse kascade needs --sparse-plan FILE here; `saccade generate` writes one."
+        )
+    try:
+        return Kascade(plan=KascadePlan.load(Path(plan).expanduser()))
+    except OSError as error:
+        raise UsageError(f"--sparse-plan {plan} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"--sparse-plan {error}") from error
 
 
 GPU_BATCH = 2048

@@ -17,6 +17,7 @@ from saccade.hf.compressed_generate import compress_behind_prompt, is_padded
 from saccade.hf.cropped_caches import check_not_cropped, guesses
 from saccade.hf.fused_forward import decode_in_kernels
 from saccade.hf.generate_options import option
+from saccade.hf.kascade_identity import check_plan
 from saccade.hf.layers import check_attention, layer_kinds
 from saccade.hf.moved_sinks import move_sinks, read_prompt_in_blocks
 from saccade.hf.rope import follow_length, run_rotary
@@ -156,6 +157,7 @@ def make_run(model: PreTrainedModel, params: ContextParams, *, serves_every_call
         )
     params = without_own_dtype(params, model.dtype)
     check_attention(model)
+    check_plan(model, params)
     rotary = run_rotary(model, params)
     fused = params.fused_layers
     if fused is None:

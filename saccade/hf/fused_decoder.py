@@ -28,7 +28,7 @@ from saccade.hf.runs import Run
 from saccade.hf.settings import AttentionSettings
 from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
 from saccade.sparse import Pattern, RulePattern, summary_of
-from saccade.sparse.pattern import decodes_densely
+from saccade.sparse.pattern import StepPattern, decodes_densely
 
 MAX_ROWS: Final = 8
 """Rows of one step: more are a matrix product, which torch computes faster."""
@@ -120,8 +120,11 @@ class FusedDecoder:
             gaps = windowed and dense and store.is_compressed
             if gaps or not self._direct[index] or not isinstance(store, PlacingCache):
                 continue
-            if _smallest_block(self._settings[index].sparse) < count:
+            pattern = self._settings[index].sparse
+            if _smallest_block(pattern) < count:
                 continue  # a block that new tokens fill has no summary yet
+            if isinstance(pattern, StepPattern) and not isinstance(store, DenseCache):
+                continue  # keys are scored as they lie, each at its position
             place = places[index] = store.place(count, dtype)
             gives = place is not None and place.summaries is not None
             if place is not None and gives != (self._summaries[index] is not None):
@@ -129,7 +132,15 @@ class FusedDecoder:
             elif place is not None and not self._knows(index, place):
                 self._note(index, place, store.storage())
         cache.writing = False
-        return places
+        return self._together(places)
+
+    def _together(self, places: list[Placement | None]) -> list[Placement | None]:
+        """The same, where layers that share blocks are all computed by C++, or none of them."""
+        patterns = [each.sparse for each in self._settings]
+        sharing = [i for i, each in enumerate(patterns) if isinstance(each, StepPattern)]
+        if all(places[index] is not None for index in sharing):
+            return places
+        return [None if index in sharing else place for index, place in enumerate(places)]
 
     def _knows(self, index: int, place: Placement) -> bool:
         """Whether the C++ layers were told of this storage."""
@@ -140,10 +151,11 @@ class FusedDecoder:
         """Tell the C++ layers where a layer stores its keys and values."""
         sinks = VIEWS[DenseKV](DenseKV(place.sinks[0], place.sinks[1])) if place.sinks else None
         selection, pattern = None, self._settings[index].sparse
-        if isinstance(pattern, RulePattern):
+        if isinstance(pattern, RulePattern | StepPattern):
             _, _, dim, *_ = self._described.layers[index]
             rows = None if place.summaries is None else record(place.summaries)
-            selection = pattern.rule.numbers(dim**-0.5), rows
+            reuse = None if isinstance(pattern, RulePattern) else pattern.reuse
+            selection = pattern.rule.numbers(dim**-0.5), rows, reuse
         self._decoder.stored(index, VIEWS[type(view)](view), view.hadamard, sinks, selection)
         self._stored[index] = tuple(map(ref, _parts_of(place)))
 
@@ -225,7 +237,8 @@ def _range(own: int | None, settings: AttentionSettings) -> Range:
 
 def _is_direct(settings: AttentionSettings) -> bool:
     """Whether attention is the C++ kernels' own, over all keys in the window or chosen blocks."""
-    follows = decodes_densely(settings.sparse) or isinstance(settings.sparse, RulePattern)
+    rules = isinstance(settings.sparse, RulePattern | StepPattern)
+    follows = decodes_densely(settings.sparse) or rules
     return follows and settings.backend in ("auto", "cpu")
 
 

@@ -13,7 +13,7 @@ from saccade.hf.layers import layer_kinds
 from saccade.runtime.layers import backend_of, narrowed_window
 from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern
-from saccade.sparse.pattern import of_layer
+from saccade.sparse.pattern import of_layers
 
 ATTRIBUTE: Final = "saccade_runs"
 """Name under which `attach` leaves the model's one list of runs on its attention modules."""
@@ -56,7 +56,7 @@ class LayerSettings:
                 f"{config.model_type} attends within chunks of the context, which n_swa and sparse "
                 "patterns would replace by all of it. Leave them out for this model."
             )
-        patterns = [of_layer(params.sparse, i, len(kinds)) for i in range(len(kinds))]
+        patterns = of_layers(params.sparse, len(kinds))
         self._layers = [
             _of_layer(kind.window, params, pattern)
             for kind, pattern in zip(kinds, patterns, strict=True)

@@ -50,7 +50,7 @@ def choose_sparse(
     if isinstance(recall, bool) or not 0 < recall <= 1:
         raise ValueError(f"recall is a share of the attention, in (0, 1], got {recall!r}.")
     params = params or ContextParams()
-    _check(params)
+    check_params(params)
     text = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)[:LONGEST]
     text = text[: len(text) // CHUNK * CHUNK]
     if len(text) < SHORTEST:
@@ -58,11 +58,12 @@ def choose_sparse(
         return Choice(None, why, {})
     hf = as_model(model)
     assert isinstance(hf, HFModel)
-    _check_scores(hf)
+    check_scores(hf)
     return choose(_measured(hf, text, params), recall)
 
 
-def _check(params: ContextParams) -> None:
+def check_params(params: ContextParams) -> None:
+    """Raise ValueError or Unsupported for options beside which no pattern can be chosen."""
     if params.sparse is not None:
         raise ValueError(
             f"params.sparse is what is chosen here, but it is {params.sparse!r}. Leave it out."
@@ -74,8 +75,8 @@ def _check(params: ContextParams) -> None:
         )
 
 
-def _check_scores(model: HFModel) -> None:
-    """Selections and their recall are of scores q . k / sqrt(head_dim) without a cap."""
+def check_scores(model: HFModel) -> None:
+    """Raise Unsupported unless scores are q . k / sqrt(head_dim), as selections take them."""
     facts, modules = model.facts, model.model.modules()
     own = {float(x) for m in modules if isinstance(x := getattr(m, "scaling", None), float)}
     usual = facts.head_dim**-0.5

@@ -24,7 +24,6 @@ from saccade.runtime.layers import layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern, PromptPattern, followed_by
-from saccade.sparse.pattern import of_layer
 
 
 def without_effect(
@@ -172,7 +171,7 @@ def _sparse(case: _Case) -> str | None:
     if None not in case.windows:
         return _all_slide(case, "is sparse by that; patterns are for full attention")
     layers = case.facts.num_layers
-    if of_layer(pattern, layers - 1, layers) is None:
+    if isinstance(pattern, PromptPattern) and pattern.first_layer(layers) >= layers:
         return f"its dense_layers are all {layers} layers of this model"
     longest = case.length if case.params.n_swa is None else min(case.length, case.params.n_swa)
     if _covers(pattern, longest):

@@ -7,7 +7,7 @@ from typing import Final
 
 from saccade.compress import POLICIES
 from saccade.ops.attention.dispatch import BACKENDS
-from saccade.sparse import Pattern
+from saccade.sparse import Kascade, Pattern
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
 CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
@@ -138,6 +138,11 @@ class ContextParams:
             raise ValueError(
                 f"sparse must be a pattern with its sizes, such as saccade.sparse.Strided(...), "
                 f"got {self.sparse!r}. Make one, or leave sparse unset."
+            )
+        if isinstance(self.sparse, Kascade) and self.sparse.plan and self.kv_policy is not None:
+            raise ValueError(
+                "sparse=Kascade(plan=...) reads the blocks of one layer in others, but under "
+                "kv_policy each layer keeps other tokens. Leave one of the two out."
             )
 
     def _check_rope(self) -> None:

@@ -19,7 +19,7 @@ from saccade.core.held_values import holding
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.params import QUANTIZED, ContextParams
 from saccade.sparse import RulePattern
-from saccade.sparse.pattern import decodes_densely
+from saccade.sparse.pattern import StepPattern, decodes_densely
 
 _stepping: ContextVar[bool] = ContextVar("saccade_stepping", default=False)
 
@@ -44,7 +44,7 @@ def captures(params: ContextParams) -> bool:
     plain, stored = params.flash_attn != "disabled", params.type_k is None
     if decodes_densely(params.sparse):
         stored = stored or params.type_k in QUANTIZED
-    elif not isinstance(params.sparse, RulePattern):
+    elif not isinstance(params.sparse, RulePattern | StepPattern):
         return False
     return plain and stored and params.backend in (None, "triton")
 

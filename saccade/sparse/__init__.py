@@ -10,6 +10,8 @@ from saccade.sparse.choice import Choice
 from saccade.sparse.dilated import Dilated
 from saccade.sparse.flash_prefill import FlashPrefill
 from saccade.sparse.from_length import FromLength
+from saccade.sparse.kascade import Kascade
+from saccade.sparse.kascade_plan import KascadePlan
 from saccade.sparse.pattern import Pattern, RulePattern, summary_of
 from saccade.sparse.prompt import PromptPattern, followed_by
 from saccade.sparse.quest import Quest
@@ -23,6 +25,7 @@ PATTERNS: dict[str, type[Pattern]] = {
     "block_topk": BlockTopK,
     "block_topp": BlockTopP,
     "quest": Quest,
+    "kascade": Kascade,
     "triangle_mix": TriangleMix,
     "dilated": Dilated,
     "big_bird": BigBird,
@@ -41,6 +44,8 @@ __all__ = [
     "Dilated",
     "FlashPrefill",
     "FromLength",
+    "Kascade",
+    "KascadePlan",
     "Pattern",
     "PromptPattern",
     "Quest",

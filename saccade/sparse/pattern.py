@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from saccade.core.kv import dense
 from saccade.ops.kv_write.hadamard import hadamard_transform
 from saccade.ops.selection import BlockRule, SummaryKind, select_blocks, summarize
 from saccade.sparse.prompt import PromptPattern
+
+MOST_QUERIES: Final = 16
+"""More queries read all keys under a StepPattern: prompts."""
 
 
 class Pattern(Protocol):
@@ -55,6 +59,51 @@ class RulePattern(ABC):
         return select_blocks(rule, q, rows, q_offset, kv.shape[2])
 
 
+class StepPattern(ABC):
+    """A pattern that selects for a few queries from their scores; more read all keys."""
+
+    __slots__ = ()
+
+    def reads_all(self, q_len: int) -> bool:
+        """Whether so many queries read all keys."""
+        return q_len > MOST_QUERIES
+
+    @property
+    @abstractmethod
+    def rule(self) -> BlockRule:
+        """What is read: for C++ layers, which select by it."""
+
+    @property
+    def reuse(self) -> tuple[int, tuple[int, ...]] | None:
+        """(layer whose blocks are read, for each KV head the head of that layer); None: its own."""
+        return None
+
+    @abstractmethod
+    def select(
+        self, q: Tensor, kv: KVView, q_offset: int | Tensor, padding: Tensor | None = None
+    ) -> BlockSelection:
+        """See Pattern.
+
+        Args:
+            q_offset: in a captured step an int64 scalar on the device.
+            padding: bool `[B, Lk]`, False for keys that are padding.
+        """
+
+
+class LayeredPattern(ABC):
+    """A pattern that differs between the layers of a model."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def layers(self, num_layers: int) -> Sequence[Pattern | None]:
+        """What each layer of a run of a model follows, None for all keys.
+
+        Raises:
+            BadInput: a pattern for another number of layers.
+        """
+
+
 def selected(
     pattern: Pattern,
     q: Tensor,
@@ -68,9 +117,9 @@ def selected(
 
     Args:
         rows: the summaries kept for a RulePattern, or None.
-        padding: bool `[B, Lk]`, False for padding, which a PromptPattern leaves out; or None.
+        padding: bool `[B, Lk]`, False for padding, which patterns that look at keys leave out.
     """
-    if isinstance(pattern, PromptPattern):
+    if isinstance(pattern, PromptPattern | StepPattern):
         whole = pattern.reads_all(q.shape[2])
         return None if whole else pattern.select(q, kv, q_offset, padding)
     if not isinstance(pattern, RulePattern):
@@ -92,14 +141,17 @@ def selected_in_step(
         rows: all memory of the summaries; blocks before the queries' own have theirs.
 
     Raises:
-        Unsupported: a pattern without a rule, or keys whose summaries lag behind.
+        Unsupported: a pattern that needs the host, or keys whose summaries lag behind.
     """
     if decodes_densely(pattern):
         return None
-    if not isinstance(pattern, RulePattern) or not isinstance(kv, DenseKV):
+    if not isinstance(pattern, RulePattern | StepPattern) or not isinstance(kv, DenseKV):
         raise Unsupported(
-            "a captured step selects by a RulePattern over dense keys. Use Context.append."
+            "a captured step selects by a RulePattern or Kascade over dense keys. "
+            "Use Context.append."
         )
+    if isinstance(pattern, StepPattern):
+        return pattern.select(q, kv, q_offset[0])
     return select_blocks(pattern.rule, q, rows, q_offset[0], kv.shape[2])
 
 
@@ -108,10 +160,12 @@ def decodes_densely(pattern: Pattern | None) -> bool:
     return pattern is None or isinstance(pattern, PromptPattern)
 
 
-def of_layer(pattern: Pattern | None, layer: int, num_layers: int) -> Pattern | None:
-    """The pattern of a layer, which counts from 0; None for all keys."""
-    sparse = not isinstance(pattern, PromptPattern) or layer >= pattern.first_layer(num_layers)
-    return pattern if sparse else None
+def of_layers(pattern: Pattern | None, num_layers: int) -> Sequence[Pattern | None]:
+    """The pattern of each layer of a run of a model; None for all keys."""
+    if isinstance(pattern, LayeredPattern):
+        return pattern.layers(num_layers)
+    first = pattern.first_layer(num_layers) if isinstance(pattern, PromptPattern) else 0
+    return [pattern if index >= first else None for index in range(num_layers)]
 
 
 def summary_of(pattern: Pattern | None) -> tuple[SummaryKind, int] | None:

@@ -62,17 +62,7 @@ class PromptCall:
         Returns:
             The keys, and bool `[B, Hkv | 1, Lk]`, False where there is none; None: all are there.
         """
-        tile, end = dense(self.kv), self.kv.shape[2]
-        k = hadamard_transform(tile.k) if self.kv.hadamard else tile.k
-        real = None if self.padding is None else self.padding[:, None]
-        if isinstance(self.kv, RaggedKV) or k.shape[2] != end:
-            at = tile.positions.expand(k.shape[:3])
-            at = at.where(at >= 0, end)
-            here = at.new_zeros(*k.shape[:2], end + 1, dtype=torch.bool)
-            here = here.scatter(2, at, value=True)[:, :, :end]
-            room = k.new_zeros(*k.shape[:2], end + 1, k.shape[3])
-            k = room.scatter(2, at[..., None].expand_as(k), k)[:, :, :end]
-            real = here if real is None else real & here
+        k, real = keys_by_position(self.kv, self.padding)
         if real is not None:  # whatever lies there, NaN too, is not to change a score
             k = k.masked_fill(~real[..., None], 0)
         return k.to(self.q.dtype), real
@@ -99,6 +89,29 @@ class PromptCall:
             places = torch.arange(1, self.padding.shape[1] + 1, device=device)
             end = (places * self.padding).amax(1, keepdim=True)
         return (last >= end - count)[:, None, :, None]
+
+
+def keys_by_position(kv: KVView, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys by position `[B, Hkv, Lk, D]`, before any Hadamard transform.
+
+    Args:
+        padding: bool `[B, Lk]`, False for keys that are none; None: all are keys.
+
+    Returns:
+        The keys, and bool `[B, Hkv | 1, Lk]`, False where there is none; None: all are there.
+    """
+    tile, end = dense(kv), kv.shape[2]
+    k = hadamard_transform(tile.k) if kv.hadamard else tile.k
+    real = None if padding is None else padding[:, None]
+    if isinstance(kv, RaggedKV) or k.shape[2] != end:
+        at = tile.positions.expand(k.shape[:3])
+        at = at.where(at >= 0, end)
+        here = at.new_zeros(*k.shape[:2], end + 1, dtype=torch.bool)
+        here = here.scatter(2, at, value=True)[:, :, :end]
+        room = k.new_zeros(*k.shape[:2], end + 1, k.shape[3])
+        k = room.scatter(2, at[..., None].expand_as(k), k)[:, :, :end]
+        real = here if real is None else real & here
+    return k, real
 
 
 class PromptPattern(ABC):
@@ -175,10 +188,3 @@ def _first_blocks(padding: Tensor, pattern: PromptPattern, num_blocks: int) -> T
     first = padding.int().argmax(-1)[:, None, None, None] // pattern.block
     blocks = torch.arange(num_blocks, device=padding.device)
     return (blocks >= first) & (blocks < first + pattern.sink_blocks)
-
-
-def products(q: Tensor, k: Tensor) -> Tensor:
-    """Scores `q @ k.mT` as contiguous float32 `[B, Hkv, rows, keys]`."""
-    if q.is_cpu and q.dtype != torch.float32:  # the other way round PyTorch copies the keys
-        return (k @ q.mT).mT.to(torch.float32, memory_format=torch.contiguous_format)
-    return (q @ k.mT).float()

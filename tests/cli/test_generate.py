@@ -34,7 +34,7 @@ def params(*words):
 def test_every_field_has_an_option():
     names = [option.field for option in shared_options.CONTEXT]
     assert len(set(names)) == len(names)
-    assert set(names) - {"rope_scale"} == {f.name for f in fields(ContextParams)}
+    assert set(names) - {"rope_scale", "sparse_plan"} == {f.name for f in fields(ContextParams)}
 
 
 def test_choices_are_those_of_context_params():

@@ -18,7 +18,7 @@ from saccade.sparse import (
     VerticalSlash,
     XAttention,
 )
-from saccade.sparse.pattern import of_layer, selected
+from saccade.sparse.pattern import of_layers, selected
 from saccade.sparse.prompt import PromptPattern, followed_by
 
 BATCH, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
@@ -323,9 +323,10 @@ def test_selected_blocks_are_what_is_attended_to():
 
 def test_first_layers_are_dense():
     mix = TriangleMix(dense_layers=3)
-    assert [of_layer(mix, i, 5) for i in range(5)] == [None, None, None, mix, mix]
+    assert list(of_layers(mix, 5)) == [None, None, None, mix, mix]
     assert TriangleMix().first_layer(30) == 15 and TriangleMix(dense_layers=1.0).first_layer(4) == 4
-    assert of_layer(XAttention(), 0, 5) == XAttention() and of_layer(None, 0, 5) is None
+    assert list(of_layers(XAttention(), 2)) == [XAttention()] * 2
+    assert list(of_layers(None, 2)) == [None] * 2
 
 
 @pytest.mark.parametrize(

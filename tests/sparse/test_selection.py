@@ -49,18 +49,33 @@ def expected(rule, q, k, offset):
         for n in range(last + 1):
             strided = rule.stride and n % rule.stride == 0
             always = n < rule.sinks or n > own - rule.window or strided
-            if always or (rule.summary != "none" and n >= whole):
+            summarized = rule.summary in ("mean", "bounds")
+            if always or (summarized and n >= whole):
                 grid[b, h, a, n] = True
             elif rule.summary != "none":
                 others.append(n)
         keys = [k[b, h, n * rule.k_block : (n + 1) * rule.k_block] for n in others]
-        if rule.share:
+        if rule.summary == "keys":
+            mass = masses(heads, k[b, h], offset + first, rule.k_block)
+            chosen = sorted(range(len(others)), key=lambda i: -mass[others[i]])[: rule.top]
+        elif rule.share:
             chosen = by_share(rule, heads, keys)
         else:
             scores = [score(rule, heads.reshape(-1, DIM), each) for each in keys]
             chosen = np.argsort(scores)[::-1][: rule.top]
         grid[b, h, a, [others[i] for i in chosen]] = True
     return torch.from_numpy(grid)
+
+
+def masses(heads, k, first, block):
+    """Of each block, the softmax weights of its keys, summed over heads and queries."""
+    blocks, found = -(-len(k) // block), 0
+    for q, at in ((q, first + i) for head in heads for i, q in enumerate(head)):
+        weights = np.exp(k[: at + 1] @ q * DIM**-0.5)
+        padded = np.zeros(blocks * block)
+        padded[: at + 1] = weights / weights.sum()
+        found = found + padded.reshape(blocks, block).sum(1)
+    return found
 
 
 def by_share(rule, heads, keys):
@@ -77,12 +92,14 @@ def by_share(rule, heads, keys):
 
 
 def rows_of(rule, k):
+    if rule.summary == "keys":
+        return k
     return None if rule.summary == "none" else summarize(k, rule.k_block, rule.summary)
 
 
 RULES = st.builds(
     BlockRule,
-    summary=st.sampled_from(["none", "mean", "bounds"]),
+    summary=st.sampled_from(["none", "mean", "bounds", "keys"]),
     q_block=st.sampled_from([1, 5, 8]),
     k_block=st.sampled_from([4, 8]),
     sinks=st.integers(0, 2),
@@ -100,7 +117,7 @@ def test_kernels_select_what_the_formula_says(rule, q_len, past, seed):
     assert torch.equal(found.expand_as(expected(rule, q, k, past)), expected(rule, q, k, past))
 
 
-@pytest.mark.parametrize("summary", ["none", "mean", "bounds"])
+@pytest.mark.parametrize("summary", ["none", "mean", "bounds", "keys"])
 @pytest.mark.parametrize(("q_len", "past"), [(1, 95), (7, 60), (40, 0), (33, 50)])
 def test_both_select_what_the_formula_says(either, summary, q_len, past):
     rule = BlockRule(summary=summary, q_block=8, k_block=8, sinks=1, window=2, stride=5, top=3)
@@ -120,8 +137,9 @@ def test_a_share_takes_the_fewest_blocks_that_hold_it(either, share, q_len, past
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(either, dtype):
-    rule = BlockRule(summary="bounds", q_block=4, k_block=8, sinks=0, window=1, top=4)
+@pytest.mark.parametrize("summary", ["bounds", "keys"])
+def test_half_precision(either, dtype, summary):
+    rule = BlockRule(summary=summary, q_block=4, k_block=8, sinks=0, window=1, top=4)
     q, k = draw(1, 400, dtype)
     found = select_blocks(rule, q, rows_of(rule, k), 399, 400).allowed
     assert torch.equal(found, expected(rule, q, k, 399))
@@ -129,7 +147,7 @@ def test_half_precision(either, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("summary", ["none", "mean", "bounds"])
+@pytest.mark.parametrize("summary", ["none", "mean", "bounds", "keys"])
 @pytest.mark.parametrize(("q_len", "past"), [(1, 95), (33, 50)])
 def test_a_gpu_selects_what_the_formula_says(summary, q_len, past):
     rule = BlockRule(summary=summary, q_block=8, k_block=8, sinks=1, window=2, stride=5, top=3)

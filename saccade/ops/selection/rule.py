@@ -7,10 +7,10 @@ from typing import Final, Literal
 
 from saccade.core.check import LARGEST_POSITION, integer
 
-SummaryKind = Literal["none", "mean", "bounds"]
-"""What is known of the keys of a block: nothing, their mean, or their maxima and minima."""
+SummaryKind = Literal["none", "mean", "bounds", "keys"]
+"""What is known of the keys of a block: nothing, their mean, their maxima and minima, or each."""
 
-SUMMARY_CODES: Final[dict[SummaryKind, int]] = {"none": 0, "mean": 1, "bounds": 2}
+SUMMARY_CODES: Final[dict[SummaryKind, int]] = {"none": 0, "mean": 1, "bounds": 2, "keys": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ that one selection serves the group and its keys are read once.  Its score for a
     mean      q . mean(k)
     bounds    sum_d max(q_d max_d(k), q_d min_d(k)), summed over the queries (Quest, 2406.10774):
               no key of the block has a higher sum of scores
+    keys      the sum of the softmax weights of its keys, over queries and heads: exact
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from saccade.core import BlockSelection
 from saccade.ops.gpu.support import has_triton
 from saccade.ops.planning import planning
 from saccade.ops.selection import native
+from saccade.ops.selection.mass import block_mass
 from saccade.ops.selection.rule import BlockRule
 
 
 def select_blocks(
-    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int | Tensor, num_keys: int
+    rule: BlockRule,
+    q: Tensor,
+    rows: Tensor | None,
+    q_offset: int | Tensor,
+    num_keys: int,
+    real: Tensor | None = None,
 ) -> BlockSelection:
     """The blocks that a rule selects among those before and at the queries.
 
@@ -31,9 +38,11 @@ def select_blocks(
         q: `[B, H, Lq, D]`, after RoPE.
         rows: summaries of the first blocks `[B, Hkv, n, width]`, see `summarize`; later blocks are
             always read.  None for a rule without summaries, whose selection all rows share.
+            For a rule by "keys" the keys themselves, `[B, Hkv, num_keys, D]`.
         q_offset: position of the first query; in a captured step an int64 scalar on the device,
             and then rows behind the blocks before it may hold anything.
         num_keys: one past the last position of the keys; in a captured step room for how many.
+        real: for a rule by "keys", bool `[B, Hkv | 1, num_keys]`, False where there is no key.
 
     Raises:
         ValueError: `rows` that do not fit to the rule and the queries.
@@ -42,16 +51,16 @@ def select_blocks(
     num_blocks = -(-num_keys // rule.k_block)
     if isinstance(q_offset, int) and num_keys < rule.least:
         rule = replace(rule, window=num_blocks + 1)
-    if _runs_triton(q, rows):
+    if rule.summary != "keys" and _runs_triton(q, rows):
         from saccade.ops.selection import gpu
 
         if rows is not None and gpu.suits(rule, rows, num_blocks):
             allowed = gpu.select(rule, q, rows, q_offset, num_blocks)
             return BlockSelection(allowed=allowed, q_block=rule.q_block, k_block=rule.k_block)
-    if isinstance(q_offset, int) and native.usable(q, rows):
+    if isinstance(q_offset, int) and real is None and native.usable(q, rows):
         allowed = native.select(rule, q, rows, q_offset, num_blocks)
     else:
-        allowed = _select(rule, q, rows, q_offset, num_blocks)
+        allowed = _select(rule, q, rows, q_offset, num_blocks, real)
     return BlockSelection(allowed=allowed, q_block=rule.q_block, k_block=rule.k_block)
 
 
@@ -75,12 +84,19 @@ def _check_rows(rule: BlockRule, q: Tensor, rows: Tensor | None) -> None:
 
 
 def _select(
-    rule: BlockRule, q: Tensor, rows: Tensor | None, q_offset: int | Tensor, num_blocks: int
+    rule: BlockRule,
+    q: Tensor,
+    rows: Tensor | None,
+    q_offset: int | Tensor,
+    num_blocks: int,
+    real: Tensor | None,
 ) -> Tensor:
     """bool `[B | 1, Hkv | 1, q_blocks, num_blocks]`, without waiting for the device."""
     always, seen = always_read(rule, q, q_offset, num_blocks)
     if rows is None or rule.summary == "none":
         return always[None, None]
+    if rule.summary == "keys":
+        return _by_mass(rule, q, rows, q_offset, always[None, None], seen, real)
     blocks = torch.arange(num_blocks, device=q.device)
     summarized = min(rows.shape[2], num_blocks)
     always = (always | (blocks >= summarized)) & seen
@@ -114,12 +130,33 @@ def always_read(
     return always & seen, seen
 
 
+def _by_mass(
+    rule: BlockRule,
+    q: Tensor,
+    k: Tensor,
+    q_offset: int | Tensor,
+    always: Tensor,
+    seen: Tensor,
+    real: Tensor | None,
+) -> Tensor:
+    """What is always read, sinks being the first real keys, and the `top` others by weight."""
+    if real is not None:
+        first = real.int().argmax(-1)[..., None, None] // rule.k_block
+        blocks = torch.arange(seen.shape[1], device=q.device)
+        always = always | ((blocks >= first) & (blocks < first + rule.sinks) & seen)
+    mass = block_mass(q, k, q_offset, rule.k_block, real)
+    return always | _highest(_by_blocks(mass, rule.q_block).sum(3), rule.top, seen & ~always)
+
+
 def _by_score(rule: BlockRule, q: Tensor, rows: Tensor, others: Tensor) -> Tensor:
     """The `top` others with the highest scores."""
     pooled = _pooled(q, rows.shape[1], rule).sum(2)
-    scores = pooled @ rows.float().mT
+    return _highest(pooled @ rows.float().mT, rule.top, others)
+
+
+def _highest(scores: Tensor, top: int, others: Tensor) -> Tensor:
     scores = scores.nan_to_num(nan=-torch.inf).masked_fill(~others, -torch.inf)
-    best = scores.topk(min(rule.top, scores.shape[-1]), dim=-1).indices
+    best = scores.topk(min(top, scores.shape[-1]), dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, value=True) & others
 
 
@@ -142,7 +179,11 @@ def _pooled(q: Tensor, kv_heads: int, rule: BlockRule) -> Tensor:
     x = q.unflatten(1, (kv_heads, -1))
     if rule.summary == "bounds":
         x = torch.cat((x.clamp_min(0), x.clamp_max(0)), dim=-1)
-    blocks = -(-x.shape[3] // rule.q_block)
-    missing = blocks * rule.q_block - x.shape[3]
+    return _by_blocks(x, rule.q_block).sum(4, dtype=torch.float32)
+
+
+def _by_blocks(x: Tensor, q_block: int) -> Tensor:
+    """`[..., Lq, width]` as `[..., q_blocks, q_block, width]`, with zeros for missing queries."""
+    missing = -x.shape[-2] % q_block
     x = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
-    return x.unflatten(3, (blocks, rule.q_block)).sum(4, dtype=torch.float32)
+    return x.unflatten(-2, (-1, q_block))

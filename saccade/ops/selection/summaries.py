@@ -24,4 +24,4 @@ def summarize(k: Tensor, block: int, kind: SummaryKind) -> Tensor:
 
 def summary_width(head_dim: int, kind: SummaryKind) -> int:
     """Numbers of a row."""
-    return {"none": 0, "mean": head_dim, "bounds": 2 * head_dim}[kind]
+    return {"none": 0, "mean": head_dim, "bounds": 2 * head_dim, "keys": head_dim}[kind]
