@@ -83,6 +83,8 @@ def run(
         raise UsageError(
             "--sparse auto does not go with --session, which keeps one pattern. Name it."
         )
+    if auto and context["n_draft"] is not None:
+        raise UsageError("--draft needs the pattern that it drafts by, not --sparse auto. Name it.")
     context = {**context, "sparse": None} if auto else context
     params = shared_options.context_params(context)
     need("transformers", purpose="saccade generate")

@@ -133,6 +133,10 @@ CONTEXT = (
            "triangle_mix, xattention, vertical_slash; auto measures what pays", metavar="PATTERN",
            choices=("strided", "block_topk", "block_topp", "quest", "triangle_mix", "xattention",
                     "vertical_slash", "auto")),
+    Option("n_draft", ("--draft", "--draft-max"),
+           "draft up to N tokens (8 at most) under --sparse, which all else then reads densely; "
+           "the dense model verifies them at once: the text is that without drafts",
+           whole_number(1, 8)),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, kvzip, h2o, expected_attention, "
            "ada_snapkv, tova, ... (docs/compression.md)", metavar="NAME"),
