@@ -66,7 +66,7 @@ void Decoder::begin(nb::handle x, int64_t threads) {
   require(from.ndim == 3, "x must be [batch, tokens, hidden].");
   check_rows_of(from, "x", {from.shape[0], from.shape[1], hidden_});
   const int64_t rows = from.shape[0] * from.shape[1];
-  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 8 rows.");
+  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 9 rows.");
   require(threads >= 1 && threads <= 4096, "threads must be 1 to 4096.");
   batch_ = from.shape[0];
   tokens_ = from.shape[1];
@@ -335,7 +335,7 @@ void Decoder::logits(nb::handle hidden, nb::handle out, int64_t threads) {
   const TensorArg from = tensor(hidden), to = tensor(out);
   require(from.ndim == 2 && threads >= 1 && threads <= 4096, "hidden must be [rows, hidden].");
   const int64_t rows = from.shape[0];
-  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 8 rows.");
+  require(rows >= 1 && rows <= kMaxRows, "a step takes 1 to 9 rows.");
   check_rows_of(from, "hidden", {rows, hidden_});
   check_rows_of(to, "logits", {rows, head_.out});
   check_dtype(to, "logits", Dtype::f32);

@@ -45,7 +45,7 @@ struct Layer {
   Activation activation;
 };
 
-constexpr int64_t kMaxRows = 8;  // of x in one step
+constexpr int64_t kMaxRows = 9;  // of x in one step: a token and up to eight drafted behind it
 
 // What storing changes about keys and values beside their dtype.
 struct Storing {

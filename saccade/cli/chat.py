@@ -320,4 +320,6 @@ def speed(ctx: Context) -> str:
     cut = {"length": "; cut at --n-predict", "context": "; cut, the context is full"}
     after = "" if first is None else f"; first token after {significant(first)} s"
     rate = "" if tps is None else f"; {significant(tps)} tokens/s"
+    accepted = ctx.stats.accepted_length
+    rate += "" if accepted is None else f", {significant(accepted)} drafted accepted at once"
     return after + rate + cut.get(ctx.finish_reason or "", "")

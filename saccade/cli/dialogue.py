@@ -22,8 +22,8 @@ WINDOW, SINKS = 2048, 4
 
 
 def endless(params: ContextParams, n_ctx_train: int) -> ContextParams:
-    """The params, with a window and sinks where no option of them bounds memory."""
-    chosen = (params.n_swa, params.n_ctx, params.kv_policy, params.type_k)
+    """The params, with a window and sinks where no option bounds memory or needs all keys."""
+    chosen = (params.n_swa, params.n_ctx, params.kv_policy, params.type_k, params.n_draft)
     if any(option is not None for option in chosen):
         return params
     return replace(params, n_swa=max(1, min(WINDOW, n_ctx_train // 2)), n_sinks=SINKS)

@@ -84,6 +84,11 @@ def run(
             f"--sparse {measured} measures this prompt, which does not go with --session: that "
             "keeps one pattern. Name another, or for kascade a --sparse-plan that exists."
         )
+    if measured is not None and context["n_draft"] is not None:
+        raise UsageError(
+            f"--draft needs the pattern that it drafts by, and --sparse {measured} measures this "
+            "prompt. Name another, or for kascade a --sparse-plan that exists."
+        )
     plan = context["sparse_plan"] if measured == KASCADE else None
     if measured is not None:
         context = {**context, "sparse": None, "sparse_plan": None}

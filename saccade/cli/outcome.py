@@ -24,6 +24,9 @@ def stats_line(stats: Stats, where: str, written: int) -> str:
     if stats.ttft_seconds is not None:
         parts.append(f"first token after {significant(stats.ttft_seconds)} s")
     parts.append(_rate("tokens written", written, stats.decode_tps))
+    if stats.accepted_length is not None:
+        mean = significant(stats.accepted_length)
+        parts.append(f"{stats.accepted:,} of {stats.drafted:,} drafted accepted, {mean} at once")
     if stats.cache_bytes:
         parts.append(f"cache {as_bytes(stats.cache_bytes)}")
     return f"[{'; '.join(parts)}; {where}]"
@@ -69,6 +72,9 @@ def as_record(
         "ttft_seconds": stats.ttft_seconds,
         "prefill_tps": stats.prefill_tps,
         "decode_tps": stats.decode_tps,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "accepted_length": stats.accepted_length,
         "cache_bytes": stats.cache_bytes,
         "context_tokens": len(ctx.tokens),
         "model": name,

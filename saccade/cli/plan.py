@@ -59,6 +59,10 @@ def run(
     that is made once. The exit code is 2 where nothing fits.
     """
     check_model(model)
+    if context["n_draft"] is not None:
+        raise UsageError(
+            "--draft changes no memory beyond that of --sparse, which is counted: leave it out."
+        )
     params = shared_options.context_params(context)
     if (svg or html) and not measure:
         raise UsageError("--svg and --html draw what --measure measures. Add --measure.")

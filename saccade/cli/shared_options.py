@@ -139,6 +139,10 @@ CONTEXT = (
     Option("sparse_plan", ("--sparse-plan",),
            "what --sparse kascade was calibrated to; generate calibrates it on the prompt where "
            "the file is missing, and writes it", file_name, "FILE"),
+    Option("n_draft", ("--draft", "--draft-max"),
+           "draft up to N tokens (8 at most) under --sparse, which all else then reads densely; "
+           "the dense model verifies them at once: the text is that without drafts",
+           whole_number(1, 8)),
     Option("kv_policy", ("--kv-policy",),
            "how the cache is compressed after the prompt: snapkv, kvzip, h2o, expected_attention, "
            "ada_snapkv, tova, ... (docs/compression.md)", metavar="NAME"),

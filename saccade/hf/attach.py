@@ -85,10 +85,11 @@ def attach(model: PreTrainedModel, params: ContextParams | None = None) -> Attac
     inside: the newest params alone count.  They need not be left in the reverse order.
     `generate()` works inside; it makes saccade's caches by itself where the params need them.
 
-    The caller says how many tokens a call reads and when a text ends, so `n_batch`, `n_keep` and
-    an `n_ctx` without scaled positions are refused on entering; with them `n_ctx` is the length
-    that positions are stretched for, and bounds nothing.  A `kv_policy` compresses where the prompt
-    ends, which `generate()` says alone: other calls over caches of such a run are refused.
+    The caller says how many tokens a call reads and when a text ends, so `n_batch`, `n_keep`,
+    `n_draft` and an `n_ctx` without scaled positions are refused on entering; with them `n_ctx` is
+    the length that positions are stretched for, and bounds nothing.  A `kv_policy` compresses where
+    the prompt ends, which `generate()` says alone: other calls over caches of such a run are
+    refused.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
@@ -131,6 +132,7 @@ def _check_carried_out(params: ContextParams) -> None:
         "n_ctx": "generate() ends a text by max_length",
         "n_batch": "generate() reads a prompt in chunks by prefill_chunk_size",
         "n_keep": "a text that is full ends, and is never shifted",
+        "n_draft": "generate() drafts by an assistant_model",
     }
     for name, said in instead.items():
         value, usual = getattr(params, name), ContextParams.__dataclass_fields__[name].default

@@ -286,6 +286,12 @@ class SaccadeCache(Cache):
         """Call `act` once, before a token behind the first `length` is stored."""
         self._behind, self.awaits_prompt = (length, act), False
 
+    def follow(self, run: Run | None) -> None:
+        """Attend by the settings of another run of the same options but for its pattern."""
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, SaccadeCacheLayer):
+                layer.settings = None if run is None else run.settings[index]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens, in all layers or in none.
 

@@ -55,7 +55,8 @@ _TOGETHER: Final = (
     *MEANT,
     ("type_k", "type_v"),
     ("kv_policy", "kv_budget"),
-    ("sparse",),
+    ("n_draft",),
+    ("sparse", "n_draft"),
     ("page_size",),
     ("offload_kqv",),
     ("fused_layers",),
@@ -235,6 +236,8 @@ def _small(params: ContextParams) -> ContextParams:
         sizes["kv_budget"] = 1.0
     if params.sparse is not None:
         sizes["sparse"] = _one_block(params.sparse)
+        if sizes["sparse"] is None:
+            sizes["n_draft"] = None
     return replace(params, **sizes)
 
 

@@ -30,7 +30,7 @@ from saccade.ops.attention.cpu.binding import VIEWS, extension, record, target
 from saccade.sparse import Pattern, RulePattern, summary_of
 from saccade.sparse.pattern import StepPattern, decodes_densely
 
-MAX_ROWS: Final = 8
+MAX_ROWS: Final = 9
 """Rows of one step: more are a matrix product, which torch computes faster."""
 _TABLE: Final = 64
 """Positions whose cos and sin are computed at once."""
@@ -126,10 +126,14 @@ class FusedDecoder:
             if isinstance(pattern, StepPattern) and not isinstance(store, DenseCache):
                 continue  # keys are scored as they lie, each at its position
             place = places[index] = store.place(count, dtype)
-            gives = place is not None and place.summaries is not None
-            if place is not None and gives != (self._summaries[index] is not None):
+            if place is None:
+                continue
+            if self._summaries[index] is None:  # the cache may keep some for drafts
+                place = places[index] = place._replace(blocks=0, summaries=None)
+            elif place.summaries is None:
                 places[index] = None  # a cache of other options than those of the run
-            elif place is not None and not self._knows(index, place):
+                continue
+            if not self._knows(index, place):
                 self._note(index, place, store.storage())
         cache.writing = False
         return self._together(places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,7 @@ class HFModel:
         name: what to call it in tables.
         n_ctx_train: length it was trained for; default what its config says.
         run: the options it computes under, from `attached`; None: what is in force for the model.
+        drafts: the options of its drafts; None: it drafts nothing.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class HFModel:
         n_ctx_train: int | None = None,
         *,
         run: Run | None = None,
+        drafts: Run | None = None,
     ) -> None:
         self.model = model
         self.run = run
+        self._drafter = None if drafts is None else HFModel(model, name, n_ctx_train, run=drafts)
         self._rotations: dict[Hashable, list[KeyRotation]] = {}
         self._name = name or type(model).__name__
         self._n_ctx_train = n_ctx_train
@@ -90,8 +93,14 @@ class HFModel:
         The params count only for what is computed through the model that is given here.
         """
         run = make_run(self.model, params, serves_every_call=False)
-        with running(run), cuttable(self.model):
-            yield HFModel(self.model, self._name, self._n_ctx_train, run=run)
+        with ExitStack() as stack:
+            stack.enter_context(running(run))
+            drafts = None
+            if params.n_draft is not None:
+                drafts = make_run(self.model, params.of_drafts(), serves_every_call=False)
+                stack.enter_context(running(drafts))
+            stack.enter_context(cuttable(self.model))
+            yield HFModel(self.model, self._name, self._n_ctx_train, run=run, drafts=drafts)
 
     def new_cache(self, params: ContextParams, *, reserve: int = 0) -> SaccadeCache:
         """Empty caches under these params, with room for `reserve` tokens at once."""
@@ -103,10 +112,18 @@ class HFModel:
     def hidden(self, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Hidden states `[B, t, hidden]` of new tokens `[B, t]` that follow those in the cache."""
         assert isinstance(cache, SaccadeCache), "caches come from new_cache"
+        if self._drafter is not None:
+            cache.follow(self.run)
         if cache.seen and tokens.shape[1] > 1 and cache.has_states and not self._chunks:
             parts = [self._read(token, cache) for token in tokens.split(1, dim=1)]
             return torch.cat(parts, dim=1)
         return self._read(tokens, cache)
+
+    def drafted(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """`hidden` under the pattern of drafts, which attends to the keys of the same cache."""
+        assert isinstance(cache, SaccadeCache) and self._drafter is not None
+        cache.follow(self._drafter.run)
+        return self._drafter.hidden(tokens, cache)
 
     def _read(self, tokens: Tensor, cache: SaccadeCache) -> Tensor:
         """`hidden` in one call of the model."""

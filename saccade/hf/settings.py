@@ -56,12 +56,12 @@ class LayerSettings:
                 f"{config.model_type} attends within chunks of the context, which n_swa and sparse "
                 "patterns would replace by all of it. Leave them out for this model."
             )
-        patterns = of_layers(params.sparse, len(kinds))
+        patterns = of_layers(params.attends_by, len(kinds))
         self._layers = [
             _of_layer(kind.window, params, pattern)
             for kind, pattern in zip(kinds, patterns, strict=True)
         ]
-        self._any = _of_layer(None, params, params.sparse)
+        self._any = _of_layer(None, params, params.attends_by)
 
     def __getitem__(self, layer: int) -> AttentionSettings:
         return self._layers[layer] if 0 <= layer < len(self._layers) else self._any

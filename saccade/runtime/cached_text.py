@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
 from functools import partial
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from saccade.cache import ShiftKeys, SlidingCache
 from saccade.core import Unsupported
 from saccade.runtime.compression import compress_cache, most_above
-from saccade.runtime.held import Held, NextToken, Observed
+from saccade.runtime.held import Caches, Held, NextToken, Observed
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.observing import ObservationWindow, Sources, observing, without
 from saccade.runtime.params import ContextParams
@@ -31,15 +30,6 @@ from saccade.runtime.stats import OnProgress
 from saccade.runtime.step import DecodeStep
 from saccade.runtime.tables import must_read_again
 from saccade.sparse import followed_by
-
-
-class Caches(Enum):
-    """How the caches compare with the record while an operation runs, and after its interrupt."""
-
-    AGREE = auto()
-    READING = auto()  # some layers may hold more tokens, by `append`
-    STEPPING = auto()  # the same, and some may have written a token that they do not count
-    CHANGING = auto()  # they may hold anything
 
 
 class CachedText:
@@ -76,10 +66,25 @@ class CachedText:
         return self._cache
 
     @property
+    def _is_ahead(self) -> bool:
+        return self._caches is Caches.AHEAD
+
+    @property
     def held(self) -> Held:
-        """What the caches hold."""
-        self.settle()
+        """What the caches hold; of caches that are ahead, without what may still be taken in."""
+        if not self._is_ahead:
+            self.settle()
         return self._held
+
+    @property
+    def seen(self) -> int:
+        """Tokens read, those of other code counted."""
+        return self.held.length + self._unlisted if self._is_ahead else self.cache.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        return self._cache.nbytes if self._is_ahead else self.cache.nbytes
 
     @property
     def tokens(self) -> list[int]:
@@ -152,7 +157,7 @@ class CachedText:
         self._caches = Caches.AGREE
 
     @contextmanager
-    def _operation(self, caches: Caches) -> Iterator[Held]:
+    def _operation(self, caches: Caches, after: Caches = Caches.AGREE) -> Iterator[Held]:
         """What runs inside may leave the caches so; where it fails they are brought back."""
         self.settle()
         self._unlisted = self._cache.seen - self._held.length
@@ -163,7 +168,7 @@ class CachedText:
             if self._caches is not Caches.AGREE:
                 self._undone()
             raise
-        self._caches = Caches.AGREE
+        self._caches = after
 
     def read(
         self,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
-from saccade.core.hardware import available_memory
 from saccade.runtime.auto_scaling import notes_on, what_fits
 from saccade.runtime.cached_text import CachedText
+from saccade.runtime.drafted_text import DraftedText
 from saccade.runtime.held import NextToken
 from saccade.runtime.layers import without_own_dtype
-from saccade.runtime.memory import cache_bytes
+from saccade.runtime.memory import check_free
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.observing import ObservationWindow, check_rotation
 from saccade.runtime.params import ContextParams
@@ -64,7 +64,7 @@ class Context:
         self.notes = notes_on(self.params, facts)
         self._has_table = facts.positions.limit is not None
         self._check_keep()
-        self._check_memory(max(reserve, self.params.n_ctx or 0))
+        check_free(facts, self.params, max(reserve, self.params.n_ctx or 0))
         self._use_step: bool | None = None  # whether DecodeStep can run here; None: not known yet
         self._closed = False
         with ExitStack() as stack:
@@ -93,7 +93,7 @@ class Context:
     @property
     def seen(self) -> int:
         """Tokens read so far."""
-        return self._text.cache.seen
+        return self._text.seen
 
     @property
     def tokens(self) -> list[int]:
@@ -121,7 +121,8 @@ class Context:
 
     def new_text(self) -> CachedText:
         """New, empty caches under the options of this context."""
-        return CachedText(self.model, self.params, reserve=self.reserve)
+        kind = CachedText if self.params.n_draft is None else DraftedText
+        return kind(self.model, self.params, reserve=self.reserve)
 
     def reset(self) -> None:
         """Remove everything that was read; memory of caches stays allocated."""
@@ -130,7 +131,7 @@ class Context:
     @property
     def cache_bytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return self._text.cache.nbytes
+        return self._text.nbytes
 
     def append(
         self,
@@ -237,27 +238,36 @@ class Context:
         start, self.finish_reason = time.perf_counter(), None
         if len(ids):
             self._read(ids, sampler, on_progress)
-        for index in range(n_predict):
-            self.stats.cache_bytes = self.cache_bytes
-            token = self._unshown_token(sampler)
-            if index == 0:
-                self.stats.ttft_seconds = time.perf_counter() - start
-            if token is None or token in ends:
-                self.finish_reason = "context" if token is None else "stop"
-                return
-            self._text.choose(token, shown=True)
-            yield GeneratedToken(token)
-        self._unshown_token(sampler)
-        self.finish_reason = "length"
+        try:
+            for index in range(n_predict):
+                self.stats.cache_bytes = self.cache_bytes
+                token = self._unshown_token(sampler, n_predict - index, ends)
+                if index == 0:
+                    self.stats.ttft_seconds = time.perf_counter() - start
+                if token is None or token in ends:
+                    self.finish_reason = "context" if token is None else "stop"
+                    return
+                self._text.choose(token, shown=True)
+                yield GeneratedToken(token)
+            self._unshown_token(sampler, 0, ends)
+            self.finish_reason = "length"
+        finally:
+            self._text.settle()  # without what was drafted beyond the end
 
-    def _unshown_token(self, sampler: Sampler) -> int | None:
-        """The next token to yield, chosen by a step where none is left; None: no room for it."""
+    def _unshown_token(self, sampler: Sampler, further: int, ends: set[int]) -> int | None:
+        """The next token to yield, chosen by a step where none is left; None: no room for it.
+
+        Args:
+            further: how many more will be read, which may be drafted.
+        """
         following = self.next_token
         if following is None:
             return self._choose(sampler)
         if not following.shown:
             return following.token
-        return self._choose(sampler) if self._step(following.token) else None
+        if not self._step(following.token, sampler, further, ends):
+            return None
+        return self._choose(sampler)
 
     def _choose(self, sampler: Sampler) -> int:
         """Choose the token behind the last one that was read."""
@@ -286,16 +296,24 @@ class Context:
             self.stats.prompt_tokens += max(0, self._text.length - read - waited)
             self.stats.prefill_seconds += time.perf_counter() - start
 
-    def _step(self, token: int) -> bool:
+    def _step(self, token: int, sampler: Sampler, further: int, ends: set[int]) -> bool:
         """Read the token just yielded; False where no room is left."""
         self._check_open()
         if not self._room_for_one():
             return False
         start = time.perf_counter()
-        self._read_one(token)
+        if not self._read_ahead(token, sampler, further, ends):
+            self._read_one(token)
         self.stats.decode_tokens += 1
         self.stats.decode_seconds += time.perf_counter() - start
         return True
+
+    def _read_ahead(self, token: int, sampler: Sampler, further: int, ends: set[int]) -> bool:
+        """Read one more token by exact speculation; False: it has to be read by itself."""
+        if not isinstance(self._text, DraftedText):
+            return False
+        most = min(further, self.n_ctx - self.seen - 1)
+        return self._text.read_ahead(token, most, sampler, ends, self.stats)
 
     def _read_one(self, token: int) -> None:
         """Read one more token; on a GPU by a CUDA graph (DecodeStep)."""
@@ -374,15 +392,3 @@ class Context:
             self.model.shift_keys(0, self.n_ctx)
         if self.params.kv_policy is not None:
             check_rotation(POLICIES[self.params.kv_policy](), self.model.shift_keys)
-
-    def _check_memory(self, tokens: int) -> None:
-        free = available_memory()
-        # One token at least: rings and pages are allocated whole.
-        read = [(max(1, tokens), 1)]
-        needed = cache_bytes(self.model.facts, self.params, read, reserve=tokens)
-        if needed > free:
-            raise BadInput(
-                f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
-                f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
-                "quantize the cache (type_k='int8', type_v='int8')."
-            )

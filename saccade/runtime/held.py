@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,16 @@ from saccade.compress import ObservedQueries
 
 Observed = dict[int, ObservedQueries]
 """State of an observation window: the newest queries of each layer."""
+
+
+class Caches(Enum):
+    """How the caches compare with the record while an operation runs, and after its interrupt."""
+
+    AGREE = auto()
+    AHEAD = auto()  # they hold tokens behind those of the record, which it may still take in
+    READING = auto()  # some layers may hold more tokens, by `append`
+    STEPPING = auto()  # the same, and some may have written a token that they do not count
+    CHANGING = auto()  # they may hold anything
 
 
 class NextToken(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from saccade.core import BadInput, Mask
+from saccade.core.hardware import available_memory
 from saccade.ops import attend, make_call
 from saccade.ops.planning import PeakBytes, without_memory
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
@@ -52,6 +53,19 @@ def cache_bytes(
     """
     kept = layers_bytes(facts, params, read, written, reserve=reserve)
     return facts.state_bytes + sum(count * nbytes for count, nbytes in kept)
+
+
+def check_free(facts: ModelFacts, params: ContextParams, tokens: int) -> None:
+    """Raise BadInput where caches for so many tokens need more memory than is free."""
+    free = available_memory()
+    # One token at least: rings and pages are allocated whole.
+    needed = cache_bytes(facts, params, [(max(1, tokens), 1)], reserve=tokens)
+    if needed > free:
+        raise BadInput(
+            f"caches for {tokens} tokens need {needed / 2**30:.1f} GiB, but "
+            f"{free / 2**30:.1f} GiB of memory are free. Lower n_ctx, set a window (n_swa) or "
+            "quantize the cache (type_k='int8', type_v='int8')."
+        )
 
 
 def layers_bytes(

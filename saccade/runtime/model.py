@@ -166,6 +166,10 @@ class Model(Protocol):
         """Next-token logits `[..., vocab]` of hidden states `[..., hidden]`."""
         ...
 
+    def drafted(self, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """`hidden` under the pattern that drafts follow, `n_draft` of the options in force."""
+        ...
+
     def table_key(self, length: int) -> Hashable:
         """Equal for two lengths of a text that have the same rotary tables."""
         ...

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from saccade.compress import POLICIES
 from saccade.ops.attention.dispatch import BACKENDS
 from saccade.sparse import Kascade, Pattern
+from saccade.sparse.pattern import decodes_densely
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
 CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
 QUANTIZED = ("int8", "int4", "fp8")
 ROPE_SCALING_TYPES = ("none", "linear", "ntk", "dynamic", "yarn")
+MOST_DRAFTED: Final = 8
+"""Tokens that are drafted at once: a step of the C++ layers verifies them with the one before."""
 _LARGEST: Final = 2**48
 """Above every number that makes sense; tensors could not even name sizes far beyond."""
 _WHOLE_NUMBERS: Final = {
@@ -25,9 +28,15 @@ _WHOLE_NUMBERS: Final = {
     "ctx_checkpoints": 0,
     "n_keep": 0,
     "kv_every": 1,
+    "n_draft": 1,
 }
 """Whole numbers and the least each may be."""
 _NEVER_NONE: Final = ("n_batch", "n_sinks", "ctx_checkpoints")
+_NO_DRAFTS: Final = {
+    "n_swa": "whose rings overwrite keys that rejected drafts would need back",
+    "kv_policy": "which removes keys that the dense model would read",
+    "type_k": "whose groups would be quantized at other tokens than without drafts",
+}
 _NUMBERS: Final = (
     "rope_freq_base",
     "rope_freq_scale",
@@ -70,6 +79,9 @@ class ContextParams:
         offload_kqv: keep caches on the device that computes; False keeps them in host memory and
             prefetches each layer's keys during the layer before.  Without effect on a CPU.
         sparse: a Pattern that selects blocks of keys for each call (saccade.sparse).
+        n_draft: most tokens, up to 8, that are drafted under `sparse` before the model reads all
+            keys for them at once and keeps those that it chooses itself (MagicDec, 2408.11049;
+            TriForce, 2404.11912).  Everything but drafts is dense then.
         kv_policy: name of a policy that compresses the cache after the prompt, one of
             `saccade.compress.POLICIES` ("snapkv", "kvzip", "expected_attention", "h2o", ...).
         kv_budget: tokens a compressed cache keeps (int), or the share of what was read (float).
@@ -79,7 +91,7 @@ class ContextParams:
         backend: a backend of `saccade.attention` by name; overrides flash_attn.
         fused_layers: replace norms, linear layers, MLPs and decoder layers of known transformers
             classes by fused kernels, and apply RoPE while keys are stored; None: on for a Context
-            on a GPU, off for `attach` there; on a CPU, steps of up to eight rows by C++ layers
+            on a GPU, off for `attach` there; on a CPU, steps of up to nine rows by C++ layers
             (`hf.fused_decoder`), which leave the layers of the model alone; False: neither.
 
     Raises:
@@ -106,6 +118,7 @@ class ContextParams:
     page_size: int | None = None
     offload_kqv: bool = True
     sparse: Pattern | None = field(default=None)
+    n_draft: int | None = None
     kv_policy: str | None = None
     kv_budget: int | float | None = None
     kv_every: int | None = None
@@ -129,6 +142,7 @@ class ContextParams:
         self._check_rope()
         self._check_storage()
         self._check_policy()
+        self._check_draft()
         if self.n_sinks and self.n_swa is None:
             raise ValueError(f"n_sinks={self.n_sinks} needs a window: set n_swa.")
 
@@ -144,6 +158,33 @@ class ContextParams:
                 "sparse=Kascade(plan=...) reads the blocks of one layer in others, but under "
                 "kv_policy each layer keeps other tokens. Leave one of the two out."
             )
+
+    @property
+    def attends_by(self) -> Pattern | None:
+        """The pattern of everything but drafts; None for all keys."""
+        return None if self.n_draft is not None else self.sparse
+
+    def of_drafts(self) -> ContextParams:
+        """The options that drafts are computed under."""
+        return replace(self, n_draft=None)
+
+    def _check_draft(self) -> None:
+        if self.n_draft is None:
+            return
+        if self.n_draft > MOST_DRAFTED:
+            raise ValueError(f"n_draft must be at most {MOST_DRAFTED}, got {self.n_draft}.")
+        if decodes_densely(self.sparse):
+            raise ValueError(
+                f"n_draft={self.n_draft} drafts by a pattern that reads few keys while decoding, "
+                f"got sparse={self.sparse!r}. Set one, such as saccade.sparse.BlockTopK()."
+            )
+        for name, why in _NO_DRAFTS.items():
+            value = getattr(self, name)
+            if value is not None and (name != "type_k" or value in QUANTIZED):
+                raise ValueError(
+                    f"n_draft={self.n_draft} does not go with {name}={value!r}, {why}. Leave one "
+                    "of them out."
+                )
 
     def _check_rope(self) -> None:
         if self.rope_freq_scale is not None and not 0 < self.rope_freq_scale <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -62,6 +62,16 @@ class Sampler:
     def restore(self, state: Tensor) -> None:
         """Go on with the random numbers from a state."""
         self._generator.set_state(state)
+
+    def ahead(self) -> Sampler:
+        """Another one that draws the random numbers that this one is about to draw.
+
+        Of a subclass too it is a plain Sampler: what that does beside choosing is not done twice.
+        """
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        other = Sampler(**given)
+        other.restore(self.state())
+        return other
 
     def pick(self, logits: Tensor) -> int:
         """The next token from logits `[vocab]`, of which only the token comes to the host.

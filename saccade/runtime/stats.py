@@ -29,6 +29,8 @@ class Stats:
         prefill_seconds, decode_seconds: wall time they took.
         ttft_seconds: from the beginning of the last stream to its first token, None before one.
         cache_bytes: bytes of all caches at the last generated token.
+        drafted, accepted: tokens that were drafted, and those of them that were generated.
+        draft_rounds: how often some were drafted and then verified at once.
     """
 
     prompt_tokens: int = 0
@@ -37,6 +39,14 @@ class Stats:
     decode_seconds: float = 0.0
     ttft_seconds: float | None = None
     cache_bytes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_rounds: int = 0
+
+    @property
+    def accepted_length(self) -> float | None:
+        """Tokens accepted of a draft, on average; None where nothing was drafted."""
+        return self.accepted / self.draft_rounds if self.draft_rounds else None
 
     @property
     def prefill_tps(self) -> float | None:

@@ -42,9 +42,9 @@ def refusal(cache: ModelCache) -> str | None:
 def captures(params: ContextParams) -> bool:
     """Whether the kernels under these options, of a Context, need nothing from the host."""
     plain, stored = params.flash_attn != "disabled", params.type_k is None
-    if decodes_densely(params.sparse):
+    if decodes_densely(params.attends_by):
         stored = stored or params.type_k in QUANTIZED
-    elif not isinstance(params.sparse, RulePattern | StepPattern):
+    elif not isinstance(params.attends_by, RulePattern | StepPattern):
         return False
     return plain and stored and params.backend in (None, "triton")
 

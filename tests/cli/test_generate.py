@@ -69,6 +69,8 @@ def test_nothing_given_is_the_default():
         ("--kv-offload off", "offload_kqv", False),
         ("--keep 0", "n_keep", 0),
         ("--sparse strided", "sparse", PATTERNS["strided"]()),
+        ("--sparse quest --draft 4", "n_draft", 4),
+        ("--sparse quest --draft-max 8", "n_draft", 8),
         ("--kv-policy snapkv --kv-budget 512", "kv_budget", 512),
         ("--kv-policy snapkv --kv-budget 0.25", "kv_budget", 0.25),
         ("--kv-policy snapkv --kv-budget 25%", "kv_budget", 0.25),
@@ -195,6 +197,24 @@ def test_json_has_the_text_and_what_it_took(capsys, tiny):
     assert plain["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 4}
     assert plain["notes"] == ["it was guessed."] and plain["options"] == {}
     assert record["options"] == {"type_k": "int8", "type_v": "int8"}
+
+
+def test_drafts_change_no_text_and_are_counted(capsys, tiny):
+    words = ["-p", "hello" * 80, "-n", "20"]
+    _, text, _ = call(capsys, *words)
+    drafted = [*words, "--sparse", "strided", "--draft", "4"]
+    code, out, err = call(capsys, *drafted)
+    assert code == 0 and out == text
+    found = re.search(r"; (\d+) of (\d+) drafted accepted, ([\d.]+) at once; cache ", err)
+    record = json.loads(call(capsys, *drafted, "--json")[1])
+    assert [record["accepted"], record["drafted"]] == [int(found[1]), int(found[2])]
+    assert record["accepted_length"] == pytest.approx(float(found[3]), rel=0.05)
+    assert 0 < record["accepted_length"] <= 4 and record["options"]["n_draft"] == 4
+
+
+def test_drafts_need_a_pattern_with_a_name(capsys, tiny):
+    code, _, err = call(capsys, "-p", "hello", "--sparse", "auto", "--draft", "4")
+    assert code == 2 and "--draft needs the pattern that it drafts by, not --sparse auto" in err
 
 
 def test_a_full_context_says_how_much_was_written_and_what_to_do(capsys, tiny):

@@ -147,6 +147,10 @@ def test_trials_on_the_model(capsys, tmp_path):
         (["--dtype", "int3"], "expected one of auto, f32, bf16, f16"),
         (["--weights", "int3"], "expected one of file, int8, int4, bf16, f32, got 'int3'"),
         (["--sinks", "4"], "set --swa"),
+        (
+            ["--sparse", "quest", "--draft", "4"],
+            "--draft changes no memory beyond that of --sparse",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(capsys, folder, words, said):

@@ -56,6 +56,8 @@ def refused(tmp_path, capsys, stand_in):
             "--rope-scaling yarn -c 9000 --yarn-beta-fast 1 --yarn-beta-slow 5",
             "--yarn-beta-fast must not be below --yarn-beta-slow, got --yarn-beta-fast 1.0",
         ),
+        ("--draft 4", "--draft 4 drafts by a pattern that reads few keys while decoding"),
+        ("--draft 4 --sparse quest --swa 64", "--draft 4 does not go with --swa 64, whose"),
         ("--device cuda:99", "--device cuda:99 needs a CUDA GPU"),
         ("--weights bf16 --dtype f32", "--weights bf16 goes with"),
     ],

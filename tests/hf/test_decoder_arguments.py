@@ -24,8 +24,8 @@ def test_wrong_arguments_are_refused():
         decoder.finish(record(x))
     with pytest.raises(ValueError, match="must be 64"):
         decoder.begin(record(x[..., :-1].contiguous()), 1)
-    with pytest.raises(ValueError, match="1 to 8 rows"):
-        decoder.begin(record(x.expand(1, 9, -1).contiguous()), 1)
+    with pytest.raises(ValueError, match="1 to 9 rows"):
+        decoder.begin(record(x.expand(1, 10, -1).contiguous()), 1)
     decoder.begin(record(x), 1)
     with pytest.raises(ValueError, match="no such layer"):
         decoder.back(99, record(x))

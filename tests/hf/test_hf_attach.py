@@ -55,9 +55,12 @@ def test_restores_other_families(ids, family):
     assert different(kept, state_of(model)) == []
 
 
-@pytest.mark.parametrize("option", [{"n_ctx": 32}, {"n_batch": 4}, {"n_keep": 4}])
+DRAFTED = {"n_draft": 4, "sparse": BlockTopK()}
+
+
+@pytest.mark.parametrize("option", [{"n_ctx": 32}, {"n_batch": 4}, {"n_keep": 4}, DRAFTED])
 def test_what_only_a_context_carries_out_is_refused(llama, option):
-    (name,) = option
+    name, *_ = option
     with pytest.raises(Unsupported, match=f"{name}=.* has no effect under attach: .*Context"):
         attach(llama, ContextParams(**option)).__enter__()
 

@@ -8,6 +8,7 @@ import torch
 
 import saccade
 from saccade.runtime import ContextParams, Sampler
+from saccade.sparse import BlockTopK
 from tests.runtime.interrupts import Interrupt, interrupted, lines_of
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -19,6 +20,7 @@ EXACT = {
     "ring": ("llama", {"n_swa": 6, "n_sinks": 2}),
     "paged": ("llama", {"page_size": 8}),
     "hybrid": ("gemma3", {"ctx_checkpoints": 2}),
+    "drafted": ("llama", {"sparse": BlockTopK(block=4, top=4), "n_draft": 3}),
 }
 CLOSE = {
     "int8": ("llama", {"type_k": "int8", "type_v": "int8"}),

@@ -3,6 +3,7 @@
 import pytest
 
 from saccade.runtime import ContextParams
+from saccade.sparse import BlockTopK, XAttention
 
 
 def test_defaults_change_nothing():
@@ -69,6 +70,19 @@ def test_defaults_change_nothing():
         ({"kv_policy": "snapkv", "kv_budget": True}, "kv_budget must be a whole number, got True"),
         ({"kv_policy": "snapkv", "kv_budget": float("nan")}, r"must be in \(0, 1\], got nan"),
         ({"kv_policy": "snapkv", "kv_budget": 9, "n_keep": 4}, "cannot be shifted"),
+        ({"n_draft": 0}, "n_draft must be at least 1, got 0"),
+        ({"n_draft": 9, "sparse": BlockTopK()}, "n_draft must be at most 8, got 9"),
+        ({"n_draft": 4}, "drafts by a pattern that reads few keys .* got sparse=None. Set one"),
+        ({"n_draft": 4, "sparse": XAttention()}, "drafts by a pattern that reads few keys"),
+        ({"n_draft": 4, "sparse": BlockTopK(), "n_swa": 64}, "does not go with n_swa=64, whose"),
+        (
+            {"n_draft": 4, "sparse": BlockTopK(), "type_k": "int8", "type_v": "int8"},
+            "does not go with type_k='int8', whose groups",
+        ),
+        (
+            {"n_draft": 4, "sparse": BlockTopK(), "kv_policy": "snapkv", "kv_budget": 9},
+            "n_draft=4 does not go with kv_policy='snapkv', which removes keys",
+        ),
     ],
 )
 def test_errors(options, text):
