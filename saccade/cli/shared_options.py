@@ -132,10 +132,11 @@ CONTEXT = (
            "positions that sliding layers can be taken back to (default: 0)", whole_number(0)),
     Option("sparse", ("--sparse",),
            "read only chosen blocks of keys: strided, block_topk, block_topp, quest; for steps "
-           "kascade; for prompts triangle_mix, xattention, vertical_slash; auto measures what pays",
+           "kascade; for prompts triangle_mix, dilated, big_bird, flash_prefill, xattention, "
+           "vertical_slash; auto measures what pays",
            metavar="PATTERN",
            choices=("strided", "block_topk", "block_topp", "quest", "kascade", "triangle_mix",
-                    "xattention", "vertical_slash", "auto")),
+                    "dilated", "big_bird", "flash_prefill", "xattention", "vertical_slash", "auto")),
     Option("sparse_plan", ("--sparse-plan",),
            "what --sparse kascade was calibrated to; generate calibrates it on the prompt where "
            "the file is missing, and writes it", file_name, "FILE"),
