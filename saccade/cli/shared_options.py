@@ -136,7 +136,8 @@ CONTEXT = (
            "vertical_slash; auto measures what pays",
            metavar="PATTERN",
            choices=("strided", "block_topk", "block_topp", "quest", "kascade", "triangle_mix",
-                    "dilated", "big_bird", "flash_prefill", "xattention", "vertical_slash", "auto")),
+                    "dilated", "big_bird", "flash_prefill", "xattention", "vertical_slash",
+                    "auto")),
     Option("sparse_plan", ("--sparse-plan",),
            "what --sparse kascade was calibrated to; generate calibrates it on the prompt where "
            "the file is missing, and writes it", file_name, "FILE"),

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from saccade.sparse.prompt import PromptCall, PromptPattern, products
+from saccade.ops.selection import products
+from saccade.sparse.prompt import PromptCall, PromptPattern
 from saccade.sparse.sizes import check_share, check_sizes
 
 PIECE: Final = 2048
