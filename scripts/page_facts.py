@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from saccade.units import significant
-
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-
-
-@cache
-def record(name: str) -> Any:
-    """A stored record as plain data."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def span(values: Iterable[float]) -> str:
-    """`75 to 86`: whole numbers."""
-    whole = [round(value) for value in values]
-    return f"{min(whole)} to {max(whole)}" if min(whole) != max(whole) else str(whole[0])
+from scripts.records import RESULTS, record, span, times
+from scripts.speculation_facts import (
+    speculation_8k,
+    speculation_16k,
+    speculation_draft,
+    speculation_rejected,
+    speculation_steps,
+)
 
 
 def cpu_fma_share() -> str:
@@ -236,29 +227,22 @@ def _on_h200(part: str, **found: Any) -> dict[str, float]:
     return next(r["ms"] for r in rows if all(r[name] == x for name, x in found.items()))
 
 
-def _times(values: list[float]) -> str:
-    """`3.3 to 3.4 times`, or one number where both are the same."""
-    least, most = min(values), max(values)
-    both = f"{least:.1f} to {most:.1f}" if f"{least:.1f}" != f"{most:.1f}" else f"{most:.1f}"
-    return f"{both} times"
-
-
 def h200_sparse_prompt() -> str:
     """128k tokens in chunks of 8k, an eighth of the blocks: dense by selecting and attending."""
     ms = _on_h200("prompt", keys=131072)
-    return _times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
+    return times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
 
 
 def h200_sparse_share() -> str:
     """The same for 95 % of the estimated attention."""
     ms = _on_h200("prompt", keys=131072)
-    return _times([ms["dense"] / ms["block top-p"]])
+    return times([ms["dense"] / ms["block top-p"]])
 
 
 def h200_sparse_short() -> str:
     """32k tokens in chunks of 4k, an eighth of the blocks of 32k."""
     ms = _on_h200("prompt", keys=32768)
-    return _times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
+    return times([ms["dense"] / x for name, x in ms.items() if name in ("block top-k", "quest")])
 
 
 def h200_sparse_pairs() -> str:
@@ -374,6 +358,11 @@ FACTS: dict[str, Callable[[], str]] = {
         sparse_vertical_slash_512,
         sparse_xattention,
         sparse_xattention_512,
+        speculation_16k,
+        speculation_8k,
+        speculation_draft,
+        speculation_rejected,
+        speculation_steps,
         h200_host_sdpa,
         h200_matmul,
         h200_prefill,
