@@ -11,6 +11,7 @@ from scripts.speculation_facts import (
     speculation_8k,
     speculation_16k,
     speculation_draft,
+    speculation_eight_drafted,
     speculation_rejected,
     speculation_steps,
 )
@@ -361,6 +362,7 @@ FACTS: dict[str, Callable[[], str]] = {
         speculation_16k,
         speculation_8k,
         speculation_draft,
+        speculation_eight_drafted,
         speculation_rejected,
         speculation_steps,
         h200_host_sdpa,
