@@ -177,6 +177,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     model, found = load_model(given.model), list[Row]()
     print(f"{cpu_name()}, {given.threads} thread(s), {given.model}")
+    assert model.tokenizer is not None
     for length in map(int, given.lengths.split(",")):
         prompt = model.tokenizer(default_text()[: 8 * length])["input_ids"][:length]
         base = params_for(model, length + given.n_predict)

@@ -8,6 +8,14 @@ from typing import Any
 from saccade.units import significant
 from scripts.page_facts_sparse import SPARSE_FACTS
 from scripts.records import RESULTS, record, span
+from scripts.speculation_facts import (
+    speculation_8k,
+    speculation_16k,
+    speculation_draft,
+    speculation_eight_drafted,
+    speculation_rejected,
+    speculation_steps,
+)
 
 
 def cpu_fma_share() -> str:
@@ -279,6 +287,12 @@ FACTS: dict[str, Callable[[], str]] = SPARSE_FACTS | {
         sparse_vertical_slash_512,
         sparse_xattention,
         sparse_xattention_512,
+        speculation_16k,
+        speculation_8k,
+        speculation_draft,
+        speculation_eight_drafted,
+        speculation_rejected,
+        speculation_steps,
         h200_host_sdpa,
         h200_matmul,
         h200_prefill,

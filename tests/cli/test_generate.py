@@ -199,24 +199,6 @@ def test_json_has_the_text_and_what_it_took(capsys, tiny):
     assert record["options"] == {"type_k": "int8", "type_v": "int8"}
 
 
-def test_drafts_change_no_text_and_are_counted(capsys, tiny):
-    words = ["-p", "hello" * 80, "-n", "20"]
-    _, text, _ = call(capsys, *words)
-    drafted = [*words, "--sparse", "strided", "--draft", "4"]
-    code, out, err = call(capsys, *drafted)
-    assert code == 0 and out == text
-    found = re.search(r"; (\d+) of (\d+) drafted accepted, ([\d.]+) at once; cache ", err)
-    record = json.loads(call(capsys, *drafted, "--json")[1])
-    assert [record["accepted"], record["drafted"]] == [int(found[1]), int(found[2])]
-    assert record["accepted_length"] == pytest.approx(float(found[3]), rel=0.05)
-    assert 0 < record["accepted_length"] <= 4 and record["options"]["n_draft"] == 4
-
-
-def test_drafts_need_a_pattern_with_a_name(capsys, tiny):
-    code, _, err = call(capsys, "-p", "hello", "--sparse", "auto", "--draft", "4")
-    assert code == 2 and "--draft needs the pattern that it drafts by, not --sparse auto" in err
-
-
 def test_a_full_context_says_how_much_was_written_and_what_to_do(capsys, tiny):
     """A caller must not take text that was cut off for a short answer."""
     code, out, err = call(capsys, "-p", "hello", "-c", "16", "-n", "200")
