@@ -32,6 +32,7 @@ _HOME = {
     "AttentionOutput": "saccade.core",
     "BadInput": "saccade.core",
     "BlockSelection": "saccade.core",
+    "Bytes": "saccade.units",
     "Context": "saccade.hf",
     "ContextParams": "saccade.runtime",
     "Mask": "saccade.core",

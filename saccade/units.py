@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import InitVar, dataclass, field
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -53,3 +54,38 @@ _LONGEST = 50
 def _shortened(text: str) -> str:
     """A text for a message, in quotes."""
     return repr(text if len(text) < _LONGEST else f"{text[:_LONGEST]}...")
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """An amount of memory; as `kv_budget`, what all caches may take behind a compression.
+
+    Args:
+        size: a number of bytes, or a text such as "512MiB" or "1.5 GiB" (`parse_bytes`).
+
+    Attributes:
+        count: bytes.
+
+    Raises:
+        ValueError: less than a byte, or no size.
+    """
+
+    size: InitVar[int | str]
+    count: int = field(init=False)
+
+    def __post_init__(self, size: int | str) -> None:
+        if isinstance(size, str):
+            size = parse_bytes(size)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore
+            raise ValueError(
+                f"expected bytes, at least 1, or a size such as '512MiB', got {size!r:.40}."
+            )
+        object.__setattr__(self, "count", size)
+
+    def __str__(self) -> str:
+        """Exact, in the largest unit of which it is a whole number."""
+        power = next(p for p in (3, 2, 1, 0) if self.count % 1024**p == 0)
+        return f"{self.count // 1024**power}{_UNITS[power]}"
+
+    def __repr__(self) -> str:
+        return f"Bytes({str(self)!r})"

@@ -16,6 +16,7 @@ from typing import Final
 import torch
 
 from saccade.advice.speed import INNER_MOVED, STATES_MOVED, Speed, kept_keys, visible
+from saccade.runtime.budgets import budget_in_keys
 from saccade.runtime.layers import without_own_dtype
 from saccade.runtime.memory import chunks, layers_bytes
 from saccade.runtime.params import QUANTIZED, ContextParams
@@ -78,6 +79,7 @@ def gpu_speed(
 ) -> Speed:
     """Speed of a prompt of `tokens` tokens and of the tokens behind it."""
     params = without_own_dtype(params, blueprint.facts.dtype)
+    params = budget_in_keys(params, blueprint.facts)
     reading = sum(
         _chunk(blueprint, params, start, min(params.n_batch, tokens - start), roof, shares)
         for start in range(0, tokens, params.n_batch)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from saccade.advice.calls import Calls
 from saccade.advice.costs import AttentionCosts, Costs
+from saccade.compress import in_keys, resolve_budget
+from saccade.runtime.budgets import budget_in_keys
 from saccade.runtime.layers import narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
@@ -49,6 +51,7 @@ def speed_of(
         calls: what Python takes beside them.
     """
     facts, size = blueprint.facts, blueprint.facts.dtype.itemsize
+    params = budget_in_keys(params, facts)
     chunks = -(-tokens // params.n_batch)
     moved = (STATES_MOVED * blueprint.hidden + INNER_MOVED * blueprint.inner) * size
     token = 2 * blueprint.layers * costs.flop + facts.num_layers * moved * costs.elementwise
@@ -88,7 +91,6 @@ def kept_keys(params: ContextParams, own: int | None, tokens: int) -> int:
     """Keys that a step behind the prompt reads in a layer."""
     reach = visible(params, own)
     kept = tokens if reach is None else min(tokens, reach)
-    budget = params.kv_budget
-    if budget is None or own is not None:
+    if params.kv_budget is None or own is not None:
         return kept
-    return min(kept, int(tokens * budget) if isinstance(budget, float) else budget)
+    return min(kept, resolve_budget(in_keys(params.kv_budget), tokens))

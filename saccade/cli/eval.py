@@ -51,8 +51,8 @@ def run(
         help="which keys a cache keeps, as --kv-policy of `generate` takes them, or none",
     )] = None,
     budgets: Annotated[Any, typer.Option(
-        "--budget", metavar="N|SHARE,...", parser=list_of(budget),
-        help="how much each policy keeps: tokens (512) or a share (50%)",
+        "--budget", metavar="N|SHARE|SIZE,...", parser=list_of(budget),
+        help="how much each policy keeps: tokens (512), a share (50%) or bytes (512MiB)",
     )] = None,
     cache_type: Annotated[Any, typer.Option(
         "--cache-type", metavar="TYPE[/TYPE],...", parser=list_of(str),
@@ -147,10 +147,15 @@ def _rows(grid: tuple[Any, Any, Any, Any], n_batch: int) -> list[Any]:
 
     try:
         return rows_of(*grid, n_batch=n_batch)
-    except BadInput as error:  # fields of ContextParams in the words of this command
-        said = str(error).replace("policies and budgets go", "--policy and --budget go")
-        said = said.replace("kv_policy", "--policy").replace("kv_budget", "--budget")
-        raise UsageError(said.replace("type_k", "--cache-type")) from error
+    except BadInput as error:
+        raise UsageError(_with_flags(str(error))) from error
+
+
+def _with_flags(said: str) -> str:
+    """A message about fields of ContextParams in the words of this command."""
+    said = said.replace("policies and budgets go", "--policy and --budget go")
+    said = said.replace("kv_policy", "--policy").replace("kv_budget", "--budget")
+    return said.replace("type_k", "--cache-type")
 
 
 def _text(name: str) -> str:
@@ -161,12 +166,16 @@ def _text(name: str) -> str:
 
 def _scored(loaded: Any, plan: Plan, keep: str | None) -> tuple[Evaluation, list[Prediction]]:
     from saccade.cli.progress import progress
+    from saccade.core import BadInput
     from saccade.evals import evaluate
 
     path = None if keep is None else Path(keep).expanduser()
     _note_scaling(loaded, plan)
-    with progress() as show:
-        return evaluate.run(loaded, plan, keep=path, on_progress=show)
+    try:
+        with progress() as show:
+            return evaluate.run(loaded, plan, keep=path, on_progress=show)
+    except BadInput as error:
+        raise UsageError(_with_flags(str(error))) from error
 
 
 def _note_scaling(loaded: Any, plan: Plan) -> None:

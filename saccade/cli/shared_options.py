@@ -149,7 +149,8 @@ CONTEXT = (
            "how the cache is compressed after the prompt: snapkv, kvzip, h2o, expected_attention, "
            "ada_snapkv, tova, ... (docs/compression.md)", metavar="NAME"),
     Option("kv_budget", ("--kv-budget",),
-           "what it keeps of the prompt: tokens (512) or a share (0.25, 25%)", budget, "N|SHARE"),
+           "what it keeps of the prompt: tokens (512), a share (0.25, 25%) or the bytes of all "
+           "caches (512MiB)", budget, "N|SHARE|SIZE"),
     Option("kv_every", ("--kv-every",),
            "compress again whenever N keys more than the budget are stored, while reading and "
            "while generating (default: once, behind the prompt)", whole_number(1)),

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from saccade.units import Bytes
+
 ON_OFF = {"on": True, "off": False}
 
 
@@ -101,9 +103,11 @@ def list_of(parse: Callable[[str], object]) -> Callable[[str], list[object]]:
     return parse_all
 
 
-def budget(text: str) -> int | float:
-    """A share where it has a point or a per cent sign, else a number of tokens."""
+def budget(text: str) -> int | float | Bytes:
+    """Bytes where it ends in B, a share where it has a point or a per cent sign, else tokens."""
     try:
+        if text[-1:] in ("B", "b"):
+            return Bytes(text)
         share = text.endswith("%") or "." in text
         value = float(text.removesuffix("%")) if share else int(text)
         value = value / 100 if text.endswith("%") else value
@@ -112,5 +116,6 @@ def budget(text: str) -> int | float:
     except ValueError:
         pass
     raise ValueError(
-        f"expected tokens (512) or a share (0.25 or 25%) of at most all, got {_shown(text)}."
+        f"expected tokens (512), a share of at most all (0.25 or 25%) or bytes (512MiB), got "
+        f"{_shown(text)}."
     )

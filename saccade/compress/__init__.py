@@ -4,6 +4,7 @@ A new policy is one file and one line in POLICIES, where the contract test finds
 """
 
 from saccade.compress.adakv import AdaExpectedAttention, AdaSnapKV
+from saccade.compress.budget import Budget, in_keys, resolve_budget
 from saccade.compress.criticalkv import CriticalAdaSnapKV, CriticalSnapKV
 from saccade.compress.expected_attention import ExpectedAttention
 from saccade.compress.h2o import H2O
@@ -17,7 +18,7 @@ from saccade.compress.observation import (
     Observes,
     Rereading,
 )
-from saccade.compress.policy import Policy, resolve_budget, select, select_across_heads
+from saccade.compress.policy import Policy, select, select_across_heads
 from saccade.compress.pyramidkv import PyramidKV
 from saccade.compress.received import Received, received_attention
 from saccade.compress.rkv import RKV
@@ -52,6 +53,7 @@ __all__ = [
     "TOVA",
     "AdaExpectedAttention",
     "AdaSnapKV",
+    "Budget",
     "CriticalAdaSnapKV",
     "CriticalSnapKV",
     "ExpectedAttention",
@@ -70,6 +72,7 @@ __all__ = [
     "StreamingLLM",
     "UniformKVzip",
     "compress_context",
+    "in_keys",
     "received_attention",
     "resolve_budget",
     "select",

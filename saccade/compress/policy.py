@@ -1,4 +1,4 @@
-"""What all policies share: scores for the keys of a layer, budgets, and the selection by budget."""
+"""What all policies share: scores for the keys of a layer, and the selection by budget."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class Policy(ABC):
         """What it has to see beside keys and values."""
         return Observes()
 
+    @property
+    def least(self) -> int:
+        """Keys of a head that it always keeps where the budget allows: sinks, newest queries."""
+        return getattr(self, "sinks", 0) + self.observes.queries
+
     def layer_budget(self, kept: int, length: int, layer: int, layers: int) -> int:
         """Keys that a head of one of `layers` layers keeps of `length`, `kept` on average."""
         del length, layer, layers  # equally many in all layers
@@ -46,12 +51,6 @@ class Policy(ABC):
             kept: keys that a head keeps, on average; at most so many scores a head are +inf, on
                 average over the heads.
         """
-
-
-def resolve_budget(budget: int | float, length: int) -> int:
-    """Keys to keep of `length`, 1 to `length`: an int is a number of keys, a float a share."""
-    kept = budget if isinstance(budget, int) else round(budget * length)
-    return max(1, min(kept, length))
 
 
 def select(scores: Tensor, kept: int) -> Tensor:

@@ -31,6 +31,7 @@ from saccade.report.leaderboard import Prediction
 from saccade.report.record import origin
 from saccade.runtime import ContextParams
 from saccade.runtime.auto_scaling import reaching
+from saccade.runtime.budgets import budget_in_keys
 
 GATE = 0.8
 SEED = 42  # RULER's
@@ -94,8 +95,8 @@ def run(
         The record, not `complete` where it was stopped, and every answer.
 
     Raises:
-        BadInput: an unknown task, a context into which none of them fits, no tokenizer, or a file
-            of samples of another model, text or seed.
+        BadInput: an unknown task, a context into which none of them fits, no tokenizer, a budget
+            of too few bytes, or a file of samples of another model, text or seed.
     """
     begin = time.perf_counter()
     work = _Work(model, plan, chosen(plan.tasks), keep, on_progress)
@@ -137,6 +138,8 @@ class _Work:
         self.predictions: list[Prediction] = []
         self._tokenizer: Any = model.tokenizer
         self._model = HFModel(model.model, name=model.name, n_ctx_train=model.n_ctx_train)
+        for row in plan.rows:  # too few bytes are refused before anything is read
+            budget_in_keys(row.params, self._model.facts)
         self._frame = frame_of(model.tokenizer, raw=plan.raw)
         config = getattr(model.model, "generation_config", None)
         self._ends = end_tokens(self._frame, model.tokenizer, config)

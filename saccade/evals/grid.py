@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
+from saccade.compress import Budget
 from saccade.core import BadInput
 from saccade.report.evaluation import DENSE
 from saccade.runtime import ContextParams
 from saccade.sparse import PATTERNS
+from saccade.units import Bytes
 
 NONE = "none"
 """Written for a policy, cache type or pattern that is left out."""
@@ -36,6 +38,8 @@ class EvalRow:
             for each in fields(ContextParams)
             if getattr(self.params, each.name) != getattr(default, each.name)
         }
+        if isinstance(changed.get("kv_budget"), Bytes):
+            changed["kv_budget"] = str(changed["kv_budget"])
         return changed | ({"sparse": repr(changed["sparse"])} if "sparse" in changed else {})
 
 
@@ -46,7 +50,7 @@ def dense_row(n_batch: int) -> EvalRow:
 
 def rows_of(
     policies: Sequence[str] = (),
-    budgets: Sequence[int | float] = (),
+    budgets: Sequence[Budget] = (),
     cache_types: Sequence[str] = (),
     sparse: Sequence[str] = (),
     *,
@@ -96,8 +100,10 @@ def _row(options: dict[str, Any], n_batch: int) -> EvalRow:
         raise BadInput(str(error)) from error
 
 
-def budget_text(budget: int | float) -> str:
-    """`50 %`, or `512 tokens`."""
+def budget_text(budget: Budget) -> str:
+    """`50 %`, `512 tokens` or `2GiB`."""
+    if isinstance(budget, Bytes):
+        return str(budget)
     return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:.4g} %"
 
 

@@ -11,16 +11,22 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from saccade.cache import RaggedCache, SlidingCache, StateCache
+from saccade.compress import in_keys
 from saccade.core import Unsupported
 from saccade.hf.cache import SaccadeCache
+from saccade.hf.facts import facts_of
 from saccade.hf.generate_options import option
 from saccade.hf.policy_sources import reader_of_run, sources_of
 from saccade.hf.runs import Run
-from saccade.runtime.compression import compress_cache
+from saccade.runtime.budgets import budget_in_keys
+from saccade.runtime.compression import compress_cache, room_behind
+from saccade.runtime.model import ModelFacts
 from saccade.runtime.observing import ObservationWindow, observing
 from saccade.runtime.params import ContextParams
+from saccade.units import Bytes
 
 _COPYING: Final = ("num_beams", "num_return_sequences")
 """Options by which `generate` computes each row of a batch so many times, side by side."""
@@ -47,6 +53,7 @@ def compress_behind_prompt(
         new_cache: empty caches under the options of a run.
 
     Raises:
+        BadInput: a budget in bytes that is too small for so many rows.
         Unsupported: a prompt without token ids, or with padding that is not on the left.
     """
     params = run.params
@@ -72,7 +79,17 @@ def compress_behind_prompt(
     texts = [row[before:] for row, before in zip(rows, padding or [0] * len(rows), strict=True)]
     sources = sources_of(run, prompt.shape[1], reader_of_run(run, texts, new_cache))
     window = observing(params.kv_policy, cache, sources, padding)
+    if isinstance(params.kv_budget, Bytes):
+        ragged = any(isinstance(store, RaggedCache) for store in full)
+        params = budget_in_keys(params, _facts(run.model), rows=len(rows), ragged=ragged)
     _Schedule(cache, params, window, prompt.shape[1]).next()
+
+
+def _facts(model: PreTrainedModel) -> ModelFacts:
+    """Sizes of a model; how long its positions reach does not matter here."""
+    return facts_of(
+        model.config, name="", n_ctx_train=1, dtype=model.dtype, model_class=type(model)
+    )
 
 
 def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -120,7 +137,8 @@ class _Schedule(NamedTuple):
     def compress(self) -> None:
         """Compress, and go on observing where that is wanted."""
         assert self.params.kv_budget is not None
-        compress_cache(self.cache, self.window, self.params.kv_budget)
+        budget = in_keys(self.params.kv_budget)
+        compress_cache(self.cache, self.window, budget, room=room_behind(self.params))
         if self.params.kv_every is None:
             self.cache.observer = None
         else:

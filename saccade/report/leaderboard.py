@@ -151,9 +151,9 @@ def _press(options: Mapping[str, Any]) -> str:
 
 
 def _kept(report: Evaluation, results: Sequence[Score], options: Mapping[str, Any]) -> float:
-    """The share of keys that stay: the budget, of a number of tokens the measured bytes."""
+    """The share of keys that stay: the budget, of tokens or bytes the measured share of bytes."""
     budget = options.get("kv_budget", 1.0)
-    if not isinstance(budget, int):
+    if isinstance(budget, float):
         return budget
     whole = [(r.cache_bytes, report.dense(r.task, r.context)) for r in results]
     shares = [size / d.cache_bytes for size, d in whole if size and d and d.cache_bytes]

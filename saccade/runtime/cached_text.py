@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from saccade.cache import ShiftKeys, SlidingCache
+from saccade.compress import in_keys
 from saccade.core import Unsupported
-from saccade.runtime.compression import compress_cache, most_above
+from saccade.runtime.compression import compress_cache, most_above, room_behind
 from saccade.runtime.held import Caches, Held, NextToken, Observed
 from saccade.runtime.model import Model, ModelCache
 from saccade.runtime.observing import ObservationWindow, Sources, observing, without
@@ -352,7 +353,7 @@ class CachedText:
         window, every = self._window, self._params.kv_every
         if window is None or every is None or self._params.kv_budget is None:
             return False
-        return most_above(self._cache, window, self._params.kv_budget) >= every
+        return most_above(self._cache, window, in_keys(self._params.kv_budget)) >= every
 
     def _compress(self, rest: int | None = None) -> None:
         """Compress the caches; `rest` tokens follow, None: the prompt ends, and observing too."""
@@ -360,8 +361,8 @@ class CachedText:
         if window is None:
             return
         assert params.kv_budget is not None
-        room = None if rest is None else (params.kv_every or 0) + min(rest, params.n_batch)
-        compress_cache(self._cache, window, params.kv_budget, room=room)
+        room = room_behind(params, rest or 0)
+        compress_cache(self._cache, window, in_keys(params.kv_budget), room=room)
         self._observe(None if rest is None else window.after_compression())
 
     def reset(self) -> None:

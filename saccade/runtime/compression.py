@@ -30,9 +30,15 @@ from saccade.compress.policy import best
 from saccade.core import Unsupported
 from saccade.runtime.model import ModelCache
 from saccade.runtime.observing import ObservationWindow
+from saccade.runtime.params import ContextParams
 
 DECODE_ROOM = 64
 """Slots allocated after the kept keys of a prompt, for the tokens that follow."""
+
+
+def room_behind(params: ContextParams, coming: int = 0) -> int:
+    """Slots allocated behind a compression, where `coming` tokens of a prompt are still to come."""
+    return (params.kv_every or DECODE_ROOM) + min(coming, params.n_batch)
 
 
 def wants_ragged(policy_name: str | None) -> bool:
@@ -45,7 +51,7 @@ def compress_cache(
     window: ObservationWindow,
     budget: int | float,
     *,
-    room: int | None = None,
+    room: int = DECODE_ROOM,
 ) -> None:
     """Remove keys of every full-attention layer down to the budget; rings and states stay.
 
@@ -53,7 +59,7 @@ def compress_cache(
         window: of the policy, with what it observed.
         budget: keys to keep of each KV head, on average: a number, or as a float a share of the
             tokens that were read.
-        room: slots to allocate for what follows; default DECODE_ROOM.
+        room: slots to allocate for what follows.
 
     Raises:
         Unsupported: a layer cache that cannot remove keys.
@@ -77,7 +83,7 @@ def compress_cache(
         if isinstance(layer, RaggedCache):
             _keep_by_head(layer, at, budget)
         elif isinstance(layer, DenseCache | LateQuantizedCache):
-            _keep_equally(layer, at, budget, DECODE_ROOM if room is None else room)
+            _keep_equally(layer, at, budget, room)
 
 
 def most_above(cache: ModelCache, window: ObservationWindow, budget: int | float) -> int:

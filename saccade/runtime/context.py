@@ -12,6 +12,7 @@ from torch import Tensor
 from saccade.compress import POLICIES
 from saccade.core import BadInput, Unsupported
 from saccade.runtime.auto_scaling import notes_on, what_fits
+from saccade.runtime.budgets import budget_in_keys
 from saccade.runtime.cached_text import CachedText
 from saccade.runtime.drafted_text import DraftedText
 from saccade.runtime.held import NextToken
@@ -39,13 +40,14 @@ class Context:
         reserve: tokens to allocate caches for at once, when the length is known beforehand.
 
     Attributes:
+        params: the options in force; a `kv_budget` in bytes as the number of keys that it is.
         stats: what it has done so far.
         finish_reason: why the last stream ended: "stop", "length" (n_predict tokens) or "context"
             (full); None while one runs, and after an interrupt.
 
     Raises:
-        BadInput: n_ctx or a window needs more memory for caches than the machine has, or n_keep
-            leaves nothing to remove.
+        BadInput: n_ctx or a window needs more memory for caches than the machine has, n_keep
+            leaves nothing to remove, or a kv_budget in bytes is too small for its policy.
         TypeError: not a model, or not ContextParams.
         Unsupported: options that this model cannot run with.
     """
@@ -56,7 +58,8 @@ class Context:
         check_types(model, params)
         self.model, facts = model, model.facts
         self._n_vocab = facts.vocab_size  # asking the config for each token takes a millisecond
-        self.params = without_own_dtype(params or ContextParams(), facts.dtype)
+        params = without_own_dtype(params or ContextParams(), facts.dtype)
+        self.params = budget_in_keys(params, facts)
         self.reserve = whole_number("reserve", reserve, least=0)
         self.n_ctx = self.params.n_ctx or facts.n_ctx_train
         self.stats = Stats()

@@ -6,6 +6,7 @@ and its `nbytes` are the plan.  Attention runs on fake tensors, see `saccade.ops
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from saccade.core import BadInput, Mask
 from saccade.core.hardware import available_memory
 from saccade.ops import attend, make_call
 from saccade.ops.planning import PeakBytes, without_memory
+from saccade.runtime.budgets import budget_in_keys, kept_of_layers
+from saccade.runtime.compression import room_behind
 from saccade.runtime.layers import backend_of, layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
@@ -79,12 +82,16 @@ def layers_bytes(
     """(layers, bytes of the cache of each) for layers that are alike; see `cache_bytes`."""
     tokens = sum(size * count for size, count in (*read, *(written or ())))
     _check_countable(facts, max(tokens, reserve))
+    counts: list[int | None] = [None] * len(facts.windows)
+    if written is not None:
+        params = budget_in_keys(params, facts)
+        counts = kept_of_layers(facts, params, sum(size * count for size, count in read))
     found: list[tuple[int, int]] = []
-    for layer, count in facts.alike():
+    for (layer, kept), count in Counter(zip(facts.layers(), counts, strict=True)).items():
         cache = planned_cache(layer_cache(layer.windows[0], params, reserve=reserve), layer)
         run_all(cache, read)
-        if written is not None and params.kv_budget is not None:
-            cache = cache.compress(params.kv_budget)
+        if kept is not None:
+            cache = cache.compress(kept, room_behind(params))
         run_all(cache, written or ())
         found.append((count, cache.nbytes))
     return found

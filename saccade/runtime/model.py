@@ -63,10 +63,15 @@ class ModelFacts:
 
     def alike(self) -> list[tuple[ModelFacts, int]]:
         """(facts of one layer, how many layers are like it) of the layers that keep keys."""
+        return list(Counter(self.layers()).items())
+
+    def layers(self) -> list[ModelFacts]:
+        """Facts of each layer that keeps keys; those of equal layers are the same object."""
         own = (self.num_kv_heads, self.head_dim, self.value_dim or self.head_dim)
         shapes = self.kv_shapes or (own,) * len(self.windows)
-        layers = Counter(zip(self.windows, shapes, strict=True))
-        return [(self._of_layer(window, *shape), n) for (window, shape), n in layers.items()]
+        every = list(zip(self.windows, shapes, strict=True))
+        made = {layer: self._of_layer(layer[0], *layer[1]) for layer in every}
+        return [made[layer] for layer in every]
 
     def _of_layer(self, window: int | None, heads: int, key: int, value: int) -> ModelFacts:
         shape = {"num_kv_heads": heads, "head_dim": key, "value_dim": value, "kv_shapes": ()}

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from saccade.cache import SlidingCache, StagingBuffers
-from saccade.compress import resolve_budget
+from saccade.compress import in_keys, resolve_budget
 from saccade.core import DenseKV
 from saccade.rope import DynamicNTK, Linear, NTKAware, Rule, Unscaled, YaRN, inverse_frequencies
+from saccade.runtime.budgets import budget_in_keys
 from saccade.runtime.layers import layer_cache, narrowed_window
 from saccade.runtime.model import ModelFacts
 from saccade.runtime.params import ContextParams
 from saccade.sparse import Pattern, PromptPattern, followed_by
+from saccade.units import Bytes
 
 
 def without_effect(
@@ -204,11 +206,12 @@ def _policy(case: _Case) -> str | None:
     made = (layer_cache(own, case.params) for own in case.windows)
     if all(isinstance(cache, SlidingCache) for cache in made):
         return "every layer keeps only a window, which no policy makes smaller"
-    budget = case.params.kv_budget
-    assert budget is not None
-    if resolve_budget(budget, case.length) < case.length:
+    budget, found = case.params.kv_budget, budget_in_keys(case.params, case.facts).kv_budget
+    assert budget is not None and found is not None
+    if resolve_budget(in_keys(found), case.length) < case.length:
         return None
-    return f"a budget of {budget:g} keeps all of {case.length:,} tokens"
+    said = str(budget) if isinstance(budget, Bytes) else f"{budget:g}"
+    return f"a budget of {said} keeps all of {case.length:,} tokens"
 
 
 def _flash(case: _Case) -> str | None:

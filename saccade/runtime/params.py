@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from saccade.compress import POLICIES
+from saccade.compress import POLICIES, Budget
 from saccade.ops.attention.dispatch import BACKENDS
 from saccade.sparse import Kascade, Pattern
 from saccade.sparse.pattern import decodes_densely
+from saccade.units import Bytes
 
 FLASH_ATTN = ("auto", "enabled", "disabled")
 CACHE_TYPES = ("f32", "bf16", "f16", "int8", "int4", "fp8")
@@ -84,7 +85,8 @@ class ContextParams:
             TriForce, 2404.11912).  Everything but drafts is dense then.
         kv_policy: name of a policy that compresses the cache after the prompt, one of
             `saccade.compress.POLICIES` ("snapkv", "kvzip", "expected_attention", "h2o", ...).
-        kv_budget: tokens a compressed cache keeps (int), or the share of what was read (float).
+        kv_budget: tokens a compressed cache keeps (int), the share of what was read (float), or
+            what the caches of all layers may take behind a compression (`saccade.Bytes("2GiB")`).
         kv_every: compress again whenever so many keys more than the budget are stored, at the ends
             of chunks of a prompt and while decoding, so that memory stays at budget + kv_every +
             n_batch; None: once, behind each prompt.
@@ -120,7 +122,7 @@ class ContextParams:
     sparse: Pattern | None = field(default=None)
     n_draft: int | None = None
     kv_policy: str | None = None
-    kv_budget: int | float | None = None
+    kv_budget: Budget | None = None
     kv_every: int | None = None
     backend: str | None = None
     fused_layers: bool | None = None
@@ -210,7 +212,12 @@ class ContextParams:
         if isinstance(self.kv_budget, float):
             if not 0 < self.kv_budget <= 1:
                 raise ValueError(f"kv_budget as a share must be in (0, 1], got {self.kv_budget}.")
-        else:
+        elif isinstance(self.kv_budget, str):
+            raise ValueError(
+                f"kv_budget must be a number of keys, a share of them or saccade.Bytes, got "
+                f"{self.kv_budget!r:.40}. Write 512, 0.25 or saccade.Bytes('512MiB')."
+            )
+        elif not isinstance(self.kv_budget, Bytes):
             _whole_number("kv_budget", self.kv_budget, 1)
         if self.kv_every is not None and self.kv_policy is None:
             raise ValueError(

@@ -24,7 +24,7 @@ BAD = [
     (["vt", "--policy", "snapkv"], "--policy and --budget go together"),
     (["vt", "--budget", "0.5"], "--policy and --budget go together"),
     (["vt", "--policy", "nope", "--budget", "0.5"], "unknown --policy 'nope'"),
-    (["vt", "--policy", "snapkv", "--budget", "2.0"], "--budget: expected tokens (512) or a share"),
+    (["vt", "--policy", "snapkv", "--budget", "2.0"], "--budget: expected tokens (512), a share"),
     (["vt", "--cache-type", "int9"], "unknown --cache-type 'int9'"),
     (["vt", "--sparse", "nope"], "no pattern is called 'nope'"),
     (["vt", "--context", "4q"], "--context: expected a number of tokens"),

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import saccade
 from saccade.cli import generate, main, shared_options, tokens
 from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
@@ -74,6 +75,7 @@ def test_nothing_given_is_the_default():
         ("--kv-policy snapkv --kv-budget 512", "kv_budget", 512),
         ("--kv-policy snapkv --kv-budget 0.25", "kv_budget", 0.25),
         ("--kv-policy snapkv --kv-budget 25%", "kv_budget", 0.25),
+        ("--kv-policy snapkv --kv-budget 1.5GiB", "kv_budget", saccade.Bytes(3 << 29)),
     ],
 )
 def test_options_become_params(words, field, value):

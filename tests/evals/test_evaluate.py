@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import saccade
 from saccade.core import BadInput
 from saccade.evals import answering, evaluate
 from saccade.evals.evaluate import Plan, run
@@ -156,7 +157,19 @@ def test_the_grid():
     ]  # fmt: skip
     (row,) = rows_of(cache_types=["int8/int4"])
     assert row.name == "int8/int4" and row.options == {"type_k": "int8", "type_v": "int4"}
+    (row,) = rows_of(["snapkv"], [saccade.Bytes("2GiB")])
+    assert row.name == "snapkv 2GiB"
+    assert row.options == {"kv_policy": "snapkv", "kv_budget": "2GiB"}  # as JSON has it
     assert rows_of() == [] == rows_of(["none"])
+
+
+def test_too_few_bytes_are_refused_before_anything_is_read(model):
+    def progress(*state):
+        raise AssertionError(f"reads: {state}")
+
+    few = rows_of(["snapkv"], [saccade.Bytes("9KiB")])
+    with pytest.raises(BadInput, match="kv_budget=9KiB is too small"):
+        run(model, plan(rows=few), on_progress=progress)
 
 
 @pytest.mark.parametrize(

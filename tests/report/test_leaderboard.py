@@ -98,6 +98,14 @@ def test_folders_files_and_scores(made, tmp_path):
         assert score == pytest.approx(50 * sum(SCORES[key]))
 
 
+def test_of_a_budget_in_bytes_the_share_was_measured(made, tmp_path):
+    report, predictions = made
+    rows = ROWS | {"snapkv 100 tokens": {"kv_policy": "snapkv", "kv_budget": "2GiB"}}
+    report.settings = report.settings | {"rows": rows}
+    names = {folder.name for folder in export(report, predictions, tmp_path)}
+    assert "ruler__4096__org--model__snapkv__0.60" in names
+
+
 def test_the_config_is_yaml(made, tmp_path):
     yaml = pytest.importorskip("yaml")
     export(*made, tmp_path)

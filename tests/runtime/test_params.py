@@ -66,7 +66,7 @@ def test_defaults_change_nothing():
             {"yarn_attn_factor": float("inf")},
             "yarn_attn_factor must be a finite number of .*, got inf",
         ),
-        ({"kv_policy": "snapkv", "kv_budget": "9"}, "kv_budget must be a whole number, got '9'"),
+        ({"kv_policy": "snapkv", "kv_budget": "9"}, "or saccade.Bytes, got '9'. Write 512, 0.25"),
         ({"kv_policy": "snapkv", "kv_budget": True}, "kv_budget must be a whole number, got True"),
         ({"kv_policy": "snapkv", "kv_budget": float("nan")}, r"must be in \(0, 1\], got nan"),
         ({"kv_policy": "snapkv", "kv_budget": 9, "n_keep": 4}, "cannot be shifted"),
