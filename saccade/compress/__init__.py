@@ -25,6 +25,7 @@ from saccade.compress.snapkv import SnapKV
 from saccade.compress.streaming_llm import StreamingLLM
 from saccade.compress.tokens import compress_context
 from saccade.compress.tova import TOVA
+from saccade.compress.units import keep_units, sentence_starts
 
 POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
@@ -70,8 +71,10 @@ __all__ = [
     "StreamingLLM",
     "UniformKVzip",
     "compress_context",
+    "keep_units",
     "received_attention",
     "resolve_budget",
     "select",
     "select_across_heads",
+    "sentence_starts",
 ]
