@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Unsupported,
         quantize_fp8_per_head,
     )
-    from saccade.hf import Context, attach, load_model, plan
+    from saccade.hf import Context, attach, compress_text, load_model, plan
     from saccade.ops import AttentionCall, attend, attention, explain, make_call
     from saccade.runtime import ContextParams, Sampler, load_session, save_session
 
@@ -43,6 +43,7 @@ _HOME = {
     "attend": "saccade.ops",
     "attention": "saccade.ops",
     "compress_context": "saccade.compress",
+    "compress_text": "saccade.hf",
     "explain": "saccade.ops",
     "load_model": "saccade.hf",
     "load_session": "saccade.runtime",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -17,6 +15,7 @@ from saccade.cli.notes import Notes
 from saccade.cli.outputs import file_option
 from saccade.cli.refusals import check_before_loading
 from saccade.cli.sessions import Saved, Session
+from saccade.cli.texts import read_text
 from saccade.cli.tokens import (
     encode_messages,
     encode_next_message,
@@ -247,30 +246,10 @@ def read_prompt(prompt: str | None, file: str | None, *, optional: bool = False)
         text, where = prompt or "", "--prompt"
     else:
         where = f"--prompt-file {file}"
-        try:
-            text = _read_bytes(file).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{where} is not UTF-8 text (at byte {error.start}).") from None
+        text = read_text(file, where)
     if not text.strip():
         raise UsageError(f"the prompt is empty: {where} has no text to continue.")
     return text
-
-
-def _read_bytes(name: str) -> bytes:
-    try:
-        if name == "-":
-            found = sys.stdin.buffer.read(_LONGEST + 1)
-        else:
-            with Path(name).expanduser().open("rb") as file:
-                found = file.read(_LONGEST + 1)
-    except OSError as error:
-        raise UsageError(f"--prompt-file {name} cannot be read: {error.strerror}.") from None
-    if len(found) > _LONGEST:
-        raise UsageError(f"--prompt-file {name} has no end within 256 MiB: give a shorter text.")
-    return found
-
-
-_LONGEST = 2**28  # a device such as /dev/zero never ends
 
 
 def encode(loaded: LoadedModel, text: str, *, raw: bool, follows: bool = False) -> list[int]:

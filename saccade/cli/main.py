@@ -16,13 +16,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from saccade.cli import bench, chat, check, compare, convert, doctor, generate, plan, report
+from saccade.cli import (
+    bench,
+    chat,
+    check,
+    compare,
+    compress,
+    convert,
+    doctor,
+    generate,
+    plan,
+    report,
+)
 from saccade.cli import eval as evaluate  # a name that Python has too
 from saccade.cli.failure import bug, sentence
 from saccade.cli.stopping import stop_signals
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _module in (compare, generate, chat, plan, convert, check, doctor, evaluate):
+for _module in (compare, generate, chat, compress, plan, convert, check, doctor, evaluate):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=f"\b\n{_module.EXAMPLES}")(_module.run)
 app.add_typer(bench.app, name="bench")

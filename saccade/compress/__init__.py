@@ -26,6 +26,7 @@ from saccade.compress.snapkv import SnapKV
 from saccade.compress.streaming_llm import StreamingLLM
 from saccade.compress.tokens import compress_context
 from saccade.compress.tova import TOVA
+from saccade.compress.units import keep_units, sentence_starts
 
 POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
@@ -73,8 +74,10 @@ __all__ = [
     "UniformKVzip",
     "compress_context",
     "in_keys",
+    "keep_units",
     "received_attention",
     "resolve_budget",
     "select",
     "select_across_heads",
+    "sentence_starts",
 ]

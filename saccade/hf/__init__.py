@@ -16,6 +16,7 @@ require("transformers")
 
 from saccade.hf.attach import Attached, attach
 from saccade.hf.cache import SaccadeCache, SaccadeCacheLayer
+from saccade.hf.compress_text import CompressedText, compress_text
 from saccade.hf.context import Context
 from saccade.hf.continuous import continuous_batching
 from saccade.hf.convert import converted_heads
@@ -29,12 +30,14 @@ register()
 __all__ = [
     "KEY",
     "Attached",
+    "CompressedText",
     "Context",
     "HFModel",
     "LoadedModel",
     "SaccadeCache",
     "SaccadeCacheLayer",
     "attach",
+    "compress_text",
     "continuous_batching",
     "converted_heads",
     "load_model",

@@ -24,11 +24,36 @@ _WIDEST: Final = 1 << 20
 """A text without any joint in so many characters (one endless word) is cut between two tokens."""
 
 
-class _Window(NamedTuple):
-    """Tokens of a part of a text, and the character of the whole text that each begins at."""
+class LocatedTokens(NamedTuple):
+    """Tokens of a text or of a part of it.
+
+    Attributes:
+        ids: `[n]`.
+        starts, stops: the characters of the whole text that each begins at and ends before `[n]`;
+            tokens that share a character have the same.
+    """
 
     ids: list[int]
     starts: list[int]
+    stops: list[int]
+
+
+def located_tokens(tokenizer: Any, text: str) -> LocatedTokens:
+    """The tokens of a text of any length, without special tokens around it, and where they lie.
+
+    Raises:
+        BadInput: a tokenizer that does not say where its tokens lie.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens lie: expected a "
+            "fast tokenizer (PreTrainedTokenizerFast), whose folder has a tokenizer.json."
+        )
+    found = LocatedTokens([], [], [])
+    for part in _parts(tokenizer, text):
+        for all_of_them, more in zip(found, part, strict=True):
+            all_of_them.extend(more)
+    return found
 
 
 def token_pieces(tokenizer: Any, text: str) -> Iterator[list[int]]:
@@ -39,6 +64,12 @@ def token_pieces(tokenizer: Any, text: str) -> Iterator[list[int]]:
     if len(text) <= WINDOW or not getattr(tokenizer, "is_fast", False):
         yield list(tokenizer(text, add_special_tokens=False).input_ids)
         return
+    for part in _parts(tokenizer, text):
+        yield part.ids
+
+
+def _parts(tokenizer: Any, text: str) -> Iterator[LocatedTokens]:
+    """The tokens of a text in pieces, of a tokenizer that says where they lie."""
     at, width, first = 0, WINDOW, 0  # `first` is the index of the first token not yet given
     window = _encoded(tokenizer, text, 0, WINDOW)
     while at + width < len(text):
@@ -56,17 +87,26 @@ def token_pieces(tokenizer: Any, text: str) -> Iterator[list[int]]:
             following = _encoded(tokenizer, text, after, after + WINDOW)
         else:
             here, there = joint
-        yield window.ids[first:here]
+        yield _cut(window, first, here)
         at, width, first, window = after, WINDOW, there, following
-    yield window.ids[first:]
+    yield _cut(window, first, len(window.ids))
 
 
-def _encoded(tokenizer: Any, text: str, start: int, stop: int) -> _Window:
+def _cut(window: LocatedTokens, first: int, last: int) -> LocatedTokens:
+    return LocatedTokens(*(each[first:last] for each in window))
+
+
+def _encoded(tokenizer: Any, text: str, start: int, stop: int) -> LocatedTokens:
     found = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True)
-    return _Window(list(found.input_ids), [start + first for first, _ in found.offset_mapping])
+    places = found.offset_mapping
+    return LocatedTokens(
+        list(found.input_ids), [start + a for a, _ in places], [start + b for _, b in places]
+    )
 
 
-def _joint(left: _Window, right: _Window, start: int, stop: int) -> tuple[int, int] | None:
+def _joint(
+    left: LocatedTokens, right: LocatedTokens, start: int, stop: int
+) -> tuple[int, int] | None:
     """(index in left, index in right) of a token from which on both are the same text."""
     places = {place: index for index, place in reversed(list(enumerate(right.starts)))}
     margin = (stop - start) // 8
@@ -89,12 +129,12 @@ def all_tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """Tokens of a text of any length; `special` puts the model's own around it."""
     if len(text) <= WINDOW:
         return list(tokenizer(text, add_special_tokens=special).input_ids)
-    before, after = _specials(tokenizer) if special else ([], [])
+    before, after = specials(tokenizer) if special else ([], [])
     return [*before, *chain.from_iterable(token_pieces(tokenizer, text)), *after]
 
 
-def _specials(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts around a text."""
+def specials(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts in front of a text and behind it."""
     text = list(tokenizer("a", add_special_tokens=False).input_ids)
     whole = list(tokenizer("a", add_special_tokens=True).input_ids)
     for at in range(len(whole) - len(text) + 1):
@@ -113,7 +153,7 @@ def first_tokens(
     Raises:
         BadInput: a file that cannot be read or is not UTF-8.
     """
-    before = _specials(tokenizer)[0] if special else []
+    before = specials(tokenizer)[0] if special else []
     size = max(WINDOW, 8 * count)
     while True:
         text, whole = _beginning(source, size)

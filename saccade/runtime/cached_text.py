@@ -358,11 +358,10 @@ class CachedText:
     def _compress(self, rest: int | None = None) -> None:
         """Compress the caches; `rest` tokens follow, None: the prompt ends, and observing too."""
         window, params = self._window, self._params
-        if window is None:
+        if window is None or params.kv_budget is None:
             return
-        assert params.kv_budget is not None
-        room = room_behind(params, rest or 0)
-        compress_cache(self._cache, window, in_keys(params.kv_budget), room=room)
+        budget, room = in_keys(params.kv_budget), room_behind(params, rest or 0)
+        compress_cache(self._cache, window, budget, room=room)
         self._observe(None if rest is None else window.after_compression())
 
     def reset(self) -> None:

@@ -1,13 +1,15 @@
 """Importance of the tokens of a text, computed by the model that will read it.
 
 self-information    -log p(token | the text before) (Selective Context, arXiv 2310.06201)
+contrastive         how much likelier a question makes the token (LongLLMLingua, arXiv 2310.06839)
 received attention  attention weight of a token, averaged over layers, heads and the queries that
-                    attend to it (H2O, arXiv 2306.14048)
+                    attend to it (H2O, arXiv 2306.14048), or over those of a question alone
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from saccade.compress import Received, received_attention
 from saccade.core import AttentionOutput, BadInput
 from saccade.ops import AttentionCall, attend_received
 from saccade.runtime.context import Context
+from saccade.runtime.stats import OnProgress
 
 HEAD_CHUNK = 64
 """Hidden states whose logits are computed at once: the logits of a token take 4 * vocab bytes."""
@@ -31,19 +34,110 @@ def token_log_probs(ctx: Context, hidden: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def self_information(ctx: Context, tokens: Tensor) -> Tensor:
-    """-log p of each token `[n]` given those before, in nats; +inf for the first, which stays.
+def self_information(
+    ctx: Context,
+    tokens: Tensor,
+    *,
+    before: Tensor | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """-log p of each token `[n]` given those before, in nats, float32.
 
     Args:
         ctx: a context without tokens; it reads them.
         tokens: int64 `[n]`.
+        before: int64 `[m]`, read in front of them; without any the first token has no probability:
+            its score is +inf, so that it stays.
+        on_progress: called with (tokens read, all of them), those before counted.
 
     Source: Li et al., Selective Context, 2023 (arXiv 2310.06201).
     """
-    hidden = ctx.append(tokens, wanted=len(tokens))
+    whole = tokens if before is None else torch.cat((before, tokens))
+    skipped = len(whole) - len(tokens)
+    wanted = len(tokens) + min(1, skipped)
+    hidden = ctx.append(whole, wanted=wanted, on_progress=on_progress)
     scores = torch.full((len(tokens),), torch.inf)
-    scores[1:] = -token_log_probs(ctx, hidden[:-1], tokens[1:])
+    first = 0 if skipped else 1
+    scores[first:] = -token_log_probs(ctx, hidden[:-1], tokens[first:]).cpu()
     return scores
+
+
+def contrastive_perplexity(
+    ctx: Context,
+    tokens: Tensor,
+    question: Tensor,
+    *,
+    before: Tensor | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """How much likelier a question in front makes each token `[n]`, in nats, float32.
+
+        s_i = -log p(x_i | before, x_<i) + log p(x_i | before, question, x_<i)
+
+    Args:
+        ctx: a context without tokens; it reads them twice, and at last holds the question's text.
+        tokens: int64 `[n]`.
+        question: int64 `[q]`.
+        before: int64 `[m]`, read in front of everything; without any the first score is +inf.
+        on_progress: called with (tokens read, all of them), of both readings.
+
+    Source: Jiang et al., LongLLMLingua, 2023 (arXiv 2310.06839), equation 3.
+    """
+    head = tokens[:0] if before is None else before
+    lengths = len(head) + len(tokens), len(head) + len(question) + len(tokens)
+    first, second = in_parts(on_progress, lengths)
+    plain = self_information(ctx, tokens, before=head, on_progress=first)
+    ctx.reset()
+    asked = torch.cat((head, question))
+    return plain - self_information(ctx, tokens, before=asked, on_progress=second)
+
+
+def attention_received(
+    ctx: Context,
+    tokens: Tensor,
+    question: Tensor | None = None,
+    *,
+    before: Tensor | None = None,
+    on_progress: OnProgress | None = None,
+) -> Tensor:
+    """Attention that each token `[n]` receives, summed over layers and heads, float32.
+
+    Each query that has the token in reach counts alike: see `ReceivedAttention`.
+
+    Args:
+        ctx: a context without tokens; it reads them.
+        tokens: int64 `[n]`.
+        question: int64 `[q]`, read behind them; only its queries count then.
+        before: int64 `[m]`, read in front of everything.
+        on_progress: called with (tokens read, all of them).
+
+    Source: Zhang et al., H2O, 2023 (arXiv 2306.14048); with a question Li et al., SnapKV, 2024
+    (arXiv 2404.14469), which asks the same of the end of a prompt.
+    """
+    whole = tokens if before is None else torch.cat((before, tokens))
+    received = ReceivedAttention()
+    first, second = in_parts(on_progress, (len(whole), 0 if question is None else len(question)))
+    try:
+        ctx.cache.observer = received.observe if question is None else None
+        ctx.append(whole, on_progress=first)
+        if question is not None:
+            ctx.cache.observer = received.observe
+            ctx.append(question, on_progress=second)
+    finally:
+        ctx.cache.observer = None
+    return received.scores()[len(whole) - len(tokens) : len(whole)]
+
+
+def in_parts(on_progress: OnProgress | None, lengths: Sequence[int]) -> list[OnProgress | None]:
+    """What to call while each of several texts is read, so that they count as one."""
+    if on_progress is None:
+        return [None] * len(lengths)
+    starts = (sum(lengths[:part]) for part in range(len(lengths)))
+    return [partial(_show, on_progress, start, sum(lengths)) for start in starts]
+
+
+def _show(on_progress: OnProgress, before: int, total: int, done: int, _: int) -> None:
+    on_progress(before + done, total)
 
 
 class ReceivedAttention:
@@ -92,15 +186,14 @@ def token_importance(
     kinds = ("self_information", "received_attention", "both")
     if kind not in kinds:
         raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(kinds)}.")
-    _check_context(ctx)
+    check_scorer(ctx)
     ids = torch.as_tensor(tokens, dtype=torch.int64)
+    if kind == "received_attention":
+        return _ranks(attention_received(ctx, ids))
     received, ranks = ReceivedAttention(), list[Tensor]()
     ctx.cache.observer = received.observe if kind != "self_information" else None
     try:
-        if kind == "received_attention":
-            ctx.append(ids)
-        else:
-            ranks.append(_ranks(self_information(ctx, ids)))
+        ranks.append(_ranks(self_information(ctx, ids)))
     finally:
         ctx.cache.observer = None
     if kind != "self_information":
@@ -108,7 +201,8 @@ def token_importance(
     return torch.stack(ranks).mean(0)
 
 
-def _check_context(ctx: Context) -> None:
+def check_scorer(ctx: Context) -> None:
+    """Raise BadInput unless a context can score tokens: it is empty and observes for no policy."""
     if ctx.seen:
         raise BadInput(
             f"token_importance needs a context without tokens, this one has {ctx.seen}. "

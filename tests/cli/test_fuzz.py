@@ -47,7 +47,10 @@ TEXTS = [
     "</s><s>",
     "x" * 3000,
 ]
-COMMANDS = ["generate", "generate", "generate", "chat", "plan", "compare", "doctor", "bench", "x"]
+COMMANDS = [
+    "generate", "generate", "generate", "chat", "compress",
+    "plan", "compare", "doctor", "bench", "x",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,9 @@ def a_line(rng, folder):
     line, wild = [command], rng.random() < 0.6
     if command == "bench":
         line += [rng.choice(["cpu", "tune", "x"]), "--list"]
-    if command in ("generate", "chat", "plan"):
+    if command == "compress":
+        line += [a_file(rng, folder), "--to", rng.choice(["8", "1k", rng.choice(NUMBERS)])]
+    if command in ("generate", "chat", "compress", "plan"):
         model = str(folder / "model.gguf") if rng.random() < 0.8 else a_file(rng, folder)
         line += ["-m", model]
     if command == "generate":

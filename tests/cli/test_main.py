@@ -11,7 +11,9 @@ from saccade.cli import failure, main
 from saccade.cli.failure import UsageError
 from saccade.core import BadInput, Unsupported
 
-COMMANDS = ["compare", "generate", "chat", "plan", "bench", "bench cpu", "bench tune", "doctor"]
+COMMANDS = [
+    "compare", "generate", "chat", "compress", "plan", "bench", "bench cpu", "bench tune", "doctor"
+]  # fmt: skip
 
 
 def call(capsys, *words):
@@ -21,11 +23,11 @@ def call(capsys, *words):
 
 
 BAD_LINES = [
-    (["compre"], "No such command 'compre'. Did you mean 'compare'?"),
+    (["compre"], "No such command 'compre'. Did you mean 'compare', 'compress'?"),
     (
         ["zzz"],
-        "No such command 'zzz'. There are compare, generate, chat, plan, convert, check, doctor, "
-        "eval, bench, report.",
+        "No such command 'zzz'. There are compare, generate, chat, compress, plan, convert, check, "
+        "doctor, eval, bench, report.",
     ),
     (["--verbose"], "saccade has no option --verbose. Did you mean --version?"),
     (["compare", "--contxt", "5"], "no option --contxt. Did you mean --context?"),
