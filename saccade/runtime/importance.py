@@ -81,7 +81,7 @@ def contrastive_perplexity(
         before: int64 `[m]`, read in front of everything; without any the first score is +inf.
         on_progress: called with (tokens read, all of them), of both readings.
 
-    Source: Jiang et al., LongLLMLingua, 2023 (arXiv 2310.06839), equation 3.
+    Source: Jiang et al., LongLLMLingua, 2023 (arXiv 2310.06839).
     """
     head = tokens[:0] if before is None else before
     lengths = len(head) + len(tokens), len(head) + len(question) + len(tokens)

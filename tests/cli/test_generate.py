@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import saccade
-from saccade.cli import generate, main, shared_options, tokens
+from saccade.cli import generate, main, shared_options, texts, tokens
 from saccade.cli.failure import UsageError
 from saccade.cli.streaming import TextStream
 from saccade.cli.writing import Writing
@@ -394,6 +394,6 @@ def test_the_next_message_begins_behind_the_answer():
 
 
 def test_a_prompt_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr(generate, "_LONGEST", 1000)
+    monkeypatch.setattr(texts, "_LONGEST", 1000)
     with pytest.raises(UsageError, match="/dev/zero has no end within"):
         generate.read_prompt(None, "/dev/zero")
