@@ -29,8 +29,8 @@ class Kascade(StepPattern, LayeredPattern):
     """The `top` key blocks with the largest softmax weights, chosen in anchor layers alone.
 
     The first layer reads all keys, and so do more than 16 queries: the pattern is for decoding.
-    Without a plan every other layer is an anchor: no choice of `top` blocks keeps more, and it
-    takes longer than dense attention.
+    Without a plan all layers behind the first are anchors: no choice of `top` blocks keeps more,
+    and it takes longer than dense attention.
 
     Args:
         plan: the anchors of this model, see `saccade.hf.kascade.calibrate_kascade`.
