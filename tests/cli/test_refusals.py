@@ -69,7 +69,7 @@ def test_options_that_the_files_alone_exclude(refused, words, expected):
 
 def test_drafts_need_a_pattern_with_a_name(refused):
     said = refused("generate", "-p", "hi", "--sparse", "auto", "--draft", "4")
-    assert "--draft needs the pattern that it drafts by, not --sparse auto" in said
+    assert "--draft needs the pattern that it drafts by, and --sparse auto measures" in said
 
 
 def test_a_text_that_may_be_long_may_name_its_scaling_alone(refused):

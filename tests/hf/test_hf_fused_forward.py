@@ -17,7 +17,7 @@ OFF = {"fused_layers": False}
 CALLS = {
     "batch": {"tokens": [[5], [9]], "kernels": True},
     "several tokens": {"tokens": [[5, 9, 17]], "kernels": True},
-    "too many tokens": {"tokens": [list(range(5, 14))]},
+    "too many tokens": {"tokens": [list(range(5, 15))]},
     "positions": {"tokens": [[5]], "position_ids": torch.tensor([[57]]), "kernels": True},
     "other positions": {"tokens": [[5]], "position_ids": torch.tensor([[60]])},
     "a mask of ones": {"tokens": [[5]], "attention_mask": torch.ones(1, 58), "kernels": True},

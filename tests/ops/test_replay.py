@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from triton.runtime import _allocation
+
 from saccade.core import Mask
 from saccade.ops.attention import dispatch, known
 from saccade.ops.gpu import replay
 from saccade.ops.gpu.launching import strided
-
-_allocation = pytest.importorskip("triton.runtime._allocation")
 
 COUNT, STREAM = 8, 77
 
