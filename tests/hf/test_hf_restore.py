@@ -141,6 +141,8 @@ def opened(model, name, number):
 @pytest.mark.parametrize("name", ["attach everything", "context"])
 def test_an_exception_in_any_function_leaves_nothing(model, name, beside):
     """Alone, and beside another run whose changes have to stay."""
+    with RUNS[name](model):
+        pass  # its self-check, which may catch what is raised in it, has passed from here on
     start, where = state_of(model), []
     with ExitStack() as stack:
         if beside is not None:
@@ -149,8 +151,7 @@ def test_an_exception_in_any_function_leaves_nothing(model, name, beside):
         while failed := opened(model, name, len(where) + 1):
             where.append(failed)
             assert different(before, state_of(model)) == [], failed
-    # how many there are depends on what an earlier test has already checked of such a model
-    assert {"make_run", "ModelRuns.begin"} <= set(where)
+    assert len(where) > 30 and {"make_run", "ModelRuns.begin"} <= set(where)
     assert different(start, state_of(model)) == []
 
 
