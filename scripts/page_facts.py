@@ -7,15 +7,8 @@ from typing import Any
 
 from saccade.units import significant
 from scripts.page_facts_sparse import SPARSE_FACTS
+from scripts.page_facts_speculation import SPECULATION_FACTS
 from scripts.records import RESULTS, record, span
-from scripts.speculation_facts import (
-    speculation_8k,
-    speculation_16k,
-    speculation_draft,
-    speculation_eight_drafted,
-    speculation_rejected,
-    speculation_steps,
-)
 
 
 def cpu_fma_share() -> str:
@@ -265,47 +258,45 @@ def sparse_model() -> str:
     return f"{1 / found['quest']:.1f} and {1 / found['block_topk']:.1f} times"
 
 
-FACTS: dict[str, Callable[[], str]] = SPARSE_FACTS | {
-    f.__name__: f
-    for f in (
-        cpu_decode_intensity,
-        cpu_fma_share,
-        demo_seconds,
-        families_exact,
-        h200_fp8_gain,
-        h200_host,
-        h200_latent,
-        h200_latent_products,
-        kvzip_needles,
-        other_needles,
-        sparse_best,
-        sparse_decode,
-        sparse_model,
-        sparse_prefill,
-        sparse_selection,
-        sparse_vertical_slash,
-        sparse_vertical_slash_512,
-        sparse_xattention,
-        sparse_xattention_512,
-        speculation_16k,
-        speculation_8k,
-        speculation_draft,
-        speculation_eight_drafted,
-        speculation_rejected,
-        speculation_steps,
-        h200_host_sdpa,
-        h200_matmul,
-        h200_prefill,
-        h200_reading,
-        llama_errors,
-        llama_first_128k,
-        llama_int8_128k,
-        llama_int8_cache,
-        llama_of_memory,
-        llama_peak_128k,
-        llama_sdpa_chunks,
-        llama_token_128k,
-        mistral_cache,
-        mistral_growth,
-    )
-}
+FACTS: dict[str, Callable[[], str]] = (
+    SPARSE_FACTS
+    | SPECULATION_FACTS
+    | {
+        f.__name__: f
+        for f in (
+            cpu_decode_intensity,
+            cpu_fma_share,
+            demo_seconds,
+            families_exact,
+            h200_fp8_gain,
+            h200_host,
+            h200_latent,
+            h200_latent_products,
+            kvzip_needles,
+            other_needles,
+            sparse_best,
+            sparse_decode,
+            sparse_model,
+            sparse_prefill,
+            sparse_selection,
+            sparse_vertical_slash,
+            sparse_vertical_slash_512,
+            sparse_xattention,
+            sparse_xattention_512,
+            h200_host_sdpa,
+            h200_matmul,
+            h200_prefill,
+            h200_reading,
+            llama_errors,
+            llama_first_128k,
+            llama_int8_128k,
+            llama_int8_cache,
+            llama_of_memory,
+            llama_peak_128k,
+            llama_sdpa_chunks,
+            llama_token_128k,
+            mistral_cache,
+            mistral_growth,
+        )
+    }
+)

@@ -15,7 +15,7 @@ from saccade.hf.kascade_identity import identity
 from saccade.hf.layers import layer_kinds
 from saccade.hf.load import LoadedModel
 from saccade.hf.model import HFModel
-from saccade.hf.sparse_choice import CHUNK, LONGEST, SHORTEST, check_params, check_scores
+from saccade.hf.sparse_choice import CHUNK, SHORTEST, check_params, check_scores, whole_chunks
 from saccade.runtime import ContextParams
 from saccade.sparse import Kascade, KascadePlan
 from saccade.sparse.calibration import Calibration, best_reuse
@@ -53,8 +53,7 @@ def calibrate_kascade(
     """
     params, pattern = params or ContextParams(), replace(pattern or Kascade(), plan=None)
     check_params(params)
-    text = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)[:LONGEST]
-    text = text[: len(text) // CHUNK * CHUNK]
+    text = whole_chunks(tokens)
     if len(text) < SHORTEST:
         raise BadInput(
             f"Kascade is calibrated on a text of {SHORTEST:,} tokens or more, got {len(tokens):,}. "

@@ -51,8 +51,7 @@ def choose_sparse(
         raise ValueError(f"recall is a share of the attention, in (0, 1], got {recall!r}.")
     params = params or ContextParams()
     check_params(params)
-    text = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)[:LONGEST]
-    text = text[: len(text) // CHUNK * CHUNK]
+    text = whole_chunks(tokens)
     if len(text) < SHORTEST:
         why = f"dense: the text has fewer than {SHORTEST:,} tokens, which no pattern makes faster."
         return Choice(None, why, {})
@@ -60,6 +59,12 @@ def choose_sparse(
     assert isinstance(hf, HFModel)
     check_scores(hf)
     return choose(_measured(hf, text, params), recall)
+
+
+def whole_chunks(tokens: Sequence[int] | Tensor) -> Tensor:
+    """The part of a text that is read to measure it, int64 `[n]`."""
+    text = torch.as_tensor(tokens, dtype=torch.int64).reshape(-1)[:LONGEST]
+    return text[: len(text) // CHUNK * CHUNK]
 
 
 def check_params(params: ContextParams) -> None:

@@ -12,7 +12,6 @@ sorted or added up along a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from torch.nn.functional import pad
 from saccade.ops.selection import products
 from saccade.sparse.prompt import PromptCall, PromptPattern
 from saccade.sparse.sizes import check_share, check_sizes
-
-PIECE: Final = 2048
-"""Most queries that are scored at once, which bounds the memory of a long prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +57,20 @@ class FlashPrefill(PromptPattern):
         """Blocks at or above the threshold of their row, and all of the last rows."""
         (k, real), size = call.keys(), self.block
         means = _means(k, real, size)
-        step, found = max(1, PIECE // size) * size, list[Tensor]()
-        for start in range(0, call.q.shape[2], step):
-            rows = slice(start // size, (start + step) // size)
-            found.append(self._piece(call, call.q[:, :, start : start + step], means, rows))
+        found = [self._piece(q, means, call.seen[at // size :]) for at, q in call.pieces(size)]
         return torch.cat(found, dim=2) | call.last_rows(size, self.dense_rows)
 
-    def _piece(
-        self, call: PromptCall, q: Tensor, means: tuple[Tensor, Tensor], rows: slice
-    ) -> Tensor:
-        """Blocks at or above the threshold for some queries, `[B, Hkv, q_blocks, k_blocks]`."""
-        (k, there), seen, length = means, call.seen[rows], q.shape[2]
+    def _piece(self, q: Tensor, means: tuple[Tensor, Tensor], seen: Tensor) -> Tensor:
+        """Blocks at or above the threshold for some queries, `[B, Hkv, q_blocks, k_blocks]`.
+
+        Args:
+            seen: bool `[q_blocks or more, k_blocks]`.
+        """
+        (k, there), length = means, q.shape[2]
         q = (q * q.shape[3] ** -0.5).unflatten(1, (k.shape[1], -1))
         scores = products(q.flatten(2, 3), k).unflatten(2, q.shape[2:4])  # [B, Hkv, G, Lq, n]
-        unread = ~(seen.repeat_interleave(self.block, 0)[:length] & there[:, :, None, None])
+        seen = seen[: -(-length // self.block)].repeat_interleave(self.block, 0)[:length]
+        unread = ~(seen & there[:, :, None, None])
         scores.masked_fill_(unread, -torch.inf)
         most = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
         weights = pad((scores - most).exp_(), (0, 0, 0, -length % self.block))

@@ -95,9 +95,9 @@ class Kascade(StepPattern, LayeredPattern):
             if reuse is None:
                 found.append(None)
             elif reuse.anchor == index:
-                found.append(_Anchor(self, index, chosen))
+                found.append(_Anchor(self, chosen, index))
             else:
-                found.append(_Follower(self, reuse, chosen))
+                found.append(_Follower(self, chosen, reuse))
         return found
 
 
@@ -109,14 +109,18 @@ class _Chosen(local):
 
 
 @dataclass(frozen=True, slots=True)
-class _Anchor(StepPattern):
+class _Layer(StepPattern):
     pattern: Kascade
-    layer: int
     chosen: _Chosen
 
     @property
     def rule(self) -> BlockRule:
         return self.pattern.rule
+
+
+@dataclass(frozen=True, slots=True)
+class _Anchor(_Layer):
+    layer: int
 
     def select(
         self, q: Tensor, kv: KVView, q_offset: int | Tensor, padding: Tensor | None = None
@@ -127,14 +131,8 @@ class _Anchor(StepPattern):
 
 
 @dataclass(frozen=True, slots=True)
-class _Follower(StepPattern):
-    pattern: Kascade
+class _Follower(_Layer):
     source: Reuse
-    chosen: _Chosen
-
-    @property
-    def rule(self) -> BlockRule:
-        return self.pattern.rule
 
     @property
     def reuse(self) -> tuple[int, tuple[int, ...]]:

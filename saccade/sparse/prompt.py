@@ -7,7 +7,7 @@ chunk of a prompt, whose queries share it, and not for a decoding step, which re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, ParamSpec, TypeVar
@@ -23,6 +23,9 @@ from saccade.ops.selection import BlockRule, always_read
 
 LEAST_QUERIES: Final = 16
 """Fewer queries read all keys: decoding steps and drafts."""
+
+PIECE: Final = 2048
+"""Most queries that are scored at once, which bounds the memory of a long prompt."""
 
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -67,11 +70,20 @@ class PromptCall:
             k = k.masked_fill(~real[..., None], 0)
         return k.to(self.q.dtype), real
 
+    def pieces(self, block: int) -> Iterator[tuple[int, Tensor]]:
+        """Whole blocks of queries, PIECE of them or fewer, and where in the call they begin."""
+        size = max(1, PIECE // block) * block
+        return ((at, self.q[:, :, at : at + size]) for at in range(0, self.q.shape[2], size))
+
+    def _starts(self, block: int) -> Tensor:
+        """Position of the first query of each block."""
+        stop = self.q_offset + self.q.shape[2]
+        return torch.arange(self.q_offset, stop, block, device=self.q.device)
+
     def block_numbers(self, block: int) -> tuple[Tensor, Tensor]:
         """Numbers of the blocks of keys that blocks of queries begin in, and of all, int64 1-D."""
-        stop, device = self.q_offset + self.q.shape[2], self.q.device
-        rows = torch.arange(self.q_offset, stop, block, device=device) // block
-        return rows, torch.arange(self.seen.shape[1], device=device)
+        columns = torch.arange(self.seen.shape[1], device=self.q.device)
+        return self._starts(block) // block, columns
 
     def distances(self, block: int) -> Tensor:
         """How many blocks a block of keys lies behind one of queries, `[q_blocks, k_blocks]`."""
@@ -81,8 +93,7 @@ class PromptCall:
     def last_rows(self, block: int, count: int) -> Tensor:
         """Blocks with one of the last `count` queries of a prompt, `[B | 1, 1, q_blocks, 1]`."""
         stop, device = self.q_offset + self.q.shape[2], self.q.device
-        starts = torch.arange(self.q_offset, stop, block, device=device)
-        last = (starts + block).clamp_max(stop) - 1
+        last = (self._starts(block) + block).clamp_max(stop) - 1
         if self.padding is None or self.behind:
             end = torch.full((1, 1), stop + self.behind, device=device)
         else:  # of each row of the batch where it ends

@@ -12,7 +12,6 @@ channels of it, 1/S of the work of all scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from torch.nn.functional import pad
 from saccade.ops.selection import products
 from saccade.sparse.prompt import PromptCall, PromptPattern
 from saccade.sparse.sizes import check_share, check_sizes
-
-PIECE: Final = 2048
-"""Most queries that are scored at once, which bounds the memory of a long prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +78,9 @@ class XAttention(PromptPattern):
         side_by_side = _in_squares(k, self.stride, k.shape[2] // self.stride)
         if real is not None:
             real = _in_squares(real[..., None], self.stride, side_by_side.shape[2]).any(-1)
-        size, found = max(1, PIECE // self.block) * self.block, list[Tensor]()
-        for start in range(0, call.q.shape[2], size):
-            q = call.q[:, :, start : start + size]
-            weights = self._piece(q, side_by_side, call.q_offset + start, real)
+        found = list[Tensor]()
+        for at, q in call.pieces(self.block):
+            weights = self._piece(q, side_by_side, call.q_offset + at, real)
             found.append(pad(weights, (0, num_blocks - weights.shape[3])))
         return torch.cat(found, dim=2)
 

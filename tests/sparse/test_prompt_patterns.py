@@ -224,8 +224,7 @@ def test_chunks_select_what_the_whole_prompt_does(pattern):
 def test_pieces_of_a_long_prompt_select_what_the_whole_does(monkeypatch):
     q, view = draw(200, 40)
     whole = [pattern.select(q, view, 40).allowed for pattern in CASES]
-    monkeypatch.setattr("saccade.sparse.flash_prefill.PIECE", 32)
-    monkeypatch.setattr("saccade.sparse.xattention.PIECE", 48)
+    monkeypatch.setattr("saccade.sparse.prompt.PIECE", 48)
     monkeypatch.setattr("saccade.sparse.vertical_slash.PIECE", 1)
     for pattern, wanted in zip(CASES, whole, strict=True):
         assert torch.equal(pattern.select(q, view, 40).allowed, wanted)

@@ -82,12 +82,7 @@ def _select_at_once(
         kv_heads,
         num_blocks,
         count,
-        rule.q_block,
-        rule.k_block,
-        rule.sinks,
-        rule.window,
-        rule.stride,
-        num_blocks if rule.share else rule.top,
+        *_numbers(rule, num_blocks),
         rule.least,
         DIM=dim,
         BLOCK_D=next_power_of_two(dim),
@@ -99,6 +94,12 @@ def _select_at_once(
         num_warps=8,
         **pdl_options(q.device),
     )
+
+
+def _numbers(rule: BlockRule, num_blocks: int) -> tuple[int, ...]:
+    """q_block, k_block, sinks, window, stride and top, as both kernels take them."""
+    top = num_blocks if rule.share else rule.top
+    return rule.q_block, rule.k_block, rule.sinks, rule.window, rule.stride, top
 
 
 def _choose(
@@ -119,12 +120,7 @@ def _choose(
         q.shape[2],
         num_blocks,
         count,
-        rule.q_block,
-        rule.k_block,
-        rule.sinks,
-        rule.window,
-        rule.stride,
-        num_blocks if rule.share else rule.top,
+        *_numbers(rule, num_blocks),
         float(rule.share),
         q.shape[3] ** -0.5,
         rule.least,

@@ -1,7 +1,8 @@
-"""Numbers of docs/sparse.md that the record of exact speculation says."""
+"""Numbers of docs/speculation.md that the record of exact speculation says."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from scripts.records import record, times
@@ -54,3 +55,16 @@ def speculation_8k() -> str:
 def speculation_16k() -> str:
     """The same behind 16,000."""
     return _speculation_speed("16,000")
+
+
+SPECULATION_FACTS: dict[str, Callable[[], str]] = {
+    f.__name__: f
+    for f in (
+        speculation_steps,
+        speculation_draft,
+        speculation_rejected,
+        speculation_eight_drafted,
+        speculation_8k,
+        speculation_16k,
+    )
+}
